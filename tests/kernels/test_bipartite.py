@@ -1,0 +1,133 @@
+"""bipartite_match against the plain implementation that holds the whole matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vtr.kernels import bipartite, bipartite_match
+
+
+def _unit(*shape, dtype=torch.float32):
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1).to(dtype)
+
+
+def _plain(a, b, a_bias=None, b_mask=None):
+    scores = a.float() @ b.float().transpose(1, 2)
+    if b_mask is not None:
+        scores = scores.masked_fill(~b_mask.expand(a.shape[0], -1)[:, None], float("-inf"))
+    score, index = scores.max(dim=-1)
+    return (score if a_bias is None else score + a_bias), index
+
+
+# Every path: direct, two levels with and without padding, several samples or rows per tile.
+SIZES = [(1, 1, 1), (2, 7, 3), (1, 98, 98), (9, 98, 97), (1, 288, 289), (30, 130, 131)]
+SIZES += [(1, 1000, 1025), (2, 700, 901), (1, 300, 5000)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_same_choice_as_the_plain_implementation(size):
+    torch.manual_seed(0)
+    batch, rows, columns = size
+    a, b = _unit(batch, rows, 64), _unit(batch, columns, 64)
+    score, index = bipartite_match(a, b)
+    expected, choice = _plain(a, b)
+    assert score.dtype == torch.float32 and index.dtype == torch.int64
+    assert torch.equal(index, choice)
+    torch.testing.assert_close(score, expected, atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize("columns", [40, 400, 3000])
+def test_ties_go_to_the_lowest_index(columns):
+    # Integer-valued metrics: products are exact, so equal scores are truly equal.
+    torch.manual_seed(1)
+    a = torch.randint(-2, 3, (2, 333, 8)).float()
+    b = torch.randint(-2, 3, (2, columns, 8)).float()
+    b[:, -3:] = b[:, :1]
+    score, index = bipartite_match(a, b)
+    scores = a @ b.transpose(1, 2)
+    assert torch.equal(score, scores.amax(-1))
+    assert torch.equal(index, (scores == scores.amax(-1, keepdim=True)).int().argmax(-1))
+
+
+@pytest.mark.parametrize("size", [(2, 20, 30), (2, 300, 310), (1, 800, 900)], ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+def test_masked_partners_and_protected_rows(size, shared):
+    torch.manual_seed(2)
+    batch, rows, columns = size
+    a, b = _unit(batch, rows, 32), _unit(batch, columns, 32)
+    mask = torch.rand(columns) > 0.6 if shared else torch.rand(batch, columns) > 0.6
+    mask[..., -1] = True
+    bias = torch.zeros(rows)
+    bias[0] = float("-inf")
+    score, index = bipartite_match(a, b, a_bias=bias, b_mask=mask)
+    expected, choice = _plain(a, b, bias, mask)
+    assert torch.equal(index, choice)
+    torch.testing.assert_close(score, expected, atol=2e-7, rtol=0)
+    assert (score[:, 0] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("columns", [10, 1000])
+def test_all_partners_masked(columns):
+    a, b = _unit(1, 300, 8), _unit(1, columns, 8)
+    score, index = bipartite_match(a, b, b_mask=torch.zeros(columns, dtype=torch.bool))
+    assert (score == float("-inf")).all() and (index == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_compared_in_float32(dtype):
+    a, b = _unit(2, 200, 64, dtype=dtype), _unit(2, 210, 64, dtype=dtype)
+    score, index = bipartite_match(a, b)
+    expected, choice = _plain(a, b)
+    assert torch.equal(index, choice) and score.dtype == torch.float32
+    torch.testing.assert_close(score, expected)
+
+
+def test_a_batch_gives_each_sample_what_it_gets_alone():
+    a, b = _unit(5, 150, 48), _unit(5, 160, 48)
+    _, together = bipartite_match(a, b)
+    for i in range(5):
+        assert torch.equal(together[i], bipartite_match(a[i : i + 1], b[i : i + 1])[1][0])
+
+
+def test_own_memory_is_linear():
+    """The largest allocation made inside is a tile, not the matrix."""
+    rows = 6000
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    with Watch():
+        bipartite_match(_unit(1, rows, 16), _unit(1, rows, 16))
+    assert largest <= 2 * max(bipartite._TILE, bipartite._MIN_ROWS * rows) < rows * rows // 10
+
+
+def test_no_gradient_flows():
+    a = _unit(1, 40, 8).requires_grad_()
+    score, _ = bipartite_match(a, _unit(1, 40, 8))
+    assert not score.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "kwargs", "words"),
+    [
+        (torch.randn(4, 8), torch.randn(4, 8), {}, "Na, D"),
+        (torch.randn(1, 4, 8), torch.randn(1, 0, 8), {}, "no rows"),
+        (torch.randn(1, 4, 8), torch.randn(1, 4, 8).half(), {}, "convert"),
+        (torch.ones(1, 4, 8).int(), torch.ones(1, 4, 8).int(), {}, "floating"),
+        (torch.randn(1, 4, 8), torch.randn(1, 5, 8), {"a_bias": torch.zeros(5)}, "a_bias"),
+        (torch.randn(1, 4, 8), torch.randn(1, 5, 8), {"b_mask": torch.zeros(4).bool()}, "b_mask"),
+        (torch.randn(1, 4, 8), torch.randn(1, 5, 8), {"b_mask": torch.zeros(5)}, "bool"),
+        (torch.randn(1, 4, 8), torch.randn(1, 5, 8), {"a_bias": torch.zeros(4).int()}, "a_bias"),
+    ],
+)
+def test_bad_input_says_what_to_do(a, b, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        bipartite_match(a, b, **kwargs)
