@@ -1,0 +1,80 @@
+"""vtr: visual token reduction for vision and video models, behind one verb.
+
+>>> with vtr.apply(model, vtr.ToMe(r=8)) as handle:
+...     model(images)
+>>> handle.trace.summary()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module. Resolved on first use, so that `import vtr` stays cheap.
+_PUBLIC = {
+    "apply": "vtr.api",
+    "handles": "vtr.api",
+    "Handle": "vtr.api",
+    "methods": "vtr.api",
+    "supported": "vtr.api",
+    "create": "vtr.method",
+    "Method": "vtr.method",
+    "Reduction": "vtr.method",
+    "Stage": "vtr.method",
+    "register": "vtr.method",
+    "Site": "vtr.signals",
+    "ModelInfo": "vtr.signals",
+    "TokenMap": "vtr.tokens",
+    "Trace": "vtr.trace",
+    "Plan": "vtr.plan",
+    "profile": "vtr.profile",
+    "draw": "vtr.draw",
+    "VtrError": "vtr.errors",
+    "MissingDependencyError": "vtr.errors",
+    "UnsupportedModelError": "vtr.errors",
+    "UnsupportedMethodError": "vtr.errors",
+    "CLSAttention": "vtr.methods.cls_attention",
+    "EViT": "vtr.methods.evit",
+    "FlowCut": "vtr.methods.flowcut",
+    "Random": "vtr.methods.random",
+    "ToFe": "vtr.methods.tofe",
+    "ToMe": "vtr.methods.tome",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from vtr.api import Handle, apply, handles, methods, supported
+    from vtr.draw import draw
+    from vtr.errors import (
+        MissingDependencyError,
+        UnsupportedMethodError,
+        UnsupportedModelError,
+        VtrError,
+    )
+    from vtr.method import Method, Reduction, Stage, create, register
+    from vtr.methods.cls_attention import CLSAttention
+    from vtr.methods.evit import EViT
+    from vtr.methods.flowcut import FlowCut
+    from vtr.methods.random import Random
+    from vtr.methods.tofe import ToFe
+    from vtr.methods.tome import ToMe
+    from vtr.plan import Plan
+    from vtr.profile import profile
+    from vtr.signals import ModelInfo, Site
+    from vtr.tokens import TokenMap
+    from vtr.trace import Trace
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vtr' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

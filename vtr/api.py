@@ -1,0 +1,270 @@
+"""The one verb: ``apply`` a method to a model; and the handle that takes it off again."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vtr.errors import UnsupportedMethodError, UnsupportedModelError
+from vtr.method import Method, create, registry
+from vtr.trace import Trace
+from vtr.wrapping import Entry, Wrapping, wrapping_of
+
+if TYPE_CHECKING:
+    from vtr.plan import Plan
+    from vtr.report import Report
+
+# Top-level package of a model's class -> the adapter module for it. An adapter module has
+#   locate(target) -> nn.Module | None   the module to patch, or None if it is not one of its models;
+#                                        raises UnsupportedModelError for a known model with a reason
+#   wrap(root) -> Wrapping
+#   FAMILIES: tuple[str, ...]            what it supports, for messages
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "timm": ("vtr.vision.timm",),
+    "open_clip": ("vtr.vision.open_clip",),
+    "transformers": ("vtr.vision.vlm", "vtr.vision.transformers"),
+}
+
+MethodLike = Method | str | dict[str, Any]
+
+
+class Handle:
+    """What :func:`apply` returns. Use it as a context manager, or call :meth:`remove`."""
+
+    def __init__(self, target: Any, wrapping: Wrapping, entries: Sequence[Entry]) -> None:
+        self.target = target
+        self._wrapping = wrapping
+        self._entries = list(entries)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "removed" if self.removed else "paused" if self.paused else "on"
+        return f"Handle({', '.join(map(repr, self.methods))}; {state})"
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return tuple(e.method for e in self._entries)
+
+    @property
+    def modules(self) -> nn.ModuleList:
+        """The learned modules of the applied methods (train them, save them); often empty."""
+        return nn.ModuleList(e.modules for e in self._entries if e.modules is not None)
+
+    @property
+    def removed(self) -> bool:
+        return not any(e in self._wrapping.entries for e in self._entries)
+
+    @property
+    def paused(self) -> bool:
+        return all(e.paused for e in self._entries)
+
+    def pause(self) -> None:
+        """Switch off; the model computes exactly what it did before ``apply``."""
+        self._switch(True)
+
+    def resume(self) -> None:
+        """Switch on again."""
+        self._switch(False)
+
+    def _switch(self, paused: bool) -> None:
+        if self.removed:
+            raise RuntimeError("this handle was removed; call vtr.apply again")
+        before = [e.paused for e in self._entries]
+        try:
+            for entry in self._entries:
+                entry.paused = paused
+            self._wrapping.check_together(self._wrapping.active)
+        except BaseException:
+            for entry, was in zip(self._entries, before, strict=True):
+                entry.paused = was
+            raise
+        self._wrapping.refresh()
+
+    def remove(self) -> None:
+        """Take the methods off. Doing it twice is harmless."""
+        self._wrapping.drop(self._entries)
+
+    @property
+    def trace(self) -> Trace:
+        """What the last call did."""
+        return self._wrapping.trace
+
+    def report(self) -> Report:
+        """The last call, dense against reduced: tokens, FLOPs, KV bytes."""
+        from vtr.report import Report
+
+        return Report.of(self._wrapping)
+
+
+def apply(
+    target: Any, method: MethodLike | Plan | Sequence[MethodLike], **options: Any
+) -> Handle:
+    """Wrap a model so that it computes with fewer visual tokens.
+
+    Args:
+        target: a timm or open_clip model, a transformers vision tower or VLM.
+        method: a method, a name (``"evit"``), a dict with ``name`` and options, a plan, or a list.
+        options: of the adapter (``output=`` for encoders, ``positions=`` for VLMs, ``modules=`` for
+            methods that learn). Unknown ones raise.
+
+    Returns:
+        The handle. The model is changed in place and keeps its class and its ``state_dict`` keys.
+
+    Raises:
+        UnsupportedModelError: no adapter for this object.
+        UnsupportedMethodError: the model lacks a site or a signal that the method needs.
+        ValueError: a bad option, or a combination of methods that has no meaning.
+    """
+    methods = [_method(m) for m in _listed(method)]
+    if not methods:
+        raise ValueError("method must be a method or a non-empty list of methods")
+    wrapping = _wrapping(target)
+    modules = options.pop("modules", None)
+    for name in options:
+        if name not in wrapping.options:
+            known = ", ".join([*wrapping.options, "modules"])
+            raise ValueError(f"unknown option {name!r} for {wrapping.info.family}; it has: {known}")
+    if modules is not None and sum(m.learned for m in methods) != 1:
+        raise ValueError("modules= needs exactly one method that learns among the methods")
+    entries = []
+    for m in methods:
+        try:
+            wrapping.check(m, options)
+        except UnsupportedMethodError as error:
+            works = [s.name for s in _support(wrapping) if s.supported]
+            raise UnsupportedMethodError(
+                f"{error}. Methods that work on it: {', '.join(works) or 'none'}"
+            ) from None
+        learned = None
+        if m.learned:
+            learned = modules if modules is not None else m.build(wrapping.info)
+        entries.append(Entry(m, {**wrapping.options, **options}, learned))
+    wrapping.add(entries)
+    return Handle(target, wrapping, entries)
+
+
+def handles(target: Any) -> list[Handle]:
+    """The handles of a wrapped model, one per applied method (also for a deep copy of one)."""
+    wrapping = wrapping_of(_locate(target)[1])
+    return [Handle(target, wrapping, [e]) for e in wrapping.entries] if wrapping else []
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a method works on a model: ``name``, ``supported``, ``reason`` (why not)."""
+
+    name: str
+    supported: bool
+    reason: str = ""
+
+
+def supported(target: Any) -> list[Support]:
+    """One entry per registered method. Raises :class:`UnsupportedModelError` for an unknown model."""
+    return _support(_wrapping(target))
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A row of the table of methods."""
+
+    name: str
+    cls: str
+    paper: str
+    sites: tuple[str, ...]
+    needs: tuple[str, ...]
+    training: str
+    options: tuple[str, ...]
+
+
+def methods() -> list[MethodInfo]:
+    """Every registered method: name, paper, sites, signals it needs, whether it needs training."""
+    return [
+        MethodInfo(
+            name,
+            cls.__name__,
+            cls.paper,
+            cls.sites,
+            tuple(sorted({signal for needs in cls.needs.values() for signal in needs})),
+            cls.training,
+            tuple(f.name for f in fields(cls) if f.init),
+        )
+        for name, cls in registry().items()
+    ]
+
+
+def _support(wrapping: Wrapping) -> list[Support]:
+    out = []
+    for name, cls in registry().items():
+        try:
+            wrapping.check(cls(), dict(wrapping.options))
+        except (UnsupportedMethodError, ValueError) as error:
+            out.append(Support(name, False, str(error)))
+        else:
+            out.append(Support(name, True))
+    return out
+
+
+def _listed(method: Any) -> list[Any]:
+    from vtr.plan import Plan
+
+    if isinstance(method, Plan):
+        return list(method.methods)
+    if isinstance(method, (Method, str, dict)):
+        return [method]
+    if isinstance(method, Iterable):
+        return [m for part in method for m in _listed(part)]
+    return [method]
+
+
+def _method(method: Any) -> Method:
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str):
+        return create(method)
+    if isinstance(method, dict) and "name" in method:
+        return create(**method)
+    if isinstance(method, type) and issubclass(method, Method):
+        raise ValueError(f"give an instance, {method.__name__}(...), not the class")
+    raise ValueError(f"method must be a vtr method, its name or a dict with its name, got {method!r}")
+
+
+def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
+    tried = []
+    for cls in type(target).__mro__:
+        package = cls.__module__.partition(".")[0]
+        for path in ADAPTERS.get(package, ()):
+            if path in tried:
+                continue
+            tried.append(path)
+            adapter = importlib.import_module(path)
+            root = adapter.locate(target)
+            if root is not None:
+                return adapter, root
+    known = "; ".join(f"{package}" for package in ADAPTERS)
+    if tried:
+        families = [f for path in tried for f in importlib.import_module(path).FAMILIES]
+        known = ", ".join(families)
+    raise UnsupportedModelError(
+        f"no adapter for {type(target).__module__}.{type(target).__qualname__}. Supported: {known}. "
+        "A model of your own: see 'Add an adapter' in CONTRIBUTING.md"
+    )
+
+
+def _wrapping(target: Any) -> Wrapping:
+    adapter, root = _locate(target)
+    return wrapping_of(root) or adapter.wrap(root)

@@ -1,0 +1,189 @@
+"""The base of all methods, and their registry.
+
+A method is a frozen dataclass: comparable, printable, serialisable, and checked when constructed. It
+says at which sites it looks and cuts (:meth:`Method.stages`), and computes the cut from what the
+site shows (:meth:`Method.reduce`). It never names a model class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vtr.errors import UnsupportedMethodError
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap
+
+M = TypeVar("M", bound="type[Method]")
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+class Stage(NamedTuple):
+    """One visit of a method: a site, a 0-based layer, and where in the layer.
+
+    ``place`` is ``middle`` (between attention and MLP) or ``end`` (the layer's output). Where a block
+    cannot be opened, ``middle`` falls to ``end``; the adapter's family says so in ``info.extra``.
+    """
+
+    site: str
+    layer: int
+    place: str = "middle"
+
+
+class Reduction(NamedTuple):
+    """What :meth:`Method.reduce` decided.
+
+    Attributes:
+        map: from the tokens of the site to those that go on.
+        weights: (B, N_in) merge weights; None means that tokens are gathered, not merged.
+        normalize: weighted mean (True) or weighted sum (False).
+        tokens: (B, N_out, C), the new hidden states, if the method made them itself.
+        absolute: the map starts at the model's input instead of the tokens here (freezing, where
+            tokens come back); needs ``tokens``.
+        policy: (B, N) weights in [0, 1] of the tokens as keys in the following layers, for training:
+            every token stays, and always sees itself (DynamicViT's masked softmax). A policy of None
+            in a reduction without a map ends it.
+    """
+
+    map: TokenMap | None
+    weights: Tensor | None = None
+    normalize: bool = True
+    tokens: Tensor | None = None
+    absolute: bool = False
+    policy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base class. A subclass is a frozen dataclass decorated with :func:`register`.
+
+    Class attributes:
+        name: for configs and command lines.
+        paper: title, venue and arXiv number.
+        sites: where it acts, for the table of methods.
+        needs: signals that it reads, per site: ``{"encoder": {"cls_attention"}}``.
+        training: ``"none"``, ``"optional"`` or ``"required"``.
+        size_weighted: tokens' sizes count when the model pools them (merging methods).
+        learned: whether :meth:`build` makes modules.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    sites: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[Mapping[str, frozenset[str]]] = {}
+    training: ClassVar[str] = "none"
+    size_weighted: ClassVar[bool] = False
+    learned: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check (and normalise, with :meth:`_set`) the options; raise ``ValueError``."""
+
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        """Where :meth:`reduce` is called, in order. Raises ``ValueError`` for layers that do not exist."""
+        raise NotImplementedError
+
+    def reduce(self, site: Site) -> Reduction | None:
+        """Decide the cut at ``site``, or look and return None."""
+        raise NotImplementedError
+
+    def cuts_at(self, stage: Stage) -> bool:
+        """Whether the visit may shorten the sequence (False: it only looks)."""
+        return True
+
+    def biased_layers(self, info: ModelInfo) -> frozenset[int]:
+        """Encoder layers whose attention counts each key by its size (proportional attention)."""
+        return frozenset()
+
+    def build(self, info: ModelInfo) -> nn.Module | None:
+        """Make the modules of a method that learns; the handle owns them, the model does not."""
+        return None
+
+    def check(self, info: ModelInfo) -> None:
+        """Raise :class:`UnsupportedMethodError` where the model lacks a site or a signal."""
+        for site, wanted in self.requirements(info).items():
+            if site not in info.depth:
+                raise UnsupportedMethodError(
+                    f"{self.name} acts at the site '{site}', which {info.family} does not have "
+                    f"(it has: {', '.join(sorted(info.depth)) or 'none'})"
+                )
+            lacking = sorted(wanted - info.signals.get(site, frozenset()))
+            if lacking:
+                raise UnsupportedMethodError(
+                    f"{self.name} needs {' and '.join(lacking)} at the site '{site}', which "
+                    f"{info.family} does not show"
+                    + (" (it has no class token)" if "cls_attention" in lacking else "")
+                )
+
+    def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
+        """:attr:`needs`, where it depends on the options or the model."""
+        return self.needs
+
+    def replace(self, **changes: Any) -> Method:
+        """A copy with other options."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options as plain JSON values; :func:`create` takes them back."""
+        options = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Method):
+                value = value.to_dict()
+            options[f.name] = list(value) if isinstance(value, tuple) else value
+        return {"name": self.name, **options}
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known to :func:`create`, the tables and the common tests."""
+    if not cls.name or not cls.paper or not cls.sites:
+        raise TypeError(f"{cls.__name__} must define name, paper and sites")
+    if _REGISTRY.setdefault(cls.name, cls) is not cls:
+        raise TypeError(f"a method named {cls.name!r} is registered already")
+    return cls
+
+
+def registry() -> dict[str, type[Method]]:
+    """All registered methods by name (imports :mod:`vtr.methods`)."""
+    import vtr.methods  # noqa: F401
+
+    return dict(sorted(_REGISTRY.items()))
+
+
+def create(name: str, **options: Any) -> Method:
+    """Make a method by its name: ``create("evit", keep=0.7)``. Lists are taken as tuples."""
+    known = registry()
+    key = name.lower().replace("_", "-") if isinstance(name, str) else name
+    aliases = {k.replace("-", ""): k for k in known}
+    cls = known.get(key) or known.get(aliases.get(str(key).replace("-", ""), ""))
+    if cls is None:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no method {name!r}.{hint} Known: {', '.join(known)}")
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    for option in options:
+        if option not in fields:
+            raise ValueError(f"{cls.name} has no option {option!r}; it has: {', '.join(fields)}")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise ValueError(f"{cls.name}: {error}") from error
+
+
+def as_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Half-precision tensors widened to float32 (scores are ranked in float32)."""
+    half = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if t.dtype in half else t for t in tensors)

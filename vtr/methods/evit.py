@@ -1,0 +1,92 @@
+"""EViT: keep the attentive tokens, fuse the inattentive ones into one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtr.budget import Keep, check_layers, check_schedule, count, fit_layers, geometric, third_points
+from vtr.method import Method, Reduction, Stage, register
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap, top_indices
+
+
+@register
+@dataclass(frozen=True)
+class EViT(Method):
+    """Token reorganisation, "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800).
+
+    At each stage, with s_j the class token's attention to token j in that block (mean over heads,
+    not normalised again): the k tokens of highest s_j stay, and the others are fused into one token
+    sum_j s_j x_j (section 3.2; not normalised, as in the authors' code). The cut is between
+    attention and MLP. An earlier fused token competes like any other.
+
+    Differences from the authors' code: every prefix token is protected, not only the first (a
+    distilled DeiT's second token would otherwise be scored as a patch), and tokens stay in raster
+    order, the fused one in the place of its most attended member (outputs do not depend on the
+    order where positions are added before the first block).
+
+    Args:
+        keep: a float is the rate of *each* stage, as in the paper (0.7 leaves 34 % after three); an
+            int is the number of tokens after the last stage, reached geometrically; a tuple gives
+            each stage's own rate or number. The fused token comes on top.
+        layers: 0-based blocks; None is the paper's 3, 6, 9 of 12 (L/4, L/2, 3L/4).
+        fuse: False drops the inattentive tokens.
+    """
+
+    name: ClassVar[str] = "evit"
+    paper: ClassVar[str] = "EViT: Expediting ViTs via Token Reorganizations, ICLR 2022, arXiv 2202.07800"
+    sites: ClassVar[tuple[str, ...]] = ("encoder",)
+    needs: ClassVar = {"encoder": frozenset({"cls_attention"})}
+    training: ClassVar[str] = "optional"
+
+    keep: Keep | tuple[Keep, ...] = 0.7
+    layers: tuple[int, ...] | None = None
+    fuse: bool = True
+
+    def validate(self) -> None:
+        if self.layers is not None:
+            self._set("layers", check_layers(self.layers))
+        self._set("keep", check_schedule(self.keep, None if self.layers is None else len(self.layers)))
+
+    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
+        depth = info.depth["encoder"]
+        layers = third_points(depth) if self.layers is None else fit_layers(self.layers, depth)
+        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
+            raise ValueError(f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}")
+        return layers
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return tuple(Stage("encoder", layer) for layer in self._layers(info))
+
+    def _count(self, site: Site) -> int:
+        layers = self._layers(site.info)
+        stage = layers.index(site.layer)
+        if isinstance(self.keep, tuple):
+            return count(self.keep[stage], site.n)
+        if isinstance(self.keep, int):
+            return min(geometric(self.keep, len(layers), site.map.n_in)[stage], site.n)
+        return count(self.keep, site.n)
+
+    def reduce(self, site: Site) -> Reduction | None:
+        k = self._count(site)
+        if k == site.n:
+            return None
+        s = site.cls_attention()
+        if not self.fuse:
+            kept, padded = top_indices(s, k, site.valid)
+            return Reduction(TokenMap.keep(kept, site.n, padded))
+        if k == site.n - 1:  # fusing one token would only rescale it
+            return None
+        # The fused slot's representative is the best of the inattentive: the (k+1)-th of the ranking.
+        best = torch.sort(s, dim=1, descending=True, stable=True).indices[:, : k + 1]
+        kept, order = best.sort(1)
+        fused = (order == k).int().argmax(1, keepdim=True)
+        source = fused.expand(-1, site.n).scatter(
+            1, kept, torch.arange(k + 1, device=kept.device).expand_as(kept)
+        )
+        step = TokenMap.merged(kept, source)
+        weights = torch.where(source == fused, s, 1.0)
+        return Reduction(step, weights, normalize=False)

@@ -1,0 +1,60 @@
+"""Uniformly random tokens: the baseline that every table shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vtr.budget import Keep, check_layers, check_schedule, fit_layers, spread
+from vtr.method import Method, Reduction, Stage, register
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap, top_indices
+
+
+@register
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep a uniformly random subset of the visual tokens.
+
+    One subset is drawn per call and shared by the samples of the batch, so that a sample gets in a
+    batch what it gets alone.
+
+    Args:
+        keep: budget after the last layer (reached geometrically over several layers), or one per
+            layer, all of the tokens at the input.
+        layers: 0-based encoder layers at which to cut.
+        seed: an int gives the same subset in every call; None draws from torch's global generator
+            (``torch.manual_seed``).
+    """
+
+    name: ClassVar[str] = "random"
+    paper: ClassVar[str] = "baseline: uniformly random tokens"
+    sites: ClassVar[tuple[str, ...]] = ("encoder",)
+
+    keep: Keep | tuple[Keep, ...] = 0.5
+    layers: tuple[int, ...] = (0,)
+    seed: int | None = None
+
+    def validate(self) -> None:
+        self._set("layers", check_layers(self.layers))
+        self._set("keep", check_schedule(self.keep, len(self.layers)))
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"seed must be an int or None, got {self.seed!r}")
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return tuple(Stage("encoder", layer) for layer in fit_layers(self.layers, info.depth["encoder"]))
+
+    def reduce(self, site: Site) -> Reduction | None:
+        plan = spread(self.keep, len(self.layers), site.map.n_in)
+        k = min(plan[self.layers.index(site.layer)], site.n)
+        if k == site.n:
+            return None
+        if self.seed is None:
+            scores = torch.rand(1, site.n, device=site.device)
+        else:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + site.layer)
+            scores = torch.rand(1, site.n, generator=generator).to(site.device)
+        kept, padded = top_indices(scores.expand(site.batch, -1), k, site.valid)
+        return Reduction(TokenMap.keep(kept, site.n, padded))

@@ -1,0 +1,253 @@
+"""ToFe: freeze tokens for a stage, and take them back when they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtr.budget import Keep, check_layers, check_schedule, count, fit_layers, third_points
+from vtr.kernels import attention_rows
+from vtr.method import Method, Reduction, Stage, register
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap, take, top_indices
+
+
+@register
+@dataclass(frozen=True)
+class ToFe(Method):
+    """Lagged token freezing and reusing (ToFe, arXiv 2507.16260).
+
+    Before each block in ``layers`` all tokens are scored, the frozen ones too: the best go through
+    the blocks of the stage, the others are frozen. They keep their place, are no keys for the
+    others, pass once through the stage's approximate module at its end, are scored again before the
+    next stage, and may come back.
+
+    The paper discloses neither layer sizes nor the exact approximator, losses or schedule. Our
+    reading: a predictor of DynamicViT's shape (half local, half mean over the active tokens; see
+    :class:`Predictor`), an approximator x + W2 GELU(W1 LN(x)) of width C / 4 per stage with W2
+    starting at zero, decisions before blocks L/4, L/2, 3L/4, straight-through Gumbel softmax in
+    training, and the budget loss in :mod:`vtr.train.tofe`.
+
+    Without training (``trained=False``; ours, not in the paper) the score is the class token's
+    attention to the keys of all tokens, those of frozen tokens made from the features that they were
+    frozen with, and the approximate module is the identity.
+
+    Args:
+        keep: active tokens in each stage, of all tokens at the input; a tuple gives one per stage.
+        layers: 0-based blocks before which to decide, all >= 1; None is L/4, L/2, 3L/4.
+        trained: use the prediction and approximate modules. They belong to the handle
+            (``handle.modules``): new ones, or those given as ``modules=`` to ``apply``, or ``weights``.
+        weights: a safetensors file with trained modules, or the name of a built-in one
+            (``"digits-tofe"``); implies ``trained``.
+        adaptive: keep the tokens with a predicted probability above one half instead of ``keep``, a
+            number of its own for each image. Needs ``trained``. Batches are padded to the largest.
+        final_rejoin: after the last block the frozen tokens rejoin the sequence, which then has its
+            full length again (for pooling over tokens and dense outputs). False leaves the active ones.
+    """
+
+    name: ClassVar[str] = "tofe"
+    paper: ClassVar[str] = "ToFe: Lagged Token Freezing and Reusing, 2025, arXiv 2507.16260"
+    sites: ClassVar[tuple[str, ...]] = ("encoder",)
+    needs: ClassVar = {"encoder": frozenset({"cls_attention", "keys_of"})}
+    training: ClassVar[str] = "optional"
+
+    keep: Keep | tuple[Keep, ...] = 0.5
+    layers: tuple[int, ...] | None = None
+    trained: bool = False
+    weights: str | None = None
+    adaptive: bool = False
+    final_rejoin: bool = True
+
+    def validate(self) -> None:
+        if self.layers is not None:
+            self._set("layers", check_layers(self.layers))
+            if self.layers[0] < 1:  # type: ignore[index]
+                raise ValueError("layers must be >= 1: decisions stand between two blocks")
+        self._set("keep", check_schedule(self.keep, None if self.layers is None else len(self.layers)))
+        if self.weights is not None:
+            self._set("trained", True)
+        if self.adaptive and not self.trained:
+            raise ValueError("adaptive=True needs trained=True: only a predictor has a threshold")
+
+    @property
+    def learned(self) -> bool:  # type: ignore[override]
+        return self.trained
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        return {"encoder": frozenset({"hidden"})} if self.trained else dict(self.needs)
+
+    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
+        depth = info.depth["encoder"]
+        if self.layers is None:
+            layers = tuple(layer for layer in third_points(depth) if layer >= 1)
+        else:
+            layers = fit_layers(self.layers, depth)
+        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
+            raise ValueError(f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}")
+        return layers
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        decisions = [Stage("encoder", layer - 1, "end") for layer in self._layers(info)]
+        return (*decisions, Stage("encoder", info.depth["encoder"] - 1, "end"))
+
+    def build(self, info: ModelInfo) -> nn.Module | None:
+        if not self.trained:
+            return None
+        if info.dim is None:
+            raise ValueError(f"the width of {info.family} is not known")
+        modules = ToFeModules(info.dim, len(self._layers(info)))
+        if self.weights is not None:
+            modules.load(self.weights)
+        return modules
+
+    def reduce(self, site: Site) -> Reduction | None:
+        layers = self._layers(site.info)
+        last = site.layer == site.info.depth["encoder"] - 1
+        stage = len(layers) if last else layers.index(site.layer + 1)
+        modules = site.modules if isinstance(site.modules, ToFeModules) else None
+        if site.training and modules is not None:
+            return self._train(site, modules, stage, last)
+        n = site.map.n_in
+        if not self.adaptive and all(count(k, n) >= n for k in self._keeps(len(layers))):
+            return None
+        buffer, old = site.memory.get("buffer"), site.map
+        x = site.hidden
+        if buffer is not None:
+            # The stage is over: active tokens have new features, frozen ones the approximation.
+            gone = site.memory["approximate"](buffer)
+            x = old.restore(site.hidden, gone.to(x.dtype))
+        if last:
+            if buffer is None or not self.final_rejoin:
+                return None
+            whole = TokenMap.identity(site.batch, n, site.device)
+            return Reduction(whole, tokens=x, absolute=True)
+        if modules is not None:
+            active = old.source >= 0
+            chance = modules.predictors[stage](x, active)[..., 0]
+            score = chance
+        else:
+            score = self._class_attention(site, buffer)
+        k: int | Tensor
+        if self.adaptive:
+            k = (score > 0.5).sum(1).clamp(min=1)
+            k = int(k) if k.numel() == 1 else k
+        else:
+            k = count(self._keeps(len(layers))[stage], n)
+        kept, padded = top_indices(score, k)
+        step = TokenMap.keep(kept, n, padded)
+        step = TokenMap(step.source, step.kept, step.size, step.source < 0, padded)
+        site.memory["buffer"] = x
+        site.memory["approximate"] = _identity if modules is None else modules.approximators[stage]
+        return Reduction(step, tokens=step.gather(x), absolute=True)
+
+    def _keeps(self, stages: int) -> tuple[Keep, ...]:
+        return self.keep if isinstance(self.keep, tuple) else (self.keep,) * stages
+
+    def _class_attention(self, site: Site, buffer: Tensor | None) -> Tensor:
+        """Class attention of this block to every token of the input, (B, N)."""
+        if buffer is None:
+            return site.cls_attention()
+        assert site.keys_of is not None
+        q, k, _ = site.qkv
+        frozen = torch.sort((site.map.source >= 0).int(), dim=1, stable=True).indices
+        frozen = frozen[:, : site.map.n_in - site.map.n_out]
+        stale = site.keys_of(take(buffer, frozen).to(site.hidden.dtype), frozen)
+        row = attention_rows(q[:, :, :1], torch.cat([k, stale.to(k.dtype)], 2), scale=site.scale)
+        row = row[:, :, 0, site.prefix :].mean(1)
+        index = torch.cat([site.index, frozen], 1)
+        return torch.empty_like(row).scatter(1, index, row)
+
+    def _train(self, site: Site, modules: ToFeModules, stage: int, last: bool) -> Reduction:
+        """All tokens go through the blocks; decisions act as attention policies (our reading)."""
+        x = site.hidden
+        masks: list[Tensor] = site.notes.setdefault("tofe_masks", [])
+        if stage > 0:
+            mask = masks[-1][..., None].to(x.dtype)
+            x = mask * x + (1 - mask) * modules.approximators[stage - 1](site.memory["before"]).to(x.dtype)
+        if last:
+            return Reduction(None, tokens=x)
+        active = masks[-1] if masks else torch.ones(x.shape[:2], device=x.device)
+        chances = modules.predictors[stage](x, active)
+        keep = F.gumbel_softmax(chances.clamp_min(1e-6).log(), tau=1.0, hard=True)[..., 0]
+        masks.append(keep)
+        site.memory["before"] = x
+        return Reduction(None, tokens=x, policy=keep)
+
+
+class Predictor(nn.Module):
+    """DynamicViT's prediction module (arXiv 2106.02034, section 3.2), as ToFe's here.
+
+    LayerNorm, Linear(C, C), GELU; the second half of the channels is replaced by its mean over the
+    active tokens; Linear(C, C/2), GELU, Linear(C/2, C/4), GELU, Linear(C/4, 2), softmax.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.head = nn.Sequential(
+            nn.Linear(dim, dim // 2),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2),
+        )
+
+    def forward(self, x: Tensor, active: Tensor) -> Tensor:
+        """x (B, N, C), active (B, N) in [0, 1] -> (B, N, 2) float32: chances to keep, to freeze."""
+        h = self.embed(x.to(self.embed[1].weight.dtype))
+        local, shared = h.chunk(2, -1)
+        weight = active.to(h.dtype)[..., None]
+        mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1e-6)
+        h = torch.cat([local, mean.expand_as(shared)], -1)
+        return self.head(h).float().softmax(-1)
+
+
+class Approximator(nn.Module):
+    """x + W2 GELU(W1 LN(x)), width C/4; the identity before training."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.down = nn.Linear(dim, dim // 4)
+        self.up = nn.Linear(dim // 4, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.to(self.down.weight.dtype)
+        return x + self.up(F.gelu(self.down(self.norm(h)))).to(x.dtype)
+
+
+class ToFeModules(nn.Module):
+    """The learned part of ToFe: one predictor and one approximator per stage."""
+
+    def __init__(self, dim: int, stages: int) -> None:
+        super().__init__()
+        self.predictors = nn.ModuleList(Predictor(dim) for _ in range(stages))
+        self.approximators = nn.ModuleList(Approximator(dim) for _ in range(stages))
+
+    def load(self, weights: str) -> None:
+        """Load a safetensors file, or built-in modules by name; raises ``ValueError`` on a misfit."""
+        from safetensors.torch import load_file
+
+        from vtr.zoo import weights_path
+
+        path = weights_path(weights)
+        state = {k: v.float() for k, v in load_file(str(path)).items()}
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{weights}: trained for another width or number of stages ({error})") from error
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from self.predictors
+        yield from self.approximators
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,85 @@
+"""The report of a handle: the last call, dense against reduced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vtr.wrapping import Wrapping
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers of the last call, per sample.
+
+    Attributes:
+        methods: what was applied.
+        stages: one dict per reduction (site, layer, method, tokens_in, tokens_out).
+        flops: per part of the model, ``(dense, reduced)`` FLOPs (two per multiply-add), from the
+            layers' own shapes and the tokens that went through them.
+        kv_bytes: ``(dense, reduced)`` bytes of the KV cache, or None where there is none.
+    """
+
+    methods: tuple[str, ...]
+    stages: tuple[dict[str, Any], ...]
+    flops: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kv_bytes: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, wrapping: Wrapping) -> Report:
+        trace = wrapping.trace
+        costs = wrapping.costs()
+        if costs is None:
+            raise RuntimeError("the model has not been called since vtr.apply; call it, then report()")
+        return cls(
+            tuple(repr(e.method) for e in wrapping.active),
+            tuple(
+                {
+                    "site": s.site,
+                    "layer": s.layer,
+                    "method": s.method,
+                    "tokens_in": s.tokens_in,
+                    "tokens_out": s.tokens_out,
+                }
+                for s in trace.stages
+            ),
+            {k: v for k, v in costs.items() if k != "kv_bytes"},
+            costs.get("kv_bytes"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "methods": list(self.methods),
+            "stages": list(self.stages),
+            "flops": {k: {"dense": d, "reduced": r} for k, (d, r) in self.flops.items()},
+            "kv_bytes": None
+            if self.kv_bytes is None
+            else {"dense": self.kv_bytes[0], "reduced": self.kv_bytes[1]},
+        }
+
+    def table(self) -> Table:
+        """A rich table; printing a report in a rich console shows it."""
+        from rich.table import Table
+
+        table = Table(title=" + ".join(self.methods) or "nothing applied")
+        for column in ("what", "dense", "reduced", "ratio"):
+            table.add_column(column, justify="left" if column == "what" else "right")
+        for stage in self.stages:
+            n, m = stage["tokens_in"], stage["tokens_out"]
+            table.add_row(f"tokens {stage['site']}[{stage['layer']}]", str(n), str(m), f"{m / n:.2f}")
+        for part, (dense, reduced) in self.flops.items():
+            table.add_row(
+                f"GFLOPs {part}", f"{dense / 1e9:.3f}", f"{reduced / 1e9:.3f}", f"{reduced / dense:.2f}"
+            )
+        if self.kv_bytes is not None:
+            dense, reduced = self.kv_bytes
+            table.add_row(
+                "KV MiB", f"{dense / 2**20:.2f}", f"{reduced / 2**20:.2f}", f"{reduced / dense:.2f}"
+            )
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()

@@ -1,0 +1,201 @@
+"""What a method may look at: a :class:`Site` shows one place of one model during one call.
+
+Nothing is computed before a method asks. Attention is only ever computed for a few query rows, or
+in chunks of rows: the N x N map is never materialised for a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtr.tokens import TokenMap
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a method may know of the model before a call.
+
+    Attributes:
+        family: name of the adapter's family, for messages.
+        depth: number of layers per site, e.g. ``{"encoder": 12}``.
+        signals: names of the signals per site.
+        prefix: number of protected tokens in front (CLS, distillation, registers).
+        has_cls: whether the first token is a class token.
+        dim, heads: width and number of heads of the encoder (None where there is none).
+        tokens: visual tokens per image at the model's own resolution, if fixed.
+        extra: family-specific facts.
+    """
+
+    family: str
+    depth: dict[str, int]
+    signals: dict[str, frozenset[str]]
+    prefix: int = 0
+    has_cls: bool = False
+    dim: int | None = None
+    heads: int | None = None
+    tokens: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Site:
+    """One place of the model during one call. All tensors hold visual tokens only.
+
+    Attributes:
+        site, layer: where this is.
+        info: the model.
+        hidden: (B, N, C) hidden states of the visual tokens here (after the attention residual at
+            the ``middle`` of an encoder block, the block's output at its ``end``).
+        n, batch, device: sizes.
+        map: TokenMap from the tokens of the model's input to the tokens here.
+        size: (B, N) float32, how many input tokens each one stands for.
+        valid: (B, N) bool or None (all), False for padding.
+        grid: (height, width) of the model's input in tokens, or None.
+        memory: a dict of this method's own for this call, shared by all its stages.
+        training: whether the model is in training mode.
+        modules: the learned modules of this method, or None.
+        keys_of: (features (B, M, C) at the layer's input, their indices (B, M) in the model's input)
+            -> keys (B, H, M, D) of this layer, for tokens that did not go through it; or None.
+        notes: a dict that ends in ``trace.notes``.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: str,
+        layer: int,
+        info: ModelInfo,
+        hidden: Tensor,
+        map: TokenMap,
+        memory: dict[str, Any],
+        valid: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        qkv: Callable[[], QKV] | None = None,
+        scale: float | None = None,
+        prefix: int = 0,
+        key_bias: Tensor | None = None,
+        training: bool = False,
+        modules: torch.nn.Module | None = None,
+        keys_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+        notes: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.site = site
+        self.layer = layer
+        self.info = info
+        self.hidden = hidden
+        self.map = map
+        self.memory = memory
+        self.valid = valid
+        self.grid = grid
+        self.scale = scale
+        self.prefix = prefix
+        self.key_bias = key_bias
+        self.training = training
+        self.modules = modules
+        self.keys_of = keys_of
+        self.notes = {} if notes is None else notes
+        self.extra = extra or {}
+        self._make_qkv = qkv
+        self._qkv: QKV | None = None
+
+    @property
+    def n(self) -> int:
+        return self.hidden.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def size(self) -> Tensor:
+        return self.map.size
+
+    @property
+    def index(self) -> Tensor:
+        """(B, N) int64: index of each token in the model's input (its representative's, if merged)."""
+        return self.map.kept
+
+    # ---- attention of this layer ------------------------------------------------------------
+
+    @property
+    def qkv(self) -> QKV:
+        """q, k, v of the layer's attention, (B, H, prefix + N, D), after norms and rotary embedding."""
+        if self._qkv is None:
+            if self._make_qkv is None:
+                raise RuntimeError(f"site {self.site}[{self.layer}] shows no q, k, v")
+            self._qkv = self._make_qkv()
+        return self._qkv
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, H, N, D) keys of the visual tokens."""
+        return self.qkv[1][:, :, self.prefix :]
+
+    @property
+    def values(self) -> Tensor:
+        """(B, H, N, D) values of the visual tokens."""
+        return self.qkv[2][:, :, self.prefix :]
+
+    def attention_from(self, queries: Tensor) -> Tensor:
+        """Softmax rows of ``queries`` (B, H, R, D) over all keys: (B, H, R, prefix + N) float32."""
+        from vtr.kernels import attention_rows
+
+        bias, mask = self.key_bias, self.padding_bias
+        if mask is not None:
+            bias = mask if bias is None else bias + mask
+        return attention_rows(queries, self.qkv[1], scale=self.scale, bias=bias)
+
+    @property
+    def padding_bias(self) -> Tensor | None:
+        """(B, prefix + N) float32, -inf for padding, or None where there is none."""
+        if self.valid is None:
+            return None
+        mask = torch.zeros(self.batch, self.n, device=self.device).masked_fill(~self.valid, -float("inf"))
+        return torch.cat([mask.new_zeros(self.batch, self.prefix), mask], 1)
+
+    def cls_attention(self, per_head: bool = False) -> Tensor:
+        """Attention of the class token to the visual tokens, float32, (B, N) or (B, H, N).
+
+        The row is normalised over all keys, the class token's own included (EViT, section 3.1 of
+        arXiv 2202.07800); it is not normalised again. One row per head: O(N).
+        """
+        row = self.attention_from(self.qkv[0][:, :, :1])[:, :, 0, self.prefix :]
+        return row if per_head else row.mean(1)
+
+    def attention_received(self, chunk: int = 256) -> Tensor:
+        """Mean attention that each visual token receives from the visual tokens, (B, N) float32.
+
+        Exact; computed for ``chunk`` query rows at a time, so that memory stays O(N * chunk).
+        """
+        q = self.qkv[0][:, :, self.prefix :]
+        total = torch.zeros(self.batch, self.n, device=self.device)
+        number = (
+            torch.full((self.batch, 1), float(self.n), device=self.device)
+            if self.valid is None
+            else self.valid.sum(1, keepdim=True).float()
+        )
+        for start in range(0, self.n, chunk):
+            rows = self.attention_from(q[:, :, start : start + chunk])[..., self.prefix :].mean(1)
+            if self.valid is not None:
+                rows = rows * self.valid[:, start : start + chunk, None]
+            total = total + rows.sum(1)
+        return total / number.clamp(min=1)
+
+    def value_norm(self) -> Tensor:
+        """L2 norm of each token's value over the concatenated heads, (B, N) float32."""
+        return torch.linalg.vector_norm(self.values.float(), dim=(1, 3))
+
+    def key_mean(self) -> Tensor:
+        """Keys averaged over heads, (B, N, D): ToMe's metric (arXiv 2210.09461, section 3)."""
+        return self.keys.mean(1)

@@ -1,0 +1,67 @@
+"""What the last call of a wrapped model did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vtr.tokens import TokenMap
+
+
+@dataclass(eq=False)
+class StageRecord:
+    """One reduction.
+
+    Attributes:
+        site: ``encoder``, ``projector``, ``prompt``, ``decoder``, ``cache`` or ``block``.
+        layer: 0-based layer after (or inside) which the cut was made.
+        method: name of the method.
+        tokens_in, tokens_out: visual tokens before and after (per sample; the largest of the batch).
+        map: from the tokens before this stage to those after it.
+        total: from the tokens of the model's input to those after this stage.
+        grid: (height, width) or (frames, height, width) of the model's input in tokens, if known.
+    """
+
+    site: str
+    layer: int
+    method: str
+    tokens_in: int
+    tokens_out: int
+    map: TokenMap
+    total: TokenMap
+    grid: tuple[int, ...] | None = None
+
+
+@dataclass(eq=False)
+class Trace:
+    """Everything that happened in one call of a wrapped model.
+
+    Attributes:
+        stages: one record per reduction, in order.
+        tokens: per site and layer, the (visual) tokens that went through its first half (attention)
+            and its second half (MLP): ``tokens["encoder"][layer] == (before, after)``.
+        batch: samples in the call.
+    """
+
+    stages: list[StageRecord] = field(default_factory=list)
+    tokens: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    batch: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, site: str, layer: int, before: int, after: int) -> None:
+        self.tokens.setdefault(site, {})[layer] = (before, after)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(B, N_out) indices, in the model's input, of the tokens alive after the last stage."""
+        return self.stages[-1].total.kept if self.stages else None
+
+    def summary(self) -> str:
+        """One line per stage, as text."""
+        if not self.stages:
+            return "no reduction took place"
+        return "\n".join(
+            f"{s.site}[{s.layer}] {s.method}: {s.tokens_in} -> {s.tokens_out} tokens" for s in self.stages
+        )

@@ -1,0 +1,149 @@
+"""Self-attention as the adapters run it when a method looks inside or weighs the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+
+
+class Probe:
+    """Opens one attention call: carries the key bias in, and q, k, v out.
+
+    Attributes:
+        key_bias: (B, T) float32 added to the logits of each key (log sizes), or None.
+        policy: (B, T) key weights for training (see :func:`policy_attention`), or None.
+        qkv: the (B, H, T, D) tensors of the call, after norms and rotary embedding.
+        scale: the factor of the logits.
+    """
+
+    __slots__ = ("key_bias", "policy", "qkv", "scale")
+
+    def __init__(self, key_bias: Tensor | None = None, policy: Tensor | None = None) -> None:
+        self.key_bias = key_bias
+        self.policy = policy
+        self.qkv: tuple[Tensor, Tensor, Tensor] | None = None
+        self.scale: float | None = None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        is_causal: bool = False,
+        fused: bool = True,
+    ) -> Tensor:
+        """Attention output (B, H, T, D); remembers q, k, v."""
+        self.qkv = (q, k, v)
+        self.scale = scale
+        if self.policy is not None:
+            return policy_attention(q, k, v, self.policy, scale, mask)
+        if self.key_bias is None:
+            if fused:
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, is_causal=is_causal
+                )
+            return _eager(q, k, v, mask, dropout_p, scale, is_causal)
+        return biased_attention(q, k, v, self.key_bias, mask, dropout_p, scale, fused)
+
+
+def biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    fused: bool = True,
+) -> Tensor:
+    """softmax(scale q k^T + key_bias) v with key_bias (B, T) float32.
+
+    On CUDA without a mask the bias rides in extra head dimensions, because an additive mask would
+    rule out the flash kernels: q' = [q, 1, 1, 0...], k' = [k, hi, lo, 0...] with hi + lo =
+    key_bias / scale, split in two so that half precision keeps 16 bits of it. On the CPU the mask
+    costs nothing.
+    """
+    if q.is_cuda and mask is None and fused:
+        dim = q.shape[-1]
+        factor = dim**-0.5 if scale is None else scale
+        pad = 8 - (dim + 2) % 8 if (dim + 2) % 8 else 0
+        bias = (key_bias / factor)[:, None, :, None]
+        high = bias.to(k.dtype)
+        low = (bias - high.float()).to(k.dtype)
+        shape = (*k.shape[:-1], 1)
+        zeros = k.new_zeros(*k.shape[:-1], pad)
+        ones = q.new_ones(*q.shape[:-1], 2)
+        wide_q = torch.cat([q, ones, zeros], -1)
+        wide_k = torch.cat([k, high.expand(shape), low.expand(shape), zeros], -1)
+        wide_v = F.pad(v, (0, pad + 2))
+        out = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, dropout_p=dropout_p, scale=factor)
+        return out[..., :dim]
+    bias = key_bias[:, None, None, :].to(q.dtype)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -float("inf"))
+        bias = bias + mask
+    if fused:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale
+        )
+    return _eager(q, k, v, bias, dropout_p, scale, False)
+
+
+def policy_attention(
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float | None, mask: Tensor | None = None
+) -> Tensor:
+    """DynamicViT's masked softmax (arXiv 2106.02034, section 3.3), differentiable in the policy.
+
+    A_ij = exp(l_ij) G_ij / sum_k exp(l_ik) G_ik with G_ij = 1 for i = j, else policy_j in [0, 1]:
+    a token with policy 0 is no key for the others but still sees itself. Softmax in float32. Makes
+    the full map: for training.
+
+    Args:
+        q, k, v: (B, H, T, D).
+        policy: (B, T).
+    """
+    logits = (q @ k.transpose(-2, -1)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        logits = logits + (
+            torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -float("inf"))
+            if mask.dtype == torch.bool
+            else mask.float()
+        )
+    tokens = q.shape[2]
+    own = torch.eye(tokens, device=q.device)
+    gate = policy.float()[:, None, None, :] * (1 - own) + own
+    weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * gate
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return weights.to(v.dtype) @ v
+
+
+def _eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    is_causal: bool,
+) -> Tensor:
+    attention = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if is_causal:
+        attention = attention + attention.new_full(attention.shape[-2:], -float("inf")).triu(1)
+    elif mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -float("inf"))
+        attention = attention + mask
+    attention = attention.softmax(-1)
+    if dropout_p:
+        attention = F.dropout(attention, dropout_p)
+    return attention @ v

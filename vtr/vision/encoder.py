@@ -1,0 +1,411 @@
+"""How methods run inside any sequence-shaped vision encoder.
+
+A family's adapter gives one :class:`BlockRunner` per block; :class:`EncoderSession` puts a runner in
+place of each block's ``forward`` (on the instance, so that classes, parameters and ``state_dict``
+stay as they are), keeps the token map of the running call, and calls the methods at their stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtr.method import Reduction
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap, take
+from vtr.trace import StageRecord, Trace
+from vtr.vision.attention import Probe
+from vtr.wrapping import Bound, Entry, Wrapping
+
+ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
+
+
+class BlockRunner:
+    """Runs one block in two halves. Subclasses know one block class."""
+
+    #: whether the block can be cut between attention and MLP, and shows q, k, v
+    split = True
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
+        """x plus its attention branch; through ``probe`` where one is given."""
+        raise NotImplementedError
+
+    def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """x plus its MLP branch."""
+        raise NotImplementedError
+
+    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+        """The block's keyword arguments for the tokens that are left (positions, masks)."""
+        return kwargs
+
+    def keys_of(self, x: Tensor, index: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Keys (B, H, M, D) of features x (B, M, C) with positions ``index`` (B, M) in the input.
+
+        ``kwargs`` are the block's own, before narrowing.
+        """
+        raise NotImplementedError
+
+    def flops(self, before: int, after: int) -> int:
+        """FLOPs of one sample with ``before`` tokens in the attention and ``after`` in the MLP."""
+        raise NotImplementedError
+
+
+class WholeBlock(BlockRunner):
+    """A block that cannot be opened: its own forward, cuts at its end, hidden states only."""
+
+    split = False
+
+    def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
+        return type(self.block).forward(self.block, x, **kwargs)
+
+    def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return x
+
+    def flops(self, before: int, after: int) -> int:
+        return before * linear_flops(self.block)
+
+
+class Run:
+    """The state of one forward pass."""
+
+    def __init__(self, batch: int, tokens: int, prefix: int) -> None:
+        self.batch = batch
+        self.tokens = tokens
+        self.prefix = prefix
+        self.map: TokenMap | None = None
+        self.merged = False
+        self.policy: Tensor | None = None
+        self.memory: dict[int, dict[str, Any]] = {}
+        self.short: Tensor | None = None
+        self.base: Tensor | None = None
+        self._narrowed: tuple[Any, TokenMap | None, Any] | None = None
+
+    def narrowed(self, key: Any, make: Callable[[TokenMap], Any]) -> Any:
+        """``make(map)`` for an argument that all blocks share, computed once per map."""
+        if key is None or self.map is None:
+            return key
+        if self._narrowed is None or self._narrowed[0] is not key or self._narrowed[1] is not self.map:
+            self._narrowed = (key, self.map, make(self.map))
+        return self._narrowed[2]
+
+    def full(self, x: Tensor) -> Tensor:
+        """x at full length; tokens that are gone have the value they had when they went."""
+        if self.map is None:
+            return x
+        whole = self.map.with_prefix(self.prefix)
+        return whole.restore(x, "copy" if self.base is None else self.base)
+
+
+class EncoderSession:
+    """Runs the stages of all active methods inside the blocks of one encoder.
+
+    Args:
+        owner: the wrapping; its entries, info and trace are used.
+        runners: one per block, in order.
+        prefix: number of protected tokens in front.
+        grid: tokens -> (height, width) or None.
+    """
+
+    def __init__(
+        self,
+        owner: Wrapping,
+        runners: Sequence[BlockRunner],
+        prefix: int,
+        grid: Callable[[int], tuple[int, ...] | None],
+    ) -> None:
+        self.owner = owner
+        self.runners = list(runners)
+        self.prefix = prefix
+        self.grid = grid
+        self.run: Run | None = None
+        self.restoring = False
+        self.visits: dict[tuple[int, str], list[Entry]] = {}
+        self.probed: frozenset[int] = frozenset()
+        self.biased: frozenset[int] = frozenset()
+
+    def install(self) -> None:
+        """Plan the visits and put the runners in place."""
+        owner = self.owner
+        self.visits, self.run = {}, None
+        probed, biased = set(), set()
+        for entry, stage in owner.stages():
+            if stage.site != "encoder":
+                continue
+            runner = self.runners[stage.layer]
+            place = stage.place if runner.split else "end"
+            self.visits.setdefault((stage.layer, place), []).append(entry)
+            if entry.method.requirements(owner.info).get("encoder", frozenset()) - {"hidden"}:
+                probed.add(stage.layer)
+        for entry in owner.active:
+            biased |= entry.method.biased_layers(owner.info)
+        self.probed, self.biased = frozenset(probed), frozenset(biased)
+        for layer, runner in enumerate(self.runners):
+            owner.patch(runner.block, "forward", Bound(self, "forward", layer))
+
+    # ---- one block --------------------------------------------------------------------------
+
+    def forward(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        runner = self.runners[layer]
+        if args:
+            raise TypeError(f"vtr passes block arguments by name; got {len(args)} more by position")
+        run = self._begin(x) if layer == 0 else self.run
+        if run is None:
+            raise RuntimeError(
+                "a wrapped encoder was entered in the middle: call the model from its first block"
+            )
+        if run.short is not None:
+            x = run.short
+        self._expect(run, x, layer)
+        given, kwargs = kwargs, runner.narrow(kwargs, run)
+        probe = self._probe(run, layer)
+        x = runner.attend(x, probe, kwargs)
+        before = x.shape[1] - self.prefix
+        x = self._visit(run, layer, "middle", x, probe, given)
+        after = x.shape[1] - self.prefix
+        x = runner.feed(x, kwargs)
+        x = self._visit(run, layer, "end", x, probe, given)
+        self.owner.trace.count("encoder", layer, before, after)
+        if layer == len(self.runners) - 1:
+            run.memory.clear()
+        if self.restoring and run.map is not None:
+            run.short = None if layer == len(self.runners) - 1 else x
+            return run.full(x)
+        return x
+
+    def _begin(self, x: Tensor) -> Run:
+        if x.dim() != 3:
+            raise TypeError(f"expected a (batch, tokens, channels) sequence, got {tuple(x.shape)}")
+        root = self.owner.root
+        if root.training and torch.is_grad_enabled() and getattr(root, "grad_checkpointing", False):
+            raise RuntimeError(
+                "gradient checkpointing cannot be used on a wrapped encoder (the second pass through a "
+                "block would have to know the first one's tokens): call "
+                "model.set_grad_checkpointing(False); a reduced sequence needs less memory already"
+            )
+        run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix)
+        if run.tokens < 1:
+            raise ValueError(f"the sequence has {x.shape[1]} tokens, {self.prefix} of them prefix")
+        self.run = run
+        self.owner.trace = Trace(batch=run.batch)
+        return run
+
+    def _expect(self, run: Run, x: Tensor, layer: int) -> None:
+        now = run.tokens if run.map is None else run.map.n_out
+        if x.shape[1] != now + self.prefix or x.shape[0] != run.batch:
+            raise RuntimeError(
+                f"block {layer} got a sequence of shape {tuple(x.shape)}, expected "
+                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks?"
+            )
+
+    def _probe(self, run: Run, layer: int) -> Probe | None:
+        padded = run.map is not None and run.map.padded
+        if not self.runners[layer].split:
+            if padded:
+                raise ValueError(
+                    f"block {layer} cannot mask padding: samples of this batch have different numbers "
+                    "of tokens; use a fixed budget, or batch size 1"
+                )
+            return None
+        bias = policy = None
+        if run.map is not None and padded:  # padding has size 0, so that its bias is -inf
+            sizes = run.map.with_prefix(self.prefix).size
+            bias = (sizes if layer in self.biased and run.merged else sizes.clamp(max=1)).log()
+        elif run.map is not None and layer in self.biased and run.merged:
+            bias = run.map.with_prefix(self.prefix).size.log()
+        if run.policy is not None:
+            ones = run.policy.new_ones(run.batch, self.prefix)
+            policy = torch.cat([ones, run.policy], 1)
+        if bias is None and policy is None and layer not in self.probed:
+            return None
+        return Probe(bias, policy)
+
+    # ---- one stage --------------------------------------------------------------------------
+
+    def _visit(
+        self,
+        run: Run,
+        layer: int,
+        place: str,
+        x: Tensor,
+        probe: Probe | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        for entry in self.visits.get((layer, place), ()):
+            site = self._site(run, entry, layer, x, probe, kwargs)
+            reduction = entry.method.reduce(site)
+            if reduction is not None:
+                x = self._commit(run, entry, layer, x, reduction)
+        return x
+
+    def _site(
+        self,
+        run: Run,
+        entry: Entry,
+        layer: int,
+        x: Tensor,
+        probe: Probe | None,
+        kwargs: dict[str, Any],
+    ) -> Site:
+        hidden = x[:, self.prefix :]
+        now = run.map
+        if now is None:
+            now = TokenMap.identity(run.batch, run.tokens, x.device)
+
+        def qkv() -> tuple[Tensor, Tensor, Tensor]:
+            if probe is None or probe.qkv is None or probe.qkv[1].shape[2] != x.shape[1]:
+                raise RuntimeError(
+                    f"{entry.method.name} looks at the attention of block {layer}, which another "
+                    "method has shortened before: give them different layers"
+                )
+            return probe.qkv
+
+        return Site(
+            site="encoder",
+            layer=layer,
+            info=self.owner.info,
+            hidden=hidden,
+            map=now,
+            memory=run.memory.setdefault(self.owner.entries.index(entry), {}),
+            valid=now.valid if now.padded else None,
+            grid=self.grid(run.tokens),
+            qkv=qkv,
+            scale=None if probe is None else probe.scale,
+            prefix=self.prefix,
+            key_bias=None if probe is None else probe.key_bias,
+            training=self.owner.root.training,
+            modules=entry.modules_like(x),
+            keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
+            notes=self.owner.trace.notes,
+        )
+
+    def _commit(self, run: Run, entry: Entry, layer: int, x: Tensor, reduction: Reduction) -> Tensor:
+        p = self.prefix
+        if reduction.map is None:  # nothing moves: new values, or a policy for training
+            run.policy = reduction.policy
+            return x if reduction.tokens is None else torch.cat([x[:, :p], reduction.tokens], 1)
+        step = reduction.map
+        if self.restoring:
+            run.base = run.full(x)
+        before = x.shape[1] - p
+        whole = step.with_prefix(p)
+        if reduction.tokens is not None:
+            x = torch.cat([x[:, :p], reduction.tokens.to(x.dtype)], 1)
+        elif reduction.weights is None:
+            x = whole.gather(x)
+        else:
+            ones = reduction.weights.new_ones(run.batch, p)
+            x = whole.merge(x, torch.cat([ones, reduction.weights], 1), reduction.normalize)
+        run.map = step if reduction.absolute or run.map is None else run.map.then(step)
+        run.merged = run.merged or entry.method.size_weighted
+        if x.shape[1] - p != run.map.n_out:
+            raise RuntimeError(f"{entry.method.name} returned {x.shape[1] - p} tokens for {run.map!r}")
+        self.owner.trace.stages.append(
+            StageRecord(
+                "encoder",
+                layer,
+                entry.method.name,
+                before,
+                run.map.n_out,
+                step,
+                run.map,
+                self.grid(run.tokens),
+            )
+        )
+        return x
+
+    # ---- after the blocks -------------------------------------------------------------------
+
+    def pool_sizes(self, x: Tensor) -> Tensor | None:
+        """(B, N) sizes by which the pooling must weigh the visual tokens of x, or None."""
+        run = self.run
+        if run is None or run.map is None or x.shape[1] != run.map.n_out + self.prefix:
+            return None  # nothing happened, or a restored sequence, which is pooled as it is
+        if run.merged:
+            return run.map.size
+        return run.map.size.clamp(max=1) if run.map.padded else None
+
+    def flops(self) -> tuple[int, int]:
+        """Dense and reduced FLOPs of the blocks for the last call, per sample."""
+        counted = self.owner.trace.tokens.get("encoder", {})
+        tokens = 0 if self.run is None else self.run.tokens
+        dense = reduced = 0
+        for layer, runner in enumerate(self.runners):
+            before, after = counted.get(layer, (tokens, tokens))
+            dense += runner.flops(tokens + self.prefix, tokens + self.prefix)
+            reduced += runner.flops(before + self.prefix, after + self.prefix)
+        return dense, reduced
+
+
+def encoder_info(
+    family: str,
+    runners: Sequence[BlockRunner],
+    *,
+    prefix: int,
+    has_cls: bool,
+    dim: int | None,
+    heads: int | None,
+    tokens: int | None,
+) -> ModelInfo:
+    """The facts of an encoder; its signals are those that every block shows."""
+    signals = frozenset({"hidden"})
+    if all(r.split for r in runners):
+        signals |= ATTENTION_SIGNALS
+        if all(type(r).keys_of is not BlockRunner.keys_of for r in runners):
+            signals |= {"keys_of"}
+        if has_cls:
+            signals |= {"cls_attention"}
+    return ModelInfo(
+        family=family,
+        depth={"encoder": len(runners)},
+        signals={"encoder": signals},
+        prefix=prefix,
+        has_cls=has_cls,
+        dim=dim,
+        heads=heads,
+        tokens=tokens,
+    )
+
+
+def narrow_rope(rope: Tensor, kept: Tensor) -> Tensor:
+    """Rotary rows of the tokens ``kept`` (B, N'): (N, D), (H, N, D) or (B, H, N, D) rows give
+    (B, 1 or H, N', D). A merged token rotates by its representative's position."""
+    kept = kept.clamp(min=0)
+    if rope.dim() == 2:
+        return rope[kept][:, None]
+    if rope.dim() == 3:
+        return rope[:, kept].transpose(0, 1)
+    return take(rope.transpose(1, 2).expand(kept.shape[0], -1, -1, -1), kept).transpose(1, 2)
+
+
+def narrow_bias(bias: Tensor, now: TokenMap, prefix: int) -> Tensor:
+    """Rows and columns of the kept tokens of a (B or 1, H, T or 1, T) bias or mask."""
+    kept = now.with_prefix(prefix).kept.clamp(min=0)
+    while bias.dim() < 4:
+        bias = bias[None]
+    batch, heads, rows, columns = kept.shape[0], *bias.shape[1:]
+    bias = bias.expand(batch, heads, rows, columns)
+    if rows == columns:
+        index = kept[:, None, :, None].expand(batch, heads, kept.shape[1], columns)
+        bias = bias.gather(2, index)
+    index = kept[:, None, None, :].expand(batch, heads, bias.shape[2], kept.shape[1])
+    return bias.gather(3, index)
+
+
+def linear_flops(module: nn.Module) -> int:
+    """FLOPs per token of all linear layers inside a module (two per multiply-add)."""
+    return sum(
+        2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear)
+    )
+
+
+def square_grid(tokens: int) -> tuple[int, int] | None:
+    side = round(tokens**0.5)
+    return (side, side) if side * side == tokens else None
+
+

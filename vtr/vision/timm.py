@@ -1,0 +1,346 @@
+"""timm: VisionTransformer (ViT, DeiT, DINOv2, CLIP, SigLIP, registers), Eva (EVA-02, DINOv3, rope
+ViTs, PE), Beit, VisionTransformerRelPos and NaFlexVit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import beit, eva, naflexvit, vision_transformer, vision_transformer_relpos
+from torch import Tensor, nn
+
+from vtr.errors import UnsupportedMethodError, UnsupportedModelError
+from vtr.vision.attention import Probe
+from vtr.vision.encoder import (
+    BlockRunner,
+    EncoderSession,
+    Run,
+    WholeBlock,
+    encoder_info,
+    linear_flops,
+    narrow_bias,
+    narrow_rope,
+    square_grid,
+)
+from vtr.wrapping import Bound, Wrapping
+
+FAMILIES = (
+    "timm VisionTransformer",
+    "timm Eva",
+    "timm Beit",
+    "timm VisionTransformerRelPos",
+    "timm NaFlexVit",
+)
+
+_MODELS = (
+    vision_transformer.VisionTransformer,
+    eva.Eva,
+    beit.Beit,
+    vision_transformer_relpos.VisionTransformerRelPos,
+    naflexvit.NaFlexVit,
+)
+_POST_NORM = (
+    vision_transformer.ResPostBlock,
+    eva.EvaBlockPostNorm,
+    vision_transformer_relpos.ResPostRelPosBlock,
+)
+_BLOCKS = (
+    vision_transformer.Block,
+    eva.EvaBlock,
+    beit.Block,
+    vision_transformer_relpos.RelPosBlock,
+    *_POST_NORM,
+)
+_ATTENTIONS = (
+    vision_transformer.Attention,
+    eva.AttentionRope,
+    eva.EvaAttention,
+    beit.Attention,
+    vision_transformer_relpos.RelPosAttention,
+)
+_REFUSED = {
+    "SwinTransformer": "its windows need the full grid of tokens",
+    "SwinTransformerV2": "its windows need the full grid of tokens",
+    "Hiera": "its mask units pool a full hierarchy of grids",
+    "VisionTransformerSAM": "its blocks hold 2-D grids with windowed attention",
+    "Cait": "its class token enters only after the trunk and its talking heads mix attention maps",
+    "Xcit": "its local patch interaction is a convolution over the full grid",
+    "ConVit": "its positional attention is computed for the full grid",
+    "TNT": "it holds inner pixel tokens for every patch",
+    "VOLO": "its outlook attention needs the full grid",
+}
+
+
+class TimmBlock(BlockRunner):
+    """Every timm block of the form attention + MLP, pre-norm or post-norm, with any LayerScale."""
+
+    def __init__(self, block: nn.Module, prefix: int) -> None:
+        super().__init__(block)
+        self.prefix = prefix
+        self.post_norm = isinstance(block, _POST_NORM)
+
+    def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
+        block: Any = self.block
+        h = x if self.post_norm else block.norm1(x)
+        if probe is None and not kwargs.get("bias_gathered"):
+            plain = {k: v for k, v in kwargs.items() if k != "bias_gathered"}
+            y = block.attn(h, **plain)
+        else:
+            y = _open_attention(block.attn, h, probe or Probe(), kwargs)
+        if self.post_norm:
+            y = block.norm1(y)
+        return x + block.drop_path1(self._scaled(y, 1))
+
+    def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        block: Any = self.block
+        y = block.norm2(block.mlp(x)) if self.post_norm else block.mlp(block.norm2(x))
+        return x + block.drop_path2(self._scaled(y, 2))
+
+    def _scaled(self, y: Tensor, half: int) -> Tensor:
+        gamma = getattr(self.block, f"gamma_{half}", None)
+        if gamma is not None:
+            return gamma * y
+        scale = getattr(self.block, f"ls{half}", None)
+        return y if scale is None else scale(y)
+
+    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+        if run.map is None:
+            return kwargs
+        kwargs = dict(kwargs)
+        if kwargs.get("rope") is not None:
+            kwargs["rope"] = run.narrowed(kwargs["rope"], lambda now: narrow_rope(kwargs["rope"], now.kept))
+        mask = kwargs.get("attn_mask")
+        if mask is not None:
+            kwargs["attn_mask"] = run.narrowed(mask, lambda now: narrow_bias(mask, now, self.prefix))
+        bias = _relative_bias(self.block.attn, kwargs)
+        if bias is not None:
+            kwargs["attn_mask"] = narrow_bias(bias, run.map, self.prefix)
+            kwargs["bias_gathered"] = True
+        return kwargs
+
+    def keys_of(self, x: Tensor, index: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        block: Any = self.block
+        h = x if self.post_norm else block.norm1(x)
+        rope = kwargs.get("rope")
+        if rope is not None:
+            rope = narrow_rope(rope, index)
+        return _qkv(block.attn, h, rope, prefix=0)[1]
+
+    def flops(self, before: int, after: int) -> int:
+        attn: Any = self.block.attn
+        width = getattr(attn, "attn_dim", None) or attn.proj.in_features
+        attention = before * linear_flops(attn) + 4 * before * before * width
+        return attention + after * linear_flops(self.block.mlp)
+
+
+def _relative_bias(attn: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The full (1, H, T, T) relative position bias of a BEiT or relpos attention, if it has one."""
+    if isinstance(attn, beit.Attention):
+        shared = kwargs.get("shared_rel_pos_bias")
+        if attn.relative_position_bias_table is None:
+            return shared
+        own = attn._get_rel_pos_bias()
+        return own if shared is None else own + shared
+    if isinstance(attn, vision_transformer_relpos.RelPosAttention):
+        if attn.rel_pos is not None:
+            return attn.rel_pos.get_bias()
+        return kwargs.get("shared_rel_pos")
+    return None
+
+
+def _qkv(attn: Any, x: Tensor, rope: Tensor | None, prefix: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, T, D) as the module's own forward makes them."""
+    batch, tokens, _ = x.shape
+    heads = attn.num_heads
+    if getattr(attn, "qkv", None) is not None:
+        if getattr(attn, "q_bias", None) is None:
+            qkv = attn.qkv(x)
+        else:
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            if attn.qkv_bias_separate:
+                qkv = attn.qkv(x) + bias
+            else:
+                qkv = F.linear(x, weight=attn.qkv.weight, bias=bias)
+        q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        kv_heads = getattr(attn, "num_kv_heads", heads)
+        q = attn.q_proj(x).reshape(batch, tokens, heads, -1).transpose(1, 2)
+        k = attn.k_proj(x).reshape(batch, tokens, kv_heads, -1).transpose(1, 2)
+        v = attn.v_proj(x).reshape(batch, tokens, kv_heads, -1).transpose(1, 2)
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        npt = attn.num_prefix_tokens if prefix is None else prefix
+        half = getattr(attn, "rotate_half", False)
+        rotate = eva.apply_rot_embed_cat
+        q = torch.cat([q[:, :, :npt], rotate(q[:, :, npt:], rope, half=half)], 2).type_as(v)
+        k = torch.cat([k[:, :, :npt], rotate(k[:, :, npt:], rope, half=half)], 2).type_as(v)
+    groups = getattr(attn, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return q, k, v
+
+
+def _open_attention(attn: Any, x: Tensor, probe: Probe, kwargs: dict[str, Any]) -> Tensor:
+    """The module's forward with its q, k, v shown and its keys weighed."""
+    gate_layer = getattr(attn, "gate", None)
+    gate = None if gate_layer is None else gate_layer(x).sigmoid()
+    q, k, v = _qkv(attn, x, kwargs.get("rope"))
+    mask = kwargs.get("attn_mask")
+    if not kwargs.get("bias_gathered"):
+        bias = _relative_bias(attn, kwargs)
+        mask = bias if mask is None else mask
+    out = probe.attend(
+        q,
+        k,
+        v,
+        mask=mask,
+        dropout_p=attn.attn_drop.p if attn.training else 0.0,
+        is_causal=kwargs.get("is_causal", False),
+        fused=attn.fused_attn,
+    )
+    out = out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
+    norm = getattr(attn, "norm", None)
+    if norm is not None:
+        out = norm(out)
+    if gate is not None:
+        out = out * gate
+    return attn.proj_drop(attn.proj(out))
+
+
+class TimmWrapping(Wrapping):
+    """A wrapped timm encoder.
+
+    Options:
+        output: ``"reduced"`` (the features have the tokens that are left) or ``"restored"`` (full
+            length: merged tokens are copied back, dropped ones have the value they had last).
+    """
+
+    options = {"output": "reduced"}
+
+    def __init__(self, model: Any) -> None:
+        prefix = int(getattr(model, "num_prefix_tokens", 0))
+        runners: list[BlockRunner] = [_runner(b, prefix) for b in model.blocks]
+        first = model.blocks[0]
+        info = encoder_info(
+            f"timm {type(model).__name__}",
+            runners,
+            prefix=prefix,
+            has_cls=getattr(model, "cls_token", None) is not None
+            or getattr(getattr(model, "embeds", None), "cls_token", None) is not None,
+            dim=getattr(model, "embed_dim", None),
+            heads=getattr(getattr(first, "attn", None), "num_heads", None),
+            tokens=getattr(getattr(model, "patch_embed", None), "num_patches", None),
+        )
+        super().__init__(model, info)
+        self.session = EncoderSession(self, runners, prefix, self.grid)
+
+    def grid(self, tokens: int) -> tuple[int, ...] | None:
+        size = getattr(getattr(self.root, "patch_embed", None), "grid_size", None)
+        if size is not None and size[0] * size[1] == tokens:
+            return tuple(size)
+        return square_grid(tokens)
+
+    def check(self, method: Any, options: dict[str, Any]) -> None:
+        if options.get("output", "reduced") not in ("reduced", "restored"):
+            raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
+        super().check(method, options)
+
+    def install(self) -> None:
+        model: Any = self.root
+        self.session.install()
+        self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
+        self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
+        name = "_pool" if isinstance(model, naflexvit.NaFlexVit) else "pool"
+        if hasattr(model, name):
+            self.patch(model, name, Bound(self, "pool"))
+        else:  # Beit and relpos pool inside forward_head
+            self.patch(model, "forward_head", Bound(self, "forward_head"))
+        if isinstance(model, naflexvit.NaFlexVit):
+            self.patch(model, "forward_features", Bound(self, "forward_naflex"))
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Intermediate features at full length: they are reshaped to grids by the model."""
+        before, self.session.restoring = self.session.restoring, True
+        try:
+            return type(self.root).forward_intermediates(self.root, *args, **kwargs)
+        finally:
+            self.session.restoring = before
+
+    def forward_naflex(self, *args: Any, **kwargs: Any) -> Any:
+        valid = kwargs.get("patch_valid")
+        if (valid is not None and not bool(valid.all())) or kwargs.get("attn_mask") is not None:
+            raise UnsupportedMethodError(
+                "NaFlexVit with padded patches is not supported: pass images of one size per batch, "
+                "or patches without padding (patch_valid all True)"
+            )
+        if valid is not None:
+            kwargs = {**kwargs, "patch_valid": None}
+        return type(self.root).forward_features(self.root, *args, **kwargs)
+
+    def pool(self, x: Tensor, pool_type: str | None = None, **kwargs: Any) -> Tensor:
+        """The model's pooling with merged tokens weighed by their size."""
+        model: Any = self.root
+        sizes = self.session.pool_sizes(x)
+        kind = model.global_pool if pool_type is None else pool_type
+        if sizes is None or (model.attn_pool is None and kind not in ("avg", "avgmax")):
+            original = type(model)._pool if hasattr(type(model), "_pool") else type(model).pool
+            return original(model, x, pool_type, **kwargs)
+        include = getattr(model, "pool_include_prefix", False)
+        p = self.info.prefix
+        if include:
+            sizes = torch.cat([sizes.new_ones(x.shape[0], p), sizes], 1)
+        else:
+            x = x[:, p:]
+        if model.attn_pool is not None:
+            return model.attn_pool(x, attn_mask=sizes.log()[:, None, None, :].to(x.dtype))
+        mean = weighted_mean(x, sizes)
+        return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Beit's and relpos' head, whose mean over tokens stands inside ``forward_head``."""
+        model: Any = self.root
+        sizes = self.session.pool_sizes(x)
+        pooled = getattr(model, "global_pool", None)
+        if sizes is None or pooled != "avg":
+            return type(model).forward_head(model, x, pre_logits)
+        # A token whose value is the weighted mean makes the plain mean of the head right.
+        mean = weighted_mean(x[:, self.info.prefix :], sizes)
+        short = torch.cat([x[:, : self.info.prefix], mean[:, None]], 1)
+        return type(model).forward_head(model, short, pre_logits)
+
+    def costs(self) -> dict[str, Any] | None:
+        return {"encoder": self.session.flops()} if self.trace.tokens else None
+
+
+def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
+    """Mean of x (B, N, C) over tokens, each counted ``sizes`` (B, N) times; summed in float32."""
+    weights = (sizes / sizes.sum(1, keepdim=True))[..., None]
+    return (x.float() * weights).sum(1).to(x.dtype) if x.dtype != torch.float64 else (x * weights).sum(1)
+
+
+def _runner(block: nn.Module, prefix: int) -> BlockRunner:
+    if type(block) in _BLOCKS and type(getattr(block, "attn", None)) in _ATTENTIONS:
+        return TimmBlock(block, prefix)
+    return WholeBlock(block)
+
+
+def locate(target: Any) -> nn.Module | None:
+    """The timm encoder in ``target`` (a model, or a ``features_only`` wrapper of one)."""
+    model = target
+    if type(target).__name__ == "FeatureGetterNet":
+        model = target.model
+    if isinstance(model, _MODELS):
+        return model
+    for cls in type(model).__mro__:
+        if cls.__module__.startswith("timm.") and cls.__name__ in _REFUSED:
+            raise UnsupportedModelError(
+                f"timm {cls.__name__} is not supported: {_REFUSED[cls.__name__]}. Supported: "
+                f"{', '.join(FAMILIES)}"
+            )
+    return None
+
+
+def wrap(root: Any) -> TimmWrapping:
+    return TimmWrapping(root)

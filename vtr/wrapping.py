@@ -1,0 +1,169 @@
+"""The life of a wrapped model: which methods are on, when patches are set, and how they come off.
+
+All methods applied to one model share one :class:`Wrapping`, which lives in the model's ``__dict__``
+(so that ``copy.deepcopy`` copies it together with the model, and ``state_dict`` never sees it).
+Patches exist exactly while at least one method is active. An adapter subclasses it and says how to
+set the patches; it sets them only through :meth:`patch` and :meth:`hook`, so that they always come off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from vtr.method import Method, Stage
+from vtr.signals import ModelInfo
+from vtr.trace import Trace
+
+ATTRIBUTE = "_vtr_wrapping"
+_ABSENT = object()
+
+
+class Entry:
+    """One applied method."""
+
+    def __init__(self, method: Method, options: dict[str, Any], modules: nn.Module | None) -> None:
+        self.method = method
+        self.options = options
+        self.modules = modules
+        self.paused = False
+
+    def modules_like(self, x: torch.Tensor) -> nn.Module | None:
+        """The learned modules on the device of ``x`` (they follow the model lazily)."""
+        if self.modules is not None:
+            first = next(self.modules.parameters(), None)
+            if first is not None and first.device != x.device:
+                self.modules.to(x.device)
+        return self.modules
+
+
+class Wrapping:
+    """Base of the adapters' wrappings.
+
+    Attributes:
+        root: the module that is patched.
+        info: what methods may know of it.
+        entries: the applied methods, in order of application.
+        trace: what the last call did.
+    """
+
+    #: options of ``apply`` that this adapter knows, with their defaults
+    options: dict[str, Any] = {}
+
+    def __init__(self, root: nn.Module, info: ModelInfo) -> None:
+        self.root = root
+        self.info = info
+        self.entries: list[Entry] = []
+        self.trace = Trace()
+        self._patched: list[tuple[Any, str, Any]] = []
+        self._hooks: list[RemovableHandle] = []
+
+    # ---- for subclasses ---------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Set the patches for :attr:`active` entries."""
+        raise NotImplementedError
+
+    def check(self, method: Method, options: dict[str, Any]) -> None:
+        """Raise where the method cannot work on this model. Extend it for adapter-specific limits."""
+        method.check(self.info)
+        method.stages(self.info)
+
+    def check_together(self, entries: Sequence[Entry]) -> None:
+        """Raise ``ValueError`` where a combination has no meaning."""
+        seen: dict[tuple[str, int], Entry] = {}
+        for entry in entries:
+            for stage in dict.fromkeys(entry.method.stages(self.info)):
+                key = (stage.site, stage.layer)
+                other = seen.setdefault(key, entry)
+                if other is not entry and entry.method.cuts_at(stage) and other.method.cuts_at(stage):
+                    raise ValueError(
+                        f"{other.method.name} and {entry.method.name} both reduce at "
+                        f"{stage.site}[{stage.layer}]: give them different layers"
+                    )
+
+    def patch(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute; :meth:`uninstall` puts back what was there."""
+        self._patched.append((owner, name, owner.__dict__.get(name, _ABSENT)))
+        owner.__dict__[name] = value
+
+    def hook(self, handle: RemovableHandle) -> None:
+        """Remember a hook for :meth:`uninstall`."""
+        self._hooks.append(handle)
+
+    # ---- life -------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> list[Entry]:
+        return [e for e in self.entries if not e.paused]
+
+    def stages(self) -> list[tuple[Entry, Stage]]:
+        """Every visit of every active method."""
+        return [(e, s) for e in self.active for s in e.method.stages(self.info)]
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Apply more methods; nothing changes where they are refused."""
+        for entry in entries:
+            self.check(entry.method, entry.options)
+        self.check_together([*self.active, *entries])
+        self.entries.extend(entries)
+        self.refresh()
+
+    def drop(self, entries: Sequence[Entry]) -> None:
+        """Take methods off; the last one takes the wrapping with it."""
+        self.entries = [e for e in self.entries if e not in entries]
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.uninstall()
+        if self.active:
+            try:
+                self.install()
+            except BaseException:
+                self.uninstall()
+                raise
+        if self.entries:
+            self.root.__dict__[ATTRIBUTE] = self
+        else:
+            self.root.__dict__.pop(ATTRIBUTE, None)
+
+    def uninstall(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        for owner, name, before in reversed(self._patched):
+            if before is _ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = before
+        self._hooks, self._patched = [], []
+
+    def costs(self) -> dict[str, Any] | None:
+        """Dense and reduced FLOPs of the last call, per site; None where nothing was counted."""
+        return None
+
+
+class Bound:
+    """A callable that survives ``copy.deepcopy``: ``owner.method(*bound, *args, **kwargs)``.
+
+    Closures are copied by reference, so that the copy of a wrapped model would call into the
+    original; an instance is copied together with the owner it points to.
+    """
+
+    def __init__(self, owner: Any, method: str, *bound: Any) -> None:
+        self.owner = owner
+        self.method = method
+        self.bound = bound
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        function: Callable[..., Any] = getattr(self.owner, self.method)
+        return function(*self.bound, *args, **kwargs)
+
+
+def wrapping_of(root: Any) -> Wrapping | None:
+    """The wrapping that a module carries."""
+    found = getattr(root, "__dict__", {}).get(ATTRIBUTE)
+    return found if isinstance(found, Wrapping) else None
