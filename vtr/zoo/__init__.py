@@ -1,0 +1,139 @@
+"""Small trained models that ship with the package, with their data and recipes.
+
+>>> import vtr.zoo
+>>> model = vtr.zoo.load("digits-vit")  # doctest: +SKIP
+>>> images, labels = vtr.zoo.samples("digits-vit", n=8, seed=0)  # doctest: +SKIP
+
+They are real architectures of real libraries, trained on digits drawn over photographs
+(:mod:`vtr.zoo.data`), and they are small: they show what a method does, not what it would do to a
+model of a billion parameters. Every model has a card, ``vtr/zoo/cards/NAME.md``, that says how it
+was trained and what it scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import Tensor
+
+__all__ = ["ModelInfo", "card", "load", "models", "samples"]
+
+_NAMES = ("digits-vit",)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One built-in model.
+
+    Attributes:
+        name: what :func:`load` takes.
+        task: what it does, in a few words.
+        architecture: the class and its size.
+        accuracy: of the dense model on held-out data, in [0, 1], as the card states it.
+        bytes: size of the packaged weights.
+    """
+
+    name: str
+    task: str
+    architecture: str
+    accuracy: float
+    bytes: int
+
+
+def _check(name: str) -> None:
+    if name not in _NAMES:
+        raise ValueError(f"there is no built-in model {name!r}; there are: {', '.join(_NAMES)}")
+
+
+def _read(folder: str, name: str, suffix: str) -> bytes:
+    return resources.files("vtr.zoo").joinpath(folder, name + suffix).read_bytes()
+
+
+def card(name: str) -> str:
+    """The model card, Markdown with a header of ``key: value`` lines.
+
+    Raises:
+        ValueError: there is no model of this name.
+    """
+    _check(name)
+    return _read("cards", name, ".md").decode()
+
+
+def models() -> list[ModelInfo]:
+    """All built-in models with what their cards state. Imports neither torch nor timm."""
+    listed = []
+    for name in _NAMES:
+        header = card(name).split("---\n")[1]
+        fields = dict(line.split(": ", 1) for line in header.splitlines())
+        weights = _read("weights", name, ".safetensors")
+        listed.append(
+            ModelInfo(
+                name=name,
+                task=fields["task"],
+                architecture=fields["architecture"],
+                accuracy=float(fields["accuracy"]),
+                bytes=len(weights),
+            )
+        )
+    return listed
+
+
+def load(name: str, dtype: torch.dtype | None = None) -> VisionTransformer:
+    """A built-in model with its trained weights, in eval mode, on the CPU.
+
+    Args:
+        name: one of the names of :func:`models`.
+        dtype: of the parameters; None for float32. The weights are stored in bfloat16.
+
+    Raises:
+        ValueError: there is no model of this name, or ``dtype`` is not a floating-point type.
+        ImportError: timm is not installed.
+    """
+    import torch
+    from safetensors.torch import load as parse
+
+    from vtr.zoo import vit
+
+    _check(name)
+    dtype = torch.float32 if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as torch.float32, got {dtype}")
+    # The random start is overwritten at once; it must not move the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        model = vit.build()
+    model.load_state_dict(parse(_read("weights", name, ".safetensors")))
+    return model.to(dtype).eval()
+
+
+def samples(name: str, n: int, seed: int = 0, split: str = "heldout") -> tuple[Tensor, Tensor]:
+    """Inputs that a built-in model understands, with the right answers.
+
+    Args:
+        name: one of the names of :func:`models`.
+        n: how many.
+        seed: the same seed gives the same samples.
+        split: ``"heldout"`` draws from digits that training never showed, ``"train"`` from the
+            others.
+
+    Returns:
+        images ``(n, 3, 96, 96)`` float32, normalised, and labels ``(n,)`` int64. For
+        ``"digits-vit"``, :func:`vtr.zoo.data.digits` gives the place of the digit as well.
+
+    Raises:
+        ValueError: there is no model of this name, or ``n`` or ``split`` is out of range.
+        ImportError: scikit-learn is not installed.
+    """
+    import torch
+
+    from vtr.zoo import data
+
+    _check(name)
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
+    batch = data.digits(n, torch.Generator().manual_seed(seed), split)  # type: ignore[arg-type]
+    return batch.images, batch.labels
