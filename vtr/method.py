@@ -111,6 +111,10 @@ class Method:
         """Make the modules of a method that learns; the handle owns them, the model does not."""
         return None
 
+    def overhead(self, modules: nn.Module, tokens: int) -> int:
+        """FLOPs of the method's own ``modules`` for a sample of ``tokens`` visual tokens."""
+        return 0
+
     def check(self, info: ModelInfo) -> None:
         """Raise :class:`UnsupportedMethodError` where the model lacks a site or a signal."""
         for site, wanted in self.requirements(info).items():

@@ -105,6 +105,12 @@ class ToFe(Method):
             modules.load(self.weights)
         return modules
 
+    def overhead(self, modules: nn.Module, tokens: int) -> int:
+        """Every predictor sees all tokens; every approximator is counted for all (at most that)."""
+        return tokens * sum(
+            2 * m.in_features * m.out_features for m in modules.modules() if isinstance(m, nn.Linear)
+        )
+
     def reduce(self, site: Site) -> Reduction | None:
         layers = self._layers(site.info)
         last = site.layer == site.info.depth["encoder"] - 1

@@ -339,6 +339,9 @@ class EncoderSession:
             before, after = counted.get(layer, (tokens, tokens))
             dense += runner.flops(tokens + self.prefix, tokens + self.prefix)
             reduced += runner.flops(before + self.prefix, after + self.prefix)
+        for entry in self.owner.active:
+            if entry.modules is not None:
+                reduced += entry.method.overhead(entry.modules, tokens)
         return dense, reduced
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor
 
-__all__ = ["ModelInfo", "card", "load", "models", "samples"]
+__all__ = ["ModelInfo", "card", "load", "models", "samples", "weights_path"]
 
 _NAMES = ("digits-vit",)
 
@@ -52,6 +53,22 @@ def _check(name: str) -> None:
 
 def _read(folder: str, name: str, suffix: str) -> bytes:
     return resources.files("vtr.zoo").joinpath(folder, name + suffix).read_bytes()
+
+
+def weights_path(name: str) -> Path:
+    """A safetensors file: one of the package's by its name (``"digits-tofe"``), or any by its path.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = Path(str(resources.files("vtr.zoo").joinpath("weights")))
+    packaged = folder / f"{name}.safetensors"
+    if packaged.is_file():
+        return packaged
+    if name.endswith(".safetensors") and Path(name).is_file():
+        return Path(name)
+    built_in = ", ".join(sorted(f.stem for f in folder.glob("*.safetensors"))) or "none"
+    raise ValueError(f"no safetensors file at {name!r}, and no built-in one (there are: {built_in})")
 
 
 def card(name: str) -> str:

@@ -1,0 +1,1 @@
+"""Losses and loops for the methods that learn."""
