@@ -12,7 +12,8 @@ What makes it fit in that time:
 - More heads that are thrown away at the end: one reads the class of the digit, or "background",
   off every patch; two read the class off the CLS token after the second and the third block. The
   latter are why the CLS token looks at the digit that early: with half of the batches thinned by
-  chance and without those heads, a trial run looked for it one or two blocks later.
+  chance and without those heads, a trial run looked for it a block later. They stop at half time,
+  or the CLS token would learn to know the whole answer by then and need no patches afterwards.
 
 The learning rate and the kinds of batch follow the step number, never the clock, and a batch is a
 function of the seed and the step number: a run can be stopped and resumed without a trace.
@@ -55,6 +56,7 @@ class Recipe:
         auxiliary: weight of the per-patch loss.
         early: blocks, from 0, after which the CLS token is read off too.
         early_weight: weight of the loss of each of these readings.
+        early_share: share of the steps, from the first on, that have them.
         ema: decay of the averaged weights, which are the ones kept.
     """
 
@@ -64,13 +66,14 @@ class Recipe:
     learning_rate: float = 1.2e-3
     warmup: int = 100
     weight_decay: float = 0.03
-    dropping: float = 0.8
+    dropping: float = 0.9
     biased_keep: int = 40
     uniform_keep: tuple[int, int] = (36, 144)
     label_smoothing: float = 0.05
     auxiliary: float = 0.5
     early: tuple[int, ...] = (1, 2)
     early_weight: float = 0.4
+    early_share: float = 0.5
     clip: float = 1.0
     ema: float = 0.997
 
@@ -164,19 +167,23 @@ class Trainer:
         patch_labels = torch.where(ink > 0.06, labels[:, None], _IGNORE)
         patch_labels = patch_labels.masked_fill(ink < 0.01, BACKGROUND)
 
+        reads_early = self.position < recipe.early_share * recipe.steps
+        early = recipe.early if reads_early else ()
+        heads = self.early_heads if reads_early else ()
+
         self.model.train()
         with torch.autocast("cpu", torch.bfloat16):
-            tokens, seen = vit.features(self.model, images, kept, recipe.early)
+            tokens, seen = vit.features(self.model, images, kept, early)
             logits = self.model.head(tokens[:, 0])
             patch_logits = self.patch_head(tokens[:, 1:])
-            early_logits = [head(cls) for head, cls in zip(self.early_heads, seen, strict=True)]
+            early_logits = [head(cls) for head, cls in zip(heads, seen, strict=True)]
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         patch_loss = F.cross_entropy(patch_logits.float().flatten(0, 1), patch_labels.flatten())
         total = loss + recipe.auxiliary * patch_loss
-        for early in early_logits:
+        for reading in early_logits:
             total = total + recipe.early_weight * F.cross_entropy(
-                early.float(), labels, label_smoothing=recipe.label_smoothing
+                reading.float(), labels, label_smoothing=recipe.label_smoothing
             )
 
         for group in self.optimizer.param_groups:
