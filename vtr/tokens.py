@@ -111,18 +111,18 @@ class TokenMap:
             weights: (B, N_in), how much each token counts; 1 where absent. Gradients flow into it.
             normalize: weighted mean (True) or weighted sum (False).
 
-        Half-precision inputs are summed in float32 and rounded once.
+        Half-precision inputs are summed in float32 and rounded once; float64 stays float64.
         """
         self._check(x, self.n_in, "merge")
         batch, n_in, n_out = x.shape[0], self.n_in, self.n_out
-        w = torch.ones_like(self.source, dtype=torch.float32) if weights is None else weights
-        w = w.float()
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        w = torch.ones_like(self.source, dtype=wide.dtype) if weights is None else weights
+        w = w.to(wide.dtype)
         if normalize:
             total = _scatter_sum(w, self.source, n_out)
-            w = w / take(total, self.source.clamp(min=0)).clamp_min(torch.finfo(torch.float32).tiny)
+            w = w / take(total, self.source.clamp(min=0)).clamp_min(torch.finfo(w.dtype).tiny)
         kept = self.kept.clamp(min=0) if self.padded else self.kept
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        out = take(wide, kept) * take(w, kept)[..., None].to(wide.dtype)
+        out = take(wide, kept) * take(w, kept)[..., None]
         if self.padded:
             out = _zero(out, ~self.valid)
         moved = n_in if self.padded else n_in - n_out
@@ -140,7 +140,7 @@ class TokenMap:
                 travel = torch.argsort(is_rep, dim=1, stable=True)[:, :moved]
                 live = take(self.source, travel) >= 0
             slot = take(self.source, travel).clamp(min=0)
-            part = take(wide, travel) * (take(w, travel) * live)[..., None].to(wide.dtype)
+            part = take(wide, travel) * (take(w, travel) * live)[..., None]
             row = torch.arange(batch, device=x.device)[:, None] * n_out + slot
             out = (
                 out.reshape(batch * n_out, -1)
