@@ -29,8 +29,8 @@ _PUBLIC = {
     "TokenMap": "vtr.tokens",
     "Trace": "vtr.trace",
     "Plan": "vtr.plan",
-    "profile": "vtr.profile",
-    "draw": "vtr.draw",
+    "profile": "vtr.profiling",
+    "draw": "vtr.drawing",
     "VtrError": "vtr.errors",
     "MissingDependencyError": "vtr.errors",
     "UnsupportedModelError": "vtr.errors",
@@ -47,7 +47,7 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from vtr.api import Handle, apply, handles, methods, supported
-    from vtr.draw import draw
+    from vtr.drawing import draw
     from vtr.errors import (
         MissingDependencyError,
         UnsupportedMethodError,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from vtr.methods.tofe import ToFe
     from vtr.methods.tome import ToMe
     from vtr.plan import Plan
-    from vtr.profile import profile
+    from vtr.profiling import profile
     from vtr.signals import ModelInfo, Site
     from vtr.tokens import TokenMap
     from vtr.trace import Trace

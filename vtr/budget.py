@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from numbers import Integral, Real
 
 import torch
@@ -106,7 +107,7 @@ def spread(
         if len(keep) != stages:
             raise ValueError(f"{name} has {len(keep)} entries for {stages} stages: give one per stage")
         out = tuple(count(k, n) for k in keep)
-        if any(b > a for a, b in zip(out, out[1:], strict=False)):
+        if any(b > a for a, b in pairwise(out)):
             raise ValueError(f"{name} must not grow from stage to stage, got {tuple(keep)!r}")
         return out
     return geometric(keep, stages, n)

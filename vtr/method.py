@@ -88,6 +88,15 @@ class Method:
     def validate(self) -> None:
         """Check (and normalise, with :meth:`_set`) the options; raise ``ValueError``."""
 
+    def __str__(self) -> str:
+        """The method with those options that differ from their defaults: ``EViT(keep=0.5)``."""
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.init and getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def _set(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)
 

@@ -35,7 +35,7 @@ class Report:
         if costs is None:
             raise RuntimeError("the model has not been called since vtr.apply; call it, then report()")
         return cls(
-            tuple(repr(e.method) for e in wrapping.active),
+            tuple(str(e.method) for e in wrapping.active),
             tuple(
                 {
                     "site": s.site,

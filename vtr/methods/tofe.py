@@ -140,8 +140,8 @@ class ToFe(Method):
             score = self._class_attention(site, buffer)
         k: int | Tensor
         if self.adaptive:
-            k = (score > 0.5).sum(1).clamp(min=1)
-            k = int(k) if k.numel() == 1 else k
+            chosen = (score > 0.5).sum(1).clamp(min=1)
+            k = int(chosen) if chosen.numel() == 1 else chosen
         else:
             k = count(self._keeps(len(layers))[stage], n)
         kept, padded = top_indices(score, k)
@@ -205,7 +205,7 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
         """x (B, N, C), active (B, N) in [0, 1] -> (B, N, 2) float32: chances to keep, to freeze."""
-        h = self.embed(x.to(self.embed[1].weight.dtype))
+        h = self.embed(x.to(next(self.parameters()).dtype))
         local, shared = h.chunk(2, -1)
         weight = active.to(h.dtype)[..., None]
         mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1e-6)

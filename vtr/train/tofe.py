@@ -109,7 +109,7 @@ class ToFeTrainer:
         if not method.trained:
             raise ValueError("method must be ToFe(trained=True): there is nothing to train otherwise")
         self.loss = loss or ToFeLoss()
-        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        self.teacher: Any = copy.deepcopy(model).eval().requires_grad_(False)
         self.model: Any = model
         self.handle = apply(model, method)
         modules = self.handle.modules[0]

@@ -133,7 +133,8 @@ class EncoderSession:
         """Plan the visits and put the runners in place."""
         owner = self.owner
         self.visits, self.run = {}, None
-        probed, biased = set(), set()
+        probed: set[int] = set()
+        biased: set[int] = set()
         for entry, stage in owner.stages():
             if stage.site != "encoder":
                 continue

@@ -131,7 +131,8 @@ class TimmBlock(BlockRunner):
         attn: Any = self.block.attn
         width = getattr(attn, "attn_dim", None) or attn.proj.in_features
         attention = before * linear_flops(attn) + 4 * before * before * width
-        return attention + after * linear_flops(self.block.mlp)
+        mlp: Any = self.block.mlp
+        return attention + after * linear_flops(mlp)
 
 
 def _relative_bias(attn: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -264,7 +265,8 @@ class TimmWrapping(Wrapping):
         """Intermediate features at full length: they are reshaped to grids by the model."""
         before, self.session.restoring = self.session.restoring, True
         try:
-            return type(self.root).forward_intermediates(self.root, *args, **kwargs)
+            model: Any = self.root
+            return type(model).forward_intermediates(model, *args, **kwargs)
         finally:
             self.session.restoring = before
 
@@ -277,7 +279,8 @@ class TimmWrapping(Wrapping):
             )
         if valid is not None:
             kwargs = {**kwargs, "patch_valid": None}
-        return type(self.root).forward_features(self.root, *args, **kwargs)
+        model: Any = self.root
+        return type(model).forward_features(model, *args, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None, **kwargs: Any) -> Tensor:
         """The model's pooling with merged tokens weighed by their size."""

@@ -1,0 +1,1 @@
+"""Measuring what a method costs in accuracy: the built-in benchmarks."""

@@ -1,0 +1,212 @@
+"""The built-in ViT on held-out digits, dense and with every method: accuracy against cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import vtr
+from vtr.flops import count_flops
+from vtr.method import Method
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TOFE_WEIGHTS = "digits-tofe"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One configuration on the held-out digits.
+
+    Attributes:
+        method: as text; ``dense`` for the bare model.
+        accuracy: share of right answers.
+        tokens: visual tokens in the last block's MLP.
+        flops: per image, counted on the operations that ran (patch embedding and head included).
+        speedup: dense time / this time, best of alternating passes.
+        seeds: how many seeds the accuracy is the mean of.
+    """
+
+    method: str
+    accuracy: float
+    tokens: int
+    flops: int
+    speedup: float
+    seeds: int = 1
+
+
+def demo_methods() -> list[Method]:
+    """The settings of the demo: about a third of the dense FLOPs."""
+    return [
+        vtr.Random(keep=0.12, layers=(1,)),
+        vtr.CLSAttention(keep=0.12, layers=(1,)),
+        vtr.EViT(keep=0.4, layers=(1, 2, 3)),
+        vtr.FlowCut(keep=0.12, end=2),
+        vtr.ToMe(r=(48, 32, 16, 8, 8)),
+        vtr.ToFe(keep=(0.2, 0.15, 0.1)),
+        vtr.ToFe(keep=(0.2, 0.12, 0.08), weights=TOFE_WEIGHTS),
+    ]
+
+
+def sweep_methods() -> dict[str, list[Method]]:
+    """Per method, settings from light to heavy, for the plot."""
+    shares = (0.75, 0.5, 0.25, 0.12, 0.06)
+    return {
+        "Random": [vtr.Random(keep=k, layers=(1,)) for k in shares],
+        "CLSAttention": [vtr.CLSAttention(keep=k, layers=(1,)) for k in shares],
+        "EViT": [vtr.EViT(keep=k, layers=(1, 2, 3)) for k in (0.9, 0.7, 0.5, 0.35, 0.25)],
+        "FlowCut": [vtr.FlowCut(keep=k, end=2) for k in shares],
+        "ToMe": [
+            vtr.ToMe(r=r)
+            for r in (
+                (16, 16, 16, 8, 8),
+                (32, 24, 16, 8, 8),
+                (48, 32, 16, 8, 8),
+                (64, 36, 18, 9, 4),
+                (72, 36, 18, 9, 4),
+            )
+        ],
+        "ToFe": [vtr.ToFe(keep=(k, k * 0.75, k * 0.5)) for k in (0.75, 0.5, 0.25, 0.15, 0.08)],
+        "ToFe (trained)": [
+            vtr.ToFe(keep=(k, k * 0.75, k * 0.5), weights=TOFE_WEIGHTS)
+            for k in (0.75, 0.5, 0.25, 0.15, 0.08)
+        ],
+    }
+
+
+def evaluate(
+    model: Any,
+    methods: Iterable[Method | None],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch: int = 100,
+    seeds: Sequence[int] = (0, 1, 2),
+    passes: int = 2,
+    progress: bool = False,
+) -> list[Result]:
+    """Accuracy, tokens, FLOPs and speed of a classifier with each method (None: dense), alternating.
+
+    Methods that draw random numbers are run with every seed, and their accuracies averaged.
+    """
+    chosen = [None, *(m for m in methods if m is not None)]
+    right: list[list[float]] = [[] for _ in chosen]
+    times = [float("inf")] * len(chosen)
+    facts: list[tuple[int, int]] = [(0, 0)] * len(chosen)
+    total = passes * len(chosen) + sum(len(seeds) - 1 for m in chosen if isinstance(m, vtr.Random))
+    with _bar(total, progress) as bar, torch.inference_mode():
+        for turn in range(passes):
+            for slot, method in enumerate(chosen):
+                runs = seeds if isinstance(method, vtr.Random) and turn == 0 else seeds[:1]
+                for seed in runs:
+                    torch.manual_seed(seed)
+                    with nullcontext() if method is None else vtr.apply(model, method) as handle:
+                        if turn == 0 and seed == seeds[0]:
+                            flops = count_flops(model, images[:1])
+                            tokens = model.patch_embed.num_patches
+                            if handle is not None:
+                                counts = handle.trace.tokens["encoder"]
+                                tokens = counts[max(counts)][1]
+                            facts[slot] = (tokens, flops)
+                        start = time.perf_counter()
+                        hits = sum(
+                            int((model(x).argmax(1) == y).sum())
+                            for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+                        )
+                        times[slot] = min(times[slot], time.perf_counter() - start)
+                    if turn == 0:
+                        right[slot].append(hits / len(labels))
+                    bar()
+    return [
+        Result(
+            "dense" if m is None else str(m),
+            sum(right[slot]) / len(right[slot]),
+            facts[slot][0],
+            facts[slot][1],
+            times[0] / times[slot],
+            len(right[slot]),
+        )
+        for slot, m in enumerate(chosen)
+    ]
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """A rich table of results, dense first."""
+    from rich.table import Table
+
+    out = Table(title=title)
+    for name in ("method", "accuracy", "tokens", "MFLOPs", "of dense", "speed-up"):
+        out.add_column(name, justify="left" if name == "method" else "right", no_wrap=name != "method")
+    for r in results:
+        out.add_row(
+            r.method,
+            f"{100 * r.accuracy:.1f} %",
+            str(r.tokens),
+            f"{r.flops / 1e6:.0f}",
+            f"{r.flops / results[0].flops:.2f}",
+            f"{r.speedup:.2f}",
+        )
+    return out
+
+
+def to_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [asdict(r) for r in results]
+
+
+def plot(sweep: dict[str, list[Result]], dense: Result, path: str) -> None:
+    """Accuracy against FLOPs, one line per method."""
+    from vtr.errors import missing
+
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise missing("matplotlib", "ui", "the plot") from error
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(100 * dense.accuracy, color="0.6", lw=1, ls="--", label="dense")
+    for name, results in sweep.items():
+        points = sorted((r.flops / dense.flops, 100 * r.accuracy) for r in results)
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.5, label=name)
+    axes.set(
+        xlabel="FLOPs, share of the dense model",
+        ylabel="accuracy on held-out digits (%)",
+        title="Built-in ViT: accuracy against cost",
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+class _bar:
+    """A progress bar that is called once per step, or nothing."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self.show = show
+        if show:
+            from rich.progress import Progress
+
+            self.progress = Progress(transient=True)
+            self.task = self.progress.add_task("held-out digits", total=total)
+
+    def __enter__(self) -> _bar:
+        if self.show:
+            self.progress.start()
+        return self
+
+    def __call__(self) -> None:
+        if self.show:
+            self.progress.advance(self.task)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.show:
+            self.progress.stop()
