@@ -23,7 +23,7 @@ _HOME = {
 }
 _MODULES = ("masks",)
 
-__all__ = [*_HOME, *_MODULES]
+__all__ = sorted([*_HOME, *_MODULES])
 
 if TYPE_CHECKING:
     from vtr.kernels import masks as masks

@@ -1,0 +1,301 @@
+"""Block-sparse attention: the public function, its checks, the dispatch and the custom operator."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vtr.kernels.blockmask import BlockMask
+
+BACKENDS = ("triton", "flex", "sdpa", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the Triton kernels are built for; flex and sdpa take any head dim.
+TRITON_DIMS = (64, 72, 96, 128)
+# Compiling FlexAttention takes half a minute, so on the CPU it must have much to gain: live
+# query-key pairs over all heads. On 2 cores this is about a second of work.
+_FLEX_PAIRS = 1 << 23
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    row_scale: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the keys that a block mask keeps; exact, any length, trainable.
+
+    ``out_i = row_scale_i * softmax_j(scale q_i . k_j) v_j`` over the keys j that ``mask`` keeps
+    for query i (the specification is :mod:`vtr.kernels.reference`). Differentiable in q, k, v,
+    row_scale and through the returned LSE.
+
+    Args:
+        q: (B, H, Sq, D) float32, bfloat16 or float16. On the CPU float64 as well.
+        k, v: (B, Hk, Sk, D), same dtype and device; H is a multiple of Hk (query head h reads
+            key head ``h // (H // Hk)``).
+        mask: :class:`BlockMask` of Sq x Sk tokens on the device of q, one pattern for all or one
+            per sample and head.
+        scale: factor of the scores, 1 / sqrt(D) when None.
+        row_scale: (B, H, Sq) float, multiplies each output row (Re-ttention's rho). Not the LSE.
+        return_lse: also return the natural log-sum-exp of each row's scaled scores.
+        backend: ``"triton"`` (GPU; head dims 64, 72, 96, 128; blocks of 16, 32, 64 or 128
+            tokens), ``"flex"`` (compiled FlexAttention), ``"sdpa"`` (gathers key blocks, needs no
+            compiler), ``"reference"`` (eager, the whole map in memory), or ``"auto"``: the fastest
+            that can do what is asked. Backends differ by rounding only.
+
+    Returns:
+        ``out`` (B, H, Sq, D) in the dtype of q, or ``(out, lse)`` with lse (B, H, Sq) float32
+        (float64 for float64). A query that sees no key has zeros and -inf.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or the mask's size do not fit together.
+        RuntimeError: the backend asked for cannot do it here; the message says what would.
+    """
+    _validate(q, k, v, mask, row_scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, row_scale)
+    )
+    name = _choose(q, mask, return_lse or grad, grad, backend)
+    if name == "reference":
+        from vtr.kernels.reference import block_sparse_attention_reference
+
+        out, lse = block_sparse_attention_reference(q, k, v, mask, scale=scale, row_scale=row_scale)
+        return (out, lse) if return_lse else out
+    # A row scale that learns is applied outside, where autograd sees it; else in the kernel.
+    outside = grad and row_scale is not None and row_scale.requires_grad
+    out, lse = torch.ops.vtr.block_sparse_attention(
+        q, k, v, None if outside else row_scale, mask.tensors(),
+        [mask.q_len, mask.k_len, *mask.block], scale, return_lse or grad, name,
+    )  # fmt: skip
+    if outside and row_scale is not None:
+        out = (out * row_scale.unsqueeze(-1)).to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def available_backends(device: torch.device | str) -> dict[str, str]:
+    """Which backends run on this device: name to "" or to why it does not run."""
+    from vtr.kernels import flex
+
+    kind = torch.device(device).type
+    triton = "" if kind == "cuda" else f"Triton kernels need a CUDA device, not {kind}"
+    return {"triton": triton, "flex": flex.unavailable(kind), "sdpa": "", "reference": ""}
+
+
+def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str) -> str:
+    from vtr.kernels import flex
+
+    if backend == "auto":
+        if q.is_cuda:
+            if not _triton_refuses(q, mask):
+                return "triton"
+            return "sdpa" if flex.refuses(q, mask, need_lse) else "flex"
+        # The work is judged by what is stored, so that nothing is read from a device or traced.
+        pairs = mask.col.numel() // mask.patterns * mask.block[0] * mask.block[1]
+        large = pairs * q.shape[0] * q.shape[1] >= _FLEX_PAIRS
+        return "flex or sdpa" if large and not flex.refuses(q, mask, need_lse) else "sdpa"
+    if backend not in BACKENDS:
+        raise ValueError(f'backend {backend!r} is none of "auto", {", ".join(BACKENDS)}')
+    why = ""
+    if backend == "triton":
+        why = _triton_refuses(q, mask)
+    elif backend == "flex":
+        why = flex.refuses(q, mask, need_lse)
+    if why:
+        raise RuntimeError(f'{why}; use backend="auto" or "sdpa"')
+    return backend
+
+
+def _triton_refuses(q: Tensor, mask: BlockMask) -> str:
+    if q.shape[-1] not in TRITON_DIMS:
+        return f"the Triton kernels have head dims {TRITON_DIMS}, not {q.shape[-1]}"
+    if any(n not in (16, 32, 64, 128) for n in mask.block):
+        return f"the Triton kernels have blocks of 16, 32, 64 or 128 tokens, not {mask.block}"
+    if q.dtype not in DTYPES:
+        return f"the Triton kernels compute in float32, bfloat16 and float16, not {q.dtype}"
+    if not q.is_cuda:
+        from vtr.kernels import triton_common
+
+        if not triton_common.interpreting():
+            return f"the Triton kernels need a CUDA device, q is on {q.device}"
+    return ""
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tensor | None) -> None:
+    if not isinstance(mask, BlockMask):
+        raise ValueError(
+            f"mask must be a BlockMask, got {type(mask).__name__}; BlockMask.from_dense or "
+            "BlockMask.from_flex makes one"
+        )
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(f"need q (B, H, Sq, D) and equal k, v (B, Hk, Sk, D); got {shapes}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"q and k differ in batch or head dim: {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; convert them to one dtype")
+    allowed = DTYPES if q.is_cuda else (*DTYPES, torch.float64)
+    if q.dtype not in allowed:
+        raise ValueError(f"dtype {q.dtype} is none of {', '.join(map(str, allowed))}")
+    devices = {str(t.device) for t in (q, k, v)} | {str(mask.device)}
+    if row_scale is not None:
+        devices.add(str(row_scale.device))
+    if len(devices) > 1:
+        raise ValueError(
+            f"q, k, v, mask and row_scale are on different devices ({', '.join(sorted(devices))}); "
+            "move them, the mask with mask.to(device)"
+        )
+    if (q.shape[2], k.shape[2]) != (mask.q_len, mask.k_len):
+        raise ValueError(
+            f"the mask is for {mask.q_len} queries and {mask.k_len} keys, q and k have "
+            f"{q.shape[2]} and {k.shape[2]}; build it for these lengths"
+        )
+    heads = tuple(mask.pattern.shape)
+    if heads[0] not in (1, q.shape[0]) or heads[1] not in (1, q.shape[1]):
+        raise ValueError(
+            f"the mask has patterns for (batch, heads) = {heads}, q has {tuple(q.shape[:2])}; each "
+            "must match or be 1"
+        )
+    if row_scale is not None and (
+        row_scale.shape != q.shape[:3] or not row_scale.is_floating_point()
+    ):
+        raise ValueError(
+            f"row_scale must be float (B, H, Sq) = {tuple(q.shape[:3])}, got "
+            f"{row_scale.dtype} {tuple(row_scale.shape)}"
+        )
+
+
+# ---- the operator -----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("vtr::block_sparse_attention", mutates_args=())
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
+    dims: list[int], scale: float, need_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        from vtr.kernels import triton_attention
+
+        return triton_attention.forward(q, k, v, row_scale, mask, dims, scale)
+    if backend in ("flex", "flex or sdpa"):
+        from vtr.kernels import flex
+
+        try:
+            return flex.forward(q, k, v, row_scale, mask, dims, scale, need_lse)
+        except RuntimeError as error:
+            if backend == "flex":
+                raise
+            warnings.warn(f"{error}: this call and later ones like it use it", stacklevel=2)
+    from vtr.kernels import sdpa
+
+    return sdpa.forward(q, k, v, row_scale, mask, dims, scale, need_lse)
+
+
+@_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
+    dims: list[int], scale: float, need_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lse = torch.promote_types(q.dtype, torch.float32)
+    shape = q.shape[:3] if need_lse or backend == "triton" else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=lse)
+
+
+@torch.library.custom_op("vtr::block_sparse_attention_backward", mutates_args=())
+def _backward_operator(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    row_scale: Tensor | None, mask: list[Tensor], dims: list[int], scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    if row_scale is not None:
+        dout = (dout * row_scale.unsqueeze(-1)).to(dout.dtype)
+    if backend == "triton" or (q.is_cuda and backend == "flex"):
+        from vtr.kernels import triton_attention
+
+        return triton_attention.backward(dout, delta, q, k, v, lse, mask, dims, scale)
+    from vtr.kernels import sdpa
+
+    return sdpa.backward(dout, delta, q, k, v, lse, mask, dims, scale)
+
+
+@_backward_operator.register_fake
+def _(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    row_scale: Tensor | None, mask: list[Tensor], dims: list[int], scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, row_scale, mask, dims, scale, _, backend = inputs
+    ctx.save_for_backward(q, k, v, row_scale, *output, *mask)
+    ctx.rest = (dims, scale, backend)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, row_scale, out, lse, *mask = ctx.saved_tensors
+    dims, scale, backend = ctx.rest
+    none = [None] * len(mask)
+    if dout is None and dlse is None:
+        return None, None, None, None, none, None, None, None, None
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.vtr.block_sparse_attention_backward(
+        dout, dlse, q, k, v, out, lse, row_scale, mask, dims, scale, backend
+    )
+    return *grads, None, none, None, None, None, None
+
+
+torch.library.register_autograd("vtr::block_sparse_attention", _gradient, setup_context=_setup)
+
+
+def _flops(q: Tensor, mask: list[Tensor], dims: list[int], products: int) -> int:
+    """``products`` matrix products of 2 D FLOPs per live query-key pair."""
+    pattern, row_ptr, split, col, tile, tiles = mask[:6]
+    try:
+        q_len, k_len, bm, bn = dims
+        made = BlockMask(q_len, k_len, (bm, bn), pattern, row_ptr, split, col, tile, tiles)
+        live = made.density * q_len * k_len
+    except Exception as error:  # tensors without data (fake mode) cannot be counted exactly
+        if not isinstance(row_ptr, torch._subclasses.FakeTensor):
+            raise error
+        live = col.numel() * bm * bn / max(1, split.numel() // -(-q_len // bm))
+    return round(products * 2 * q.shape[3] * live) * q.shape[0] * q.shape[1]
+
+
+@register_flop_formula(torch.ops.vtr.block_sparse_attention, get_raw=True)
+def _forward_flops(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Any, mask: Any, dims: Any, *_: Any, **__: Any
+) -> int:
+    return _flops(q, mask, dims, 2)
+
+
+@register_flop_formula(torch.ops.vtr.block_sparse_attention_backward, get_raw=True)
+def _backward_flops(
+    dout: Any,
+    dlse: Any,
+    q: Tensor,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    row_scale: Any,
+    mask: Any,
+    dims: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return _flops(q, mask, dims, 5)

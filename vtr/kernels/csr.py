@@ -1,0 +1,78 @@
+"""Index work behind BlockMask: block-level maps to compressed rows and back.
+
+One row of the compressed form is a (pattern, query block) pair. Inside a row the full blocks come
+first, then the partial ones, both ascending, so a kernel runs two plain loops and only the second
+pays for masking. ``tile`` runs parallel to ``col``: -1 for a full block, else which entry of the
+mask's ``tiles`` says what it keeps.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Csr(NamedTuple):
+    """row_ptr (R + 1,), split (R,), col (nnz,), tile (nnz,), all int32."""
+
+    row_ptr: Tensor
+    split: Tensor
+    col: Tensor
+    tile: Tensor
+
+
+def build(rows: int, row: Tensor, col: Tensor, tile: Tensor) -> Csr:
+    """Sort entries (row, col, tile), given in any order, into compressed rows."""
+    row, col, tile = row.long(), col.long(), tile.long()
+    span = int(col.max()) + 1 if col.numel() else 1
+    partial = tile >= 0
+    order = torch.argsort((row * 2 + partial) * span + col)
+    counts = torch.bincount(row, minlength=rows)
+    full = torch.bincount(row, weights=(~partial).double(), minlength=rows).long()
+    row_ptr = torch.zeros(rows + 1, dtype=torch.int64, device=row.device)
+    torch.cumsum(counts, 0, out=row_ptr[1:])
+    return Csr(row_ptr.int(), (row_ptr[:-1] + full).int(), col[order].int(), tile[order].int())
+
+
+def row_of(csr: Csr) -> Tensor:
+    """The row of every entry, (nnz,) int64."""
+    counts = (csr.row_ptr[1:] - csr.row_ptr[:-1]).long()
+    return torch.repeat_interleave(
+        torch.arange(counts.numel(), device=counts.device), counts, output_size=csr.col.numel()
+    )
+
+
+def transpose(csr: Csr, patterns: int, query_blocks: int, key_blocks: int) -> Csr:
+    """The same entries by (pattern, key block); ``col`` then holds query blocks."""
+    row = row_of(csr)
+    new_row = row // query_blocks * key_blocks + csr.col
+    return build(patterns * key_blocks, new_row, row % query_blocks, csr.tile)
+
+
+def unique_rows(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """First occurrences of the distinct rows of a 2-D bool tensor, and each row's class.
+
+    Returns ``(index of one row per class (U,), class of each row (R,))``, both int64. Rows are
+    compared exactly, as packed bytes; ``torch.unique(dim=0)`` would sort the rows instead, which
+    for wide rows takes seconds.
+    """
+    import numpy as np
+
+    packed = np.packbits(flat.cpu().numpy(), axis=1)
+    seen: dict[bytes, int] = {}
+    first: list[int] = []
+    classes = np.empty(packed.shape[0], dtype=np.int64)
+    for i, line in enumerate(packed):
+        key = line.tobytes()
+        known = seen.get(key)
+        if known is None:
+            known = seen[key] = len(first)
+            first.append(i)
+        classes[i] = known
+    device = flat.device
+    return (
+        torch.tensor(first, dtype=torch.int64, device=device),
+        torch.from_numpy(classes).to(device),
+    )
