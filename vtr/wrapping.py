@@ -20,7 +20,11 @@ from vtr.signals import ModelInfo
 from vtr.trace import Trace
 
 ATTRIBUTE = "_vtr_wrapping"
-_ABSENT = object()
+
+
+class _Absent:
+    """Marks an attribute that was not there. A class, because copies of a class are the class itself."""
+
 
 
 class Entry:
@@ -88,7 +92,7 @@ class Wrapping:
 
     def patch(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute; :meth:`uninstall` puts back what was there."""
-        self._patched.append((owner, name, owner.__dict__.get(name, _ABSENT)))
+        self._patched.append((owner, name, owner.__dict__.get(name, _Absent)))
         owner.__dict__[name] = value
 
     def hook(self, handle: RemovableHandle) -> None:
@@ -110,8 +114,14 @@ class Wrapping:
         for entry in entries:
             self.check(entry.method, entry.options)
         self.check_together([*self.active, *entries])
+        before = list(self.entries)
         self.entries.extend(entries)
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.entries = before
+            self.refresh()
+            raise
 
     def drop(self, entries: Sequence[Entry]) -> None:
         """Take methods off; the last one takes the wrapping with it."""
@@ -135,11 +145,15 @@ class Wrapping:
         for handle in self._hooks:
             handle.remove()
         for owner, name, before in reversed(self._patched):
-            if before is _ABSENT:
+            if before is _Absent:
                 owner.__dict__.pop(name, None)
             else:
                 owner.__dict__[name] = before
         self._hooks, self._patched = [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The trace of the last call may hold tensors of an autograd graph, which cannot be copied.
+        return {**self.__dict__, "trace": Trace()}
 
     def costs(self) -> dict[str, Any] | None:
         """Dense and reduced FLOPs of the last call, per site; None where nothing was counted."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vtr.budget import Keep, check_layers, check_schedule, fit_layers, spread
 from vtr.method import Method, Reduction, Stage, register
@@ -54,7 +55,19 @@ class Random(Method):
         if self.seed is None:
             scores = torch.rand(1, site.n, device=site.device)
         else:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + site.layer)
-            scores = torch.rand(1, site.n, generator=generator).to(site.device)
+            scores = _hashed(self.seed * 1_000_003 + site.layer, site.n, site.device)
         kept, padded = top_indices(scores.expand(site.batch, -1), k, site.valid)
         return Reduction(TokenMap.keep(kept, site.n, padded))
+
+
+def _hashed(seed: int, n: int, device: torch.device) -> Tensor:
+    """Scores (1, n) by a 32-bit integer hash of seed and position.
+
+    Tensor arithmetic, because a generator cannot be made inside a compiled graph, and because the
+    same seed then gives the same tokens on every device.
+    """
+    mask = 0xFFFFFFFF
+    x = torch.arange(1, n + 1, device=device) * 0x9E3779B9 + (seed * 0x85EBCA6B & mask) & mask
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = (x ^ (x >> shift)) * factor & mask
+    return (x ^ (x >> 15))[None]

@@ -129,6 +129,10 @@ class EncoderSession:
         self.probed: frozenset[int] = frozenset()
         self.biased: frozenset[int] = frozenset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The running call belongs to this model; its tensors may be part of an autograd graph.
+        return {**self.__dict__, "run": None}
+
     def install(self) -> None:
         """Plan the visits and put the runners in place."""
         owner = self.owner
