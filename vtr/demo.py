@@ -1,0 +1,71 @@
+"""``vtr demo``: the main job on the built-in models, with tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+PARTS = ("vit",)
+
+
+def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
+    """Run the parts, write ``out/table.txt``, ``out/results.json`` and the pictures."""
+    unknown = [p for p in parts if p not in PARTS]
+    if unknown:
+        raise ValueError(f"there is no demo {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    text: list[str] = []
+    for part in parts or PARTS:
+        console.rule(f"[bold]{part}")
+        results[part], lines = {"vit": vit}[part](out, console)
+        text.append(lines)
+    (out / "table.txt").write_text("\n".join(text), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    console.print(f"wrote {out}/table.txt, {out}/results.json and the pictures")
+    return results
+
+
+def vit(out: Path, console: Console, images: int = 1000) -> tuple[Any, str]:
+    """The built-in ViT on held-out digits, dense and with every method."""
+    import vtr
+    from vtr.evaluate import digits
+    from vtr.zoo import data, load, samples
+
+    model = load("digits-vit")
+    pixels, labels = samples("digits-vit", images, seed=123)
+    methods = digits.demo_methods()
+    results = digits.evaluate(model, methods, pixels, labels, progress=console.is_terminal)
+    title = f"built-in ViT, {images} held-out digits, CPU, {torch.get_num_threads()} threads"
+    table = digits.table(results, title)
+    console.print(table)
+    sheet = []
+    with torch.inference_mode():
+        for method in methods:
+            with vtr.apply(model, method) as handle:
+                model(pixels[:1])
+                sheet.append(vtr.draw(handle, data.denormalise(pixels[0]), panels=4, size=192))
+    from vtr.drawing import stack
+
+    stack(sheet).save(out / "vit.png")
+    return digits.to_dicts(results), plain(table)
+
+
+def plain(table: Any) -> str:
+    """A rich table as text."""
+    console = Console(width=110, record=True, file=_Nowhere(), color_system=None)
+    console.print(table)
+    return console.export_text()
+
+
+class _Nowhere:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
