@@ -72,6 +72,7 @@ class Method:
         training: ``"none"``, ``"optional"`` or ``"required"``.
         size_weighted: tokens' sizes count when the model pools them (merging methods).
         learned: whether :meth:`build` makes modules.
+        alone: no other method may reduce at the same site (its maps start at the model's input).
     """
 
     name: ClassVar[str] = ""
@@ -81,6 +82,7 @@ class Method:
     training: ClassVar[str] = "none"
     size_weighted: ClassVar[bool] = False
     learned: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.validate()

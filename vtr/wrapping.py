@@ -26,7 +26,6 @@ class _Absent:
     """Marks an attribute that was not there. A class, because copies of a class are the class itself."""
 
 
-
 class Entry:
     """One applied method."""
 
@@ -81,12 +80,20 @@ class Wrapping:
         """Raise ``ValueError`` where a combination has no meaning."""
         seen: dict[tuple[str, int], Entry] = {}
         for entry in entries:
+            sites = {s.site for s in entry.method.stages(self.info)}
+            for other in entries if entry.method.alone else ():
+                shared = sites & {s.site for s in other.method.stages(self.info)}
+                if other is not entry and shared:
+                    raise ValueError(
+                        f"{entry.method.name} counts all tokens of the {', '.join(sorted(shared))}: "
+                        f"it cannot be combined with {other.method.name} there"
+                    )
             for stage in dict.fromkeys(entry.method.stages(self.info)):
                 key = (stage.site, stage.layer)
-                other = seen.setdefault(key, entry)
-                if other is not entry and entry.method.cuts_at(stage) and other.method.cuts_at(stage):
+                first = seen.setdefault(key, entry)
+                if first is not entry and entry.method.cuts_at(stage) and first.method.cuts_at(stage):
                     raise ValueError(
-                        f"{other.method.name} and {entry.method.name} both reduce at "
+                        f"{first.method.name} and {entry.method.name} both reduce at "
                         f"{stage.site}[{stage.layer}]: give them different layers"
                     )
 

@@ -77,5 +77,5 @@ class CLSAttention(Method):
         kept, padded = top_indices(score, k, site.valid)
         step = TokenMap.keep(kept, site.n, padded)
         for layer in rows:
-            rows[layer] = take(rows[layer], kept)
+            rows[layer] = take(rows[layer], kept.clamp(min=0) if padded else kept)
         return Reduction(step)

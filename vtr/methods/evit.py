@@ -78,6 +78,11 @@ class EViT(Method):
         if not self.fuse:
             kept, padded = top_indices(s, k, site.valid)
             return Reduction(TokenMap.keep(kept, site.n, padded))
+        if site.valid is not None:
+            raise ValueError(
+                "evit cannot fuse after a method that left the samples of a batch with different "
+                "numbers of tokens: use fuse=False, or batch size 1"
+            )
         if k == site.n - 1:  # fusing one token would only rescale it
             return None
         # The fused slot's representative is the best of the inattentive: the (k+1)-th of the ranking.

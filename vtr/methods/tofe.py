@@ -55,6 +55,7 @@ class ToFe(Method):
     sites: ClassVar[tuple[str, ...]] = ("encoder",)
     needs: ClassVar = {"encoder": frozenset({"cls_attention", "keys_of"})}
     training: ClassVar[str] = "optional"
+    alone: ClassVar[bool] = True
 
     keep: Keep | tuple[Keep, ...] = 0.5
     layers: tuple[int, ...] | None = None
