@@ -42,7 +42,10 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         Element-wise work, norms, sorting and indexing are not counted. Causal attention counts as
         full attention.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter:
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter,
+    ):
         fn(*args, **kwargs)
     return int(counter.get_total_flops())
 
@@ -89,9 +92,7 @@ def vit_macs(
     return total
 
 
-def llm_flops(
-    tokens: Sequence[int], dim: int, *, kv_dim: int, ff_dim: int, vocab: int = 0
-) -> int:
+def llm_flops(tokens: Sequence[int], dim: int, *, kv_dim: int, ff_dim: int, vocab: int = 0) -> int:
     """FLOPs of the prefill of a decoder with gated MLPs (Llama, Qwen, Mistral) for one sample.
 
     ``sum_l [2 n (2 d^2 + 2 d kv) + 6 n d ff + 4 n^2 d] + 2 d vocab``
@@ -132,7 +133,8 @@ def cache_bytes(cache: Any) -> int:
     total = 0
     try:
         pairs = [
-            (part.keys, part.values) if hasattr(part, "keys") else (part[0], part[1]) for part in layers
+            (part.keys, part.values) if hasattr(part, "keys") else (part[0], part[1])
+            for part in layers
         ]
     except (TypeError, IndexError, AttributeError) as error:
         raise TypeError(f"not a cache of keys and values: {type(cache).__name__}") from error

@@ -1,4 +1,9 @@
-"""What a method costs and saves on a model: side by side, in one process, against an honest baseline."""
+"""What a method costs and saves on a model: side by side, in one process, against an honest baseline.
+
+The baseline is the same model with its fastest stock attention (fused ``scaled_dot_product_attention``,
+which is flash attention where the device has it): a reduced model that only beats eager attention has
+won nothing. Calls alternate, so that noise and clock changes hit all alike.
+"""
 
 from __future__ import annotations
 
@@ -6,98 +11,132 @@ import json
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
-from vtr.api import MethodLike, apply
-from vtr.flops import count_flops
+from vtr.api import Handle, MethodLike, apply, handles
+from vtr.flops import cache_bytes, count_flops
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+# A smaller gain drowns in the noise of a real machine, and accuracy was paid for it.
+WORTH_IT = 1.05
+
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration.
+    """One way of running the model at one batch size.
 
     Attributes:
         name: the method, or ``dense``.
+        batch: samples per call.
         latency_ms: median time of one call.
         best_ms: fastest call.
         throughput: samples per second, from the fastest call.
         flops: of one call, counted on the operations that ran.
         peak_bytes: most memory held by tensors made in the call (beside weights and inputs).
         kv_bytes: of the KV cache that the call returned, or None.
-        speedup: dense fastest / this fastest.
-        achieved: speedup / (dense FLOPs / these FLOPs); 1 is all that the saved work can give.
         tokens: visual tokens alive at the end, or None for dense.
+        speedup: dense fastest / this fastest.
+        ideal: dense FLOPs / these FLOPs.
+        achieved: speedup / ideal; 1 is all that the saved work can give.
+        verdict: what to make of it, in words.
     """
 
     name: str
+    batch: int
     latency_ms: float
     best_ms: float
     throughput: float
     flops: int
     peak_bytes: int
     kv_bytes: int | None
-    speedup: float
-    achieved: float
     tokens: int | None
+    speedup: float = 1.0
+    ideal: float = 1.0
+    achieved: float = 1.0
+    verdict: str = "the baseline"
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The rows of :func:`profile`, dense first, and where they were measured."""
+    """What :func:`profile` measured.
 
+    Attributes:
+        model: class of the model.
+        rows: for each batch size, dense first.
+        device: name of the device.
+        dtype: of the model's parameters.
+        threads: CPU threads of torch.
+        notes: what a reader must know about the measurement.
+    """
+
+    model: str
     rows: tuple[Row, ...]
-    batch: int
     device: str
+    dtype: str
     threads: int
+    notes: tuple[str, ...] = ()
 
     def verdict(self) -> str:
-        """In words: what was worth it."""
-        good = [r for r in self.rows[1:] if r.speedup >= 1.05]
-        if not good:
-            return (
-                f"not worth it at batch {self.batch} on {self.device}: no method is 5 % faster than dense"
-            )
-        top = max(good, key=lambda r: r.speedup)
-        return f"fastest at batch {self.batch} on {self.device}: {top.name}, {top.speedup:.2f}x dense"
+        """The best method at each batch size, in words."""
+        lines = []
+        for batch in dict.fromkeys(r.batch for r in self.rows):
+            reduced = [r for r in self.rows if r.batch == batch][1:]
+            good = [r for r in reduced if r.speedup >= WORTH_IT]
+            if good:
+                top = max(good, key=lambda r: r.speedup)
+                lines.append(f"fastest at batch size {batch}: {top.name}, {top.speedup:.2f}x dense")
+            elif reduced:
+                lines.append(
+                    f"not worth it at batch size {batch}: no method is 5 % faster than dense"
+                )
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "rows": [asdict(r) for r in self.rows], "verdict": self.verdict()}
+        return {**asdict(self), "verdict": self.verdict()}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
     def table(self) -> Table:
+        """A rich table; printing a profile in a rich console shows it."""
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"batch {self.batch}, {self.device}", caption=self.verdict())
-        columns = ("method", "tokens", "GFLOPs", "ms", "samples/s", "speed-up", "achieved", "peak MiB")
+        where = f"{self.device}, {self.dtype}, {self.threads} threads, torch {torch.__version__}"
+        caption = "\n".join(filter(None, (self.verdict(), *self.notes)))
+        table = Table(title=f"{self.model} ({where})", caption=escape(caption))
         cache = any(r.kv_bytes is not None for r in self.rows)
-        for column in (*columns, *(("KV MiB",) if cache else ())):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        for r in self.rows:
+        table.add_column("method", overflow="fold")
+        columns = ["batch", "tokens", "GFLOPs", "ms", "samples/s", "peak MiB"]
+        columns += ["KV MiB"] if cache else []
+        for column in (*columns, "speed-up", "ideal", "achieved"):
+            table.add_column(column, justify="right")
+        table.add_column("verdict", overflow="fold")
+        for r, after in zip(self.rows, (*self.rows[1:], None), strict=True):
             cells = [
-                r.name,
+                str(r.batch),
                 "all" if r.tokens is None else str(r.tokens),
                 f"{r.flops / 1e9:.3f}",
                 f"{r.latency_ms:.1f}",
                 f"{r.throughput:.1f}",
-                f"{r.speedup:.2f}",
-                f"{r.achieved:.2f}",
                 f"{r.peak_bytes / 2**20:.1f}",
             ]
             if cache:
                 cells.append("" if r.kv_bytes is None else f"{r.kv_bytes / 2**20:.2f}")
-            table.add_row(*cells)
+            cells += [f"{r.speedup:.2f}", f"{r.ideal:.2f}", f"{r.achieved:.2f}", r.verdict]
+            last = after is not None and after.batch != r.batch
+            table.add_row(escape(r.name), *cells, end_section=last)
         return table
 
     def __rich__(self) -> Table:
@@ -105,10 +144,11 @@ class Profile:
 
 
 def profile(
-    model: nn.Module,
+    model: Any,
     inputs: Any,
-    methods: Sequence[MethodLike] | MethodLike,
+    methods: Sequence[MethodLike | Sequence[MethodLike]] | MethodLike,
     *,
+    batch: int | Sequence[int] | None = None,
     warmup: int = 1,
     repeats: int = 5,
     call: Callable[..., Any] | None = None,
@@ -117,157 +157,239 @@ def profile(
 ) -> Profile:
     """Measure a model dense and with each method, alternating, so that noise hits all alike.
 
-    The dense model runs as it is given: with the fused attention that its library chooses.
-
     Args:
-        model: anything that :func:`vtr.apply` takes and that can be called.
+        model: anything that :func:`vtr.apply` takes and that can be called, in eval mode.
         inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         methods: each is measured alone (a list inside the list is applied together).
+        batch: batch sizes to measure at; the samples of ``inputs`` are repeated or left out to reach
+            them. None takes ``inputs`` as they are. 1 and a large one answer two questions, latency
+            and throughput.
         warmup, repeats: calls before and during the measurement.
         call: what to time instead of ``model``, e.g. ``model.generate``.
         progress: show a progress bar.
         options: of :func:`vtr.apply`.
 
-    Raises:
-        ValueError: nothing to measure, or the model is wrapped already.
-    """
-    from vtr.api import handles
+    Eager attention is switched to fused attention for the time of the measurement, for the dense
+    model and the reduced ones alike.
 
+    Raises:
+        ValueError: nothing to measure, the model trains or is wrapped already, or ``inputs`` cannot
+            be brought to another batch size.
+        UnsupportedModelError, UnsupportedMethodError: as :func:`vtr.apply`.
+    """
     single = isinstance(methods, (str, Mapping)) or not isinstance(methods, Sequence)
     chosen: list[Any] = [methods] if single else list(methods)  # type: ignore[arg-type]
-    if not chosen or repeats < 1:
-        raise ValueError("give at least one method and repeats >= 1")
+    if not chosen:
+        raise ValueError("methods must hold at least one method")
+    if warmup < 0 or repeats < 1:
+        raise ValueError(f"warmup must be >= 0 and repeats >= 1, got {warmup} and {repeats}")
+    sizes = _sizes(batch)
     if handles(model):
         raise ValueError("the model is wrapped already; remove its handles before profiling")
-    args, kwargs = _arguments(inputs)
-    first = next((t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)), None)
-    device = first.device if first is not None else torch.device("cpu")
+    if getattr(model, "training", False):
+        raise ValueError(
+            "the model is in training mode, where methods act differently: call eval()"
+        )
     function = model if call is None else call
-
-    def run() -> Any:
-        return function(*args, **kwargs)
-
-    wrapped: list[Any] = []
-    try:
+    notes: list[str] = []
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_fastest_attention(model, notes))
+        wrapped: list[Handle | None] = [None]
         for method in chosen:
             handle = apply(model, method, **options)
+            stack.callback(handle.remove)
             handle.pause()
             wrapped.append(handle)
-        facts = []
-        times: list[list[float]] = [[] for _ in range(len(chosen) + 1)]
-        with torch.no_grad():
-            for handle in (None, *wrapped):
-                with _on(handle):
-                    facts.append(_facts(run, handle))
-                    for _ in range(warmup):
-                        run()
-            for _ in _track(repeats, progress):
-                for slot, handle in enumerate((None, *wrapped)):
-                    with _on(handle):
-                        times[slot].append(_clock(run, device))
-    finally:
-        for handle in wrapped:
-            handle.remove()
-    batch = first.shape[0] if first is not None and first.dim() else 1
-    dense = min(times[0])
-    rows = []
-    for slot, handle in enumerate((None, *wrapped)):
-        fastest = min(times[slot])
-        flops, peak, cache, tokens = facts[slot]
-        speed = dense / fastest
-        rows.append(
-            Row(
-                name="dense" if handle is None else " + ".join(map(str, handle.methods)),
-                latency_ms=statistics.median(times[slot]) * 1e3,
-                best_ms=fastest * 1e3,
-                throughput=batch / fastest,
-                flops=flops,
-                peak_bytes=peak,
-                kv_bytes=cache,
-                speedup=speed,
-                achieved=speed * flops / max(1, facts[0][0]),
-                tokens=tokens,
-            )
+        for size in sizes:
+            args, kwargs = _arguments(inputs if size is None else _at_batch(inputs, size))
+            rows += _measure(_Call(function, args, kwargs), wrapped, warmup, repeats, progress)
+    return Profile(
+        type(model).__name__,
+        tuple(rows),
+        *_where(model, inputs),
+        torch.get_num_threads(),
+        tuple(notes),
+    )
+
+
+class _Call:
+    """A call with its arguments, where it runs and how many samples it holds."""
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+        tensors = _tensors((args, kwargs))
+        ids = kwargs.get("input_ids")  # pixel values of a VLM count patches or crops, not samples
+        first = ids if isinstance(ids, Tensor) else tensors[0] if tensors else None
+        self.batch = 1 if first is None else int(first.shape[0])
+        self.device = torch.device("cpu") if first is None else first.device
+
+    def __call__(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
+
+    def seconds(self) -> float:
+        self._wait()
+        start = time.perf_counter()
+        self()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _measure(
+    call: _Call, wrapped: Sequence[Handle | None], warmup: int, repeats: int, progress: bool
+) -> list[Row]:
+    facts = []
+    times: list[list[float]] = [[] for _ in wrapped]
+    for handle in wrapped:
+        with _on(handle):
+            facts.append(_facts(call, handle))
+            for _ in range(warmup):
+                call()
+    for _ in _track(repeats, f"batch size {call.batch}", progress):
+        for slot, handle in enumerate(wrapped):
+            with _on(handle):
+                times[slot].append(call.seconds())
+    rows: list[Row] = []
+    for handle, seconds, (flops, peak, cache, tokens) in zip(wrapped, times, facts, strict=True):
+        best = min(seconds)
+        row = Row(
+            name="dense" if handle is None else " + ".join(map(str, handle.methods)),
+            batch=call.batch,
+            latency_ms=statistics.median(seconds) * 1e3,
+            best_ms=best * 1e3,
+            throughput=call.batch / best,
+            flops=flops,
+            peak_bytes=peak,
+            kv_bytes=cache,
+            tokens=tokens,
         )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Profile(tuple(rows), int(batch), name, torch.get_num_threads())
+        if rows:
+            speedup, ideal = rows[0].best_ms / row.best_ms, rows[0].flops / max(1, flops)
+            row = replace(
+                row,
+                speedup=speedup,
+                ideal=ideal,
+                achieved=speedup / max(ideal, 1e-9),
+                verdict=verdict(speedup, ideal, call.batch),
+            )
+        rows.append(row)
+    return rows
 
 
-class _on:
-    """A handle resumed for the time of a block; None stands for dense."""
+def verdict(speedup: float, ideal: float, batch: int) -> str:
+    """What a speed-up means, in plain words.
 
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
+    Args:
+        speedup: dense time / reduced time.
+        ideal: dense FLOPs / reduced FLOPs.
+        batch: samples per call.
+    """
+    where = f"at batch size {batch}"
+    if speedup < 1 / WORTH_IT:
+        return f"not worth it {where}: {1 / speedup:.2f}x slower than dense"
+    if speedup < WORTH_IT:
+        return f"not worth it {where}: no faster than dense"
+    if speedup < 0.8 * ideal:
+        return f"{speedup:.2f}x faster, {speedup / ideal:.0%} of what the saved FLOPs promise"
+    return f"worth it: {speedup:.2f}x faster"
 
-    def __enter__(self) -> None:
-        if self.handle is not None:
-            self.handle.resume()
 
-    def __exit__(self, *error: Any) -> None:
-        if self.handle is not None:
-            self.handle.pause()
+@contextmanager
+def _on(handle: Handle | None) -> Iterator[None]:
+    """A handle resumed for the time of a block, outside of the clock; None stands for dense."""
+    if handle is None:
+        yield
+        return
+    handle.resume()
+    try:
+        yield
+    finally:
+        handle.pause()
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes held by tensors that operations made, and their peak (any device)."""
+    """Bytes held by tensors that operations made while it is on, and their peak (any device).
+
+    Storages are followed until they are freed; views cost nothing. Scratch space that an operator
+    takes and gives back inside of itself is not seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: dict[int, Any] = {}
+        self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_iter(out):
-            if not isinstance(tensor, Tensor):
-                continue
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs), scalars=True):
+            self._known.setdefault(tensor.untyped_storage(), True)  # made before, elsewhere
+        out = func(*args, **kwargs)
+        for tensor in _tensors(out, scalars=True):
             storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in given or key in self._seen:
+            if storage in self._known:
                 continue
+            self._known[storage] = True
             size = storage.nbytes()
-            self._seen[key] = weakref.finalize(storage, self._free, key, size)
             self.now += size
             self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, size).atexit = False
         return out
 
-    def _free(self, key: int, size: int) -> None:
-        self._seen.pop(key, None)
+    def _free(self, size: int) -> None:
         self.now -= size
 
 
-def _facts(run: Callable[[], Any], handle: Any) -> tuple[int, int, int | None, int | None]:
-    flops = count_flops(run)
+def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, int | None]:
+    """FLOPs, peak bytes, cache bytes and tokens left of one call."""
+    flops = count_flops(call)
     with PeakMemory() as memory:
-        out = run()
+        out = call()
     cache = getattr(out, "past_key_values", None)
-    if cache is None and isinstance(out, Mapping):
-        cache = out.get("past_key_values")
     stages = handle.trace.stages if handle is not None else []
-    return flops, memory.peak, _cache_bytes(cache), stages[-1].tokens_out if stages else None
+    return (
+        flops,
+        memory.peak,
+        None if cache is None else cache_bytes(cache),
+        stages[-1].tokens_out if stages else None,
+    )
 
 
-def _cache_bytes(cache: Any) -> int | None:
-    layers = getattr(cache, "layers", None)
-    if not layers:
-        return None
-    total = 0
-    for layer in layers:
-        for name in ("keys", "values"):
-            tensor = getattr(layer, name, None)
-            total += tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
-    return total
+# ---- the baseline ---------------------------------------------------------------------------
 
 
-def _clock(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+@contextmanager
+def _fastest_attention(model: Any, notes: list[str]) -> Iterator[None]:
+    """Fused attention in the whole model; what was there before comes back at the end."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    eager = [m for m in modules if getattr(m, "fused_attn", None) is False]  # timm
+    # transformers
+    stuck = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+    switch = getattr(model, "set_attn_implementation", None) if stuck else None
+    if stuck and switch is None:
+        notes.append("the model runs eager attention and cannot be switched: dense could be faster")
+    try:
+        for module in eager:
+            module.fused_attn = True
+        if switch is not None:
+            switch("sdpa")
+        if eager or switch is not None:
+            notes.append(
+                "the model ran eager attention; all rows are measured with fused attention"
+            )
+        yield
+    finally:
+        for module in eager:
+            module.fused_attn = False
+        if switch is not None:
+            switch("eager")
+
+
+# ---- inputs ---------------------------------------------------------------------------------
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -278,9 +400,51 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def _track(repeats: int, progress: bool) -> Any:
+def _tensors(tree: Any, scalars: bool = False) -> list[Tensor]:
+    return [t for t in tree_iter(tree) if isinstance(t, Tensor) and (scalars or t.dim() > 0)]
+
+
+def _sizes(batch: int | Sequence[int] | None) -> list[int | None]:
+    sizes: list[Any] = list(batch) if isinstance(batch, Sequence) else [batch]
+    wrong = [s for s in sizes if s is not None and (type(s) is not int or s < 1)]
+    if wrong or not sizes:
+        raise ValueError(f"batch must be an int >= 1 or a sequence of them, got {batch!r}")
+    return sizes
+
+
+def _at_batch(inputs: Any, size: int) -> Any:
+    # transformers hands out mappings that pytree does not know.
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    now = {int(t.shape[0]) for t in _tensors(inputs)}
+    if len(now) != 1:
+        raise ValueError(
+            f"the tensors of inputs have the first dimensions {sorted(now)}, so that they cannot be "
+            f"brought to batch size {size}: pass inputs of the size that you want, and batch=None"
+        )
+    rows = torch.arange(size) % now.pop()
+
+    def sized(leaf: Any) -> Any:
+        return leaf[rows.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf
+
+    return tree_map(sized, inputs)
+
+
+def _where(model: Any, inputs: Any) -> tuple[str, str]:
+    """Names of the device and of the model's dtype."""
+    device = _Call(model, *_arguments(inputs)).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    dtype = getattr(model, "dtype", None)
+    if dtype is None and isinstance(model, nn.Module):
+        dtype = next((p.dtype for p in model.parameters()), None)
+    return name, str(dtype).removeprefix("torch.")
+
+
+def _track(repeats: int, label: str, progress: bool) -> Iterator[int]:
     if not progress:
-        return range(repeats)
+        yield from range(repeats)
+        return
+    from rich.console import Console
     from rich.progress import track
 
-    return track(range(repeats), description="measuring", transient=True)
+    # Standard error: a pipe that reads the result must not see the bar.
+    yield from track(range(repeats), label, console=Console(stderr=True), transient=True)
