@@ -366,7 +366,7 @@ def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, in
 def _fastest_attention(model: Any, notes: list[str]) -> Iterator[None]:
     """Fused attention in the whole model; what was there before comes back at the end."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    eager = [m for m in modules if getattr(m, "fused_attn", None) is False]  # timm
+    eager: list[Any] = [m for m in modules if getattr(m, "fused_attn", None) is False]  # timm
     # transformers
     stuck = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
     switch = getattr(model, "set_attn_implementation", None) if stuck else None
