@@ -68,7 +68,9 @@ def weights_path(name: str) -> Path:
     if name.endswith(".safetensors") and Path(name).is_file():
         return Path(name)
     built_in = ", ".join(sorted(f.stem for f in folder.glob("*.safetensors"))) or "none"
-    raise ValueError(f"no safetensors file at {name!r}, and no built-in one (there are: {built_in})")
+    raise ValueError(
+        f"no safetensors file at {name!r}, and no built-in one (there are: {built_in})"
+    )
 
 
 def card(name: str) -> str:

@@ -12,28 +12,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from vtr.zoo.train_vit import Recipe, Trainer
+# Name -> module with a frozen dataclass Recipe (steps, batch, seed, ...) and a class Trainer.
+RECIPES = {"digits-vit": "vtr.zoo.train_vit", "digits-tofe": "vtr.zoo.train_tofe"}
 
 _LOG_EVERY = 100
 _SAVE_EVERY = 400
 
 
-def save_state(trainer: Trainer, directory: Path) -> None:
+def save_state(trainer: Any, directory: Path) -> None:
     """Write the trainer's state; a crash while writing leaves the previous one."""
     unfinished = directory / "state.safetensors.part"
     save_file({key: t.contiguous() for key, t in trainer.state().items()}, unfinished)
     os.replace(unfinished, directory / "state.safetensors")
 
 
-def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Trainer:
+def open_run(recipe: Any, directory: Path, *, resume: bool) -> Any:
     """Start a run in ``directory``, or go on with the one that is there.
 
     Raises:
@@ -43,7 +46,7 @@ def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Trainer:
     """
     settings = directory / "recipe.json"
     wanted = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    trainer = Trainer(recipe)
+    trainer = importlib.import_module(type(recipe).__module__).Trainer(recipe)
     if resume:
         if not (directory / "state.safetensors").exists():
             raise FileNotFoundError(f"no state.safetensors in {directory}: start without --resume")
@@ -65,7 +68,7 @@ def open_run(recipe: Recipe, directory: Path, *, resume: bool) -> Trainer:
     return trainer
 
 
-def run(trainer: Trainer, name: str, directory: Path, *, minutes: float | None = None) -> bool:
+def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = None) -> bool:
     """Train to the last step, or for so many minutes; True when the last step is done."""
     from rich.progress import (
         BarColumn,
@@ -123,9 +126,9 @@ def run(trainer: Trainer, name: str, directory: Path, *, minutes: float | None =
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vtr.zoo.train", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", choices=["digits-vit"])
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="length of the schedule")
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("--steps", type=int, help="length of the schedule (default: the recipe's)")
+    parser.add_argument("--seed", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="stop after so long; --resume goes on")
     parser.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -133,7 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     directory = options.out or Path("runs") / options.name
-    recipe = Recipe(steps=options.steps, seed=options.seed)
+    given = {"steps": options.steps, "seed": options.seed}
+    module = importlib.import_module(RECIPES[options.name])
+    recipe = module.Recipe(**{key: value for key, value in given.items() if value is not None})
     try:
         trainer = open_run(recipe, directory, resume=options.resume)
     except (FileExistsError, FileNotFoundError, ValueError) as error:
