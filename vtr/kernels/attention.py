@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from typing import Any
@@ -122,6 +123,8 @@ def _triton_refuses(q: Tensor, mask: BlockMask) -> str:
         return f"the Triton kernels have blocks of 16, 32, 64 or 128 tokens, not {mask.block}"
     if q.dtype not in DTYPES:
         return f"the Triton kernels compute in float32, bfloat16 and float16, not {q.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "the Triton kernels need the triton package, which is not installed"
     if not q.is_cuda:
         from vtr.kernels import triton_common
 

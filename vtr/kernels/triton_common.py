@@ -1,10 +1,128 @@
-"""What the Triton kernels share: the interpreter, configurations, launching."""
+"""What the Triton kernels share: the interpreter, tuning, and the small device functions."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # torch for macOS and Windows comes without Triton
+    raise RuntimeError(
+        'the Triton kernels need the triton package; use backend="flex" or "sdpa"'
+    ) from error
 
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch parameters of one kernel variant."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+_best: dict[tuple[Any, ...], Config] = {}
+
+
+def tuned(
+    key: tuple[Any, ...], configs: Sequence[Config], launch: Callable[[Config], None]
+) -> None:
+    """Launches with the fastest of the configurations, measured on the first call of a key.
+
+    Triton's own autotuner needs a GPU even to be asked, so it cannot be used in the interpreter;
+    there, and while a CUDA graph is captured, the first configuration runs. ``launch`` must give
+    the same result however often it runs.
+    """
+    chosen = _best.get(key)
+    if chosen is None:
+        if interpreting() or len(configs) == 1 or torch.cuda.is_current_stream_capturing():
+            launch(configs[0])
+            return
+        chosen = _best[key] = _measure(configs, launch)
+    launch(chosen)
+
+
+def _measure(configs: Sequence[Config], launch: Callable[[Config], None]) -> Config:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    times: dict[Config, float] = {}
+    refused: Exception | None = None
+    for config in configs:
+        try:
+            launch(config)
+            times[config] = float(do_bench(lambda c=config: launch(c), warmup=5, rep=30))
+        except OutOfResources as error:  # too much shared memory for this device: not a candidate
+            refused = error
+    if not times:
+        raise RuntimeError(f"no kernel configuration fits this device: {refused}")
+    return min(times, key=lambda c: times[c])
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """A head dim as a power of two and a padded rest (0: none): 72 is 64 + 16, 96 is 64 + 32.
+
+    Tile sizes must be powers of two; padding 72 to 128 would near double the products.
+    """
+    main = 1 << (dim.bit_length() - 1)
+    rest = dim - main
+    return main, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are made: exactly, unless the user allowed TF32 in torch."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """The interpreter multiplies the raw bits of bfloat16; there operands go to float32 first."""
+    return interpreting() and dtype == torch.bfloat16
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(
+    base, row, stride, limit, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    BOUND: tl.constexpr,
+):  # fmt: skip
+    """Columns START.. of some rows, zero past the head dim and, with BOUND, past the last row."""
+    column = START + tl.arange(0, WIDTH)
+    pointer = base + row[:, None] * stride + column[None, :]
+    if BOUND:
+        if START + WIDTH > D:
+            return tl.load(pointer, (row[:, None] < limit) & (column[None, :] < D), other=0.0)
+        return tl.load(pointer, row[:, None] < limit, other=0.0)
+    if START + WIDTH > D:
+        return tl.load(pointer, column[None, :] < D, other=0.0)
+    return tl.load(pointer)
+
+
+@triton.jit
+def store_rows(
+    base, row, stride, limit, value, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
+):
+    column = START + tl.arange(0, WIDTH)
+    pointer = base + row[:, None] * stride + column[None, :]
+    inside = (row[:, None] < limit) & (column[None, :] < D)
+    tl.store(pointer, value.to(base.dtype.element_ty), inside)

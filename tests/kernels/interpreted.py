@@ -1,0 +1,125 @@
+"""The Triton kernels in Triton's interpreter; run by test_triton.py in a process of its own, with
+TRITON_INTERPRET=1 set before triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.kernels.cases import SHAPES, make, qkv, token_mask
+from vtr.kernels import BlockMask, block_sparse_attention, block_sparse_attention_reference
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="run through test_triton.py"
+)
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+
+
+def _compare(q, k, v, mask, dtype, row_scale=None):
+    out, lse = block_sparse_attention(
+        q, k, v, mask, row_scale=row_scale, return_lse=True, backend="triton"
+    )
+    expected, expected_lse = block_sparse_attention_reference(q, k, v, mask, row_scale=row_scale)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward(name, dtype):
+    q, k, v, mask = make(name, 64, dtype)
+    _compare(q, k, v, mask, dtype, torch.rand(q.shape[:3]))
+
+
+@pytest.mark.parametrize("dim", [72, 96, 128])
+def test_head_dims(dim):
+    _compare(*make("grouped", dim, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (128, 64), (64, 128), (128, 128), (32, 128)], ids=str)
+def test_blocks(block):
+    n = 2 * block[0] + 7, 2 * block[1] + 9
+    q, k, v = qkv(1, 1, 1, *n, 64)
+    _compare(q, k, v, BlockMask.from_dense(token_mask(n, block), block=block), torch.float32)
+
+
+def test_strided_input():
+    q, k, v, mask = make("ragged")
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    _compare(q, k, v, mask, torch.float32)
+
+
+def _gradients(call, tensors, weights):
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    out, lse = call(*tensors)
+    finite = torch.isfinite(lse)
+    ((out.float() * weights[0]).sum() + (lse * weights[1])[finite].sum()).backward()
+    return [t.grad for t in tensors]
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "dtype"),
+    [
+        ("whole", 64, torch.float32),
+        ("ragged", 72, torch.float32),
+        ("grouped", 64, torch.float32),
+        ("one-key-head", 96, torch.float32),
+        ("tiny", 64, torch.float32),
+        ("ragged", 64, torch.float16),
+        ("ragged", 64, torch.bfloat16),
+    ],
+)
+def test_gradients(name, dim, dtype):
+    q, k, v, mask = make(name, dim, dtype)
+    row_scale = torch.rand(q.shape[:3]) + 0.5
+    weights = torch.randn(q.shape), torch.randn(q.shape[:3])
+    got, expected = (
+        _gradients(call, (q, k, v), weights)
+        for call in (
+            lambda *t: block_sparse_attention(
+                *t, mask, row_scale=row_scale, return_lse=True, backend="triton"
+            ),
+            lambda *t: block_sparse_attention_reference(*t, mask, row_scale=row_scale),
+        )
+    )
+    limit = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=limit, rtol=limit)
+
+
+def test_heavy_rows_are_cut_and_joined(monkeypatch):
+    """Text rows see everything: their keys are divided between programs."""
+    from vtr.kernels import triton_attention
+
+    monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
+    monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
+    n = 16 * 17 + 5
+    i = torch.arange(18)
+    live = torch.stack([i[:, None] == i[None], (i[:, None] - i[None]).abs() <= 1])
+    live[:, -1] = True
+    live[0, 4] = True
+    mask = BlockMask.from_blocks(live, q_len=n, k_len=n, block=16)
+    lists = triton_attention.lists_of(mask.tensors(), [n, n, 16, 16])
+    assert lists.pieces > 1 and lists.heavy.shape == (2, 2)
+    q, k, v = qkv(2, 2, 2, n, n, 72)
+    _compare(q, k, v, mask, torch.float32, torch.rand(2, 2, n))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 70, 131, 72)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_bipartite_match(shape, dtype, masked):
+    from vtr.kernels.bipartite import _match_tiles
+    from vtr.kernels.triton_bipartite import match
+
+    batch, rows, columns, dim = shape
+    # Products of small integers are exact, so ties are ties.
+    a = torch.randint(-2, 3, (batch, rows, dim)).to(dtype)
+    b = torch.randint(-2, 3, (batch, columns, dim)).to(dtype)
+    mask = torch.rand(batch, columns) > 0.5 if masked else None
+    score, index = match(a, b, mask)
+    expected, choice = _match_tiles(a, b, mask)
+    assert torch.equal(score, expected) and torch.equal(index, choice)

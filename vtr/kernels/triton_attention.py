@@ -1,0 +1,315 @@
+"""Block-sparse flash attention in Triton: the forward kernel and its launch.
+
+Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) over the key blocks
+of a compressed row. In base 2, with the scale applied to the float32 scores:
+
+    t_ij = scale log2(e) q_i . k_j
+    m'   = max(m, max_j t_ij);  a = 2^(m - m');  p_ij = 2^(t_ij - m')
+    l    = a l + sum_j p_ij;    o = a o + sum_j p_ij v_j
+    out  = row_scale o / l;     lse = (m + log2 l) ln 2
+
+Full blocks first, without any mask; then partial blocks with theirs. What follows the two loops is
+the epilogue: another one (a pooled rectification, a linear branch) is added there.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vtr.kernels import csr as _csr
+from vtr.kernels import triton_backward
+from vtr.kernels.csr import Csr
+from vtr.kernels.triton_common import (
+    Config,
+    dot,
+    load_rows,
+    precision,
+    split_dim,
+    store_rows,
+    tuned,
+    upcast,
+)
+
+_LOG2E = math.log2(math.e)
+# A row with this many times the average work (text queries, which see everything) is cut into
+# parts of about twice the average, which are joined by their LSE: else the last programs would
+# run alone for as long as such a row takes.
+_HEAVY = 4.0
+_HEAVY_BLOCKS = 32
+
+
+@triton.jit
+def _step(
+    q0, q1, m, total, acc0, acc1, k_base, v_base, stride_k, stride_v, key, k_len, seen, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys: scores, running maximum and sum, weighted values."""
+    k0 = load_rows(k_base, key, stride_k, k_len, 0, D0, D, MASKED)
+    scores = tl.zeros([q0.shape[0], k0.shape[0]], dtype=tl.float32)
+    scores = dot(q0, tl.trans(k0), scores, PRECISION, UPCAST)
+    if D1 > 0:
+        k1 = load_rows(k_base, key, stride_k, k_len, D0, D1, D, MASKED)
+        scores = dot(q1, tl.trans(k1), scores, PRECISION, UPCAST)
+    scores = scores * scale_log2
+    if MASKED:
+        scores = tl.where(seen, scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, 1))
+    # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    weights = tl.exp2(scores - m_safe[:, None])
+    keep = tl.exp2(m - m_safe)
+    total = total * keep + tl.sum(weights, 1)
+    v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, MASKED)
+    if not UPCAST:
+        weights = weights.to(v0.dtype)
+    acc0 = dot(weights, v0, acc0 * keep[:, None], PRECISION, UPCAST)
+    if D1 > 0:
+        v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, MASKED)
+        acc1 = dot(weights, v1, acc1 * keep[:, None], PRECISION, UPCAST)
+    return m_new, total, acc0, acc1
+
+
+@triton.jit
+def _forward_kernel(
+    Q, K, V, ROW_SCALE, OUT, LSE, PART_OUT, PART_LSE,
+    ITEMS, PATTERN, COL, TILE, TILES,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
+    stride_pb, stride_ph,
+    heads, group, items, parts, q_len, k_len, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    SUB_M: tl.constexpr = MASK_M // BLOCK_M
+    SUB_N: tl.constexpr = MASK_N // BLOCK_N
+    item = tl.program_id(0) // SUB_M
+    sub = tl.program_id(0) % SUB_M
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
+    entry = ITEMS + (pattern.to(tl.int64) * items + item) * 5
+    row_block = tl.load(entry)
+    first = tl.load(entry + 1)
+    middle = tl.load(entry + 2)
+    last = tl.load(entry + 3)
+    part = tl.load(entry + 4)
+    if row_block >= 0:
+        offset = tl.arange(0, BLOCK_M)
+        row = row_block * MASK_M + sub * BLOCK_M + offset
+        q_base = Q + b * stride_qb + h * stride_qh
+        k_base = K + b * stride_kb + (h // group) * stride_kh
+        v_base = V + b * stride_vb + (h // group) * stride_vh
+        q0 = load_rows(q_base, row.to(tl.int64), stride_qs, q_len, 0, D0, D, True)
+        q1 = q0
+        if D1 > 0:
+            q1 = load_rows(q_base, row.to(tl.int64), stride_qs, q_len, D0, D1, D, True)
+        m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        acc0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+        acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], dtype=tl.float32)
+        inner = tl.arange(0, BLOCK_N)
+
+        for step in range(first * SUB_N, middle * SUB_N):
+            start = tl.load(COL + step // SUB_N) * MASK_N + (step % SUB_N) * BLOCK_N
+            key = start.to(tl.int64) + inner
+            m, total, acc0, acc1 = _step(
+                q0, q1, m, total, acc0, acc1, k_base, v_base, stride_ks, stride_vs, key, k_len, True,
+                scale_log2, D, D0, D1, False, PRECISION, UPCAST,
+            )  # fmt: skip
+        for step in range(middle * SUB_N, last * SUB_N):
+            column = (step % SUB_N) * BLOCK_N + inner
+            key = (tl.load(COL + step // SUB_N) * MASK_N).to(tl.int64) + column
+            tile = tl.load(TILE + step // SUB_N).to(tl.int64)
+            within = (sub * BLOCK_M + offset)[:, None] * MASK_N + column[None, :]
+            seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
+            m, total, acc0, acc1 = _step(
+                q0, q1, m, total, acc0, acc1, k_base, v_base, stride_ks, stride_vs, key, k_len, seen,
+                scale_log2, D, D0, D1, True, PRECISION, UPCAST,
+            )  # fmt: skip
+
+        # ---- epilogue ----
+        nothing = total == 0.0
+        factor = 1.0 / tl.where(nothing, 1.0, total)
+        lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
+        if part >= 0:
+            # A part of a heavy row: kept apart in float32, joined after the launch.
+            at = (tl.program_id(1).to(tl.int64) * parts + part) * MASK_M
+            local = at + sub * BLOCK_M + offset
+            end = at + MASK_M
+            store_rows(PART_OUT, local, D, end, acc0 * factor[:, None], 0, D0, D)
+            if D1 > 0:
+                store_rows(PART_OUT, local, D, end, acc1 * factor[:, None], D0, D1, D)
+            tl.store(PART_LSE + local, lse)
+        else:
+            at = tl.program_id(1).to(tl.int64) * q_len
+            if HAS_ROW_SCALE:
+                factor *= tl.load(ROW_SCALE + at + row, row < q_len, other=0.0).to(tl.float32)
+            o_base = OUT + b * stride_ob + h * stride_oh
+            row64 = row.to(tl.int64)
+            store_rows(o_base, row64, stride_os, q_len, acc0 * factor[:, None], 0, D0, D)
+            if D1 > 0:
+                store_rows(o_base, row64, stride_os, q_len, acc1 * factor[:, None], D0, D1, D)
+            tl.store(LSE + at + row, lse, row < q_len)
+
+
+# ---- work lists -------------------------------------------------------------------------------
+
+
+@dataclass
+class Lists:
+    """What a mask's kernels walk, made on first use of a mask.
+
+    ``items`` (P, I, 5) int32: query block (-1: nothing), first, middle and last entry, and the
+    part of ``heavy`` that it is (-1: a whole row); the longest first, so that no long row is left
+    for the end. ``heavy`` (P, R) int64: the rows that were cut, each into ``pieces``, -1 for none.
+    """
+
+    items: Tensor
+    heavy: Tensor
+    pieces: int
+    columns: Csr
+    order: Tensor  # (P, NK) int32 key blocks, the most used first
+
+
+_lists: dict[int, Lists] = {}
+
+
+def lists_of(mask: list[Tensor], dims: list[int]) -> Lists:
+    key = int(mask[6])
+    if key not in _lists:
+        _lists[key] = _make_lists(mask, dims)
+        weakref.finalize(mask[6], _lists.pop, key, None)
+    return _lists[key]
+
+
+def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
+    _, row_ptr, split, col, tile = mask[:5]
+    q_len, k_len, bm, bn = dims
+    nq, nk = -(-q_len // bm), -(-k_len // bn)
+    patterns = split.numel() // nq
+    first, last = row_ptr[:-1].view(-1, nq), row_ptr[1:].view(-1, nq)
+    middle = split.view(-1, nq)
+    count = last - first
+    mean = float(count.float().mean())
+    chunk = max(_HEAVY_BLOCKS, math.ceil(2 * mean))
+    is_heavy = count > max(_HEAVY * mean, 2 * _HEAVY_BLOCKS)
+    most = int(is_heavy.sum(1).max())
+    pieces = -(-int(count.max()) // chunk) if most else 0
+
+    row = torch.arange(nq, dtype=torch.int32, device=col.device).expand(patterns, nq)
+    whole = torch.stack([row, first, middle, last, torch.full_like(row, -1)], -1)
+    whole[..., 0][is_heavy] = -1
+    heavy = torch.full((patterns, most), -1, dtype=torch.int64, device=col.device)
+    parts = []
+    for p in range(patterns if most else 0):
+        rows = is_heavy[p].nonzero().squeeze(1)
+        heavy[p, : rows.numel()] = rows
+        number = torch.arange(most * pieces, dtype=torch.int32, device=col.device)
+        r, piece = heavy[p][number // pieces], number % pieces
+        start = torch.minimum(first[p, r] + piece * chunk, last[p, r])
+        stop = torch.minimum(start + chunk, last[p, r])
+        border = torch.minimum(torch.maximum(middle[p, r], start), stop)
+        parts.append(torch.stack([r.int(), start, border, stop, number], -1))
+    items = torch.cat([whole, torch.stack(parts)], 1) if parts else whole
+    length = items[..., 3] - items[..., 1]
+    order = torch.where(items[..., 0] < 0, -1, length).argsort(dim=1, descending=True, stable=True)
+    items = items.gather(1, order.unsqueeze(-1).expand_as(items)).int().contiguous()
+
+    columns = _csr.transpose(Csr(row_ptr, split, col, tile), patterns, nq, nk)
+    used = (columns.row_ptr[1:] - columns.row_ptr[:-1]).view(patterns, nk)
+    by_use = used.argsort(dim=1, descending=True, stable=True).int().contiguous()
+    return Lists(items, heavy, pieces, columns, by_use)
+
+
+def _configs(dim: int, bm: int, bn: int) -> list[Config]:
+    """Candidates, the safest first. Tiles divide the mask's blocks."""
+    tries = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+    if dim <= 64:
+        tries = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 4)]
+    found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
+    if min(bm, bn) < 64:
+        found += [Config(min(64, bm), min(64, bn), w, s) for w in (1, 2, 4) for s in (2, 4)]
+    return list(dict.fromkeys(found))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
+    dims: list[int], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    pattern, _, _, col, tile, tiles = mask[:6]
+    batch, heads, q_len, dim = q.shape
+    lists = lists_of(mask, dims)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    parts = lists.heavy.shape[1] * lists.pieces
+    part_out = torch.empty(batch * heads, parts, dims[2], dim, device=q.device)
+    part_lse = torch.empty(batch * heads, parts, dims[2], device=q.device)
+    scales = q if row_scale is None else row_scale.contiguous()
+    main, rest = split_dim(dim)
+    items = lists.items.shape[1]
+    bits = tiles.view(torch.uint8)
+    steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
+
+    def launch(config: Config) -> None:
+        grid = (items * (dims[2] // config.block_m), batch * heads)
+        _forward_kernel[grid](
+            q, k, v, scales, out, lse, part_out, part_lse,
+            lists.items, pattern, col, tile, bits,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *steps,
+            heads, heads // k.shape[1], items, parts, q_len, k.shape[2], scale * _LOG2E,
+            D=dim, D0=main, D1=rest, MASK_M=dims[2], MASK_N=dims[3],
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_ROW_SCALE=row_scale is not None,
+            PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    key = ("forward", q.device, q.dtype, dim, *dims[2:], lists.items.shape[1] > 512)
+    tuned(key, _configs(dim, dims[2], dims[3]), launch)
+    if parts:
+        _join(out, lse, part_out, part_lse, row_scale, pattern, lists, dims)
+    return out, lse
+
+
+def _join(
+    out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, row_scale: Tensor | None,
+    pattern: Tensor, lists: Lists, dims: list[int],
+) -> None:  # fmt: skip
+    """Heavy rows from their parts: lse = log sum_p exp(lse_p), out = sum_p exp(lse_p - lse) out_p."""
+    batch, heads, q_len, dim = out.shape
+    most, pieces, bm = lists.heavy.shape[1], lists.pieces, dims[2]
+    lines = part_lse.view(batch, heads, most, pieces, bm)
+    total = torch.logsumexp(lines, 3)
+    base = total.masked_fill(total == float("-inf"), 0.0)
+    share = torch.exp(lines - base.unsqueeze(3)).unsqueeze(-1)
+    joined = (part_out.view(batch, heads, most, pieces, bm, dim) * share).sum(3)
+    row = lists.heavy[pattern.long()].expand(batch, heads, most)
+    token = row.unsqueeze(-1) * bm + torch.arange(bm, device=out.device)
+    b, h, r, i = ((row >= 0).unsqueeze(-1) & (token < q_len)).nonzero(as_tuple=True)
+    at = (b, h, token[b, h, r, i])
+    found = joined[b, h, r, i]
+    if row_scale is not None:
+        found = found * row_scale[at].unsqueeze(-1)
+    out[at] = found.to(out.dtype)
+    lse[at] = total[b, h, r, i]
+
+
+def backward(
+    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
+    mask: list[Tensor], dims: list[int], scale: float,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Gradients of q, k and v (see :mod:`vtr.kernels.triton_backward`)."""
+    return triton_backward.backward(
+        dout, delta, q, k, v, lse, mask, dims, scale, lists_of(mask, dims)
+    )

@@ -1,0 +1,303 @@
+"""Block-sparse flash attention in Triton: the backward kernels.
+
+With P = exp(scale q k^T - lse) made anew tile by tile, and delta_i = dO_i . O_i less the gradient
+of the LSE (FlashAttention-2, Dao 2023, appendix B):
+
+    dV = P^T dO;  dP = dO V^T;  dS = P (dP - delta);  dQ = scale dS K;  dK = scale dS^T Q
+
+One kernel walks the rows of the mask for dQ, one its columns for dK and dV: no atomics, so the
+gradients are the same in every run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vtr.kernels.triton_common import (
+    Config,
+    dot,
+    load_rows,
+    precision,
+    split_dim,
+    store_rows,
+    tuned,
+    upcast,
+)
+
+if TYPE_CHECKING:
+    from vtr.kernels.triton_attention import Lists
+
+_LOG2E = math.log2(math.e)
+
+
+@triton.jit
+def _dq_step(
+    q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_k, stride_v, key, k_len, seen,
+    scale_log2, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    k0 = load_rows(k_base, key, stride_k, k_len, 0, D0, D, MASKED)
+    v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, MASKED)
+    zero = tl.zeros([q0.shape[0], k0.shape[0]], dtype=tl.float32)
+    scores = dot(q0, tl.trans(k0), zero, PRECISION, UPCAST)
+    inner = dot(g0, tl.trans(v0), zero, PRECISION, UPCAST)
+    if D1 > 0:
+        k1 = load_rows(k_base, key, stride_k, k_len, D0, D1, D, MASKED)
+        v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, MASKED)
+        scores = dot(q1, tl.trans(k1), scores, PRECISION, UPCAST)
+        inner = dot(g1, tl.trans(v1), inner, PRECISION, UPCAST)
+    weights = tl.exp2(scores * scale_log2 - line[:, None])
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    slope = weights * (inner - delta[:, None])
+    if not UPCAST:
+        slope = slope.to(k0.dtype)
+    dq0 = dot(slope, k0, dq0, PRECISION, UPCAST)
+    if D1 > 0:
+        dq1 = dot(slope, k1, dq1, PRECISION, UPCAST)
+    return dq0, dq1
+
+
+@triton.jit
+def _dq_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DQ, ITEMS, PATTERN, COL, TILE, TILES,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_gb, stride_gh, stride_gs,
+    stride_ob, stride_oh, stride_os, stride_pb, stride_ph,
+    heads, group, items, q_len, k_len, scale, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    SUB_M: tl.constexpr = MASK_M // BLOCK_M
+    SUB_N: tl.constexpr = MASK_N // BLOCK_N
+    item = tl.program_id(0) // SUB_M
+    sub = tl.program_id(0) % SUB_M
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
+    entry = ITEMS + (pattern.to(tl.int64) * items + item) * 4
+    row_block = tl.load(entry)
+    first = tl.load(entry + 1)
+    middle = tl.load(entry + 2)
+    last = tl.load(entry + 3)
+    offset = tl.arange(0, BLOCK_M)
+    row = row_block * MASK_M + sub * BLOCK_M + offset
+    row64 = row.to(tl.int64)
+    q_base = Q + b * stride_qb + h * stride_qh
+    g_base = DOUT + b * stride_gb + h * stride_gh
+    k_base = K + b * stride_kb + (h // group) * stride_kh
+    v_base = V + b * stride_vb + (h // group) * stride_vh
+    q0 = load_rows(q_base, row64, stride_qs, q_len, 0, D0, D, True)
+    g0 = load_rows(g_base, row64, stride_gs, q_len, 0, D0, D, True)
+    q1 = q0
+    g1 = g0
+    if D1 > 0:
+        q1 = load_rows(q_base, row64, stride_qs, q_len, D0, D1, D, True)
+        g1 = load_rows(g_base, row64, stride_gs, q_len, D0, D1, D, True)
+    at = tl.program_id(1).to(tl.int64) * q_len
+    line = tl.load(LSE + at + row, row < q_len, other=float("inf"))
+    # exp2(t - inf) = 0: a row without keys has no weights.
+    line = tl.where(line == float("-inf"), float("inf"), line * 1.4426950408889634)
+    delta = tl.load(DELTA + at + row, row < q_len, other=0.0)
+    dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+    dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], dtype=tl.float32)
+    inner = tl.arange(0, BLOCK_N)
+    for step in range(first * SUB_N, middle * SUB_N):
+        start = tl.load(COL + step // SUB_N) * MASK_N + (step % SUB_N) * BLOCK_N
+        key = start.to(tl.int64) + inner
+        dq0, dq1 = _dq_step(
+            q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_ks, stride_vs, key,
+            k_len, True, scale_log2, D, D0, D1, False, PRECISION, UPCAST,
+        )  # fmt: skip
+    for step in range(middle * SUB_N, last * SUB_N):
+        column = (step % SUB_N) * BLOCK_N + inner
+        key = (tl.load(COL + step // SUB_N) * MASK_N).to(tl.int64) + column
+        tile = tl.load(TILE + step // SUB_N).to(tl.int64)
+        within = (sub * BLOCK_M + offset)[:, None] * MASK_N + column[None, :]
+        seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
+        dq0, dq1 = _dq_step(
+            q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_ks, stride_vs, key,
+            k_len, seen, scale_log2, D, D0, D1, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    o_base = DQ + b * stride_ob + h * stride_oh
+    store_rows(o_base, row64, stride_os, q_len, dq0 * scale, 0, D0, D)
+    if D1 > 0:
+        store_rows(o_base, row64, stride_os, q_len, dq1 * scale, D0, D1, D)
+
+
+@triton.jit
+def _dkv_step(
+    k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_q, stride_g, line_base, delta_base,
+    row, q_len, seen, scale_log2, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries; scores are kept as keys x queries."""
+    q0 = load_rows(q_base, row, stride_q, q_len, 0, D0, D, True)
+    g0 = load_rows(g_base, row, stride_g, q_len, 0, D0, D, True)
+    zero = tl.zeros([k0.shape[0], q0.shape[0]], dtype=tl.float32)
+    scores = dot(k0, tl.trans(q0), zero, PRECISION, UPCAST)
+    inner = dot(v0, tl.trans(g0), zero, PRECISION, UPCAST)
+    if D1 > 0:
+        q1 = load_rows(q_base, row, stride_q, q_len, D0, D1, D, True)
+        g1 = load_rows(g_base, row, stride_g, q_len, D0, D1, D, True)
+        scores = dot(k1, tl.trans(q1), scores, PRECISION, UPCAST)
+        inner = dot(v1, tl.trans(g1), inner, PRECISION, UPCAST)
+    line = tl.load(line_base + row, row < q_len, other=float("inf"))
+    line = tl.where(line == float("-inf"), float("inf"), line * 1.4426950408889634)
+    delta = tl.load(delta_base + row, row < q_len, other=0.0)
+    weights = tl.exp2(scores * scale_log2 - line[None, :])
+    if MASKED:
+        weights = tl.where(seen, weights, 0.0)
+    slope = weights * (inner - delta[None, :])
+    if not UPCAST:
+        weights = weights.to(g0.dtype)
+        slope = slope.to(q0.dtype)
+    dv0 = dot(weights, g0, dv0, PRECISION, UPCAST)
+    dk0 = dot(slope, q0, dk0, PRECISION, UPCAST)
+    if D1 > 0:
+        dv1 = dot(weights, g1, dv1, PRECISION, UPCAST)
+        dk1 = dot(slope, q1, dk1, PRECISION, UPCAST)
+    return dk0, dk1, dv0, dv1
+
+
+@triton.jit
+def _dkv_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, ORDER, ROW_PTR, SPLIT, COL, TILE, PATTERN, TILES,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs, stride_gb, stride_gh, stride_gs,
+    stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_pb, stride_ph,
+    heads, key_heads, group, columns, q_len, k_len, scale, scale_log2,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    SUB_M: tl.constexpr = MASK_M // BLOCK_M
+    SUB_N: tl.constexpr = MASK_N // BLOCK_N
+    sub = tl.program_id(0) % SUB_N
+    b = (tl.program_id(1) // key_heads).to(tl.int64)
+    kh = (tl.program_id(1) % key_heads).to(tl.int64)
+    # Heads of a group may differ in pattern; the order of the first one's is as good as any.
+    leader = tl.load(PATTERN + b * stride_pb + kh * group * stride_ph).to(tl.int64)
+    block = tl.load(ORDER + leader * columns + tl.program_id(0) // SUB_N)
+    offset = tl.arange(0, BLOCK_N)
+    column = sub * BLOCK_N + offset
+    key = block.to(tl.int64) * MASK_N + column
+    k_base = K + b * stride_kb + kh * stride_kh
+    v_base = V + b * stride_vb + kh * stride_vh
+    k0 = load_rows(k_base, key, stride_ks, k_len, 0, D0, D, True)
+    v0 = load_rows(v_base, key, stride_vs, k_len, 0, D0, D, True)
+    k1 = k0
+    v1 = v0
+    if D1 > 0:
+        k1 = load_rows(k_base, key, stride_ks, k_len, D0, D1, D, True)
+        v1 = load_rows(v_base, key, stride_vs, k_len, D0, D1, D, True)
+    dk0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
+    dv0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
+    dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], dtype=tl.float32)
+    dv1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], dtype=tl.float32)
+    inner = tl.arange(0, BLOCK_M)
+    for member in range(0, group):
+        h = kh * group + member
+        pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph).to(tl.int64)
+        q_base = Q + b * stride_qb + h * stride_qh
+        g_base = DOUT + b * stride_gb + h * stride_gh
+        at = (b * heads + h) * q_len
+        entry = pattern * columns + block
+        first = tl.load(ROW_PTR + entry)
+        middle = tl.load(SPLIT + entry)
+        last = tl.load(ROW_PTR + entry + 1)
+        for step in range(first * SUB_M, middle * SUB_M):
+            start = tl.load(COL + step // SUB_M) * MASK_M + (step % SUB_M) * BLOCK_M
+            row = start.to(tl.int64) + inner
+            dk0, dk1, dv0, dv1 = _dkv_step(
+                k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_qs, stride_gs,
+                LSE + at, DELTA + at, row, q_len, True, scale_log2,
+                D, D0, D1, False, PRECISION, UPCAST,
+            )  # fmt: skip
+        for step in range(middle * SUB_M, last * SUB_M):
+            line = (step % SUB_M) * BLOCK_M + inner
+            row = (tl.load(COL + step // SUB_M) * MASK_M).to(tl.int64) + line
+            tile = tl.load(TILE + step // SUB_M).to(tl.int64)
+            within = line[None, :] * MASK_N + column[:, None]
+            seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
+            dk0, dk1, dv0, dv1 = _dkv_step(
+                k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_qs, stride_gs,
+                LSE + at, DELTA + at, row, q_len, seen, scale_log2,
+                D, D0, D1, True, PRECISION, UPCAST,
+            )  # fmt: skip
+    dk_base = DK + b * stride_dkb + kh * stride_dkh
+    dv_base = DV + b * stride_dvb + kh * stride_dvh
+    store_rows(dk_base, key, stride_dks, k_len, dk0 * scale, 0, D0, D)
+    store_rows(dv_base, key, stride_dvs, k_len, dv0, 0, D0, D)
+    if D1 > 0:
+        store_rows(dk_base, key, stride_dks, k_len, dk1 * scale, D0, D1, D)
+        store_rows(dv_base, key, stride_dvs, k_len, dv1, D0, D1, D)
+
+
+def _configs(dim: int, bm: int, bn: int) -> list[Config]:
+    """Candidates, the safest first: the backward holds two products more than the forward."""
+    tries = [(64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2)]
+    if dim <= 64:
+        tries = [(64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)]
+    found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
+    return list(dict.fromkeys(found))
+
+
+def backward(
+    dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
+    mask: list[Tensor], dims: list[int], scale: float, lists: Lists,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv; ``delta`` (B, H, Sq) float32."""
+    q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
+    pattern, row_ptr, split, col, tile, tiles = mask[:6]
+    batch, heads, q_len, dim = q.shape
+    key_heads, k_len = k.shape[1], k.shape[2]
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    lse, delta = lse.contiguous(), delta.float().contiguous()
+    bits = tiles.view(torch.uint8)
+    steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
+    main, rest = split_dim(dim)
+    rows, columns = -(-q_len // dims[2]), -(-k_len // dims[3])
+    first, last = row_ptr[:-1].view(-1, rows), row_ptr[1:].view(-1, rows)
+    order = (last - first).argsort(dim=1, descending=True, stable=True)
+    items = torch.stack(
+        [order.int(), *(t.gather(1, order) for t in (first, split.view(-1, rows), last))], -1
+    ).contiguous()
+    shared = {
+        "D": dim, "D0": main, "D1": rest, "MASK_M": dims[2], "MASK_N": dims[3],
+        "PRECISION": precision(q.dtype), "UPCAST": upcast(q.dtype),
+    }  # fmt: skip
+
+    def launch_dq(config: Config) -> None:
+        _dq_kernel[(rows * (dims[2] // config.block_m), batch * heads)](
+            q, k, v, dout, lse, delta, dq, items, pattern, col, tile, bits,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
+            *dq.stride()[:3], *steps,
+            heads, heads // key_heads, rows, q_len, k_len, scale, scale * _LOG2E,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shared,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    def launch_dkv(config: Config) -> None:
+        by = lists.columns
+        _dkv_kernel[(columns * (dims[3] // config.block_n), batch * key_heads)](
+            q, k, v, dout, lse, delta, dk, dv, lists.order,
+            by.row_ptr, by.split, by.col, by.tile, pattern, bits,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
+            *dk.stride()[:3], *dv.stride()[:3], *steps,
+            heads, key_heads, heads // key_heads, columns, q_len, k_len, scale, scale * _LOG2E,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shared,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    key = (q.device, q.dtype, dim, *dims[2:])
+    tuned(("dq", *key), _configs(dim, dims[2], dims[3]), launch_dq)
+    tuned(("dkv", *key), _configs(dim, dims[2], dims[3]), launch_dkv)
+    return dq, dk, dv
