@@ -12,7 +12,8 @@ from torch import nn
 
 import vtr
 from vtr.flops import count_flops
-from vtr.profiling import PeakMemory, verdict
+from vtr.memory import PeakMemory
+from vtr.profiling import verdict
 
 
 def small_vit(**options):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vtr.api import Handle, MethodLike, apply, handles
 from vtr.flops import cache_bytes, count_flops
+from vtr.memory import PeakMemory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -312,38 +310,6 @@ def _on(handle: Handle | None) -> Iterator[None]:
         handle.pause()
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes held by tensors that operations made while it is on, and their peak (any device).
-
-    Storages are followed until they are freed; views cost nothing. Scratch space that an operator
-    takes and gives back inside of itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs), scalars=True):
-            self._known.setdefault(tensor.untyped_storage(), True)  # made before, elsewhere
-        out = func(*args, **kwargs)
-        for tensor in _tensors(out, scalars=True):
-            storage = tensor.untyped_storage()
-            if storage in self._known:
-                continue
-            self._known[storage] = True
-            size = storage.nbytes()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, size).atexit = False
-        return out
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
 def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, int | None]:
     """FLOPs, peak bytes, cache bytes and tokens left of one call."""
     flops = count_flops(call)
@@ -400,8 +366,8 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def _tensors(tree: Any, scalars: bool = False) -> list[Tensor]:
-    return [t for t in tree_iter(tree) if isinstance(t, Tensor) and (scalars or t.dim() > 0)]
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_iter(tree) if isinstance(t, Tensor) and t.dim() > 0]
 
 
 def _sizes(batch: int | Sequence[int] | None) -> list[int | None]:

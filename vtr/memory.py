@@ -1,0 +1,47 @@
+"""Peak memory of a call, seen from outside: the tensors that operations make, on any device."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes held by tensors that operations made while it is on, and their peak (any device).
+
+    Storages are followed until they are freed; views cost nothing. Scratch space that an operator
+    takes and gives back inside of itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            self._known.setdefault(tensor.untyped_storage(), True)  # made before, elsewhere
+        out = func(*args, **kwargs)
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage in self._known:
+                continue
+            self._known[storage] = True
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, size).atexit = False
+        return out
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_iter(tree) if isinstance(t, Tensor)]
