@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import AttentionPoolLatent
 from timm.models import beit, eva, naflexvit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
@@ -107,12 +108,7 @@ class TimmBlock(BlockRunner):
     def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
         if run.map is None:
             return kwargs
-        kwargs = dict(kwargs)
-        if kwargs.get("rope") is not None:
-            kwargs["rope"] = run.narrowed(kwargs["rope"], lambda now: narrow_rope(kwargs["rope"], now.kept))
-        mask = kwargs.get("attn_mask")
-        if mask is not None:
-            kwargs["attn_mask"] = run.narrowed(mask, lambda now: narrow_bias(mask, now, self.prefix))
+        kwargs = _narrow(kwargs, run, self.prefix)
         bias = _relative_bias(self.block.attn, kwargs)
         if bias is not None:
             kwargs["attn_mask"] = narrow_bias(bias, run.map, self.prefix)
@@ -133,6 +129,28 @@ class TimmBlock(BlockRunner):
         attention = before * linear_flops(attn) + 4 * before * before * width
         mlp: Any = self.block.mlp
         return attention + after * linear_flops(mlp)
+
+
+class TimmWhole(WholeBlock):
+    """A timm block that is not opened (parallel branches, differential attention)."""
+
+    def __init__(self, block: nn.Module, prefix: int) -> None:
+        super().__init__(block)
+        self.prefix = prefix
+
+    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+        return kwargs if run.map is None else _narrow(kwargs, run, self.prefix)
+
+
+def _narrow(kwargs: dict[str, Any], run: Run, prefix: int) -> dict[str, Any]:
+    """Rotary rows and the mask of the tokens that are left."""
+    kwargs = dict(kwargs)
+    rope, mask = kwargs.get("rope"), kwargs.get("attn_mask")
+    if rope is not None:
+        kwargs["rope"] = run.narrowed(rope, lambda now: narrow_rope(rope, now.kept))
+    if mask is not None:
+        kwargs["attn_mask"] = run.narrowed(mask, lambda now: narrow_bias(mask, now, prefix))
+    return kwargs
 
 
 def _relative_bias(attn: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -287,19 +305,27 @@ class TimmWrapping(Wrapping):
         model: Any = self.root
         sizes = self.session.pool_sizes(x)
         kind = model.global_pool if pool_type is None else pool_type
-        if sizes is None or (model.attn_pool is None and kind not in ("avg", "avgmax")):
+        attn_pool = model.attn_pool
+        if sizes is None or (attn_pool is None and kind not in ("avg", "avgmax", "max")):
             original = type(model)._pool if hasattr(type(model), "_pool") else type(model).pool
             return original(model, x, pool_type, **kwargs)
-        include = getattr(model, "pool_include_prefix", False)
         p = self.info.prefix
-        if include:
+        # Eva has no such option: its attention pool sees the prefix tokens, its mean does not.
+        if getattr(model, "pool_include_prefix", attn_pool is not None):
             sizes = torch.cat([sizes.new_ones(x.shape[0], p), sizes], 1)
         else:
             x = x[:, p:]
-        if model.attn_pool is not None:
-            return model.attn_pool(x, attn_mask=sizes.log()[:, None, None, :].to(x.dtype))
-        mean = weighted_mean(x, sizes)
-        return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
+        if isinstance(attn_pool, AttentionPoolLatent):
+            return attn_pool(x, attn_mask=sizes.log()[:, None, None, :].to(x.dtype))
+        if attn_pool is not None:
+            raise UnsupportedMethodError(
+                f"{type(attn_pool).__name__} cannot count tokens by their size: use "
+                "vtr.apply(..., output='restored'), which pools the full sequence"
+            )
+        if kind == "avg":
+            return weighted_mean(x, sizes)
+        largest = x.masked_fill((sizes == 0)[..., None], -float("inf")).amax(1)
+        return largest if kind == "max" else 0.5 * (largest + weighted_mean(x, sizes))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Beit's and relpos' head, whose mean over tokens stands inside ``forward_head``."""
@@ -326,7 +352,7 @@ def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
 def _runner(block: nn.Module, prefix: int) -> BlockRunner:
     if type(block) in _BLOCKS and type(getattr(block, "attn", None)) in _ATTENTIONS:
         return TimmBlock(block, prefix)
-    return WholeBlock(block)
+    return TimmWhole(block, prefix)
 
 
 def locate(target: Any) -> nn.Module | None:

@@ -1,0 +1,579 @@
+"""timm's families: every method that is supported, on small members with random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import timm
+import torch
+from tiny import images, ours, spread, vit
+from torch import Tensor, nn
+
+import vtr
+from vtr.method import Method, Reduction, Stage
+from vtr.signals import ModelInfo, Site
+from vtr.vision.timm import TimmBlock
+from vtr.wrapping import wrapping_of
+
+SMALL: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 4,
+    "num_heads": 3,
+    "num_classes": 7,
+}
+CLS = {"cls-attention", "evit", "flowcut", "random", "tofe", "tome"}
+NO_CLS = {"flowcut", "random", "tome"}
+ENDS = {"random"}  # blocks that cannot be opened show hidden states only
+
+# (name, options beyond SMALL, protected tokens, methods that must be among the supported ones)
+FAMILIES: list[tuple[str, dict[str, Any], int, set[str]]] = [
+    ("deit_tiny_patch16_224", {}, 1, CLS),
+    ("deit_tiny_patch16_224", {"global_pool": "avgmax"}, 1, CLS),
+    ("deit_tiny_patch16_224", {"qk_norm": True, "global_pool": "avg"}, 1, CLS),
+    ("deit_tiny_distilled_patch16_224", {}, 2, CLS),
+    ("deit3_small_patch16_224", {}, 1, CLS),
+    ("vit_base_patch14_dinov2", {}, 1, CLS),
+    ("vit_base_patch14_reg4_dinov2", {}, 5, CLS),
+    ("vit_giant_patch14_reg4_dinov2", {}, 5, CLS),
+    ("vit_base_patch16_clip_224", {}, 1, CLS),
+    ("vit_base_patch16_siglip_224", {}, 0, NO_CLS),
+    ("vit_base_patch16_siglip_gap_224", {}, 0, NO_CLS),
+    ("vit_base_patch16_reg4_gap_256", {}, 4, NO_CLS),
+    ("vit_so150m_patch16_reg4_map_256", {}, 4, NO_CLS),
+    ("vit_base_patch14_reg1_tipsv2", {}, 2, CLS),
+    ("vit_base_patch16_rpn_224", {}, 0, NO_CLS),
+    ("vit_base_patch16_xp_224", {}, 1, ENDS),
+    ("vit_small_patch16_18x2_224", {}, 1, ENDS),
+    ("vit_dlittle_patch16_reg1_gap_256", {}, 1, ENDS),
+    ("vit_dpwee_patch16_reg1_gap_256", {}, 1, ENDS),
+    ("aimv2_1b_patch14_224", {}, 0, NO_CLS),
+    ("beit3_base_patch16_224", {}, 1, CLS),
+    ("flexivit_small", {}, 1, CLS),
+    ("test_vit3", {}, 1, NO_CLS),
+    ("vit_base_patch16_radio_v3", {}, 8, CLS),
+    ("eva02_tiny_patch14_224", {}, 1, CLS),
+    ("eva02_base_patch16_clip_224", {}, 1, CLS),
+    ("eva_giant_patch14_224", {}, 1, CLS),
+    ("vit_small_patch16_dinov3", {}, 5, CLS),
+    ("vit_small_patch16_dinov3_qkvb", {}, 5, CLS),
+    ("vit_small_patch16_rope_224", {}, 1, CLS),
+    ("vit_small_patch16_rope_mixed_ape_224", {}, 1, CLS),
+    ("vit_betwixt_patch16_rope_reg4_gap_256", {}, 4, NO_CLS),
+    ("vit_pe_core_tiny_patch16_384", {}, 1, CLS),
+    ("vit_pe_lang_large_patch14_448", {}, 1, CLS),
+    ("vit_base_patch16_sapiens2", {"num_kv_heads": (1, 3, 1, 3)}, 9, CLS),
+    ("beit_base_patch16_224", {}, 1, CLS),
+    ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}, 1, CLS),
+    ("beitv2_base_patch16_224", {"global_pool": "token"}, 1, CLS),
+    ("vit_relpos_base_patch16_224", {}, 0, NO_CLS),
+    ("vit_relpos_base_patch16_cls_224", {}, 1, CLS),
+    ("vit_relpos_base_patch16_rpn_224", {}, 0, NO_CLS),
+    ("vit_srelpos_small_patch16_224", {}, 0, NO_CLS),
+    ("naflexvit_base_patch16_gap", {}, 4, NO_CLS),
+    ("naflexvit_base_patch16_map", {}, 1, NO_CLS),
+    ("naflexvit_base_patch16_siglip", {}, 0, NO_CLS),
+    ("naflexvit_base_patch16_radio_v3", {}, 8, CLS),
+]
+NAMES = [f"{name}-{'-'.join(map(str, more))}" if more else name for name, more, _, _ in FAMILIES]
+
+
+def build(name: str, more: dict[str, Any] | None = None) -> Any:
+    return spread(timm.create_model(name, **{**SMALL, **(more or {})}))
+
+
+@pytest.fixture(params=FAMILIES, ids=NAMES, scope="module")
+def family(request: pytest.FixtureRequest) -> tuple[Any, int, set[str]]:
+    name, more, prefix, methods = request.param
+    return build(name, more), prefix, methods
+
+
+def works(model: Any) -> list[str]:
+    return [s.name for s in vtr.supported(model) if s.supported]
+
+
+# ---- every family, every method -------------------------------------------------------------
+
+
+def test_every_supported_method_runs_by_the_laws(family: tuple[Any, int, set[str]]) -> None:
+    model, prefix, expected = family
+    names = works(model)
+    assert expected <= set(names), vtr.supported(model)
+    assert model.num_prefix_tokens == prefix
+    x = images()
+    with torch.no_grad():
+        dense, features = model(x), model.forward_features(x)
+    keys = list(model.state_dict())
+    for name in names:
+        with vtr.apply(model, name) as handle, torch.no_grad():
+            torch.manual_seed(0)
+            out = model(x)
+            torch.manual_seed(0)
+            short = model.forward_features(x)
+            report = handle.report().to_dict()
+        assert out.shape == dense.shape and out.isfinite().all(), name
+        assert not torch.equal(out, dense), name
+        last = handle.trace.stages[-1].total
+        assert short.shape[1] == last.n_out + prefix, name
+        assert last.n_in == 64 and features.shape[1] == 64 + prefix
+        for b in range(2):
+            kept = last.kept[b][last.kept[b] >= 0].tolist()
+            assert kept == sorted(set(kept)) and kept[-1] < 64
+        flops = report["flops"]["encoder"]
+        assert 0 < flops["reduced"] < flops["dense"], name
+        alone = []
+        for b in range(2):
+            with vtr.apply(model, name), torch.no_grad():
+                torch.manual_seed(0)
+                alone.append(model(x[b : b + 1]))
+        torch.testing.assert_close(torch.cat(alone), out, atol=1e-3, rtol=1e-3)
+    assert list(model.state_dict()) == keys and ours(model) == []
+    with torch.no_grad():
+        assert torch.equal(model(x), dense)
+
+
+@dataclass(frozen=True)
+class Look(Method):
+    """Opens the attention of every layer and changes nothing."""
+
+    name: ClassVar[str] = "look"
+    needs: ClassVar = {"encoder": frozenset({"keys"})}
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return tuple(Stage("encoder", i) for i in range(info.depth["encoder"]))
+
+    def reduce(self, site: Site) -> Reduction | None:
+        q, k, v = site.qkv
+        assert q.shape == k.shape == v.shape
+        return None
+
+
+def test_the_opened_attention_equals_the_native_one(family: tuple[Any, int, set[str]]) -> None:
+    model, _, expected = family
+    if expected == ENDS:
+        with pytest.raises(vtr.UnsupportedMethodError, match="look needs keys"):
+            vtr.apply(model, Look())
+        return
+    x = images()
+    with torch.no_grad():
+        dense = model(x)
+        with vtr.apply(model, Look()):
+            torch.testing.assert_close(model(x), dense, atol=1e-5, rtol=1e-5)
+            for block in model.blocks:
+                block.attn.fused_attn = False
+            try:
+                torch.testing.assert_close(model(x), dense, atol=2e-4, rtol=2e-4)
+            finally:
+                for block in model.blocks:
+                    block.attn.fused_attn = True
+
+
+def test_intermediates_are_full_grids(family: tuple[Any, int, set[str]]) -> None:
+    model, prefix, _ = family
+    x = images()
+    for name in works(model):
+        with vtr.apply(model, name) as handle, torch.no_grad():
+            torch.manual_seed(0)
+            last, grids = model.forward_intermediates(x, norm=False)
+            assert last.shape[1] == 64 + prefix
+            assert [tuple(g.shape) for g in grids] == [(2, 48, 8, 8)] * 4, name
+            total = handle.trace.stages[-1].total
+            sequences = model.forward_intermediates(
+                x, output_fmt="NLC", intermediates_only=True, norm=False
+            )
+            assert all(s.shape == (2, 64, 48) for s in sequences)
+            torch.manual_seed(0)
+            reduced = model(x)
+        with vtr.apply(model, name), torch.no_grad():
+            torch.manual_seed(0)
+            assert torch.equal(model(x), reduced), "one call does not change the next"
+        # Members of a slot carry its value in the last grid.
+        flat = grids[-1].flatten(2).transpose(1, 2)
+        for b in range(2):
+            for j, slot in enumerate(total.source[b].tolist()):
+                if slot >= 0:
+                    assert torch.equal(flat[b, j], flat[b, total.kept[b, slot]])
+
+
+def test_dropped_tokens_keep_the_last_value_they_had() -> None:
+    model, x = vit(), images()
+    with torch.no_grad():
+        _, dense = model.forward_intermediates(x, norm=False, output_fmt="NLC")
+        with vtr.apply(model, vtr.Random(keep=0.5, layers=(2,), seed=1)) as handle:
+            _, mine = model.forward_intermediates(x, norm=False, output_fmt="NLC")
+    for i in range(2):
+        assert torch.equal(mine[i], dense[i]), "nothing is changed before the cut"
+    gone = handle.trace.stages[0].map.source < 0
+    assert all(torch.equal(mine[i][gone], mine[2][gone]) for i in (3, 4, 5))
+    assert not torch.equal(mine[5][~gone], mine[2][~gone])
+    # What they had: the sum of block 2's input and its attention branch.
+    block = model.blocks[2]
+    with torch.no_grad():
+        caught: list[Tensor] = []
+        hook = block.register_forward_pre_hook(lambda m, a: caught.append(a[0]))
+        model(x)
+        hook.remove()
+        half = caught[0] + block.attn(block.norm1(caught[0]))
+    torch.testing.assert_close(mine[2][gone], half[:, 1:][gone], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+def test_features_only_and_intermediate_layers(name: str) -> None:
+    x = images()
+    wrapper = spread(timm.create_model(name, features_only=True, **{k: v for k, v in SMALL.items() if k != "num_classes"}))
+    with vtr.apply(wrapper, vtr.EViT(keep=0.5, layers=(0, 1))) as handle, torch.no_grad():
+        grids = wrapper(x)
+        assert all(tuple(g.shape) == (2, 48, 8, 8) for g in grids)
+        assert handle.trace.stages
+    model = build(name)
+    if hasattr(model, "get_intermediate_layers"):
+        with vtr.apply(model, vtr.ToMe(r=6)), torch.no_grad():
+            layers = model.get_intermediate_layers(x, n=3, reshape=True)
+        assert [tuple(g.shape) for g in layers] == [(2, 48, 8, 8)] * 3
+
+
+def test_output_restored() -> None:
+    model, x = vit(global_pool="avg"), images()
+    with vtr.apply(model, vtr.ToMe(r=6)) as handle, torch.no_grad():
+        short, pooled = model.forward_features(x), model(x)
+        total = handle.trace.stages[-1].total
+    with vtr.apply(model, vtr.ToMe(r=6), output="restored"), torch.no_grad():
+        full = model.forward_features(x)
+        assert full.shape == (2, 65, 48)
+        torch.testing.assert_close(full, total.with_prefix(1).restore(short))
+        torch.testing.assert_close(model(x), pooled, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="output must be 'reduced' or 'restored', got 'full'"):
+        vtr.apply(model, vtr.ToMe(r=6), output="full")
+
+
+# ---- pooling after merging ------------------------------------------------------------------
+
+POOLS = [
+    ("deit_tiny_patch16_224", {"global_pool": "avg"}),
+    ("deit_tiny_patch16_224", {"global_pool": "avgmax"}),
+    ("deit_tiny_patch16_224", {"global_pool": "max"}),
+    ("deit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
+    ("vit_base_patch16_siglip_gap_224", {}),
+    ("vit_base_patch16_siglip_224", {}),
+    ("vit_so150m_patch16_reg4_map_256", {}),
+    ("vit_pe_core_tiny_patch16_384", {}),
+    ("vit_betwixt_patch16_rope_reg4_gap_256", {}),
+    ("beit_base_patch16_224", {}),
+    ("vit_relpos_base_patch16_224", {}),
+    ("naflexvit_base_patch16_gap", {}),
+    ("naflexvit_base_patch16_map", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "more"), POOLS, ids=str)
+def test_pooling_counts_merged_tokens_by_size(name: str, more: dict[str, Any]) -> None:
+    model, x = build(name, more), images()
+    plain = copy.deepcopy(model)
+    with vtr.apply(model, vtr.ToMe(r=10)) as handle, torch.no_grad():
+        features = model.forward_features(x)
+        pooled = model.forward_head(features)
+        torch.testing.assert_close(model(x), pooled)
+        whole = handle.trace.stages[-1].total.with_prefix(model.num_prefix_tokens)
+    assert whole.size.max() > 2
+    expected = plain.forward_head(whole.restore(features))
+    torch.testing.assert_close(pooled, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_pooling_of_a_pruned_sequence_is_the_plain_one() -> None:
+    model, x = vit(global_pool="avg"), images()
+    with vtr.apply(model, vtr.Random(keep=9, seed=0)), torch.no_grad():
+        features, out = model.forward_features(x), model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(out, model.forward_head(features))
+
+
+@pytest.mark.parametrize("pool", ["avg", "avgmax", "max"])
+def test_padding_is_not_pooled(pool: str) -> None:
+    model, x = vit(global_pool=pool), images(4)
+    method = vtr.ToFe(trained=True, adaptive=True, final_rejoin=False)
+    with vtr.apply(model, method) as handle, torch.no_grad():
+        spread(handle.modules)
+        together = model(x)
+        last = handle.trace.stages[-1].total
+        assert last.padded and len(set(last.valid.sum(1).tolist())) > 1
+        for b in range(4):
+            torch.testing.assert_close(model(x[b : b + 1]), together[b : b + 1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_pool_that_cannot_weigh_says_so() -> None:
+    model, x = vit(global_pool="prr", class_token=False), images()
+    with vtr.apply(model, vtr.ToMe(r=8)), pytest.raises(vtr.UnsupportedMethodError, match="output='restored'"):
+        model(x)
+    with vtr.apply(model, vtr.ToMe(r=8), output="restored"):
+        assert model(x).isfinite().all()
+    with vtr.apply(model, vtr.Random(keep=8)):
+        assert model(x).isfinite().all()
+
+
+# ---- pruned physically = masked as keys -----------------------------------------------------
+
+
+@contextmanager
+def block_inputs(model: Any) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+    hooks = [
+        b.register_forward_pre_hook(lambda m, a, k: caught.append((a[0], k)), with_kwargs=True)
+        for b in model.blocks
+    ]
+    yield caught
+    for hook in hooks:
+        hook.remove()
+
+
+def masked_reference(model: Any, x: Tensor, alive: list[Tensor]) -> Tensor:
+    """The model's own blocks on the full sequence; ``alive[i]`` (B, T) are the keys of block i."""
+    with torch.no_grad(), block_inputs(model) as caught:
+        model.forward_features(x)
+    h = caught[0][0]
+    for block, (_, kwargs), keys in zip(model.blocks, caught, alive, strict=True):
+        bias = torch.zeros(keys.shape).masked_fill(~keys, -float("inf"))[:, None, None, :]
+        kwargs = dict(kwargs)
+        undo: Callable[[], None] | None = None
+        if "shared_rel_pos_bias" in kwargs:
+            shared = kwargs["shared_rel_pos_bias"]
+            kwargs["shared_rel_pos_bias"] = bias if shared is None else shared + bias
+        elif getattr(getattr(block, "attn", None), "rel_pos", None) is not None:
+            own = block.attn.rel_pos.get_bias()
+            block.attn.rel_pos.get_bias = lambda own=own, bias=bias: own + bias
+            undo = lambda block=block: block.attn.rel_pos.__dict__.pop("get_bias")  # noqa: E731
+        elif "shared_rel_pos" in kwargs:
+            kwargs["shared_rel_pos"] = kwargs["shared_rel_pos"] + bias
+        else:
+            kwargs["attn_mask"] = bias.expand(-1, -1, keys.shape[1], -1)
+        with torch.no_grad():
+            h = block(h, **kwargs)
+        if undo is not None:
+            undo()
+    return model.norm(h)
+
+
+MASKED = [
+    ("deit_tiny_patch16_224", {}),
+    ("deit_tiny_distilled_patch16_224", {}),
+    ("vit_base_patch14_reg4_dinov2", {}),
+    ("vit_base_patch16_rpn_224", {}),
+    ("vit_base_patch16_siglip_gap_224", {}),
+    ("vit_dlittle_patch16_reg1_gap_256", {}),
+    ("vit_base_patch16_xp_224", {}),
+    ("vit_small_patch16_dinov3", {}),
+    ("eva02_tiny_patch14_224", {}),
+    ("vit_small_patch16_rope_mixed_224", {}),
+    ("vit_pe_core_tiny_patch16_384", {}),
+    ("vit_base_patch16_sapiens2", {"num_kv_heads": (1, 3, 1, 3)}),
+    ("beit_base_patch16_224", {}),
+    ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}),
+    ("vit_relpos_base_patch16_cls_224", {}),
+    ("vit_srelpos_small_patch16_224", {}),
+    ("naflexvit_base_patch16_gap", {}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "axial"}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "mixed"}),
+    ("naflexvit_base_patch16_gap", {"rope_type": "axial", "block_fn": "parallel"}),
+]
+
+
+@pytest.mark.parametrize(("name", "more"), MASKED, ids=str)
+def test_pruning_equals_masking_the_dropped_keys(name: str, more: dict[str, Any]) -> None:
+    model, x = build(name, more), images()
+    method: Method
+    if "cls-attention" in works(model):
+        method = vtr.CLSAttention(keep=(30, 11), layers=(0, 2))
+    else:
+        method = vtr.Random(keep=(30, 11), layers=(0, 2), seed=4)
+    with vtr.apply(model, method) as handle, torch.no_grad():
+        short = model.forward_features(x)
+    prefix = model.num_prefix_tokens
+    alive = [torch.ones(2, 64 + prefix, dtype=torch.bool)]
+    for layer in range(3):
+        keys = alive[-1]
+        for record in handle.trace.stages:
+            if record.layer == layer:
+                keys = record.total.with_prefix(prefix).source >= 0
+        alive.append(keys)
+    full = masked_reference(model, x, alive)
+    whole = handle.trace.stages[-1].total.with_prefix(prefix)
+    assert whole.n_out == 11 + prefix
+    torch.testing.assert_close(short, whole.gather(full), atol=2e-4, rtol=2e-4)
+
+
+def test_a_mask_given_by_the_caller_is_narrowed() -> None:
+    model, x = vit(), images()
+    mask = torch.rand(65, 65) < 0.7
+    mask |= torch.eye(65, dtype=torch.bool)
+    with vtr.apply(model, vtr.Random(keep=20, layers=(0,), seed=2)) as handle, torch.no_grad():
+        short = model.forward_features(x, attn_mask=mask)
+    alive = handle.trace.stages[0].total.with_prefix(1).source >= 0
+    with torch.no_grad(), block_inputs(model) as caught:
+        model.forward_features(x, attn_mask=mask)
+    h = caught[0][0]
+    with torch.no_grad():
+        for i, block in enumerate(model.blocks):
+            h = block(h, attn_mask=mask if i == 0 else (mask[None] & alive[:, None, :])[:, None])
+    whole = handle.trace.stages[0].total.with_prefix(1)
+    # A row whose keys are all masked is undefined; none is here, as each token sees itself.
+    torch.testing.assert_close(short, whole.gather(model.norm(h)), atol=2e-4, rtol=2e-4)
+
+
+def test_naflex_dictionaries() -> None:
+    model = build("naflexvit_base_patch16_gap")
+    patches = torch.randn(2, 12, 8 * 8 * 3)
+    coord = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"), -1)
+    inputs = {
+        "patches": patches,
+        "patch_coord": coord.reshape(1, 12, 2).expand(2, -1, -1),
+        "patch_valid": torch.ones(2, 12, dtype=torch.bool),
+    }
+    with torch.no_grad():
+        dense = model(inputs)
+        with vtr.apply(model, vtr.ToMe(keep=1.0)):
+            torch.testing.assert_close(model(inputs), dense, atol=1e-5, rtol=1e-5)
+        with vtr.apply(model, vtr.ToMe(r=1)) as handle:
+            assert model(inputs).isfinite().all()
+            assert handle.trace.stages[-1].tokens_out == 8
+            inputs["patch_valid"][1, 9:] = False
+            with pytest.raises(vtr.UnsupportedMethodError, match="padded patches"):
+                model(inputs)
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+REFUSED = [
+    ("swin_tiny_patch4_window7_224", {}, "windows need the full grid"),
+    ("swinv2_tiny_window8_256", {}, "windows need the full grid"),
+    ("hiera_tiny_224", {}, "mask units"),
+    ("samvit_base_patch16_224", {"depth": 1}, "2-D grids"),
+    ("cait_xxs24_224", {"depth": 1}, "class token enters only after the trunk"),
+    ("xcit_nano_12_p16_224", {"depth": 1}, "convolution over the full grid"),
+    ("convit_tiny", {"depth": 1}, "positional attention"),
+    ("tnt_s_patch16_224", {"depth": 1}, "inner pixel tokens"),
+    ("volo_d1_224", {}, "outlook attention"),
+    ("resnet18", {}, "no adapter for timm.models.resnet.ResNet"),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "reason"), REFUSED, ids=[r[0] for r in REFUSED])
+def test_other_families_are_refused_with_the_reason(
+    name: str, more: dict[str, Any], reason: str
+) -> None:
+    try:
+        model = timm.create_model(name, **more)
+    except TypeError:
+        model = timm.create_model(name)
+    for call in (lambda: vtr.apply(model, "tome"), lambda: vtr.supported(model)):
+        with pytest.raises(vtr.UnsupportedModelError, match=reason) as error:
+            call()
+        assert "timm VisionTransformer" in str(error.value)
+    assert ours(model) == []
+
+
+def test_methods_that_need_a_class_token_are_refused_without_one() -> None:
+    model = build("vit_base_patch16_siglip_gap_224")
+    with pytest.raises(vtr.UnsupportedMethodError, match="no class token") as error:
+        vtr.apply(model, vtr.EViT())
+    assert "Methods that work on it: " in str(error.value) and "tome" in str(error.value)
+    reasons = {s.name: s.reason for s in vtr.supported(model)}
+    assert "cls_attention" in reasons["evit"] and reasons["tome"] == ""
+
+
+# ---- details --------------------------------------------------------------------------------
+
+
+def test_keys_of_equals_the_keys_of_the_call() -> None:
+    """Keys made from features alone are those that the block's own attention has."""
+    for name, more, _, expected in FAMILIES:
+        if expected == ENDS:
+            continue
+        model = build(name, more)
+        seen: list[tuple[Site, Tensor]] = []
+
+        @dataclass(frozen=True)
+        class Keys(Look):
+            def reduce(self, site: Site) -> Reduction | None:
+                index = torch.tensor([[3, 9, 60], [0, 63, 5]])
+                if site.layer == 1:
+                    rows = inputs[site.layer][:, site.prefix :].gather(
+                        1, index[..., None].expand(-1, -1, 48)
+                    )
+                    got = site.keys_of(rows, index)  # type: ignore[misc]
+                    want = site.keys.gather(2, index[:, None, :, None].expand(-1, got.shape[1], -1, got.shape[3]))
+                    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+                    seen.append((site, got))
+                return None
+
+        inputs: dict[int, Tensor] = {}
+        hooks = [
+            b.register_forward_pre_hook(lambda m, a, i=i: inputs.__setitem__(i, a[0]))
+            for i, b in enumerate(model.blocks)
+        ]
+        with vtr.apply(model, Keys()), torch.no_grad():
+            model(images())
+        for hook in hooks:
+            hook.remove()
+        assert len(seen) == 1, name
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("method", [vtr.EViT(keep=0.5), vtr.ToMe(r=6)], ids=["evit", "tome"])
+def test_rope_and_bias_families_compile_to_one_graph(name: str, method: Method) -> None:
+    model, x = build(name, {"depth": 2} if "mixed" not in name else None), images()
+    if isinstance(method, vtr.EViT):
+        method = vtr.EViT(keep=0.5, layers=(0,))
+    torch._dynamo.reset()
+    with vtr.apply(model, method), torch.no_grad():
+        eager = model(x)
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), eager)
+    torch._dynamo.reset()
+
+
+def test_gradient_checkpointing_is_refused_in_words() -> None:
+    model, x = vit().train(), images()
+    model.set_grad_checkpointing(True)
+    with vtr.apply(model, vtr.EViT()), pytest.raises(RuntimeError, match="set_grad_checkpointing"):
+        model(x)
+    with vtr.apply(model.eval(), vtr.EViT()), torch.no_grad():
+        model(x)
+
+
+def test_a_model_of_a_subclass_and_other_sizes() -> None:
+    model = spread(
+        timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **{**SMALL, "depth": 2})
+    )
+    x = torch.randn(1, 3, 48, 80)
+    with vtr.apply(model, vtr.EViT(keep=0.5, layers=(0,))) as handle, torch.no_grad():
+        model(x)
+    assert handle.trace.stages[0].tokens_in == 60 and handle.trace.stages[0].tokens_out == 31
+
+
+def test_blocks_are_opened_where_they_can_be() -> None:
+    with vtr.apply(build("deit3_small_patch16_224"), "random") as handle:
+        wrapping: Any = wrapping_of(handle.target)
+        assert all(isinstance(r, TimmBlock) for r in wrapping.session.runners)
+
+
+def test_reported_flops_are_those_of_the_operators() -> None:
+    """The count by shapes against torch's counter on the real operators."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = vit(), images(1)
+    plain: nn.Module = model.patch_embed
+    for method in (vtr.EViT(keep=0.5), vtr.CLSAttention(keep=0.3, layers=(2,))):
+        with vtr.apply(model, method) as handle, torch.no_grad():
+            with FlopCounterMode(display=False) as counted:
+                model(x)
+            with FlopCounterMode(display=False) as rest:
+                plain(x)
+                model.head(torch.zeros(1, 48))
+            reported = handle.report().flops["encoder"][1]
+        blocks = counted.get_total_flops() - rest.get_total_flops()
+        # The class attention row itself is the method's own: well under a hundredth.
+        assert reported <= blocks <= 1.01 * reported
