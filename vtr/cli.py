@@ -9,25 +9,32 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vtr.errors import VtrError
 
 app = typer.Typer(
     help="Visual token reduction for vision and video models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console()
 
+# click's UsageError; typer carries its own click since 0.20 or so, and both are reached like this.
+_USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+
 ModelArgument = Annotated[
     str, typer.Argument(help="a built-in model (digits-vit) or timm:NAME, open_clip:NAME")
 ]
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="digits-vit, timm:NAME or open_clip:NAME")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="digits-vit, timm:NAME or open_clip:NAME")
+]
 MethodOption = Annotated[
     list[str],
-    typer.Option("--method", "-k", help="NAME or NAME:option=value,option=value (repeat for several)"),
+    typer.Option(
+        "--method", "-k", help="NAME or NAME:option=value,option=value (repeat for several)"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
@@ -35,10 +42,36 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 def main() -> None:
     """Entry point: bad input ends with status 2 and one line that says what is wrong."""
     try:
-        app()
-    except (VtrError, ValueError, FileNotFoundError) as error:
-        Console(stderr=True).print(f"vtr: {error}", style="red", highlight=False, markup=False)
-        sys.exit(2)
+        sys.exit(app(standalone_mode=False) or 0)
+    except _USAGE_ERROR as error:
+        _fail(f"{error.format_message()} ({' '.join(['vtr', *_command(), '--help'])})")
+    except (VtrError, ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _command() -> list[str]:
+    """The subcommand of this call, if there is one of that name."""
+    known = {getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    return [name for name in sys.argv[1:2] if name in known]
+
+
+def _fail(message: str) -> None:
+    line = " ".join(message.split())
+    print(f"vtr: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        from vtr import __version__
+
+        print(f"vtr {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -50,13 +83,13 @@ def methods(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps([vars(r) for r in rows], indent=2))
         return
-    table = Table(title="methods")
-    for column in ("name", "paper", "sites", "needs", "training", "options"):
-        table.add_column(column)
+    table = Table(title="methods", show_lines=True)
+    for column in ("name", "paper, options, signals", "sites", "training"):
+        table.add_column(column, no_wrap=column == "name")
     for r in rows:
-        table.add_row(
-            r.name, r.paper, ", ".join(r.sites), ", ".join(r.needs), r.training, ", ".join(r.options)
-        )
+        about = f"{escape(r.paper)}\n[dim]options: {', '.join(r.options)}"
+        about += f"\nreads: {', '.join(r.needs)}" if r.needs else ""
+        table.add_row(r.name, about, ", ".join(r.sites), r.training)
     console.print(table)
 
 
@@ -71,9 +104,9 @@ def supported(model: ModelArgument, as_json: JsonOption = False) -> None:
         return
     table = Table(title=model)
     for column in ("method", "works", "why not"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "method")
     for r in rows:
-        table.add_row(r.name, "yes" if r.supported else "no", r.reason)
+        table.add_row(r.name, "yes" if r.supported else "no", escape(r.reason))
     console.print(table)
 
 
@@ -81,11 +114,16 @@ def supported(model: ModelArgument, as_json: JsonOption = False) -> None:
 def profile(
     model: ModelArgument,
     method: MethodOption,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
+    batch: Annotated[list[int] | None, typer.Option(help="default 1 (repeat for several)")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
-    size: Annotated[int | None, typer.Option(help="pixels per side; default: the model's own")] = None,
-    pretrained: Annotated[bool, typer.Option(help="load pretrained weights (needs a network)")] = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="pixels per side; default: the model's own")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option(help="load pretrained weights (needs a network)")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Latency, FLOPs and memory of a model, dense and with each method, side by side."""
@@ -94,10 +132,21 @@ def profile(
     import vtr
 
     chosen = [parse_method(m) for m in method]
-    net = load_model(model, pretrained).to(device)
-    side = size or image_size(net)
-    images = torch.randn(batch, 3, side, side, device=device)
-    result = vtr.profile(net, images, chosen, repeats=repeats, progress=not as_json)
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    kind = getattr(torch, dtype)
+    net = load_model(model, pretrained, size).to(device, kind)
+    side = image_size(net)
+    if size is not None and side != size:
+        raise ValueError(f"--size: {model} takes {side} x {side} pixels, got {size}")
+    images = torch.randn(1, 3, side, side, device=device, dtype=kind)
+    result = vtr.profile(
+        net, images, chosen, batch=batch or [1], repeats=repeats, progress=not as_json
+    )
     if as_json:
         print(result.to_json())
     else:
@@ -110,7 +159,9 @@ def draw(
     method: MethodOption,
     model: ModelOption = "digits-vit",
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("tokens.png"),
-    pretrained: Annotated[bool, typer.Option(help="load pretrained weights (needs a network)")] = False,
+    pretrained: Annotated[
+        bool, typer.Option(help="load pretrained weights (needs a network)")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Draw which tokens of a picture live, stage by stage."""
@@ -208,32 +259,57 @@ def _value(text: str) -> Any:
     return text
 
 
-def load_model(name: str, pretrained: bool = False) -> Any:
-    """A built-in model, ``timm:NAME`` or ``open_clip:NAME`` (random weights unless ``pretrained``)."""
-    from vtr.errors import missing
+def load_model(name: str, pretrained: bool = False, size: int | None = None) -> Any:
+    """A built-in model, ``timm:NAME`` or ``open_clip:NAME`` (random weights unless ``pretrained``).
 
+    ``size`` makes a model of a library for images of that side; built-in models have their own.
+    """
     library, colon, rest = name.partition(":")
     if not colon:
         from vtr import zoo
 
         return zoo.load(name)
-    if library == "timm":
-        try:
-            import timm
-        except ImportError as error:
-            raise missing("timm", "vision", "timm models") from error
-        if not pretrained and not timm.is_model(rest):
-            raise ValueError(f"timm has no model {rest!r}")
-        return timm.create_model(rest, pretrained=pretrained).eval()
-    if library == "open_clip":
-        try:
-            import open_clip
-        except ImportError as error:
-            raise missing("open_clip_torch", "vision", "open_clip models") from error
-        if rest not in open_clip.list_models():
-            raise ValueError(f"open_clip has no model {rest!r}")
-        return open_clip.create_model(rest, pretrained="openai" if pretrained else None).visual.eval()
-    raise ValueError(f"model must be a built-in name, timm:NAME or open_clip:NAME, got {name!r}")
+    make = {"timm": _timm_model, "open_clip": _open_clip_model}.get(library)
+    if make is None:
+        raise ValueError(
+            f"model must be a built-in name, timm:NAME or open_clip:NAME, got {name!r}"
+        )
+    try:
+        return make(rest, pretrained, size).eval()
+    except (OSError, RuntimeError, TypeError) as error:
+        what = "load pretrained weights of" if pretrained else "make"
+        raise ValueError(f"cannot {what} {name}: {error}") from error
+
+
+def _timm_model(name: str, pretrained: bool, size: int | None) -> Any:
+    from vtr.errors import missing
+
+    try:
+        import timm
+    except ImportError as error:
+        raise missing("timm", "vision", "timm models") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}")
+    options = {} if size is None else {"img_size": size}
+    return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def _open_clip_model(name: str, pretrained: bool, size: int | None) -> Any:
+    from vtr.errors import missing
+
+    try:
+        import open_clip
+    except ImportError as error:
+        raise missing("open_clip_torch", "vision", "open_clip models") from error
+    if name not in open_clip.list_models():
+        raise ValueError(f"open_clip has no model {name!r}")
+    tag = None
+    if pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if not tags:
+            raise ValueError(f"open_clip has no pretrained weights of {name!r}")
+        tag = tags[0]
+    return open_clip.create_model(name, pretrained=tag, force_image_size=size).visual
 
 
 def image_size(model: Any) -> int:

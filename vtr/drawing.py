@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DIM = 0.22  # brightness of a dropped token
 HATCHED = 0.5
+MERGED, TINT = 0.5, 0.28  # merged tokens stand back behind those that are still themselves
 
 
 def draw(
@@ -34,8 +35,9 @@ def draw(
 
     Args:
         what: a handle, a trace, or a block mask of :mod:`vtr.kernels`.
-        image: the picture that the model saw: a PIL image, an (H, W, 3) array or a (3, H, W) tensor
-            (scaled to its own range if it leaves [0, 1]). None draws on grey.
+        image: the picture that the model saw: a PIL image, an (H, W, 3) array, a (3, H, W) tensor or
+            a (B, 3, H, W) batch of them; uint8, or floats that are scaled to their own range if they
+            leave [0, 1]. None draws on grey.
         sample: which one of the batch.
         panels: draw at most so many stages, evenly chosen, the last one among them.
         size: pixels per side of a panel.
@@ -54,6 +56,8 @@ def draw(
     if len(stages) > panels:
         chosen = np.unique(np.linspace(0, len(stages) - 1, panels).round().astype(int))
         stages = [stages[i] for i in chosen]
+    if isinstance(image, Tensor) and image.dim() == 4:
+        image = image[sample]
     drawn = [_panel(stage, image, sample, size) for stage in stages]
     first = _titled(_canvas(image, size), "input") if image is not None else None
     return _row(drawn if first is None else [first, *drawn])
@@ -70,6 +74,7 @@ def _panel(stage: StageRecord, image: Any, sample: int, size: int) -> Image.Imag
     rows, columns = stage.grid
     pixels = _canvas(image, size)
     source = stage.total.source[sample].cpu()
+    kept = stage.total.kept[sample].cpu()
     sizes = stage.total.size[sample].cpu()
     frozen = stage.total.frozen
     cold = torch.zeros_like(source, dtype=torch.bool) if frozen is None else frozen[sample].cpu()
@@ -81,12 +86,14 @@ def _panel(stage: StageRecord, image: Any, sample: int, size: int) -> Image.Imag
     out = pixels * bright[cell][..., None]
     stripes = (np.arange(size)[:, None] + np.arange(size)[None]) % 8 < 2
     out[stripes & cold.numpy()[cell]] = 0.75
-    colours = np.array([_colour(int(s)) for s in source])
+    # A group is named by its representative, so that it keeps its colour while that stays the same.
+    name = kept[source.clamp(min=0)]
+    colours = np.array([_colour(int(g)) for g in name])
     tint = grouped.numpy()[cell]
-    out[tint] = 0.62 * out[tint] + 0.38 * colours[cell][tint]
+    out[tint] = MERGED * out[tint] + TINT * colours[cell][tint]
     panel = Image.fromarray((out.clip(0, 1) * 255).astype(np.uint8))
     pen = ImageDraw.Draw(panel)
-    group = torch.where(grouped, source, -1).reshape(rows, columns)
+    group = torch.where(grouped, name, -1).reshape(rows, columns)
     for r in range(rows):
         for c in range(columns):
             if group[r, c] < 0:
@@ -105,7 +112,9 @@ def _panel(stage: StageRecord, image: Any, sample: int, size: int) -> Image.Imag
                 if not inside or group[nr, nc] != group[r, c]:
                     pen.line(line, fill=ink, width=2)
     alive = int(stage.total.valid[sample].sum())
-    return _titled(panel, f"{stage.method}, {stage.site} {stage.layer}: {alive} of {rows * columns}")
+    return _titled(
+        panel, f"{stage.method}, {stage.site} {stage.layer}: {alive} of {rows * columns}"
+    )
 
 
 def _canvas(image: Any, size: int) -> np.ndarray:
@@ -115,8 +124,8 @@ def _canvas(image: Any, size: int) -> np.ndarray:
     if image is None:
         return np.full((size, size, 3), 0.7)
     if isinstance(image, Tensor):
-        pixels = image.detach().float().cpu()
-        pixels = pixels[0] if pixels.dim() == 4 else pixels
+        pixels = image.detach().cpu()
+        pixels = pixels.float() if pixels.is_floating_point() else pixels
         array = pixels.permute(1, 2, 0).numpy() if pixels.shape[0] in (1, 3) else pixels.numpy()
     else:
         array = np.asarray(image)

@@ -108,37 +108,51 @@ class Profile:
 
     def table(self) -> Table:
         """A rich table; printing a profile in a rich console shows it."""
+        from rich import box
         from rich.markup import escape
         from rich.table import Table
 
         where = f"{self.device}, {self.dtype}, {self.threads} threads, torch {torch.__version__}"
-        caption = "\n".join(filter(None, (self.verdict(), *self.notes)))
-        table = Table(title=f"{self.model} ({where})", caption=escape(caption))
+        reduced = [r for r in self.rows if r.name != "dense"]
+        several = len({r.batch for r in self.rows}) > 1
+        lines = [f"{r.name}{f', batch {r.batch}' if several else ''}: {r.verdict}" for r in reduced]
+        lines += self.notes
+        table = Table(
+            title=escape(f"{self.model} ({where})"),
+            caption=escape("\n".join(lines)),
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
         cache = any(r.kv_bytes is not None for r in self.rows)
         table.add_column("method", overflow="fold")
-        columns = ["batch", "tokens", "GFLOPs", "ms", "samples/s", "peak MiB"]
-        columns += ["KV MiB"] if cache else []
-        for column in (*columns, "speed-up", "ideal", "achieved"):
-            table.add_column(column, justify="right")
-        table.add_column("verdict", overflow="fold")
+        heads = ["batch", "tokens", "GFLOPs", "ms", "per s", "peak\nMiB", "KV\nMiB", "speed\n-up"]
+        for head in (*heads, "ideal", "of\nideal"):
+            if head != "KV\nMiB" or cache:  # two-line heads: the table fits 80 columns
+                table.add_column(head, justify="right", no_wrap=True)
         for r, after in zip(self.rows, (*self.rows[1:], None), strict=True):
             cells = [
                 str(r.batch),
                 "all" if r.tokens is None else str(r.tokens),
-                f"{r.flops / 1e9:.3f}",
-                f"{r.latency_ms:.1f}",
-                f"{r.throughput:.1f}",
-                f"{r.peak_bytes / 2**20:.1f}",
+                _short(r.flops / 1e9),
+                _short(r.latency_ms),
+                _short(r.throughput),
+                _short(r.peak_bytes / 2**20),
             ]
             if cache:
-                cells.append("" if r.kv_bytes is None else f"{r.kv_bytes / 2**20:.2f}")
-            cells += [f"{r.speedup:.2f}", f"{r.ideal:.2f}", f"{r.achieved:.2f}", r.verdict]
+                cells.append("" if r.kv_bytes is None else _short(r.kv_bytes / 2**20))
+            cells += [f"{r.speedup:.2f}", f"{r.ideal:.2f}", f"{r.achieved:.2f}"]
             last = after is not None and after.batch != r.batch
             table.add_row(escape(r.name), *cells, end_section=last)
         return table
 
     def __rich__(self) -> Table:
         return self.table()
+
+
+def _short(value: float) -> str:
+    """Three significant digits without an exponent: 0.0123, 1.23, 123, 12345."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def profile(
