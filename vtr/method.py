@@ -29,7 +29,9 @@ class Stage(NamedTuple):
     """One visit of a method: a site, a 0-based layer, and where in the layer.
 
     ``place`` is ``middle`` (between attention and MLP) or ``end`` (the layer's output). Where a block
-    cannot be opened, ``middle`` falls to ``end``; the adapter's family says so in ``info.extra``.
+    cannot be opened, ``middle`` falls to ``end``; the adapter's family says so in ``info.extra``. In
+    the ``decoder`` it is ``start`` (the layer's input, with the q, k, v that this layer will make of
+    it) or ``end`` (the layer's output, with the q, k, v that this layer has used).
     """
 
     site: str
@@ -73,6 +75,8 @@ class Method:
         size_weighted: tokens' sizes count when the model pools them (merging methods).
         learned: whether :meth:`build` makes modules.
         alone: no other method may reduce at the same site (its maps start at the model's input).
+        positions: what becomes of positions in a language model after a cut: ``"original"`` (kept)
+            or ``"compact"`` (numbered anew), the paper's own choice; an option of ``apply``.
     """
 
     name: ClassVar[str] = ""
@@ -83,6 +87,7 @@ class Method:
     size_weighted: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    positions: ClassVar[str] = "original"
 
     def __post_init__(self) -> None:
         self.validate()

@@ -199,3 +199,88 @@ class Site:
     def key_mean(self) -> Tensor:
         """Keys averaged over heads, (B, N, D): ToMe's metric (arXiv 2210.09461, section 3)."""
         return self.keys.mean(1)
+
+
+class LanguageSite(Site):
+    """A place of a vision-language model: ``prompt`` (entry of the language model) or ``decoder``.
+
+    Everything that :class:`Site` says of visual tokens holds: ``hidden`` (B, N, C) are the visual
+    tokens of each sample in the order of the prompt, padded at the end to the largest N, with
+    ``valid`` where counts differ; ``map`` starts at the visual tokens of the prompt. ``qkv`` at a
+    decoder site are those of the visual tokens (B, H, N, D), rotated, key heads repeated to H.
+
+    Attributes:
+        text: (B, T, C) hidden states of the text tokens here, padded at the end.
+        text_valid: (B, T) bool, False for padding.
+        text_after: (B, T) bool, text tokens that come after the sample's first visual token.
+        images: per sample the images of the prompt, in order, as (start, length, grid): the span of
+            the image among the sample's visual tokens at the entry of the language model, and its
+            (rows, columns) or (frames, rows, columns) there, None where it is no plain grid.
+    """
+
+    def __init__(
+        self,
+        *,
+        text: Tensor,
+        text_valid: Tensor,
+        text_after: Tensor,
+        images: list[list[tuple[int, int, tuple[int, ...] | None]]],
+        spread: Callable[[Tensor, float | None], Tensor],
+        rows: Callable[[Tensor], tuple[QKV, Tensor]] | None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.text = text
+        self.text_valid = text_valid
+        self.text_after = text_after
+        self.images = images
+        self._spread = spread
+        self._rows = rows
+
+    def spread(self, scores: Tensor, newline: float | None = None) -> Tensor:
+        """Scores of the encoder's tokens at the visual tokens here.
+
+        The scores take the way of the features: crops are put together, padding is cut off, a
+        visual token made of several patches gets their mean.
+
+        Args:
+            scores: (crops, patches), without prefix tokens, in the order of the encoder's batch.
+            newline: score of separator tokens, which no patch stands behind. None is the lowest
+                score of the sample, so that they go first and a budget counts image content;
+                ``inf`` keeps them always.
+
+        Returns:
+            (B, N) float32; padding is -inf.
+        """
+        full = self._spread(scores, newline)
+        out = full.gather(1, self.index.clamp(min=0))
+        return out if self.valid is None else out.masked_fill(~self.valid, -float("inf"))
+
+    @property
+    def last_text(self) -> Tensor:
+        """(B, 1) int64: each sample's last text token, as an index into :attr:`text`."""
+        return self.text_valid.sum(1, keepdim=True) - 1
+
+    def attention_rows_from_text(self, rows: Tensor | None = None) -> Tensor:
+        """Attention that text tokens pay to the visual tokens in this layer.
+
+        Softmax over all keys that the row sees (text included), float32; computed from q and k of
+        these rows only, under any attention backend and with grouped-query attention.
+
+        Args:
+            rows: (B, R) int64 indices into :attr:`text`, -1 for no row (which gives zeros); None is
+                the last text token.
+
+        Returns:
+            (B, H, R, N); padding gets zeros.
+        """
+        return self._text_rows(rows)[1]
+
+    def text_qkv(self, rows: Tensor | None = None) -> QKV:
+        """q, k, v (B, H, R, D) of text tokens in this layer; ``rows`` as above."""
+        return self._text_rows(rows)[0]
+
+    def _text_rows(self, rows: Tensor | None) -> tuple[QKV, Tensor]:
+        if self._rows is None:
+            raise RuntimeError(f"site {self.site}[{self.layer}] shows no attention of the text")
+        return self._rows(self.last_text if rows is None else rows)

@@ -1,0 +1,62 @@
+"""transformers vision-language models: cuts in the tower, at the entry and inside the language model.
+
+The contract for methods
+------------------------
+
+``Method.stages(info)`` names visits, ``Method.reduce(site)`` is called at each:
+
+- ``Stage("encoder", l, "middle" or "end")``: inside the vision tower, as for any encoder. The batch is
+  the **crops** of all images of the call. A method that only looks here (``cuts_at`` is False) stores
+  what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with
+  fewer tokens, and what is gone is taken out of the prompt at the entry of the language model (in
+  between features have full length, because transformers checks their number). Families whose
+  connector joins patches, or whose tower needs its full grid, refuse cuts here, not looks.
+- ``Stage("prompt", 0)``: the entry of the language model, after the projector. The batch is the
+  **samples**. The site ``projector`` is the same place.
+- ``Stage("decoder", k, "start")``: before layer k, with the q, k, v that layer k will make;
+  ``Stage("decoder", k, "end")``: after layer k, with the q, k, v that it has used. Both cuts leave
+  layers < k (or <= k) with the full sequence and its whole KV cache. Nothing can be cut after the
+  last layer.
+
+At ``prompt`` and ``decoder`` the site is a :class:`vtr.signals.LanguageSite`: ``hidden`` (B, N, C),
+``valid``, ``map`` (from the visual tokens of the prompt), ``index``, ``text``, ``text_valid``,
+``text_after``, ``images``, ``spread(scores)`` and, in the decoder, ``queries``/``keys``/``values`` of
+the visual tokens through ``qkv``, ``attention_rows_from_text(rows)`` and ``text_qkv(rows)``.
+``site.memory`` is one dict per method for the whole prefill, shared by its encoder, prompt and decoder
+visits. ``site.extra`` has ``entry`` ((B,) int64, visual tokens of each sample in the prompt) and
+``embeddings`` ((B, N_entry, C) hidden states of the visual tokens at the prompt, before any cut).
+
+``reduce`` returns a :class:`vtr.method.Reduction` over the visual tokens (``map``, and ``weights`` or
+``tokens`` for merging); text is never touched. A merged token takes the place and the position of its
+representative. ``Method.positions`` says whether kept tokens keep their positions; the option
+``positions=`` of ``vtr.apply`` overrides it. With m-RoPE (Qwen) positions are two-dimensional and are
+always kept: the option ``"compact"`` is refused there, a method's own preference gives way.
+
+``info.depth`` has ``encoder``, ``prompt`` (1), ``projector`` (1) and ``decoder``; ``info.signals``:
+``encoder`` as for the tower alone; ``prompt``: ``hidden``, ``text``, ``encoder_scores`` (``spread``
+works); ``decoder``: ``hidden``, ``text``, ``queries``, ``keys``, ``values``, ``text_attention``,
+``encoder_scores``. ``info.has_cls``, ``prefix``, ``dim``, ``heads``, ``tokens`` are the tower's;
+``info.extra``: ``last_layer`` (0-based tower layer whose output the projector reads), ``mrope``,
+``lm_dim``, ``lm_heads``, ``lm_kv_heads``.
+
+Prompts without an image, and every decoding step, are never offered to a method.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vtr.wrapping import Wrapping
+
+FAMILIES: tuple[str, ...] = ()
+
+
+def locate(target: Any) -> nn.Module | None:
+    """The VLM in ``target``, None where it is not one."""
+    return None
+
+
+def wrap(root: nn.Module) -> Wrapping:
+    raise NotImplementedError
