@@ -152,10 +152,25 @@ def apply(
             ) from None
         learned = None
         if m.learned:
-            learned = modules if modules is not None else m.build(wrapping.info)
+            learned = m.build(wrapping.info)
+            if modules is not None:
+                _check_modules(m, learned, modules)
+                learned = modules
         entries.append(Entry(m, {**wrapping.options, **options}, learned))
     wrapping.add(entries)
     return Handle(target, wrapping, entries)
+
+
+def _check_modules(method: Method, built: nn.Module | None, given: Any) -> None:
+    def shapes(module: Any) -> dict[str, Any]:
+        return {name: tuple(p.shape) for name, p in module.state_dict().items()}
+
+    if type(given) is not type(built) or shapes(given) != shapes(built):
+        raise ValueError(
+            f"modules= must be what {method!r} builds for this model (handle.modules[0] of an earlier "
+            f"apply): a {type(built).__name__} of its width and number of stages, got "
+            f"{type(given).__name__}"
+        )
 
 
 def handles(target: Any) -> list[Handle]:

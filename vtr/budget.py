@@ -113,12 +113,27 @@ def spread(
     return geometric(keep, stages, n)
 
 
+def check_flag(value: object, name: str) -> bool:
+    """Return ``value`` if it is a bool, or raise a ``ValueError`` that names the option."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_schedule(
-    keep: object, stages: int | None = None, name: str = "keep"
+    keep: object, stages: int | None = None, name: str = "keep", falling: bool = False
 ) -> Keep | tuple[Keep, ...]:
-    """Check a budget or a sequence of them (one per stage)."""
+    """Check a budget or a sequence of them (one per stage).
+
+    With ``falling`` entries that grow are refused as far as that is known without a model (a number
+    and a fraction can only be compared for one).
+    """
     if isinstance(keep, Sequence) and not isinstance(keep, str):
         if not keep or (stages is not None and len(keep) != stages):
             raise ValueError(f"{name} must have one entry per stage ({stages}), got {keep!r}")
-        return tuple(check_keep(k, f"{name}[{i}]") for i, k in enumerate(keep))
+        checked = tuple(check_keep(k, f"{name}[{i}]") for i, k in enumerate(keep))
+        for a, b in zip(checked, checked[1:], strict=False):
+            if falling and type(a) is type(b) and b > a:
+                raise ValueError(f"{name} must not grow from stage to stage, got {checked!r}")
+        return checked
     return check_keep(keep, name)

@@ -42,7 +42,7 @@ class CLSAttention(Method):
         if self.layers is not None:
             self._set("layers", check_layers(self.layers))
         stages = None if self.layers is None else len(self.layers)
-        self._set("keep", check_schedule(self.keep, stages if stages is not None else 1))
+        self._set("keep", check_schedule(self.keep, stages if stages is not None else 1, falling=True))
         if isinstance(self.ensemble, bool) or not isinstance(self.ensemble, int) or self.ensemble < 1:
             raise ValueError(f"ensemble must be an int >= 1, got {self.ensemble!r}")
 

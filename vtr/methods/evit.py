@@ -7,7 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from vtr.budget import Keep, check_layers, check_schedule, count, fit_layers, geometric, third_points
+from vtr.budget import (
+    Keep,
+    check_flag,
+    check_layers,
+    check_schedule,
+    count,
+    fit_layers,
+    geometric,
+    third_points,
+)
 from vtr.method import Method, Reduction, Stage, register
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
@@ -50,6 +59,7 @@ class EViT(Method):
         if self.layers is not None:
             self._set("layers", check_layers(self.layers))
         self._set("keep", check_schedule(self.keep, None if self.layers is None else len(self.layers)))
+        check_flag(self.fuse, "fuse")
 
     def _layers(self, info: ModelInfo) -> tuple[int, ...]:
         depth = info.depth["encoder"]

@@ -40,7 +40,7 @@ class Random(Method):
 
     def validate(self) -> None:
         self._set("layers", check_layers(self.layers))
-        self._set("keep", check_schedule(self.keep, len(self.layers)))
+        self._set("keep", check_schedule(self.keep, len(self.layers), falling=True))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ValueError(f"seed must be an int or None, got {self.seed!r}")
 

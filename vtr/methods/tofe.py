@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtr.budget import Keep, check_layers, check_schedule, count, fit_layers, third_points
+from vtr.budget import Keep, check_flag, check_layers, check_schedule, count, fit_layers, third_points
 from vtr.kernels import attention_rows
 from vtr.method import Method, Reduction, Stage, register
 from vtr.signals import ModelInfo, Site
@@ -70,6 +70,8 @@ class ToFe(Method):
             if self.layers[0] < 1:  # type: ignore[index]
                 raise ValueError("layers must be >= 1: decisions stand between two blocks")
         self._set("keep", check_schedule(self.keep, None if self.layers is None else len(self.layers)))
+        for flag in ("trained", "adaptive", "final_rejoin"):
+            check_flag(getattr(self, flag), flag)
         if self.weights is not None:
             self._set("trained", True)
         if self.adaptive and not self.trained:

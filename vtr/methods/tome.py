@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
+from vtr.budget import Keep, check_flag, check_keep, count
 from vtr.method import Method, Reduction, Stage, register
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take
@@ -32,8 +32,7 @@ class ToMe(Method):
     size, which the authors' code does not.
 
     Args:
-        r: tokens merged per block: an int, a sequence (one per block), or ``(r, inflection)`` given
-            by ``inflection``. Exactly one of ``r`` and ``keep`` is given.
+        r: tokens merged per block: an int, or a sequence (one per block, then none). Exactly one of ``r`` and ``keep`` is given.
         keep: budget after the last block, reached with a constant number per block.
         inflection: in [-1, 1]: the schedule falls (-1: from 2r to 0) or rises (1) linearly.
         prop_attn: proportional attention. True for supervised models; the authors switch it off for
@@ -64,7 +63,8 @@ class ToMe(Method):
         for value in self.r if isinstance(self.r, tuple) else (self.r,):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"r must be an int >= 0 or a sequence of them, got {self.r!r}")
-        if not -1.0 <= self.inflection <= 1.0:
+        check_flag(self.prop_attn, "prop_attn")
+        if not isinstance(self.inflection, (int, float)) or not -1.0 <= self.inflection <= 1.0:
             raise ValueError(f"inflection must be in [-1, 1], got {self.inflection!r}")
         if self.inflection and not isinstance(self.r, int):
             raise ValueError("inflection bends a schedule given by an int r")
