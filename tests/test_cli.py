@@ -1,0 +1,132 @@
+"""The command line, as a user meets it: results, JSON, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+import vtr
+from vtr import cli
+
+MODEL = "timm:vit_tiny_patch16_224"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs ``vtr ARGS`` in this process: (exit status, standard output, standard error)."""
+
+    def go(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vtr", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return go
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.radial_gradient("L").convert("RGB").resize((120, 80)).save(path)
+    return path
+
+
+def test_methods_lists_every_registered_method(run):
+    status, out, _ = run("methods")
+    assert status == 0
+    for info in vtr.methods():
+        assert info.name in out
+    status, out, _ = run("methods", "--json")
+    assert {row["name"] for row in json.loads(out)} == {info.name for info in vtr.methods()}
+
+
+def test_supported_says_why_not(run):
+    status, out, _ = run("supported", "timm:vit_base_patch16_siglip_224", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert status == 0
+    assert rows["tome"]["supported"] and not rows["evit"]["supported"]
+    assert "class token" in rows["evit"]["reason"]
+
+
+def test_profile_measures_at_every_batch_size(run):
+    arguments = ["profile", MODEL, "-k", "evit:keep=0.5", "-k", "random", "--size", "64"]
+    arguments += ["--batch", "1", "--batch", "2", "--repeats", "1"]
+    status, out, _ = run(*arguments, "--json")
+    rows = json.loads(out)["rows"]
+    assert status == 0
+    assert [(r["name"], r["batch"]) for r in rows] == [
+        (name, batch) for batch in (1, 2) for name in ("dense", "EViT(keep=0.5)", "Random()")
+    ]
+    assert rows[1]["flops"] < rows[0]["flops"]
+    status, out, _ = run(*arguments)
+    assert status == 0 and "EViT(keep=0.5)" in out
+
+
+def test_tables_fit_a_terminal_of_80_columns(run, monkeypatch):
+    monkeypatch.setattr(cli, "console", cli.Console(width=80))
+    _, out, _ = run("profile", MODEL, "-k", "random", "--size", "64", "--repeats", "1")
+    assert "…" not in out and "Random()" in out
+    _, out, _ = run("methods")
+    assert "…" not in out
+
+
+def test_draw_writes_a_picture(run, photo, tmp_path):
+    out_file = tmp_path / "tokens.png"
+    options = ["-m", MODEL, "-k", "evit:keep=0.5,layers=3+6", "-o", out_file]
+    status, out, _ = run("draw", photo, *options)
+    assert status == 0 and "encoder[3] evit: 196 -> 99 tokens" in out
+    with Image.open(out_file) as picture:
+        assert picture.width == 3 * 288 + 2 * 8  # the input and two stages
+    status, out, _ = run("draw", photo, *options, "--json")
+    assert len(json.loads(out)["stages"]) == 2
+
+
+def test_no_arguments_and_version(run):
+    status, out, _ = run()
+    assert status == 0 and "profile" in out and "draw" in out
+    assert run("--version") == (0, f"vtr {vtr.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nope"], "No such command"),
+        (["methods", "--wrong"], "No such option"),
+        (["profile", MODEL], "--method"),
+        (["profile", "nope", "-k", "evit"], "no built-in model 'nope'"),
+        (["profile", "timm:nope", "-k", "evit"], "timm has no model"),
+        (["profile", "open_clip:nope", "-k", "evit"], "open_clip has no model"),
+        (["profile", "keras:nope", "-k", "evit"], "timm:NAME"),
+        (["profile", MODEL, "-k", "evot"], "Did you mean 'evit'"),
+        (["profile", MODEL, "-k", "evit:keep=0"], "keep must be an int >= 1"),
+        (["profile", MODEL, "-k", "evit:keep"], "name=value"),
+        (["profile", MODEL, "-k", "evit:kepp=1"], "no option 'kepp'"),
+        (["profile", MODEL, "-k", "evit:layers=40", "--size", "32"], "0..11"),
+        (["profile", MODEL, "-k", "evit", "--batch", "0"], "batch must be"),
+        (["profile", MODEL, "-k", "evit", "--device", "tpu"], "--device"),
+        (["profile", MODEL, "-k", "evit", "--dtype", "int8"], "--dtype"),
+        (["profile", "timm:resnet18", "-k", "evit"], "no adapter for"),
+        (["profile", "timm:resnet18", "-k", "evit", "--size", "64"], "cannot make"),
+        (["draw", "missing.png", "-k", "evit", "-m", MODEL], "no such file"),
+        (["draw", __file__, "-k", "evit", "-m", MODEL], "not a picture"),
+        (["demo", "nope"], "no demo 'nope'"),
+        (["plot", "nope"], "no plot 'nope'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_status(run, arguments, words):
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert out == ""
+    assert words in err
+    assert err.startswith("vtr: ") and err.count("\n") == 1
+
+
+def test_methods_are_read_from_text():
+    assert cli.parse_method("evit:keep=0.5,layers=1+2,fuse=false") == vtr.EViT(
+        keep=0.5, layers=(1, 2), fuse=False
+    )
+    assert cli.parse_method("evit:keep=12,layers=none") == vtr.EViT(keep=12)

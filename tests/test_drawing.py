@@ -1,0 +1,151 @@
+"""Pictures: every kind of token must look like what became of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtr
+from tests import tiny
+from vtr.drawing import DIM, HATCHED, MERGED, stack
+from vtr.tokens import TokenMap
+from vtr.trace import StageRecord, Trace
+
+SIZE = 64
+TITLE = 24
+GREY = 0.7
+
+
+def trace_of(token_map: TokenMap, grid: tuple[int, ...] | None = (2, 2)) -> Trace:
+    n, m = token_map.n_in, token_map.n_out
+    return Trace([StageRecord("encoder", 0, "test", n, m, token_map, token_map, grid)], batch=1)
+
+
+def panels(picture: Image.Image, size: int = SIZE, gap: int = 8) -> list[np.ndarray]:
+    """The panels without their titles, in [0, 1]."""
+    pixels = np.asarray(picture).astype(float) / 255
+    number = (pixels.shape[1] + gap) // (size + gap)
+    return [pixels[TITLE:, i * (size + gap) : i * (size + gap) + size] for i in range(number)]
+
+
+def cell(panel: np.ndarray, index: int, columns: int = 2) -> np.ndarray:
+    """Pixels of a token, without its outline."""
+    side = panel.shape[1] // columns
+    r, c = divmod(index, columns)
+    return panel[r * side + 4 : (r + 1) * side - 4, c * side + 4 : (c + 1) * side - 4]
+
+
+def test_dropped_tokens_are_dark_and_kept_ones_untouched():
+    kept = torch.tensor([[0, 3]])
+    (panel,) = panels(vtr.draw(trace_of(TokenMap.keep(kept, 4)), size=SIZE))
+    for token, brightness in enumerate((GREY, DIM * GREY, DIM * GREY, GREY)):
+        assert cell(panel, token) == pytest.approx(brightness, abs=0.01)
+
+
+def test_merged_tokens_share_a_colour_and_an_outline():
+    step = TokenMap.merged(torch.tensor([[0, 2]]), torch.tensor([[0, 0, 1, 1]]))
+    (panel,) = panels(vtr.draw(trace_of(step), size=SIZE))
+    colours = [cell(panel, i).reshape(-1, 3) for i in range(4)]
+    assert all(np.ptp(c, axis=0).max() < 0.01 for c in colours)
+    mean = [c.mean(0) for c in colours]
+    assert mean[0] == pytest.approx(mean[1], abs=0.01)
+    assert mean[2] == pytest.approx(mean[3], abs=0.01)
+    assert np.abs(mean[0] - mean[2]).max() > 0.1
+    assert min(m.min() for m in mean) >= MERGED * GREY - 0.01
+    # An outline runs between the groups and not inside of one.
+    middle = SIZE // 2
+    assert np.abs(panel[middle, 8] - mean[2]).max() > 0.1
+    assert panel[8, middle] == pytest.approx(mean[0], abs=0.01)
+
+
+def test_a_group_of_one_is_not_coloured():
+    step = TokenMap.merged(torch.tensor([[0, 1, 3]]), torch.tensor([[0, 1, 1, 2]]))
+    (panel,) = panels(vtr.draw(trace_of(step), size=SIZE))
+    assert cell(panel, 0) == pytest.approx(GREY, abs=0.01)
+    assert np.abs(cell(panel, 1) - GREY).max() > 0.1
+
+
+def test_frozen_tokens_are_hatched():
+    step = TokenMap.keep(torch.tensor([[0]]), 4)
+    step.frozen = torch.tensor([[False, True, True, False]])
+    (panel,) = panels(vtr.draw(trace_of(step), size=SIZE))
+    values = np.unique(cell(panel, 1).round(2))
+    assert values == pytest.approx([HATCHED * GREY, 0.75], abs=0.011)
+    assert np.unique(cell(panel, 3).round(2)) == pytest.approx([DIM * GREY], abs=0.011)
+
+
+def test_one_panel_per_stage_on_the_picture_of_the_sample():
+    model = tiny.vit()
+    images = torch.rand(2, 3, 64, 64)
+    with vtr.apply(model, vtr.EViT(keep=0.5)) as handle, torch.no_grad():
+        model(images)
+        stages = handle.trace.stages
+        first, *after = panels(vtr.draw(handle, images, sample=1, size=SIZE))
+    assert len(after) == len(stages) == 3
+    assert first == pytest.approx(images[1].permute(1, 2, 0).numpy(), abs=0.005)
+    for panel, stage in zip(after, stages, strict=True):
+        source, size = stage.total.source[1], stage.total.size[1]
+        for token in range(64):
+            alone = source[token] >= 0 and size[source[token]] == 1
+            # An 8 x 8 cell of a 64-pixel panel has no inside after the outline: look at it enlarged.
+            now, before = (cell(np.kron(p, np.ones((2, 2, 1))), token, 8) for p in (panel, first))
+            assert np.allclose(now, before, atol=0.01) == bool(alone)
+
+
+def test_many_stages_are_thinned_and_the_last_one_stays():
+    model = tiny.vit(depth=12)
+    with vtr.apply(model, vtr.ToMe(r=4)) as handle, torch.no_grad():
+        model(torch.rand(1, 3, 64, 64))
+        drawn = panels(vtr.draw(handle, panels=4, size=SIZE))
+        last = panels(vtr.draw(Trace(handle.trace.stages[-1:]), size=SIZE))
+    assert len(drawn) == 4
+    assert np.array_equal(drawn[-1], last[0])
+
+
+@pytest.mark.parametrize("kind", ["pil", "array", "uint8 tensor", "grey", "wide range"])
+def test_pictures_of_every_kind(kind):
+    generator = np.random.default_rng(0)
+    array = generator.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
+    array[0, 0], array[0, 1] = 0, 255
+    image = {
+        "pil": Image.fromarray(array),
+        "array": array,
+        "uint8 tensor": torch.from_numpy(array).permute(2, 0, 1),
+        "grey": array[..., 0],
+        "wide range": torch.from_numpy(array).permute(2, 0, 1).float() / 50 - 2,
+    }[kind]
+    step = TokenMap.identity(1, 4)
+    first, second = panels(vtr.draw(trace_of(step), image, size=SIZE))
+    expected = array / 255 if kind != "grey" else array[..., :1].repeat(3, -1) / 255
+    assert first == pytest.approx(expected, abs=0.01)
+    assert np.array_equal(first, second)
+
+
+def test_oblong_grids():
+    step = TokenMap.keep(torch.tensor([[5]]), 6)
+    (panel,) = panels(vtr.draw(trace_of(step, (2, 3)), size=60), size=60)
+    assert panel[45, 50] == pytest.approx(GREY, abs=0.01)
+    assert panel[45, 30] == pytest.approx(DIM * GREY, abs=0.01)
+
+
+def test_what_cannot_be_drawn_is_refused():
+    step = TokenMap.identity(1, 4)
+    with pytest.raises(ValueError, match="no reduction"):
+        vtr.draw(Trace())
+    with pytest.raises(ValueError, match="sample"):
+        vtr.draw(trace_of(step), sample=1)
+    with pytest.raises(ValueError, match="grid"):
+        vtr.draw(trace_of(step, None))
+
+
+def test_block_masks_draw_themselves():
+    kernels = pytest.importorskip("vtr.kernels")
+    mask = kernels.BlockMask.from_dense(torch.eye(64, dtype=torch.bool), block=(16, 16))
+    assert isinstance(vtr.draw(mask), Image.Image)
+
+
+def test_stacked_pictures_keep_their_size():
+    parts = [Image.new("RGB", (30, 10)), Image.new("RGB", (20, 40))]
+    assert stack(parts, gap=5).size == (30, 55)
