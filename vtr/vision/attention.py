@@ -44,6 +44,9 @@ class Probe:
         """Attention output (B, H, T, D); remembers q, k, v."""
         self.qkv = (q, k, v)
         self.scale = scale
+        if is_causal and mask is None and (self.policy is not None or self.key_bias is not None):
+            tokens = q.shape[2]
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
         if self.policy is not None:
             return policy_attention(q, k, v, self.policy, scale, mask)
         if self.key_bias is None:
@@ -73,20 +76,7 @@ def biased_attention(
     costs nothing.
     """
     if q.is_cuda and mask is None and fused:
-        dim = q.shape[-1]
-        factor = dim**-0.5 if scale is None else scale
-        pad = 8 - (dim + 2) % 8 if (dim + 2) % 8 else 0
-        bias = (key_bias / factor)[:, None, :, None]
-        high = bias.to(k.dtype)
-        low = (bias - high.float()).to(k.dtype)
-        shape = (*k.shape[:-1], 1)
-        zeros = k.new_zeros(*k.shape[:-1], pad)
-        ones = q.new_ones(*q.shape[:-1], 2)
-        wide_q = torch.cat([q, ones, zeros], -1)
-        wide_k = torch.cat([k, high.expand(shape), low.expand(shape), zeros], -1)
-        wide_v = F.pad(v, (0, pad + 2))
-        out = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, dropout_p=dropout_p, scale=factor)
-        return out[..., :dim]
+        return wide_attention(q, k, v, key_bias, dropout_p, scale)
     bias = key_bias[:, None, None, :].to(q.dtype)
     if mask is not None:
         if mask.dtype == torch.bool:
@@ -97,6 +87,34 @@ def biased_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale
         )
     return _eager(q, k, v, bias, dropout_p, scale, False)
+
+
+def wide_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`biased_attention` with the bias in extra head dimensions: no mask, any SDPA kernel.
+
+    A bias of -inf (padding) is held at -3e4 times the scale, whose weight is zero after the softmax.
+    """
+    dim = q.shape[-1]
+    factor = dim**-0.5 if scale is None else scale
+    pad = -(dim + 2) % 8
+    # -inf would make the low part NaN; float16 ends at 6.5e4.
+    bias = (key_bias / factor).clamp(min=-3e4)[:, None, :, None]
+    high = bias.to(k.dtype)
+    low = (bias - high.float()).to(k.dtype)
+    shape = (*k.shape[:-1], 1)
+    wide_q = torch.cat([q, q.new_ones(*q.shape[:-1], 2), q.new_zeros(*q.shape[:-1], pad)], -1)
+    zeros = k.new_zeros(*k.shape[:-1], pad)
+    wide_k = torch.cat([k, high.expand(shape), low.expand(shape), zeros], -1)
+    wide_v = F.pad(v, (0, pad + 2))
+    out = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, dropout_p=dropout_p, scale=factor)
+    return out[..., :dim]
 
 
 def policy_attention(
