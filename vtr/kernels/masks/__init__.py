@@ -1,0 +1,25 @@
+"""Sparse attention masks as pure functions: sizes in, :class:`~vtr.kernels.BlockMask` out.
+
+Each says at token level which keys a query sees, and is built block by block without any
+token-level map of the sequence.
+"""
+
+from vtr.kernels.masks.bands import band, frame_band, spatial, temporal, temporal_order
+from vtr.kernels.masks.build import exact
+from vtr.kernels.masks.chance import random
+from vtr.kernels.masks.grids import neighborhood, sliding_tile, tile_order
+from vtr.kernels.masks.radial import radial
+
+__all__ = [
+    "band",
+    "exact",
+    "frame_band",
+    "neighborhood",
+    "radial",
+    "random",
+    "sliding_tile",
+    "spatial",
+    "temporal",
+    "temporal_order",
+    "tile_order",
+]

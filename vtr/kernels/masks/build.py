@@ -1,0 +1,89 @@
+"""From a rule on token indices to a BlockMask, evaluating only the blocks that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtr.kernels import csr as _csr
+from vtr.kernels.blockmask import BlockMask, _block_pair
+
+Rule = Callable[[Tensor, Tensor], Tensor]
+# Token pairs evaluated at a time (16 MiB of bool, some such tensors at once).
+_CHUNK = 1 << 22
+
+
+def exact(
+    rule: Rule,
+    q_len: int,
+    k_len: int,
+    *,
+    block: int | tuple[int, int] = 128,
+    maybe: Tensor | None = None,
+    surely: Tensor | None = None,
+) -> BlockMask:
+    """The mask of a rule, exact to the token.
+
+    Args:
+        rule: ``rule(i, j)`` gets int64 query and key indices that broadcast, returns bool.
+        maybe: (NQ, NK) bool, False for blocks known to keep nothing; all True when None.
+        surely: (NQ, NK) bool, True for blocks known to keep everything; all False when None.
+            The rule is evaluated on the blocks that are ``maybe`` and not ``surely``.
+    """
+    bm, bn = _block_pair(block)
+    nq, nk = -(-q_len // bm), -(-k_len // bn)
+    unknown = torch.ones(nq, nk, dtype=torch.bool) if maybe is None else maybe.clone()
+    if surely is not None:
+        unknown &= ~surely
+    row, col = unknown.nonzero(as_tuple=True)
+    kept, ids, tiles = [], [], []
+    known: dict[bytes, int] = {}
+    step = max(1, _CHUNK // (bm * bn))
+    for start in range(0, row.numel(), step):
+        i = row[start : start + step, None, None] * bm + torch.arange(bm)[None, :, None]
+        j = col[start : start + step, None, None] * bn + torch.arange(bn)[None, None, :]
+        # The rule may look things up, so it is not shown tokens that do not exist.
+        tokens = rule(i.clamp(max=q_len - 1), j.clamp(max=k_len - 1)) & (i < q_len) & (j < k_len)
+        tokens = tokens.expand(i.shape[0], bm, bn).flatten(1)
+        kept.append(tokens.any(1))
+        first, classes = _csr.unique_rows(tokens)
+        found = []
+        for tile in tokens[first]:
+            key = tile.numpy().tobytes()
+            if key not in known:
+                known[key] = len(tiles)
+                tiles.append(tile)
+            found.append(known[key])
+        ids.append(torch.tensor(found, dtype=torch.int64)[classes])
+    keep = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool)
+    tile = torch.cat(ids)[keep] if ids else torch.zeros(0, dtype=torch.int64)
+    row, col = row[keep], col[keep]
+    if surely is not None:
+        whole_row, whole_col = surely.nonzero(as_tuple=True)
+        row, col = torch.cat([row, whole_row]), torch.cat([col, whole_col])
+        tile = torch.cat([tile, torch.full_like(whole_row, -1)])
+    stack = torch.stack(tiles).view(-1, bm, bn) if tiles else torch.zeros(0, bm, bn).bool()
+    pattern = torch.zeros(1, 1, dtype=torch.int32)
+    return BlockMask._finish(q_len, k_len, (bm, bn), pattern, 1, row, col, tile, stack)
+
+
+def spans(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest of (N,) values inside each block of tokens, (NB,) each."""
+    pad = -values.numel() % block
+    padded = torch.cat([values, values[-1:].expand(pad)]).view(-1, block)
+    return padded.amin(1), padded.amax(1)
+
+
+def positive(**numbers: int) -> None:
+    """Raises for sizes that are not positive integers."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} must be a positive int, got {number!r}")
+
+
+def not_negative(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ValueError(f"{name} must be an int from 0 on, got {number!r}")

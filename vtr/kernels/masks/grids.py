@@ -1,0 +1,181 @@
+"""Windows on a grid of tokens in one to three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.masks.build import exact, not_negative, positive
+
+
+def neighborhood(
+    shape: Sequence[int],
+    window: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    text: int = 0,
+    block: int = 128,
+) -> BlockMask:
+    """Generalised neighborhood attention (Hassani et al. 2025, arXiv 2504.16922) on a grid.
+
+    Along each axis of size n: queries in groups of ``stride`` neighbours share the window of the
+    group's middle (at ``stride // 2``, the last group's clipped to the grid); it holds ``window``
+    keys, ``window // 2`` of them before the middle, and is shifted, not cut, at the borders. With
+    dilation d the axis falls into d interleaved ones, each with such windows of its own.
+    On a causal axis a group's window is the ``window`` keys up to the group's last member (fewer at
+    the start), of which no query sees those later than itself.
+    A token is seen when every axis sees it.
+
+    Args:
+        shape: grid (tokens per axis), slowest axis first; tokens in raster order.
+        window, stride, dilation, causal: one value for all axes or one per axis.
+        text: tokens after the grid, dense both ways.
+
+    Raises:
+        ValueError: a value is not positive, or a window does not fit:
+            ``1 <= stride <= window`` and ``window * dilation <= size``.
+    """
+    sizes = _sizes(shape)
+    axes = []
+    for axis, size in enumerate(sizes):
+        w, s, d = (
+            _per_axis(value, len(sizes), name)[axis]
+            for value, name in ((window, "window"), (stride, "stride"), (dilation, "dilation"))
+        )
+        positive(window=w, stride=s, dilation=d)
+        if s > w or w * d > size:
+            raise ValueError(
+                f"axis {axis} has {size} tokens: window {w} with dilation {d} and stride {s} does "
+                "not fit (stride <= window and window * dilation <= tokens)"
+            )
+        once = _per_axis(causal, len(sizes), "causal")[axis]
+        axes.append(_window(size, w, s, d, bool(once)))
+    coordinates = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
+    return _grid(coordinates.flatten(1), axes, text, block)
+
+
+def _window(size: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:
+    """(size, size) bool: which keys of one axis each query sees."""
+    seen = torch.zeros(size, size, dtype=torch.bool)
+    for residue in range(dilation):
+        length = -(-(size - residue) // dilation)
+        query = torch.arange(length)
+        key = torch.arange(length)
+        leader = (query // stride * stride + stride // 2).clamp(max=length - 1)
+        if causal:
+            end = (query // stride * stride + stride - 1).clamp(max=length - 1)
+            start = (end - window + 1).clamp(min=0)
+            part = (key >= start[:, None]) & (key <= query[:, None])
+        else:
+            start = (leader - window // 2).clamp(min=0, max=length - window)
+            part = (key >= start[:, None]) & (key < start[:, None] + window)
+        seen[residue::dilation, residue::dilation] = part
+    return seen
+
+
+def sliding_tile(
+    shape: Sequence[int],
+    tile: Sequence[int],
+    window: Sequence[int],
+    *,
+    text: int = 0,
+    block: int = 128,
+) -> BlockMask:
+    """Sliding Tile Attention (Zhang et al., ICML 2025, arXiv 2502.04507).
+
+    The grid is cut into tiles; a query tile sees the tiles of a window (counted in tiles) around
+    it, shifted at the borders so that every tile sees a full window. With ``tile`` a multiple of
+    ``block`` tokens every block is dense or empty. The mask is for tokens reordered by
+    :func:`tile_order`. A grid that is no multiple of the tile has smaller tiles at its ends, and
+    partial blocks there.
+
+    Args:
+        shape, tile, window: per axis; the window in tiles, at most as many as there are.
+        text: tokens after the grid, dense both ways.
+    """
+    sizes = _sizes(shape)
+    axes = []
+    for axis, size in enumerate(sizes):
+        t = _per_axis(tile, len(sizes), "tile")[axis]
+        w = _per_axis(window, len(sizes), "window")[axis]
+        positive(tile=t, window=w)
+        count = -(-size // t)
+        if w > count:
+            raise ValueError(f"axis {axis} has {count} tiles, the window wants {w}")
+        centre = torch.arange(count).clamp(min=w // 2, max=count - 1 - (w - 1) // 2)
+        near = torch.arange(count)[None] - centre[:, None]
+        seen = (near >= -(w // 2)) & (near <= (w - 1) // 2)
+        of = torch.arange(size) // t
+        axes.append(seen[of][:, of])
+    order = tile_order(shape, tile)
+    coordinates = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
+    return _grid(coordinates.flatten(1)[:, order], axes, text, block)
+
+
+def tile_order(shape: Sequence[int], tile: Sequence[int]) -> Tensor:
+    """The raster indices of grid tokens tile by tile, (prod(shape),) int64; inside a tile and
+    among tiles in raster order."""
+    sizes = _sizes(shape)
+    tiles = [_per_axis(tile, len(sizes), "tile")[axis] for axis in range(len(sizes))]
+    coordinates = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
+    key = torch.zeros(sizes, dtype=torch.int64)
+    for c, t, size in zip(coordinates, tiles, sizes, strict=True):
+        key = key * -(-size // t) + c // t
+    for c, t in zip(coordinates, tiles, strict=True):
+        key = key * t + c % t
+    return key.flatten().argsort()
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape)
+    if not 1 <= len(sizes) <= 3:
+        raise ValueError(f"shape must have one to three axes, got {sizes}")
+    for size in sizes:
+        positive(shape=size)
+    return sizes
+
+
+def _per_axis(value: int | bool | Sequence[int], count: int, name: str) -> tuple[int, ...]:
+    values = (value,) * count if isinstance(value, (int, bool)) else tuple(value)
+    if len(values) != count:
+        raise ValueError(f"{name} {values} must have one value per axis ({count})")
+    return values
+
+
+def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> BlockMask:
+    """Tokens whose coordinates (A, N) see each other on every axis, and dense text at the end."""
+    not_negative(text=text)
+    count = coordinates.shape[1]
+    total = count + text
+    padded = torch.cat([coordinates, coordinates[:, -1:].expand(-1, text)], 1)
+    words = torch.arange(total) >= count
+
+    def rule(i: Tensor, j: Tensor) -> Tensor:
+        seen = words[i] | words[j]
+        near = torch.ones_like(seen)
+        for line, axis in zip(padded, axes, strict=True):
+            near &= axis[line[i], line[j]]
+        return seen | near
+
+    blocks = -(-total // block)
+    which = torch.arange(total) // block
+    maybe = torch.ones(blocks, blocks, dtype=torch.bool)
+    surely = torch.ones(blocks, blocks, dtype=torch.bool)
+    for line, axis in zip(padded, axes, strict=True):
+        # Which coordinates of this axis occur in each block; text tokens have the last token's.
+        has = torch.zeros(blocks, axis.shape[0])
+        has[which, line] = 1.0
+        maybe &= (has @ axis.float() @ has.t()) > 0
+        surely &= (has @ (~axis).float() @ has.t()) == 0
+    some_text = torch.zeros(blocks, dtype=torch.bool)
+    some_text[which[words]] = True
+    all_text = torch.ones(blocks, dtype=torch.bool)
+    all_text[which[~words]] = False
+    maybe |= some_text | some_text[:, None]
+    surely |= all_text | all_text[:, None]
+    return exact(rule, total, total, block=block, maybe=maybe, surely=surely)
