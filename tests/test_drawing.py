@@ -149,3 +149,10 @@ def test_block_masks_draw_themselves():
 def test_stacked_pictures_keep_their_size():
     parts = [Image.new("RGB", (30, 10)), Image.new("RGB", (20, 40))]
     assert stack(parts, gap=5).size == (30, 55)
+
+
+def test_the_input_can_be_left_out():
+    step = TokenMap.identity(1, 4)
+    image = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
+    assert len(panels(vtr.draw(trace_of(step), image, size=SIZE))) == 2
+    assert len(panels(vtr.draw(trace_of(step), image, size=SIZE, show_input=False))) == 1

@@ -34,9 +34,8 @@ def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
 
 def vit(out: Path, console: Console, images: int = 1000) -> tuple[Any, str]:
     """The built-in ViT on held-out digits, dense and with every method."""
-    import vtr
     from vtr.evaluate import digits
-    from vtr.zoo import data, load, samples
+    from vtr.zoo import load, samples
 
     model = load("digits-vit")
     pixels, labels = samples("digits-vit", images, seed=123)
@@ -45,16 +44,40 @@ def vit(out: Path, console: Console, images: int = 1000) -> tuple[Any, str]:
     title = f"built-in ViT, {images} held-out digits, CPU, {torch.get_num_threads()} threads"
     table = digits.table(results, title)
     console.print(table)
-    sheet = []
+    stages, compared = _sheets(model, methods, pixels[:4])
+    stages.save(out / "vit-stages.png")
+    compared.save(out / "vit.png")
+    return digits.to_dicts(results), plain(table)
+
+
+def _sheets(model: Any, methods: Sequence[Any], pixels: torch.Tensor) -> tuple[Any, Any]:
+    """Two pictures: one digit, every stage of every method; and several digits, one panel per method."""
+    import vtr
+    from vtr.drawing import row, stack
+    from vtr.zoo import data
+
+    views = [data.denormalise(p) for p in pixels]
+    stages: list[Any] = []
+    columns: list[Any] = []
     with torch.inference_mode():
         for method in methods:
             with vtr.apply(model, method) as handle:
-                model(pixels[:1])
-                sheet.append(vtr.draw(handle, data.denormalise(pixels[0]), panels=4, size=192))
-    from vtr.drawing import stack
-
-    stack(sheet).save(out / "vit.png")
-    return digits.to_dicts(results), plain(table)
+                model(pixels)
+                trace = handle.trace
+            stages.append(vtr.draw(trace, views[0], panels=4, size=192))
+            # Where frozen tokens come back at the end, the stage to see is the one before.
+            least = min(reversed(trace.stages), key=lambda stage: stage.tokens_out)
+            one = vtr.Trace([least])
+            first = not columns
+            columns.append(
+                stack(
+                    [
+                        vtr.draw(one, view, sample=i, size=144, show_input=first)
+                        for i, view in enumerate(views)
+                    ]
+                )
+            )
+    return stack(stages), row(columns)
 
 
 def plain(table: Any) -> str:

@@ -27,6 +27,7 @@ def draw(
     sample: int = 0,
     panels: int = 6,
     size: int = 288,
+    show_input: bool = True,
 ) -> Image.Image:
     """Draw the last call of a wrapped model, one panel per stage, or a block mask.
 
@@ -41,6 +42,7 @@ def draw(
         sample: which one of the batch.
         panels: draw at most so many stages, evenly chosen, the last one among them.
         size: pixels per side of a panel.
+        show_input: begin with a panel of the picture itself (where there is one).
 
     Raises:
         ValueError: nothing was reduced yet, ``sample`` is out of range, or the grid is not known.
@@ -59,8 +61,9 @@ def draw(
     if isinstance(image, Tensor) and image.dim() == 4:
         image = image[sample]
     drawn = [_panel(stage, image, sample, size) for stage in stages]
-    first = _titled(_canvas(image, size), "input") if image is not None else None
-    return _row(drawn if first is None else [first, *drawn])
+    if image is not None and show_input:
+        drawn.insert(0, _titled(_canvas(image, size), "input"))
+    return row(drawn)
 
 
 def _panel(stage: StageRecord, image: Any, sample: int, size: int) -> Image.Image:
@@ -154,11 +157,15 @@ def _titled(picture: Any, title: str) -> Image.Image:
         picture = Image.fromarray((picture * 255).astype(np.uint8))
     out = Image.new("RGB", (picture.width, picture.height + 24), "white")
     out.paste(picture, (0, 24))
-    ImageDraw.Draw(out).text((2, 4), title, fill="black", font=ImageFont.load_default(14))
+    points = 14.0
+    while points > 7 and ImageFont.load_default(points).getlength(title) > picture.width - 4:
+        points -= 0.5
+    ImageDraw.Draw(out).text((2, 4), title, fill="black", font=ImageFont.load_default(points))
     return out
 
 
-def _row(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+def row(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures beside each other."""
     from PIL import Image
 
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
