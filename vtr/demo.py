@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 PARTS = ("vit",)
+IMAGES = 1000
 
 
 def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
@@ -32,16 +33,16 @@ def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
     return results
 
 
-def vit(out: Path, console: Console, images: int = 1000) -> tuple[Any, str]:
+def vit(out: Path, console: Console) -> tuple[Any, str]:
     """The built-in ViT on held-out digits, dense and with every method."""
     from vtr.evaluate import digits
     from vtr.zoo import load, samples
 
     model = load("digits-vit")
-    pixels, labels = samples("digits-vit", images, seed=123)
+    pixels, labels = samples("digits-vit", IMAGES, seed=123)
     methods = digits.demo_methods()
     results = digits.evaluate(model, methods, pixels, labels, progress=console.is_terminal)
-    title = f"built-in ViT, {images} held-out digits, CPU, {torch.get_num_threads()} threads"
+    title = f"built-in ViT, {IMAGES} held-out digits, CPU, {torch.get_num_threads()} threads"
     table = digits.table(results, title)
     console.print(table)
     stages, compared = _sheets(model, methods, pixels[:4])
