@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtr.errors import UnsupportedModelError
 from vtr.method import Reduction
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take
@@ -54,6 +55,17 @@ class BlockRunner:
     def flops(self, before: int, after: int) -> int:
         """FLOPs of one sample with ``before`` tokens in the attention and ``after`` in the MLP."""
         raise NotImplementedError
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The block's keyword arguments, where its model gives ``args`` by position."""
+        raise TypeError(f"vtr passes block arguments by name; got {len(args)} more by position")
+
+    def install(self, owner: Wrapping) -> None:
+        """Set patches inside the block that the runner needs (through ``owner``)."""
+
+    def checkpointed(self) -> bool:
+        """Whether the next pass through the block would be run again in the backward pass."""
+        return False
 
 
 class WholeBlock(BlockRunner):
@@ -151,14 +163,15 @@ class EncoderSession:
             biased |= entry.method.biased_layers(owner.info)
         self.probed, self.biased = frozenset(probed), frozenset(biased)
         for layer, runner in enumerate(self.runners):
-            owner.patch(runner.block, "forward", Bound(self, "forward", layer))
+            place_forward(owner, runner.block, Bound(self, "forward", layer))
+            runner.install(owner)
 
     # ---- one block --------------------------------------------------------------------------
 
     def forward(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         runner = self.runners[layer]
         if args:
-            raise TypeError(f"vtr passes block arguments by name; got {len(args)} more by position")
+            kwargs = runner.named(args, kwargs)
         run = self._begin(x) if layer == 0 else self.run
         if run is None:
             raise RuntimeError(
@@ -187,11 +200,13 @@ class EncoderSession:
         if x.dim() != 3:
             raise TypeError(f"expected a (batch, tokens, channels) sequence, got {tuple(x.shape)}")
         root = self.owner.root
-        if root.training and torch.is_grad_enabled() and getattr(root, "grad_checkpointing", False):
+        flag = root.training and getattr(root, "grad_checkpointing", False)
+        if torch.is_grad_enabled() and (flag or any(r.checkpointed() for r in self.runners)):
             raise RuntimeError(
                 "gradient checkpointing cannot be used on a wrapped encoder (the second pass through a "
                 "block would have to know the first one's tokens): call "
-                "model.set_grad_checkpointing(False); a reduced sequence needs less memory already"
+                "model.set_grad_checkpointing(False) (transformers: gradient_checkpointing_disable()); "
+                "a reduced sequence needs less memory already"
             )
         run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix)
         if run.tokens < 1:
@@ -206,6 +221,11 @@ class EncoderSession:
             raise RuntimeError(
                 f"block {layer} got a sequence of shape {tuple(x.shape)}, expected "
                 f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks?"
+            )
+        if run.map is not None and run.map.kept.device != x.device:
+            raise RuntimeError(
+                f"the tokens were cut on {run.map.kept.device}, but block {layer} runs on {x.device}: "
+                "keep all blocks of the encoder on one device"
             )
 
     def _probe(self, run: Run, layer: int) -> Probe | None:
@@ -348,6 +368,24 @@ class EncoderSession:
             if entry.modules is not None:
                 reduced += entry.method.overhead(entry.modules, tokens)
         return dense, reduced
+
+
+def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
+    """Put ``forward`` in place of a module's own, inside accelerate's device hook where it has one.
+
+    Raises ``UnsupportedModelError`` where the instance carries another ``forward`` already.
+    """
+    held = vars(module)
+    if "_hf_hook" in held and "_old_forward" in held:  # accelerate's forward calls _old_forward
+        owner.patch(module, "_old_forward", forward)
+    elif "forward" in held:
+        raise UnsupportedModelError(
+            f"a {type(module).__name__} of {owner.info.family} carries a forward of its own "
+            f"({held['forward']!r}): another library, or another vtr.apply on a part of this model, has "
+            "patched it; take that off first"
+        )
+    else:
+        owner.patch(module, "forward", forward)
 
 
 def encoder_info(
