@@ -292,6 +292,22 @@ def test_flex_format_in_eager_flex_attention():
     torch.testing.assert_close(out[some], expected[some], atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.skipif(bool(flex_module.unavailable("cpu")), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("grouped", torch.float32), ("ragged", torch.bfloat16)]
+)
+def test_compiled_flex_equals_the_reference(name, dtype):
+    """Partial and full blocks, ragged ends, grouped heads, rows without keys; a few seconds of
+    compiling each."""
+    q, k, v, mask = make(name, 72, dtype)
+    row_scale = torch.rand(q.shape[:3])
+    out = block_sparse_attention(q, k, v, mask, row_scale=row_scale, backend="flex")
+    expected, _ = block_sparse_attention_reference(q, k, v, mask, row_scale=row_scale)
+    torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    with pytest.raises(RuntimeError, match="no LSE"):
+        block_sparse_attention(q, k, v, mask, return_lse=True, backend="flex")
+
+
 _q, _k, _v, _mask = make("whole")
 
 

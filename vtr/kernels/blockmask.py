@@ -311,7 +311,10 @@ class BlockMask:
         (nq, nk), (bm, bn) = self.grid, self.block
         kind = torch.full((self.patterns * nq, nk), -2, dtype=torch.int64, device=self.device)
         kind[_csr.row_of(self.csr), self.col.long()] = self.tile.long()
-        rows, cols, ids, tiles = [], [], [], []
+        rows: list[Tensor] = []
+        cols: list[Tensor] = []
+        ids: list[Tensor] = []
+        tiles: list[Tensor] = []
         for p in range(self.patterns):
             for r in range(nq):
                 old = order[r * bm : (r + 1) * bm]

@@ -31,7 +31,7 @@ def to_flex(mask: BlockMask, *, lookup: bool = True) -> Any:
     row = _csr.row_of(mask.csr)
     slot = torch.arange(row.numel(), device=mask.device)
     which = mask.pattern.long()
-    lists = []
+    lists: list[Any] = []
     for full in (False, True):
         here = (mask.tile < 0) == full
         start = (mask.row_ptr[:-1] if full else mask.split).long()
@@ -40,10 +40,12 @@ def to_flex(mask: BlockMask, *, lookup: bool = True) -> Any:
         index[row[here], slot[here] - start[row[here]]] = mask.col[here]
         lists.append((stop - start).int().view(-1, nq)[which])
         lists.append(index.view(-1, nq, nk)[which])
+    sizes: dict[str, Any] = {
+        "BLOCK_SIZE": mask.block,
+        "seq_lengths": (mask.q_len, mask.k_len),
+    }
     if not lookup and not mask.tiles.shape[0]:
-        return FlexMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=mask.block, seq_lengths=(mask.q_len, mask.k_len)
-        )
+        return FlexMask.from_kv_blocks(*lists[:4], **sizes)
     tile_of = torch.full((mask.patterns * nq, nk), -2, dtype=torch.int32, device=mask.device)
     tile_of[row, mask.col.long()] = mask.tile
     tile_of = tile_of.view(-1, nq, nk)
@@ -59,9 +61,8 @@ def to_flex(mask: BlockMask, *, lookup: bool = True) -> Any:
             (tile >= 0) & tiles[tile.clamp(min=0).long(), (i % bm).long(), (j % bn).long()]
         )
 
-    return FlexMask.from_kv_blocks(
-        *lists, BLOCK_SIZE=mask.block, mask_mod=mask_mod, seq_lengths=(mask.q_len, mask.k_len)
-    )
+    sizes["mask_mod"] = mask_mod
+    return FlexMask.from_kv_blocks(*lists[:4], **sizes)
 
 
 @functools.lru_cache(maxsize=1)

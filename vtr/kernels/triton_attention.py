@@ -12,6 +12,9 @@ Full blocks first, without any mask; then partial blocks with theirs. What follo
 the epilogue: another one (a pooled rectification, a linear branch) is added there.
 """
 
+# Device functions are typed by Triton when they are compiled.
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
 from __future__ import annotations
 
 import math

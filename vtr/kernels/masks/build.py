@@ -38,7 +38,9 @@ def exact(
     if surely is not None:
         unknown &= ~surely
     row, col = unknown.nonzero(as_tuple=True)
-    kept, ids, tiles = [], [], []
+    kept: list[Tensor] = []
+    ids: list[Tensor] = []
+    tiles: list[Tensor] = []
     known: dict[bytes, int] = {}
     step = max(1, _CHUNK // (bm * bn))
     for start in range(0, row.numel(), step):

@@ -1,0 +1,121 @@
+"""Block scores from pooled queries and keys: how dynamic masks choose their blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def pool_blocks(x: Tensor, block: int) -> Tensor:
+    """Mean of each block of tokens, a ragged last block over the tokens it has.
+
+    Args:
+        x: (..., S, D) floating point.
+        block: tokens per block.
+
+    Returns:
+        (..., ceil(S / block), D) float32 (float64 for float64).
+    """
+    if block < 1 or x.ndim < 2 or x.shape[-2] == 0:
+        raise ValueError(
+            f"pool_blocks needs x (..., S, D) with S >= 1 and block >= 1, got {tuple(x.shape)} and "
+            f"{block}"
+        )
+    work = torch.promote_types(x.dtype, torch.float32)
+    length = x.shape[-2]
+    whole = length // block
+    parts = []
+    if whole:
+        head = x[..., : whole * block, :].unflatten(-2, (whole, block))
+        parts.append(head.mean(dim=-2, dtype=work))
+    if whole * block < length:
+        parts.append(x[..., whole * block :, :].mean(dim=-2, keepdim=True, dtype=work))
+    return torch.cat(parts, dim=-2)
+
+
+def pooled_block_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block: int | tuple[int, int] = 128,
+    scale: float | None = None,
+    softmax: bool = True,
+) -> Tensor:
+    """What each query block would give each key block, judged by block means.
+
+    ``p_ab = softmax_b(scale mean(q_a) . mean(k_b) + log n_b)`` with n_b the tokens of key block b:
+    a mean stands for all its tokens, so a ragged last block counts for less. This is the estimate
+    of SLA (arXiv 2509.24006) and, with its weighting by size, of Rectified SpaAttn
+    (arXiv 2511.19835). O(NQ NK) memory.
+
+    Args:
+        q: (B, H, Sq, D). k: (B, Hk, Sk, D), H a multiple of Hk.
+        block: (query, key) tokens per block.
+        softmax: False returns the logits.
+
+    Returns:
+        (B, H, NQ, NK) float32; rows sum to 1 with ``softmax``.
+    """
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"need q (B, H, Sq, D) and k (B, Hk, Sk, D), got {tuple(q.shape)}, {tuple(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    bm, bn = (block, block) if isinstance(block, int) else block
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    rows, columns = pool_blocks(q, bm), pool_blocks(k, bn)
+    group = q.shape[1] // k.shape[1]
+    rows = rows.unflatten(1, (k.shape[1], group)) * scale
+    logits = (rows @ columns.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+    start = torch.arange(columns.shape[2], device=k.device) * bn
+    logits = logits + (k.shape[2] - start).clamp(max=bn).to(logits.dtype).log()
+    return torch.softmax(logits, dim=-1) if softmax else logits
+
+
+def select_blocks(
+    scores: Tensor,
+    *,
+    top_k: int | float | None = None,
+    top_p: float | None = None,
+    always: Tensor | None = None,
+) -> Tensor:
+    """The key blocks that each query block keeps: the best ``top_k``, united with the fewest that
+    reach the share ``top_p``, united with ``always``. For ``BlockMask.from_blocks``.
+
+    Args:
+        scores: (..., NQ, NK), for ``top_p`` probabilities over the last axis.
+        top_k: an int is a number of blocks, a float in (0, 1] a share of NK (rounded down, at
+            least one: a share of few blocks must not become none).
+        top_p: in (0, 1]; blocks in falling order until their sum reaches it, the one that reaches
+            it included.
+        always: bool, broadcasts to scores.
+
+    Returns:
+        bool tensor of the shape of scores.
+    """
+    if top_k is None and top_p is None:
+        raise ValueError("give top_k, top_p or both: without them nothing would be selected")
+    count = scores.shape[-1]
+    keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if top_k is not None:
+        if isinstance(top_k, float):
+            if not 0 < top_k <= 1:
+                raise ValueError(f"top_k as a share must be in (0, 1], got {top_k!r}")
+            number = max(1, int(top_k * count))
+        else:
+            number = top_k
+        if not 1 <= number <= count:
+            raise ValueError(f"top_k must be 1 to {count} (the key blocks), got {top_k!r}")
+        keep.scatter_(-1, scores.topk(number, dim=-1).indices, True)
+    if top_p is not None:
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+        falling, order = scores.sort(dim=-1, descending=True, stable=True)
+        before = falling.cumsum(-1) - falling
+        keep |= torch.zeros_like(keep).scatter_(-1, order, before < top_p)
+    if always is not None:
+        keep = keep | always
+    return keep
