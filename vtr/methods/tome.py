@@ -33,7 +33,8 @@ class ToMe(Method):
 
     Args:
         r: tokens merged per block: an int, or a sequence (one per block, then none). Exactly one of ``r`` and ``keep`` is given.
-        keep: budget after the last block, reached with a constant number per block.
+        keep: budget after the last block, reached with a constant number per block (more in earlier
+            ones where the last could not merge as many).
         inflection: in [-1, 1]: the schedule falls (-1: from 2r to 0) or rises (1) linearly.
         prop_attn: proportional attention. True for supervised models; the authors switch it off for
             off-the-shelf MAE models.
@@ -81,12 +82,23 @@ class ToMe(Method):
     def schedule(self, depth: int, tokens: int) -> tuple[int, ...]:
         """Tokens to merge in each block, before the limit of half of the tokens."""
         if self.keep is not None:
-            total = tokens - count(self.keep, tokens)
-            return tuple(total * (i + 1) // depth - total * i // depth for i in range(depth))
+            target = count(self.keep, tokens)
+            total = tokens - target
+            if target << depth < tokens:
+                raise ValueError(
+                    f"keep={self.keep!r} asks for {target} of {tokens} tokens, but {depth} blocks that "
+                    f"each merge at most half reach no fewer than {-(-tokens >> depth)}"
+                )
+            # A block merges at most half: where the constant number would ask for more at the end,
+            # earlier blocks merge more.
+            left = [
+                min(tokens - total * (i + 1) // depth, target << (depth - 1 - i)) for i in range(depth)
+            ]
+            return tuple(before - after for before, after in zip([tokens, *left], left, strict=False))
         if isinstance(self.r, tuple):
             return self.r + (0,) * (depth - len(self.r))
         assert self.r is not None
-        low = int(self.r * (1.0 + self.inflection))
+        low = int(self.r * (1.0 - self.inflection))
         high = 2 * self.r - low
         step = (high - low) / (depth - 1) if depth > 1 else 0.0
         return tuple(int(low + step * i) for i in range(depth))
