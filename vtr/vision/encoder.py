@@ -450,6 +450,12 @@ def linear_flops(module: nn.Module) -> int:
     )
 
 
+def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
+    """Mean of x (B, N, C) over tokens, each counted ``sizes`` (B, N) times; summed in float32."""
+    weights = (sizes / sizes.sum(1, keepdim=True))[..., None]
+    return (x.float() * weights).sum(1).to(x.dtype) if x.dtype != torch.float64 else (x * weights).sum(1)
+
+
 def square_grid(tokens: int) -> tuple[int, int] | None:
     side = round(tokens**0.5)
     return (side, side) if side * side == tokens else None

@@ -23,6 +23,7 @@ from vtr.vision.encoder import (
     narrow_bias,
     narrow_rope,
     square_grid,
+    weighted_mean,
 )
 from vtr.wrapping import Bound, Wrapping
 
@@ -341,12 +342,6 @@ class TimmWrapping(Wrapping):
 
     def costs(self) -> dict[str, Any] | None:
         return {"encoder": self.session.flops()} if self.trace.tokens else None
-
-
-def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
-    """Mean of x (B, N, C) over tokens, each counted ``sizes`` (B, N) times; summed in float32."""
-    weights = (sizes / sizes.sum(1, keepdim=True))[..., None]
-    return (x.float() * weights).sum(1).to(x.dtype) if x.dtype != torch.float64 else (x * weights).sum(1)
 
 
 def _runner(block: nn.Module, prefix: int) -> BlockRunner:

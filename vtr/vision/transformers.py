@@ -1,0 +1,310 @@
+"""transformers' vision towers: CLIP, SigLIP, ViT, DeiT, DINOv2, DINOv3, InternVL's and their kin.
+
+Understood are the towers in :data:`TOWERS`, alone, under a projection or a classifier, or as the
+image side of a CLIPModel or SiglipModel (whose text side is never touched). :func:`tower_parts` gives
+the pieces of a tower to an adapter that finds one inside a larger model.
+
+Block outputs have the tokens that are left: ``hidden_states`` and ``attentions``, where they are asked
+for, have one length per layer. ``output="restored"`` gives every hidden state its full length, and
+backbones, which reshape hidden states to feature maps, always run so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vtr.errors import UnsupportedMethodError, UnsupportedModelError
+from vtr.vision.encoder import (
+    BlockRunner,
+    EncoderSession,
+    encoder_info,
+    place_forward,
+    square_grid,
+    weighted_mean,
+)
+from vtr.vision.transformers_layers import LAYERS, LayerRunner
+from vtr.wrapping import Bound, Wrapping
+
+# tower class -> (where its layers are, protected tokens beside the registers, whether one is a class)
+TOWERS: dict[str, tuple[str, int, bool]] = {
+    "CLIPVisionModel": ("encoder.layers", 1, True),
+    "MetaClip2VisionModel": ("encoder.layers", 1, True),
+    "SiglipVisionModel": ("encoder.layers", 0, False),
+    "Siglip2VisionModel": ("encoder.layers", 0, False),
+    "ViTModel": ("layers", 1, True),
+    "DeiTModel": ("layers", 2, True),
+    "IJepaModel": ("layers", 0, False),
+    "ViTMSNModel": ("layers", 1, True),
+    "Dinov2Model": ("encoder.layer", 1, True),
+    "Dinov2Backbone": ("encoder.layer", 1, True),
+    "Dinov2WithRegistersModel": ("encoder.layer", 1, True),
+    "Dinov2WithRegistersBackbone": ("encoder.layer", 1, True),
+    "DINOv3ViTModel": ("model.layer", 1, True),
+    "DINOv3ViTBackbone": ("model.layer", 1, True),
+    "InternVLVisionModel": ("encoder.layer", 1, True),
+}
+FAMILIES = tuple(f"transformers {name}" for name in TOWERS)
+
+# class around a tower -> (its attribute, what it does with the sequence). "mean": its classifier reads
+# the mean of the visual tokens (behind the class token, if it reads that too); "grid": it reshapes
+# them to a grid; "": it reads protected tokens or the tower's own pooling only, so that nothing of it
+# has to be patched.
+_AROUND: dict[str, tuple[str, str]] = {
+    "CLIPModel": ("vision_model", ""),
+    "CLIPVisionModelWithProjection": ("vision_model", ""),
+    "CLIPForImageClassification": ("vision_model", "mean"),
+    "MetaClip2Model": ("vision_model", ""),
+    "MetaClip2VisionModelWithProjection": ("vision_model", ""),
+    "MetaClip2ForImageClassification": ("vision_model", "mean"),
+    "SiglipModel": ("vision_model", ""),
+    "SiglipForImageClassification": ("vision_model", "mean"),
+    "Siglip2Model": ("vision_model", ""),
+    "ViTForImageClassification": ("vit", ""),
+    "ViTForMaskedImageModeling": ("vit", "grid"),
+    "DeiTForImageClassification": ("deit", ""),
+    "DeiTForImageClassificationWithTeacher": ("deit", ""),
+    "IJepaForImageClassification": ("ijepa", "mean"),
+    "ViTMSNForImageClassification": ("vit", ""),
+    "Dinov2ForImageClassification": ("dinov2", "mean"),
+    "Dinov2WithRegistersForImageClassification": ("dinov2_with_registers", "mean"),
+}
+
+# prefix of a class name -> why it cannot be wrapped
+_REFUSED: dict[str, str] = {
+    "Swin": "its windows need the full grid of tokens",
+    "Donut": "its windows need the full grid of tokens",
+    "MaskFormerSwin": "its windows need the full grid of tokens",
+    "Hiera": "its mask units pool a full hierarchy of grids",
+    "Sam": "its blocks hold 2-D grids with windowed attention",
+    "VitDet": "its blocks hold 2-D grids with windowed attention",
+    "Beit": "its relative position bias is not gathered here (timm's BEiT is supported)",
+    "Data2VecVision": "its relative position bias is not gathered here",
+    "ViTMAE": "it drops patches of its own, and its decoder needs the full grid",
+    "Pvt": "its stages reduce a full grid of tokens",
+    "Segformer": "its stages reduce a full grid of tokens",
+    "Levit": "its stages reduce a full grid of tokens",
+    "Cvt": "its projections are convolutions over the full grid",
+    "Pixtral": "it packs images of several sizes into one sequence",
+    "Siglip2ForImageClassification": "its classifier takes a mean under the mask of all input patches",
+}
+
+
+class Parts(NamedTuple):
+    """The pieces of a tower: what :class:`~vtr.vision.encoder.EncoderSession` and ``ModelInfo`` need.
+
+    Attributes:
+        runners: one per layer.
+        prefix: protected tokens in front (class, distillation, registers).
+        has_cls: whether the first of them is a class token.
+        dim, heads: width and heads.
+        tokens: visual tokens at the configured image size, or None.
+    """
+
+    runners: Sequence[BlockRunner]
+    prefix: int
+    has_cls: bool
+    dim: int | None
+    heads: int | None
+    tokens: int | None
+
+
+def tower_parts(tower: nn.Module) -> Parts:
+    """Open one of :data:`TOWERS`.
+
+    Raises:
+        UnsupportedModelError: another class, or layers that are not understood.
+    """
+    name = _named(tower, TOWERS)
+    if name is None:
+        raise UnsupportedModelError(
+            f"{type(tower).__name__} is not a vision tower that is understood: {', '.join(TOWERS)}"
+        )
+    path, prefix, has_cls = TOWERS[name]
+    config: Any = tower.config
+    if "DINOv3" in name or "WithRegisters" in name:
+        prefix += config.num_register_tokens
+    runners: list[LayerRunner] = []
+    for layer in tower.get_submodule(path):  # type: ignore[attr-defined]
+        kind = LAYERS.get(type(layer).__name__)
+        if kind is None or not type(layer).__module__.startswith("transformers."):
+            raise UnsupportedModelError(
+                f"a layer of {name} is a {type(layer).__module__}.{type(layer).__qualname__}, which is "
+                f"not understood (known: {', '.join(LAYERS)})"
+            )
+        runners.append(kind(layer, prefix))
+    return Parts(runners, prefix, has_cls, config.hidden_size, runners[0].heads, _tokens(config))
+
+
+class TransformersWrapping(Wrapping):
+    """A wrapped transformers vision tower.
+
+    Options:
+        output: ``"reduced"`` (the sequence has the tokens that are left) or ``"restored"`` (full
+            length: merged tokens are copied back, dropped ones have the value they had last).
+    """
+
+    options = {"output": "reduced"}
+
+    def __init__(self, root: Any) -> None:
+        self.tower, self.use = _split(root)
+        self.reshapes = self.use == "grid" or type(self.tower).__name__.endswith("Backbone")
+        parts = tower_parts(self.tower)
+        info = encoder_info(
+            f"transformers {type(root).__name__}",
+            parts.runners,
+            prefix=parts.prefix,
+            has_cls=parts.has_cls,
+            dim=parts.dim,
+            heads=parts.heads,
+            tokens=parts.tokens,
+        )
+        super().__init__(root, info)
+        self.session = EncoderSession(self, parts.runners, parts.prefix, self.grid)
+        self.shape: tuple[int, ...] | None = None
+        self.mean: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "mean": None}
+
+    def grid(self, tokens: int) -> tuple[int, ...] | None:
+        if self.shape is not None and self.shape[0] * self.shape[1] == tokens:
+            return self.shape
+        return square_grid(tokens)
+
+    def check(self, method: Any, options: dict[str, Any]) -> None:
+        if options.get("output", "reduced") not in ("reduced", "restored"):
+            raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
+        super().check(method, options)
+
+    def install(self) -> None:
+        tower: Any = self.tower
+        self.session.install()
+        self.session.restoring = self.reshapes or any(
+            e.options.get("output") == "restored" for e in self.active
+        )
+        before = tower.register_forward_pre_hook(Bound(self, "look"), with_kwargs=True)
+        self.hook(before)
+        head: Any = getattr(tower, "head", None)
+        if isinstance(getattr(head, "attention", None), nn.MultiheadAttention):  # SigLIP's pooling
+            place_forward(self, head, Bound(self, "pool_head"))
+            place_forward(self, head.attention, Bound(self, "pool_attention"))
+        if self.use == "mean":
+            root: Any = self.root
+            self.hook(tower.register_forward_hook(Bound(self, "take_mean")))
+            self.hook(root.classifier.register_forward_pre_hook(Bound(self, "give_mean")))
+
+    # ---- the input --------------------------------------------------------------------------
+
+    def look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the grid of the call; refuse padded patches."""
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        sizes = kwargs.get("spatial_shapes")
+        self.shape = None
+        if sizes is not None:  # SigLIP 2: patches in rows
+            mask = kwargs.get("pixel_attention_mask")
+            if mask is not None and not bool(mask.bool().all()):
+                raise UnsupportedMethodError(
+                    f"{type(self.tower).__name__} with padded patches is not supported: pass images of "
+                    "one size per batch and max_num_patches equal to their patches"
+                )
+            if bool((sizes == sizes[:1]).all()):
+                self.shape = tuple(sizes[0].tolist())
+        elif isinstance(pixels, Tensor) and pixels.dim() == 4:
+            patch = getattr(self.tower.config, "patch_size", None)
+            if patch is not None:
+                high, wide = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+                self.shape = (pixels.shape[2] // high, pixels.shape[3] // wide)
+
+    # ---- pooling: merged tokens count by their size --------------------------------------------
+
+    def pool_head(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """SigLIP's head; a mask over all input patches (all of them valid) has no say any more."""
+        head: Any = self.tower.head
+        reduced = self.session.run is not None and self.session.run.map is not None
+        if attention_mask is None or reduced:
+            return type(head).forward(head, x)
+        return type(head).forward(head, x, attention_mask)
+
+    def pool_attention(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
+        attention: Any = self.tower.head.attention  # type: ignore[union-attr]
+        sizes = self.session.pool_sizes(key)
+        if sizes is not None:
+            kwargs["key_padding_mask"] = sizes.log().to(query.dtype)
+        return type(attention).forward(attention, query, key, value, **kwargs)
+
+    def take_mean(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        sequence = output[0]
+        sizes = self.session.pool_sizes(sequence)
+        self.mean = None if sizes is None else weighted_mean(sequence[:, self.info.prefix :], sizes)
+
+    def give_mean(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.mean is None:
+            return None
+        mean, self.mean = self.mean, None
+        return (torch.cat([args[0][:, : -mean.shape[1]], mean], 1),)
+
+    def costs(self) -> dict[str, Any] | None:
+        return {"encoder": self.session.flops()} if self.trace.tokens else None
+
+
+# ---- small things ---------------------------------------------------------------------------
+
+
+def _tokens(config: Any) -> int | None:
+    if getattr(config, "num_patches", None) is not None:
+        return int(config.num_patches)
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is None or patch is None:
+        return None
+    image = image if isinstance(image, (tuple, list)) else (image, image)
+    patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+    return (image[0] // patch[0]) * (image[1] // patch[1])
+
+
+def _named(target: Any, table: Any) -> str | None:
+    """The entry of ``table`` that a transformers class in the MRO of ``target`` has, if any."""
+    for cls in type(target).__mro__:
+        if cls.__module__.startswith("transformers.") and cls.__name__ in table:
+            return cls.__name__
+    return None
+
+
+def _split(root: Any) -> tuple[nn.Module, str]:
+    """The tower of a root, and what the root does with its sequence."""
+    around = _named(root, _AROUND)
+    if around is None:
+        return root, ""
+    attribute, use = _AROUND[around]
+    return getattr(root, attribute), use
+
+
+def locate(target: Any) -> nn.Module | None:
+    """The module to wrap in ``target``: a tower, or the model around it where its pooling counts tokens.
+
+    Raises:
+        UnsupportedModelError: a vision model that is known not to work, with the reason.
+    """
+    around = _named(target, _AROUND)
+    if around is not None:
+        attribute, use = _AROUND[around]
+        return target if use else getattr(target, attribute)
+    if _named(target, TOWERS) is not None:
+        return target
+    for cls in type(target).__mro__:
+        if not cls.__module__.startswith("transformers.models."):
+            continue
+        for prefix, reason in _REFUSED.items():
+            if cls.__name__.startswith(prefix):
+                raise UnsupportedModelError(
+                    f"transformers {cls.__name__} is not supported: {reason}. Supported: "
+                    f"{', '.join(TOWERS)}"
+                )
+    return None
+
+
+def wrap(root: Any) -> TransformersWrapping:
+    return TransformersWrapping(root)

@@ -1,0 +1,245 @@
+"""Runners of transformers' vision layers, one per layout of a layer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vtr.errors import UnsupportedMethodError, UnsupportedModelError
+from vtr.vision.attention import Probe
+from vtr.vision.encoder import BlockRunner, Run, linear_flops, narrow_bias, place_forward
+from vtr.wrapping import Bound, Wrapping
+
+
+class LayerRunner(BlockRunner):
+    """A pre-norm layer: x + branch1(attention(norm1(x))), then x + branch2(mlp(norm2(x))).
+
+    The attention module's ``forward`` is patched too, so that it is still called as a module where a
+    method looks inside: its hooks fire and ``output_attentions`` keeps working.
+    """
+
+    norm1 = norm2 = attention_name = ""
+
+    def __init__(self, block: nn.Module, prefix: int) -> None:
+        super().__init__(block)
+        self.prefix = prefix
+        outer = getattr(block, self.attention_name)
+        #: the module that makes q, k, v; before 5.23 DINOv2 nests it in the one with the projection
+        inner = getattr(outer, "attention", None)
+        self.core: Any = inner if hasattr(inner, "query") else outer
+        names = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
+        self.names = next((n for n in names if all(hasattr(self.core, part) for part in n)), None)
+        missing = [n for n in (self.norm1, self.norm2, "mlp") if not hasattr(block, n)]
+        if self.names is None or missing:
+            raise UnsupportedModelError(
+                f"{type(block).__name__} of this transformers version is not laid out as expected "
+                f"(no {', '.join(missing) or 'q, k and v projections'})"
+            )
+
+    # ---- the two halves ---------------------------------------------------------------------
+
+    def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
+        block: Any = self.block
+        if probe is not None:
+            kwargs = {**kwargs, "probe": probe}
+        y = getattr(block, self.attention_name)(getattr(block, self.norm1)(x), **kwargs)
+        return self.branch1(y[0] if isinstance(y, tuple) else y) + x
+
+    def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        block: Any = self.block
+        return self.branch2(block.mlp(getattr(block, self.norm2)(x))) + x
+
+    def branch1(self, y: Tensor) -> Tensor:
+        return y
+
+    def branch2(self, y: Tensor) -> Tensor:
+        return y
+
+    # ---- the attention ----------------------------------------------------------------------
+
+    def attention(
+        self, x: Tensor, *args: Any, probe: Probe | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention module's forward; with a probe its q, k, v are shown and its keys weighed."""
+        core = self.core
+        if probe is None:
+            return type(core).forward(core, x, *args, **kwargs)
+        positions = kwargs.pop("position_embeddings", None)
+        mask = kwargs.pop("attention_mask", None)
+        q, k, v = (self._heads(x, which) for which in range(3))
+        if positions is not None:
+            q, k = (_rotate(t, positions, t.shape[2] - positions[0].shape[-2]) for t in (q, k))
+        implementation = core.config._attn_implementation
+        scale = getattr(core, "scaling", None) or core.scale
+        dropout = _dropout(core) if core.training else 0.0
+        if probe.policy is None and (probe.key_bias is None or implementation == "eager"):
+            probe.qkv, probe.scale = (q, k, v), scale
+            if probe.key_bias is not None:
+                bias = probe.key_bias[:, None, None, :].to(q.dtype)
+                mask = bias if mask is None else bias + _additive(mask, q.dtype)
+            eager = sys.modules[type(core).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            call = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+            out, weights = call(core, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
+        else:
+            if mask is not None and mask.dim() == 2:  # flash attention's (B, T) of valid keys
+                mask = mask[:, None, None, :].bool()
+            out = probe.attend(q, k, v, mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
+            weights = None
+        out = out.reshape(x.shape[0], x.shape[1], -1).contiguous()
+        for name in ("out_proj", "o_proj", "projection_layer", "projection_dropout"):
+            if hasattr(core, name):
+                out = getattr(core, name)(out)
+        return out, weights
+
+    def _heads(self, x: Tensor, which: int) -> Tensor:
+        """q, k or v (0, 1, 2) of x (B, T, C), after the norm over all heads where there is one."""
+        core = self.core
+        assert self.names is not None
+        y = getattr(core, self.names[which])(x)
+        norm = getattr(core, ("q_norm", "k_norm", "v_norm")[which], None)
+        y = y if norm is None else norm(y)
+        size = getattr(core, "head_dim", None) or core.attention_head_size
+        return y.view(x.shape[0], x.shape[1], -1, size).transpose(1, 2)
+
+    def keys_of(self, x: Tensor, index: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        k = self._heads(getattr(self.block, self.norm1)(x), 1)
+        positions = kwargs.get("position_embeddings")
+        return k if positions is None else _rotate(k, _rows(positions, index), 0)
+
+    # ---- what the session asks --------------------------------------------------------------
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > 1 or "attention_mask" in kwargs:
+            return super().named(args, kwargs)
+        return {"attention_mask": args[0], **kwargs}
+
+    def install(self, owner: Wrapping) -> None:
+        place_forward(owner, self.core, Bound(self, "attention"))
+
+    def checkpointed(self) -> bool:
+        return bool(self.block.training and getattr(self.block, "gradient_checkpointing", False))
+
+    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+        if run.map is None:
+            return kwargs
+        kwargs = dict(kwargs)
+        positions, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+        if positions is not None:
+            kwargs["position_embeddings"] = run.narrowed(positions, lambda now: _rows(positions, now.kept))
+        if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise UnsupportedMethodError(
+                    f"an attention mask of type {type(mask).__name__} cannot follow the tokens that are "
+                    "left: call model.set_attn_implementation('sdpa')"
+                )
+            if mask.dim() == 2:
+                whole = run.map.with_prefix(self.prefix).kept.clamp(min=0)
+                kwargs["attention_mask"] = mask.expand(run.batch, -1).gather(1, whole)
+            else:
+                kwargs["attention_mask"] = run.narrowed(
+                    mask, lambda now: narrow_bias(mask, now, self.prefix)
+                )
+        return kwargs
+
+    def flops(self, before: int, after: int) -> int:
+        block: Any = self.block
+        attention = getattr(block, self.attention_name)
+        assert self.names is not None
+        width = getattr(self.core, self.names[0]).out_features
+        return (
+            before * linear_flops(attention)
+            + 4 * before * before * width
+            + after * linear_flops(block.mlp)
+        )
+
+    @property
+    def heads(self) -> int | None:
+        return getattr(self.core, "num_heads", None) or getattr(self.core, "num_attention_heads", None)
+
+
+class ClipLayer(LayerRunner):
+    norm1, norm2, attention_name = "layer_norm1", "layer_norm2", "self_attn"
+
+
+class ViTLayer(LayerRunner):
+    norm1, norm2, attention_name = "layernorm_before", "layernorm_after", "attention"
+
+    def branch1(self, y: Tensor) -> Tensor:
+        return self.block.dropout(y)  # type: ignore[operator]
+
+    branch2 = branch1
+
+
+class DinoLayer(LayerRunner):
+    norm1, norm2, attention_name = "norm1", "norm2", "attention"
+
+    def branch1(self, y: Tensor) -> Tensor:
+        block: Any = self.block
+        return block.drop_path(block.layer_scale1(y))
+
+    def branch2(self, y: Tensor) -> Tensor:
+        block: Any = self.block
+        return block.drop_path(block.layer_scale2(y))
+
+
+class InternVLLayer(LayerRunner):
+    norm1, norm2, attention_name = "layernorm_before", "layernorm_after", "attention"
+
+    def branch1(self, y: Tensor) -> Tensor:
+        return self.block.lambda_1 * y  # type: ignore[operator,return-value]
+
+    def branch2(self, y: Tensor) -> Tensor:
+        block: Any = self.block
+        y = block.dropout(y)
+        return y if block.lambda_2 is None else block.lambda_2 * y
+
+
+#: layer class -> its runner
+LAYERS: dict[str, type[LayerRunner]] = {
+    "CLIPEncoderLayer": ClipLayer,
+    "MetaClip2EncoderLayer": ClipLayer,
+    "SiglipEncoderLayer": ClipLayer,
+    "Siglip2EncoderLayer": ClipLayer,
+    "ViTLayer": ViTLayer,
+    "DeiTLayer": ViTLayer,
+    "IJepaLayer": ViTLayer,
+    "ViTMSNLayer": ViTLayer,
+    "Dinov2Layer": DinoLayer,
+    "Dinov2WithRegistersLayer": DinoLayer,
+    "DINOv3ViTLayer": DinoLayer,
+    "InternVLVisionLayer": InternVLLayer,
+}
+
+
+def _rows(positions: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) rows (N, D) at ``index`` (B, M): (B, 1, M, D) each."""
+    cos, sin = positions
+    index = index.clamp(min=0)
+    return cos[index][:, None], sin[index][:, None]
+
+
+def _rotate(x: Tensor, positions: tuple[Tensor, Tensor], prefix: int) -> Tensor:
+    """Rotary embedding of all but the first ``prefix`` tokens of x (B, H, T, D), halves paired."""
+    cos, sin = positions
+    head, rest = x[:, :, :prefix], x[:, :, prefix:]
+    half = rest.shape[-1] // 2
+    turned = torch.cat([-rest[..., half:], rest[..., :half]], -1)
+    return torch.cat([head, rest * cos + turned * sin], 2)
+
+
+def _dropout(core: Any) -> float:
+    for name in ("attention_dropout", "dropout_prob", "dropout"):
+        value = getattr(core, name, None)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return 0.0
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -float("inf"))
