@@ -51,7 +51,7 @@ def demo_methods() -> list[Method]:
         vtr.FlowCut(keep=0.12, end=2),
         vtr.ToMe(r=(48, 32, 16, 8, 8)),
         vtr.ToFe(keep=(0.2, 0.15, 0.1)),
-        vtr.ToFe(keep=(0.2, 0.12, 0.08), weights=TOFE_WEIGHTS),
+        vtr.ToFe(keep=(0.09, 0.08, 0.07), weights=TOFE_WEIGHTS),
     ]
 
 
