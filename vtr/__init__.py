@@ -37,6 +37,14 @@ _PUBLIC = {
     "UnsupportedMethodError": "vtr.errors",
     "CLSAttention": "vtr.methods.cls_attention",
     "EViT": "vtr.methods.evit",
+    "Debias": "vtr.methods.debias",
+    "DivPrune": "vtr.methods.divprune",
+    "FastV": "vtr.methods.fastv",
+    "PyramidDrop": "vtr.methods.pyramiddrop",
+    "SparseVLM": "vtr.methods.sparsevlm",
+    "VFlowOpt": "vtr.methods.vflowopt",
+    "VisionZip": "vtr.methods.visionzip",
+    "VTCCLS": "vtr.methods.vtc_cls",
     "FlowCut": "vtr.methods.flowcut",
     "Random": "vtr.methods.random",
     "ToFe": "vtr.methods.tofe",
@@ -56,11 +64,19 @@ if TYPE_CHECKING:
     )
     from vtr.method import Method, Reduction, Stage, create, register
     from vtr.methods.cls_attention import CLSAttention
+    from vtr.methods.debias import Debias
+    from vtr.methods.divprune import DivPrune
     from vtr.methods.evit import EViT
+    from vtr.methods.fastv import FastV
     from vtr.methods.flowcut import FlowCut
+    from vtr.methods.pyramiddrop import PyramidDrop
     from vtr.methods.random import Random
+    from vtr.methods.sparsevlm import SparseVLM
     from vtr.methods.tofe import ToFe
     from vtr.methods.tome import ToMe
+    from vtr.methods.vflowopt import VFlowOpt
+    from vtr.methods.visionzip import VisionZip
+    from vtr.methods.vtc_cls import VTCCLS
     from vtr.plan import Plan
     from vtr.profiling import profile
     from vtr.signals import ModelInfo, Site

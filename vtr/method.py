@@ -31,12 +31,14 @@ class Stage(NamedTuple):
     ``place`` is ``middle`` (between attention and MLP) or ``end`` (the layer's output). Where a block
     cannot be opened, ``middle`` falls to ``end``; the adapter's family says so in ``info.extra``. In
     the ``decoder`` it is ``start`` (the layer's input, with the q, k, v that this layer will make of
-    it) or ``end`` (the layer's output, with the q, k, v that this layer has used).
+    it) or ``end`` (the layer's output, with the q, k, v that this layer has used). With ``cuts=False``
+    the visit only looks and never shortens the sequence.
     """
 
     site: str
     layer: int
     place: str = "middle"
+    cuts: bool = True
 
 
 class Reduction(NamedTuple):
@@ -117,7 +119,7 @@ class Method:
 
     def cuts_at(self, stage: Stage) -> bool:
         """Whether the visit may shorten the sequence (False: it only looks)."""
-        return True
+        return stage.cuts
 
     def biased_layers(self, info: ModelInfo) -> frozenset[int]:
         """Encoder layers whose attention counts each key by its size (proportional attention)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtr.methods.visionzip import contextual, dominant
+from vtr.methods.visionzip import contextual_groups, dominant
 
 
 def slow_split(
@@ -34,7 +34,7 @@ def test_split_equals_the_formula(seed: int) -> None:
     keys = torch.randn(3, 30, 6, generator=generator)
     valid = torch.arange(30) < torch.tensor(sizes)[:, None]
     main = dominant(score, torch.tensor(d), valid)
-    stands, targets = contextual(keys, valid & ~main, torch.tensor(c))
+    stands, targets = contextual_groups(keys, valid & ~main, torch.tensor(c))
     for row, n in enumerate(sizes):
         best, groups = slow_split(score[row, :n].tolist(), keys[row, :n].double(), d[row], c[row])
         assert main[row].nonzero()[:, 0].tolist() == best

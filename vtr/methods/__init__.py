@@ -10,13 +10,36 @@ from types import ModuleType
 from typing import Any
 
 from vtr.methods.cls_attention import CLSAttention
+from vtr.methods.debias import Debias
+from vtr.methods.divprune import DivPrune
 from vtr.methods.evit import EViT
+from vtr.methods.fastv import FastV
 from vtr.methods.flowcut import FlowCut
+from vtr.methods.pyramiddrop import PyramidDrop
 from vtr.methods.random import Random
+from vtr.methods.sparsevlm import SparseVLM
 from vtr.methods.tofe import ToFe
 from vtr.methods.tome import ToMe
+from vtr.methods.vflowopt import VFlowOpt
+from vtr.methods.visionzip import VisionZip
+from vtr.methods.vtc_cls import VTCCLS
 
-__all__ = ["CLSAttention", "EViT", "FlowCut", "Random", "ToFe", "ToMe"]
+__all__ = [
+    "VTCCLS",
+    "CLSAttention",
+    "Debias",
+    "DivPrune",
+    "EViT",
+    "FastV",
+    "FlowCut",
+    "PyramidDrop",
+    "Random",
+    "SparseVLM",
+    "ToFe",
+    "ToMe",
+    "VFlowOpt",
+    "VisionZip",
+]
 
 
 class _Callable(ModuleType):

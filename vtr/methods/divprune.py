@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, counts
+from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._vlm import budget, language, nothing_to_cut, valid_of
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
 
@@ -30,11 +31,13 @@ class DivPrune(Method):
     (theirs to the nearest number).
 
     Args:
-        keep: budget per sample.
+        keep: budget per image.
     """
 
     name: ClassVar[str] = "divprune"
-    paper: ClassVar[str] = "DivPrune: Diversity-based Visual Token Pruning, CVPR 2025, arXiv 2503.02175"
+    paper: ClassVar[str] = (
+        "DivPrune: Diversity-based Visual Token Pruning, CVPR 2025, arXiv 2503.02175"
+    )
     sites: ClassVar[tuple[str, ...]] = ("prompt",)
     needs: ClassVar = {"prompt": frozenset({"hidden"})}
     positions: ClassVar[str] = "compact"
@@ -48,12 +51,9 @@ class DivPrune(Method):
         return (Stage("prompt", 0),)
 
     def reduce(self, site: Site) -> Reduction | None:
-        valid = site.valid
-        if valid is None:
-            valid = torch.ones(site.batch, site.n, dtype=torch.bool, device=site.device)
-        n = valid.sum(1)
-        number = counts(self.keep, n)
-        if bool((number >= n).all()):
+        valid = valid_of(site)
+        number = torch.minimum(budget(language(site), self.keep), valid.sum(1))
+        if nothing_to_cut(site, number):
             return None
         chosen = farthest_points(site.hidden, number, valid)
         kept, padded = top_indices(chosen.float(), number, chosen)

@@ -12,16 +12,20 @@ from torch import Tensor
 from vtr.budget import Keep, check_keep, count
 from vtr.kernels import attention_rows
 from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._vlm import budget, language, need_text_after, nothing_to_cut, prune
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take, top_indices
+
+LANGUAGE_LAYER = 1
+"""0-based layer of the language model after which the authors cut."""
 
 
 @register
 @dataclass(frozen=True)
 class FlowCut(Method):
-    """FlowCut (NeurIPS 2025, arXiv 2505.19536), encoder part.
+    """FlowCut (NeurIPS 2025, arXiv 2505.19536).
 
-    Per layer, for visual tokens j: inflow r_j, the class token's attention row (mean over heads,
+    Per encoder layer, for visual tokens j: inflow r_j, the class token's attention row (mean over heads,
     normalised over the tokens); semantic relevance s_j, softmax over all tokens of v_cls . v_j
     without a scale (mean over heads, class entry dropped, normalised); value strength n_j, the L1
     norm of the head-averaged value. Score (r_j + s_j) n_j, accumulated C <- (C + score) / 2.
@@ -31,27 +35,43 @@ class FlowCut(Method):
     r: a peaked row prunes more. At ``end`` exactly T are left. Dropped tokens are gone; nothing is
     merged.
 
-    Without a class token the inflow is the attention row of the mean query and there is no semantic
-    term (the authors' Qwen variant).
+    Without a class token (SigLIP, Qwen) the inflow is the attention row of the mean query and there
+    is no semantic term (the authors' Qwen variant).
+
+    In a vision-language model with one crop per image (LLaVA-1.5) the encoder reaches the budget. With
+    several crops (LLaVA-NeXT) it leaves half of the budget per crop, about twice as many tokens in
+    all, and the budget is reached after layer 1 of the language model: r is the attention of the last
+    prompt token, softmax over the visual tokens; s is softmax of v_last . v_j / sqrt(d) over them; n
+    as above. Where the connector joins neighbouring patches (Qwen, InternVL), nothing is cut in the
+    encoder: its scores go on as the mean of the patches joined, twice the budget is left at the
+    language model's entry, and the budget after its layer 1. Positions are renumbered, except under
+    m-RoPE (the authors' choices).
 
     Differences from the authors' code: the number dropped is each sample's own (theirs is the
     largest of the batch), scores are float32 with 0 log 0 = 0 (theirs is NaN when a half-precision
     weight underflows), and the semantic term follows the code's softmax, where the paper's text says
-    cosine.
+    cosine. Their Qwen variant cuts in the encoder, after which four patches that are no neighbours
+    any more are joined; here joined patches are always neighbours, at the price of a full encoder.
+    Left padding, several images and any place of the image in the prompt work.
 
     Args:
-        keep: budget at the end.
+        keep: budget at the end, per image.
         end: 0-based layer at whose output the budget is reached; None is the last layer but one of
             those whose output the model uses (21 in LLaVA-1.5's CLIP).
+        language: reach the budget in the language model (see above); None decides by the model.
     """
 
     name: ClassVar[str] = "flowcut"
-    paper: ClassVar[str] = "FlowCut: Rethinking Redundancy via Information Flow, NeurIPS 2025, arXiv 2505.19536"
-    sites: ClassVar[tuple[str, ...]] = ("encoder",)
+    paper: ClassVar[str] = (
+        "FlowCut: Rethinking Redundancy via Information Flow, NeurIPS 2025, arXiv 2505.19536"
+    )
+    sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt", "decoder")
     needs: ClassVar = {"encoder": frozenset({"queries", "keys", "values"})}
+    positions: ClassVar[str] = "compact"
 
     keep: Keep = 0.5
     end: int | None = None
+    language: bool | None = None
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))
@@ -65,31 +85,92 @@ class FlowCut(Method):
         if self.end is None:
             return max(0, info.extra.get("last_layer", depth - 1) - 1)
         if self.end >= depth:
-            raise ValueError(f"end must be in 0..{depth - 1} for a model of {depth} layers, got {self.end}")
+            raise ValueError(
+                f"end must be in 0..{depth - 1} for a model of {depth} layers, got {self.end}"
+            )
         return self.end
 
+    def _in_language(self, info: ModelInfo) -> bool:
+        if self.language and "decoder" not in info.depth:
+            raise ValueError(f"language=True needs a vision-language model, not {info.family}")
+        if "decoder" not in info.depth or self.language is False:
+            return False
+        return bool(self.language) or info.tokens is None or not _cuts_tower(info)
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        needs = dict(self.needs)
+        if self._in_language(info):
+            needs["decoder"] = frozenset({"keys", "values", "text_attention"})
+        if not _cuts_tower(info):
+            needs["prompt"] = frozenset({"encoder_scores"})
+        return needs
+
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("encoder", layer, "end") for layer in range(self._end(info) + 1))
+        cuts = _cuts_tower(info)
+        stages = [Stage("encoder", i, "end", cuts) for i in range(self._end(info) + 1)]
+        if not cuts:
+            stages.append(Stage("prompt", 0))
+        if self._in_language(info):
+            if info.depth["decoder"] <= LANGUAGE_LAYER + 1:
+                raise ValueError(
+                    f"a language model of {info.depth['decoder']} layers is too short for the cut "
+                    f"after layer {LANGUAGE_LAYER}: use FlowCut(language=False)"
+                )
+            stages.append(Stage("decoder", LANGUAGE_LAYER, "end"))
+        return tuple(stages)
 
     def reduce(self, site: Site) -> Reduction | None:
-        target = count(self.keep, site.map.n_in)
-        if target >= site.map.n_in:
+        if site.site == "decoder":
+            here = language(site)
+            number = budget(here, self.keep)
+            if nothing_to_cut(here, number):
+                return None
+            need_text_after(here)
+            query, _, own = here.text_qkv()
+            score = instruction_flow(query, here.keys, here.values, own, site.scale, site.valid)
+            return prune(here, score, number)
+        if site.site == "prompt":
+            here = language(site)
+            number = budget(here, self.keep) * (2 if self._in_language(site.info) else 1)
+            if nothing_to_cut(here, number):
+                return None
+            return prune(here, here.spread(here.memory["score"]), number)
+        return self._encoder(site)
+
+    def _target(self, info: ModelInfo, tokens: int) -> int:
+        """Tokens that the encoder leaves of each crop."""
+        if not self._in_language(info):
+            return count(self.keep, tokens)
+        if isinstance(self.keep, float):
+            return count(min(1.0, 2 * self.keep), tokens)
+        return count(max(1, self.keep // 2), tokens)
+
+    def _encoder(self, site: Site) -> Reduction | None:
+        info = site.info
+        target = self._target(info, site.map.n_in)
+        if target >= site.map.n_in and _cuts_tower(info):
             return None
         left = self._end(site.info) - site.layer
         inflow, score = flow_scores(site)
         before: Tensor | None = site.memory.get("score")
         total = score if before is None else 0.5 * before + 0.5 * score
         site.memory["score"] = total
-        if left % 2:
+        if left % 2 or not _cuts_tower(info):
             return None
-        n = site.valid.sum(1) if site.valid is not None else torch.full_like(site.index[:, 0], site.n)
+        n = (
+            site.valid.sum(1)
+            if site.valid is not None
+            else torch.full_like(site.index[:, 0], site.n)
+        )
         k: int | Tensor
         if left == 0:
             k = target
             if site.valid is None and site.n <= target:
                 return None
         else:
-            drop = torch.round((n - target) / math.sqrt(left) * (1 - relative_entropy(inflow, n) ** 2))
+            drop = torch.round(
+                (n - target) / math.sqrt(left) * (1 - relative_entropy(inflow, n) ** 2)
+            )
             k = torch.maximum(n - drop.clamp(min=0).long(), torch.full_like(n, target))
             k = int(k) if k.numel() == 1 else k
             if k >= site.n if isinstance(k, int) else site.valid is None and bool((k >= n).all()):
@@ -129,3 +210,29 @@ def relative_entropy(r: Tensor, n: Tensor) -> Tensor:
 def _share(row: Tensor, alive: Tensor | None) -> Tensor:
     row = row if alive is None else row * alive
     return row / row.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def instruction_flow(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own: Tensor,
+    scale: float | None,
+    valid: Tensor | None,
+) -> Tensor:
+    """The score inside the language model, (B, N) float32.
+
+    Args:
+        query: (B, H, 1, D) of the last prompt token.
+        keys, values: (B, H, N, D) of the visual tokens.
+        own: (B, H, 1, D), the value of the last prompt token.
+        scale: factor of the attention logits.
+        valid: (B, N) bool or None.
+    """
+    r = attention_rows(query, keys, scale=scale, bias=valid)[:, :, 0].mean(1)
+    s = attention_rows(own, values, bias=valid)[:, :, 0].mean(1)
+    return (r + s) * values.float().mean(1).abs().sum(-1)
+
+
+def _cuts_tower(info: ModelInfo) -> bool:
+    return bool(info.extra.get("tower_cuts", True))

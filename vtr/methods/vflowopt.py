@@ -2,12 +2,294 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.budget import Keep, check_keep, check_layers, fit_layers
+from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
-from vtr.signals import Site
+from vtr.methods._vlm import (
+    alive,
+    budget,
+    check_number,
+    language,
+    last_used,
+    nothing_to_cut,
+    prune,
+    valid_of,
+)
+from vtr.signals import LanguageSite, ModelInfo, Site
 from vtr.tokens import TokenMap
+
+RELEASED: Mapping[str, tuple[tuple[float, float, float], float, float]] = {
+    "50%": ((0.7233, 0.7487, 0.487), 28.68, 11.76),
+    "25%": ((0.2651, 0.9833, 0.8773), 34.76, 15.58),
+    "10%": ((0.1166, 1.0, 0.6011), 39.26, 17.39),
+}
+"""LLaVA-OneVision-7B: the rates, the threshold and the cell; alpha is 0."""
+
+
+@register
+@dataclass(frozen=True)
+class VFlowOpt(Method):
+    """VFlowOpt (ICCV 2025, arXiv 2508.05211): visual information flow, pruned in three stages.
+
+    The importance of a token is calibrated context: with A the head-averaged attention map of the
+    last encoder layer whose output the model uses, the tokens whose received attention exceeds
+    ``threshold`` times the mean act as the queries, and a token's importance is the mean attention
+    that they pay to it. This one map ranks the tokens at all stages: at the entry of the language
+    model, after L/3 and after 2L/3 of its layers. Positions of the survivors are unchanged.
+
+    At the first stage the least important tokens are recycled: those of one cell of ``cell`` x
+    ``cell`` tokens (of each image, or crop grid) are merged into their mean, weighted by importance,
+    at the place of the most important of them. Newline tokens are always kept there.
+
+    Differences from the authors' code: where no token passes the threshold, all do (theirs averages
+    the empty set); the number left is exact (theirs depends on how many cells are occupied); cells of
+    a tiled image stay within their tile (theirs lie on the composed grid); the entropy term, whose
+    weight is 0 in all released settings, reads pixels in 0..255 (theirs are normalised ones that wrap
+    around in uint8) and is refused where the encoder shows none. Rates and parameters are searched by
+    the authors for each model; the defaults are theirs for LLaVA-OneVision-7B at 25 %.
+
+    Args:
+        keep: visual tokens on average over the layers of the language model (R1 is solved for it), or
+            the three rates (R1, R2, R3), each of what is left, as floats.
+        later: R2 and R3 where ``keep`` is one budget.
+        threshold: t, in units of the mean received attention.
+        cell: a, the side of a recycling cell in tokens (fractions are meant: 15.58).
+        alpha: weight of the patches' entropy (softmax over the crop), in [-1, 1].
+        layers: the two 0-based layers before which the later cuts are made; None is L/3 and 2L/3.
+        merge: recycle; False drops.
+    """
+
+    name: ClassVar[str] = "vflowopt"
+    paper: ClassVar[str] = (
+        "VFlowOpt: Visual Information Flow-Guided Pruning, ICCV 2025, arXiv 2508.05211"
+    )
+    sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt", "decoder")
+    needs: ClassVar = {
+        "encoder": frozenset({"queries", "keys", "attention_received"}),
+        "prompt": frozenset({"hidden", "encoder_scores"}),
+        "decoder": frozenset({"encoder_scores"}),
+    }
+    positions: ClassVar[str] = "original"
+
+    keep: Keep | tuple[float, float, float] = 0.25
+    later: tuple[float, float] = (0.9833, 0.8773)
+    threshold: float = 34.76
+    cell: float = 15.58
+    alpha: float = 0.0
+    layers: tuple[int, int] | None = None
+    merge: bool = True
+
+    def validate(self) -> None:
+        if isinstance(self.keep, Sequence) and not isinstance(self.keep, str):
+            if len(self.keep) != 3:
+                raise ValueError(f"keep must be one budget or the three rates, got {self.keep!r}")
+            for i, rate in enumerate(self.keep):
+                check_number(rate, f"keep[{i}]", 1e-6, 1.0)
+            self._set("keep", tuple(float(rate) for rate in self.keep))
+        else:
+            self._set("keep", check_keep(self.keep))
+        if not isinstance(self.later, Sequence) or len(self.later) != 2:
+            raise ValueError(f"later must be the two rates (R2, R3), got {self.later!r}")
+        for i, rate in enumerate(self.later):
+            check_number(rate, f"later[{i}]", 1e-6, 1.0)
+        self._set("later", tuple(float(rate) for rate in self.later))
+        check_number(self.threshold, "threshold", 0.0, 1e6)
+        check_number(self.cell, "cell", 1.0, 1e6)
+        check_number(self.alpha, "alpha", -1.0, 1.0)
+        if self.layers is not None:
+            self._set("layers", check_layers(self.layers))
+            if len(self.layers) != 2 or self.layers[0] < 1:
+                raise ValueError(f"layers must be two layers >= 1, got {self.layers!r}")
+
+    @classmethod
+    def released(cls, budget: str) -> VFlowOpt:
+        """The authors' settings for LLaVA-OneVision-7B: ``"50%"``, ``"25%"`` or ``"10%"``."""
+        if budget not in RELEASED:
+            raise ValueError(f"budget must be one of {', '.join(RELEASED)}, got {budget!r}")
+        rates, threshold, cell = RELEASED[budget]
+        return cls(keep=rates, threshold=threshold, cell=cell, alpha=0.0)
+
+    def _layers(self, info: ModelInfo) -> tuple[int, int]:
+        depth = info.depth["decoder"]
+        if self.layers is not None:
+            first, second = fit_layers(self.layers, depth)
+            return first, second
+        if depth < 3:
+            raise ValueError(f"layers must be given for a language model of {depth} layers")
+        return depth // 3, 2 * (depth // 3)
+
+    def rates(
+        self, share: float, depth: int, layers: tuple[int, int]
+    ) -> tuple[float, float, float]:
+        """R1, R2, R3 for a mean of ``share`` over ``depth`` layers, cut before ``layers``.
+
+        The mean is (R1 L1 + R1 R2 L2 + R1 R2 R3 L3) / L. R2 and R3 are ``later``, R1 is solved. Where
+        that would need R1 > 1, R1 is 1 and R2 is solved; then R3 likewise.
+        """
+        if isinstance(self.keep, tuple):
+            return self.keep
+        first, second, third = layers[0], layers[1] - layers[0], depth - layers[1]
+        r2, r3 = self.later
+        total = share * depth
+        r1 = total / (first + r2 * (second + r3 * third))
+        if r1 <= 1.0:
+            return r1, r2, r3
+        r2 = (total - first) / (second + r3 * third)
+        if r2 <= 1.0:
+            return 1.0, r2, r3
+        return 1.0, 1.0, min(1.0, (total - first - second) / third)
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        needs = dict(self.needs)
+        if self.alpha:
+            needs["encoder"] = needs["encoder"] | {"pixels"}
+        return needs
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        first, second = self._layers(info)
+        return (
+            Stage("encoder", last_used(info), "end", cuts=False),
+            Stage("prompt", 0),
+            Stage("decoder", first, "start"),
+            Stage("decoder", second, "start"),
+        )
+
+    def reduce(self, site: Site) -> Reduction | None:
+        if site.site == "encoder":
+            importance = calibrated_context(site, self.threshold)
+            if self.alpha:
+                entropy = patch_entropy(site.extra["pixels"], site.grid)
+                importance = importance + self.alpha * entropy.softmax(1)
+            site.memory["importance"], site.memory["grid"] = importance, site.grid
+            return None
+        here = language(site)
+        number = self._number(here)
+        if nothing_to_cut(here, number):
+            return None
+        importance = here.spread(here.memory["importance"], 1.0)
+        if site.site == "decoder" or not self.merge:
+            return prune(here, importance, number)
+        cell = cells(*coordinates(here, here.memory["grid"], importance.shape), self.cell)
+        step = recycle(importance, cell, number, valid_of(here))
+        return Reduction(step, importance.clamp_min(1e-20))
+
+    def _number(self, site: LanguageSite) -> Tensor:
+        """(B,) tokens left after this stage: r = round(n (1 - R)) of n are dropped, never all."""
+        layers = self._layers(site.info)
+        stage = 0 if site.site == "prompt" else 1 + layers.index(site.layer)
+        entry = site.extra["entry"].tolist()
+        if isinstance(self.keep, tuple):
+            left = [0] * len(entry)
+        else:
+            left = budget(site, self.keep).tolist()
+        out = []
+        for n, whole, want in zip(alive(site).tolist(), entry, left, strict=True):
+            share = self.keep if isinstance(self.keep, float) else want / max(whole, 1)
+            rate = self.rates(share, site.info.depth["decoder"], layers)[stage]
+            out.append(min(n, max(1, n - round(n * (1 - rate)))))
+        return torch.tensor(out, device=site.device)
+
+
+def patch_entropy(pixels: Tensor, grid: tuple[int, ...] | None) -> Tensor:
+    """Shannon entropy (bits) of each patch's grey values in 256 bins, (crops, rows * columns).
+
+    Args:
+        pixels: (crops, 3, H, W) in 0..255; grey is the mean of the channels.
+        grid: (rows, columns) of patches; H and W are multiples of them.
+    """
+    if grid is None or len(grid) != 2 or pixels.shape[2] % grid[0] or pixels.shape[3] % grid[1]:
+        raise ValueError(
+            f"alpha needs a grid of whole patches, got {grid} for {tuple(pixels.shape)}"
+        )
+    high, wide = pixels.shape[2] // grid[0], pixels.shape[3] // grid[1]
+    grey = pixels.float().mean(1, keepdim=True).clamp(0, 255)
+    patches = F.unfold(grey, (high, wide), stride=(high, wide)).transpose(1, 2).long()
+    count = torch.zeros(*patches.shape[:2], 256, device=pixels.device)
+    count.scatter_add_(2, patches, torch.ones_like(patches, dtype=count.dtype))
+    share = count / (high * wide)
+    return -torch.special.xlogy(share, share).sum(2) / torch.log(torch.tensor(2.0))
+
+
+def coordinates(
+    site: LanguageSite, patches: tuple[int, ...] | None, shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group (image, frame or tile; -1 for separators), row and column of each token, all (B, N).
+
+    Images that are a plain grid at the entry of the language model say so; for the others the places
+    of the patches in their crop are taken along the way of the features.
+
+    Args:
+        patches: (rows, columns) of a crop in the encoder.
+    """
+    entry = site.map.n_in
+    group = torch.full((shape[0], entry), -1.0)
+    row, column = torch.zeros_like(group), torch.zeros_like(group)
+    plain = torch.zeros_like(group, dtype=torch.bool)
+    for b, images in enumerate(site.images):
+        frames = 0
+        for start, length, grid in images:
+            if grid is None:
+                continue
+            place = torch.arange(length)
+            span = slice(start, start + length)
+            column[b, span] = (place % grid[-1]).float()
+            row[b, span] = (place // grid[-1] % grid[-2]).float()
+            group[b, span] = (frames + place // (grid[-1] * grid[-2])).float()
+            frames += length // (grid[-1] * grid[-2])
+            plain[b, span] = True
+    index = site.index.clamp(min=0)
+    found = [t.to(site.device).gather(1, index) for t in (group, row, column)]
+    if all(grid is not None for images in site.images for _, _, grid in images):
+        return found[0], found[1], found[2]
+    if patches is None or len(patches) != 2:
+        raise ValueError(
+            "the places of the visual tokens are not known, so that they have no recycling cells: "
+            "use VFlowOpt(merge=False)"
+        )
+    score: Tensor = site.memory["importance"]
+    place = torch.arange(score.shape[1], device=site.device)
+    crop = torch.arange(score.shape[0], device=site.device)[:, None].expand(score.shape)
+    known = plain.to(site.device).gather(1, index)
+    spread = [
+        # Pooled tokens have the mean of their patches' places; they belong to the nearest tile.
+        (site.spread(crop.float(), -1.0).round() + 1e4).masked_fill(
+            site.spread(torch.zeros_like(score), -1.0) < 0, -1.0
+        ),
+        site.spread((place // patches[1]).float().expand(score.shape), 0.0),
+        site.spread((place % patches[1]).float().expand(score.shape), 0.0),
+    ]
+    group, row, column = (
+        torch.where(known, ours, theirs) for ours, theirs in zip(found, spread, strict=True)
+    )
+    return group, row, column
+
+
+def cells(group: Tensor, row: Tensor, column: Tensor, side: float) -> Tensor:
+    """(B, N) int64 in 0..N-1, equal for tokens of one group and one square of ``side`` tokens.
+
+    Tokens of group -1 are alone in their cell.
+    """
+    n = group.shape[1]
+    y, x = (
+        torch.floor(row / side).nan_to_num(0, 0, 0),
+        torch.floor(column / side).nan_to_num(0, 0, 0),
+    )
+    key = (group.nan_to_num(0, 0, 0).long() * 4096 + y.long()) * 4096 + x.long()
+    alone = -1 - torch.arange(n, device=group.device)
+    key = torch.where(group < 0, alone, key)
+    ordered, order = key.sort(dim=1)
+    opens = torch.cat(
+        [ordered.new_zeros(ordered.shape[0], 1), (ordered.diff(dim=1) != 0).long()], 1
+    )
+    return torch.empty_like(order).scatter(1, order, opens.cumsum(1))
 
 
 def calibrated_context(site: Site, threshold: float, chunk: int = 256) -> Tensor:

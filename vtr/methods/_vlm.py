@@ -1,0 +1,154 @@
+"""What the methods for vision-language models share: budgets, pruning, text rows, validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtr.budget import Keep, counts
+from vtr.method import Method, Reduction, Stage
+from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.tokens import TokenMap, top_indices
+
+
+class TextScored(Method):
+    """A method whose cuts rank the visual tokens by a text-to-image attention score.
+
+    ``reduce`` is :meth:`score` followed by :meth:`select`, so that a wrapper (``Debias``) can correct
+    the score in between.
+    """
+
+    def first_cut(self, info: ModelInfo) -> Stage:
+        """The first stage that cuts by such a score."""
+        return next(s for s in self.stages(info) if s.site == "decoder" and self.cuts_at(s))
+
+    def score(self, site: LanguageSite) -> Tensor | None:
+        """(B, N) float32 ranking score, higher is better; None where nothing is cut here."""
+        raise NotImplementedError
+
+    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
+        """The cut by a (B, N) score."""
+        raise NotImplementedError
+
+    def reduce(self, site: Site) -> Reduction | None:
+        here = language(site)
+        score = self.score(here)
+        return None if score is None else self.select(here, score)
+
+
+def language(site: Site) -> LanguageSite:
+    """The site, known to be in or before a language model."""
+    if not isinstance(site, LanguageSite):
+        raise TypeError(f"{site.site}[{site.layer}] is no place of a language model")
+    return site
+
+
+def last_used(info: ModelInfo) -> int:
+    """0-based encoder layer whose output the projector reads."""
+    return int(info.extra.get("last_layer", info.depth["encoder"] - 1))
+
+
+def alive(site: Site) -> Tensor:
+    """(B,) int64: number of visual tokens of each sample here."""
+    if site.valid is None:
+        return torch.full((site.batch,), site.n, dtype=torch.long, device=site.device)
+    return site.valid.sum(1)
+
+
+def valid_of(site: Site) -> Tensor:
+    """(B, N) bool, ``site.valid`` with None written out."""
+    if site.valid is not None:
+        return site.valid
+    return torch.ones(site.batch, site.n, dtype=torch.bool, device=site.device)
+
+
+def budget(site: LanguageSite, keep: Keep) -> Tensor:
+    """(B,) int64: tokens that ``keep`` leaves of each sample's tokens at the language model's entry.
+
+    An int is a number per image: the images of a sample share the sum of their budgets.
+    """
+    entry: Tensor = site.extra["entry"]
+    if isinstance(keep, float):
+        return counts(keep, entry)
+    sums = [sum(min(keep, length) for _, length, _ in images) for images in site.images]
+    return torch.tensor(sums, device=entry.device)
+
+
+def stage_budget(
+    site: LanguageSite, keep: Keep | tuple[Keep, ...], stage: int, stages: int
+) -> Tensor:
+    """(B,) int64: tokens left after stage number ``stage`` of ``stages``, at most those here.
+
+    ``keep`` is one budget per stage, all of the tokens at the language model's entry, or one for the
+    last stage, reached by one ratio per stage.
+    """
+    if isinstance(keep, tuple):
+        return torch.minimum(budget(site, keep[stage]), alive(site))
+    last = budget(site, keep)
+    entry = site.extra["entry"].double().clamp(min=1)
+    inner = torch.ceil(entry * (last / entry) ** ((stage + 1) / stages) - 1e-9).long()
+    return torch.minimum(torch.maximum(inner, last), alive(site))
+
+
+def nothing_to_cut(site: Site, number: Tensor) -> bool:
+    """Whether every sample may keep all that it has."""
+    return bool((number >= alive(site)).all())
+
+
+def prune(site: Site, score: Tensor, number: Tensor) -> Reduction | None:
+    """Keep the ``number[b]`` best tokens of each sample by ``score`` (B, N); None if that is all."""
+    if nothing_to_cut(site, number):
+        return None
+    if site.valid is None and bool((number == number[0]).all()):
+        kept, padded = top_indices(score, int(number[0]))
+    else:
+        kept, padded = top_indices(score, number, site.valid)
+    return Reduction(TokenMap.keep(kept, site.n, padded))
+
+
+def last_text_row(site: LanguageSite) -> Tensor:
+    """(B, N) float32: attention of the last prompt token to the visual tokens, mean over heads."""
+    need_text_after(site)
+    return site.attention_rows_from_text()[:, :, 0].mean(1)
+
+
+def need_text_after(site: LanguageSite) -> None:
+    """Raise ``ValueError`` for a sample whose image no text follows: nothing looks at it."""
+    if not bool((site.text_after.any(1) | (alive(site) == 0)).all()):
+        raise ValueError(
+            "a prompt of the batch ends with its image, so that no text token sees it and its tokens "
+            "cannot be ranked by text: put the question after the image, or use a method that ranks "
+            "by the encoder (VisionZip, FlowCut) or by diversity (DivPrune)"
+        )
+
+
+def scaled_layers(layers: Sequence[int], of: int, depth: int) -> tuple[int, ...]:
+    """Layers published for a model of ``of`` layers, for one of ``depth``: scaled down, ascending.
+
+    Raises ``ValueError`` where the model has too few.
+    """
+    out: list[int] = []
+    for layer in layers:
+        out.append(max(layer * depth // of, out[-1] + 1 if out else 0))
+    if out[-1] >= depth - 1:
+        raise ValueError(f"layers must be given for a language model of {depth} layers")
+    return tuple(out)
+
+
+def check_count(value: object, name: str, low: int = 1, none: bool = False) -> None:
+    """Raise ``ValueError`` unless ``value`` is an int >= ``low`` (or None, if ``none``)."""
+    if none and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(
+            f"{name} must be an int >= {low}{' or None' if none else ''}, got {value!r}"
+        )
+
+
+def check_number(value: object, name: str, low: float, high: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number in [low, high]."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not low <= float(value) <= high:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}")

@@ -1,0 +1,73 @@
+"""FastV: half of the visual tokens are worth nothing after layer 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtr.budget import Keep, check_keep
+from vtr.method import Reduction, Stage, register
+from vtr.methods._vlm import (
+    TextScored,
+    budget,
+    check_count,
+    last_text_row,
+    nothing_to_cut,
+    prune,
+)
+from vtr.signals import LanguageSite, ModelInfo
+
+
+@register
+@dataclass(frozen=True)
+class FastV(TextScored):
+    """FastV (ECCV 2024, arXiv 2403.06764): one cut early in the language model.
+
+    The score of a visual token is the attention that the last prompt token pays to it in layer
+    ``layer - 1`` (softmax over all keys, mean over heads); the best ``keep`` enter layer ``layer``.
+    Layers below keep all tokens and their whole KV cache. Kept tokens keep their positions and their
+    order (the authors' choice).
+
+    The paper's text says attention averaged over all tokens; its code uses the last token, and so
+    does this. Only that row is computed, so that every attention backend works (the authors' code
+    needs the full map of that layer). Tokens pruned at prefill stay pruned in decoding (the authors'
+    KV-cache variant). Batches, padding and several images work. A fraction is rounded up as
+    everywhere here (theirs to the nearest number).
+
+    Args:
+        keep: budget per image after the cut (the paper's R = 50 % is 0.5).
+        layer: K, the first layer with fewer tokens, 0-based, >= 1; the paper's main setting is 2.
+    """
+
+    name: ClassVar[str] = "fastv"
+    paper: ClassVar[str] = (
+        "FastV: An Image is Worth 1/2 Tokens After Layer 2, ECCV 2024, arXiv 2403.06764"
+    )
+    sites: ClassVar[tuple[str, ...]] = ("decoder",)
+    needs: ClassVar = {"decoder": frozenset({"text_attention"})}
+    positions: ClassVar[str] = "original"
+
+    keep: Keep = 0.5
+    layer: int = 2
+
+    def validate(self) -> None:
+        self._set("keep", check_keep(self.keep))
+        check_count(self.layer, "layer")
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        depth = info.depth["decoder"]
+        if self.layer >= depth:
+            raise ValueError(
+                f"layer must be in 1..{depth - 1} for {depth} layers, got {self.layer}"
+            )
+        return (Stage("decoder", self.layer - 1, "end"),)
+
+    def score(self, site: LanguageSite) -> Tensor | None:
+        if nothing_to_cut(site, budget(site, self.keep)):
+            return None
+        return last_text_row(site)
+
+    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
+        return prune(site, score, budget(site, self.keep))

@@ -1,0 +1,83 @@
+"""PyramidDrop: fewer and fewer visual tokens, stage by stage through the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtr.budget import Keep, check_layers, check_schedule, fit_layers
+from vtr.method import Reduction, Stage, register
+from vtr.methods._vlm import TextScored, last_text_row, nothing_to_cut, prune, stage_budget
+from vtr.signals import LanguageSite, ModelInfo
+
+
+@register
+@dataclass(frozen=True)
+class PyramidDrop(TextScored):
+    """PyramidDrop (CVPR 2025, arXiv 2410.17247): a pyramid of visual tokens in the language model.
+
+    Before each layer of ``layers`` the visual tokens are ranked by the attention that the last
+    prompt token would pay to them there: query and keys are made from the hidden states that enter
+    this layer, with its own norm, projections and rotary embedding; softmax over all keys, mean over
+    heads. The best go on in raster order, with positions renumbered (the authors' choice).
+
+    Only that one row is computed, so that every attention backend works. Differences from the
+    authors' code: left padding and several images work (theirs: right padding, one span per
+    sample), and a fraction is rounded up as everywhere here (theirs down).
+
+    Args:
+        keep: visual tokens after each stage, all of the number at the entry of the language model
+            (the released ratios: 0.5, 0.25, 0.125), or the number after the last stage, reached by
+            one ratio per stage.
+        layers: 0-based layers that get fewer tokens, >= 1; None is L/4, L/2, 3L/4 (the released 8,
+            16, 24 of 32).
+    """
+
+    name: ClassVar[str] = "pyramiddrop"
+    paper: ClassVar[str] = "PyramidDrop: Accelerating Your LVLMs, CVPR 2025, arXiv 2410.17247"
+    sites: ClassVar[tuple[str, ...]] = ("decoder",)
+    needs: ClassVar = {"decoder": frozenset({"text_attention"})}
+    positions: ClassVar[str] = "compact"
+
+    keep: Keep | tuple[Keep, ...] = (0.5, 0.25, 0.125)
+    layers: tuple[int, ...] | None = None
+
+    def validate(self) -> None:
+        if self.layers is not None:
+            self._set("layers", check_layers(self.layers))
+            if self.layers[0] < 1:
+                raise ValueError(
+                    f"layers must be >= 1 (a cut is made before them), got {self.layers}"
+                )
+        self._set(
+            "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
+        )
+
+    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
+        depth = info.depth["decoder"]
+        if self.layers is not None:
+            layers = fit_layers(self.layers, depth)
+        else:
+            layers = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
+        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
+            raise ValueError(
+                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
+            )
+        return layers
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return tuple(Stage("decoder", layer, "start") for layer in self._layers(info))
+
+    def _number(self, site: LanguageSite) -> Tensor:
+        layers = self._layers(site.info)
+        return stage_budget(site, self.keep, layers.index(site.layer), len(layers))
+
+    def score(self, site: LanguageSite) -> Tensor | None:
+        if nothing_to_cut(site, self._number(site)):
+            return None
+        return last_text_row(site)
+
+    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
+        return prune(site, score, self._number(site))

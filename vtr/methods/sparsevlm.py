@@ -1,0 +1,228 @@
+"""SparseVLM: visual tokens that the relevant text attends to; the rest is clustered and recycled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.budget import Keep, check_layers, check_schedule, fit_layers
+from vtr.method import Reduction, Stage, register
+from vtr.methods._merge import by_representative, dpc_knn
+from vtr.methods._vlm import (
+    TextScored,
+    check_count,
+    need_text_after,
+    nothing_to_cut,
+    prune,
+    scaled_layers,
+    stage_budget,
+)
+from vtr.signals import LanguageSite, ModelInfo
+from vtr.tokens import TokenMap, take, top_indices
+
+RELEASED: Mapping[int, tuple[int, int, int]] = {
+    192: (300, 200, 110),
+    128: (303, 110, 36),
+    96: (238, 48, 26),
+    64: (66, 30, 17),
+}
+"""Average tokens -> counts after the three stages, first release (LLaVA-1.5, 576 tokens)."""
+
+RELEASED_PLUS: Mapping[int, tuple[int, int, int]] = {
+    192: (300, 200, 118),
+    128: (238, 108, 60),
+    96: (246, 54, 28),
+    64: (66, 34, 20),
+}
+"""The same for the second release (SparseVLM+), which does not recycle."""
+
+
+@register
+@dataclass(frozen=True)
+class SparseVLM(TextScored):
+    """SparseVLM (ICML 2025, arXiv 2410.04417): text-guided sparsification with recycling.
+
+    At the entry of the language model the raters are found: text tokens t after the image for which
+    the mean over the visual tokens of softmax_t(H_v H_t^T) is above the mean over the text (all of
+    them, where none is above, as with a single token). After each layer of
+    ``layers`` a visual token's score is that layer's attention from the raters to it (softmax over all
+    keys, mean over heads, then over raters); the best go on. Of the others the best 30 % (plus one)
+    are clustered by density peaks, one cluster for ten tokens (plus one), and each cluster goes on as
+    its mean, on top of ``keep``.
+
+    Differences from the authors' code: batches; rows of the raters only, so that every attention
+    backend works; a cluster stands in the place of its centre, so that tokens stay in raster order
+    (theirs come after the kept tokens); no noise is added to the densities, ties go to the first.
+    The paper's adaptive number of tokens (from the rank of the text-to-image attention) is not
+    offered: the released code uses fixed numbers.
+
+    Args:
+        keep: visual tokens after each stage, of the number at the entry of the language model, or the
+            number after the last stage, reached by one ratio per stage. Clusters come on top. The
+            default is the released setting for 192 tokens on average of 576; see :meth:`released`.
+        layers: 0-based layers after which to cut; None is the released 2, 6, 15 of 32, scaled.
+        recycle: cluster the best of the dropped tokens (first release); False drops them.
+        heads: score by the so many heads that look most at the image (14 in the second release);
+            None is all.
+    """
+
+    name: ClassVar[str] = "sparsevlm"
+    paper: ClassVar[str] = "SparseVLM: Visual Token Sparsification, ICML 2025, arXiv 2410.04417"
+    sites: ClassVar[tuple[str, ...]] = ("prompt", "decoder")
+    needs: ClassVar = {
+        "prompt": frozenset({"hidden", "text"}),
+        "decoder": frozenset({"hidden", "text_attention"}),
+    }
+    positions: ClassVar[str] = "compact"
+
+    keep: Keep | tuple[Keep, ...] = (300 / 576, 200 / 576, 110 / 576)
+    layers: tuple[int, ...] | None = None
+    recycle: bool = True
+    heads: int | None = None
+
+    def validate(self) -> None:
+        if self.layers is not None:
+            self._set("layers", check_layers(self.layers))
+        self._set(
+            "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
+        )
+        check_count(self.heads, "heads", none=True)
+
+    @classmethod
+    def released(cls, average: int, plus: bool = False) -> SparseVLM:
+        """The authors' settings for LLaVA-1.5 (576 tokens): 192, 128, 96 or 64 tokens on average.
+
+        ``plus`` is the second release: no recycling, the best 14 heads. Apply it with
+        ``positions="original"``, as there. Its division of the logits by those of all-ones vectors
+        under the rotary embedding is not offered.
+        """
+        table = RELEASED_PLUS if plus else RELEASED
+        if average not in table:
+            raise ValueError(
+                f"average must be one of {', '.join(map(str, table))}, got {average!r}"
+            )
+        return cls(keep=table[average], recycle=not plus, heads=14 if plus else None)
+
+    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
+        depth = info.depth["decoder"]
+        if self.layers is not None:
+            layers = fit_layers(self.layers, depth)
+        else:
+            layers = scaled_layers((2, 6, 15), 32, depth)
+        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
+            raise ValueError(
+                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
+            )
+        return layers
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        cuts = (Stage("decoder", layer, "end") for layer in self._layers(info))
+        return (Stage("prompt", 0, cuts=False), *cuts)
+
+    def _number(self, site: LanguageSite) -> Tensor:
+        layers = self._layers(site.info)
+        return stage_budget(site, self.keep, layers.index(site.layer), len(layers))
+
+    def score(self, site: LanguageSite) -> Tensor | None:
+        if site.site == "prompt":
+            need_text_after(site)
+            chosen = raters(site.hidden, site.text, site.valid, site.text_after)
+            site.memory["raters"] = top_indices(chosen.float(), chosen.sum(1), chosen)[0]
+            return None
+        if nothing_to_cut(site, self._number(site)):
+            return None
+        rows: Tensor = site.memory["raters"]
+        return rater_score(site.attention_rows_from_text(rows), rows >= 0, self.heads)
+
+    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
+        if not self.recycle:
+            return prune(site, score, self._number(site))
+        best, padded = top_indices(score, self._number(site), site.valid)
+        kept = TokenMap.keep(best, site.n, padded).source >= 0
+        if site.valid is not None:
+            score = score.masked_fill(~site.valid, -float("inf"))
+        step = recycle(site.hidden, score, kept)
+        return Reduction(step, torch.ones_like(score))
+
+
+def rater_score(rows: Tensor, valid: Tensor, heads: int | None) -> Tensor:
+    """(B, N) float32: mean over heads and raters of the attention rows (B, H, R, N).
+
+    Args:
+        rows: attention of the raters to the visual tokens.
+        valid: (B, R) bool, False for padding rows.
+        heads: use only the heads that look most at the image (by the sum over raters and tokens).
+    """
+    rows = rows * valid[:, None, :, None]
+    per_head = rows.sum(2) / valid.sum(1).clamp(min=1)[:, None, None]
+    if heads is None or heads >= per_head.shape[1]:
+        return per_head.mean(1)
+    best = torch.sort(per_head.sum(2), dim=1, descending=True, stable=True).indices[:, :heads]
+    return take(per_head, best).mean(1)
+
+
+def raters(
+    visual: Tensor, text: Tensor, visual_valid: Tensor | None, text_valid: Tensor | None
+) -> Tensor:
+    """The text tokens that speak of the image: (B, T) bool.
+
+    r_t = mean over visual tokens of softmax over text (H_v H_t^T); a rater is above the mean of r.
+
+    Args:
+        visual: (B, N, C) embeddings at the entry of the language model.
+        text: (B, T, C).
+        visual_valid, text_valid: (B, N) and (B, T) bool, or None (all).
+    """
+    logits = visual.float() @ text.float().transpose(1, 2)
+    if text_valid is not None:
+        logits = logits.masked_fill(~text_valid[:, None], -float("inf"))
+    share = logits.softmax(2)
+    if visual_valid is None:
+        relevance = share.mean(1)
+    else:
+        weight = visual_valid.float()
+        relevance = (share * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+    if text_valid is None:
+        text_valid = torch.ones_like(relevance, dtype=torch.bool)
+    number = text_valid.sum(1, keepdim=True).clamp(min=1)
+    relevance = relevance.masked_fill(~text_valid, 0.0)
+    above = (relevance > relevance.sum(1, keepdim=True) / number) & text_valid
+    return torch.where(above.any(1, keepdim=True), above, text_valid)
+
+
+def clusters_of(dropped: int, share: float = 0.3) -> tuple[int, int]:
+    """How many of ``dropped`` tokens are recycled, and into how many clusters.
+
+    int(0.3 n) + 1 tokens become n' // 10 + 1 clusters (the released code's numbers).
+    """
+    if dropped < 1:
+        return 0, 0
+    recycled = min(dropped, int(dropped * share) + 1)
+    return recycled, recycled // 10 + 1
+
+
+def recycle(hidden: Tensor, score: Tensor, kept: Tensor) -> TokenMap:
+    """Keep ``kept``, cluster the best of the dropped tokens, drop the others.
+
+    Args:
+        hidden: (B, N, C).
+        score: (B, N) float32; -inf for padding.
+        kept: (B, N) bool.
+    """
+    batch, n, _ = hidden.shape
+    index = torch.arange(n, device=hidden.device)
+    representative = torch.where(kept, index, -1)
+    for row in range(batch):  # samples differ in numbers; each gets what it would get alone
+        rest = index[~kept[row] & (score[row] > -float("inf"))]
+        recycled, clusters = clusters_of(rest.numel())
+        if not clusters:
+            continue
+        best = torch.sort(score[row, rest], descending=True, stable=True).indices[:recycled]
+        chosen = rest[best].sort().values
+        _, assigned = dpc_knn(hidden[row, chosen], clusters)
+        representative[row, chosen] = chosen[assigned]
+    return by_representative(representative)
