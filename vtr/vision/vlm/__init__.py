@@ -6,7 +6,7 @@ The contract for methods
 ``Method.stages(info)`` names visits, ``Method.reduce(site)`` is called at each:
 
 - ``Stage("encoder", l, "middle" or "end")``: inside the vision tower, as for any encoder. The batch is
-  the **crops** of all images of the call. A method that only looks here (``cuts_at`` is False) stores
+  the **crops** of all images of the call. A method that only looks here (``Stage(..., cuts=False)``) stores
   what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with
   fewer tokens, and what is gone is taken out of the prompt at the entry of the language model (in
   between features have full length, because transformers checks their number). Families whose
@@ -48,15 +48,30 @@ from typing import Any
 
 from torch import nn
 
-from vtr.wrapping import Wrapping
+from vtr.vision.vlm.families import NAMES, family_of, inner_of
+from vtr.vision.vlm.wrapping import VLMWrapping
 
-FAMILIES: tuple[str, ...] = ()
+FAMILIES = tuple(f"transformers {name}" for name in NAMES)
 
 
 def locate(target: Any) -> nn.Module | None:
-    """The VLM in ``target``, None where it is not one."""
-    return None
+    """The VLM in ``target`` (a model with or without its head, or a pipeline), None where it is none.
+
+    Raises:
+        UnsupportedModelError: a VLM that cannot be supported, with the reason.
+    """
+    model = target
+    if not isinstance(target, nn.Module):
+        model = getattr(target, "model", None)
+    inner = inner_of(model)
+    if inner is None or family_of(inner) is None:
+        return None
+    return model
 
 
-def wrap(root: nn.Module) -> Wrapping:
-    raise NotImplementedError
+def wrap(root: Any) -> VLMWrapping:
+    inner = inner_of(root)
+    assert inner is not None
+    family = family_of(inner)
+    assert family is not None
+    return VLMWrapping(root, inner, family)

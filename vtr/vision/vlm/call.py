@@ -1,0 +1,314 @@
+"""One call of a language model with visual tokens: what methods see, and how cuts are carried out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtr.kernels import attention_rows
+from vtr.method import Reduction
+from vtr.signals import QKV, LanguageSite
+from vtr.tokens import TokenMap, take
+from vtr.trace import StageRecord
+from vtr.vision.vlm.attention import project
+from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
+from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
+from vtr.wrapping import Entry
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+
+class Seen:
+    """What enters a layer: ``hidden`` (B, L, C), rotary tables, and whether the layer has run since."""
+
+    __slots__ = ("done", "hidden", "layer", "layout", "rope")
+
+    def __init__(
+        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], layout: Layout, done: bool
+    ) -> None:
+        self.layer = layer
+        self.hidden = hidden
+        self.rope = rope
+        self.layout = layout
+        self.done = done
+
+
+class Call:
+    """The state of one call of the language model: a prefill, a later turn, or a decoding step.
+
+    Args:
+        owner: the wrapping.
+        past: columns in the first layer's cache.
+        live: (B, L) bool, False for padding.
+        history: (B, given - L) bool or None: padding mask of the earlier columns as they were given.
+        cuts: what the cache carries from earlier calls.
+        visual: (B, L) bool, or None where nothing can be cut.
+        positions: (B, L), (3, B, L) or (4, B, L) int64 position ids as they were given.
+    """
+
+    def __init__(
+        self,
+        owner: VLMWrapping,
+        past: int,
+        live: Tensor,
+        history: Tensor | None,
+        cuts: Cuts | None,
+        visual: Tensor | None,
+        positions: Tensor,
+        cache: Any,
+    ) -> None:
+        self.owner = owner
+        self.past = past
+        self.live = live
+        self.history = history
+        self.cuts = cuts
+        self.positions = positions
+        self.cache = cache
+        self.visual = visual
+        nothing = torch.zeros_like(live) if visual is None else visual
+        self.layout = self.entered = Layout(live, nothing)
+        self.rank = (live.long().cumsum(1) - 1).clamp(min=0)
+        self.segments: list[tuple[int, Layout]] = []
+        self.rope: tuple[Tensor, Tensor] | None = None
+        self.synced: Layout | None = None
+        self.override: dict[str, Any] | None = None
+        self.seen: Seen | None = None
+        self.entry = self.layout.valid.sum(1)
+        self.map = TokenMap.keep(
+            torch.where(
+                self.layout.valid,
+                torch.arange(self.layout.slots.shape[1], device=live.device).expand_as(self.layout.slots),
+                -1,
+            ),
+            self.layout.slots.shape[1],
+            bool((self.layout.slots < 0).any()),
+        )
+        self.embeddings: Tensor | None = None
+        self.memory: dict[int, dict[str, Any]] = {}
+        self.changed = False
+
+    # ---- what earlier calls left ------------------------------------------------------------
+
+    def shift(self, layer: int) -> Tensor | None:
+        """(B,) by how much positions of this call move down in this layer because of earlier calls."""
+        return None if self.cuts is None else self.cuts.group(layer).shift
+
+    def columns_before(self, layer: int) -> Tensor:
+        """(B, past of this layer) bool: the cached columns that are tokens."""
+        batch = self.live.shape[0]
+        if self.cuts is None:
+            if self.history is not None:
+                return self.history
+            return torch.ones(batch, self.past, dtype=torch.bool, device=self.live.device)
+        group = self.cuts.group(layer)
+        tail = self.cuts.after(self.past)
+        if self.history is None:
+            later = torch.ones(batch, tail, dtype=torch.bool, device=self.live.device)
+        else:
+            later = self.history[:, self.cuts.length :]
+        return torch.cat([group.mask, later], 1)
+
+    def boundaries(self) -> set[int]:
+        """Layers >= 1 before which masks change because of earlier calls."""
+        return set() if self.cuts is None else {g.first for g in self.cuts.groups[1:]}
+
+    def moved(self, layer: int) -> Tensor:
+        """Position ids of the tokens in this layer."""
+        layout = self.layout
+        out = positions_along(self.positions, layout.index, ~layout.live)
+        down = layout.adjust
+        shift = self.shift(layer)
+        if shift is not None:
+            down = down + shift[:, None]
+        return (out - down).clamp(min=0)
+
+    def mask(self, layer: int) -> Tensor:
+        """(B, past of this layer + L) int64 padding mask."""
+        return torch.cat([self.columns_before(layer), self.layout.live], 1).long()
+
+    def record(self) -> Cuts | None:
+        """What the cache must carry from now on; None where no call has cut anything."""
+        if not self.changed:
+            return self.cuts
+        length = self.live.shape[1] + (
+            self.past + (0 if self.cuts is None else self.cuts.offset)
+        )
+        groups = []
+        for first in sorted({0, *self.boundaries(), *(layer for layer, _ in self.segments)}):
+            now = [self.entered, *(lay for layer, lay in self.segments if layer <= first)][-1]
+            shift = self.shift(first)
+            groups.append(
+                Group(
+                    first,
+                    torch.cat([self.columns_before(first), now.live], 1),
+                    now.tail if shift is None else now.tail + shift,
+                )
+            )
+        return Cuts(groups, length)
+
+    # ---- methods ----------------------------------------------------------------------------
+
+    def visit(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> Tensor:
+        """Call a method; returns the hidden states, shortened where it cuts."""
+        reduction = entry.method.reduce(self.site(entry, name, layer, place, hidden))
+        return hidden if reduction is None else self.commit(entry, name, layer, hidden, reduction)
+
+    def site(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> LanguageSite:
+        layout, owner = self.layout, self.owner
+        tokens = rows_of(hidden, layout.slots)
+        if self.embeddings is None:
+            self.embeddings = tokens
+        text = layout.text()
+        order = torch.where(text < 0, hidden.shape[1], text)
+        first = torch.where(layout.valid, layout.slots, hidden.shape[1]).amin(1, keepdim=True)
+        key = owner.entries.index(entry)
+        captures = owner.captures
+        signals: dict[str, Any] = {"rows": None, "qkv": None}
+        if name == "decoder":
+            where = self.seen
+            if place == "start" and self.rope is not None:
+                where = Seen(layer, hidden, self.rope, layout, False)
+            signals = {
+                "rows": Rows(self, where, text),
+                "qkv": Tokens(self, where, entry.method.name),
+                "scale": owner.scale(layer),
+            }
+        images, spread = captures.images(self), captures.spreader(self)
+        return LanguageSite(
+            site=name,
+            layer=layer,
+            info=owner.info,
+            hidden=tokens,
+            map=self.map,
+            valid=layout.valid if self.map.padded else None,
+            grid=images[0][0][2] if images and len(images[0]) == 1 else None,
+            memory=self.memory.setdefault(key, captures.memory(key)),
+            training=owner.root.training,
+            modules=entry.modules_like(hidden),
+            notes=owner.trace.notes,
+            extra={"entry": self.entry, "embeddings": self.embeddings},
+            text=rows_of(hidden, text),
+            text_valid=text >= 0,
+            text_after=(text >= 0) & (order > first),
+            images=images,
+            spread=spread,
+            **signals,
+        )
+
+    def commit(
+        self, entry: Entry, name: str, layer: int, hidden: Tensor, reduction: Reduction
+    ) -> Tensor:
+        """Carry out a cut: new layout, new hidden states (B, L', C)."""
+        step = reduction.map
+        layout = self.layout
+        if step is None:
+            if reduction.tokens is None:
+                return hidden
+            return put(hidden, layout.slots, reduction.tokens)
+        if reduction.absolute:
+            raise ValueError(f"{entry.method.name} returns maps from the input, which only encoders take")
+        if step.n_in != layout.slots.shape[1] or step.batch != layout.slots.shape[0]:
+            raise RuntimeError(f"{entry.method.name} returned {step!r} for {layout.slots.shape[1]} tokens")
+        if reduction.tokens is not None or reduction.weights is not None:
+            values = reduction.tokens
+            if values is None:
+                values = step.merge(rows_of(hidden, layout.slots), reduction.weights, reduction.normalize)
+            taken = step.kept.clamp(min=0)
+            slots = layout.slots.gather(1, taken).masked_fill(step.kept < 0, -1)
+            hidden = put(hidden, slots, values)
+        compact = self.owner.compact(entry)
+        self.layout, index, pad = layout.cut(step.kept, self.rank, compact)
+        before = self.map
+        self.map = before.then(step)
+        self.changed = True
+        self.owner.trace.stages.append(
+            StageRecord(name, layer, entry.method.name, before.n_out, step.n_out, step, self.map)
+        )
+        if self.rope is not None:
+            cos, sin = self.rope
+            self.rope = (follow(cos, index, pad, 1), follow(sin, index, pad))
+        return follow(hidden, index, pad)
+
+    def keys(self, where: Seen) -> Tensor:
+        """(B, Hk, past + L, D): all keys that a layer sees, from the cache where it has them."""
+        layer, module = where.layer, self.owner.layers[where.layer]
+        past = length_of(self.cache, layer)
+        if where.done:
+            found = cached(self.cache, layer, past)
+            if found is not None and past >= where.hidden.shape[1]:
+                return found[0]
+        _, k, _ = project(module, where.hidden, where.rope, ("k",))
+        earlier = 0 if self.cache is None else past - (where.hidden.shape[1] if where.done else 0)
+        if earlier > 0:
+            found = cached(self.cache, layer, earlier)
+            if found is None:
+                raise RuntimeError(
+                    f"{type(self.cache).__name__} does not show its keys: text attention over an "
+                    "earlier turn needs a dynamic or static cache"
+                )
+            k = torch.cat([found[0].to(k), k], 2)
+        return k
+
+
+class Tokens:
+    """q, k, v of the visual tokens at a decoder site."""
+
+    def __init__(self, call: Call, where: Seen | None, name: str) -> None:
+        self.call, self.where, self.name = call, where, name
+
+    def __call__(self) -> QKV:
+        call, where = self.call, checked(self.call, self.where)
+        slots = call.layout.slots.clamp(min=0)
+        cos, sin = where.rope
+        rope = (along(cos, slots), along(sin, slots))
+        q, k, v = project(call.owner.layers[where.layer], take(where.hidden, slots), rope, ("q", "k", "v"))
+        groups = q.shape[1] // k.shape[1]
+        return q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+
+class Rows:
+    """Attention of text rows at a decoder site."""
+
+    def __init__(self, call: Call, where: Seen | None, text: Tensor) -> None:
+        self.call, self.where, self.text = call, where, text
+
+    def __call__(self, rows: Tensor) -> tuple[QKV, Tensor]:
+        call, where = self.call, checked(self.call, self.where)
+        wanted = self.text.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
+        slots = wanted.clamp(min=0)
+        cos, sin = where.rope
+        module = call.owner.layers[where.layer]
+        q, own, v = project(
+            module, take(where.hidden, slots), (along(cos, slots), along(sin, slots)), ("q", "k", "v")
+        )
+        keys = call.keys(where)
+        before = call.columns_before(where.layer)
+        column = torch.arange(where.hidden.shape[1], device=slots.device)
+        sees = call.layout.live[:, None] & (column <= wanted[..., None])
+        earlier = before[:, None].expand(-1, slots.shape[1], -1) & (wanted >= 0)[..., None]
+        allowed = torch.cat([earlier, sees], 2)[:, None]
+        weights = attention_rows(q, keys.to(q), scale=module.self_attn.scaling, bias=allowed)
+        target = call.layout.slots + before.shape[1]
+        index = target.clamp(min=0)[:, None, None].expand(-1, weights.shape[1], weights.shape[2], -1)
+        seen = weights.gather(3, index).masked_fill((call.layout.slots < 0)[:, None, None], 0)
+        groups = q.shape[1] // own.shape[1]
+        return (q, own.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)), seen
+
+
+def checked(call: Call, where: Seen | None) -> Seen:
+    if where is None:
+        raise RuntimeError("the layer's input was not seen: a method looked before the model ran")
+    if where.layout is not call.layout:
+        raise RuntimeError(
+            f"a method looks at the attention of layer {where.layer}, which another method has "
+            "shortened before: give them different layers"
+        )
+    return where
+
+
+def along(x: Tensor, slots: Tensor) -> Tensor:
+    """Rows ``slots`` (B, K) of rotary tables (B or 1, L, D)."""
+    return take(x.expand(slots.shape[0], -1, -1), slots)

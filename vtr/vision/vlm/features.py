@@ -1,0 +1,127 @@
+"""From the tower's tokens to the visual tokens of the prompt: what each image became."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.call import Call
+
+Grid = tuple[int, ...] | None
+Spreader = Callable[[Tensor], list[Tensor]]
+
+
+class Capture:
+    """One call of ``get_image_features`` or ``get_video_features``.
+
+    Attributes:
+        memory: per applied method, what it stored in the encoder.
+        lengths: visual tokens of each image (or tile, where the prompt has a span for each tile).
+        grids: their grids, None where they are no plain grid.
+        spread: scores (crops, patches) -> per image a (length,) float32 tensor, NaN for separators; or
+            None where the tower's tokens cannot be followed.
+        alive: (crops, patches) bool, the tower's tokens that were left, or None (all).
+        cutters: names of the methods that cut in the tower.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[int, dict[str, Any]] = {}
+        self.lengths: list[int] = []
+        self.grids: list[Grid] = []
+        self.spread: Spreader | None = None
+        self.alive: Tensor | None = None
+        self.cutters: tuple[str, ...] = ()
+
+
+class Captures:
+    """What the towers did for the coming call of the language model, per modality."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, Capture] = {}
+
+    def memory(self, key: int) -> dict[str, Any]:
+        """A copy of what a method stored in the encoder: without a cache, one run of the tower serves
+        many calls of the language model."""
+        out: dict[str, Any] = {}
+        for capture in self.of.values():
+            out.update(capture.memory.get(key, {}))
+        return out
+
+    def only(self, what: str) -> Capture:
+        if len(self.of) != 1:
+            found = " and ".join(self.of) or "none"
+            raise RuntimeError(
+                f"{what} needs exactly one run of the vision tower before the language model, found "
+                f"{found}: prompts with both images and videos need a method that looks at the prompt"
+            )
+        return next(iter(self.of.values()))
+
+    def rows(self, call: Call, total: int) -> list[tuple[int, int]]:
+        """(start, stop) of each sample's visual tokens in the tower's flat sequence of ``total``.
+
+        Beam search and several returned sequences repeat samples after the tower has run.
+        """
+        counts = call.entry.tolist()
+        times, rest = divmod(sum(counts), total) if total else (0, 1)
+        if rest or any(len(set(counts[i : i + times])) > 1 for i in range(0, len(counts), times)):
+            raise RuntimeError(
+                f"the prompt has {sum(counts)} visual tokens, the vision tower made {total}: give the "
+                "language model all of an image's tokens in one call (no chunked prefill)"
+            )
+        out, start = [], 0
+        for i in range(0, len(counts), times):
+            out += [(start, start + counts[i])] * times
+            start += counts[i]
+        return out
+
+    def spreader(self, call: Call) -> Callable[[Tensor, float | None], Tensor]:
+        return Spread(self, call)
+
+    def images(self, call: Call) -> list[list[tuple[int, int, Grid]]]:
+        """Per sample its images; one span without a grid where the tower did not run."""
+        if len(self.of) != 1:
+            return [[(0, n, None)] for n in call.entry.tolist()]
+        capture = self.only("images")
+        out = []
+        for start, stop in self.rows(call, sum(capture.lengths)):
+            spans, at = [], 0
+            for length, grid in zip(capture.lengths, capture.grids, strict=True):
+                if start <= at < stop:
+                    spans.append((at - start, length, grid))
+                at += length
+            out.append(spans)
+        return out
+
+
+class Spread:
+    """Scores of the encoder at the visual tokens of the prompt: (crops, patches) -> (B, N)."""
+
+    def __init__(self, captures: Captures, call: Call) -> None:
+        self.captures, self.call = captures, call
+
+    def __call__(self, scores: Tensor, newline: float | None) -> Tensor:
+        capture = self.captures.only("spread")
+        if capture.spread is None:
+            raise RuntimeError("this family's visual tokens cannot be traced to the tower's")
+        flat = torch.cat(capture.spread(scores.detach().float())).to(self.call.live.device)
+        if flat.numel() != sum(capture.lengths):
+            raise RuntimeError(
+                f"scores of shape {tuple(scores.shape)} became {flat.numel()} values for "
+                f"{sum(capture.lengths)} visual tokens: give one per patch of every crop"
+            )
+        width = self.call.map.n_in
+        rows = []
+        for start, stop in self.captures.rows(self.call, flat.numel()):
+            row = flat[start:stop]
+            gone = row.isnan()
+            if newline is None:
+                lowest = row[~gone].amin() if bool((~gone).any()) else row.new_zeros(())
+                row = torch.where(gone, lowest, row)
+            else:
+                row = row.masked_fill(gone, newline)
+            rows.append(torch.nn.functional.pad(row, (0, width - row.numel()), value=-float("inf")))
+        return torch.stack(rows)
