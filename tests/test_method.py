@@ -15,7 +15,9 @@ from vtr.signals import ModelInfo
 
 BAD_KEEP = [0, -3, 0.0, 1.01, math.nan, True, "x", 1j]
 WITH_KEEP = [n for n, c in registry().items() if "keep" in {f.name for f in dataclasses.fields(c)}]
-WITH_LAYERS = [n for n, c in registry().items() if "layers" in {f.name for f in dataclasses.fields(c)}]
+WITH_LAYERS = [
+    n for n, c in registry().items() if "layers" in {f.name for f in dataclasses.fields(c)}
+]
 
 
 @pytest.mark.parametrize("name", WITH_KEEP)
@@ -89,7 +91,7 @@ def test_create_by_name() -> None:
 def test_every_method_is_a_frozen_value(name: str) -> None:
     method = vtr.create(name)
     assert method == vtr.create(name) and hash(method) == hash(vtr.create(name))
-    assert eval(repr(method), {type(method).__name__: type(method)}) == method
+    assert eval(repr(method), {c.__name__: c for c in registry().values()}) == method
     assert vtr.create(**json.loads(json.dumps(method.to_dict()))) == method
     field = dataclasses.fields(method)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -168,7 +170,10 @@ def test_entries_must_fit_the_model() -> None:
 
 def test_lacking_signals_and_sites_are_named() -> None:
     bare = ModelInfo("a model", {"decoder": 4}, {"decoder": frozenset()})
-    with pytest.raises(vtr.UnsupportedMethodError, match=r"site 'encoder', which a model does not have \(it has: decoder\)"):
+    with pytest.raises(
+        vtr.UnsupportedMethodError,
+        match=r"site 'encoder', which a model does not have \(it has: decoder\)",
+    ):
         vtr.EViT().check(bare)
     with pytest.raises(vtr.UnsupportedMethodError, match="needs cls_attention .* no class token"):
         vtr.EViT().check(info(2))
