@@ -190,11 +190,15 @@ class EncoderSession:
         x = self._visit(run, layer, "end", x, probe, given)
         self.owner.trace.count("encoder", layer, before, after)
         if layer == len(self.runners) - 1:
-            run.memory.clear()
+            self._finish(run)
         if self.restoring and run.map is not None:
             run.short = None if layer == len(self.runners) - 1 else x
             return run.full(x)
         return x
+
+    def _finish(self, run: Run) -> None:
+        """After the last block."""
+        run.memory.clear()
 
     def _begin(self, x: Tensor) -> Run:
         if x.dim() != 3:

@@ -249,7 +249,10 @@ def internvl(batch: int) -> tuple[Any, Inputs]:
     )
     tiles = [3, 2][:batch]
     model = build(transformers.InternVLForConditionalGeneration, config)
-    return model, {"pixel_values": noise(sum(tiles), 3, 28, 28), **prompts([[4 * t] for t in tiles])}
+    return model, {
+        "pixel_values": noise(sum(tiles), 3, 28, 28),
+        **prompts([[4 * t] for t in tiles]),
+    }
 
 
 FAMILIES: dict[str, Callable[[int], tuple[Any, Inputs]]] = {

@@ -80,7 +80,9 @@ class Call:
         self.map = TokenMap.keep(
             torch.where(
                 self.layout.valid,
-                torch.arange(self.layout.slots.shape[1], device=live.device).expand_as(self.layout.slots),
+                torch.arange(self.layout.slots.shape[1], device=live.device).expand_as(
+                    self.layout.slots
+                ),
                 -1,
             ),
             self.layout.slots.shape[1],
@@ -133,9 +135,7 @@ class Call:
         """What the cache must carry from now on; None where no call has cut anything."""
         if not self.changed:
             return self.cuts
-        length = self.live.shape[1] + (
-            self.past + (0 if self.cuts is None else self.cuts.offset)
-        )
+        length = self.live.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
         groups = []
         for first in sorted({0, *self.boundaries(), *(layer for layer, _ in self.segments)}):
             now = [self.entered, *(lay for layer, lay in self.segments if layer <= first)][-1]
@@ -209,13 +209,19 @@ class Call:
                 return hidden
             return put(hidden, layout.slots, reduction.tokens)
         if reduction.absolute:
-            raise ValueError(f"{entry.method.name} returns maps from the input, which only encoders take")
+            raise ValueError(
+                f"{entry.method.name} returns maps from the input, which only encoders take"
+            )
         if step.n_in != layout.slots.shape[1] or step.batch != layout.slots.shape[0]:
-            raise RuntimeError(f"{entry.method.name} returned {step!r} for {layout.slots.shape[1]} tokens")
+            raise RuntimeError(
+                f"{entry.method.name} returned {step!r} for {layout.slots.shape[1]} tokens"
+            )
         if reduction.tokens is not None or reduction.weights is not None:
             values = reduction.tokens
             if values is None:
-                values = step.merge(rows_of(hidden, layout.slots), reduction.weights, reduction.normalize)
+                values = step.merge(
+                    rows_of(hidden, layout.slots), reduction.weights, reduction.normalize
+                )
             taken = step.kept.clamp(min=0)
             slots = layout.slots.gather(1, taken).masked_fill(step.kept < 0, -1)
             hidden = put(hidden, slots, values)
@@ -264,7 +270,9 @@ class Tokens:
         slots = call.layout.slots.clamp(min=0)
         cos, sin = where.rope
         rope = (along(cos, slots), along(sin, slots))
-        q, k, v = project(call.owner.layers[where.layer], take(where.hidden, slots), rope, ("q", "k", "v"))
+        q, k, v = project(
+            call.owner.layers[where.layer], take(where.hidden, slots), rope, ("q", "k", "v")
+        )
         groups = q.shape[1] // k.shape[1]
         return q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
@@ -282,7 +290,10 @@ class Rows:
         cos, sin = where.rope
         module = call.owner.layers[where.layer]
         q, own, v = project(
-            module, take(where.hidden, slots), (along(cos, slots), along(sin, slots)), ("q", "k", "v")
+            module,
+            take(where.hidden, slots),
+            (along(cos, slots), along(sin, slots)),
+            ("q", "k", "v"),
         )
         keys = call.keys(where)
         before = call.columns_before(where.layer)
@@ -292,7 +303,9 @@ class Rows:
         allowed = torch.cat([earlier, sees], 2)[:, None]
         weights = attention_rows(q, keys.to(q), scale=module.self_attn.scaling, bias=allowed)
         target = call.layout.slots + before.shape[1]
-        index = target.clamp(min=0)[:, None, None].expand(-1, weights.shape[1], weights.shape[2], -1)
+        index = target.clamp(min=0)[:, None, None].expand(
+            -1, weights.shape[1], weights.shape[2], -1
+        )
         seen = weights.gather(3, index).masked_fill((call.layout.slots < 0)[:, None, None], 0)
         groups = q.shape[1] // own.shape[1]
         return (q, own.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)), seen

@@ -20,10 +20,12 @@ class Family:
     Attributes:
         title: for messages.
         cuts: why the tower cannot be cut inside, or empty.
+        fixed: whether every image has the same number of visual tokens.
     """
 
     title = "LLaVA"
     cuts = ""
+    fixed = True
 
     def tower(self, inner: Any) -> nn.Module | None:
         return getattr(inner, "vision_tower", None)
@@ -50,6 +52,8 @@ class Packed(Family):
     Scores go through the model's own packing, in place of the features.
     """
 
+    fixed = False
+
     def __init__(self, title: str) -> None:
         self.title = title
 
@@ -67,7 +71,11 @@ class Packing:
 
     def __init__(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inner = inner
-        named = dict(inspect.signature(type(inner).pack_image_features).bind(inner, *args, **kwargs).arguments)
+        named = dict(
+            inspect.signature(type(inner).pack_image_features)
+            .bind(inner, *args, **kwargs)
+            .arguments
+        )
         named.pop("self")
         self.crops = [x.shape[0] for x in named.pop("image_features")]
         self.newline = named.pop("image_newline", None) is not None
@@ -91,6 +99,7 @@ class Qwen(Family):
         "its tower merges 2 x 2 patches that must be neighbours, and its windows and rotary tables are "
         "laid out for the full grid; cut at the prompt or in the decoder"
     )
+    fixed = False
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -105,7 +114,8 @@ class Qwen(Family):
         merge = inner.visual.spatial_merge_size
         grids = given.get("image_grid_thw", given.get("video_grid_thw"))
         capture.grids = [
-            (h // merge, w // merge) if t == 1 else (t, h // merge, w // merge) for t, h, w in grids.tolist()
+            (h // merge, w // merge) if t == 1 else (t, h // merge, w // merge)
+            for t, h, w in grids.tolist()
         ]
         capture.spread = Groups(capture.lengths, merge * merge)
 
@@ -125,6 +135,7 @@ class InternVL(Family):
 
     title = "InternVL"
     cuts = "its pixel shuffle joins 2 x 2 patches of the full grid; cut at the prompt or in the decoder"
+    fixed = False
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         capture.grids = [square(n) for n in capture.lengths]
@@ -184,7 +195,8 @@ def inner_of(model: Any) -> nn.Module | None:
     """The module that owns the language model (``LlavaModel``), in a model or itself."""
     for candidate in (model, getattr(model, "model", None)):
         if isinstance(candidate, nn.Module) and isinstance(
-            candidate._modules.get("language_model", candidate._modules.get("text_model")), nn.Module
+            candidate._modules.get("language_model", candidate._modules.get("text_model")),
+            nn.Module,
         ):
             return candidate
     return None

@@ -26,6 +26,7 @@ class Capture:
             None where the tower's tokens cannot be followed.
         alive: (crops, patches) bool, the tower's tokens that were left, or None (all).
         cutters: names of the methods that cut in the tower.
+        crops: size of the tower's batch.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Capture:
         self.spread: Spreader | None = None
         self.alive: Tensor | None = None
         self.cutters: tuple[str, ...] = ()
+        self.crops = 0
 
 
 class Captures:

@@ -75,7 +75,9 @@ class Layout:
         place = torch.full((keep.shape[0], length + 1), -1, device=keep.device)
         slot = torch.arange(width, device=keep.device).expand_as(index)
         place = place.scatter(1, torch.where(pad, length, index), slot)
-        new.slots = place.gather(1, torch.where(stays < 0, length, stays)).masked_fill(stays < 0, -1)
+        new.slots = place.gather(1, torch.where(stays < 0, length, stays)).masked_fill(
+            stays < 0, -1
+        )
         if compact:
             rank = new.live.long().cumsum(1) - 1
             new.adjust = (total.gather(1, new.index) - rank).masked_fill(pad, 0)
@@ -111,7 +113,9 @@ def put(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-def follow(x: Tensor, index: Tensor, pad: Tensor, fill: Any = 0, batch: int = 0, length: int = 1) -> Tensor:
+def follow(
+    x: Tensor, index: Tensor, pad: Tensor, fill: Any = 0, batch: int = 0, length: int = 1
+) -> Tensor:
     """Move a tensor with a cut: entries ``index`` (B, L') along its ``length`` dimension.
 
     Args:

@@ -1,0 +1,54 @@
+"""FLOPs and KV bytes of a language model's prefill, from the shapes of its layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vtr.vision.encoder import linear_flops
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.language import Last
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+
+def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
+    """``language`` FLOPs and ``kv_bytes`` of the last prefill, dense and reduced, per sample.
+
+    Per layer and sample with n tokens after p cached ones: two per multiply-add of every linear layer,
+    and 4 n (p + n) per head dimension for the attention (its causal half is not taken off, as PyTorch's
+    counter does); the vocabulary is read out for one token. Bytes are those of keys and values in the
+    model's dtype.
+    """
+    dense = [last.live.sum(1)] * len(owner.layers)
+    reduced = [live.sum(1) for live in last.entered] or dense
+    head = (
+        owner.root.get_output_embeddings() if hasattr(owner.root, "get_output_embeddings") else None
+    )
+    vocabulary = 0 if head is None else linear_flops(head)
+    return {
+        "language": tuple(
+            round(_flops(owner, lengths, last.past) + vocabulary) for lengths in (dense, reduced)
+        ),
+        "kv_bytes": tuple(round(_bytes(owner, lengths)) for lengths in (dense, reduced)),
+    }
+
+
+def _flops(owner: VLMWrapping, lengths: list[Tensor], past: Tensor) -> float:
+    total = 0.0
+    for layer, n in zip(owner.layers, lengths, strict=True):
+        number = n.double()
+        width = layer.self_attn.q_proj.out_features
+        square = 4 * number * (number + past.to(number)) * width
+        total += float((linear_flops(layer) * number + square).mean())
+    return total
+
+
+def _bytes(owner: VLMWrapping, lengths: list[Tensor]) -> float:
+    total = 0.0
+    for layer, n in zip(owner.layers, lengths, strict=True):
+        attn = layer.self_attn
+        per_token = attn.k_proj.out_features + attn.v_proj.out_features
+        total += float(n.double().mean()) * per_token * attn.k_proj.weight.element_size()
+    return total

@@ -1,0 +1,299 @@
+"""How methods run at the entry of a language model and between its layers.
+
+One pre-hook on the language model shortens everything that has the length of the prompt; one on every
+layer does so from a layer on, with masks and rotary tables to fit. Decoding steps pass the same hooks:
+each layer then gets a mask for what its own cache holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtr.errors import UnsupportedMethodError
+from vtr.method import Reduction
+from vtr.tokens import TokenMap, top_indices
+from vtr.trace import Trace
+from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
+from vtr.vision.vlm.call import Call, Seen
+from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
+from vtr.wrapping import Bound, Entry
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+
+class Last:
+    """What the last prefill did, for the loss and the report.
+
+    Attributes:
+        live: (B, L) bool, the sequence as it came in.
+        past: (B,) columns that the cache held before.
+        entered: per layer, (B, L') bool of the tokens that entered it.
+        layout: the sequence at the end.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.live = call.live
+        self.past = call.columns_before(0).sum(1)
+        self.entered: list[Tensor] = []
+        self.layout: Layout | None = None
+
+
+class LanguageSession:
+    """Runs the stages of all active methods in one language model.
+
+    Args:
+        owner: the wrapping; its entries, info, captures and trace are used.
+        module: the language model, with ``layers`` and ``rotary_emb``.
+    """
+
+    def __init__(self, owner: VLMWrapping, module: Any) -> None:
+        self.owner = owner
+        self.module = module
+        self.layers = module.layers
+        self.visits: dict[tuple[str, int, str], list[Entry]] = {}
+        self.pending: Tensor | None = None
+        self.call: Call | None = None
+        self.last: Last | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
+        return {**self.__dict__, "pending": None, "call": None, "last": None}
+
+    def install(self) -> None:
+        """Plan the visits and set the hooks."""
+        owner = self.owner
+        self.visits, self.call, self.pending = {}, None, None
+        for entry, stage in owner.stages():
+            if stage.site == "encoder":
+                continue
+            key = (stage.site, stage.layer, stage.place)
+            if stage.site in ("prompt", "projector"):
+                key = ("prompt", 0, "")
+            self.visits.setdefault(key, []).append(entry)
+        module = self.module
+        owner.hook(module.register_forward_pre_hook(Bound(self, "before"), with_kwargs=True))
+        owner.hook(module.register_forward_hook(Bound(self, "after")))
+        for i, layer in enumerate(self.layers):
+            owner.hook(
+                layer.register_forward_pre_hook(Bound(self, "before_layer", i), with_kwargs=True)
+            )
+        if hasattr(module, "_deepstack_process"):
+            owner.patch(module, "_deepstack_process", Bound(self, "deepstack"))
+
+    # ---- the entry --------------------------------------------------------------------------
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.call, visual, self.pending = None, self.pending, None
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        if embeds is None:
+            return None
+        past = length_of(cache)
+        if past == 0:
+            self.last = None
+            if cache is not None:
+                forget(cache)
+        cuts = cuts_of(cache)
+        if visual is None:
+            if past == 0:
+                self.owner.trace = Trace()
+            if cuts is None:
+                return None
+        elif (
+            module.training
+            and torch.is_grad_enabled()
+            and getattr(module, "gradient_checkpointing", False)
+        ):
+            raise RuntimeError(
+                "gradient checkpointing cannot be used on a wrapped language model (the second pass "
+                "through a layer would cut again): call model.gradient_checkpointing_disable()"
+            )
+        batch, length = embeds.shape[:2]
+        before = past + (0 if cuts is None else cuts.offset)
+        mask = self._mask(kwargs.get("attention_mask"), cuts, batch, before, length, embeds.device)
+        if mask is None:
+            live = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
+            history = None
+        else:
+            live, history = mask[:, before:], mask[:, :before] if before else None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(before, before + length, device=embeds.device)[None]
+        if visual is not None:
+            visual = visual.to(embeds.device)
+        call = Call(self.owner, past, live, history, cuts, visual, positions, cache)
+        self.call = call
+        if visual is not None:
+            self._begin(call)
+            embeds = self._prompt(call, embeds)
+            call.entered = call.layout
+        if not call.changed and cuts is None:
+            return None
+        new = {
+            **kwargs,
+            "inputs_embeds": embeds,
+            # Never None: gaps in positions without a mask are read as several packed sequences.
+            "attention_mask": call.mask(0),
+            "position_ids": call.moved(0),
+        }
+        if call.changed:
+            index, pad = call.layout.index, ~call.layout.live
+            stack = kwargs.get("visual_pos_masks")
+            if stack is not None:
+                new["visual_pos_masks"] = follow(stack, index, pad, False)
+                features = kwargs.get("deepstack_visual_embeds")
+                if features is not None:
+                    stays = _kept(call.layout, stack)
+                    new["deepstack_visual_embeds"] = [f[stays.to(f.device)] for f in features]
+            for name in ("token_type_ids", "mm_token_type_ids"):
+                value = kwargs.get(name)
+                if isinstance(value, Tensor) and value.shape[-1] == length:
+                    new[name] = follow(value, index, pad)
+        return args, new
+
+    def _mask(
+        self, mask: Any, cuts: Any, batch: int, before: int, length: int, device: torch.device
+    ) -> Tensor | None:
+        first = next(iter(mask.values())) if isinstance(mask, dict) else mask
+        if cuts is not None and (
+            isinstance(mask, dict) or (first is not None and first.dim() == 4)
+        ):
+            if length > 1 and batch > 1:
+                raise RuntimeError(
+                    "a second turn of several samples with a static cache hides its padding: use a "
+                    "dynamic cache, or one sample at a time"
+                )
+            return None
+        return two_dimensional(mask, batch, before + length, device)
+
+    def _begin(self, call: Call) -> None:
+        """A new trace, with what the tower has done already."""
+        stages = [s for s in self.owner.trace.stages if s.site == "encoder"]
+        tokens = {k: v for k, v in self.owner.trace.tokens.items() if k == "encoder"}
+        self.owner.trace = Trace(stages, tokens, call.live.shape[0], self.owner.trace.notes)
+        self.last = Last(call)
+
+    def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
+        for capture in self.owner.captures.of.values():
+            if capture.alive is not None:
+                alive = self.owner.captures.spreader(call)(capture.alive.float(), 0.0)
+                if bool(((alive > 0) & (alive < 1)).any()):
+                    raise UnsupportedMethodError(
+                        f"{', '.join(capture.cutters)} cut inside the vision tower, but the features of "
+                        "this image are resized to fewer tokens: use a smaller image, or a method that "
+                        "cuts at the prompt"
+                    )
+                keep = (alive > 0.5) & call.layout.valid
+                kept, padded = top_indices(keep.float(), keep.sum(1), keep)
+                entry = next(e for e in self.owner.active if e.method.name in capture.cutters)
+                step = TokenMap.keep(kept, call.map.n_out, padded)
+                embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
+        for entry in self.visits.get(("prompt", 0, ""), ()):
+            embeds = call.visit(entry, "prompt", 0, "", embeds)
+        return embeds
+
+    def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        call, self.call = self.call, None
+        if call is None:
+            return
+        cuts = call.record()
+        if cuts is not None and call.cache is not None:
+            remember(call.cache, cuts)
+        if call.visual is not None and self.last is not None:
+            self.last.layout = call.layout
+
+    # ---- its layers -------------------------------------------------------------------------
+
+    def before_layer(
+        self, i: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call = self.call
+        if call is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if i == 0:
+            call.cache = kwargs.get("past_key_values")
+            call.rope, call.synced = kwargs["position_embeddings"], call.layout
+            if call.changed and self.owner.flash:
+                call.override = {"position_ids": None}
+        if call.visual is not None:
+            for entry in self.visits.get(("decoder", i - 1, "end"), ()):
+                hidden = call.visit(entry, "decoder", i - 1, "end", hidden)
+            self._sync(call, i, hidden)
+            for entry in self.visits.get(("decoder", i, "start"), ()):
+                hidden = call.visit(entry, "decoder", i, "start", hidden)
+                self._sync(call, i, hidden)
+            n = call.layout.slots.shape[1]
+            self.owner.trace.count("decoder", i, n, n)
+            if self.last is not None:
+                self.last.entered.append(call.layout.live)
+            if ("decoder", i, "end") in self.visits:
+                assert call.rope is not None
+                call.seen = Seen(i, hidden, call.rope, call.layout, True)
+        else:
+            self._sync(call, i, hidden)
+        if call.override is None:
+            return None
+        if args:
+            return (hidden, *args[1:]), {**kwargs, **call.override}
+        return args, {**kwargs, **call.override, "hidden_states": hidden}
+
+    def _sync(self, call: Call, i: int, hidden: Tensor) -> None:
+        """Mask and rotary tables for the tokens that enter layer ``i``."""
+        cut = call.synced is not call.layout
+        if not cut and (i == 0 or i not in call.boundaries()):
+            return
+        from transformers.masking_utils import create_causal_mask
+
+        if cut:
+            call.segments.append((i, call.layout))
+        elif i in call.boundaries():
+            call.rope = None
+        if call.rope is None or bool(call.layout.adjust.any()):
+            positions = call.moved(i)
+            if self.owner.mrope:
+                positions = positions[-3:] if positions.dim() == 3 else positions.expand(3, -1, -1)
+            call.rope = self.module.rotary_emb(hidden, positions)
+        call.synced = call.layout
+        call.override = {
+            "attention_mask": create_causal_mask(
+                self.module.config, hidden, call.mask(i), call.cache, None, layer_idx=i
+            ),
+            "position_embeddings": call.rope,
+            "position_ids": None,
+        }
+
+    def deepstack(self, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
+        """Qwen3-VL adds features of the tower after its first layers, for tokens that are left."""
+        call = self.call
+        if call is not None and hidden.shape[1] != masks.shape[1]:
+            layout, entered = call.layout, call.entered
+            index, pad = _between(entered, layout)
+            stays = torch.zeros_like(masks)
+            b, s = (~pad).nonzero(as_tuple=True)
+            stays[b.to(masks.device), index[b, s].to(masks.device)] = True
+            features = features[stays[masks].to(features.device)]
+            masks = follow(masks, index, pad, False)
+        return type(self.module)._deepstack_process(self.module, hidden, masks, features)
+
+
+def _kept(layout: Layout, visual: Tensor) -> Tensor:
+    """(number of visual tokens,) bool: which of the entries of a (B, L) mask are left."""
+    stays = torch.zeros_like(visual)
+    b, s = layout.live.nonzero(as_tuple=True)
+    stays[b, layout.index[b, s]] = True
+    return stays[visual]
+
+
+def _between(old: Layout, new: Layout) -> tuple[Tensor, Tensor]:
+    """Index and padding that take the sequence of ``old`` to that of ``new``."""
+    batch, length = old.index.shape
+    width = int(max(old.index.max(), new.index.max())) + 1
+    place = torch.zeros(batch, width, dtype=torch.long, device=old.index.device)
+    slot = torch.arange(length, device=old.index.device).expand(batch, length)
+    b, s = old.live.nonzero(as_tuple=True)
+    place[b, old.index[b, s]] = slot[b, s]
+    return place.gather(1, new.index), ~new.live

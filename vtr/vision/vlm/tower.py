@@ -1,0 +1,55 @@
+"""How methods run inside the vision tower of a VLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vtr.vision.encoder import EncoderSession, Run
+from vtr.vision.vlm.sequence import mark
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.features import Capture
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+
+class TowerSession(EncoderSession):
+    """An encoder whose outputs have full length (transformers checks their number), and whose findings
+    go on to the language model: what methods stored, and which tokens are left."""
+
+    owner: VLMWrapping
+    capture: Capture | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "capture": None}
+
+    def install(self) -> None:
+        super().install()
+        self.restoring = True
+
+    def _begin(self, x: Tensor) -> Run:
+        trace = self.owner.trace
+        run = super()._begin(x)
+        if self.capture is not None:
+            if self.capture.crops:
+                raise RuntimeError(
+                    "the vision tower ran twice for one prompt: methods that look inside it need all "
+                    "crops in one call"
+                )
+            trace.batch = run.batch
+            self.owner.trace = trace
+            self.capture.crops = run.batch
+        return run
+
+    def _finish(self, run: Run) -> None:
+        capture = self.capture
+        if capture is not None:
+            capture.memory = dict(run.memory)
+            if run.map is not None:
+                capture.alive = mark(run.map.kept, run.tokens)
+                cutters = dict.fromkeys(
+                    s.method for s in self.owner.trace.stages if s.site == "encoder"
+                )
+                capture.cutters = tuple(cutters)
+        super()._finish(run)
