@@ -63,7 +63,9 @@ def test_modules_are_checked() -> None:
     with vtr.apply(model, vtr.ToFe(trained=True), modules=modules) as handle:
         assert handle.modules[0] is modules
         model(images())
-    with pytest.raises(ValueError, match=r"missing-file|no weights|not found|There is no|there is no"):
+    with pytest.raises(
+        ValueError, match=r"missing-file|no weights|not found|There is no|there is no"
+    ):
         vtr.apply(model, vtr.ToFe(weights="missing-file"))
 
 
@@ -95,7 +97,9 @@ def test_trace_and_summary() -> None:
         model(images(3))
         trace = handle.trace
         assert trace.batch == 3
-        assert trace.summary() == "encoder[1] evit: 64 -> 32 tokens\nencoder[3] evit: 32 -> 16 tokens"
+        assert (
+            trace.summary() == "encoder[1] evit: 64 -> 32 tokens\nencoder[3] evit: 32 -> 16 tokens"
+        )
         assert trace.tokens["encoder"] == {
             0: (64, 64),
             1: (64, 32),
@@ -172,7 +176,17 @@ def test_handles_of_a_model() -> None:
 
 
 def test_importing_is_cheap_and_pulls_in_no_model_library() -> None:
-    heavy = ["transformers", "timm", "diffusers", "open_clip", "decord", "matplotlib", "rich", "typer", "sklearn"]
+    heavy = [
+        "transformers",
+        "timm",
+        "diffusers",
+        "open_clip",
+        "decord",
+        "matplotlib",
+        "rich",
+        "typer",
+        "sklearn",
+    ]
     code = (
         "import torch, sys, time; t = time.perf_counter(); import vtr; vtr.methods(); vtr.ToMe; "
         f"print(time.perf_counter() - t, [m for m in {heavy!r} if m in sys.modules])"

@@ -71,7 +71,9 @@ def test_spread() -> None:
         spread((0.5, 0.6), 2, 10)
 
 
-@pytest.mark.parametrize("layers", [-1, (), "12", (1, 1), (2, 1), (0.5,), (True,), None, 1.5], ids=repr)
+@pytest.mark.parametrize(
+    "layers", [-1, (), "12", (1, 1), (2, 1), (0.5,), (True,), None, 1.5], ids=repr
+)
 def test_bad_layers(layers: object) -> None:
     with pytest.raises(ValueError, match="cuts must"):
         check_layers(layers, "cuts")

@@ -239,7 +239,7 @@ def test_the_tokens_that_evit_drops_still_learn_through_the_fused_one() -> None:
         model = vit(pos_embed="none")
         embedded = model.patch_embed(x).detach().requires_grad_()
         with vtr.apply(model, vtr.EViT(keep=0.3, layers=(0,), fuse=fuse)) as handle:
-            hook = model.patch_embed.register_forward_hook(lambda m, a, y: embedded)
+            hook = model.patch_embed.register_forward_hook(lambda m, a, y, e=embedded: e)
             # Block 0's attention sees all tokens; what is asked is what comes after the cut.
             model.blocks[0].attn.qkv.register_forward_hook(lambda m, a, y: y.detach())
             model(x)[0, 0].backward()
@@ -391,7 +391,9 @@ def test_per_sample_counts_can_be_cut_again() -> None:
     with vtr.apply(model, chain) as handle:
         together = run(model, x)
         for b in range(4):
-            torch.testing.assert_close(run(model, x[b : b + 1]), together[b : b + 1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                run(model, x[b : b + 1]), together[b : b + 1], atol=1e-4, rtol=1e-4
+            )
     with vtr.apply(model, vtr.FlowCut(keep=0.3, end=4)) as handle, torch.no_grad():
         model.forward_intermediates(x)
         assert any(s.map.padded for s in handle.trace.stages)
@@ -413,7 +415,7 @@ def test_user_hooks_keep_working() -> None:
 
 @pytest.mark.parametrize("method", COUNTED, ids=repr)
 def test_compiles_to_one_graph(method: Method) -> None:
-    model, x = vit(), images()
+    model, x = vit(depth=4), images()
     torch._dynamo.reset()
     with vtr.apply(model, method), torch.no_grad():
         torch.manual_seed(0)
@@ -427,8 +429,8 @@ def test_compiles_to_one_graph(method: Method) -> None:
 
 def test_compiled_training_step_is_one_graph() -> None:
     torch._dynamo.reset()
-    model, x = vit(), images()
-    with vtr.apply(model, vtr.EViT(keep=0.5)):
+    model, x = vit(depth=2), images()
+    with vtr.apply(model, vtr.EViT(keep=0.5, layers=(0,))):
         model(x).sum().backward()
         eager = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
@@ -441,10 +443,12 @@ def test_compiled_training_step_is_one_graph() -> None:
 @pytest.mark.slow
 def test_inductor_gives_the_same() -> None:
     torch._dynamo.reset()
-    model, x = vit(depth=3), images()
-    with vtr.apply(model, vtr.EViT(keep=0.5, layers=(1,))), torch.no_grad():
+    model, x = vit(depth=2), images()
+    with vtr.apply(model, vtr.EViT(keep=0.5, layers=(0,))), torch.no_grad():
         eager = model(x)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), eager, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True)(x), eager, atol=1e-4, rtol=1e-4
+        )
     torch._dynamo.reset()
 
 
@@ -459,7 +463,11 @@ class Largest(TorchDispatchMode):
         self.sizes: list[tuple[int, str]] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
@@ -469,7 +477,9 @@ class Largest(TorchDispatchMode):
 
 
 def _large(make: Callable[[], Method]) -> tuple[nn.Module, Largest]:
-    model = vit(img_size=512, patch_size=16, embed_dim=1024, depth=3, num_heads=16)  # ViT-L/16's blocks
+    model = vit(
+        img_size=512, patch_size=16, embed_dim=1024, depth=3, num_heads=16
+    )  # ViT-L/16's blocks
     watch = Largest()
     with vtr.apply(model, make()), torch.no_grad(), watch:
         model(images(1, size=512))

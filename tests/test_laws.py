@@ -119,7 +119,9 @@ def test_a_batch_gives_each_sample_what_it_gets_alone(
         if trace.stages:
             ends = trace.stages[-1].total
             kept = ends.kept[b][ends.kept[b] >= 0]
-            assert kept.tolist() == (own.kept[0].tolist() if own.kept is not None else list(range(N)))
+            assert kept.tolist() == (
+                own.kept[0].tolist() if own.kept is not None else list(range(N))
+            )
 
 
 @pytest.mark.parametrize("name", METHODS)

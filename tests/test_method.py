@@ -77,7 +77,7 @@ def test_create_by_name() -> None:
         keep=(0.5, 0.25), layers=(1, 2)
     )
     assert vtr.create("clsattention") == vtr.CLSAttention()
-    with pytest.raises(ValueError, match="no method 'flowcat'. Did you mean 'flowcut'"):
+    with pytest.raises(ValueError, match=r"no method 'flowcat'\. Did you mean 'flowcut'"):
         vtr.create("flowcat")
     with pytest.raises(ValueError, match="Known: cls-attention, .*evit"):
         vtr.create("zzz")
@@ -175,7 +175,7 @@ def test_lacking_signals_and_sites_are_named() -> None:
         match=r"site 'encoder', which a model does not have \(it has: decoder\)",
     ):
         vtr.EViT().check(bare)
-    with pytest.raises(vtr.UnsupportedMethodError, match="needs cls_attention .* no class token"):
+    with pytest.raises(vtr.UnsupportedMethodError, match=r"needs cls_attention .* no class token"):
         vtr.EViT().check(info(2))
     vtr.Random().check(info(2))
 

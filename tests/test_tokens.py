@@ -141,7 +141,9 @@ def test_composition_equals_applying_in_turn(first: TokenMap, kind: str, seed: i
         second = TokenMap.keep(kept, first.n_out, padded)
     else:
         n = first.n_out
-        second = random_map(kind, first.batch, n, int(torch.randint(1, n + 1, (1,), generator=g)), g)
+        second = random_map(
+            kind, first.batch, n, int(torch.randint(1, n + 1, (1,), generator=g)), g
+        )
     both = first.then(second)
     check_map(both)
     x = torch.randn(first.batch, first.n_in, 3)
@@ -216,7 +218,9 @@ def test_identity_changes_nothing() -> None:
     m = TokenMap.identity(2, 5)
     check_map(m)
     x = torch.randn(2, 5, 3)
-    assert torch.equal(m.gather(x), x) and torch.equal(m.merge(x), x) and torch.equal(m.restore(x), x)
+    assert (
+        torch.equal(m.gather(x), x) and torch.equal(m.merge(x), x) and torch.equal(m.restore(x), x)
+    )
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -231,7 +235,9 @@ def test_wrong_shapes_are_refused() -> None:
         m.then(TokenMap.identity(1, 3))
 
 
-@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 14), st.integers(0, 9999), st.booleans())
+@given(
+    st.integers(1, 4), st.integers(1, 12), st.integers(1, 14), st.integers(0, 9999), st.booleans()
+)
 def test_top_indices(batch: int, n: int, k: int, seed: int, with_valid: bool) -> None:
     g = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 4, (batch, n), generator=g).float()  # many ties

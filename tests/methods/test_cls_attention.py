@@ -10,7 +10,9 @@ from torch import Tensor
 import vtr
 
 
-def rows_and_states(model: torch.nn.Module, x: Tensor, cuts: dict[int, list[list[int]]]) -> list[Tensor]:
+def rows_and_states(
+    model: torch.nn.Module, x: Tensor, cuts: dict[int, list[list[int]]]
+) -> list[Tensor]:
     """Class rows (B, N_l) of every block of a network that is cut as given (positions before the cut)."""
     h = model._pos_embed(model.patch_embed(x))  # type: ignore[operator]
     rows = []
@@ -67,7 +69,10 @@ def test_the_ensemble_ends_at_the_first_layer() -> None:
     model, x = vit(), images()
     outs = []
     for ensemble in (2, 9):
-        with vtr.apply(model, vtr.CLSAttention(keep=10, layers=(1,), ensemble=ensemble)), torch.no_grad():
+        with (
+            vtr.apply(model, vtr.CLSAttention(keep=10, layers=(1,), ensemble=ensemble)),
+            torch.no_grad(),
+        ):
             outs.append(model(x))
     assert torch.equal(outs[0], outs[1])
 

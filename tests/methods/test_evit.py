@@ -105,14 +105,17 @@ def test_the_network_equals_the_papers(keep: float) -> None:
 
 def test_a_number_is_reached_geometrically() -> None:
     model = vit()
-    with vtr.apply(model, vtr.EViT(keep=8, layers=(1, 2, 3), fuse=False)) as handle, torch.no_grad():
+    with (
+        vtr.apply(model, vtr.EViT(keep=8, layers=(1, 2, 3), fuse=False)) as handle,
+        torch.no_grad(),
+    ):
         model(images())
     assert [s.tokens_out for s in handle.trace.stages] == [32, 16, 8]
 
 
 def test_gradients_reach_the_scores() -> None:
     s = site(n=8, layer=3, depth=12)
-    q, k, v = (t.requires_grad_() for t in s.qkv)
+    q, k, _ = (t.requires_grad_() for t in s.qkv)
     got = vtr.EViT(keep=0.5).reduce(s)
     assert got is not None and got.map is not None
     got.map.merge(s.hidden, got.weights, got.normalize).sum().backward()

@@ -26,34 +26,47 @@ def share(row: list[float]) -> list[float]:
     return [x / sum(row) for x in row]
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, prefix: int, cls: bool) -> tuple[list[float], list[float]]:
+def written_out(
+    q: Tensor, k: Tensor, v: Tensor, prefix: int, cls: bool
+) -> tuple[list[float], list[float]]:
     """Inflow r and score (r + s) n of one sample; q, k, v (H, T, D)."""
     q, k, v = q.double(), k.double(), v.double()
     heads, tokens, dim = q.shape
     r_rows, s_rows = [], []
     for h in range(heads):
-        if cls:
-            query = q[h, 0]
-        else:  # the mean query of the visual tokens
-            query = sum(q[h, j] for j in range(prefix, tokens)) / (tokens - prefix)
-        r_rows.append(softmax([float(query @ k[h, j]) / math.sqrt(dim) for j in range(tokens)])[prefix:])
+        mean = sum(q[h, j] for j in range(prefix, tokens)) / (tokens - prefix)
+        query = q[h, 0] if cls else mean
+        r_rows.append(
+            softmax([float(query @ k[h, j]) / math.sqrt(dim) for j in range(tokens)])[prefix:]
+        )
         s_rows.append(softmax([float(v[h, 0] @ v[h, j]) for j in range(tokens)])[prefix:])
     r = share([sum(row[j] for row in r_rows) / heads for j in range(tokens - prefix)])
     s = share([sum(row[j] for row in s_rows) / heads for j in range(tokens - prefix)])
-    strength = [float((sum(v[h, prefix + j] for h in range(heads)) / heads).abs().sum()) for j in range(tokens - prefix)]
+    strength = [
+        float((sum(v[h, prefix + j] for h in range(heads)) / heads).abs().sum())
+        for j in range(tokens - prefix)
+    ]
     score = [(a + (b if cls else 0.0)) * n for a, b, n in zip(r, s, strength, strict=True)]
     return r, score
 
 
-@given(st.integers(2, 16), st.integers(0, 999), st.sampled_from([(0, False), (1, True), (2, True), (3, False)]))
+@given(
+    st.integers(2, 16),
+    st.integers(0, 999),
+    st.sampled_from([(0, False), (1, True), (2, True), (3, False)]),
+)
 def test_scores(n: int, seed: int, front: tuple[int, bool]) -> None:
     prefix, cls = front
     s = site(n=n, prefix=prefix, seed=seed, has_cls=cls)
     r, score = flow_scores(s)
     for b in range(2):
         inflow, expected = written_out(*(t[b] for t in s.qkv), prefix, cls)
-        torch.testing.assert_close(r[b].double(), torch.tensor(inflow).double(), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(score[b].double(), torch.tensor(expected).double(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            r[b].double(), torch.tensor(inflow).double(), atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            score[b].double(), torch.tensor(expected).double(), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_entropy() -> None:
@@ -67,7 +80,9 @@ def test_entropy() -> None:
     assert relative_entropy(row, torch.tensor([4])).item() == pytest.approx(expected)
 
 
-def literal(model: Any, x: Tensor, target: int, end: int) -> tuple[list[int], list[tuple[int, int]]]:
+def literal(
+    model: Any, x: Tensor, target: int, end: int
+) -> tuple[list[int], list[tuple[int, int]]]:
     """One image through the network: kept tokens, and (layer, number left) of every cut."""
     h = model._pos_embed(model.patch_embed(x))[0]
     prefix, cls = model.num_prefix_tokens, model.cls_token is not None
@@ -105,9 +120,13 @@ def literal(model: Any, x: Tensor, target: int, end: int) -> tuple[list[int], li
     return alive, cuts
 
 
-@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["cls", "no-cls"])
+@pytest.mark.parametrize(
+    "options", [{}, {"class_token": False, "global_pool": "avg"}], ids=["cls", "no-cls"]
+)
 @pytest.mark.parametrize(("keep", "end"), [(10, None), (20, 6), (33, 5), (63, 7)])
-def test_the_schedule_and_the_kept_tokens(options: dict[str, Any], keep: int, end: int | None) -> None:
+def test_the_schedule_and_the_kept_tokens(
+    options: dict[str, Any], keep: int, end: int | None
+) -> None:
     model, x = vit(depth=8, **options), images(3)
     with vtr.apply(model, vtr.FlowCut(keep=keep, end=end)) as handle, torch.no_grad():
         model(x)

@@ -48,6 +48,9 @@ def test_every_token_is_as_likely() -> None:
 
 def test_random_cuts_where_asked() -> None:
     model = vit()
-    with vtr.apply(model, vtr.Random(keep=(32, 7), layers=(1, 4), seed=0)) as handle, torch.no_grad():
+    with (
+        vtr.apply(model, vtr.Random(keep=(32, 7), layers=(1, 4), seed=0)) as handle,
+        torch.no_grad(),
+    ):
         model(images(3))
     assert [(s.layer, s.tokens_out) for s in handle.trace.stages] == [(1, 32), (4, 7)]

@@ -87,7 +87,9 @@ def test_decisions_and_features(trained: bool, keeps: list[int]) -> None:
         for s, active in zip(stages, history, strict=False):
             assert s.total.kept[b].tolist() == active
             assert s.total.frozen is not None
-            assert s.total.frozen[b].nonzero()[:, 0].tolist() == [j for j in range(64) if j not in active]
+            assert s.total.frozen[b].nonzero()[:, 0].tolist() == [
+                j for j in range(64) if j not in active
+            ]
         torch.testing.assert_close(got[b], model.norm(features), atol=3e-4, rtol=3e-4)
 
 
@@ -107,7 +109,9 @@ def test_without_rejoining_the_active_tokens_go_on() -> None:
         short = model(x)
     assert len(handle.trace.stages) == 3
     with vtr.apply(model, vtr.ToFe(keep=9)), torch.no_grad():
-        torch.testing.assert_close(model(x), short, atol=1e-5, rtol=1e-5)  # the class token is pooled
+        torch.testing.assert_close(
+            model(x), short, atol=1e-5, rtol=1e-5
+        )  # the class token is pooled
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -144,7 +148,9 @@ def test_predictor_written_out() -> None:
         for layer in module.head:  # type: ignore[union-attr]
             h = layer(h)
         torch.testing.assert_close(got[0, j], h.softmax(-1))
-    assert sum(p.numel() for p in Predictor(384).parameters()) == 768 + 147_840 + 73_920 + 18_528 + 194
+    assert (
+        sum(p.numel() for p in Predictor(384).parameters()) == 768 + 147_840 + 73_920 + 18_528 + 194
+    )
 
 
 def test_a_new_approximator_is_the_identity() -> None:
@@ -160,7 +166,10 @@ def test_untrained_approximators_freeze_by_identity() -> None:
     model, x = vit(), images(1)
     modules: Any = ToFeModules(48, 3)
     spread(modules.predictors)
-    with vtr.apply(model, vtr.ToFe(keep=20, trained=True), modules=modules) as handle, torch.no_grad():
+    with (
+        vtr.apply(model, vtr.ToFe(keep=20, trained=True), modules=modules) as handle,
+        torch.no_grad(),
+    ):
         got = model.forward_features(x)
         plain: Any = SimpleNamespace(predictors=modules.predictors, approximators=[lambda y: y] * 3)
         history, features = literal(model, x, [20, 20, 20], [1, 3, 4], plain)
@@ -171,7 +180,9 @@ def test_untrained_approximators_freeze_by_identity() -> None:
 # ---- training -------------------------------------------------------------------------------
 
 
-def train_reference(model: Any, x: Tensor, masks: list[Tensor], modules: ToFeModules, layers: list[int]) -> Tensor:
+def train_reference(
+    model: Any, x: Tensor, masks: list[Tensor], modules: ToFeModules, layers: list[int]
+) -> Tensor:
     """All tokens through the blocks; frozen ones are no keys; frozen rows are approximated at the end
     of their stage."""
     h = model._pos_embed(model.patch_embed(x))
@@ -179,7 +190,9 @@ def train_reference(model: Any, x: Tensor, masks: list[Tensor], modules: ToFeMod
     mask: Tensor | None = None
     for i, block in enumerate(model.blocks):
         batch, tokens, width = h.shape
-        q, k, v = block.attn.qkv(block.norm1(h)).reshape(batch, tokens, 3, 3, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            block.attn.qkv(block.norm1(h)).reshape(batch, tokens, 3, 3, -1).permute(2, 0, 3, 1, 4)
+        )
         weights = (q @ k.transpose(-1, -2) * (width // 3) ** -0.5).exp()
         if mask is not None:
             keys = torch.cat([torch.ones(batch, 1), mask], 1)[:, None, None, :]
@@ -251,7 +264,9 @@ def test_straight_through_gradients() -> None:
         masks = handle.trace.notes["tofe_masks"]
         sum(m.mean() for m in masks).backward()
         for predictor in modules.predictors:
-            assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in predictor.parameters())
+            assert all(
+                p.grad is not None and p.grad.abs().sum() > 0 for p in predictor.parameters()
+            )
 
 
 def test_weights_that_do_not_fit(tmp_path: Any) -> None:

@@ -99,7 +99,8 @@ def test_groups_and_features_of_the_paper(kind: str, prop_attn: bool, r: Any) ->
             h = model.norm(h)
         expected = {tuple(t - prefix for t in g): i for i, g in enumerate(groups) if g[0] >= prefix}
         mine = {
-            tuple(j for j in range(n) if total.source[b, j] == slot): slot for slot in range(total.n_out)
+            tuple(j for j in range(n) if total.source[b, j] == slot): slot
+            for slot in range(total.n_out)
         }
         assert set(mine) == set(expected)
         for group, slot in mine.items():
@@ -109,7 +110,9 @@ def test_groups_and_features_of_the_paper(kind: str, prop_attn: bool, r: Any) ->
         torch.testing.assert_close(got[b, :prefix], h[:prefix], atol=3e-4, rtol=3e-4)
 
 
-@given(st.integers(2, 25), st.integers(0, 14), st.integers(0, 3), st.integers(0, 999), st.booleans())
+@given(
+    st.integers(2, 25), st.integers(0, 14), st.integers(0, 3), st.integers(0, 999), st.booleans()
+)
 def test_matching(n: int, r: int, prefix: int, seed: int, shuffled: bool) -> None:
     """The matching alone, also over a sequence whose order is no longer the raster."""
     g = torch.Generator().manual_seed(seed)
@@ -152,7 +155,10 @@ def test_schedules() -> None:
     assert max(steps) - min(steps) <= 1
 
 
-@pytest.mark.parametrize(("inflection", "expected"), [(-1.0, (16, 12, 8, 4, 0)), (1.0, (0, 4, 8, 12, 16)), (0.0, (8,) * 5)])
+@pytest.mark.parametrize(
+    ("inflection", "expected"),
+    [(-1.0, (16, 12, 8, 4, 0)), (1.0, (0, 4, 8, 12, 16)), (0.0, (8,) * 5)],
+)
 def test_inflection(inflection: float, expected: tuple[int, ...]) -> None:
     """-1 falls from 2 r to 0 (the paper's decreasing schedule), 1 rises."""
     assert vtr.ToMe(r=8, inflection=inflection).schedule(5, 100) == expected

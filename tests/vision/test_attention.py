@@ -9,20 +9,31 @@ from torch import Tensor
 from vtr.vision.attention import Probe, biased_attention, policy_attention, wide_attention
 
 
-def qkv(dtype: torch.dtype = torch.float64, dim: int = 16, n: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    dtype: torch.dtype = torch.float64, dim: int = 16, n: int = 9
+) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(dim + n)
-    q, k, v = (torch.randn(2, 3, n, dim, generator=g, dtype=torch.float64).to(dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 3, n, dim, generator=g, dtype=torch.float64).to(dtype) for _ in range(3)
+    )
     return q, k, v
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float | None = None, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T scale + log s) v, key by key: each key counts ``size`` times."""
     q, k, v, size = q.double(), k.double(), v.double(), size.double()
     logits = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -float("inf")) if mask.dtype == torch.bool else logits + mask
+        logits = (
+            logits.masked_fill(~mask, -float("inf")) if mask.dtype == torch.bool else logits + mask
+        )
     weights = logits.exp() * size[:, None, None, :]
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
@@ -35,7 +46,9 @@ SIZES = torch.tensor([[1, 2, 3, 1, 1, 7, 1, 40, 1], [1, 1, 1, 300, 5, 1, 2, 2, 9
 def test_size_bias_equals_counting_keys(fused: bool, scale: float | None) -> None:
     q, k, v = (t.float() for t in qkv())
     got = biased_attention(q, k, v, SIZES.log(), scale=scale, fused=fused)
-    torch.testing.assert_close(got.double(), written_out(q, k, v, SIZES, scale), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        got.double(), written_out(q, k, v, SIZES, scale), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_size_bias_equals_repeated_keys() -> None:
@@ -57,7 +70,9 @@ def test_the_wide_form_equals_the_bias(dim: int, scale: float | None) -> None:
     q, k, v = (t.float() for t in qkv(dim=dim))
     got = wide_attention(q, k, v, SIZES.log(), scale=scale)
     assert got.shape == v.shape
-    torch.testing.assert_close(got.double(), written_out(q, k, v, SIZES, scale), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        got.double(), written_out(q, k, v, SIZES, scale), atol=2e-5, rtol=2e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -121,7 +136,9 @@ def test_policy_attention_by_hand() -> None:
                     logit = torch.dot(q[b, h, i], k[b, h, j]).double() / 4.0
                     weights.append(logit.exp() * (1.0 if i == j else policy[b, j].double()))
                 row = torch.stack(weights) / sum(weights)
-                torch.testing.assert_close(got[b, h, i].double(), row @ v[b, h].double(), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    got[b, h, i].double(), row @ v[b, h].double(), atol=1e-5, rtol=1e-5
+                )
 
 
 def test_policy_of_ones_is_plain_attention_and_passes_gradients() -> None:
@@ -158,7 +175,9 @@ def test_policy_with_a_mask() -> None:
     mask = (torch.rand(9, 9) < 0.5) | torch.eye(9, dtype=torch.bool)
     ones = torch.ones(2, 9)
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(policy_attention(q, k, v, ones, None, mask), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        policy_attention(q, k, v, ones, None, mask), plain, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -194,7 +213,11 @@ def test_on_a_gpu_the_flash_kernel_takes_the_bias(dtype: torch.dtype) -> None:
 
     q, k, v = (t.cuda() for t in qkv(dtype, dim=64))
     exact = written_out(q.cpu(), k.cpu(), v.cpu(), SIZES)
-    backend = [SDPBackend.FLASH_ATTENTION] if dtype != torch.float32 else list(SDPBackend.__members__.values())[1:]
+    backend = (
+        [SDPBackend.FLASH_ATTENTION]
+        if dtype != torch.float32
+        else list(SDPBackend.__members__.values())[1:]
+    )
     with sdpa_kernel(backend):
         got = biased_attention(q, k, v, SIZES.cuda().log())
     assert (got.cpu().double() - exact).abs().max() < max(1e-4, 8 * torch.finfo(dtype).eps)

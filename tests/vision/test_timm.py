@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import vtr
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
+from vtr.tokens import TokenMap, take, top_indices
 from vtr.vision.timm import TimmBlock
 from vtr.wrapping import wrapping_of
 
@@ -224,10 +224,16 @@ def test_dropped_tokens_keep_the_last_value_they_had() -> None:
     torch.testing.assert_close(mine[2][gone], half[:, 1:][gone], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"]
+)
 def test_features_only_and_intermediate_layers(name: str) -> None:
     x = images()
-    wrapper = spread(timm.create_model(name, features_only=True, **{k: v for k, v in SMALL.items() if k != "num_classes"}))
+    wrapper = spread(
+        timm.create_model(
+            name, features_only=True, **{k: v for k, v in SMALL.items() if k != "num_classes"}
+        )
+    )
     with vtr.apply(wrapper, vtr.EViT(keep=0.5, layers=(0, 1))) as handle, torch.no_grad():
         grids = wrapper(x)
         assert all(tuple(g.shape) == (2, 48, 8, 8) for g in grids)
@@ -317,12 +323,17 @@ def test_padding_is_not_pooled(pool: str) -> None:
         last = handle.trace.stages[-1].total
         assert last.padded and len(set(last.valid.sum(1).tolist())) > 1
         for b in range(4):
-            torch.testing.assert_close(model(x[b : b + 1]), together[b : b + 1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                model(x[b : b + 1]), together[b : b + 1], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_pool_that_cannot_weigh_says_so() -> None:
     model, x = vit(global_pool="prr", class_token=False), images()
-    with vtr.apply(model, vtr.ToMe(r=8)), pytest.raises(vtr.UnsupportedMethodError, match="output='restored'"):
+    with (
+        vtr.apply(model, vtr.ToMe(r=8)),
+        pytest.raises(vtr.UnsupportedMethodError, match="output='restored'"),
+    ):
         model(x)
     with vtr.apply(model, vtr.ToMe(r=8), output="restored"):
         assert model(x).isfinite().all()
@@ -501,41 +512,43 @@ def test_methods_that_need_a_class_token_are_refused_without_one() -> None:
 # ---- details --------------------------------------------------------------------------------
 
 
-def test_keys_of_equals_the_keys_of_the_call() -> None:
+@dataclass(frozen=True)
+class Keys(Look):
+    """Remembers, at layer 1, the keys of some tokens: the call's own, and those made from features."""
+
+    inputs: dict[int, Tensor] = field(default_factory=dict, hash=False, compare=False)
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list, hash=False, compare=False)
+
+    def reduce(self, site: Site) -> Reduction | None:
+        if site.layer == 1:
+            index = torch.tensor([[3, 9, 60], [0, 63, 5]])
+            assert site.keys_of is not None
+            got = site.keys_of(take(self.inputs[1][:, site.prefix :], index), index)
+            want = take(site.keys.transpose(1, 2), index).transpose(1, 2)
+            self.seen.append((got, want))
+        return None
+
+
+def test_keys_of_equals_the_keys_of_the_call(family: tuple[Any, int, set[str]]) -> None:
     """Keys made from features alone are those that the block's own attention has."""
-    for name, more, _, expected in FAMILIES:
-        if expected == ENDS:
-            continue
-        model = build(name, more)
-        seen: list[tuple[Site, Tensor]] = []
-
-        @dataclass(frozen=True)
-        class Keys(Look):
-            def reduce(self, site: Site) -> Reduction | None:
-                index = torch.tensor([[3, 9, 60], [0, 63, 5]])
-                if site.layer == 1:
-                    rows = inputs[site.layer][:, site.prefix :].gather(
-                        1, index[..., None].expand(-1, -1, 48)
-                    )
-                    got = site.keys_of(rows, index)  # type: ignore[misc]
-                    want = site.keys.gather(2, index[:, None, :, None].expand(-1, got.shape[1], -1, got.shape[3]))
-                    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-                    seen.append((site, got))
-                return None
-
-        inputs: dict[int, Tensor] = {}
-        hooks = [
-            b.register_forward_pre_hook(lambda m, a, i=i: inputs.__setitem__(i, a[0]))
-            for i, b in enumerate(model.blocks)
-        ]
-        with vtr.apply(model, Keys()), torch.no_grad():
-            model(images())
-        for hook in hooks:
-            hook.remove()
-        assert len(seen) == 1, name
+    model, _, expected = family
+    if expected == ENDS:
+        return
+    method = Keys()
+    hook = model.blocks[1].register_forward_pre_hook(
+        lambda m, a: method.inputs.__setitem__(1, a[0])
+    )
+    with vtr.apply(model, method), torch.no_grad():
+        model(images())
+    hook.remove()
+    ((got, want),) = method.seen
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224", "beit_base_patch16_224"],
+)
 @pytest.mark.parametrize("method", [vtr.EViT(keep=0.5), vtr.ToMe(r=6)], ids=["evit", "tome"])
 def test_rope_and_bias_families_compile_to_one_graph(name: str, method: Method) -> None:
     model, x = build(name, {"depth": 2} if "mixed" not in name else None), images()

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtr.budget import Keep, check_flag, check_layers, check_schedule, count, fit_layers, third_points
+from vtr.budget import (
+    Keep,
+    check_flag,
+    check_layers,
+    check_schedule,
+    count,
+    fit_layers,
+    third_points,
+)
 from vtr.kernels import attention_rows
 from vtr.method import Method, Reduction, Stage, register
 from vtr.signals import ModelInfo, Site
