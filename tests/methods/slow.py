@@ -19,8 +19,16 @@ Cut = Callable[["Sequence", dict[int, "Seen"]], None]
 class Seen:
     """What one layer saw: its input, positions, and which places are visual."""
 
-    def __init__(self, layer: Any, x: Tensor, positions: Tensor, visual: Tensor, rotary: Any) -> None:
-        self.layer, self.x, self.positions, self.visual, self.rotary = layer, x, positions, visual, rotary
+    def __init__(
+        self, layer: Any, x: Tensor, positions: Tensor, visual: Tensor, rotary: Any
+    ) -> None:
+        self.layer, self.x, self.positions, self.visual, self.rotary = (
+            layer,
+            x,
+            positions,
+            visual,
+            rotary,
+        )
 
     def project(self) -> tuple[Tensor, Tensor, Tensor]:
         """q (H, L, D) and k, v (H, L, D), rotated, key heads repeated."""
@@ -35,7 +43,11 @@ class Seen:
             turned = torch.cat([-parts[i][..., half:], parts[i][..., :half]], -1)
             parts[i] = parts[i] * cos[0] + turned * sin[0]
         groups = attention.num_key_value_groups
-        return parts[0], parts[1].repeat_interleave(groups, 0), parts[2].repeat_interleave(groups, 0)
+        return (
+            parts[0],
+            parts[1].repeat_interleave(groups, 0),
+            parts[2].repeat_interleave(groups, 0),
+        )
 
     def attention(self) -> Tensor:
         """(H, L, L) causal attention map, rows are queries."""
@@ -55,9 +67,13 @@ class Sequence:
     def __init__(self, x: Tensor, visual: Tensor) -> None:
         self.x, self.visual = x, visual
         self.positions = torch.arange(len(x))
-        self.alive = torch.arange(int(visual.sum()))  # visual tokens left, by their index at the entry
+        self.alive = torch.arange(
+            int(visual.sum())
+        )  # visual tokens left, by their index at the entry
 
-    def keep(self, tokens: list[int], compact: bool, values: dict[int, Tensor] | None = None) -> None:
+    def keep(
+        self, tokens: list[int], compact: bool, values: dict[int, Tensor] | None = None
+    ) -> None:
         """Keep the visual tokens with these numbers (among those alive), with new values for some."""
         place = self.visual.nonzero()[:, 0]
         for token, value in (values or {}).items():
@@ -71,7 +87,11 @@ class Sequence:
 
 @torch.no_grad()
 def run(
-    model: Any, ids: Tensor, images: Tensor, before: dict[int, Cut], after: dict[int, Cut] | None = None
+    model: Any,
+    ids: Tensor,
+    images: Tensor,
+    before: dict[int, Cut],
+    after: dict[int, Cut] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Logits of the last token, and the visual tokens that are left.
 
@@ -114,4 +134,6 @@ def features(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
 
 def samples(inputs: dict[str, Any]) -> list[Tensor]:
     """The ids of each sample without padding."""
-    return [row[m.bool()] for row, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    return [
+        row[m.bool()] for row, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]

@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+from vision.vlm.models import llava
 
-from vtr.methods.debias import fit_recency, recency_weights
+import vtr
+from vtr.methods.debias import fit_recency, padding_share, recency_weights
+
+from .slow import Seen, Sequence, best, features, run, samples
 
 
 def test_weights_divide_by_the_exponential_prior() -> None:
@@ -46,3 +50,68 @@ def test_a_profile_that_is_none_is_refused() -> None:
     for bad in (torch.ones(2, 3), torch.ones(1), torch.tensor([1.0, float("nan")])):
         with pytest.raises(ValueError, match="attention"):
             fit_recency(bad)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.9, -3.0])
+def test_the_ranking_is_corrected_at_the_first_cut_only(strength: float) -> None:
+    model, inputs = llava(2)
+    method = vtr.Debias(vtr.PyramidDrop(keep=(8, 3), layers=(1, 2)), strength=strength)
+    with torch.no_grad(), vtr.apply(model, method) as handle:
+        logits = model(**inputs).logits
+    images = features(model, inputs)
+    for b, ids in enumerate(samples(inputs)):
+        count = len(images[b])
+
+        def first(sequence: Sequence, seen: dict[int, Seen], count: int = count) -> None:
+            raw = seen[1].last_row()
+            stored = handle.trace.notes["text_scores"][b, :count]  # noqa: B023
+            torch.testing.assert_close(stored.double(), raw, atol=1e-6, rtol=1e-4)
+            debiased = [float(raw[i]) / math.exp(strength * i / (count - 1)) for i in range(count)]
+            sequence.keep(best(torch.tensor(debiased), 8 * (count // 16)), True)
+
+        def second(sequence: Sequence, seen: dict[int, Seen], count: int = count) -> None:
+            sequence.keep(best(seen[2].last_row(), 3 * (count // 16)), True)
+
+        expected, alive = run(model, ids, images[b], {1: first, 2: second})
+        kept = handle.trace.kept[b]
+        assert kept[kept >= 0].tolist() == alive
+        torch.testing.assert_close(logits[b, -1], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_prior_moves_the_choice() -> None:
+    model, inputs = llava(1)
+
+    def mean_place(strength: float) -> float:
+        with torch.no_grad(), vtr.apply(model, vtr.Debias(vtr.FastV(keep=4), strength)) as handle:
+            model(**inputs)
+        return float(handle.trace.kept.float().mean())
+
+    assert mean_place(20.0) < mean_place(0.0) < mean_place(-20.0)
+
+
+def test_padding_of_a_letter_box() -> None:
+    image = torch.full((2, 3, 8, 8), 0.25)
+    image[0, :, 3:6] = torch.rand(3, 3, 8) + 1  # three rows of picture, padding above and below
+    got = padding_share(image, (4, 2)).reshape(2, 4, 2)
+    assert got[0].tolist() == [[1, 1], [0.5, 0.5], [0, 0], [1, 1]]
+    assert not got[1].any(), "an image of one colour is no padding"
+    turned = padding_share(image.transpose(2, 3), (2, 4)).reshape(2, 2, 4)
+    assert torch.equal(turned[0], got[0].T)
+
+
+def test_what_cannot_be_wrapped_is_refused() -> None:
+    with pytest.raises(ValueError, match="method must rank by text-to-image attention"):
+        vtr.Debias(vtr.EViT())
+    for name, value in (("strength", float("inf")), ("padding", 1.5)):
+        with pytest.raises(ValueError, match=name):
+            vtr.Debias(**{name: value})
+    model, _ = llava(1)
+    with pytest.raises(vtr.UnsupportedMethodError, match=r"pixels|'encoder'"):
+        vtr.apply(model, vtr.Debias(padding=0.5))
+
+
+def test_positions_and_json_are_those_of_the_method() -> None:
+    assert vtr.Debias(vtr.FastV()).positions == "original"
+    assert vtr.Debias(vtr.PyramidDrop()).positions == "compact"
+    method = vtr.Debias(vtr.PyramidDrop(keep=(0.5, 0.2), layers=(1, 2)), strength=1.0)
+    assert vtr.create(**method.to_dict()) == method

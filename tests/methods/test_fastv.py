@@ -37,7 +37,12 @@ def test_equals_the_model_by_hand(positions: str, keep: Any, layer: int) -> None
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"keep": 0}, "keep"), ({"keep": float("nan")}, "keep"), ({"layer": 0}, "layer"), ({"layer": 2.0}, "layer")],
+    [
+        ({"keep": 0}, "keep"),
+        ({"keep": float("nan")}, "keep"),
+        ({"layer": 0}, "layer"),
+        ({"layer": 2.0}, "layer"),
+    ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from vision.vlm.models import IMAGE, llava
 
+import vtr
 from vtr.methods._merge import dpc_knn
 from vtr.methods.sparsevlm import clusters_of, raters, recycle
+
+from .slow import Seen, Sequence, best, features, run, samples
 
 
 def test_raters_are_above_the_mean() -> None:
@@ -83,3 +89,104 @@ def test_recycling_clusters_the_best_of_the_dropped() -> None:
         members = [j for j in chosen if source[j] == stays.index(chosen[centres[0]])]
         merged = step.merge(hidden)[b, stays.index(chosen[centres[0]])]
         torch.testing.assert_close(merged, hidden[b, members].mean(0))
+
+
+def slow_raters(visual: Tensor, text: Tensor) -> list[int]:
+    shares = torch.softmax(visual.double() @ text.double().T, 1).mean(0).tolist()
+    above = [t for t, r in enumerate(shares) if r > sum(shares) / len(shares)]
+    return above or list(range(len(shares)))
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(
+    ("keep", "layers", "recycling", "heads"),
+    [
+        ((10, 4), (0, 2), True, None),
+        ((10, 4), (0, 2), False, 2),
+        (3, (1,), True, 1),
+        ((0.5, 0.3, 0.1), None, True, None),
+    ],
+)
+def test_equals_the_model_by_hand(
+    positions: str, keep: Any, layers: Any, recycling: bool, heads: int | None
+) -> None:
+    model, inputs = llava(2)
+    method = vtr.SparseVLM(keep=keep, layers=layers, recycle=recycling, heads=heads)
+    with torch.no_grad(), vtr.apply(model, method, positions=positions) as handle:
+        logits = model(**inputs).logits
+    images = features(model, inputs)
+    where = layers or (0, 1, 2)
+    keeps = keep if isinstance(keep, tuple) else (keep,)
+    for b, ids in enumerate(samples(inputs)):
+        count = len(images[b])
+        first = int((ids == IMAGE).nonzero()[0])
+        after = [t for t in range(first, len(ids)) if ids[t] != IMAGE]
+        text = model.get_input_embeddings()(ids[after]).detach()
+        spans = [after[i] for i in slow_raters(images[b], text)]
+
+        def cut(
+            sequence: Sequence,
+            seen: dict[int, Seen],
+            count: int = count,
+            spans: tuple[int, ...] = tuple(spans),
+            ids: Tensor = ids,
+        ) -> None:
+            layer = max(seen) - 1
+            k = keeps[where.index(layer)]
+            number = k * (count // 16) if isinstance(k, int) else math.ceil(k * count)
+            here = seen[layer]
+            # Places of the raters: the text tokens are never cut, so count text tokens only.
+            text_rank = {int(t): r for r, t in enumerate((ids != IMAGE).nonzero()[:, 0])}
+            text_place = (~here.visual).nonzero()[:, 0]
+            rows = text_place[[text_rank[t] for t in spans]]
+            maps = here.attention()[:, rows][:, :, here.visual]
+            order = sorted(range(len(maps)), key=lambda h: -float(maps[h].sum()))
+            score = maps[order[:heads]].mean((0, 1))
+            main = best(score, number)
+            rest = [j for j in range(len(score)) if j not in main]
+            values: dict[int, Tensor] = {}
+            if recycling and rest:
+                rest.sort(key=lambda j: -float(score[j]))
+                taken = sorted(rest[: int(len(rest) * 0.3) + 1])
+                x = sequence.x[sequence.visual][taken]
+                centres, assigned = slow_dpc(x.double().tolist(), len(taken) // 10 + 1)
+                for c in centres:
+                    members = [i for i, a in enumerate(assigned) if a == c]
+                    values[taken[c]] = x[members].mean(0)
+            sequence.keep(sorted([*main, *values]), positions == "compact", values)
+
+        expected, alive = run(model, ids, images[b], {i + 1: cut for i in where})
+        kept = handle.trace.kept[b]
+        assert kept[kept >= 0].tolist() == alive
+        torch.testing.assert_close(logits[b, -1], expected, atol=3e-5, rtol=2e-4)
+
+
+def test_released_settings() -> None:
+    assert vtr.SparseVLM.released(192).keep == (300, 200, 110)
+    plus = vtr.SparseVLM.released(64, plus=True)
+    assert (plus.keep, plus.recycle, plus.heads) == ((66, 34, 20), False, 14)
+    with pytest.raises(ValueError, match="average must be one of 192, 128, 96, 64, got 100"):
+        vtr.SparseVLM.released(100)
+
+
+def test_an_image_at_the_end_of_the_prompt_is_refused() -> None:
+    model, inputs = llava(1)
+    last = int((inputs["input_ids"][0] == IMAGE).nonzero()[-1]) + 1
+    cut = {k: v[:, :last] if k != "pixel_values" else v for k, v in inputs.items()}
+    for method in (vtr.SparseVLM(keep=3, layers=(1,)), vtr.FastV(keep=3)):
+        with vtr.apply(model, method), pytest.raises(ValueError, match="ends with its image"):
+            model(**cut)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"keep": (3, 0)}, "keep"),
+        ({"heads": 0}, "heads"),
+        ({"layers": (-1,)}, "layers"),
+        ({"layers": ()}, "layers"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        vtr.SparseVLM(**options)
