@@ -79,7 +79,7 @@ def test_create_by_name() -> None:
     assert vtr.create("clsattention") == vtr.CLSAttention()
     with pytest.raises(ValueError, match=r"no method 'flowcat'\. Did you mean 'flowcut'"):
         vtr.create("flowcat")
-    with pytest.raises(ValueError, match="Known: cls-attention, .*evit"):
+    with pytest.raises(ValueError, match=r"Known: cls-attention, .*evit"):
         vtr.create("zzz")
     with pytest.raises(ValueError, match="evit has no option 'kept'; it has: keep, layers, fuse"):
         vtr.create("evit", kept=3)
