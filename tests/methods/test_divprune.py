@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vision.vlm.models import llava
 
+import vtr
 from vtr.methods.divprune import DivPrune, farthest_points
+
+from .slow import Sequence, features, run, samples
 
 
 def slow_subset(x: torch.Tensor, k: int) -> list[int]:
@@ -51,3 +55,20 @@ def test_is_blind_to_the_length_of_tokens() -> None:
 def test_bad_budgets_are_refused(keep: object) -> None:
     with pytest.raises(ValueError, match="keep"):
         DivPrune(keep=keep)  # type: ignore[arg-type]
+
+
+def test_cuts_the_projected_tokens_of_a_model() -> None:
+    model, inputs = llava(2)
+    with torch.no_grad(), vtr.apply(model, DivPrune(keep=6)) as handle:
+        logits = model(**inputs).logits
+    images = features(model, inputs)
+    for b, ids in enumerate(samples(inputs)):
+        wanted = slow_subset(images[b], 6 * (len(images[b]) // 16))
+        kept = handle.trace.kept[b]
+        assert kept[kept >= 0].tolist() == wanted
+
+        def cut(sequence: Sequence, seen: object, wanted: list[int] = wanted) -> None:
+            sequence.keep(wanted, compact=True)
+
+        expected, _ = run(model, ids, images[b], {0: cut})
+        torch.testing.assert_close(logits[b, -1], expected, atol=2e-5, rtol=1e-4)
