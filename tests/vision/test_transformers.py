@@ -313,13 +313,14 @@ def twins() -> Tensor:
     return patches.reshape(2, 8, 8, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "dinov3"])
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+MERGED = [(n, "sdpa") for n in MODELS if n != "dinov3"]  # whose rotation tells all patches apart
+MERGED += [(n, "eager") for n in ("clip", "siglip", "dinov2-classes", "internvl")]
+
+
+@pytest.mark.parametrize(("name", "implementation"), MERGED)
 def test_merging_equal_tokens_changes_nothing(name: str, implementation: str) -> None:
     """Sizes in attention and pooling: 16 merged pairs count like the 32 tokens they were."""
-    if implementation == "eager" and name not in ("clip", "siglip", "dinov2-classes"):
-        pytest.skip("one of each layout is enough")
-    model, x = build(name), twins()
+    model, x = build(name).double(), twins().double()
     level_positions(model)
     model.set_attn_implementation(implementation)
     with torch.no_grad():
@@ -332,15 +333,15 @@ def test_merging_equal_tokens_changes_nothing(name: str, implementation: str) ->
             wrong = model(x)
         with vtr.apply(model, vtr.ToMe(r=(16, 0, 0, 0)), output="restored"):
             restored = model(x)
-    pooled = any(getattr(dense, k, None) is not None for k in ("logits", "image_embeds", "pooler_output"))
-    if not pooled:
-        torch.testing.assert_close(
-            restored.last_hidden_state, dense.last_hidden_state, atol=2e-4, rtol=2e-4
-        )
-        return
-    torch.testing.assert_close(result(short), result(dense), atol=2e-4, rtol=2e-4)
-    torch.testing.assert_close(result(restored), result(dense), atol=2e-4, rtol=2e-4)
-    assert (result(wrong) - result(dense)).abs().max() > 5e-3
+    # Sizes enter as float32 logarithms, which bounds the agreement of float64 models.
+    torch.testing.assert_close(result(short), result(dense), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        restored.last_hidden_state if hasattr(restored, "last_hidden_state") else result(restored),
+        dense.last_hidden_state if hasattr(dense, "last_hidden_state") else result(dense),
+        atol=1e-6,
+        rtol=1e-6,
+    )
+    assert (result(wrong) - result(dense)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", MEANS)
@@ -484,8 +485,11 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert out.dtype == dtype and out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["clip", "dinov3", "vit-classes"])
-@pytest.mark.parametrize("method", [vtr.EViT(keep=0.5, layers=(1,)), vtr.ToMe(r=6)], ids=["evit", "tome"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("clip", vtr.ToMe(r=6)), ("dinov3", vtr.EViT(keep=0.5, layers=(1,)))],
+    ids=["clip-tome", "dinov3-evit"],
+)
 def test_compiles_to_one_graph(name: str, method: Method) -> None:
     model, x = build(name), pixels()
     torch._dynamo.reset()
