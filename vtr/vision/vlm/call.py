@@ -70,6 +70,7 @@ class Call:
         self.visual = visual
         nothing = torch.zeros_like(live) if visual is None else visual
         self.layout = self.entered = Layout(live, nothing)
+        self.arrived = self.layout.slots
         self.rank = (live.long().cumsum(1) - 1).clamp(min=0)
         self.segments: list[tuple[int, Layout]] = []
         self.rope: tuple[Tensor, Tensor] | None = None

@@ -139,6 +139,7 @@ class InternVL(Family):
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         capture.grids = [square(n) for n in capture.lengths]
+        capture.tiled = True
         capture.spread = Shuffled(inner, float(inner.config.downsample_ratio))
 
 

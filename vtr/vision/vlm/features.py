@@ -20,7 +20,8 @@ class Capture:
 
     Attributes:
         memory: per applied method, what it stored in the encoder.
-        lengths: visual tokens of each image (or tile, where the prompt has a span for each tile).
+        lengths: visual tokens of each image, or of each tile.
+        tiled: whether they are tiles; those that follow one another in the prompt are one image.
         grids: their grids, None where they are no plain grid.
         spread: scores (crops, patches) -> per image a (length,) float32 tensor, NaN for separators; or
             None where the tower's tokens cannot be followed.
@@ -33,6 +34,7 @@ class Capture:
         self.memory: dict[int, dict[str, Any]] = {}
         self.lengths: list[int] = []
         self.grids: list[Grid] = []
+        self.tiled = False
         self.spread: Spreader | None = None
         self.alive: Tensor | None = None
         self.cutters: tuple[str, ...] = ()
@@ -89,11 +91,18 @@ class Captures:
             return [[(0, n, None)] for n in call.entry.tolist()]
         capture = self.only("images")
         out = []
-        for start, stop in self.rows(call, sum(capture.lengths)):
-            spans, at = [], 0
+        for b, (start, stop) in enumerate(self.rows(call, sum(capture.lengths))):
+            spans: list[tuple[int, int, Grid]] = []
+            at = 0
+            slots = call.arrived[b].tolist() if capture.tiled else []
             for length, grid in zip(capture.lengths, capture.grids, strict=True):
                 if start <= at < stop:
-                    spans.append((at - start, length, grid))
+                    first = at - start
+                    if capture.tiled and spans and slots[first] == slots[first - 1] + 1:
+                        before = spans.pop()
+                        spans.append((before[0], before[1] + length, None))
+                    else:
+                        spans.append((first, length, grid))
                 at += length
             out.append(spans)
         return out

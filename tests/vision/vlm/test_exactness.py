@@ -1,0 +1,165 @@
+"""Every family: what is kept changes nothing, what is cut is gone and nothing else."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+import vtr
+from tests.vision.vlm.models import FAMILIES, IMAGE
+from tests.vision.vlm.picks import (
+    BOTH,
+    DECODER,
+    KEEP_ALL,
+    PROMPT,
+    STEPS,
+    Masked,
+    Pick,
+    generate,
+    gone_of,
+    lengths,
+    same,
+)
+
+CLOSE = 3e-5
+family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@lru_cache(maxsize=None)
+def made(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
+    return FAMILIES[name](batch)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def cuts(output: Any, inputs: dict[str, Any]) -> None:
+    """The cache is really shorter than the prompt and what was generated."""
+    full = inputs["input_ids"].shape[1] + STEPS - 1
+    assert min(lengths(output)) < full
+
+
+@family
+@pytest.mark.parametrize("batch", [1, 2])
+def test_keeping_everything_changes_nothing(name: str, batch: int) -> None:
+    model, inputs = made(name, batch)
+    dense = generate(model, inputs)
+    with vtr.apply(model, KEEP_ALL) as handle:
+        kept = generate(model, inputs)
+        assert len(handle.trace.stages) == 2
+        assert all(s.tokens_in == s.tokens_out for s in handle.trace.stages)
+    same(dense, kept)
+
+
+@family
+@pytest.mark.parametrize("method", [PROMPT, DECODER, BOTH], ids=["prompt", "decoder", "both"])
+def test_what_is_dropped_is_masked_out_and_gone(name: str, method: Pick) -> None:
+    model, inputs = made(name, 2)
+    ids = inputs["input_ids"]
+    with vtr.apply(model, method) as handle:
+        reduced = generate(model, inputs)
+        gone = gone_of(handle, ids, IMAGE)
+    text = (ids != IMAGE).logical_and(inputs["attention_mask"].bool()).sum(1)
+    wanted = []
+    for i in range(4):
+        layers = [k for k in gone if k <= i]
+        left = inputs["attention_mask"].sum(1)
+        if layers:
+            left = text + ((ids == IMAGE) & ~gone[max(layers)]).sum(1)
+            wanted.append(int(left.max()) + STEPS - 1)
+        else:
+            wanted.append(ids.shape[1] + STEPS - 1)
+    assert lengths(reduced) == wanted
+    cuts(reduced, inputs)
+    with Masked(model, gone):
+        masked = generate(model, inputs)
+    same(masked, reduced, CLOSE)
+    dense = generate(model, inputs)
+    change = max(float((a - b).abs().max()) for a, b in zip(dense.logits, reduced.logits, strict=True))
+    assert change > 100 * CLOSE  # or the comparison would show nothing
+
+
+@family
+def test_a_sample_of_a_batch_gets_what_it_gets_alone(name: str) -> None:
+    model, inputs = made(name, 2)
+    _, alone = made(name, 1)
+    with vtr.apply(model, BOTH):
+        both, one = generate(model, inputs), generate(model, alone)
+    assert torch.equal(both.sequences[:1, -STEPS:], one.sequences[:, -STEPS:])
+    for a, b in zip(both.logits, one.logits, strict=True):
+        torch.testing.assert_close(a[:1], b, rtol=0, atol=CLOSE)
+
+
+@family
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=["beams", "static", "uncached"],
+)
+def test_ways_to_generate(name: str, options: dict[str, Any]) -> None:
+    model, inputs = made(name, 2)
+    dense = generate(model, inputs, **options)
+    with vtr.apply(model, KEEP_ALL):
+        same(dense, generate(model, inputs, **options), CLOSE)
+    method = Pick(keep=((4,),))  # of every beam alike
+    again = {**options, "use_cache": False} if "num_beams" in options else {}
+    with vtr.apply(model, method):  # the same tokens by another way
+        same(generate(model, inputs, **again), generate(model, inputs, **options), CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("method", [PROMPT, DECODER], ids=["prompt", "decoder"])
+def test_eager_attention(name: str, method: Pick) -> None:
+    model, inputs = FAMILIES[name](2)
+    with vtr.apply(model, method):
+        fused = generate(model, inputs)
+    model.set_attn_implementation("eager")
+    with vtr.apply(model, method):
+        same(fused, generate(model, inputs), CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["cached", "uncached"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_positions_with_gaps_are_no_packed_sequences(name: str, options: dict[str, Any]) -> None:
+    """One sample, no padding, no mask given: the case that transformers reads as packed sequences."""
+    model, inputs = made(name, 1)
+    without = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    with vtr.apply(model, PROMPT) as handle:
+        reduced = model(**without, **options).logits[:, -1]
+        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+    with Masked(model, gone):
+        masked = model(**without).logits[:, -1]
+    torch.testing.assert_close(reduced, masked, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "internvl"])
+def test_right_padding(name: str) -> None:
+    model, inputs = made(name, 2)
+    shift = (inputs["attention_mask"] == 0).sum(1)
+    turned = dict(inputs)
+    for key in ("input_ids", "attention_mask"):
+        rows = zip(inputs[key], shift.tolist(), strict=True)
+        turned[key] = torch.stack([torch.roll(row, -n) for row, n in rows])
+    turned["position_ids"] = (turned["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    left = {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    with vtr.apply(model, BOTH):
+        a, b = model(**left).logits, model(**turned).logits
+    numbers = torch.tensor([len(t) for t in [a[0]] * 2])
+    assert a.shape == b.shape and bool((numbers == a.shape[1]).all())
+    with vtr.apply(model, BOTH) as handle:
+        model(**turned)
+        last = handle.trace.stages[-1].total.valid.sum(1)
+    text = ((turned["input_ids"] != IMAGE) & turned["attention_mask"].bool()).sum(1)
+    ends = (text + last).tolist()
+    for row, end in enumerate(ends):
+        torch.testing.assert_close(a[row, -1], b[row, end - 1], rtol=0, atol=CLOSE)
