@@ -58,6 +58,7 @@ def demo_methods() -> list[Method]:
 def sweep_methods() -> dict[str, list[Method]]:
     """Per method, settings from light to heavy, for the plot."""
     shares = (0.75, 0.5, 0.25, 0.12, 0.06)
+    stages = ((0.75, 0.6, 0.4), (0.5, 0.4, 0.25), (0.25, 0.18, 0.12), (0.15, 0.1, 0.08), (0.09, 0.08, 0.07))
     return {
         "Random": [vtr.Random(keep=k, layers=(1,)) for k in shares],
         "CLSAttention": [vtr.CLSAttention(keep=k, layers=(1,)) for k in shares],
@@ -73,11 +74,8 @@ def sweep_methods() -> dict[str, list[Method]]:
                 (72, 36, 18, 9, 4),
             )
         ],
-        "ToFe": [vtr.ToFe(keep=(k, k * 0.75, k * 0.5)) for k in (0.75, 0.5, 0.25, 0.15, 0.08)],
-        "ToFe (trained)": [
-            vtr.ToFe(keep=(k, k * 0.75, k * 0.5), weights=TOFE_WEIGHTS)
-            for k in (0.75, 0.5, 0.25, 0.15, 0.08)
-        ],
+        "ToFe": [vtr.ToFe(keep=keep) for keep in stages],
+        "ToFe (trained)": [vtr.ToFe(keep=keep, weights=TOFE_WEIGHTS) for keep in stages],
     }
 
 
