@@ -1,0 +1,385 @@
+"""A wrapped model in use: chats, losses, pipelines, copies, errors."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+import vtr
+from tests.vision.vlm.models import FAMILIES, IMAGE, noise, prompts
+from tests.vision.vlm.picks import (
+    BOTH,
+    DECODER,
+    KEEP_ALL,
+    PROMPT,
+    STEPS,
+    Masked,
+    Pick,
+    generate,
+    gone_of,
+    lengths,
+    same,
+)
+
+CLOSE = 3e-5
+turns = pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+
+
+@lru_cache(maxsize=None)
+def made(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
+    return FAMILIES[name](batch)
+
+
+def grown(inputs: dict[str, Any], sequences: torch.Tensor, more: torch.Tensor) -> dict[str, Any]:
+    """The prompt of a second turn: everything so far and new text."""
+    ids = torch.cat([sequences, more], 1)
+    mask = torch.ones_like(ids)
+    mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def question(batch: int) -> torch.Tensor:
+    return torch.arange(20, 25).expand(batch, 5)
+
+
+# ---- chats ----------------------------------------------------------------------------------
+
+
+@turns
+@pytest.mark.parametrize("method", [PROMPT, DECODER, BOTH], ids=["prompt", "decoder", "both"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all-ids", "new-ids"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_second_turn_reuses_the_cache(name: str, method: Pick, whole: bool, batch: int) -> None:
+    model, inputs = made(name, batch)
+    with vtr.apply(model, method) as handle:
+        first = generate(model, inputs)
+        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+        held = lengths(first)
+        # The last token that was generated is not in the cache yet; it comes with the new turn.
+        turn = grown(inputs, first.sequences, question(batch))
+        if not whole:
+            turn["input_ids"] = turn["input_ids"][:, inputs["input_ids"].shape[1] + STEPS - 1 :]
+        second = generate(model, turn, past_key_values=first.past_key_values)
+        assert lengths(second) == [n + 6 + STEPS - 1 for n in held]
+    with Masked(model, gone):
+        first = generate(model, inputs)
+        turn = grown(inputs, first.sequences, question(batch))
+        masked = generate(model, turn, past_key_values=first.past_key_values)
+    for a, b in zip(second.logits, masked.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("method", [PROMPT, DECODER, BOTH], ids=["prompt", "decoder", "both"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_second_turn_with_an_image_of_its_own(method: Pick, positions: str) -> None:
+    """Both turns in one cache equal the step-by-step run without generate."""
+    model, _ = made("llava", 1)
+    first, second = prompts([[16]]), prompts([[16], [16, 16]])
+    second = {"input_ids": second["input_ids"][1:], "attention_mask": second["attention_mask"][1:]}
+    n = first["input_ids"].shape[1]
+    images = noise(3, 3, 28, 28)
+    whole = torch.cat([first["input_ids"], second["input_ids"]], 1)
+    chosen = Pick(method.at, tuple((k[0],) for k in method.keep))
+    with vtr.apply(model, chosen, positions=positions) as handle:
+        out = model(**first, pixel_values=images[:1])
+        gone = gone_of(handle, first["input_ids"], IMAGE)
+        mask = torch.ones(1, whole.shape[1], dtype=torch.long)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == n
+        out = model(
+            input_ids=second["input_ids"],
+            attention_mask=mask,
+            pixel_values=images[1:],
+            past_key_values=cache,
+        )
+        later = gone_of(handle, second["input_ids"], IMAGE)
+        step = model(
+            input_ids=torch.tensor([[7]]),
+            attention_mask=torch.ones(1, whole.shape[1] + 1, dtype=torch.long),
+            past_key_values=cache,
+        )
+    assert cache.get_seq_length() == whole.shape[1] + 1
+    both = {k: torch.cat([gone[k], later[k]], 1) for k in gone}
+    if positions == "compact" and method is not PROMPT:
+        return  # positions differ from layer to layer: no full-length run has them
+    ids = torch.cat([whole, torch.tensor([[7]])], 1)
+    place = torch.arange(ids.shape[1])[None]
+    if positions == "compact":
+        dropped = torch.nn.functional.pad(both[0], (0, 1))
+        place = place - dropped.long().cumsum(1)
+    with Masked(model, {k: torch.nn.functional.pad(g, (0, 1)) for k, g in both.items()}):
+        full = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=place,
+            pixel_values=images,
+        )
+    # In the first turn's layers the second image is seen whole by its own tokens only.
+    torch.testing.assert_close(step.logits[:, -1], full.logits[:, -1], rtol=0, atol=CLOSE)
+    torch.testing.assert_close(out.logits[:, -1], full.logits[:, -2], rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_without_an_image_is_untouched(name: str) -> None:
+    model, _ = made(name, 1)
+    ids = torch.arange(10, 22)[None]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name.startswith("qwen"):
+        text["mm_token_type_ids"] = torch.zeros_like(ids, dtype=torch.int)
+    dense = generate(model, text)
+    with vtr.apply(model, BOTH) as handle:
+        same(dense, generate(model, text))
+        assert handle.trace.stages == []
+
+
+def test_images_are_found_in_the_middle_of_a_chat() -> None:
+    model, _ = made("llava", 1)
+    inputs = {**prompts([[16, 16], [16]]), "pixel_values": noise(3, 3, 28, 28)}
+    seen: list[Any] = []
+
+    class Look(Pick):
+        def reduce(self, site: Any) -> Any:
+            seen.append((site.images, site.text_after.sum(1).tolist(), site.extra["entry"].tolist()))
+            return super().reduce(site)
+
+    with vtr.apply(model, Look()):
+        generate(model, inputs)
+    images, after, entry = seen[0]
+    assert images == [[(0, 16, (4, 4)), (16, 16, (4, 4))], [(0, 16, (4, 4))]]
+    assert entry == [32, 16]
+    assert after == [6, 4]  # text of 3 tokens after each image of the first, 4 of the second
+
+
+def test_one_image_too_many_is_the_models_own_error() -> None:
+    model, inputs = made("llava", 1)
+    wrong = {**inputs, "pixel_values": noise(2, 3, 28, 28)}
+    with pytest.raises(Exception, match="do not match") as plain:
+        generate(model, wrong)
+    with vtr.apply(model, PROMPT):
+        with pytest.raises(type(plain.value), match="do not match"):
+            generate(model, wrong)
+        after = generate(model, inputs)
+    with vtr.apply(model, PROMPT):
+        same(after, generate(model, inputs))
+
+
+# ---- losses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("method", [PROMPT, DECODER], ids=["prompt", "decoder"])
+def test_the_loss_is_that_of_the_masked_run(name: str, method: Pick) -> None:
+    model, inputs = made(name, 2)
+    ids = inputs["input_ids"]
+    labels = torch.where((ids == IMAGE) | (inputs["attention_mask"] == 0), -100, ids)
+    for row in labels:  # questions are not learned, answers are
+        row[: int((row == -100).nonzero().max()) + 2] = -100
+    with vtr.apply(model, method) as handle:
+        out = model(**inputs, labels=labels)
+        rows = model(**inputs, labels=labels, return_dict=False)
+        gone = gone_of(handle, ids, IMAGE)
+    with Masked(model, gone):
+        masked = model(**inputs, labels=labels)
+    torch.testing.assert_close(out.loss, masked.loss, rtol=0, atol=CLOSE)
+    torch.testing.assert_close(rows[0], out.loss)
+    assert out.logits.shape[1] < ids.shape[1]
+
+
+def test_gradients_flow_through_cuts() -> None:
+    model, inputs = FAMILIES["llava"](2)
+    labels = torch.where(inputs["input_ids"] == IMAGE, -100, inputs["input_ids"])
+    with vtr.apply(model, BOTH):
+        model(**inputs, labels=labels).loss.backward()
+    inner = model.model
+    for part in (inner.multi_modal_projector.linear_1, inner.language_model.layers[3].self_attn.q_proj):
+        assert float(part.weight.grad.abs().max()) > 0
+
+
+# ---- positions ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl"])
+def test_compact_positions_are_those_of_the_short_prompt(name: str) -> None:
+    """A prompt that never had the dropped tokens gives the same logits, at every step."""
+    model, inputs = made(name, 2)
+    inner = model.model
+    with vtr.apply(model, PROMPT, positions="compact") as handle:
+        reduced = generate(model, inputs)
+        gone = gone_of(handle, inputs["input_ids"], IMAGE)[0]
+        original = model(**inputs).logits[:, -1]
+    held: dict[str, Any] = {}
+
+    def grab(module: Any, args: Any, kwargs: Any) -> None:
+        held.setdefault("embeds", kwargs["inputs_embeds"])
+
+    hook = inner.language_model.register_forward_pre_hook(grab, with_kwargs=True)
+    generate(model, inputs, max_new_tokens=1)
+    hook.remove()
+    for b in range(2):
+        stay = inputs["attention_mask"][b].bool() & ~gone[b]
+        short = held["embeds"][b : b + 1, stay]
+        text = generate(model, {"inputs_embeds": short, "attention_mask": torch.ones(1, short.shape[1])})
+        for x, y in zip(reduced.logits, text.logits, strict=True):
+            torch.testing.assert_close(x[b : b + 1], y, rtol=0, atol=CLOSE)
+    torch.testing.assert_close(original, reduced.logits[0], rtol=0, atol=CLOSE)
+    with vtr.apply(model, PROMPT, positions="original"):
+        other = generate(model, inputs)
+    assert float((other.logits[0] - reduced.logits[0]).abs().max()) > 100 * CLOSE
+
+
+def test_a_methods_own_positions_are_the_default() -> None:
+    class Compact(Pick):
+        positions = "compact"
+
+    model, inputs = made("llava", 2)
+    with vtr.apply(model, Compact()):
+        own = generate(model, inputs)
+    with vtr.apply(model, PROMPT, positions="compact"):
+        same(own, generate(model, inputs))
+    qwen, prompt = made("qwen2_5_vl", 2)
+    with vtr.apply(qwen, Compact()):  # its positions are two-dimensional: they are kept
+        own = generate(qwen, prompt)
+    with vtr.apply(qwen, PROMPT, positions="original"):
+        same(own, generate(qwen, prompt))
+    with pytest.raises(ValueError, match="m-RoPE"):
+        vtr.apply(qwen, PROMPT, positions="compact")
+    with pytest.raises(ValueError, match="positions must be"):
+        vtr.apply(model, PROMPT, positions="dense")
+
+
+# ---- life -----------------------------------------------------------------------------------
+
+
+def state(model: Any) -> list[Any]:
+    """Attributes and hooks of every module."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return [
+        (sorted(vars(m)), [list(getattr(m, h).values()) for h in hooks]) for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_removing_restores_the_model_to_the_bit(name: str) -> None:
+    model, inputs = made(name, 2)
+    dense = generate(model, inputs)
+    keys, before = list(model.state_dict()), state(model)
+    handle = vtr.apply(model, BOTH)
+    assert list(model.state_dict()) == keys
+    generate(model, inputs)
+    handle.pause()
+    same(dense, generate(model, inputs))
+    handle.resume()
+    assert min(lengths(generate(model, inputs))) < min(lengths(dense))
+    handle.remove()
+    same(dense, generate(model, inputs))
+    assert state(model) == before
+
+
+def test_an_exception_leaves_the_model_usable() -> None:
+    class Broken(Pick):
+        def reduce(self, site: Any) -> Any:
+            if site.site == "decoder" and broken:
+                raise ZeroDivisionError("in the middle")
+            return super().reduce(site)
+
+    model, inputs = made("llava", 2)
+    dense = generate(model, inputs)
+    broken = True
+    with vtr.apply(model, Broken(BOTH.at, BOTH.keep)):
+        with pytest.raises(ZeroDivisionError):
+            generate(model, inputs)
+        broken = False
+        after = generate(model, inputs)
+        text = {k: inputs[k][:, -3:] for k in ("input_ids", "attention_mask")}
+        model(**text)
+    same(dense, generate(model, inputs))
+    with vtr.apply(model, BOTH):
+        same(after, generate(model, inputs))
+
+
+def test_copies_live_on_their_own() -> None:
+    model, inputs = FAMILIES["llava"](2)
+    dense = generate(model, inputs)
+    handle = vtr.apply(model, BOTH)
+    reduced = generate(model, inputs)
+    twin = copy.deepcopy(model)
+    handle.remove()
+    same(dense, generate(model, inputs))
+    same(reduced, generate(twin, inputs))
+    for h in vtr.handles(twin):
+        h.remove()
+    same(dense, generate(twin, inputs))
+
+
+def test_a_copied_cache_goes_on_from_the_same_cut() -> None:
+    """The usual way to share a prompt's cache between questions."""
+    model, inputs = made("llava", 1)
+    with torch.no_grad(), vtr.apply(model, BOTH):
+        first = model(**inputs)
+        mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
+        answers = []
+        for token in (30, 31, 30):
+            cache = copy.deepcopy(first.past_key_values)
+            out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, past_key_values=cache)
+            answers.append(out.logits)
+    assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
+
+
+def test_a_mask_of_the_wrong_width_is_refused() -> None:
+    model, inputs = made("llava", 1)
+    with vtr.apply(model, PROMPT):
+        cache = model(**inputs).past_key_values
+        with pytest.raises(ValueError, match="one for every token so far"):
+            model(
+                input_ids=torch.tensor([[7]]),
+                attention_mask=torch.ones(1, 6, dtype=torch.long),
+                past_key_values=cache,
+            )
+
+
+def test_methods_follow_one_another() -> None:
+    model, inputs = made("llava", 2)
+    with vtr.apply(model, [PROMPT, DECODER]) as handle:
+        one = generate(model, inputs)
+        assert [s.site for s in handle.trace.stages] == ["prompt", "decoder", "decoder"]
+        assert handle.trace.stages[-1].total.n_in == 32
+    first, second = vtr.apply(model, DECODER), vtr.apply(model, PROMPT)
+    same(one, generate(model, inputs))
+    first.remove()
+    with pytest.raises(ValueError, match="different layers"):
+        vtr.apply(model, PROMPT)
+    second.remove()
+
+
+def test_stages_that_do_not_exist_are_refused() -> None:
+    model, _ = made("llava", 1)
+    with pytest.raises(ValueError, match="nothing comes after layer 3"):
+        vtr.apply(model, Pick((("decoder", 3, "end"),)))
+    with pytest.raises(ValueError, match="'start' or 'end'"):
+        vtr.apply(model, Pick((("decoder", 1, "middle"),)))
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_inner_model_can_be_wrapped() -> None:
+    model, inputs = FAMILIES["llava"](2)
+    with vtr.apply(model, BOTH):
+        whole = model(**inputs)
+    with vtr.apply(model.model, BOTH) as handle:
+        inner = model.model(**inputs)
+        assert handle.report().to_dict()["kv_bytes"] is not None
+    torch.testing.assert_close(model.lm_head(inner.last_hidden_state), whole.logits)
+
+
+def test_keeping_all_reports_no_gain() -> None:
+    model, inputs = made("llava", 2)
+    with vtr.apply(model, KEEP_ALL) as handle:
+        with pytest.raises(RuntimeError, match="has not been called"):
+            handle.report()
+        generate(model, inputs)
+        report = handle.report().to_dict()
+    assert report["flops"]["language"]["dense"] == report["flops"]["language"]["reduced"]
+    assert report["kv_bytes"]["dense"] == report["kv_bytes"]["reduced"]
