@@ -137,3 +137,47 @@ def samples(inputs: dict[str, Any]) -> list[Tensor]:
     return [
         row[m.bool()] for row, m in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
     ]
+
+
+class Tower:
+    """The vision tower of a LLaVA, run image by image in plain code up to the layer that is used."""
+
+    def __init__(self, model: Any) -> None:
+        tower = model.model.vision_tower
+        self.model, self.tower = model, getattr(tower, "vision_model", tower)
+        self.layers = list(self.tower.encoder.layers)
+        self.heads = tower.config.num_attention_heads
+        layer = model.config.vision_feature_layer
+        self.last = len(self.layers) + layer if layer < 0 else layer - 1
+
+    @torch.no_grad()
+    def start(self, image: Tensor) -> Tensor:
+        """(T, C), the class token first."""
+        x = self.tower.embeddings(image[None])
+        return self.tower.pre_layrnorm(x)[0]
+
+    def qkv(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (H, T, D) float64 of a layer with input x (T, C)."""
+        block = self.layers[layer]
+        h = block.layer_norm1(x)
+        attention = block.self_attn
+        q, k, v = (
+            p(h).view(len(h), self.heads, -1).transpose(0, 1).double()
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return q, k, v
+
+    @torch.no_grad()
+    def step(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output (T, C) of a layer, its attention map (H, T, T), keys and values (H, T, D)."""
+        block = self.layers[layer]
+        q, k, v = self.qkv(layer, x)
+        maps = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+        mixed = (maps @ v).transpose(0, 1).reshape(len(x), -1).float()
+        h = x + block.self_attn.out_proj(mixed)
+        return h + block.mlp(block.layer_norm2(h)), maps, k, v
+
+    @torch.no_grad()
+    def project(self, x: Tensor) -> Tensor:
+        """Visual tokens of patches (N, C)."""
+        return self.model.model.multi_modal_projector(x[None])[0]

@@ -106,7 +106,7 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
         with pytest.raises(ValueError, match=name):
             vtr.Debias(**{name: value})
     model, _ = llava(1)
-    with pytest.raises(vtr.UnsupportedMethodError, match=r"pixels|'encoder'"):
+    with pytest.raises(vtr.UnsupportedMethodError, match="pixels"):
         vtr.apply(model, vtr.Debias(padding=0.5))
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from tiny import site as make_site
+from vision.vlm.models import internvl, llava, llava_next, llava_onevision
 
-from vtr.methods.vflowopt import calibrated_context, recycle
+import vtr
+from vtr.methods.vflowopt import calibrated_context, cells, patch_entropy, recycle
 from vtr.tokens import TokenMap
+
+from .slow import Seen, Sequence, Tower, best, features, run, samples
 
 
 def slow_context(attention: torch.Tensor, threshold: float) -> list[float]:
@@ -65,9 +70,155 @@ def test_recycling_merges_the_least_important_by_cells(seed: int) -> None:
     got = recycle(importance, cell, target, valid)
     assert got.valid.sum(1).tolist() == target.tolist()
     for row, n in enumerate(sizes):
-        stands = slow_recycle(importance[row, :n].tolist(), cell[row, :n].tolist(), int(target[row]))
+        stands = slow_recycle(
+            importance[row, :n].tolist(), cell[row, :n].tolist(), int(target[row])
+        )
         kept = sorted(set(stands.values()))
         assert got.kept[row, : len(kept)].tolist() == kept
         for j in range(18):
             slot = kept.index(stands[j]) if j in stands else -1
             assert int(got.source[row, j]) == slot
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize(("keep", "side"), [((0.6, 0.7, 0.5), 2.0), (0.4, 1.5), (5, 4.0)])
+def test_equals_the_model_by_hand(keep: Any, side: float, merge: bool) -> None:
+    model, inputs = llava(2)
+    layers = (1, 3)
+    method = vtr.VFlowOpt(keep=keep, threshold=1.1, cell=side, layers=layers, merge=merge)
+    with torch.no_grad(), vtr.apply(model, method) as handle:
+        logits = model(**inputs).logits
+    images, pixels, at = features(model, inputs), inputs["pixel_values"], 0
+    tower = Tower(model)
+    for b, ids in enumerate(samples(inputs)):
+        count = len(images[b])
+        importance: list[float] = []
+        for image in pixels[at : at + count // 16]:
+            x = tower.start(image)
+            for layer in range(tower.last + 1):
+                x, maps, _, _ = tower.step(layer, x)
+            importance += slow_context(maps.mean(0)[1:, 1:], 1.1)
+        at += count // 16
+        cell = [
+            (i // 16) * 100 + int(i % 16 // 4 / side) * 10 + int(i % 4 / side) for i in range(count)
+        ]
+        share = keep * (count // 16) / count if isinstance(keep, int) else keep
+        rates = keep if isinstance(keep, tuple) else method.rates(share, 4, layers)
+        sizes, n = [], count
+        for rate in rates:
+            n -= round(n * (1 - rate))
+            sizes.append(n)
+
+        def entry(
+            sequence: Sequence,
+            seen: object,
+            importance: list[float] = importance,
+            cell: list[int] = cell,
+            size: int = sizes[0],
+            x: torch.Tensor = images[b],
+        ) -> None:
+            if not merge:
+                sequence.keep(best(torch.tensor(importance), size), compact=False)
+                return
+            stands = slow_recycle(importance, cell, size)
+            values = {}
+            for head in set(stands.values()):
+                members = [j for j, h in stands.items() if h == head]
+                weight = torch.tensor([importance[j] for j in members])
+                values[head] = (weight[:, None] / weight.sum() * x[members]).sum(0)
+            sequence.keep(sorted(values), False, values)
+
+        def later(
+            sequence: Sequence,
+            seen: dict[int, Seen],
+            importance: list[float] = importance,
+            sizes: list[int] = sizes,
+        ) -> None:
+            ranked = torch.tensor([importance[j] for j in sequence.alive.tolist()])
+            sequence.keep(best(ranked, sizes[1 + layers.index(max(seen))]), compact=False)
+
+        def first(sequence: Sequence, seen: dict[int, Seen], entry: Any = entry) -> None:
+            entry(sequence, seen)
+
+        expected, alive = run(model, ids, images[b], {0: first, 1: later, 3: later})
+        kept = handle.trace.kept[b]
+        assert kept[kept >= 0].tolist() == alive and len(alive) == sizes[-1]
+        torch.testing.assert_close(logits[b, -1], expected, atol=3e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.25, 0.5, 0.9, 0.97, 1.0])
+def test_rates_meet_the_budget_on_average(keep: float) -> None:
+    layers = (9, 18)
+    r1, r2, r3 = vtr.VFlowOpt(keep=keep).rates(keep, 28, layers)
+    assert 0 < r1 <= 1 and 0 < r2 <= 1 and 0 < r3 <= 1
+    assert (r1 * 9 + r1 * r2 * 9 + r1 * r2 * r3 * 10) / 28 == pytest.approx(keep)
+
+
+def test_released_settings_meet_their_budgets() -> None:
+    for name, share in (("50%", 0.5), ("25%", 0.25), ("10%", 0.1)):
+        method = vtr.VFlowOpt.released(name)
+        assert isinstance(method.keep, tuple) and method.alpha == 0.0
+        r1, r2, r3 = method.keep
+        assert (r1 * 9 + r1 * r2 * 9 + r1 * r2 * r3 * 10) / 28 == pytest.approx(share, abs=2e-3)
+    with pytest.raises(ValueError, match="budget must be one of 50%, 25%, 10%"):
+        vtr.VFlowOpt.released("75%")
+
+
+def test_cells_of_fractional_side() -> None:
+    row = torch.arange(6).repeat_interleave(6).float()[None]
+    column = torch.arange(6).repeat(6).float()[None]
+    group = torch.zeros(1, 36)
+    group[0, 35] = -1
+    got = cells(group, row, column, 2.5)[0]
+    assert int(got.max()) < 36
+    for i in range(36):
+        for j in range(36):
+            together = math.floor(row[0, i] / 2.5) == math.floor(row[0, j] / 2.5) and math.floor(
+                column[0, i] / 2.5
+            ) == math.floor(column[0, j] / 2.5)
+            if 35 in (i, j):
+                together = i == j
+            assert (got[i] == got[j]) == together
+
+
+@pytest.mark.parametrize("family", [llava_next, llava_onevision, internvl])
+def test_tiled_images_have_the_exact_number(family: Any) -> None:
+    model, inputs = family(2)
+    n = (inputs["input_ids"] == 150).sum(1).tolist()
+    method = vtr.VFlowOpt(keep=(0.5, 1.0, 1.0), threshold=1.0, cell=2.0)
+    with torch.no_grad(), vtr.apply(model, method) as handle:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert (handle.trace.kept >= 0).sum(1).tolist() == [c - round(c / 2) for c in n]
+    assert int(handle.trace.stages[0].map.size.max()) > 1, "something was recycled"
+
+
+def test_entropy_of_patches() -> None:
+    pixels = torch.zeros(1, 3, 4, 8)
+    pixels[0, :, :, 4:6] = 200.0
+    got = patch_entropy(pixels, (1, 2))
+    torch.testing.assert_close(got, torch.tensor([[0.0, 1.0]]))
+
+
+def test_the_entropy_term_needs_pixels() -> None:
+    model, _ = llava(1)
+    with pytest.raises(vtr.UnsupportedMethodError, match="pixels"):
+        vtr.apply(model, vtr.VFlowOpt(alpha=0.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 0},
+        {"keep": (0.5, 0.5)},
+        {"keep": (0.5, 0.0, 0.5)},
+        {"later": (0.5,)},
+        {"threshold": float("nan")},
+        {"cell": 0.5},
+        {"alpha": 2.0},
+        {"layers": (0, 2)},
+        {"layers": (1,)},
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        vtr.VFlowOpt(**options)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import site as make_site
+from vision.vlm.models import llava, llava_onevision
 
+import vtr
 from vtr.methods.visionzip import contextual_groups, dominant
+
+from .slow import Sequence, Tower, features, run, samples
 
 
 def slow_split(
@@ -41,3 +48,79 @@ def test_split_equals_the_formula(seed: int) -> None:
         assert targets[row].nonzero()[:, 0].tolist() == list(groups)
         for target, members in groups.items():
             assert (stands[row] == target).nonzero()[:, 0].tolist() == sorted([target, *members])
+
+
+@pytest.mark.parametrize(("keep", "c"), [(6, 2), (0.5, 0.25), (5, 0)])
+def test_equals_the_model_by_hand(keep: Any, c: Any) -> None:
+    model, inputs = llava(2)
+    method = vtr.VisionZip(keep=keep, contextual=c)
+    with torch.no_grad(), vtr.apply(model, method) as handle:
+        logits = model(**inputs).logits
+    images, pixels, at = features(model, inputs), inputs["pixel_values"], 0
+    tower = Tower(model)
+    for b, ids in enumerate(samples(inputs)):
+        number = len(images[b]) // 16
+        score, keys = [], []
+        for image in pixels[at : at + number]:
+            x = tower.start(image)
+            for layer in range(tower.last + 1):
+                x, maps, k, _ = tower.step(layer, x)
+            score += maps[:, 0, 1:].mean(0).tolist()
+            keys.append(k.mean(0)[1:])
+        at += number
+        total = keep * number if isinstance(keep, int) else int(keep * len(images[b]))
+        merged = c if isinstance(c, int) else round(c * total)
+        main, groups = slow_split(score, torch.cat(keys), total - merged, merged or 1)
+        values = {}
+        for target, members in groups.items() if merged else ():
+            values[target] = images[b][target]
+            if members:
+                values[target] = values[target] + images[b][members].mean(0)
+        wanted = sorted([*main, *values])
+        assert len(wanted) == total
+        kept = handle.trace.kept[b]
+        assert kept[kept >= 0].tolist() == wanted
+
+        def cut(
+            sequence: Sequence,
+            seen: object,
+            wanted: list[int] = wanted,
+            values: dict[int, torch.Tensor] = values,
+        ) -> None:
+            sequence.keep(wanted, True, values)
+
+        expected, _ = run(model, ids, images[b], {0: cut})
+        torch.testing.assert_close(logits[b, -1], expected, atol=3e-5, rtol=2e-4)
+
+
+def test_without_a_class_token_received_attention_ranks() -> None:
+    site = make_site(n=12, prefix=0, has_cls=False)
+    vtr.VisionZip().reduce(site)
+    q, k, _ = site.qkv
+    maps = (q.double() @ k.double().transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+    expected = maps.mean(1).mean(1)
+    torch.testing.assert_close(site.memory["score"].double(), expected, atol=1e-6, rtol=1e-5)
+    model, inputs = llava_onevision(2)
+    with torch.no_grad(), vtr.apply(model, vtr.VisionZip(keep=8)) as handle:
+        model(**inputs)
+    assert (handle.trace.kept >= 0).sum(1).tolist() == [8, 8]
+
+
+def test_the_released_splits() -> None:
+    for keep, merged in ((64, 10), (128, 20), (192, 30)):
+        assert vtr.VisionZip(keep=keep)._contextual(torch.tensor([keep])).tolist() == [merged]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 0},
+        {"contextual": -1},
+        {"contextual": 1.0},
+        {"contextual": 64},
+        {"contextual": True},
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        vtr.VisionZip(**options)

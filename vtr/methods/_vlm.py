@@ -45,6 +45,20 @@ def language(site: Site) -> LanguageSite:
     return site
 
 
+def stored(site: Site, name: str) -> Tensor:
+    """What the method stored in the encoder for this prompt.
+
+    Raises ``RuntimeError`` where the vision tower did not run under the method.
+    """
+    if name not in site.memory:
+        raise RuntimeError(
+            "the vision tower did not run for this prompt while the method was applied: give the model "
+            "pixels, not image features made before, or use a method that looks at the prompt"
+        )
+    found: Tensor = site.memory[name]
+    return found
+
+
 def last_used(info: ModelInfo) -> int:
     """0-based encoder layer whose output the projector reads."""
     return int(info.extra.get("last_layer", info.depth["encoder"] - 1))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from vtr.budget import Keep, check_layers, check_schedule, fit_layers, spread
 from vtr.method import Method, Reduction, Stage, register
-from vtr.methods._vlm import language, last_used, prune, stage_budget
+from vtr.methods._vlm import language, last_used, prune, stage_budget, stored
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take, top_indices
 
@@ -127,4 +127,4 @@ class CLSAttention(Method):
             site.memory["sum"] = row if before is None else before + row
             return None
         here = language(site)
-        return prune(here, here.spread(here.memory["sum"]), stage_budget(here, self.keep, 0, 1))
+        return prune(here, here.spread(stored(here, "sum")), stage_budget(here, self.keep, 0, 1))

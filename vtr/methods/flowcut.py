@@ -12,7 +12,7 @@ from torch import Tensor
 from vtr.budget import Keep, check_keep, count
 from vtr.kernels import attention_rows
 from vtr.method import Method, Reduction, Stage, register
-from vtr.methods._vlm import budget, language, need_text_after, nothing_to_cut, prune
+from vtr.methods._vlm import budget, language, need_text_after, nothing_to_cut, prune, stored
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take, top_indices
 
@@ -134,7 +134,7 @@ class FlowCut(Method):
             number = budget(here, self.keep) * (2 if self._in_language(site.info) else 1)
             if nothing_to_cut(here, number):
                 return None
-            return prune(here, here.spread(here.memory["score"]), number)
+            return prune(here, here.spread(stored(here, "score")), number)
         return self._encoder(site)
 
     def _target(self, info: ModelInfo, tokens: int) -> int:
@@ -143,6 +143,8 @@ class FlowCut(Method):
             return count(self.keep, tokens)
         if isinstance(self.keep, float):
             return count(min(1.0, 2 * self.keep), tokens)
+        if info.tokens is not None:  # one crop per image
+            return count(2 * self.keep, tokens)
         return count(max(1, self.keep // 2), tokens)
 
     def _encoder(self, site: Site) -> Reduction | None:

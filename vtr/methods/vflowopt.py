@@ -21,6 +21,7 @@ from vtr.methods._vlm import (
     last_used,
     nothing_to_cut,
     prune,
+    stored,
     valid_of,
 )
 from vtr.signals import LanguageSite, ModelInfo, Site
@@ -174,7 +175,7 @@ class VFlowOpt(Method):
         number = self._number(here)
         if nothing_to_cut(here, number):
             return None
-        importance = here.spread(here.memory["importance"], 1.0)
+        importance = here.spread(stored(here, "importance"), 1.0)
         if site.site == "decoder" or not self.merge:
             return prune(here, importance, number)
         cell = cells(*coordinates(here, here.memory["grid"], importance.shape), self.cell)
@@ -258,14 +259,15 @@ def coordinates(
     place = torch.arange(score.shape[1], device=site.device)
     crop = torch.arange(score.shape[0], device=site.device)[:, None].expand(score.shape)
     known = plain.to(site.device).gather(1, index)
-    spread = [
-        # Pooled tokens have the mean of their patches' places; they belong to the nearest tile.
-        (site.spread(crop.float(), -1.0).round() + 1e4).masked_fill(
-            site.spread(torch.zeros_like(score), -1.0) < 0, -1.0
-        ),
-        site.spread((place // patches[1]).float().expand(score.shape), 0.0),
-        site.spread((place % patches[1]).float().expand(score.shape), 0.0),
-    ]
+    # Pooled tokens have the mean of their patches' places; they belong to the nearest tile.
+    tile = site.spread(crop.float(), -1.0).round()
+    y = site.spread((place // patches[1]).float().expand(score.shape), -1.0)
+    x = site.spread((place % patches[1]).float().expand(score.shape), -1.0)
+    apart = (tile < 0) | (y < 0)
+    rows = y[~apart].unique()
+    # Where a token stands for joined patches, cells are counted in tokens all the same.
+    unit = float(rows.diff().median().clamp(min=1)) if rows.numel() > 1 else 1.0
+    spread = [(tile + 1e4).masked_fill(apart, -1.0), y / unit, x / unit]
     group, row, column = (
         torch.where(known, ours, theirs) for ours, theirs in zip(found, spread, strict=True)
     )

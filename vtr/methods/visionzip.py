@@ -12,7 +12,7 @@ from torch import Tensor
 from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
-from vtr.methods._vlm import alive, budget, language, last_used, nothing_to_cut, valid_of
+from vtr.methods._vlm import alive, budget, language, last_used, nothing_to_cut, stored, valid_of
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import take, top_indices
 
@@ -79,7 +79,7 @@ class VisionZip(Method):
         number = torch.minimum(budget(here, self.keep), n)
         if nothing_to_cut(site, number):
             return None
-        score = here.spread(here.memory["score"])
+        score = here.spread(stored(here, "score"))
         keys = torch.stack(
             [here.spread(k, 0.0) for k in here.memory["keys"].float().unbind(-1)], -1
         )

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
-from vtr.methods._vlm import budget, check_count, language, last_used, prune
+from vtr.methods._vlm import budget, check_count, language, last_used, prune, stored
 from vtr.signals import ModelInfo, Site
 
 
@@ -69,4 +69,4 @@ class VTCCLS(Method):
             site.memory["score"] = row if before is None else before + row
             return None
         here = language(site)
-        return prune(here, here.spread(here.memory["score"]), budget(here, self.keep))
+        return prune(here, here.spread(stored(here, "score")), budget(here, self.keep))

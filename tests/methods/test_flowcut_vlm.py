@@ -1,0 +1,116 @@
+"""FlowCut in vision-language models: the encoder and the language model's part, by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vision.vlm.models import internvl, llava, llava_next, llava_onevision
+
+import vtr
+
+from .slow import Seen, Sequence, Tower, best, run, samples
+
+
+def share(x: Tensor) -> Tensor:
+    return x / x.sum()
+
+
+def slow_encoder(model: Any, image: Tensor, target: int) -> tuple[list[int], Tensor]:
+    """Patches that are left, and their projected features."""
+    tower = Tower(model)
+    x, alive, total = tower.start(image), list(range(16)), None
+    end = tower.last - 1
+    for layer in range(tower.last + 1):
+        x, maps, _, v = tower.step(layer, x)
+        if layer > end:
+            break
+        r = share(maps[:, 0, 1:].mean(0))
+        s = torch.zeros(len(alive), dtype=torch.float64)
+        for h in range(len(v)):
+            s += torch.softmax(v[h] @ v[h, 0], 0)[1:] / len(v)
+        score = (r + share(s)) * v.mean(0)[1:].abs().sum(-1)
+        total = score if total is None else 0.5 * total + 0.5 * score
+        left = end - layer
+        if left % 2:
+            continue
+        n = len(alive)
+        entropy = -sum(float(p) * math.log(float(p)) for p in r) / math.log(n)
+        size = target
+        if left:
+            size = max(n - round((n - target) / math.sqrt(left) * (1 - entropy**2)), target)
+        chosen = best(total, size)
+        alive, total = [alive[j] for j in chosen], total[chosen]
+        x = x[[0, *(1 + j for j in chosen)]]
+    return alive, tower.project(x[1:])
+
+
+def slow_instruction(here: Seen) -> Tensor:
+    """(N,) the score inside the language model: softmax over the visual tokens only."""
+    q, k, v = (t.double() for t in here.project())
+    k, values = k[:, here.visual], v[:, here.visual]
+    r = torch.softmax((k @ q[:, -1, :, None])[..., 0] / q.shape[-1] ** 0.5, -1).mean(0)
+    s = torch.softmax((values @ v[:, -1, :, None])[..., 0] / q.shape[-1] ** 0.5, -1).mean(0)
+    return (r + s) * values.mean(0).abs().sum(-1)
+
+
+@pytest.mark.parametrize("language", [None, True])
+def test_equals_the_model_by_hand(language: bool | None) -> None:
+    keep = 3
+    model, inputs = llava(2)
+    with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=keep, language=language)) as handle:
+        logits = model(**inputs).logits
+    pixels, at = inputs["pixel_values"], 0
+    for b, ids in enumerate(samples(inputs)):
+        number = int((ids == 150).sum()) // 16
+        wanted, images = [], torch.zeros(16 * number, 64)
+        for i in range(number):
+            alive, made = slow_encoder(model, pixels[at + i], 2 * keep if language else keep)
+            places = [16 * i + j for j in alive]
+            images[places] = made
+            wanted += places
+        at += number
+
+        def first(sequence: Sequence, seen: object, wanted: list[int] = wanted) -> None:
+            sequence.keep(wanted, compact=True)
+
+        def second(sequence: Sequence, seen: dict[int, Seen], number: int = number) -> None:
+            sequence.keep(best(slow_instruction(seen[1]), keep * number), compact=True)
+
+        cuts = {0: first, 2: second} if language else {0: first}
+        expected, alive = run(model, ids, images, cuts)
+        kept = handle.trace.kept[b]
+        assert kept[kept >= 0].tolist() == alive and len(alive) == keep * number
+        torch.testing.assert_close(logits[b, -1], expected, atol=3e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", [llava_next, llava_onevision])
+def test_tiled_images_leave_half_the_budget_per_crop_and_reach_it_in_the_language_model(
+    family: Any,
+) -> None:
+    model, inputs = family(2)
+    with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=6)) as handle:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    crops, prompt, inside = handle.trace.stages[-3:]
+    assert (crops.site, prompt.site, inside.site) == ("encoder", "prompt", "decoder")
+    assert crops.total.valid.sum(1).tolist() == [3] * 8, "five and three crops"
+    assert prompt.total.valid.sum(1).tolist() == [15, 9]
+    assert inside.total.valid.sum(1).tolist() == [6, 6] and inside.layer == 1
+
+
+def test_joined_patches_stay_neighbours() -> None:
+    model, inputs = internvl(2)
+    with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=0.25)) as handle:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert [s.site for s in handle.trace.stages] == ["prompt", "decoder"], "the tower is not cut"
+    assert [s.total.valid.sum(1).tolist() for s in handle.trace.stages] == [[6, 4], [3, 2]]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    from tiny import vit
+
+    with pytest.raises(ValueError, match="language=True needs a vision-language model"):
+        vtr.apply(vit(), vtr.FlowCut(language=True))
