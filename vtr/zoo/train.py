@@ -23,7 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 # Name -> module with a frozen dataclass Recipe (steps, batch, seed, ...) and a class Trainer.
-RECIPES = {"digits-vit": "vtr.zoo.train_vit", "digits-tofe": "vtr.zoo.train_tofe"}
+RECIPES = {
+    "digits-vit": "vtr.zoo.train_vit",
+    "digits-tofe": "vtr.zoo.train_tofe",
+    "digits-llava": "vtr.zoo.train_llava",
+}
 
 _LOG_EVERY = 100
 _SAVE_EVERY = 400
@@ -115,6 +119,9 @@ def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = Non
     save_state(trainer, directory)
     if trainer.position < recipe.steps:
         return False
+    if hasattr(trainer, "export"):  # a model of several files
+        trainer.export(directory / name)
+        return True
     weights = trainer.result().state_dict()
     save_file(
         {key: value.to(torch.bfloat16).contiguous() for key, value in weights.items()},
@@ -138,13 +145,17 @@ def main(arguments: list[str] | None = None) -> None:
     directory = options.out or Path("runs") / options.name
     given = {"steps": options.steps, "seed": options.seed}
     module = importlib.import_module(RECIPES[options.name])
-    recipe = module.Recipe(**{key: value for key, value in given.items() if value is not None})
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given:
+        if key not in module.Recipe.__dataclass_fields__:
+            parser.error(f"{options.name} has no --{key}: its stages have steps of their own")
+    recipe = module.Recipe(**given)
     try:
         trainer = open_run(recipe, directory, resume=options.resume)
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if run(trainer, options.name, directory, minutes=options.minutes):
-        print(f"weights: {directory / (options.name + '.safetensors')}")
+        print(f"weights: {directory / options.name}*")
         print(f"measure them: python -m vtr.zoo.evaluate {options.name} --weights FILE")
     else:
         print(f"stopped at step {trainer.position} of {recipe.steps}; go on with --resume")

@@ -1,0 +1,161 @@
+"""The built-in LLaVA: its architecture, its processor, and its tower made from the built-in ViT."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtr.errors import missing
+from vtr.zoo.data import GRID, IMAGE, MEAN, PATCH, STD
+from vtr.zoo.questions import SPECIAL, VOCABULARY
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+PATCHES = GRID * GRID
+DIM, TOWER_LAYERS = 128, 6
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% if m['content'] is string %}USER: {{ m['content'] }} {% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "USER: {% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} {% endif %}{% endfor %}"
+    "{% endif %}{% else %}ASSISTANT: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build(attention: str = "sdpa") -> LlavaForConditionalGeneration:
+    """A randomly initialised LLaVA: CLIP tower of 6 layers of 128 (features of the last but one),
+    Llama of 4 layers of 160, 144 visual tokens, 2.3 M parameters.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+    """
+    try:
+        from transformers import (
+            CLIPVisionConfig,
+            LlamaConfig,
+            LlavaConfig,
+            LlavaForConditionalGeneration,
+        )
+    except ImportError as error:
+        raise missing("transformers", "vlm", "the built-in LLaVA") from error
+    vision = CLIPVisionConfig(
+        hidden_size=DIM,
+        intermediate_size=3 * DIM,
+        num_hidden_layers=TOWER_LAYERS,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        image_size=IMAGE,
+        patch_size=PATCH,
+        projection_dim=DIM,
+    )
+    language = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=160,
+        intermediate_size=400,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=512,
+        bos_token_id=VOCABULARY["<s>"],
+        eos_token_id=VOCABULARY["</s>"],
+        pad_token_id=VOCABULARY["<pad>"],
+        tie_word_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=language,
+        image_token_index=VOCABULARY["<image>"],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=PATCHES,
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+
+
+def processor() -> Any:
+    """A real ``LlavaProcessor``: CLIP's image processor at 96 pixels, a word-level tokenizer, a chat
+    template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
+    )
+    pad, bos, eos, unknown, image = SPECIAL
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unknown,
+        additional_special_tokens=[image],
+        padding_side="left",
+    )
+    side = {"height": IMAGE, "width": IMAGE}
+    images = CLIPImageProcessor(
+        size=side, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[STD] * 3
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT,
+        image_token=image,
+        num_additional_image_tokens=1,
+    )
+
+
+def tower_from_vit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The built-in ViT's weights under the names of a CLIP tower.
+
+    The patch embedding's bias moves into the positions; CLIP's norm in front of the blocks, which
+    the ViT does not have, starts near the identity.
+    """
+    w = {key: value.float() for key, value in weights.items()}
+    positions = w["pos_embed"][0].clone()
+    positions[1:] += w["patch_embed.proj.bias"]
+    out = {
+        "embeddings.class_embedding": w["cls_token"][0, 0],
+        "embeddings.patch_embedding.weight": w["patch_embed.proj.weight"],
+        "embeddings.position_embedding.weight": positions,
+        "pre_layrnorm.weight": torch.full((DIM,), 0.7),
+        "pre_layrnorm.bias": torch.zeros(DIM),
+        "post_layernorm.weight": w["norm.weight"],
+        "post_layernorm.bias": w["norm.bias"],
+    }
+    names = {
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "attn.proj": "self_attn.out_proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    }
+    for i in range(TOWER_LAYERS):
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", w[f"blocks.{i}.attn.qkv.{kind}"].chunk(3), strict=True):
+                out[f"encoder.layers.{i}.self_attn.{name}_proj.{kind}"] = part.contiguous()
+            for old, new in names.items():
+                out[f"encoder.layers.{i}.{new}.{kind}"] = w[f"blocks.{i}.{old}.{kind}"]
+    return out
+
+
+def tower_states(tower: Any, images: Tensor, kept: Tensor | None, layers: int) -> list[Tensor]:
+    """Hidden states of a CLIP tower that sees only the patches ``kept`` (n, k): the input of the
+    first layer and the output of each of the first ``layers``."""
+    h = tower.pre_layrnorm(tower.embeddings(images))
+    if kept is not None:
+        index = kept[..., None].expand(-1, -1, h.shape[-1])
+        h = torch.cat([h[:, :1], h[:, 1:].gather(1, index)], 1)
+    states = [h]
+    for layer in tower.encoder.layers[:layers]:
+        states.append(layer(states[-1], attention_mask=None))
+    return states
