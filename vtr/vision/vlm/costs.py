@@ -23,9 +23,8 @@ def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
     """
     dense = [last.live.sum(1)] * len(owner.layers)
     reduced = [live.sum(1) for live in last.entered] or dense
-    head = (
-        owner.root.get_output_embeddings() if hasattr(owner.root, "get_output_embeddings") else None
-    )
+    root: Any = owner.root
+    head = root.get_output_embeddings()
     vocabulary = 0 if head is None else linear_flops(head)
     return {
         "language": tuple(

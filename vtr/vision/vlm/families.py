@@ -84,12 +84,13 @@ class Packing:
     def __call__(self, scores: Tensor) -> list[Tensor]:
         if scores.shape[0] != sum(self.crops):
             raise ValueError(f"scores have {scores.shape[0]} rows for {sum(self.crops)} crops")
-        parts = list(scores[..., None].split(self.crops))
-        newline = scores.new_full((1,), float("nan")) if self.newline else None
+        wide = scores if scores.dim() == 3 else scores[..., None]
+        parts = list(wide.split(self.crops))
+        newline = scores.new_full((wide.shape[2],), float("nan")) if self.newline else None
         out, _ = type(self.inner).pack_image_features(
             self.inner, parts, image_newline=newline, **self.rest
         )
-        return [x[:, 0] for x in out]
+        return list(out) if scores.dim() == 3 else [x[:, 0] for x in out]
 
 
 class Qwen(Family):
@@ -112,22 +113,27 @@ class Qwen(Family):
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         merge = inner.visual.spatial_merge_size
-        grids = given.get("image_grid_thw", given.get("video_grid_thw"))
+        grids: Any = given.get("image_grid_thw", given.get("video_grid_thw"))
         capture.grids = [
             (h // merge, w // merge) if t == 1 else (t, h // merge, w // merge)
             for t, h, w in grids.tolist()
         ]
-        capture.spread = Groups(capture.lengths, merge * merge)
+        capture.spread = Groups(capture.lengths, merge * merge, capture.patches)
 
 
 class Groups:
-    """Means of groups of scores that follow one another, over the crops laid end to end."""
+    """Means of groups of scores that follow one another, over the images laid end to end."""
 
-    def __init__(self, lengths: list[int], group: int) -> None:
-        self.lengths, self.group = lengths, group
+    def __init__(self, lengths: list[int], group: int, patches: list[int]) -> None:
+        self.lengths, self.group, self.patches = lengths, group, patches
 
     def __call__(self, scores: Tensor) -> list[Tensor]:
-        return list(scores.reshape(-1, self.group).mean(1).split(self.lengths))
+        if scores.shape[0] != len(self.patches):
+            raise ValueError(
+                f"scores have {scores.shape[0]} rows for {len(self.patches)} images or frames"
+            )
+        flat = torch.cat([row[:n] for row, n in zip(scores, self.patches, strict=True)])
+        return list(flat.reshape(-1, self.group, *flat.shape[1:]).mean(1).split(self.lengths))
 
 
 class InternVL(Family):
@@ -150,6 +156,10 @@ class Shuffled:
         self.inner, self.ratio = inner, ratio
 
     def __call__(self, scores: Tensor) -> list[Tensor]:
+        if scores.dim() == 3:  # the shuffle mixes channels: they take the place of crops
+            crops, patches, width = scores.shape
+            flat = self(scores.permute(2, 0, 1).reshape(width * crops, patches))
+            return list(torch.stack(flat).reshape(width, crops, -1).permute(1, 2, 0))
         side = math.isqrt(scores.shape[1])
         grid = scores.reshape(scores.shape[0], side, side, 1)
         out = self.inner.pixel_shuffle(grid, scale_factor=self.ratio)

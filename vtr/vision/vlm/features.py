@@ -23,11 +23,13 @@ class Capture:
         lengths: visual tokens of each image, or of each tile.
         tiled: whether they are tiles; those that follow one another in the prompt are one image.
         grids: their grids, None where they are no plain grid.
-        spread: scores (crops, patches) -> per image a (length,) float32 tensor, NaN for separators; or
-            None where the tower's tokens cannot be followed.
+        spread: scores (crops, patches) or features (crops, patches, D) -> per image a (length,) or
+            (length, D) float32 tensor, NaN for separators; or None where the tower's tokens cannot be
+            followed.
         alive: (crops, patches) bool, the tower's tokens that were left, or None (all).
         cutters: names of the methods that cut in the tower.
         crops: size of the tower's batch.
+        patches: patches of each crop where crops differ in size, else empty.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,7 @@ class Capture:
         self.alive: Tensor | None = None
         self.cutters: tuple[str, ...] = ()
         self.crops = 0
+        self.patches: list[int] = []
 
 
 class Captures:
@@ -119,14 +122,14 @@ class Spread:
         if capture.spread is None:
             raise RuntimeError("this family's visual tokens cannot be traced to the tower's")
         flat = torch.cat(capture.spread(scores.detach().float())).to(self.call.live.device)
-        if flat.numel() != sum(capture.lengths):
+        if flat.shape[0] != sum(capture.lengths):
             raise RuntimeError(
-                f"scores of shape {tuple(scores.shape)} became {flat.numel()} values for "
+                f"scores of shape {tuple(scores.shape)} became {flat.shape[0]} values for "
                 f"{sum(capture.lengths)} visual tokens: give one per patch of every crop"
             )
         width = self.call.map.n_in
         rows = []
-        for start, stop in self.captures.rows(self.call, flat.numel()):
+        for start, stop in self.captures.rows(self.call, flat.shape[0]):
             row = flat[start:stop]
             gone = row.isnan()
             if newline is None:
@@ -134,5 +137,6 @@ class Spread:
                 row = torch.where(gone, lowest, row)
             else:
                 row = row.masked_fill(gone, newline)
-            rows.append(torch.nn.functional.pad(row, (0, width - row.numel()), value=-float("inf")))
+            fill = row.new_full((width - row.shape[0], *row.shape[1:]), -float("inf"))
+            rows.append(torch.cat([row, fill]))
         return torch.stack(rows)

@@ -17,11 +17,13 @@ from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.families import Family, find
 from vtr.vision.vlm.features import Capture, Captures
 from vtr.vision.vlm.language import LanguageSession
+from vtr.vision.vlm.packed import PackedSession, packed_info
 from vtr.vision.vlm.sequence import follow
 from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, Wrapping
 
 FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
 MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
 
 
@@ -39,11 +41,11 @@ class VLMWrapping(Wrapping):
         self.inner = inner
         self.family = family
         self.lm: Any = language_of(inner)
-        self.layers = self.lm.layers
+        self.layers: Any = self.lm.layers
         self.captures = Captures()
         self.running: dict[str, Any] | None = None
         self.labels: Tensor | None = None
-        self.tower: TowerSession | None = None
+        self.tower: TowerSession | PackedSession | None = None
         super().__init__(root, self._info())
         self.language = LanguageSession(self, self.lm)
 
@@ -55,8 +57,6 @@ class VLMWrapping(Wrapping):
     # ---- what the model is ------------------------------------------------------------------
 
     def _info(self) -> ModelInfo:
-        from vtr.vision.transformers import tower_parts
-
         config = self.lm.config
         depth = {"prompt": 1, "projector": 1, "decoder": len(self.layers)}
         look = frozenset({"hidden", "text"})
@@ -70,30 +70,33 @@ class VLMWrapping(Wrapping):
             "lm_kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
             "tower_cuts": not self.family.cuts,
         }
-        common: dict[str, Any] = {}
-        tower = self.family.tower(self.inner)
-        try:
-            parts = None if tower is None else tower_parts(tower)
-        except UnsupportedModelError:  # looked at from the prompt on only
-            parts = None
-        signals = {}
-        if parts is not None:
-            facts = encoder_info("", **parts._asdict())
+        facts = self._tower()
+        if facts is not None:
             depth |= facts.depth
-            signals |= facts.signals
             look |= {"encoder_scores"}
             decoder |= {"encoder_scores"}
             extra["last_layer"] = self.family.last_layer(self.inner, facts.depth["encoder"])
-            common = {
-                "prefix": facts.prefix,
-                "has_cls": facts.has_cls,
-                "dim": facts.dim,
-                "heads": facts.heads,
-                "tokens": facts.tokens if self.family.fixed else None,
-            }
-            self.tower = TowerSession(self, parts.runners, parts.prefix, square_grid)
+        common = {} if facts is None else {n: getattr(facts, n) for n in TOWER_FACTS}
+        if not self.family.fixed:
+            common["tokens"] = None
+        signals = {} if facts is None else dict(facts.signals)
         signals |= {"prompt": look, "projector": look, "decoder": decoder}
         return ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
+
+    def _tower(self) -> ModelInfo | None:
+        """Open the vision tower; None where it can only be looked at from the prompt on."""
+        from vtr.vision.transformers import tower_parts
+
+        tower: Any = self.family.tower(self.inner)
+        if PackedSession.opens(tower):
+            self.tower = PackedSession(self, tower)
+            return packed_info(self.tower)
+        try:
+            parts = tower_parts(tower)
+        except UnsupportedModelError:
+            return None
+        self.tower = TowerSession(self, parts.runners, parts.prefix, square_grid)
+        return encoder_info("", **parts._asdict())
 
     @property
     def mrope(self) -> bool:
@@ -259,7 +262,11 @@ class VLMWrapping(Wrapping):
             return None
         costs: dict[str, Any] = {}
         batch = last.live.shape[0]
-        if self.tower is not None and "encoder" in self.trace.tokens and self.captures.of:
+        if (
+            isinstance(self.tower, TowerSession)
+            and "encoder" in self.trace.tokens
+            and self.captures.of
+        ):
             crops = sum(c.crops for c in self.captures.of.values())
             costs["encoder"] = tuple(round(f * crops / batch) for f in self.tower.flops())
         return costs | language_costs(self, last)

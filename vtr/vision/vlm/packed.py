@@ -1,0 +1,153 @@
+"""Looks inside Qwen's vision towers, where all images of a call lie end to end in one sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtr.signals import QKV, ModelInfo, Site
+from vtr.tokens import TokenMap
+from vtr.vision.vlm.attention import rotate
+from vtr.wrapping import Bound, Entry
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.features import Capture
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
+
+
+class PackedSession:
+    """Shows a method the tower's layers, one row per image (or frame), padded to the largest.
+
+    Patches are in the order in which the merger reads them: 2 x 2 neighbours follow one another. Qwen2.5's
+    windows are undone. Attention signals are made from a layer's q and k over all patches of the image,
+    also in layers that attend within windows themselves. Nothing is cut here.
+    """
+
+    def __init__(self, owner: VLMWrapping, tower: Any) -> None:
+        self.owner = owner
+        self.tower = tower
+        self.blocks: Any = tower.blocks
+        self.capture: Capture | None = None
+        self.visits: dict[int, list[Entry]] = {}
+        self.lengths: list[int] = []
+        self.order: Tensor | None = None
+        self.entered: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "capture": None, "order": None, "entered": None}
+
+    def facts(self) -> dict[str, Any]:
+        attn = self.blocks[0].attn
+        return {"dim": attn.qkv.in_features, "heads": attn.num_heads}
+
+    @staticmethod
+    def opens(tower: Any) -> bool:
+        """Whether this is a tower of the form that is understood."""
+        blocks = getattr(tower, "blocks", None)
+        if not isinstance(blocks, nn.ModuleList) or not hasattr(tower, "spatial_merge_size"):
+            return False
+        first: Any = blocks[0]
+        return all(hasattr(first, n) for n in ("norm1", "attn")) and all(
+            hasattr(first.attn, n) for n in ("qkv", "num_heads", "scaling")
+        )
+
+    def install(self) -> None:
+        owner = self.owner
+        self.visits = {}
+        for entry, stage in owner.stages():
+            if stage.site == "encoder":
+                self.visits.setdefault(stage.layer, []).append(entry)
+        owner.hook(self.tower.register_forward_pre_hook(Bound(self, "start"), with_kwargs=True))
+        for layer in self.visits:
+            block = self.blocks[layer]
+            owner.hook(block.register_forward_pre_hook(Bound(self, "enter"), with_kwargs=True))
+            owner.hook(block.register_forward_hook(Bound(self, "leave", layer), with_kwargs=True))
+        if hasattr(self.tower, "permute_input_for_window_attn"):
+            owner.patch(self.tower, "permute_input_for_window_attn", Bound(self, "permute"))
+
+    def start(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Frames are attended to one by one: each is a row."""
+        grids = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)
+        assert grids is not None
+        self.lengths = [h * w for t, h, w in grids.tolist() for _ in range(t)]
+        self.order = None
+
+    def permute(self, x: Tensor, window_index: Tensor, seq_len: int) -> Tensor:
+        """Remember how windows were put together."""
+        unit = self.tower.spatial_merge_unit
+        groups = torch.argsort(window_index)
+        self.order = (groups[:, None] * unit + torch.arange(unit, device=groups.device)).reshape(-1)
+        return type(self.tower).permute_input_for_window_attn(self.tower, x, window_index, seq_len)
+
+    def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.entered = args[0] if args else kwargs["hidden_states"]
+
+    def leave(
+        self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        entered, self.entered = self.entered, None
+        if self.capture is None or entered is None:
+            return
+        rows = Rows(self, module, entered, kwargs["position_embeddings"])
+        number = torch.tensor(self.lengths, device=output.device)
+        width = int(number.max())
+        index = torch.arange(width, device=output.device).expand(len(self.lengths), width)
+        valid = index < number[:, None]
+        padded = not bool(valid.all())
+        owner = self.owner
+        self.capture.crops = len(self.lengths)
+        self.capture.patches = list(self.lengths)
+        for entry in self.visits[layer]:
+            key = owner.entries.index(entry)
+            site = Site(
+                site="encoder",
+                layer=layer,
+                info=owner.info,
+                hidden=self.split(output),
+                map=TokenMap.keep(torch.where(valid, index, -1), width, padded),
+                memory=self.capture.memory.setdefault(key, {}),
+                valid=valid if padded else None,
+                qkv=rows,
+                scale=float(module.attn.scaling),
+                training=owner.root.training,
+                modules=entry.modules_like(output),
+                notes=owner.trace.notes,
+            )
+            if entry.method.reduce(site) is not None:
+                raise RuntimeError(f"{entry.method.name} cuts in a tower that cannot be cut")
+
+    def split(self, x: Tensor) -> Tensor:
+        """(patches, ...) -> (images, largest, ...), padded with zeros."""
+        if self.order is not None:
+            x = x[self.order.to(x.device)]
+        return nn.utils.rnn.pad_sequence(list(x.split(self.lengths)), batch_first=True)
+
+
+class Rows:
+    """q, k, v of a layer, (images, H, largest, D)."""
+
+    def __init__(
+        self, session: PackedSession, block: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> None:
+        self.session, self.block, self.hidden, self.rope = session, block, hidden, rope
+
+    def __call__(self) -> QKV:
+        attn = self.block.attn
+        x = self.session.split(attn.qkv(self.block.norm1(self.hidden)))
+        q, k, v = x.reshape(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        cos, sin = (self.session.split(t.float()) for t in self.rope)
+        return rotate(q.float(), cos, sin).to(v), rotate(k.float(), cos, sin).to(v), v
+
+
+def packed_info(session: PackedSession) -> ModelInfo:
+    """What :func:`vtr.vision.encoder.encoder_info` says of other towers."""
+    return ModelInfo(
+        family="",
+        depth={"encoder": len(session.blocks)},
+        signals={"encoder": SIGNALS},
+        **session.facts(),
+    )
