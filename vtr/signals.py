@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtr.tokens import TokenMap
+from vtr.tokens import TokenMap, take
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -244,17 +244,22 @@ class LanguageSite(Site):
         visual token made of several patches gets their mean.
 
         Args:
-            scores: (crops, patches), without prefix tokens, in the order of the encoder's batch.
+            scores: (crops, patches), without prefix tokens, in the order of the encoder's batch; or
+                features (crops, patches, D), for which ``newline`` is given.
             newline: score of separator tokens, which no patch stands behind. None is the lowest
                 score of the sample, so that they go first and a budget counts image content;
                 ``inf`` keeps them always.
 
         Returns:
-            (B, N) float32; padding is -inf.
+            (B, N) float32, or (B, N, D); padding is -inf.
         """
-        full = self._spread(scores, newline)
-        out = full.gather(1, self.index.clamp(min=0))
-        return out if self.valid is None else out.masked_fill(~self.valid, -float("inf"))
+        if scores.dim() == 3 and newline is None:
+            raise ValueError("spread needs newline= for features: what separator tokens get")
+        out = take(self._spread(scores, newline), self.index.clamp(min=0))
+        if self.valid is None:
+            return out
+        gone = ~self.valid if out.dim() == 2 else ~self.valid[..., None]
+        return out.masked_fill(gone, -float("inf"))
 
     @property
     def last_text(self) -> Tensor:

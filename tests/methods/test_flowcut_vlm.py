@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import site as make_site
 from torch import Tensor
-from vision.vlm.models import internvl, llava, llava_next, llava_onevision
+from vision.vlm.models import (
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
 
 import vtr
+from vtr.methods.flowcut import flow_scores
 
 from .slow import Seen, Sequence, Tower, best, run, samples
 
@@ -107,6 +117,72 @@ def test_joined_patches_stay_neighbours() -> None:
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert [s.site for s in handle.trace.stages] == ["prompt", "decoder"], "the tower is not cut"
     assert [s.total.valid.sum(1).tolist() for s in handle.trace.stages] == [[6, 4], [3, 2]]
+
+
+def slow_mean_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(N,) of one crop without a class token; q, k, v (H, N, D)."""
+    logits = (k @ q.mean(1)[:, :, None])[..., 0] / q.shape[-1] ** 0.5
+    return share(torch.softmax(logits, -1).mean(0)) * v.mean(0).abs().sum(-1)
+
+
+def test_scores_without_a_class_token() -> None:
+    kept = torch.arange(12).repeat(2, 1)
+    kept[1, 8:] = -1
+    info_site = make_site(n=12, prefix=0, has_cls=False, map=vtr.TokenMap.keep(kept, 12, True))
+    _, score = flow_scores(info_site)
+    q, k, v = (t.double() for t in info_site.qkv)
+    for b, n in enumerate((12, 8)):
+        expected = slow_mean_query(q[b, :, :n], k[b, :, :n], v[b, :, :n])
+        torch.testing.assert_close(score[b, :n].double(), expected, atol=1e-6, rtol=1e-4)
+        assert not score[b, n:].any()
+
+
+@pytest.mark.parametrize("family", [qwen2_vl, qwen2_5_vl, qwen3_vl])
+def test_qwen_ranks_joined_patches_by_the_mean_of_their_scores(family: Any) -> None:
+    model, inputs = family(2)
+    rows: dict[int, list[Tensor]] = {}
+    windows: list[Tensor] = []
+    tower = model.model.visual
+
+    def permute(x: Tensor, index: Tensor, seq_len: int) -> Tensor:
+        windows.append(index)
+        return type(tower).permute_input_for_window_attn(tower, x, index, seq_len)
+
+    if hasattr(tower, "permute_input_for_window_attn"):
+        tower.permute_input_for_window_attn = permute
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        layer = len(rows)
+        x = module.norm1(args[0] if args else kwargs["hidden_states"])
+        q, k, v = (
+            t.transpose(0, 1)
+            for t in module.attn.qkv(x).reshape(len(x), 3, module.attn.num_heads, -1).unbind(1)
+        )
+        cos, sin = kwargs["position_embeddings"]
+        half = q.shape[-1] // 2
+        q, k = (t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin for t in (q, k))
+        if windows:  # undo the windows of Qwen2.5
+            order = (torch.argsort(windows[0])[:, None] * 4 + torch.arange(4)).reshape(-1)
+            q, k, v = q[:, order], k[:, order], v[:, order]
+        parts = zip(*(t.double().split([96, 64], 1) for t in (q, k, v)), strict=True)
+        rows[layer] = [slow_mean_query(*part) for part in parts]
+
+    hooks = [block.register_forward_pre_hook(look, with_kwargs=True) for block in tower.blocks]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    vars(tower).pop("permute_input_for_window_attn", None)
+    with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=4)) as handle:
+        model(**inputs)
+    prompt, inside = handle.trace.stages
+    end = max(0, len(rows) - 2)
+    for b in range(2):
+        total = rows[0][b]
+        for layer in range(1, end + 1):
+            total = 0.5 * total + 0.5 * rows[layer][b]
+        assert prompt.total.kept[b].tolist() == best(total.reshape(-1, 4).mean(1), 8)
+    assert inside.total.valid.sum(1).tolist() == [4, 4]
 
 
 def test_what_does_not_fit_is_refused() -> None:

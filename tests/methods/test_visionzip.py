@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import site as make_site
-from vision.vlm.models import llava, llava_onevision
+from vision.vlm.models import internvl, llava, llava_next, llava_onevision
 
 import vtr
 from vtr.methods.visionzip import contextual_groups, dominant
@@ -124,3 +124,26 @@ def test_the_released_splits() -> None:
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         vtr.VisionZip(**options)
+
+
+@pytest.mark.parametrize("family", [llava, llava_next, llava_onevision, internvl])
+def test_features_take_the_way_of_scores(family: Any) -> None:
+    model, inputs = family(2)
+    seen = {}
+
+    class Look(vtr.VisionZip):
+        def reduce(self, site: vtr.Site) -> vtr.Reduction | None:
+            if site.site == "encoder":
+                keys = site.key_mean()
+                site.memory["keys"] = keys
+                return None
+            keys = site.memory["keys"]
+            seen["whole"] = site.spread(keys, 7.0)  # type: ignore[attr-defined]
+            parts = [site.spread(k, 7.0) for k in keys.unbind(-1)]  # type: ignore[attr-defined]
+            seen["parts"] = torch.stack(parts, -1)
+            return None
+
+    with torch.no_grad(), vtr.apply(model, Look()):
+        model(**inputs)
+    assert seen["whole"].shape[:2] == (2, int((inputs["input_ids"] == 150).sum(1).max()))
+    torch.testing.assert_close(seen["whole"], seen["parts"])

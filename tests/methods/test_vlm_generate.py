@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vision.vlm.models import IMAGE, Inputs, llava, noise, prompts
+from vision.vlm.models import IMAGE, Inputs, llava, prompts
 
 import vtr
 from vtr.method import registry
 
 MODEL, _ = llava(1)
-IMAGES = noise(2, 3, 28, 28, seed=11)
+IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(11))
 INPUTS: Inputs = {"pixel_values": IMAGES, **prompts([[16], [16]])}
 STEPS = 4
 METHODS = [
@@ -132,3 +132,79 @@ def test_an_int_is_a_number_per_image(keep: Any) -> None:
     assert (inputs["input_ids"] == IMAGE).sum(1).tolist() == [16, 32]
     assert handle.trace.kept is not None
     assert (handle.trace.kept >= 0).sum(1).tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model, _ = llava(1)
+    model.to(dtype)
+    inputs = {**INPUTS, "pixel_values": IMAGES.to(dtype)}
+    with torch.no_grad(), vtr.apply(model, make(name, 5)) as handle:
+        out = model(**inputs)
+    assert out.logits.dtype == dtype and out.logits.isfinite().all()
+    assert handle.trace.kept is not None and (handle.trace.kept >= 0).sum(1).tolist()[0] < 16
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_beams_repeat_the_samples(name: str) -> None:
+    method = make(name, 5)
+    with torch.no_grad(), vtr.apply(MODEL, method) as handle:
+        out = MODEL.generate(**INPUTS, max_new_tokens=2, do_sample=False, num_beams=2)
+        beams = handle.trace
+        MODEL(**INPUTS)
+        plain = handle.trace
+    assert out.shape[0] == 2 and beams.kept is not None and plain.kept is not None
+    assert torch.equal(beams.kept, plain.kept.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize(
+    ("site", "layers", "expected"),
+    [("encoder", (0,), "encoder"), ("prompt", (0,), "prompt"), ("decoder", (0, 2), "decoder")],
+)
+def test_the_baseline_cuts_at_every_site(site: str, layers: tuple[int, ...], expected: str) -> None:
+    method = vtr.Random(keep=4, site=site, layers=layers, seed=0)
+    with torch.no_grad(), vtr.apply(MODEL, method) as handle:
+        MODEL(**INPUTS)
+    cuts = [s for s in handle.trace.stages if s.site == expected]
+    assert [s.layer for s in cuts] == list(layers)
+    assert handle.trace.kept is not None and (handle.trace.kept >= 0).sum(1).tolist() == [4, 4]
+
+
+def test_sites_that_do_not_fit_are_refused() -> None:
+    from tiny import vit
+
+    for bad in (vtr.Random, vtr.CLSAttention):
+        with pytest.raises(ValueError, match="site must be one of"):
+            bad(site="cache")
+        with pytest.raises(ValueError, match="layers must be one layer"):
+            bad(site="prompt", layers=(0, 1), keep=0.5)
+        with pytest.raises(vtr.UnsupportedMethodError, match="'prompt'"):
+            vtr.apply(vit(), bad(site="prompt"))
+
+
+def test_class_attention_inside_the_tower_and_at_the_prompt() -> None:
+    inside = vtr.CLSAttention(keep=4, site="encoder", layers=(1,))
+    with torch.no_grad(), vtr.apply(MODEL, inside) as handle:
+        MODEL(**INPUTS)
+    first = handle.trace
+    with torch.no_grad(), vtr.apply(MODEL, vtr.CLSAttention(keep=4)) as handle:
+        MODEL(**INPUTS)
+    assert first.stages[0].site == "encoder" and handle.trace.stages[0].site == "prompt"
+    assert first.kept is not None and handle.trace.kept is not None
+    assert torch.equal(first.kept, handle.trace.kept), "the last used layer ranks in both"
+
+
+def test_features_from_outside_are_refused_where_the_encoder_must_be_seen() -> None:
+    with torch.no_grad():
+        made = {"image": MODEL.model.get_image_features(pixel_values=IMAGES)}
+    inputs = {k: v for k, v in INPUTS.items() if k != "pixel_values"}
+    for method in (vtr.VTCCLS(keep=4), vtr.VisionZip(keep=4), vtr.CLSAttention(keep=4)):
+        with (
+            vtr.apply(MODEL, method),
+            pytest.raises(RuntimeError, match="vision tower did not run"),
+        ):
+            MODEL(**inputs, mm_encoder_outputs=dict(made))
+    with torch.no_grad(), vtr.apply(MODEL, vtr.DivPrune(keep=4)) as handle:
+        MODEL(**inputs, mm_encoder_outputs=dict(made))
+    assert handle.trace.kept is not None and handle.trace.kept.shape == (2, 4)

@@ -80,9 +80,7 @@ class VisionZip(Method):
         if nothing_to_cut(site, number):
             return None
         score = here.spread(stored(here, "score"))
-        keys = torch.stack(
-            [here.spread(k, 0.0) for k in here.memory["keys"].float().unbind(-1)], -1
-        )
+        keys = here.spread(stored(here, "keys"), 0.0)
         keys = keys.masked_fill(~valid[..., None], 0.0)
         merged = self._contextual(number)
         merged = torch.where(number >= n, torch.zeros_like(merged), merged)
