@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -267,6 +268,9 @@ def masked(model: Any, after: int, alive: Tensor) -> Iterator[None]:
 def test_pruning_equals_masking(family: tuple[str, Any, int, set[str]]) -> None:
     """Physically short equals the full sequence with the others masked, in float64."""
     name, model, prefix, methods = family
+    attention = type(attention_of(layers_of(model)[0]))
+    if "attention_mask" not in inspect.signature(attention.forward).parameters:
+        pytest.skip(f"{attention.__name__} of this transformers version takes no mask to compare with")
     model = copy.deepcopy(model).double()
     x = pixels().double()
     method: Method
@@ -460,6 +464,25 @@ def test_siglip2_without_padding() -> None:
     inputs["pixel_attention_mask"][1, 20:] = 0
     with vtr.apply(model, "tome"), pytest.raises(vtr.UnsupportedMethodError, match="padded patches"):
         model(**inputs)
+
+
+def test_a_timm_model_inside_is_wrapped_by_the_timm_adapter() -> None:
+    from transformers.models.timm_wrapper.modeling_timm_wrapper import (
+        TimmWrapperForImageClassification,
+    )
+
+    config = hf.TimmWrapperConfig(architecture="test_vit", num_labels=5, do_pooling=True)
+    model, x = spread(TimmWrapperForImageClassification(config)), images(1, size=160)
+    with torch.no_grad():
+        dense = model(x).logits
+        with vtr.apply(model, vtr.ToMe(keep=40)) as handle:
+            assert not torch.equal(model(x).logits, dense)
+            assert handle.trace.stages[-1].tokens_out == 40
+            assert all(found.startswith("timm_model.") for found in ours(model))
+        assert torch.equal(model(x).logits, dense)
+    conv = hf.TimmWrapperConfig(architecture="test_convnext", num_labels=5)
+    with pytest.raises(vtr.UnsupportedModelError, match="the timm ConvNeXt inside is not supported"):
+        vtr.apply(TimmWrapperForImageClassification(conv), "tome")
 
 
 def test_tower_parts() -> None:

@@ -47,7 +47,8 @@ TOWERS: dict[str, tuple[str, int, bool]] = {
     "DINOv3ViTBackbone": ("model.layer", 1, True),
     "InternVLVisionModel": ("encoder.layer", 1, True),
 }
-FAMILIES = tuple(f"transformers {name}" for name in TOWERS)
+FAMILIES = (*(f"transformers {name}" for name in TOWERS), "transformers TimmWrapperModel")
+_TIMM = ("TimmWrapperModel", "TimmWrapperForImageClassification")
 
 # class around a tower -> (its attribute, what it does with the sequence). "mean": its classifier reads
 # the mean of the visual tokens (behind the class token, if it reads that too); "grid": it reshapes
@@ -294,6 +295,16 @@ def locate(target: Any) -> nn.Module | None:
         return target if use else getattr(target, attribute)
     if _named(target, TOWERS) is not None:
         return target
+    if _named(target, _TIMM) is not None:
+        from vtr.vision import timm
+
+        found = timm.locate(target.timm_model)
+        if found is None:
+            raise UnsupportedModelError(
+                f"the timm {type(target.timm_model).__name__} inside is not supported: it is not one of "
+                f"{', '.join(timm.FAMILIES)}"
+            )
+        return found
     for cls in type(target).__mro__:
         if not cls.__module__.startswith("transformers.models."):
             continue
@@ -306,5 +317,9 @@ def locate(target: Any) -> nn.Module | None:
     return None
 
 
-def wrap(root: Any) -> TransformersWrapping:
+def wrap(root: Any) -> Wrapping:
+    if _named(root, TOWERS) is None and _named(root, _AROUND) is None:  # what a TimmWrapper holds
+        from vtr.vision import timm
+
+        return timm.wrap(root)
     return TransformersWrapping(root)

@@ -19,7 +19,9 @@ class LayerRunner(BlockRunner):
     """A pre-norm layer: x + branch1(attention(norm1(x))), then x + branch2(mlp(norm2(x))).
 
     The attention module's ``forward`` is patched too, so that it is still called as a module where a
-    method looks inside: its hooks fire and ``output_attentions`` keeps working.
+    method looks inside: its hooks fire and ``output_attentions`` keeps working. The model's own
+    attention implementation is called as long as no key has a weight; weighed keys go through SDPA
+    (or the eager one with a mask, where the model is set to eager).
     """
 
     norm1 = norm2 = attention_name = ""
