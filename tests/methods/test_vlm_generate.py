@@ -208,3 +208,49 @@ def test_features_from_outside_are_refused_where_the_encoder_must_be_seen() -> N
     with torch.no_grad(), vtr.apply(MODEL, vtr.DivPrune(keep=4)) as handle:
         MODEL(**inputs, mm_encoder_outputs=dict(made))
     assert handle.trace.kept is not None and handle.trace.kept.shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sample_without_an_image_is_left_alone(name: str) -> None:
+    text = torch.randint(5, 140, (1, 9), generator=torch.Generator().manual_seed(2))
+    length = INPUTS["input_ids"].shape[1]
+    pad = torch.zeros(1, length - 9, dtype=torch.long)
+    inputs = {
+        "pixel_values": IMAGES[:1],
+        "input_ids": torch.cat([INPUTS["input_ids"][:1], torch.cat([pad, text], 1)]),
+        "attention_mask": torch.cat(
+            [INPUTS["attention_mask"][:1], torch.cat([pad, torch.ones_like(text)], 1)]
+        ),
+    }
+    method = make(name, 5)
+    logits, _, _, trace = generate(inputs, method)
+    assert trace is not None and (trace.stages[-1].total.valid.sum(1)[1]) == 0
+    with torch.no_grad():
+        alone_logits = MODEL(input_ids=text).logits[0, -1]
+    torch.testing.assert_close(logits[0, 1], alone_logits, atol=2e-4, rtol=2e-4)
+    own, _, _, _ = generate({**alone(0)}, method)
+    torch.testing.assert_close(logits[:, 0], own[:, 0], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [vtr.VTCCLS(keep=8), vtr.FastV(keep=4)],
+        [
+            vtr.VisionZip(keep=10, contextual=3),
+            vtr.Debias(vtr.PyramidDrop(keep=(6, 2), layers=(1, 2))),
+        ],
+        [vtr.FlowCut(keep=9), vtr.SparseVLM(keep=3, layers=(1,))],
+    ],
+    ids=lambda m: "+".join(x.name for x in m),
+)
+def test_methods_follow_one_another(methods: list[vtr.Method]) -> None:
+    with torch.no_grad(), vtr.apply(MODEL, methods) as handle:
+        out = MODEL.generate(**INPUTS, max_new_tokens=3, do_sample=False)
+    counts = [s.tokens_out for s in handle.trace.stages]
+    assert counts == sorted(counts, reverse=True) and len(counts) >= 2
+    assert {methods[0].name, methods[1].name} <= {s.method for s in handle.trace.stages}
+    for b in range(2):
+        with torch.no_grad(), vtr.apply(MODEL, methods):
+            own = MODEL.generate(**alone(b), max_new_tokens=3, do_sample=False)
+        assert torch.equal(out[b, -3:], own[0, -3:])
