@@ -81,7 +81,9 @@ def test_what_is_dropped_is_masked_out_and_gone(name: str, method: Pick) -> None
         masked = generate(model, inputs)
     same(masked, reduced, CLOSE)
     dense = generate(model, inputs)
-    change = max(float((a - b).abs().max()) for a, b in zip(dense.logits, reduced.logits, strict=True))
+    change = max(
+        float((a - b).abs().max()) for a, b in zip(dense.logits, reduced.logits, strict=True)
+    )
     assert change > 100 * CLOSE  # or the comparison would show nothing
 
 

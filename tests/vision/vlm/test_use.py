@@ -143,7 +143,9 @@ def test_images_are_found_in_the_middle_of_a_chat() -> None:
 
     class Look(Pick):
         def reduce(self, site: Any) -> Any:
-            seen.append((site.images, site.text_after.sum(1).tolist(), site.extra["entry"].tolist()))
+            seen.append(
+                (site.images, site.text_after.sum(1).tolist(), site.extra["entry"].tolist())
+            )
             return super().reduce(site)
 
     with vtr.apply(model, Look()):
@@ -195,7 +197,10 @@ def test_gradients_flow_through_cuts() -> None:
     with vtr.apply(model, BOTH):
         model(**inputs, labels=labels).loss.backward()
     inner = model.model
-    for part in (inner.multi_modal_projector.linear_1, inner.language_model.layers[3].self_attn.q_proj):
+    for part in (
+        inner.multi_modal_projector.linear_1,
+        inner.language_model.layers[3].self_attn.q_proj,
+    ):
         assert float(part.weight.grad.abs().max()) > 0
 
 
@@ -222,7 +227,9 @@ def test_compact_positions_are_those_of_the_short_prompt(name: str) -> None:
     for b in range(2):
         stay = inputs["attention_mask"][b].bool() & ~gone[b]
         short = held["embeds"][b : b + 1, stay]
-        text = generate(model, {"inputs_embeds": short, "attention_mask": torch.ones(1, short.shape[1])})
+        text = generate(
+            model, {"inputs_embeds": short, "attention_mask": torch.ones(1, short.shape[1])}
+        )
         for x, y in zip(reduced.logits, text.logits, strict=True):
             torch.testing.assert_close(x[b : b + 1], y, rtol=0, atol=CLOSE)
     torch.testing.assert_close(original, reduced.logits[0], rtol=0, atol=CLOSE)
@@ -324,7 +331,9 @@ def test_a_copied_cache_goes_on_from_the_same_cut() -> None:
         answers = []
         for token in (30, 31, 30):
             cache = copy.deepcopy(first.past_key_values)
-            out = model(input_ids=torch.tensor([[token]]), attention_mask=mask, past_key_values=cache)
+            out = model(
+                input_ids=torch.tensor([[token]]), attention_mask=mask, past_key_values=cache
+            )
             answers.append(out.logits)
     assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
 
