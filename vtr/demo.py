@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-PARTS = ("vit",)
+PARTS = ("vit", "vlm")
 IMAGES = 1000
+QUESTIONS = 200
 
 
 def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
     text: list[str] = []
     for part in parts or PARTS:
         console.rule(f"[bold]{part}")
-        results[part], lines = {"vit": vit}[part](out, console)
+        results[part], lines = {"vit": vit, "vlm": vlm}[part](out, console)
         text.append(lines)
     (out / "table.txt").write_text("\n".join(text), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -81,6 +82,42 @@ def _sheets(model: Any, methods: Sequence[Any], pixels: torch.Tensor) -> tuple[A
                 )
             )
     return stack(stages), row(columns)
+
+
+def vlm(out: Path, console: Console) -> tuple[Any, str]:
+    """The built-in LLaVA on held-out questions, dense and with an eighth of the visual tokens."""
+    import vtr
+    from vtr.drawing import row, stack
+    from vtr.evaluate import vlm as questions
+    from vtr.zoo import load_vlm
+    from vtr.zoo.questions import prompt, vqa
+
+    model, processor = load_vlm("digits-llava")
+    methods = questions.methods_at(17)
+    samples = vqa(QUESTIONS, seed=123)
+    results = questions.evaluate(
+        model, processor, methods, samples, progress=console.is_terminal
+    )
+    table = questions.table(results, f"built-in LLaVA, {QUESTIONS} held-out questions, 17 of 144 tokens")
+    console.print(table)
+    columns: list[Any] = []
+    asked = samples[0], samples[6]
+    for method in methods:
+        with vtr.apply(model, method) as handle, torch.no_grad():
+            inputs = prompt(processor, list(asked))
+            model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            least = min(reversed(handle.trace.stages), key=lambda stage: stage.tokens_out)
+            one, first = vtr.Trace([least]), not columns
+            columns.append(
+                stack(
+                    [
+                        vtr.draw(one, s.image, sample=i, size=144, show_input=first)
+                        for i, s in enumerate(asked)
+                    ]
+                )
+            )
+    row(columns).save(out / "vlm.png")
+    return questions.to_dicts(results), plain(table)
 
 
 def plain(table: Any) -> str:

@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor
 
-__all__ = ["ModelInfo", "card", "load", "models", "samples", "weights_path"]
+__all__ = ["ModelInfo", "card", "load", "load_vlm", "models", "samples", "weights_path"]
 
 _NAMES = ("digits-vit",)
 
@@ -127,6 +127,33 @@ def load(name: str, dtype: torch.dtype | None = None) -> VisionTransformer:
         model = vit.build()
     model.load_state_dict(parse(_read("weights", name, ".safetensors")))
     return model.to(dtype).eval()
+
+
+def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """A built-in vision-language model and its processor, in eval mode, on the CPU.
+
+    Args:
+        name: ``"digits-llava"``, a transformers ``LlavaForConditionalGeneration``.
+        dtype: of the parameters; None for float32. The weights are stored in bfloat16.
+
+    Raises:
+        ValueError: there is no vision-language model of this name.
+        MissingDependencyError: transformers is not installed.
+    """
+    import torch
+
+    from vtr.errors import missing
+
+    folder = Path(str(resources.files("vtr.zoo").joinpath("weights", name)))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"there is no built-in vision-language model {name!r}; there is: digits-llava")
+    try:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+    except ImportError as error:
+        raise missing("transformers", "vlm", "the built-in LLaVA") from error
+    chosen = torch.float32 if dtype is None else dtype
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=chosen).eval()
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def samples(name: str, n: int, seed: int = 0, split: str = "heldout") -> tuple[Tensor, Tensor]:

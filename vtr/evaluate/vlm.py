@@ -1,0 +1,137 @@
+"""The built-in LLaVA on held-out questions, dense and with every method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import vtr
+from vtr.method import Method
+from vtr.zoo.questions import Sample, evaluate_vlm
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TOKENS = 144
+
+
+@dataclass(frozen=True)
+class Result:
+    """One configuration on the held-out questions.
+
+    Attributes:
+        method: as text; ``dense`` for the bare model.
+        accuracy: share of whole, freely generated answers that are right.
+        kinds: the same per kind of question.
+        tokens: visual tokens after the last cut.
+        flops: (dense, reduced) of tower and language model's prefill, per sample of the last batch.
+        kv_bytes: (dense, reduced) of the last batch.
+        seconds: time of all questions.
+        seeds: how many seeds the accuracy is the mean of.
+    """
+
+    method: str
+    accuracy: float
+    kinds: dict[str, float] = field(default_factory=dict)
+    tokens: int = TOKENS
+    flops: tuple[int, int] | None = None
+    kv_bytes: tuple[int, int] | None = None
+    seconds: float = 0.0
+    seeds: int = 1
+
+
+def methods_at(keep: int) -> list[Method]:
+    """Every method with ``keep`` of the 144 visual tokens left at the end."""
+    return [
+        vtr.Random(keep=keep, site="prompt"),
+        vtr.Random(keep=keep, site="encoder", layers=(1,)),
+        vtr.VTCCLS(keep=keep, window=3),
+        vtr.FlowCut(keep=keep),
+        vtr.VisionZip(keep=keep),
+        vtr.DivPrune(keep=keep),
+        vtr.FastV(keep=keep, layer=2),
+        vtr.Debias(vtr.FastV(keep=keep, layer=2)),
+        vtr.PyramidDrop(keep=(max(keep, 72), max(keep, 36), keep)),
+        vtr.SparseVLM(keep=(max(keep, 72), max(keep, 36), keep)),
+        vtr.VFlowOpt(keep=keep),
+    ]
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    methods: Iterable[Method | None],
+    samples: Sequence[Sample],
+    *,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 50,
+    progress: bool = False,
+) -> list[Result]:
+    """Accuracy and cost of a vision-language model with each method, dense first."""
+    from rich.progress import Progress
+
+    chosen = [None, *(m for m in methods if m is not None)]
+    out = []
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("held-out questions", total=len(chosen))
+        for method in chosen:
+            runs = seeds if isinstance(method, vtr.Random) else seeds[:1]
+            scores = []
+            tokens, flops, cache = TOKENS, None, None
+            start = time.perf_counter()
+            for seed in runs:
+                torch.manual_seed(seed)
+                with nullcontext() if method is None else vtr.apply(model, method) as handle:
+                    scores.append(
+                        evaluate_vlm(model, processor, list(samples), batch_size=batch_size)
+                    )
+                    if handle is not None:
+                        report = handle.report()
+                        tokens = handle.trace.stages[-1].tokens_out if handle.trace.stages else TOKENS
+                        dense = sum(d for d, _ in report.flops.values())
+                        flops = (dense, sum(r for _, r in report.flops.values()))
+                        cache = report.kv_bytes
+            mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+            out.append(
+                Result(
+                    "dense" if method is None else str(method),
+                    mean.pop("mean"),
+                    mean,
+                    tokens,
+                    flops,
+                    cache,
+                    time.perf_counter() - start,
+                    len(scores),
+                )
+            )
+            bar.advance(task)
+    return out
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """A rich table, dense first."""
+    from rich.table import Table
+
+    out = Table(title=title)
+    out.add_column("method", overflow="fold")
+    for name in ("answers", "worst kind", "tokens", "FLOPs", "KV"):
+        out.add_column(name, justify="right")
+    for r in results:
+        out.add_row(
+            r.method,
+            f"{r.accuracy:.1%}",
+            f"{min(r.kinds.values()):.0%}",
+            str(r.tokens),
+            "100%" if r.flops is None else f"{r.flops[1] / r.flops[0]:.0%}",
+            "100%" if r.kv_bytes is None else f"{r.kv_bytes[1] / r.kv_bytes[0]:.0%}",
+        )
+    return out
+
+
+def to_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [asdict(r) for r in results]
