@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Between these numbers of queries the products written out beat the CPU's flash attention, which
@@ -151,6 +152,7 @@ class Scratch:
         self.shape = (-1, block * dim)
         self.dim = dim
         self._scores: dict[tuple[int, int], Tensor] = {}
+        self._steps: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
         self._parts: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def scores(self, row: Row) -> Tensor:
@@ -159,6 +161,16 @@ class Scratch:
         if key not in self._scores:
             self._scores[key] = self.flat[: key[0] * key[1]].view(key)
         return self._scores[key]
+
+    def step(self, row: Row) -> tuple[Tensor, ...]:
+        """Scores, room for key and value blocks, and those as (D, tokens) and (tokens, D)."""
+        assert row.keys.blocks is not None
+        key = (row.stop - row.start, row.keys.blocks.numel(), row.keys.tokens)
+        if key not in self._steps:
+            kept, weighed = self.keys[: key[1]], self.values[: key[1]]
+            by_key, by_value = (t.view(-1, self.dim)[: key[2]] for t in (kept, weighed))
+            self._steps[key] = (self.scores(row), kept, weighed, by_key.t(), by_value)
+        return self._steps[key]
 
     def gather(self, keys: Keys, source: Tensor, which: int) -> Tensor:
         """(tokens, D) keys (which 0) or values (1) of one head; source is (NK bn, D)."""
@@ -202,9 +214,22 @@ def forward(
             target[start:stop] = 0
             if line is not None:
                 line[start:stop] = float("-inf")
+        blocks = keys.view(scratch.shape), values.view(scratch.shape)
         for row in plan.rows[p]:
-            step = _product if _by_product(row, work, q.device) else _flash
-            step(query, keys, values, row, plan, scale, scratch, target, line)
+            if not _by_product(row, work, q.device):
+                _flash(query, keys, values, row, plan, scale, scratch, target, line)
+            elif line is not None or row.partial is not None or row.keys.blocks is None:
+                _product(query, keys, values, row, plan, scale, scratch, target, line)
+            else:
+                # The common step without a detour: at low density, where a step takes a third of a
+                # millisecond, what Python does in between counts.
+                scores, kept, weighed, by_key, by_value = scratch.step(row)
+                torch.index_select(blocks[0], 0, row.keys.blocks, out=kept)
+                part = query[row.start : row.stop]
+                torch.addmm(scores, part, by_key, beta=0, alpha=scale, out=scores)
+                torch.softmax(scores, 1, out=scores)
+                torch.index_select(blocks[1], 0, row.keys.blocks, out=weighed)
+                torch.mm(scores, by_value, out=target[row.start : row.stop])
     if row_scale is not None:
         out *= row_scale.unsqueeze(-1)
     return out.to(q.dtype), lse
@@ -220,10 +245,10 @@ def _heads(
         line = plan.pattern[b if len(plan.pattern) > 1 else 0]
         for h in range(q.shape[1]):
             if h % group == 0:
-                keys, values = (
-                    torch.nn.functional.pad(t[b, h // group].to(dtype), (0, 0, 0, pad)).contiguous()
-                    for t in (k, v)
-                )
+                keys, values = (t[b, h // group].to(dtype) for t in (k, v))
+                if pad:
+                    keys, values = (F.pad(t, (0, 0, 0, pad)) for t in (keys, values))
+                keys, values = keys.contiguous(), values.contiguous()
             yield b, h, line[h if len(line) > 1 else 0], keys, values
 
 
@@ -325,5 +350,5 @@ def _scatter(target: Tensor, keys: Keys, block: int, values: Tensor) -> None:
     assert keys.blocks is not None
     count, dim = keys.blocks.numel(), target.shape[1]
     if values.shape[0] < count * block:
-        values = torch.nn.functional.pad(values, (0, 0, 0, count * block - values.shape[0]))
+        values = F.pad(values, (0, 0, 0, count * block - values.shape[0]))
     target.view(-1, block * dim).index_add_(0, keys.blocks, values.view(count, block * dim))
