@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -56,30 +57,74 @@ def test_equals_the_model_by_hand(keep: Any, c: Any) -> None:
     method = vtr.VisionZip(keep=keep, contextual=c)
     with torch.no_grad(), vtr.apply(model, method) as handle:
         logits = model(**inputs).logits
-    images, pixels, at = features(model, inputs), inputs["pixel_values"], 0
+    pixels, at = inputs["pixel_values"], 0
     tower = Tower(model)
+    total = keep if isinstance(keep, int) else int(keep * 16)
+    merged = c if isinstance(c, int) else round(c * total)
     for b, ids in enumerate(samples(inputs)):
-        number = len(images[b]) // 16
-        score, keys = [], []
-        for image in pixels[at : at + number]:
-            x = tower.start(image)
+        number = int((ids == 150).sum()) // 16
+        wanted: list[int] = []
+        images = torch.zeros(16 * number, 64)
+        for i in range(number):
+            x = tower.start(pixels[at + i])
             for layer in range(tower.last + 1):
                 x, maps, k, _ = tower.step(layer, x)
-            score += maps[:, 0, 1:].mean(0).tolist()
-            keys.append(k.mean(0)[1:])
+            score, keys, x = maps[:, 0, 1:].mean(0).tolist(), k.mean(0)[1:], x[1:].clone()
+            main, groups = slow_split(score, keys, total - merged, merged or 1)
+            before = x.clone()
+            for target, members in groups.items() if merged else ():
+                if members:
+                    x[target] = before[target] + before[members].mean(0)
+            chosen = sorted([*main, *(groups if merged else ())])
+            places = [16 * i + j for j in chosen]
+            images[places] = tower.project(x[chosen])
+            wanted += places
         at += number
-        total = keep * number if isinstance(keep, int) else int(keep * len(images[b]))
-        merged = c if isinstance(c, int) else round(c * total)
-        main, groups = slow_split(score, torch.cat(keys), total - merged, merged or 1)
-        values = {}
-        for target, members in groups.items() if merged else ():
-            values[target] = images[b][target]
-            if members:
-                values[target] = values[target] + images[b][members].mean(0)
-        wanted = sorted([*main, *values])
-        assert len(wanted) == total
         kept = handle.trace.kept[b]
-        assert kept[kept >= 0].tolist() == wanted
+        assert kept[kept >= 0].tolist() == wanted and len(wanted) == total * number
+        if merged:
+            assert float(handle.trace.stages[-1].map.size[b].sum()) == 16 * number
+
+        def cut(sequence: Sequence, seen: object, wanted: list[int] = wanted) -> None:
+            sequence.keep(wanted, True)
+
+        expected, _ = run(model, ids, images, {0: cut})
+        torch.testing.assert_close(logits[b, -1], expected, atol=3e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("keep", "c"), [(20, 4), (0.3, 0.25)])
+def test_tiles_share_the_budget_and_merge_at_the_prompt(keep: Any, c: Any) -> None:
+    model, inputs = llava_next(2)
+    method = vtr.VisionZip(keep=keep, contextual=c)
+    seen = {}
+
+    class Look(vtr.VisionZip):
+        def reduce(self, site: vtr.Site) -> vtr.Reduction | None:
+            if site.site == "prompt":
+                seen["score"] = site.spread(site.memory["score"])  # type: ignore[attr-defined]
+                seen["keys"] = site.spread(site.memory["keys"], 0.0)  # type: ignore[attr-defined]
+            return super().reduce(site)
+
+    with torch.no_grad(), vtr.apply(model, Look(keep=keep, contextual=c)):
+        model(**inputs)
+    with torch.no_grad(), vtr.apply(model, method) as handle:
+        logits = model(**inputs).logits
+    images = features(model, inputs)
+    for b, ids in enumerate(samples(inputs)):
+        n = len(images[b])
+        total = keep if isinstance(keep, int) else math.ceil(keep * n)
+        merged = c if isinstance(c, int) else round(c * total)
+        main, groups = slow_split(
+            seen["score"][b, :n].tolist(), seen["keys"][b, :n], total - merged, merged
+        )
+        values = {}
+        for target, members in groups.items():
+            values[target] = (
+                images[b][target] + images[b][members].mean(0) if members else images[b][target]
+            )
+        wanted = sorted([*main, *values])
+        kept = handle.trace.kept[b]
+        assert kept[kept >= 0].tolist() == wanted and len(wanted) == total
 
         def cut(
             sequence: Sequence,
@@ -95,6 +140,7 @@ def test_equals_the_model_by_hand(keep: Any, c: Any) -> None:
 
 def test_without_a_class_token_received_attention_ranks() -> None:
     site = make_site(n=12, prefix=0, has_cls=False)
+    assert site.info.tokens is None
     vtr.VisionZip().reduce(site)
     q, k, _ = site.qkv
     maps = (q.double() @ k.double().transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)

@@ -37,7 +37,7 @@ class FastV(TextScored):
     everywhere here (theirs to the nearest number).
 
     Args:
-        keep: budget per image after the cut (the paper's R = 50 % is 0.5).
+        keep: budget per image after the cut, of the tokens in the prompt (the paper's R = 50 % is 0.5).
         layer: K, the first layer with fewer tokens, 0-based, >= 1; the paper's main setting is 2.
     """
 

@@ -55,7 +55,8 @@ class FlowCut(Method):
     Left padding, several images and any place of the image in the prompt work.
 
     Args:
-        keep: budget at the end, per image.
+        keep: budget at the end, per image. With several crops the encoder leaves half of an int per
+            crop, and twice a fraction of every crop.
         end: 0-based layer at whose output the budget is reached; None is the last layer but one of
             those whose output the model uses (21 in LLaVA-1.5's CLIP).
         language: reach the budget in the language model (see above); None decides by the model.

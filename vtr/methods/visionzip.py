@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep
+from vtr.budget import Keep, check_keep, count
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
 from vtr.methods._vlm import alive, budget, language, last_used, nothing_to_cut, stored, valid_of
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import take, top_indices
+from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.tokens import TokenMap, take, top_indices
+
+DROPPED = -1e6
 
 
 @register
@@ -30,10 +32,14 @@ class VisionZip(Method):
     Without a class token (SigLIP, Qwen) the score is the mean attention that a token receives in that
     layer, as in the authors' code, made in chunks of rows so that the full map is never in memory.
 
+    Where an image is one crop whose patches are the visual tokens (LLaVA-1.5), all of this is done in
+    the encoder, so that contextual tokens are made before the projector, as by the authors. Elsewhere
+    (tiles, joined patches) an image's crops share its budget, and contextual tokens are made of
+    projected ones, at the entry of the language model.
+
     Differences from the authors' code: the class token itself does not go on (it is one of their
-    dominant tokens; language models here never see it), merging happens on the projected tokens at
-    the entry of the language model (theirs before the projector), tokens stay in raster order (theirs:
-    dominant, then contextual), and the crops of one image share its budget.
+    dominant tokens; language models here never see it); tokens stay in raster order (theirs:
+    dominant, then contextual); with tiles they choose in every crop apart.
 
     Args:
         keep: budget per image, contextual tokens included.
@@ -73,24 +79,60 @@ class VisionZip(Method):
     def reduce(self, site: Site) -> Reduction | None:
         if site.site == "encoder":
             score = site.cls_attention() if site.info.has_cls else site.attention_received()
-            site.memory["score"], site.memory["keys"] = score, site.key_mean()
+            if site.info.tokens is None:
+                site.memory["score"], site.memory["keys"] = score, site.key_mean()
+                return None
+            return self._merge_crops(site, score)
+        here = language(site)
+        if site.info.tokens is not None:
+            return self._take_merged(here)
+        number = torch.minimum(budget(here, self.keep), alive(here))
+        if nothing_to_cut(here, number):
             return None
-        here, n, valid = language(site), alive(site), valid_of(site)
-        number = torch.minimum(budget(here, self.keep), n)
-        if nothing_to_cut(site, number):
-            return None
-        score = here.spread(stored(here, "score"))
-        keys = here.spread(stored(here, "keys"), 0.0)
-        keys = keys.masked_fill(~valid[..., None], 0.0)
+        valid = valid_of(here)
+        keys = here.spread(stored(here, "keys"), 0.0).masked_fill(~valid[..., None], 0.0)
+        return Reduction(
+            *self._split(here.spread(stored(here, "score")), keys, number, valid), normalize=False
+        )
+
+    def _split(
+        self, score: Tensor, keys: Tensor, number: Tensor, valid: Tensor
+    ) -> tuple[TokenMap, Tensor]:
+        """The map that leaves ``number`` (B,) tokens, and the weights (B, N) of the merged sums."""
         merged = self._contextual(number)
-        merged = torch.where(number >= n, torch.zeros_like(merged), merged)
+        merged = torch.where(number >= valid.sum(1), torch.zeros_like(merged), merged)
         main = dominant(score, number - merged, valid)
         stands, targets = contextual_groups(keys, valid & ~main, merged)
-        index = torch.arange(site.n, device=site.device)
+        index = torch.arange(score.shape[1], device=score.device)
         step = by_representative(torch.where(main, index, stands))
         assigned = (step.size - 1).gather(1, step.source.clamp(min=0)).clamp(min=1)
-        weights = torch.where(main | targets, torch.ones_like(assigned), 1.0 / assigned)
-        return Reduction(step, weights, normalize=False)
+        return step, torch.where(main | targets, torch.ones_like(assigned), 1.0 / assigned)
+
+    def _merge_crops(self, site: Site, score: Tensor) -> Reduction | None:
+        """Put the contextual tokens in the place of their targets; the cut follows at the prompt."""
+        n = site.n
+        if count(self.keep, n) >= n:
+            return None
+        number = torch.full((site.batch,), count(self.keep, n), device=site.device)
+        step, weights = self._split(score, site.key_mean(), number, valid_of(site))
+        index = torch.arange(n, device=site.device)
+        stands = step.kept.gather(1, step.source.clamp(min=0))
+        # How far each token's representative is: the same number in the crop and in the prompt.
+        site.memory["way"] = (stands - index).float().masked_fill(step.source < 0, DROPPED)
+        sums = step.merge(site.hidden, weights, normalize=False)
+        return Reduction(None, tokens=step.restore(sums, site.hidden))
+
+    def _take_merged(self, site: LanguageSite) -> Reduction | None:
+        whole = site.info.tokens
+        assert whole is not None
+        if count(self.keep, whole) >= whole:
+            return None
+        way = site.spread(stored(site, "way"), 0.0)
+        gone = ~valid_of(site) | (way <= DROPPED)
+        index = torch.arange(site.n, device=site.device)
+        stands = index + way.masked_fill(gone, 0.0).round().long()
+        step = by_representative(stands.masked_fill(gone, -1))
+        return Reduction(step, tokens=step.gather(site.hidden))
 
     def _contextual(self, number: Tensor) -> Tensor:
         """How many of ``number`` (B,) tokens are contextual; at least one is dominant."""
