@@ -14,6 +14,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock
 from tiny import images, ours, spread
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
 from vtr.method import Method, Reduction, Stage
@@ -368,6 +369,22 @@ def test_gradient_checkpointing_is_refused_in_words() -> None:
             out = model.eval().encode_image(x)
             model.set_grad_checkpointing(False)
             assert torch.equal(model.encode_image(x), out)
+
+
+@pytest.mark.parametrize("name", ["tok", "custom"])
+def test_reported_flops_are_those_of_the_operators(name: str) -> None:
+    model = build(name)
+    # With gradients, as PyTorch's fused attention of inference is one operator that is not counted.
+    with vtr.apply(model, vtr.Random(keep=0.3, layers=(1,), seed=0)) as handle:
+        with FlopCounterMode(display=False) as counted:
+            pooled(model, pixels(1))
+        reported = handle.report().flops["encoder"][1]
+    blocks = [
+        sum(operators.values())
+        for module, operators in counted.get_flop_counts().items()
+        if module.rpartition(".")[2].isdigit() and module.split(".")[-2] == "resblocks"
+    ]
+    assert len(blocks) == 4 and sum(blocks) == reported
 
 
 # ---- other towers ----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from tiny import images, ours, spread
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 import vtr
@@ -586,6 +587,21 @@ def test_gradient_checkpointing_is_refused_in_words() -> None:
         model(x)
     with vtr.apply(model.eval(), "evit"), torch.no_grad():
         model(x)
+
+
+def test_reported_flops_are_those_of_the_operators(family: tuple[str, Any, int, set[str]]) -> None:
+    _, model, _, _ = family
+    path = TOWERS[type(tower_of(model)).__name__][0].rpartition(".")[2]
+    with vtr.apply(model, vtr.Random(keep=0.3, layers=(1,), seed=0)) as handle:
+        with FlopCounterMode(display=False) as counted:
+            model(pixels(1))
+        reported = handle.report().flops["encoder"][1]
+    layers = [
+        sum(operators.values())
+        for module, operators in counted.get_flop_counts().items()
+        if module.rpartition(".")[2].isdigit() and module.split(".")[-2] == path
+    ]
+    assert len(layers) == 4 and sum(layers) == reported
 
 
 # ---- what is refused ----------------------------------------------------------------------------------
