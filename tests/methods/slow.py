@@ -98,7 +98,7 @@ def run(
     Args:
         ids: (L,) without padding.
         images: features of its visual tokens, (N, C), projected.
-        before: layer -> what happens to the sequence before it (-1: at the entry).
+        before: layer -> what happens to the sequence before it.
     """
     lm = model.model.language_model
     visual = ids == IMAGE
@@ -115,8 +115,6 @@ def run(
         mixed = (here.attention() @ v).transpose(0, 1).reshape(len(here.x), -1).float()
         h = here.x + layer.self_attn.o_proj(mixed)
         sequence.x = h + layer.mlp(layer.post_attention_layernorm(h))
-        if after and i in after:
-            after[i](sequence, seen)
     return model.lm_head(lm.norm(sequence.x)[-1]), sequence.alive.tolist()
 
 
