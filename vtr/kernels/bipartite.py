@@ -18,7 +18,7 @@ _TILE = 1 << 18
 # own memory stays linear in the number of tokens.
 _MIN_ROWS = 64
 # Below this many columns or elements the two-level reduction costs more calls than it saves.
-_TWO_LEVEL_COLUMNS = 64
+_TWO_LEVEL_COLUMNS = 128
 _TWO_LEVEL_ELEMENTS = 1 << 15
 
 
@@ -68,9 +68,19 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
     columns = b.shape[1]
     if a.dtype != torch.float32:
         a, b = a.float(), b.float()
-    if batch * rows * columns < _TWO_LEVEL_ELEMENTS or columns < _TWO_LEVEL_COLUMNS:
-        if batch * rows * columns <= _TILE:
-            return _max_direct(a, b, b_mask)
+    if batch * rows * columns < _TWO_LEVEL_ELEMENTS:
+        return _max_direct(a, b, b_mask)
+    if columns < _TWO_LEVEL_COLUMNS and rows * columns <= _TILE:
+        samples = max(1, _TILE // (rows * columns))
+        own = b_mask is not None and b_mask.ndim == 2 and b_mask.shape[0] == batch
+        parts = [
+            _max_direct(a[these], b[these], b_mask[these] if own and b_mask is not None else b_mask)
+            for these in (slice(i, i + samples) for i in range(0, batch, samples))
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if columns < _TWO_LEVEL_COLUMNS:
         width = columns
     else:
         width = _group_width(columns)
