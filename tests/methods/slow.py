@@ -91,7 +91,6 @@ def run(
     ids: Tensor,
     images: Tensor,
     before: dict[int, Cut],
-    after: dict[int, Cut] | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Logits of the last token, and the visual tokens that are left.
 
