@@ -71,6 +71,7 @@ MODELS: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
         1,
         CLS,
     ),
+    "metaclip2": (lambda: hf.MetaClip2VisionModel(hf.MetaClip2VisionConfig(**MLP)), 1, CLS),
     "siglip": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**MLP)), 0, NO_CLS),
     "siglip-classes": (
         lambda: hf.SiglipForImageClassification(
@@ -82,6 +83,11 @@ MODELS: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
     "vit": (lambda: hf.ViTModel(hf.ViTConfig(**MLP)), 1, CLS),
     "vit-classes": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**MLP, num_labels=5)), 1, CLS),
     "deit": (lambda: hf.DeiTModel(hf.DeiTConfig(**MLP)), 2, CLS),
+    "deit-teacher": (
+        lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**MLP, num_labels=5)),
+        2,
+        CLS,
+    ),
     "ijepa": (lambda: hf.IJepaModel(hf.IJepaConfig(**MLP)), 0, NO_CLS),
     "ijepa-classes": (
         lambda: hf.IJepaForImageClassification(hf.IJepaConfig(**MLP, num_labels=5)),
@@ -89,6 +95,11 @@ MODELS: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
         NO_CLS,
     ),
     "msn": (lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**MLP)), 1, CLS),
+    "msn-classes": (
+        lambda: hf.ViTMSNForImageClassification(hf.ViTMSNConfig(**MLP, num_labels=5)),
+        1,
+        CLS,
+    ),
     "dinov2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO)), 1, CLS),
     "dinov2-classes": (
         lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**DINO, use_swiglu_ffn=True)),
