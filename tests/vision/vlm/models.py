@@ -256,6 +256,38 @@ def internvl(batch: int) -> tuple[Any, Inputs]:
     }
 
 
+def tiles(cls: Any, config: Any, batch: int) -> tuple[Any, Inputs]:
+    """Three tiles of four tokens, and two (the third is all zero: padding), with text between them."""
+    config = config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 7,
+        },
+        text_config=llama(),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    pixels = noise(6, 3, 28, 28).reshape(2, 3, 3, 28, 28)
+    pixels[1, 2] = 0
+    return build(cls, config), {
+        "pixel_values": pixels[:batch],
+        **prompts([[4, 4, 4], [4, 4]][:batch]),
+    }
+
+
+def idefics3(batch: int) -> tuple[Any, Inputs]:
+    return tiles(transformers.Idefics3ForConditionalGeneration, transformers.Idefics3Config, batch)
+
+
+def smolvlm(batch: int) -> tuple[Any, Inputs]:
+    return tiles(transformers.SmolVLMForConditionalGeneration, transformers.SmolVLMConfig, batch)
+
+
 FAMILIES: dict[str, Callable[[int], tuple[Any, Inputs]]] = {
     "llava": llava,
     "llava_next": llava_next,
@@ -264,4 +296,6 @@ FAMILIES: dict[str, Callable[[int], tuple[Any, Inputs]]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
 }

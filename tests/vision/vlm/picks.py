@@ -11,6 +11,7 @@ from torch import Tensor
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
+from vtr.vision.vlm.wrapping import language_of
 
 STEPS = 4
 ALL = 10**6
@@ -79,7 +80,7 @@ class Masked:
 
     def __init__(self, model: Any, gone: dict[int, Tensor]) -> None:
         self.gone = gone
-        self.layers = model.model.language_model.layers
+        self.layers = language_of(model.model).layers
         self.hooks: list[Any] = []
 
     def __enter__(self) -> None:

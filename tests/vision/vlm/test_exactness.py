@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ CLOSE = 3e-5
 family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def made(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
     return FAMILIES[name](batch)
 
@@ -117,6 +117,55 @@ def test_ways_to_generate(name: str, options: dict[str, Any]) -> None:
     again = {**options, "use_cache": False} if "num_beams" in options else {}
     with vtr.apply(model, method):  # the same tokens by another way
         same(generate(model, inputs, **again), generate(model, inputs, **options), CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", [DECODER, BOTH], ids=["decoder", "both"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_static_caches_inside_the_language_model(name: str, method: Pick, batch: int) -> None:
+    model, inputs = made(name, batch)
+    with vtr.apply(model, method):
+        static = generate(model, inputs, cache_implementation="static")
+        same(generate(model, inputs), static, CLOSE)
+        held = [int(layer.cumulative_length) for layer in static.past_key_values.layers]
+        assert held == lengths(generate(model, inputs))
+
+
+def test_flash_attention_is_given_no_positions_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention reads gapped positions of one sample as packed sequences (as the mask does).
+
+    A probe stands where flash attention would: it is given what flash would be given.
+    """
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+    monkeypatch.setattr(VLMWrapping, "flash", True)
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    seen: list[Any] = []
+
+    def attend(module: Any, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+        if getattr(module, "is_causal", False) and args[0].shape[2] > 1:
+            seen.append(position_ids)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("probed", attend)
+    AttentionMaskInterface.register("probed", sdpa_mask)
+    for name in ("llava", "qwen3_vl"):
+        model, inputs = FAMILIES[name](1)
+        with vtr.apply(model, BOTH):
+            plain = generate(model, inputs)
+        model.model.language_model.set_attn_implementation("probed")
+        seen.clear()
+        generate(model, inputs)
+        assert len(seen) == 4
+        if name == "llava":
+            assert all(p is not None for p in seen)
+        seen.clear()
+        with vtr.apply(model, BOTH):
+            same(plain, generate(model, inputs), CLOSE)
+        assert len(seen) == 4 and all(p is None for p in seen)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

@@ -137,7 +137,7 @@ def test_keys_and_values_are_those_of_the_cache(name: str) -> None:
     at = (("decoder", 2, "start"),)
 
     def see(site: Any) -> None:
-        q, k, v = site.text_qkv()
+        _, k, v = site.text_qkv()
         seen.append((site.keys, site.values, k, v, site.valid))
 
     look(model, at, see, inputs)
@@ -358,6 +358,7 @@ def test_reported_flops_are_those_that_are_counted(name: str) -> None:
     assert 0 <= rope < 1e-3 * dense  # the tables of the rotary embedding, which are not counted
     assert 0 <= reduced - report["flops"]["language"]["reduced"] <= rope
     held = sum(
-        l.keys[..., : l.keys.shape[2] - STEPS + 1, :].nbytes * 2 for l in out.past_key_values.layers
+        layer.keys[..., : layer.keys.shape[2] - STEPS + 1, :].nbytes * 2
+        for layer in out.past_key_values.layers
     )
     assert report["kv_bytes"]["reduced"] == held

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 import vtr
-from tests.vision.vlm.models import FAMILIES, IMAGE, noise, prompts
+from tests.vision.vlm.models import FAMILIES, IMAGE, TEXT, noise, prompts, transformers
 from tests.vision.vlm.picks import (
     BOTH,
     DECODER,
@@ -29,7 +29,7 @@ CLOSE = 3e-5
 turns = pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl"])
 
 
-@lru_cache(maxsize=None)
+@cache
 def made(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
     return FAMILIES[name](batch)
 
@@ -392,3 +392,54 @@ def test_keeping_all_reports_no_gain() -> None:
         report = handle.report().to_dict()
     assert report["flops"]["language"]["dense"] == report["flops"]["language"]["reduced"]
     assert report["kv_bytes"]["dense"] == report["kv_bytes"]["reduced"]
+
+
+def test_a_family_that_cannot_work_is_refused_with_its_reason() -> None:
+    config = transformers.Gemma3Config(
+        text_config={**TEXT, "head_dim": 16, "sliding_window": 8},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 7,
+        },
+        mm_tokens_per_image=4,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    with pytest.raises(vtr.UnsupportedModelError, match=r"both directions.*LLaVA-1\.5"):
+        vtr.apply(model, PROMPT)
+
+
+def test_checkpointing_is_refused_in_training() -> None:
+    model, inputs = FAMILIES["llava"](1)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with (
+        vtr.apply(model, PROMPT),
+        pytest.raises(RuntimeError, match="gradient_checkpointing_disable"),
+    ):
+        model(**inputs, use_cache=False)
+
+
+def test_features_from_elsewhere_have_no_scores() -> None:
+    model, inputs = made("llava", 1)
+    pixels = inputs["pixel_values"]
+    text = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    look = vtr.create("vtc-cls", keep=4, window=1)
+    with torch.no_grad(), vtr.apply(model, look):
+        mine = model.model.get_image_features(pixels)
+        model.model.get_image_features(-pixels)
+        with pytest.raises(RuntimeError, match="the vision tower did not run for this prompt"):
+            model(**text, mm_encoder_outputs={"image": mine})
+        again = model.model.get_image_features(pixels)
+        a = model(**text, mm_encoder_outputs={"image": again}).logits
+        torch.testing.assert_close(a, model(**inputs).logits)
+
+
+def test_a_prompt_in_chunks_is_refused() -> None:
+    model, inputs = made("llava", 1)
+    look = vtr.create("vtc-cls", keep=4, window=1)
+    with vtr.apply(model, look), pytest.raises(RuntimeError, match="no chunked prefill"):
+        generate(model, inputs, prefill_chunk_size=8)

@@ -166,6 +166,25 @@ class Shuffled:
         return list(out.reshape(scores.shape[0], -1, out.shape[-1]).mean(2))
 
 
+class Idefics(Family):
+    """Idefics3 and SmolVLM: tiles with text between them; a sample's tiles are one image to a budget.
+
+    Their towers are not opened: methods look at the prompt and in the decoder.
+    """
+
+    cuts = "its connector joins patches of the full grid; cut at the prompt or in the decoder"
+    fixed = False
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def tower(self, inner: Any) -> nn.Module | None:
+        return getattr(inner, "vision_model", None)
+
+    def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
+        capture.grids = [None] * len(capture.lengths)
+
+
 def rows(scores: Tensor) -> list[Tensor]:
     return list(scores)
 
@@ -184,6 +203,8 @@ SUPPORTED: dict[str, Callable[[], Family]] = {
     "Qwen2_5_VLModel": lambda: Qwen("Qwen2.5-VL"),
     "Qwen3VLModel": lambda: Qwen("Qwen3-VL"),
     "InternVLModel": InternVL,
+    "Idefics3Model": lambda: Idefics("Idefics3"),
+    "SmolVLMModel": lambda: Idefics("SmolVLM"),
 }
 
 REFUSED = {
@@ -199,6 +220,8 @@ NAMES = (
     "Qwen2.5-VL",
     "Qwen3-VL",
     "InternVL",
+    "Idefics3",
+    "SmolVLM",
 )
 
 

@@ -29,6 +29,7 @@ class Capture:
         alive: (crops, patches) bool, the tower's tokens that were left, or None (all).
         cutters: names of the methods that cut in the tower.
         crops: size of the tower's batch.
+        first: (C,) the first visual token, by which its features are known again.
         patches: patches of each crop where crops differ in size, else empty.
     """
 
@@ -41,6 +42,7 @@ class Capture:
         self.alive: Tensor | None = None
         self.cutters: tuple[str, ...] = ()
         self.crops = 0
+        self.first: Tensor | None = None
         self.patches: list[int] = []
 
 
@@ -49,6 +51,14 @@ class Captures:
 
     def __init__(self) -> None:
         self.of: dict[str, Capture] = {}
+
+    def made(self, outputs: dict[str, Any]) -> bool:
+        """Whether these are the features that were captured (generate makes them before the forward)."""
+        for modality, capture in self.of.items():
+            found = first_token(outputs.get(modality))
+            if found is None or capture.first is None or not torch.equal(found, capture.first):
+                return False
+        return True
 
     def memory(self, key: int) -> dict[str, Any]:
         """A copy of what a method stored in the encoder: without a cache, one run of the tower serves
@@ -109,6 +119,17 @@ class Captures:
                 at += length
             out.append(spans)
         return out
+
+
+def first_token(output: Any) -> Tensor | None:
+    """The first visual token (C,) of what a ``get_image_features`` returned."""
+    found = getattr(output, "pooler_output", None)
+    if found is None or len(found) == 0:
+        return None
+    token = found[0]
+    while token.dim() > 1:
+        token = token[0]
+    return token.detach()
 
 
 class Spread:

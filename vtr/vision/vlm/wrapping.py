@@ -15,7 +15,7 @@ from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.vlm.attention import opens
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.families import Family, find
-from vtr.vision.vlm.features import Capture, Captures
+from vtr.vision.vlm.features import Capture, Captures, first_token
 from vtr.vision.vlm.language import LanguageSession
 from vtr.vision.vlm.packed import PackedSession, packed_info
 from vtr.vision.vlm.sequence import follow
@@ -194,6 +194,8 @@ class VLMWrapping(Wrapping):
                 bound = inspect.signature(method).bind(self.inner, *args, **kwargs)
                 given = {**bound.arguments, **bound.arguments.get("kwargs", {}), **self.running}
                 capture.lengths = [x.shape[0] for x in found]
+                first = first_token(out)
+                capture.first = None if first is None else first.clone()
                 self.family.describe(self.inner, capture, given)
                 self.captures.of[modality] = capture
         finally:
@@ -216,6 +218,10 @@ class VLMWrapping(Wrapping):
         self.language.pending = None
         if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
             self.captures = Captures()  # the towers run inside this call
+        elif isinstance(made := kwargs.get("mm_encoder_outputs"), dict) and not self.captures.made(
+            made
+        ):
+            self.captures = Captures()  # features from elsewhere
         if has_features(kwargs):
             ids = kwargs.get("input_ids", args[0] if args else None)
             found = find(module, ids, kwargs.get("inputs_embeds"))
