@@ -309,8 +309,8 @@ def mask_rows(seconds: float) -> list[dict[str, Any]]:
         "frame_band 13x1350 width 42, text 226": lambda: masks.frame_band(13, 1350, 42, text=226),
         "spatial 21x3600": lambda: masks.spatial(21, 3600, 7200),
         "temporal 21x3600": lambda: masks.temporal(21, 3600, 7200),
-        "neighborhood 30x48x80, window 18x24x24 stride 16x8x8": lambda: masks.neighborhood(
-            (30, 48, 80), (18, 24, 24), stride=(16, 8, 8)
+        "neighborhood 15x24x40, window 9x12x12 stride 8x4x4": lambda: masks.neighborhood(
+            (15, 24, 40), (9, 12, 12), stride=(8, 4, 4)
         ),
         "sliding_tile 30x48x80, tile 6x8x8, window 3x3x5": lambda: masks.sliding_tile(
             (30, 48, 80), (6, 8, 8), (3, 3, 5)
