@@ -132,7 +132,7 @@ def check_schedule(
         if not keep or (stages is not None and len(keep) != stages):
             raise ValueError(f"{name} must have one entry per stage ({stages}), got {keep!r}")
         checked = tuple(check_keep(k, f"{name}[{i}]") for i, k in enumerate(keep))
-        for a, b in zip(checked, checked[1:], strict=False):
+        for a, b in pairwise(checked):
             if falling and type(a) is type(b) and b > a:
                 raise ValueError(f"{name} must not grow from stage to stage, got {checked!r}")
         return checked

@@ -29,6 +29,7 @@ from vtr.zoo import data, llava, weights_path
 from vtr.zoo.llava import DIM, PATCHES, TOWER_LAYERS
 from vtr.zoo.questions import KINDS, VOCABULARY, ask
 from vtr.zoo.scenes import NO_COLOUR, NO_DIGIT, UNCLEAR, Scenes, scenes
+from vtr.zoo.state import load_moments, moments, part
 
 _UNSEEN = -1e4
 
@@ -281,24 +282,15 @@ class Trainer:
         tensors = {"position": torch.tensor(self.position)}
         for prefix, module in (("model", self.model), ("heads", self.heads)):
             tensors |= {f"{prefix}.{k}": v.clone() for k, v in module.state_dict().items()}
-        for index, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
-        return tensors
+        return tensors | moments(self.optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue where :meth:`state` was taken; the recipe must be the same one."""
         self.position = int(tensors["position"])
-        for prefix, module in (("model.", self.model), ("heads.", self.heads)):
-            start = len(prefix)
-            module.load_state_dict({k[start:]: v for k, v in tensors.items() if k.startswith(prefix)})
+        for prefix, module in (("model", self.model), ("heads", self.heads)):
+            module.load_state_dict(part(tensors, prefix))
         self.optimizer = self._optimizer()
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        load_moments(self.optimizer, tensors)
 
 
 def presence(batch: Scenes) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vtr.methods.tofe import ToFe, ToFeModules
 from vtr.train.tofe import ToFeLoss, ToFeTrainer
 from vtr.zoo import data, load
+from vtr.zoo.state import load_moments, moments, part
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,10 @@ class Trainer:
         """All tensors that the next step depends on, by name, plus ``position``."""
         tensors = {"position": torch.tensor(self.position)}
         tensors |= {f"modules.{k}": v for k, v in self.trainer.modules.state_dict().items()}
-        for index, entry in self.trainer.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
-        return tensors
+        return tensors | moments(self.trainer.optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue where :meth:`state` was taken; the recipe must be the same one."""
         self.position = int(tensors["position"])
-        start = len("modules.")
-        self.trainer.modules.load_state_dict(
-            {k[start:]: v for k, v in tensors.items() if k.startswith("modules.")}
-        )
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = value
-        groups = self.trainer.optimizer.state_dict()["param_groups"]
-        self.trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.trainer.modules.load_state_dict(part(tensors, "modules"))
+        load_moments(self.trainer.optimizer, tensors)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtr.zoo import data, vit
+from vtr.zoo.state import load_moments, moments, part
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -218,26 +219,14 @@ class Trainer:
         tensors = {"position": torch.tensor(self.position)}
         for prefix, module in self._modules().items():
             tensors |= {f"{prefix}.{key}": value for key, value in module.state_dict().items()}
-        moments: dict[int, dict[str, Tensor]] = self.optimizer.state_dict()["state"]
-        for index, entry in moments.items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in entry.items()}
-        return tensors
+        return tensors | moments(self.optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue where :meth:`state` was taken; the recipe must be the same one."""
         self.position = int(tensors["position"])
         for prefix, module in self._modules().items():
-            start = len(prefix) + 1
-            module.load_state_dict(
-                {key[start:]: t for key, t in tensors.items() if key.startswith(f"{prefix}.")}
-            )
-        moments: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            module.load_state_dict(part(tensors, prefix))
+        load_moments(self.optimizer, tensors)
 
     def _modules(self) -> dict[str, nn.Module]:
         return {

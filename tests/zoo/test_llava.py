@@ -1,0 +1,149 @@
+"""The built-in LLaVA: it loads, it answers, and its recipe runs and resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import vtr
+from vtr.zoo import llava, load_vlm, questions, scenes
+from vtr.zoo.train_llava import Recipe, Trainer, choose, presence, turn_mask
+
+SMALL = Recipe(tower_steps=2, language_steps=3, batch=4, pictures=100)
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return load_vlm("digits-llava")
+
+
+def test_answers_held_out_questions_freely(built_in):
+    scores = questions.evaluate_vlm(*built_in, questions.vqa(120, seed=11))
+    assert scores["mean"] >= 0.95
+    assert min(scores.values()) >= 0.90
+
+
+def test_selection_beats_chance_at_few_tokens(built_in):
+    model, processor = built_in
+    samples = questions.vqa(120, seed=12)
+    dense = questions.evaluate_vlm(model, processor, samples)["mean"]
+    scores = {}
+    for keep in (17, 9):
+        for method in (vtr.VTCCLS(keep=keep, window=3), vtr.Random(keep=keep, site="prompt", seed=3)):
+            with vtr.apply(model, method) as handle:
+                scores[method.name, keep] = questions.evaluate_vlm(model, processor, samples)["mean"]
+                assert handle.trace.stages[-1].tokens_out == keep
+    assert dense - scores["vtc-cls", 17] <= 0.02
+    assert dense - scores["random", 9] >= 0.10
+    assert scores["vtc-cls", 9] > scores["random", 9]
+
+
+def test_prompt_has_one_placeholder_per_patch_and_padding_changes_nothing(built_in):
+    model, processor = built_in
+    samples = questions.vqa(4, seed=3)
+    batch = questions.prompt(processor, samples)
+    assert (batch["input_ids"] == questions.VOCABULARY["<image>"]).sum(1).tolist() == [144] * 4
+    assert batch["pixel_values"].shape == (4, 3, 96, 96)
+    together = questions.evaluate_vlm(model, processor, samples, batch_size=4)
+    alone = questions.evaluate_vlm(model, processor, samples, batch_size=1)
+    assert together == alone
+
+
+def test_processor_sees_the_pixels_that_training_saw():
+    batch = scenes.scenes(2, torch.Generator().manual_seed(4), "heldout")
+    from PIL import Image
+
+    from vtr.zoo import data
+
+    pixels = (data.denormalise(batch.images) * 255).round().to(torch.uint8)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    text = ["<image>USER: is there a 1 ? ASSISTANT:"] * 2
+    out = llava.processor()(text=text, images=pictures, return_tensors="pt")
+    wanted = data.normalise(pixels.float() / 255)
+    torch.testing.assert_close(out["pixel_values"], wanted, atol=1e-4, rtol=0)
+
+
+def test_questions_fit_their_scenes():
+    generator = torch.Generator().manual_seed(0)
+    batch = scenes.scenes(50, generator)
+    for kind in questions.KINDS:
+        asked, answers = questions.ask(batch, kind, generator)
+        assert asked.shape[0] == answers.shape[0] == 50
+        assert (answers[:, -1] == questions.END).all()
+    asked, answers = questions.ask(batch, "digit of a colour", generator)
+    for i in range(50):
+        colour, digit = questions.text(answers[i]).split()
+        slot = scenes.COLOURS.index(colour)
+        column = batch.colours[i].tolist().index(slot)
+        assert int(digit) == batch.digits[i, column]
+        assert colour in questions.text(asked[i])
+    asked, answers = questions.ask(batch, "is there", generator)
+    for i in range(50):
+        digit, said = questions.text(answers[i]).split()
+        assert (said == "yes") == (int(digit) in batch.digits[i, : batch.number[i]].tolist())
+    with pytest.raises(ValueError, match="kind must be one of"):
+        questions.ask(batch, "how many", generator)
+
+
+def test_turns_see_the_picture_and_themselves_only():
+    mask = turn_mask(3, [2, 2])[0, 0] == 0
+    assert mask[4:6, :4].all() and mask[6:, :4].all()
+    assert not mask[6:, 4:6].any()
+    assert not mask[0, 1:].any()
+
+
+def test_uniform_choice_does_not_look_at_the_ink():
+    ink = torch.zeros(200, 144)
+    ink[:, :20] = 1
+    generator = torch.Generator().manual_seed(0)
+    biased = choose(ink, 20, False, generator)
+    uniform = choose(ink, 20, True, generator)
+    assert (biased < 20).all()
+    assert 0.08 < (uniform < 20).float().mean() < 0.2
+
+
+def test_presence_counts_only_digits_that_are_there():
+    batch = scenes.scenes(30, torch.Generator().manual_seed(1))
+    assert torch.equal(presence(batch)[:, :10].sum(1).long(), batch.number)
+    assert torch.equal(presence(batch)[:, 10:].sum(1).long(), batch.number)
+
+
+def test_recipe_runs_and_resumes_where_it_left():
+    whole, first = Trainer(SMALL), Trainer(SMALL)
+    for _ in range(5):
+        whole.step()
+    for _ in range(3):
+        first.step()
+    second = Trainer(SMALL)
+    second.load_state(first.state())
+    for _ in range(2):
+        second.step()
+    assert second.position == SMALL.steps
+    for key, value in whole.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[key], value, rtol=0, atol=0)
+    assert dataclasses.asdict(SMALL)["batch"] == 4
+
+
+def test_tower_is_the_vit_under_other_names():
+    from safetensors.torch import load_file
+
+    from vtr.zoo import load, weights_path
+
+    weights = load_file(str(weights_path("digits-vit")))
+    tower = llava.build("eager").model.vision_tower
+    missing, unexpected = tower.load_state_dict(llava.tower_from_vit(weights), strict=False)
+    assert not unexpected and all("position_ids" in key for key in missing)
+    with torch.no_grad():
+        tower.pre_layrnorm = torch.nn.Identity()  # the one part that the ViT does not have
+        images = torch.randn(2, 3, 96, 96)
+        state = llava.tower_states(tower, images, None, 6)[-1]
+        # Their layer norms differ: eps is 1e-5 in CLIP and 1e-6 in timm.
+        wanted = load("digits-vit").forward_features(images)
+        torch.testing.assert_close(tower.post_layernorm(state), wanted, atol=5e-3, rtol=0)
+
+
+def test_unknown_model_is_named():
+    with pytest.raises(ValueError, match="digits-llava"):
+        load_vlm("llava-7b")
