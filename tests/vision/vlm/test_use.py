@@ -394,6 +394,18 @@ def test_keeping_all_reports_no_gain() -> None:
     assert report["kv_bytes"]["dense"] == report["kv_bytes"]["reduced"]
 
 
+def test_the_trace_can_be_drawn() -> None:
+    model, inputs = made("llava", 1)
+    with vtr.apply(model, BOTH) as handle:
+        model(**inputs)
+        assert [s.grid for s in handle.trace.stages] == [(4, 4), (4, 4)]
+        picture = vtr.draw(handle, inputs["pixel_values"])
+    assert picture.size[0] > picture.size[1]
+    assert handle.trace.kept is not None and handle.trace.kept.tolist() == [
+        sorted(handle.trace.kept[0].tolist())
+    ]
+
+
 def test_a_family_that_cannot_work_is_refused_with_its_reason() -> None:
     config = transformers.Gemma3Config(
         text_config={**TEXT, "head_dim": 16, "sliding_window": 8},

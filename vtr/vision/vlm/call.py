@@ -14,6 +14,7 @@ from vtr.tokens import TokenMap, take
 from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
+from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
 from vtr.wrapping import Entry
 
@@ -92,6 +93,7 @@ class Call:
         self.embeddings: Tensor | None = None
         self.memory: dict[int, dict[str, Any]] = {}
         self.changed = False
+        self._images: list[list[tuple[int, int, Grid]]] | None = None
 
     # ---- what earlier calls left ------------------------------------------------------------
 
@@ -150,6 +152,18 @@ class Call:
             )
         return Cuts(groups, length)
 
+    def images(self) -> list[list[tuple[int, int, Grid]]]:
+        """Per sample its images: start and length among the visual tokens of the prompt, and grid."""
+        if self._images is None:
+            self._images = self.owner.captures.images(self)
+        return self._images
+
+    def grid(self) -> Grid:
+        """The one grid of prompts that have one image each, all of a size."""
+        grids = {tuple(grid for _, _, grid in images) for images in self.images()}
+        only = next(iter(grids))
+        return only[0] if len(grids) == 1 and len(only) == 1 else None
+
     # ---- methods ----------------------------------------------------------------------------
 
     def visit(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> Tensor:
@@ -177,7 +191,7 @@ class Call:
                 "qkv": Tokens(self, where, entry.method.name),
                 "scale": owner.scale(layer),
             }
-        images, spread = captures.images(self), captures.spreader(self)
+        spread = captures.spreader(self)
         return LanguageSite(
             site=name,
             layer=layer,
@@ -185,7 +199,7 @@ class Call:
             hidden=tokens,
             map=self.map,
             valid=layout.valid if self.map.padded else None,
-            grid=images[0][0][2] if images and len(images[0]) == 1 else None,
+            grid=self.grid(),
             memory=self.memory.setdefault(key, captures.memory(key)),
             training=owner.root.training,
             modules=entry.modules_like(hidden),
@@ -194,7 +208,7 @@ class Call:
             text=rows_of(hidden, text),
             text_valid=text >= 0,
             text_after=(text >= 0) & (order > first),
-            images=images,
+            images=self.images(),
             spread=spread,
             **signals,
         )
@@ -232,7 +246,16 @@ class Call:
         self.map = before.then(step)
         self.changed = True
         self.owner.trace.stages.append(
-            StageRecord(name, layer, entry.method.name, before.n_out, step.n_out, step, self.map)
+            StageRecord(
+                name,
+                layer,
+                entry.method.name,
+                before.n_out,
+                step.n_out,
+                step,
+                self.map,
+                self.grid(),
+            )
         )
         if self.rope is not None:
             cos, sin = self.rope
