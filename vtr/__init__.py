@@ -51,6 +51,8 @@ _PUBLIC = {
     "ToMe": "vtr.methods.tome",
 }
 
+_PACKAGES = frozenset({"evaluate", "kernels", "train", "zoo"})
+
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"vtr.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vtr' has no attribute {name!r}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
@@ -93,4 +97,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])
