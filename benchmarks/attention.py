@@ -400,6 +400,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    # Every shape compiles FlexAttention anew; vtr raises this limit for itself, a user would too.
+    torch._dynamo.config.recompile_limit = 256
     cuda = options.suite == "gpu" or (options.suite == "match" and torch.cuda.is_available())
     device = "cuda" if cuda else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
