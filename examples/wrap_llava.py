@@ -1,8 +1,8 @@
 """Ask a LLaVA about pictures, with all visual tokens and with a few.
 
-    python examples/wrap_llava.py                                     # the built-in model, offline
-    python examples/wrap_llava.py --method flowcut --keep 17
-    python examples/wrap_llava.py --model llava-hf/llava-1.5-7b-hf --image cat.jpg --keep 64
+python examples/wrap_llava.py                                     # the built-in model, offline
+python examples/wrap_llava.py --method flowcut --keep 17
+python examples/wrap_llava.py --model llava-hf/llava-1.5-7b-hf --image cat.jpg --keep 64
 """
 
 from __future__ import annotations
@@ -54,11 +54,15 @@ def answer(model: Any, processor: Any, image: Any, question: str, tokens: int) -
         return_tensors="pt",
     ).to(model.device, model.dtype)
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return processor.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--model", help="a hub id or a folder; without it the built-in model")
     parser.add_argument("--image", type=Path, help="a picture, for --model")
     parser.add_argument("--question", default="What is in this picture?")
