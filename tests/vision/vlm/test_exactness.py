@@ -87,6 +87,16 @@ def test_what_is_dropped_is_masked_out_and_gone(name: str, method: Pick) -> None
     assert change > 100 * CLOSE  # or the comparison would show nothing
 
 
+def test_deepstack_features_follow_a_cut_among_their_layers() -> None:
+    """Qwen3-VL adds features of the tower after its first layers: also for tokens that are left."""
+    model, inputs = made("qwen3_vl", 2)
+    with vtr.apply(model, Pick((("decoder", 0, "end"),), ((5, 3),))) as handle:
+        reduced = generate(model, inputs)
+        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+    with Masked(model, gone):
+        same(generate(model, inputs), reduced, CLOSE)
+
+
 @family
 def test_a_sample_of_a_batch_gets_what_it_gets_alone(name: str) -> None:
     model, inputs = made(name, 2)

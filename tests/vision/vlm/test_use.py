@@ -338,6 +338,62 @@ def test_a_copied_cache_goes_on_from_the_same_cut() -> None:
     assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
 
 
+@pytest.mark.parametrize("method", [PROMPT, DECODER], ids=["prompt", "decoder"])
+def test_a_cut_cache_is_not_continued_without_a_method(method: Pick) -> None:
+    model, inputs = made("llava", 1)
+    with vtr.apply(model, method):
+        first = generate(model, inputs)
+    turn = grown(inputs, first.sequences, question(1))
+    with pytest.raises(RuntimeError, match="only be continued while a method is applied"):
+        generate(model, turn, past_key_values=first.past_key_values)
+    with vtr.apply(model, KEEP_ALL):  # any method will do
+        generate(model, turn, past_key_values=first.past_key_values)
+
+
+def test_prompt_lookup_decoding_gives_the_same_tokens() -> None:
+    model, inputs = made("llava", 1)
+    for method in (PROMPT, DECODER, BOTH):
+        with vtr.apply(model, method):
+            plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+            fast = model.generate(
+                **inputs, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3
+            )
+        assert torch.equal(plain, fast)
+
+
+def test_a_sample_without_an_image_in_a_batch_with_one() -> None:
+    model, _ = made("llava", 1)
+    inputs = {**prompts([[16], []]), "pixel_values": noise(1, 3, 28, 28)}
+    dense = generate(model, inputs)
+    for method in (PROMPT, DECODER, BOTH, vtr.create("fastv", keep=5, layer=2)):
+        with vtr.apply(model, method) as handle:
+            reduced = generate(model, inputs)
+            assert handle.trace.stages[0].total.valid[1].sum() == 0
+        for a, b in zip(dense.logits, reduced.logits, strict=True):
+            torch.testing.assert_close(a[1], b[1], rtol=0, atol=CLOSE)
+            assert float((a[0] - b[0]).abs().max()) > CLOSE
+            if not torch.equal(a.argmax(-1), b.argmax(-1)):
+                break
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen3_vl"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model, inputs = FAMILIES[name](2)
+    model.to(dtype)
+    dense = generate(model, inputs)
+    with vtr.apply(model, KEEP_ALL):
+        same(dense, generate(model, inputs))
+    for method in (BOTH, vtr.create("flowcut", keep=8), vtr.create("sparsevlm")):
+        with vtr.apply(model, method):
+            reduced = generate(model, inputs)
+        assert min(lengths(reduced)) < min(lengths(dense))
+        for logits in reduced.logits:
+            assert bool(torch.isfinite(logits).all())
+        for layer in reduced.past_key_values.layers:
+            assert layer.keys.dtype == dtype
+
+
 def test_a_mask_of_the_wrong_width_is_refused() -> None:
     model, inputs = made("llava", 1)
     with vtr.apply(model, PROMPT):

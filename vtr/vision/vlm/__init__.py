@@ -23,8 +23,7 @@ At ``prompt`` and ``decoder`` the site is a :class:`vtr.signals.LanguageSite`: `
 ``text_after``, ``images``, ``spread(scores)`` and, in the decoder, ``queries``/``keys``/``values`` of
 the visual tokens through ``qkv``, ``attention_rows_from_text(rows)`` and ``text_qkv(rows)``.
 ``site.memory`` is one dict per method for the whole prefill, shared by its encoder, prompt and decoder
-visits. ``site.extra`` has ``entry`` ((B,) int64, visual tokens of each sample in the prompt) and
-``embeddings`` ((B, N_entry, C) hidden states of the visual tokens at the prompt, before any cut).
+visits. ``site.extra["entry"]`` is (B,) int64, the visual tokens of each sample in the prompt.
 
 ``reduce`` returns a :class:`vtr.method.Reduction` over the visual tokens (``map``, and ``weights`` or
 ``tokens`` for merging); text is never touched. A merged token takes the place and the position of its

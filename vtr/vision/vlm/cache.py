@@ -33,11 +33,13 @@ class Cuts:
     Attributes:
         groups: in the order of layers; the first one starts at layer 0.
         length: tokens of the sequence as it was given, when the last cut was made.
+        open: whether a wrapped model is running with this cache.
     """
 
     def __init__(self, groups: list[Group], length: int) -> None:
         self.groups = groups
         self.length = length
+        self.open = False
 
     def group(self, layer: int) -> Group:
         return [g for g in self.groups if g.first <= layer][-1]
@@ -77,6 +79,22 @@ class SeenTokens:
         return real + cuts.offset
 
 
+class Guard:
+    """``cache.update`` of such a cache: a model that does not know of the cuts would read it wrongly."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cuts = cuts_of(self.cache)
+        if cuts is not None and not cuts.open and length_of(self.cache):
+            raise RuntimeError(
+                "this KV cache holds a prompt whose visual tokens were cut: it can only be continued "
+                "while a method is applied to the model. Apply one again, or start with a new cache"
+            )
+        return type(self.cache).update(self.cache, *args, **kwargs)
+
+
 def cuts_of(cache: Any) -> Cuts | None:
     """The record that a cache carries."""
     found = None if cache is None else cache.__dict__.get(ATTRIBUTE)
@@ -84,14 +102,16 @@ def cuts_of(cache: Any) -> Cuts | None:
 
 
 def remember(cache: Any, cuts: Cuts) -> None:
+    cuts.open = False
     cache.__dict__[ATTRIBUTE] = cuts
+    cache.__dict__["update"] = Guard(cache)
     if cuts.offset:
         cache.__dict__["get_seq_length"] = SeenTokens(cache)
 
 
 def forget(cache: Any) -> None:
-    cache.__dict__.pop(ATTRIBUTE, None)
-    cache.__dict__.pop("get_seq_length", None)
+    for name in (ATTRIBUTE, "update", "get_seq_length"):
+        cache.__dict__.pop(name, None)
 
 
 def length_of(cache: Any, layer: int = 0) -> int:

@@ -90,7 +90,6 @@ class Call:
             self.layout.slots.shape[1],
             bool((self.layout.slots < 0).any()),
         )
-        self.embeddings: Tensor | None = None
         self.memory: dict[int, dict[str, Any]] = {}
         self.changed = False
         self._images: list[list[tuple[int, int, Grid]]] | None = None
@@ -174,8 +173,6 @@ class Call:
     def site(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> LanguageSite:
         layout, owner = self.layout, self.owner
         tokens = rows_of(hidden, layout.slots)
-        if self.embeddings is None:
-            self.embeddings = tokens
         text = layout.text()
         order = torch.where(text < 0, hidden.shape[1], text)
         first = torch.where(layout.valid, layout.slots, hidden.shape[1]).amin(1, keepdim=True)
@@ -204,7 +201,7 @@ class Call:
             training=owner.root.training,
             modules=entry.modules_like(hidden),
             notes=owner.trace.notes,
-            extra={"entry": self.entry, "embeddings": self.embeddings},
+            extra={"entry": self.entry},
             text=rows_of(hidden, text),
             text_valid=text >= 0,
             text_after=(text >= 0) & (order > first),

@@ -112,7 +112,9 @@ class LanguageSession:
                 "through a layer would cut again): call model.gradient_checkpointing_disable()"
             )
         batch, length = embeds.shape[:2]
-        before = past + (0 if cuts is None else cuts.offset)
+        before = past
+        if cuts is not None:
+            before, cuts.open = past + cuts.offset, True
         mask = self._mask(kwargs.get("attention_mask"), cuts, batch, before, length, embeds.device)
         if mask is None:
             live = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
