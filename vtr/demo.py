@@ -103,7 +103,7 @@ def vlm(out: Path, console: Console) -> tuple[Any, str]:
     columns: list[Any] = []
     asked = samples[0], samples[6]
     for method in methods:
-        with vtr.apply(model, method) as handle, torch.no_grad():
+        with vtr.apply(model, method, positions="original") as handle, torch.no_grad():
             inputs = prompt(processor, list(asked))
             model.generate(**inputs, max_new_tokens=4, do_sample=False)
             least = min(reversed(handle.trace.stages), key=lambda stage: stage.tokens_out)

@@ -7,8 +7,9 @@
    questions share a picture and do not see each other, so that training is what one question alone is.
 
 Patches are dropped in both stages to save time, and so that a model that answers from few tokens is
-asked about nothing new. Every second dropping step keeps uniformly random patches: a network that had
-only seen patches chosen by where the digits are would make random dropping look worse than it is.
+asked about nothing new. Every second dropping step of the first stage and every fourth of the second
+keep uniformly random patches: a network that had only seen patches chosen by where the digits are
+would make random dropping look worse than it is.
 
 A batch is a function of the seed and the step number: a run can be stopped and resumed.
 """
@@ -206,7 +207,7 @@ class Trainer:
         batch = Scenes(*(column[index] for column in pictures))
         sizes = (32, 48) if at < 0.6 else (32, 64, PATCHES, 18)
         keep = sizes[self.position % len(sizes)]
-        uniform = self.position // len(sizes) % 2 == 1
+        uniform = self.position // len(sizes) % 4 == 1
         kept = choose(batch.ink, keep, uniform, generator, clear=0.05)
         visual = features[index].float().gather(1, kept[..., None].expand(-1, -1, DIM))
 
