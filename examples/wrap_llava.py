@@ -68,6 +68,12 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
     parser.add_argument("--question", default="What is in this picture?")
     parser.add_argument("--method", default=method)
     parser.add_argument("--keep", type=int, default=17, help="visual tokens that are left")
+    parser.add_argument(
+        "--positions",
+        default="original",
+        choices=("original", "compact"),
+        help="of the tokens that are left; questions about places need the original ones",
+    )
     parser.add_argument("--count", type=int, default=8, help="questions to the built-in model")
     parser.add_argument("--picture", type=Path, help="where to save what the model saw")
     args = parser.parse_args(arguments)
@@ -86,7 +92,8 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
         table.add_column(column)
     for image, question, truth in zip(images, questions, right, strict=True):
         dense = answer(model, processor, image, question, length)
-        with vtr.apply(model, vtr.create(args.method, keep=args.keep)) as handle:
+        chosen = vtr.create(args.method, keep=args.keep)
+        with vtr.apply(model, chosen, positions=args.positions) as handle:
             reduced = answer(model, processor, image, question, length)
             report = handle.report()
         table.add_row(question, truth, dense, reduced)

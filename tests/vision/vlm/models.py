@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,11 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+# Newer versions let generate run the tower before the first forward, and repeat its features for beams;
+# older ones repeat the pixels, wrongly where samples differ in their number of images.
+ENCODES_FIRST = (
+    "mm_encoder_outputs" in inspect.signature(transformers.LlavaModel.forward).parameters
+)
 IMAGE, VIDEO, START, END = 150, 151, 152, 153
 TEXT = {
     "vocab_size": 200,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vtr
-from tests.vision.vlm.models import FAMILIES, IMAGE
+from tests.vision.vlm.models import ENCODES_FIRST, FAMILIES, IMAGE
 from tests.vision.vlm.picks import (
     BOTH,
     DECODER,
@@ -119,6 +119,8 @@ def test_a_sample_of_a_batch_gets_what_it_gets_alone(name: str) -> None:
     ids=["beams", "static", "uncached"],
 )
 def test_ways_to_generate(name: str, options: dict[str, Any]) -> None:
+    if "num_beams" in options and not ENCODES_FIRST:
+        pytest.skip("this version of transformers repeats images wrongly for beams, unwrapped too")
     model, inputs = made(name, 2)
     dense = generate(model, inputs, **options)
     with vtr.apply(model, KEEP_ALL):
