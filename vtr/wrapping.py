@@ -89,9 +89,10 @@ class Wrapping:
                         f"it cannot be combined with {other.method.name} there"
                     )
             for stage in dict.fromkeys(entry.method.stages(self.info)):
-                key = (stage.site, stage.layer)
-                first = seen.setdefault(key, entry)
-                if first is not entry and entry.method.cuts_at(stage) and first.method.cuts_at(stage):
+                if not entry.method.cuts_at(stage):
+                    continue
+                first = seen.setdefault((stage.site, stage.layer), entry)
+                if first is not entry:
                     raise ValueError(
                         f"{first.method.name} and {entry.method.name} both reduce at "
                         f"{stage.site}[{stage.layer}]: give them different layers"

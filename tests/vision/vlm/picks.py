@@ -41,8 +41,9 @@ class Pick(Method):
         wanted = self.keep[stage]
         valid = site.valid
         if valid is None:
-            valid = torch.ones(site.batch, site.n, dtype=torch.bool)
+            valid = torch.ones(site.batch, site.n, dtype=torch.bool, device=site.device)
         number = torch.tensor([wanted[min(b, len(wanted) - 1)] for b in range(site.batch)])
+        number = number.to(site.device)
         score = site.hidden.float().norm(dim=-1)
         kept, padded = top_indices(score, torch.minimum(number, valid.sum(1)), valid)
         return Reduction(TokenMap.keep(kept, site.n, padded))
@@ -102,8 +103,10 @@ class Masked:
             keys = past + queries
             mask = kwargs.get("attention_mask")
             if mask is None:
-                row = torch.arange(past, keys)[:, None]
-                mask = (torch.arange(keys)[None] <= row).expand(batch, 1, queries, keys)
+                row = torch.arange(past, keys, device=hidden.device)[:, None]
+                mask = (torch.arange(keys, device=hidden.device)[None] <= row).expand(
+                    batch, 1, queries, keys
+                )
             hidden_keys = torch.nn.functional.pad(gone, (0, keys - gone.shape[1]))[:, None, None]
             fill = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             return args, {**kwargs, "attention_mask": mask.masked_fill(hidden_keys, fill)}

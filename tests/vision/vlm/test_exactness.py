@@ -95,6 +95,11 @@ def test_deepstack_features_follow_a_cut_among_their_layers() -> None:
         gone = gone_of(handle, inputs["input_ids"], IMAGE)
     with Masked(model, gone):
         same(generate(model, inputs), reduced, CLOSE)
+    with vtr.apply(model, Pick((("decoder", 0, "end"),), ((24, 3),))) as handle:
+        reduced = generate(model, inputs)  # the longer row keeps its length
+        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+    with Masked(model, gone):
+        same(generate(model, inputs), reduced, CLOSE)
 
 
 @family

@@ -176,6 +176,46 @@ def test_a_look_at_a_layer_that_was_cut_is_refused() -> None:
         model(**inputs)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+@pytest.mark.parametrize("at", [("prompt", 0, "middle"), ("decoder", 2, "start")])
+def test_merged_tokens_stand_where_their_representatives_stood(name: str, at: Any) -> None:
+    """Merging equals giving representatives new values first and dropping the others then."""
+    model, inputs = FAMILIES[name](2)
+    steps: list[TokenMap] = []
+
+    def merge(site: Any) -> Reduction:
+        pair = torch.arange(site.n) // 2 * 2
+        valid = (
+            torch.ones(site.batch, site.n, dtype=torch.bool) if site.valid is None else site.valid
+        )
+        stands = torch.where(valid, pair.expand(site.batch, -1), -1)
+        kept = torch.arange(0, site.n, 2).expand(site.batch, -1)
+        kept = torch.where(take(valid, kept), kept, -1)
+        source = torch.where(stands < 0, -1, stands // 2)
+        steps.append(TokenMap.merged(kept, source, padded=True))
+        return Reduction(steps[-1], weights=torch.rand(site.batch, site.n, generator=seed()))
+
+    def seed() -> torch.Generator:
+        return torch.Generator().manual_seed(5)
+
+    def renew(site: Any) -> Reduction:
+        step = steps[0]
+        merged = step.merge(site.hidden, torch.rand(site.batch, site.n, generator=seed()))
+        return Reduction(None, tokens=step.restore(merged, "zero"))
+
+    def drop(site: Any) -> Reduction:
+        return Reduction(TokenMap.keep(steps[0].kept, site.n, True))
+
+    with vtr.apply(model, Look((at,), see=merge)):
+        one = generate(model, inputs)
+    with vtr.apply(model, [Look((at,), see=renew, cuts=False), Look((at,), see=drop)]):
+        two = generate(model, inputs)
+    same(one, two)
+    with vtr.apply(model, Look((at,), see=renew, cuts=False)):  # values change, nothing moves
+        three = generate(model, inputs)
+    assert float((three.logits[0] - generate(model, inputs).logits[0]).abs().max()) > 1e-3
+
+
 # ---- from the tower to the prompt -----------------------------------------------------------
 
 

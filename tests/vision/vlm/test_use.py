@@ -15,6 +15,8 @@ from tests.vision.vlm.models import (
     FAMILIES,
     IMAGE,
     TEXT,
+    build,
+    clip,
     noise,
     prompts,
     transformers,
@@ -197,6 +199,23 @@ def test_the_loss_is_that_of_the_masked_run(name: str, method: Pick) -> None:
     torch.testing.assert_close(out.loss, masked.loss, rtol=0, atol=CLOSE)
     torch.testing.assert_close(rows[0], out.loss)
     assert out.logits.shape[1] < ids.shape[1]
+
+
+def test_the_loss_where_only_the_shorter_sample_is_cut() -> None:
+    """The longest row keeps its length, and the others move under it."""
+    model, inputs = made("llava", 2)
+    ids = inputs["input_ids"]
+    labels = torch.where((ids == IMAGE) | (inputs["attention_mask"] == 0), -100, ids)
+    for row in labels:
+        row[: int((row == -100).nonzero().max()) + 2] = -100
+    for at in (PROMPT.at, (("decoder", 1, "end"),)):
+        with vtr.apply(model, Pick(at, ((4, 32),))) as handle:
+            out = model(**inputs, labels=labels)
+            gone = gone_of(handle, ids, IMAGE)
+        assert out.logits.shape[1] == ids.shape[1]
+        with Masked(model, gone):
+            masked = model(**inputs, labels=labels)
+        torch.testing.assert_close(out.loss, masked.loss, rtol=0, atol=CLOSE)
 
 
 def test_gradients_flow_through_cuts() -> None:
@@ -486,6 +505,15 @@ def test_a_family_that_cannot_work_is_refused_with_its_reason() -> None:
     model = transformers.Gemma3ForConditionalGeneration(config)
     with pytest.raises(vtr.UnsupportedModelError, match=r"both directions.*LLaVA-1\.5"):
         vtr.apply(model, PROMPT)
+
+
+def test_sliding_windows_are_refused() -> None:
+    text = transformers.MistralConfig(**TEXT, sliding_window=8)
+    config = transformers.LlavaConfig(vision_config=clip(), text_config=text, image_token_id=IMAGE)
+    model = build(transformers.LlavaForConditionalGeneration, config)
+    for method in (PROMPT, DECODER):
+        with pytest.raises(vtr.UnsupportedMethodError, match="sliding-window layers"):
+            vtr.apply(model, method)
 
 
 def test_checkpointing_is_refused_in_training() -> None:

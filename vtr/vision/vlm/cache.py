@@ -16,12 +16,12 @@ class Group:
     Attributes:
         first: 0-based layer.
         mask: (B, n) bool, the cached columns that are tokens and not padding.
-        shift: (B,) int64, by how much the positions of later tokens are moved down.
+        shift: (B,) int64, by how much the positions of later tokens are moved down; None for not at all.
     """
 
     __slots__ = ("first", "mask", "shift")
 
-    def __init__(self, first: int, mask: Tensor, shift: Tensor) -> None:
+    def __init__(self, first: int, mask: Tensor, shift: Tensor | None) -> None:
         self.first = first
         self.mask = mask
         self.shift = shift

@@ -69,27 +69,19 @@ class Call:
         self.positions = positions
         self.cache = cache
         self.visual = visual
-        nothing = torch.zeros_like(live) if visual is None else visual
-        self.layout = self.entered = Layout(live, nothing)
-        self.arrived = self.layout.slots
-        self.rank = (live.long().cumsum(1) - 1).clamp(min=0)
+        self.layout = self.entered = Layout(live, visual)
         self.segments: list[tuple[int, Layout]] = []
         self.rope: tuple[Tensor, Tensor] | None = None
         self.synced: Layout | None = None
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
-        self.entry = self.layout.valid.sum(1)
-        self.map = TokenMap.keep(
-            torch.where(
-                self.layout.valid,
-                torch.arange(self.layout.slots.shape[1], device=live.device).expand_as(
-                    self.layout.slots
-                ),
-                -1,
-            ),
-            self.layout.slots.shape[1],
-            bool((self.layout.slots < 0).any()),
-        )
+        if visual is not None:
+            slots = self.arrived = self.layout.slots
+            self.rank = (live.long().cumsum(1) - 1).clamp(min=0)
+            self.entry = self.layout.valid.sum(1)
+            place = torch.arange(slots.shape[1], device=live.device).expand_as(slots)
+            kept, padded = torch.where(slots < 0, -1, place), bool((slots < 0).any())
+            self.map = TokenMap.keep(kept, slots.shape[1], padded)
         self.memory: dict[int, dict[str, Any]] = {}
         self.changed = False
         self._images: list[list[tuple[int, int, Grid]]] | None = None
@@ -121,13 +113,19 @@ class Call:
 
     def moved(self, layer: int) -> Tensor:
         """Position ids of the tokens in this layer."""
-        layout = self.layout
-        out = positions_along(self.positions, layout.index, ~layout.live)
-        down = layout.adjust
+        layout, out = self.layout, self.positions
+        if self.changed:
+            out = positions_along(out, layout.index, ~layout.live)
         shift = self.shift(layer)
+        if layout.adjust is not None:
+            out = out - layout.adjust
         if shift is not None:
-            down = down + shift[:, None]
-        return (out - down).clamp(min=0)
+            out = out - shift[:, None]
+        return out.clamp(min=0)
+
+    def moves(self, layer: int) -> bool:
+        """Whether positions in this layer differ from those that were given."""
+        return self.layout.adjust is not None or self.shift(layer) is not None
 
     def mask(self, layer: int) -> Tensor:
         """(B, past of this layer + L) int64 padding mask."""
@@ -146,7 +144,7 @@ class Call:
                 Group(
                     first,
                     torch.cat([self.columns_before(first), now.live], 1),
-                    now.tail if shift is None else now.tail + shift,
+                    now.tail if shift is None else shift if now.tail is None else now.tail + shift,
                 )
             )
         return Cuts(groups, length)
@@ -185,7 +183,7 @@ class Call:
                 where = Seen(layer, hidden, self.rope, layout, False)
             signals = {
                 "rows": Rows(self, where, text),
-                "qkv": Tokens(self, where, entry.method.name),
+                "qkv": Tokens(self, where),
                 "scale": owner.scale(layer),
             }
         spread = captures.spreader(self)
@@ -283,8 +281,8 @@ class Call:
 class Tokens:
     """q, k, v of the visual tokens at a decoder site."""
 
-    def __init__(self, call: Call, where: Seen | None, name: str) -> None:
-        self.call, self.where, self.name = call, where, name
+    def __init__(self, call: Call, where: Seen | None) -> None:
+        self.call, self.where = call, where
 
     def __call__(self) -> QKV:
         call, where = self.call, checked(self.call, self.where)

@@ -32,7 +32,7 @@ class Last:
         live: (B, L) bool, the sequence as it came in.
         past: (B,) columns that the cache held before.
         entered: per layer, (B, L') bool of the tokens that entered it.
-        layout: the sequence at the end.
+        layout: the sequence at the end, None where nothing was cut.
     """
 
     def __init__(self, call: Call) -> None:
@@ -54,7 +54,7 @@ class LanguageSession:
         self.owner = owner
         self.module = module
         self.layers = module.layers
-        self.visits: dict[tuple[str, int, str], list[Entry]] = {}
+        self.visits: dict[tuple[str, int, str], list[tuple[Entry, str]]] = {}
         self.pending: Tensor | None = None
         self.call: Call | None = None
         self.last: Last | None = None
@@ -70,10 +70,9 @@ class LanguageSession:
         for entry, stage in owner.stages():
             if stage.site == "encoder":
                 continue
-            key = (stage.site, stage.layer, stage.place)
-            if stage.site in ("prompt", "projector"):
-                key = ("prompt", 0, "")
-            self.visits.setdefault(key, []).append(entry)
+            inside = stage.site == "decoder"
+            key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "")
+            self.visits.setdefault(key, []).append((entry, stage.site))
         module = self.module
         owner.hook(module.register_forward_pre_hook(Bound(self, "before"), with_kwargs=True))
         owner.hook(module.register_forward_hook(Bound(self, "after")))
@@ -133,7 +132,9 @@ class LanguageSession:
             embeds = self._prompt(call, embeds)
             call.entered = call.layout
         if not call.changed and cuts is None:
-            return None
+            if embeds is kwargs["inputs_embeds"]:
+                return None
+            return args, {**kwargs, "inputs_embeds": embeds}  # new values, nothing moved
         new = {
             **kwargs,
             "inputs_embeds": embeds,
@@ -193,8 +194,8 @@ class LanguageSession:
                 entry = next(e for e in self.owner.active if e.method.name in capture.cutters)
                 step = TokenMap.keep(kept, call.map.n_out, padded)
                 embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
-        for entry in self.visits.get(("prompt", 0, ""), ()):
-            embeds = call.visit(entry, "prompt", 0, "", embeds)
+        for entry, name in self.visits.get(("prompt", 0, ""), ()):
+            embeds = call.visit(entry, name, 0, "", embeds)
         return embeds
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -204,7 +205,7 @@ class LanguageSession:
         cuts = call.record()
         if cuts is not None and call.cache is not None:
             remember(call.cache, cuts)
-        if call.visual is not None and self.last is not None:
+        if call.changed and self.last is not None:
             self.last.layout = call.layout
 
     # ---- its layers -------------------------------------------------------------------------
@@ -215,18 +216,18 @@ class LanguageSession:
         call = self.call
         if call is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        given = hidden = args[0] if args else kwargs["hidden_states"]
         if i == 0:
             call.cache = kwargs.get("past_key_values")
             call.rope, call.synced = kwargs["position_embeddings"], call.layout
             if call.changed and self.owner.flash:
                 call.override = {"position_ids": None}
         if call.visual is not None:
-            for entry in self.visits.get(("decoder", i - 1, "end"), ()):
-                hidden = call.visit(entry, "decoder", i - 1, "end", hidden)
+            for entry, name in self.visits.get(("decoder", i - 1, "end"), ()):
+                hidden = call.visit(entry, name, i - 1, "end", hidden)
             self._sync(call, i, hidden)
-            for entry in self.visits.get(("decoder", i, "start"), ()):
-                hidden = call.visit(entry, "decoder", i, "start", hidden)
+            for entry, name in self.visits.get(("decoder", i, "start"), ()):
+                hidden = call.visit(entry, name, i, "start", hidden)
                 self._sync(call, i, hidden)
             n = call.layout.slots.shape[1]
             self.owner.trace.count("decoder", i, n, n)
@@ -237,11 +238,12 @@ class LanguageSession:
                 call.seen = Seen(i, hidden, call.rope, call.layout, True)
         else:
             self._sync(call, i, hidden)
-        if call.override is None:
+        if call.override is None and hidden is given:
             return None
-        if args:
-            return (hidden, *args[1:]), {**kwargs, **call.override}
-        return args, {**kwargs, **call.override, "hidden_states": hidden}
+        kwargs = {**kwargs, **(call.override or {})}
+        return (
+            ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        )
 
     def _sync(self, call: Call, i: int, hidden: Tensor) -> None:
         """Mask and rotary tables for the tokens that enter layer ``i``."""
@@ -252,9 +254,7 @@ class LanguageSession:
 
         if cut:
             call.segments.append((i, call.layout))
-        elif i in call.boundaries():
-            call.rope = None
-        if call.rope is None or bool(call.layout.adjust.any()):
+        if call.moves(i) or call.moves(i - 1):
             positions = call.moved(i)
             if self.owner.mrope:
                 positions = positions[-3:] if positions.dim() == 3 else positions.expand(3, -1, -1)
@@ -271,9 +271,8 @@ class LanguageSession:
     def deepstack(self, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
         """Qwen3-VL adds features of the tower after its first layers, for tokens that are left."""
         call = self.call
-        if call is not None and hidden.shape[1] != masks.shape[1]:
-            layout, entered = call.layout, call.entered
-            index, pad = _between(entered, layout)
+        if call is not None and call.layout is not call.entered:
+            index, pad = _between(call.entered, call.layout)
             stays = torch.zeros_like(masks)
             b, s = (~pad).nonzero(as_tuple=True)
             stays[b.to(masks.device), index[b, s].to(masks.device)] = True

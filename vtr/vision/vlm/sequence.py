@@ -17,21 +17,27 @@ class Layout:
         index: (B, L) int64, position of each token in the sequence as it came in.
         live: (B, L) bool, False for padding.
         slots: (B, N) int64, where each sample's visual tokens stand here, -1 for padding.
-        adjust: (B, L) int64, by how much the token's position was moved down (compact positions).
+        adjust: (B, L) int64, by how much the token's position was moved down (compact positions), or
+            None where nothing was.
         tail: (B,) int64, the same for tokens that come later.
         right: whether padding stands at the end of the rows.
     """
 
     __slots__ = ("adjust", "index", "live", "right", "slots", "tail")
 
-    def __init__(self, live: Tensor, visual: Tensor) -> None:
+    def __init__(self, live: Tensor, visual: Tensor | None) -> None:
+        """``visual`` (B, L) bool; None (a decoding step) asks the device nothing."""
         batch, length = live.shape
         self.index = torch.arange(length, device=live.device).expand(batch, length)
         self.live = live
-        self.slots = members(visual & live)
-        self.adjust = torch.zeros_like(self.index)
-        self.tail = self.index.new_zeros(batch)
-        self.right = bool(live[:, 0].all()) and not bool(live[:, -1].all())
+        self.adjust: Tensor | None = None
+        self.tail: Tensor | None = None
+        if visual is None:
+            self.slots = self.index[:, :0]
+            self.right = False
+        else:
+            self.slots = members(visual & live)
+            self.right = bool(live[:, 0].all()) and not bool(live[:, -1].all())
 
     @property
     def valid(self) -> Tensor:
@@ -83,7 +89,7 @@ class Layout:
             new.adjust = (total.gather(1, new.index) - rank).masked_fill(pad, 0)
             new.tail = total.amax(1) + 1 - number
         else:
-            new.adjust = self.adjust.gather(1, index)
+            new.adjust = None if self.adjust is None else self.adjust.gather(1, index)
             new.tail = self.tail
         return new, index, pad
 

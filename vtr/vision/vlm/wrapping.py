@@ -104,6 +104,15 @@ class VLMWrapping(Wrapping):
         return "mrope_section" in parameters
 
     @property
+    def sliding(self) -> bool:
+        """Whether layers of the language model attend within a window."""
+        config = self.lm.config
+        types = getattr(config, "layer_types", None)
+        if types is not None:
+            return any(t != "full_attention" for t in types)
+        return getattr(config, "sliding_window", None) is not None
+
+    @property
     def flash(self) -> bool:
         return "flash" in str(getattr(self.lm.config, "_attn_implementation", ""))
 
@@ -127,6 +136,11 @@ class VLMWrapping(Wrapping):
                 "two-dimensional (m-RoPE); use positions='original'"
             )
         super().check(method, options)
+        if self.sliding and any(stage.site != "encoder" for stage in method.stages(self.info)):
+            raise UnsupportedMethodError(
+                f"{method.name} cannot cut for a language model with sliding-window layers: their "
+                "windows count tokens, and would reach further back after a cut"
+            )
         for stage in method.stages(self.info):
             if stage.site == "encoder" and self.family.cuts and method.cuts_at(stage):
                 raise UnsupportedMethodError(
@@ -244,9 +258,7 @@ class VLMWrapping(Wrapping):
         logits = output[0] if isinstance(output, tuple) else output.logits
         last = self.language.last
         if last is not None and last.layout is not None:
-            layout = last.layout
-            if layout.index.shape[1] != labels.shape[1]:
-                labels = follow(labels, layout.index, ~layout.live, -100)
+            labels = follow(labels, last.layout.index, ~last.layout.live, -100)
         if logits.shape[1] != labels.shape[1]:
             raise ValueError(
                 f"labels cannot be combined with logits_to_keep: {logits.shape[1]} logits for "
