@@ -102,33 +102,34 @@ class Sample:
 
 
 def vqa(n: int, seed: int = 0, split: data.Split = "heldout") -> list[Sample]:
-    """n questions, the kinds in turn, four questions about every picture.
+    """n questions, the kinds in turn, one of each kind about every picture.
 
     Raises:
         ValueError: ``n`` is not positive, or ``split`` is unknown.
         ImportError: scikit-learn is not installed.
     """
-    from PIL import Image
-
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     generator = torch.Generator().manual_seed(seed)
     batch = scenes(-(-n // len(KINDS)), generator, split)
     asked = [ask(batch, kind, generator) for kind in KINDS]
-    pixels = (data.denormalise(batch.images) * 255).round().to(torch.uint8)
-    out = []
-    for i in range(n):
-        picture, kind = divmod(i, len(KINDS))
-        question, answer = (tokens[picture] for tokens in asked[kind])
-        out.append(
-            Sample(
-                Image.fromarray(pixels[picture].permute(1, 2, 0).numpy()),
-                text(question[1:-1]).removeprefix("USER: "),
-                text(answer),
-                KINDS[kind],
-            )
-        )
-    return out
+    return [
+        sample_of(batch, *asked[i % len(KINDS)], KINDS[i % len(KINDS)], i // len(KINDS))
+        for i in range(n)
+    ]
+
+
+def sample_of(batch: Scenes, turns: Tensor, answers: Tensor, kind: str, index: int) -> Sample:
+    """Row ``index`` of what :func:`ask` made of ``batch``, as a user would hold it."""
+    from PIL import Image
+
+    pixels = (data.denormalise(batch.images[index]) * 255).round().to(torch.uint8)
+    return Sample(
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()),
+        text(turns[index][1:-1]),
+        text(answers[index]),
+        kind,
+    )
 
 
 @torch.no_grad()
