@@ -30,6 +30,8 @@ def test_unknown_options_and_methods() -> None:
     for options in ({"ouput": "restored"}, {"keep": 0.5}):
         with pytest.raises(ValueError, match=r"unknown option .* it has: output, modules"):
             vtr.apply(model, "evit", **options)
+    with pytest.raises(ValueError, match=r"'keep' is an option of the method: vtr\.create\('evit'"):
+        vtr.apply(model, "evit", keep=0.5)
     with pytest.raises(ValueError, match="Did you mean 'evit'"):
         vtr.apply(model, "evitt")
     with pytest.raises(ValueError, match=r"give an instance, EViT\(...\), not the class"):

@@ -111,9 +111,7 @@ class Handle:
         return Report.of(self._wrapping)
 
 
-def apply(
-    target: Any, method: MethodLike | Plan | Sequence[MethodLike], **options: Any
-) -> Handle:
+def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **options: Any) -> Handle:
     """Wrap a model so that it computes with fewer visual tokens.
 
     Args:
@@ -138,7 +136,12 @@ def apply(
     for name in options:
         if name not in wrapping.options:
             known = ", ".join([*wrapping.options, "modules"])
-            raise ValueError(f"unknown option {name!r} for {wrapping.info.family}; it has: {known}")
+            hint = ""
+            if any(name == f.name and f.init for m in methods for f in fields(m)):
+                hint = f". {name!r} is an option of the method: vtr.create({methods[0].name!r}, {name}=...)"
+            raise ValueError(
+                f"unknown option {name!r} for {wrapping.info.family}; it has: {known}{hint}"
+            )
     if modules is not None and sum(m.learned for m in methods) != 1:
         raise ValueError("modules= needs exactly one method that learns among the methods")
     entries = []
@@ -255,7 +258,9 @@ def _method(method: Any) -> Method:
         return create(**method)
     if isinstance(method, type) and issubclass(method, Method):
         raise ValueError(f"give an instance, {method.__name__}(...), not the class")
-    raise ValueError(f"method must be a vtr method, its name or a dict with its name, got {method!r}")
+    raise ValueError(
+        f"method must be a vtr method, its name or a dict with its name, got {method!r}"
+    )
 
 
 def _locate(target: Any) -> tuple[ModuleType, nn.Module]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from vtr.errors import UnsupportedModelError
 from vtr.method import Method, Stage
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
@@ -99,7 +100,20 @@ class Wrapping:
                     )
 
     def patch(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute; :meth:`uninstall` puts back what was there."""
+        """Set an instance attribute; :meth:`uninstall` puts back what was there.
+
+        Raises:
+            UnsupportedModelError: another wrapping has patched it (a model and a part of it, each with
+                its own wrapping: their patches would undo each other).
+        """
+        held = owner.__dict__.get(name)
+        if isinstance(held, Bound) and not any(
+            o is owner and n == name for o, n, _ in self._patched
+        ):
+            raise UnsupportedModelError(
+                f"{name} of a {type(owner).__name__} is patched by another vtr.apply on a part of this "
+                "model, or on a model that it is part of: give all methods to one of them, the outer one"
+            )
         self._patched.append((owner, name, owner.__dict__.get(name, _Absent)))
         owner.__dict__[name] = value
 

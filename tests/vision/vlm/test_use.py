@@ -388,6 +388,36 @@ def test_prompt_lookup_decoding_gives_the_same_tokens() -> None:
         assert torch.equal(plain, fast)
 
 
+@pytest.mark.parametrize("method", ["fastv", "sparsevlm", "divprune"])
+def test_drafts_of_an_assistant_do_not_change_what_is_kept(method: str) -> None:
+    """The first round of drafts runs together with the prompt, as its last text."""
+    model, inputs = FAMILIES["llava"](1)
+    assistant = copy.deepcopy(model)
+    with vtr.apply(model, vtr.create(method, keep=4)) as handle:
+        plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        kept = handle.trace.kept
+        drafted = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant
+        )
+        assert kept is not None and handle.trace.kept is not None
+        assert torch.equal(kept, handle.trace.kept)
+    assert torch.equal(plain, drafted)
+    assert "_get_candidate_generator" not in vars(model)
+
+
+@pytest.mark.parametrize("outer", [True, False], ids=["outer-first", "inner-first"])
+def test_a_model_and_its_inner_model_are_not_wrapped_both(outer: bool) -> None:
+    model, inputs = FAMILIES["llava"](1)
+    dense = generate(model, inputs)
+    first, second = (model, model.model) if outer else (model.model, model)
+    with vtr.apply(first, vtr.FastV(keep=4)):
+        alone = generate(model, inputs)
+        with pytest.raises(vtr.UnsupportedModelError, match=r"another vtr\.apply"):
+            vtr.apply(second, vtr.DivPrune(keep=8))
+        same(alone, generate(model, inputs))
+    same(dense, generate(model, inputs))
+
+
 def test_a_sample_without_an_image_in_a_batch_with_one() -> None:
     model, _ = made("llava", 1)
     inputs = {**prompts([[16], []]), "pixel_values": noise(1, 3, 28, 28)}

@@ -14,6 +14,7 @@ from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.vlm.attention import opens
 from vtr.vision.vlm.costs import language_costs
+from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import Family, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
 from vtr.vision.vlm.language import LanguageSession
@@ -181,6 +182,13 @@ class VLMWrapping(Wrapping):
             self.patch(inner, watched, Bound(self, "watched", watched))
         if hasattr(type(self.root), "_valid_auto_compile_criteria"):
             self.patch(self.root, "_valid_auto_compile_criteria", Bound(self, "never"))
+        if hasattr(type(self.root), "_get_candidate_generator"):
+            self.patch(self.root, "_get_candidate_generator", Bound(self, "drafts"))
+
+    def drafts(self, *args: Any, **kwargs: Any) -> DraftsAfterPrompt:
+        """generate asks for its candidate generator: assisted decoding begins."""
+        root: Any = self.root
+        return DraftsAfterPrompt(type(root)._get_candidate_generator(root, *args, **kwargs))
 
     def never(self, *args: Any, **kwargs: Any) -> bool:
         """generate compiles decoding with static caches by itself; lengths here change from call to call."""
