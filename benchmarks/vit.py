@@ -57,7 +57,9 @@ def clock(fn: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def best(fns: dict[str, Callable[[], object]], repeats: int, device: str, label: str) -> dict[str, float]:
+def best(
+    fns: dict[str, Callable[[], object]], repeats: int, device: str, label: str
+) -> dict[str, float]:
     """Best time of each function, called in turn so that noise hits all alike."""
     for fn in fns.values():
         fn()
@@ -172,7 +174,9 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--methods", default="")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice"
+    )
     parser.add_argument("--matching", action="store_true", help="only ToMe's matching step")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -192,7 +196,10 @@ def main() -> None:
         rows = encoders(args, device, dtype)
         show(f"encoders, {where}", rows, args.out / f"vit-{tag}.csv", console)
     show(
-        f"ToMe's matching, {where}", matching(args, device), args.out / f"matching-{tag}.csv", console
+        f"ToMe's matching, {where}",
+        matching(args, device),
+        args.out / f"matching-{tag}.csv",
+        console,
     )
 
 

@@ -78,7 +78,9 @@ def fit_layers(layers: Sequence[int], depth: int, name: str = "layers") -> tuple
     """Check that 0-based ``layers`` exist in a model of ``depth`` layers."""
     for layer in layers:
         if layer >= depth:
-            raise ValueError(f"{name} must be in 0..{depth - 1} for a model of {depth} layers, got {layer}")
+            raise ValueError(
+                f"{name} must be in 0..{depth - 1} for a model of {depth} layers, got {layer}"
+            )
     return tuple(layers)
 
 
@@ -95,9 +97,7 @@ def geometric(keep: Keep, stages: int, n: int) -> tuple[int, ...]:
     return (*inner, last)
 
 
-def spread(
-    keep: Keep | Sequence[Keep], stages: int, n: int, name: str = "keep"
-) -> tuple[int, ...]:
+def spread(keep: Keep | Sequence[Keep], stages: int, n: int, name: str = "keep") -> tuple[int, ...]:
     """Counts after each stage: a sequence is taken as given, one number is reached geometrically.
 
     ``n`` is the number of tokens before the first stage; every entry refers to it. Raises
@@ -105,7 +105,9 @@ def spread(
     """
     if isinstance(keep, Sequence):
         if len(keep) != stages:
-            raise ValueError(f"{name} has {len(keep)} entries for {stages} stages: give one per stage")
+            raise ValueError(
+                f"{name} has {len(keep)} entries for {stages} stages: give one per stage"
+            )
         out = tuple(count(k, n) for k in keep)
         if any(b > a for a, b in pairwise(out)):
             raise ValueError(f"{name} must not grow from stage to stage, got {tuple(keep)!r}")

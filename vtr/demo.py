@@ -95,10 +95,10 @@ def vlm(out: Path, console: Console) -> tuple[Any, str]:
     model, processor = load_vlm("digits-llava")
     methods = questions.methods_at(17)
     samples = vqa(QUESTIONS, seed=123)
-    results = questions.evaluate(
-        model, processor, methods, samples, progress=console.is_terminal
+    results = questions.evaluate(model, processor, methods, samples, progress=console.is_terminal)
+    table = questions.table(
+        results, f"built-in LLaVA, {QUESTIONS} held-out questions, 17 of 144 tokens"
     )
-    table = questions.table(results, f"built-in LLaVA, {QUESTIONS} held-out questions, 17 of 144 tokens")
     console.print(table)
     columns: list[Any] = []
     asked = samples[0], samples[6]

@@ -33,7 +33,9 @@ class Report:
         trace = wrapping.trace
         costs = wrapping.costs()
         if costs is None:
-            raise RuntimeError("the model has not been called since vtr.apply; call it, then report()")
+            raise RuntimeError(
+                "the model has not been called since vtr.apply; call it, then report()"
+            )
         return cls(
             tuple(str(e.method) for e in wrapping.active),
             tuple(
@@ -69,10 +71,15 @@ class Report:
             table.add_column(column, justify="left" if column == "what" else "right")
         for stage in self.stages:
             n, m = stage["tokens_in"], stage["tokens_out"]
-            table.add_row(f"tokens {stage['site']}[{stage['layer']}]", str(n), str(m), f"{m / n:.2f}")
+            table.add_row(
+                f"tokens {stage['site']}[{stage['layer']}]", str(n), str(m), f"{m / n:.2f}"
+            )
         for part, (dense, reduced) in self.flops.items():
             table.add_row(
-                f"GFLOPs {part}", f"{dense / 1e9:.3f}", f"{reduced / 1e9:.3f}", f"{reduced / dense:.2f}"
+                f"GFLOPs {part}",
+                f"{dense / 1e9:.3f}",
+                f"{reduced / 1e9:.3f}",
+                f"{reduced / dense:.2f}",
             )
         if self.kv_bytes is not None:
             dense, reduced = self.kv_bytes

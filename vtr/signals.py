@@ -161,7 +161,9 @@ class Site:
         """(B, prefix + N) float32, -inf for padding, or None where there is none."""
         if self.valid is None:
             return None
-        mask = torch.zeros(self.batch, self.n, device=self.device).masked_fill(~self.valid, -float("inf"))
+        mask = torch.zeros(self.batch, self.n, device=self.device).masked_fill(
+            ~self.valid, -float("inf")
+        )
         return torch.cat([mask.new_zeros(self.batch, self.prefix), mask], 1)
 
     def cls_attention(self, per_head: bool = False) -> Tensor:

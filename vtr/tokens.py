@@ -174,7 +174,9 @@ class TokenMap:
     def then(self, other: TokenMap) -> TokenMap:
         """This map followed by ``other`` (whose inputs are this map's slots)."""
         if other.n_in != self.n_out:
-            raise ValueError(f"cannot compose {self!r} with {other!r}: {self.n_out} != {other.n_in}")
+            raise ValueError(
+                f"cannot compose {self!r} with {other!r}: {self.n_out} != {other.n_in}"
+            )
         gone = self.source < 0
         source = take(other.source, self.source.clamp(min=0)).masked_fill(gone, -1)
         # A later map chooses among valid slots only, so that padding is the later map's alone.
@@ -233,7 +235,9 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return rows.reshape(batch, index.shape[1], *x.shape[2:])
 
 
-def top_indices(scores: Tensor, k: int | Tensor, valid: Tensor | None = None) -> tuple[Tensor, bool]:
+def top_indices(
+    scores: Tensor, k: int | Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, bool]:
     """The ``k`` best tokens of each row in ascending position order.
 
     Args:
@@ -267,7 +271,9 @@ def top_indices(scores: Tensor, k: int | Tensor, valid: Tensor | None = None) ->
 def _scatter_sum(x: Tensor, slot: Tensor, n: int) -> Tensor:
     """Sum x (B, N) into (B, n) by slot (B, N); entries with slot -1 are left out."""
     index = torch.where(slot < 0, n, slot)
-    return torch.zeros(x.shape[0], n + 1, dtype=x.dtype, device=x.device).scatter_add(1, index, x)[:, :n]
+    return torch.zeros(x.shape[0], n + 1, dtype=x.dtype, device=x.device).scatter_add(1, index, x)[
+        :, :n
+    ]
 
 
 def _zero(x: Tensor, where: Tensor) -> Tensor:

@@ -63,5 +63,6 @@ class Trace:
         if not self.stages:
             return "no reduction took place"
         return "\n".join(
-            f"{s.site}[{s.layer}] {s.method}: {s.tokens_in} -> {s.tokens_out} tokens" for s in self.stages
+            f"{s.site}[{s.layer}] {s.method}: {s.tokens_in} -> {s.tokens_out} tokens"
+            for s in self.stages
         )

@@ -51,6 +51,9 @@ def test_scores_are_those_of_a_plain_loop(held_out):
     images, labels = held_out
     model = load("digits-vit")
     with torch.no_grad(), vtr.apply(model, vtr.EViT(keep=0.4)):
-        right = sum(int(model(images[i : i + 50]).argmax(1).eq(labels[i : i + 50]).sum()) for i in range(0, 500, 50))
+        right = sum(
+            int(model(images[i : i + 50]).argmax(1).eq(labels[i : i + 50]).sum())
+            for i in range(0, 500, 50)
+        )
     result = digits.evaluate(model, [vtr.EViT(keep=0.4)], images, labels, passes=1)[1]
     assert result.accuracy == right / 500

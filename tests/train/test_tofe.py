@@ -32,8 +32,11 @@ def test_expected_cost_is_the_cost_that_a_hard_decision_has():
         masks = [torch.zeros(1, 16).index_fill(1, torch.arange(n), 1.0) for n in (8, 4)]
         got = expected_cost(masks, [1, 3], session.runners, modules, session.prefix)
         # The report counts the approximators for all tokens, the loss for the frozen ones only.
-        per_token = sum(2 * m.in_features * m.out_features for m in modules.approximators[0].children()
-                        if isinstance(m, torch.nn.Linear))
+        per_token = sum(
+            2 * m.in_features * m.out_features
+            for m in modules.approximators[0].children()
+            if isinstance(m, torch.nn.Linear)
+        )
         extra = per_token * (8 + 4)
     assert got.item() == pytest.approx((reduced - extra) / dense, rel=1e-6)
 
@@ -71,7 +74,9 @@ def test_backbone_learns_when_asked_and_modules_fit_back():
     trainer.step(torch.randn(4, 3, 32, 32), torch.arange(4))
     modules = trainer.close()
     assert not torch.equal(model.blocks[0].mlp.fc1.weight, before)
-    with vtr.apply(model, vtr.ToFe(keep=0.5, layers=(1, 2), trained=True), modules=modules) as handle:
+    with vtr.apply(
+        model, vtr.ToFe(keep=0.5, layers=(1, 2), trained=True), modules=modules
+    ) as handle:
         assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
         assert handle.modules[0] is modules
 

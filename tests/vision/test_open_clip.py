@@ -35,7 +35,13 @@ def vision(**more: Any) -> dict[str, Any]:
 
 
 def timm_tower(name: str, **more: Any) -> dict[str, Any]:
-    return {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": 32, **more}
+    return {
+        "timm_model_name": name,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "image_size": 32,
+        **more,
+    }
 
 
 # head_width 12 makes four heads: with an even number, PyTorch's own attention takes its fused path in
@@ -392,7 +398,9 @@ def test_reported_flops_are_those_of_the_operators(name: str) -> None:
 
 def test_a_timm_trunk_is_wrapped_by_the_timm_adapter() -> None:
     model = spread(
-        CustomTextCLIP(24, timm_tower("vit_tiny_patch16_224", timm_pool="avg", image_size=224), TEXT)
+        CustomTextCLIP(
+            24, timm_tower("vit_tiny_patch16_224", timm_pool="avg", image_size=224), TEXT
+        )
     )
     x = images(1, size=224)
     with torch.no_grad():
@@ -407,7 +415,9 @@ def test_a_timm_trunk_is_wrapped_by_the_timm_adapter() -> None:
 
 def test_other_towers_are_refused_with_the_reason() -> None:
     resnet = CLIP(24, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, TEXT)
-    with pytest.raises(vtr.UnsupportedModelError, match="ModifiedResNet is not supported: it is not a seq"):
+    with pytest.raises(
+        vtr.UnsupportedModelError, match="ModifiedResNet is not supported: it is not a seq"
+    ):
         vtr.apply(resnet, "tome")
     conv = CustomTextCLIP(24, timm_tower("test_convnext", timm_pool="avg"), TEXT)
     with pytest.raises(vtr.UnsupportedModelError, match="trunk ConvNeXt is not supported"):
@@ -429,9 +439,10 @@ def test_other_towers_are_refused_with_the_reason() -> None:
 
 def test_a_tower_alone_and_its_model_share_one_wrapping() -> None:
     model = build("tok")
-    with vtr.apply(model, vtr.EViT(keep=0.5, layers=(1,))), vtr.apply(
-        model.visual, vtr.Random(keep=5, layers=(2,))
-    ) as second:
+    with (
+        vtr.apply(model, vtr.EViT(keep=0.5, layers=(1,))),
+        vtr.apply(model.visual, vtr.Random(keep=5, layers=(2,))) as second,
+    ):
         with torch.no_grad():
             pooled(model, pixels())
         assert [s.method for s in second.trace.stages] == ["evit", "random"]

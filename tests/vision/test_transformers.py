@@ -81,7 +81,11 @@ MODELS: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
         NO_CLS,
     ),
     "vit": (lambda: hf.ViTModel(hf.ViTConfig(**MLP)), 1, CLS),
-    "vit-classes": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**MLP, num_labels=5)), 1, CLS),
+    "vit-classes": (
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**MLP, num_labels=5)),
+        1,
+        CLS,
+    ),
     "deit": (lambda: hf.DeiTModel(hf.DeiTConfig(**MLP)), 2, CLS),
     "deit-teacher": (
         lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**MLP, num_labels=5)),
@@ -282,7 +286,9 @@ def test_pruning_equals_masking(family: tuple[str, Any, int, set[str]]) -> None:
     name, model, prefix, methods = family
     attention = type(attention_of(layers_of(model)[0]))
     if "attention_mask" not in inspect.signature(attention.forward).parameters:
-        pytest.skip(f"{attention.__name__} of this transformers version takes no mask to compare with")
+        pytest.skip(
+            f"{attention.__name__} of this transformers version takes no mask to compare with"
+        )
     model = copy.deepcopy(model).double()
     x = pixels().double()
     method: Method
@@ -444,7 +450,9 @@ def test_the_text_side_is_untouched(name: str) -> None:
         text = model.get_text_features(input_ids=ids)
         dense = model(input_ids=ids, pixel_values=x).logits_per_image
         with vtr.apply(model, vtr.ToMe(r=8)) as handle:
-            assert torch.equal(model.get_text_features(input_ids=ids).pooler_output, text.pooler_output)
+            assert torch.equal(
+                model.get_text_features(input_ids=ids).pooler_output, text.pooler_output
+            )
             assert ours(model.text_model) == [] and ours(model) != []
             assert not torch.equal(model(input_ids=ids, pixel_values=x).logits_per_image, dense)
             assert handle.trace.stages[-1].tokens_out == 32
@@ -474,7 +482,10 @@ def test_siglip2_without_padding() -> None:
         assert short.last_hidden_state.shape[1] == 12 and short.pooler_output.isfinite().all()
         assert handle.trace.stages[0].grid == (4, 6)
     inputs["pixel_attention_mask"][1, 20:] = 0
-    with vtr.apply(model, "tome"), pytest.raises(vtr.UnsupportedMethodError, match="padded patches"):
+    with (
+        vtr.apply(model, "tome"),
+        pytest.raises(vtr.UnsupportedMethodError, match="padded patches"),
+    ):
         model(**inputs)
 
 
@@ -493,7 +504,9 @@ def test_a_timm_model_inside_is_wrapped_by_the_timm_adapter() -> None:
             assert all(found.startswith("timm_model.") for found in ours(model))
         assert torch.equal(model(x).logits, dense)
     conv = hf.TimmWrapperConfig(architecture="test_convnext", num_labels=5)
-    with pytest.raises(vtr.UnsupportedModelError, match="the timm ConvNeXt inside is not supported"):
+    with pytest.raises(
+        vtr.UnsupportedModelError, match="the timm ConvNeXt inside is not supported"
+    ):
         vtr.apply(TimmWrapperForImageClassification(conv), "tome")
 
 
@@ -594,7 +607,10 @@ def test_accelerate_hooks_stay_around_the_layers() -> None:
 def test_gradient_checkpointing_is_refused_in_words() -> None:
     model, x = build("vit").train(), pixels()
     model.gradient_checkpointing_enable()
-    with vtr.apply(model, "evit"), pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
+    with (
+        vtr.apply(model, "evit"),
+        pytest.raises(RuntimeError, match="gradient_checkpointing_disable"),
+    ):
         model(x)
     with vtr.apply(model.eval(), "evit"), torch.no_grad():
         model(x)
@@ -630,11 +646,18 @@ REFUSED = [
         ),
         "2-D grids",
     ),
-    (lambda: hf.BertModel(hf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)), "no adapter"),
+    (
+        lambda: hf.BertModel(
+            hf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        ),
+        "no adapter",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("make", "reason"), REFUSED, ids=["swin", "hiera", "beit", "mae", "sam", "bert"])
+@pytest.mark.parametrize(
+    ("make", "reason"), REFUSED, ids=["swin", "hiera", "beit", "mae", "sam", "bert"]
+)
 def test_other_models_are_refused_with_the_reason(make: Callable[[], Any], reason: str) -> None:
     model = make()
     for call in (lambda: vtr.apply(model, "tome"), lambda: vtr.supported(model)):

@@ -35,9 +35,7 @@ def test_cls_attention_is_that_of_the_tower():
     model.set_attn_implementation("eager")  # the only one that returns its weights
     with torch.no_grad():
         out = model.model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
-    torch.testing.assert_close(
-        seen.cls, out.attentions[-2].mean(1)[:, 0, 1:], atol=1e-6, rtol=1e-4
-    )
+    torch.testing.assert_close(seen.cls, out.attentions[-2].mean(1)[:, 0, 1:], atol=1e-6, rtol=1e-4)
     visual = model.model.multi_modal_projector(out.hidden_states[-2][:, 1:])
     torch.testing.assert_close(seen.visual, visual, atol=1e-4, rtol=1e-4)
 

@@ -31,9 +31,14 @@ def test_selection_beats_chance_at_few_tokens(built_in):
     dense = questions.evaluate_vlm(model, processor, samples)["mean"]
     scores = {}
     for keep in (17, 9):
-        for method in (vtr.VTCCLS(keep=keep, window=3), vtr.Random(keep=keep, site="prompt", seed=3)):
+        for method in (
+            vtr.VTCCLS(keep=keep, window=3),
+            vtr.Random(keep=keep, site="prompt", seed=3),
+        ):
             with vtr.apply(model, method, positions="original") as handle:
-                scores[method.name, keep] = questions.evaluate_vlm(model, processor, samples)["mean"]
+                scores[method.name, keep] = questions.evaluate_vlm(model, processor, samples)[
+                    "mean"
+                ]
                 assert handle.trace.stages[-1].tokens_out == keep
     assert dense - scores["vtc-cls", 17] <= 0.02
     assert dense - scores["random", 9] >= 0.10

@@ -58,7 +58,13 @@ def demo_methods() -> list[Method]:
 def sweep_methods() -> dict[str, list[Method]]:
     """Per method, settings from light to heavy, for the plot."""
     shares = (0.75, 0.5, 0.25, 0.12, 0.06)
-    stages = ((0.75, 0.6, 0.4), (0.5, 0.4, 0.25), (0.25, 0.18, 0.12), (0.15, 0.1, 0.08), (0.09, 0.08, 0.07))
+    stages = (
+        (0.75, 0.6, 0.4),
+        (0.5, 0.4, 0.25),
+        (0.25, 0.18, 0.12),
+        (0.15, 0.1, 0.08),
+        (0.09, 0.08, 0.07),
+    )
     return {
         "Random": [vtr.Random(keep=k, layers=(1,)) for k in shares],
         "CLSAttention": [vtr.CLSAttention(keep=k, layers=(1,)) for k in shares],
@@ -141,7 +147,9 @@ def table(results: Sequence[Result], title: str) -> Table:
 
     out = Table(title=title)
     for name in ("method", "accuracy", "tokens", "MFLOPs", "of dense", "speed-up"):
-        out.add_column(name, justify="left" if name == "method" else "right", no_wrap=name != "method")
+        out.add_column(
+            name, justify="left" if name == "method" else "right", no_wrap=name != "method"
+        )
     for r in results:
         out.add_row(
             r.method,

@@ -91,13 +91,19 @@ def evaluate(
             start = time.perf_counter()
             for seed in runs:
                 torch.manual_seed(seed)
-                with nullcontext() if method is None else vtr.apply(model, method, positions=positions) as handle:
+                with (
+                    nullcontext()
+                    if method is None
+                    else vtr.apply(model, method, positions=positions) as handle
+                ):
                     scores.append(
                         evaluate_vlm(model, processor, list(samples), batch_size=batch_size)
                     )
                     if handle is not None:
                         report = handle.report()
-                        tokens = handle.trace.stages[-1].tokens_out if handle.trace.stages else TOKENS
+                        tokens = (
+                            handle.trace.stages[-1].tokens_out if handle.trace.stages else TOKENS
+                        )
                         dense = sum(d for d, _ in report.flops.values())
                         flops = (dense, sum(r for _, r in report.flops.values()))
                         cache = report.kv_bytes

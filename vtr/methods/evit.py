@@ -46,7 +46,9 @@ class EViT(Method):
     """
 
     name: ClassVar[str] = "evit"
-    paper: ClassVar[str] = "EViT: Expediting ViTs via Token Reorganizations, ICLR 2022, arXiv 2202.07800"
+    paper: ClassVar[str] = (
+        "EViT: Expediting ViTs via Token Reorganizations, ICLR 2022, arXiv 2202.07800"
+    )
     sites: ClassVar[tuple[str, ...]] = ("encoder",)
     needs: ClassVar = {"encoder": frozenset({"cls_attention"})}
     training: ClassVar[str] = "optional"
@@ -58,14 +60,18 @@ class EViT(Method):
     def validate(self) -> None:
         if self.layers is not None:
             self._set("layers", check_layers(self.layers))
-        self._set("keep", check_schedule(self.keep, None if self.layers is None else len(self.layers)))
+        self._set(
+            "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
+        )
         check_flag(self.fuse, "fuse")
 
     def _layers(self, info: ModelInfo) -> tuple[int, ...]:
         depth = info.depth["encoder"]
         layers = third_points(depth) if self.layers is None else fit_layers(self.layers, depth)
         if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
-            raise ValueError(f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}")
+            raise ValueError(
+                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
+            )
         return layers
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:

@@ -77,7 +77,9 @@ class ToFe(Method):
             self._set("layers", check_layers(self.layers))
             if self.layers[0] < 1:  # type: ignore[index]
                 raise ValueError("layers must be >= 1: decisions stand between two blocks")
-        self._set("keep", check_schedule(self.keep, None if self.layers is None else len(self.layers)))
+        self._set(
+            "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
+        )
         for flag in ("trained", "adaptive", "final_rejoin"):
             check_flag(getattr(self, flag), flag)
         if self.weights is not None:
@@ -99,7 +101,9 @@ class ToFe(Method):
         else:
             layers = fit_layers(self.layers, depth)
         if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
-            raise ValueError(f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}")
+            raise ValueError(
+                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
+            )
         return layers
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
@@ -119,7 +123,9 @@ class ToFe(Method):
     def overhead(self, modules: nn.Module, tokens: int) -> int:
         """Every predictor sees all tokens; every approximator is counted for all (at most that)."""
         return tokens * sum(
-            2 * m.in_features * m.out_features for m in modules.modules() if isinstance(m, nn.Linear)
+            2 * m.in_features * m.out_features
+            for m in modules.modules()
+            if isinstance(m, nn.Linear)
         )
 
     def reduce(self, site: Site) -> Reduction | None:
@@ -185,7 +191,9 @@ class ToFe(Method):
         masks: list[Tensor] = site.notes.setdefault("tofe_masks", [])
         if stage > 0:
             mask = masks[-1][..., None].to(x.dtype)
-            x = mask * x + (1 - mask) * modules.approximators[stage - 1](site.memory["before"]).to(x.dtype)
+            x = mask * x + (1 - mask) * modules.approximators[stage - 1](site.memory["before"]).to(
+                x.dtype
+            )
         if last:
             return Reduction(None, tokens=x)
         active = masks[-1] if masks else torch.ones(x.shape[:2], device=x.device)
@@ -259,7 +267,9 @@ class ToFeModules(nn.Module):
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{weights}: trained for another width or number of stages ({error})") from error
+            raise ValueError(
+                f"{weights}: trained for another width or number of stages ({error})"
+            ) from error
 
     def __iter__(self) -> Iterator[nn.Module]:
         yield from self.predictors

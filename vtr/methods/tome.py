@@ -62,7 +62,9 @@ class ToMe(Method):
         if isinstance(self.r, Sequence):
             self._set("r", tuple(self.r))
         for value in self.r if isinstance(self.r, tuple) else (self.r,):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 0
+            ):
                 raise ValueError(f"r must be an int >= 0 or a sequence of them, got {self.r!r}")
         check_flag(self.prop_attn, "prop_attn")
         if not isinstance(self.inflection, (int, float)) or not -1.0 <= self.inflection <= 1.0:
@@ -92,9 +94,12 @@ class ToMe(Method):
             # A block merges at most half: where the constant number would ask for more at the end,
             # earlier blocks merge more.
             left = [
-                min(tokens - total * (i + 1) // depth, target << (depth - 1 - i)) for i in range(depth)
+                min(tokens - total * (i + 1) // depth, target << (depth - 1 - i))
+                for i in range(depth)
             ]
-            return tuple(before - after for before, after in zip([tokens, *left], left, strict=False))
+            return tuple(
+                before - after for before, after in zip([tokens, *left], left, strict=False)
+            )
         if isinstance(self.r, tuple):
             return self.r + (0,) * (depth - len(self.r))
         assert self.r is not None

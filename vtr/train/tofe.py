@@ -107,7 +107,9 @@ class ToFeTrainer:
         weight_decay: float = 0.01,
     ) -> None:
         if not method.trained:
-            raise ValueError("method must be ToFe(trained=True): there is nothing to train otherwise")
+            raise ValueError(
+                "method must be ToFe(trained=True): there is nothing to train otherwise"
+            )
         self.loss = loss or ToFeLoss()
         self.teacher: Any = copy.deepcopy(model).eval().requires_grad_(False)
         self.model: Any = model

@@ -102,7 +102,11 @@ class Run:
         """``make(map)`` for an argument that all blocks share, computed once per map."""
         if key is None or self.map is None:
             return key
-        if self._narrowed is None or self._narrowed[0] is not key or self._narrowed[1] is not self.map:
+        if (
+            self._narrowed is None
+            or self._narrowed[0] is not key
+            or self._narrowed[1] is not self.map
+        ):
             self._narrowed = (key, self.map, make(self.map))
         return self._narrowed[2]
 
@@ -313,7 +317,9 @@ class EncoderSession:
             notes=self.owner.trace.notes,
         )
 
-    def _commit(self, run: Run, entry: Entry, layer: int, x: Tensor, reduction: Reduction) -> Tensor:
+    def _commit(
+        self, run: Run, entry: Entry, layer: int, x: Tensor, reduction: Reduction
+    ) -> Tensor:
         p = self.prefix
         if reduction.map is None:  # nothing moves: new values, or a policy for training
             run.policy = reduction.policy
@@ -333,7 +339,9 @@ class EncoderSession:
         run.map = step if reduction.absolute or run.map is None else run.map.then(step)
         run.merged = run.merged or entry.method.size_weighted
         if x.shape[1] - p != run.map.n_out:
-            raise RuntimeError(f"{entry.method.name} returned {x.shape[1] - p} tokens for {run.map!r}")
+            raise RuntimeError(
+                f"{entry.method.name} returned {x.shape[1] - p} tokens for {run.map!r}"
+            )
         self.owner.trace.stages.append(
             StageRecord(
                 "encoder",
@@ -457,11 +465,13 @@ def linear_flops(module: nn.Module) -> int:
 def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
     """Mean of x (B, N, C) over tokens, each counted ``sizes`` (B, N) times; summed in float32."""
     weights = (sizes / sizes.sum(1, keepdim=True))[..., None]
-    return (x.float() * weights).sum(1).to(x.dtype) if x.dtype != torch.float64 else (x * weights).sum(1)
+    return (
+        (x.float() * weights).sum(1).to(x.dtype)
+        if x.dtype != torch.float64
+        else (x * weights).sum(1)
+    )
 
 
 def square_grid(tokens: int) -> tuple[int, int] | None:
     side = round(tokens**0.5)
     return (side, side) if side * side == tokens else None
-
-

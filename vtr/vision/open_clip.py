@@ -33,7 +33,10 @@ from vtr.vision.encoder import (
 )
 from vtr.wrapping import Bound, Wrapping
 
-FAMILIES = ("open_clip VisionTransformer", "open_clip TimmModel with a timm trunk that is supported")
+FAMILIES = (
+    "open_clip VisionTransformer",
+    "open_clip TimmModel with a timm trunk that is supported",
+)
 
 
 class ClipBlock(BlockRunner):
@@ -58,7 +61,9 @@ class ClipBlock(BlockRunner):
         elif self.batch_first:
             y = block.attention(q_x=h, attn_mask=_heads_of(mask, block.attn))
         else:
-            y = block.attention(q_x=h.transpose(0, 1), attn_mask=_heads_of(mask, block.attn)).transpose(0, 1)
+            y = block.attention(
+                q_x=h.transpose(0, 1), attn_mask=_heads_of(mask, block.attn)
+            ).transpose(0, 1)
         if self.custom:
             y = block.ln_attn(y)
         return x + block.ls_1(y)

@@ -169,7 +169,9 @@ def _relative_bias(attn: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _qkv(attn: Any, x: Tensor, rope: Tensor | None, prefix: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv(
+    attn: Any, x: Tensor, rope: Tensor | None, prefix: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, T, D) as the module's own forward makes them."""
     batch, tokens, _ = x.shape
     heads = attn.num_heads

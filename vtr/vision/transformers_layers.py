@@ -131,7 +131,9 @@ class LayerRunner(BlockRunner):
         kwargs = dict(kwargs)
         positions, mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
         if positions is not None:
-            kwargs["position_embeddings"] = run.narrowed(positions, lambda now: _rows(positions, now.kept))
+            kwargs["position_embeddings"] = run.narrowed(
+                positions, lambda now: _rows(positions, now.kept)
+            )
         if mask is not None:
             if not isinstance(mask, Tensor):
                 raise UnsupportedMethodError(
@@ -160,7 +162,9 @@ class LayerRunner(BlockRunner):
 
     @property
     def heads(self) -> int | None:
-        return getattr(self.core, "num_heads", None) or getattr(self.core, "num_attention_heads", None)
+        return getattr(self.core, "num_heads", None) or getattr(
+            self.core, "num_attention_heads", None
+        )
 
 
 class ClipLayer(LayerRunner):

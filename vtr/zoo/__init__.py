@@ -133,7 +133,8 @@ def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tu
     """A built-in vision-language model and its processor, in eval mode, on the CPU.
 
     Args:
-        name: ``"digits-llava"``, a transformers ``LlavaForConditionalGeneration``.
+        name: ``"digits-llava"``, a transformers ``LlavaForConditionalGeneration``, or the folder of
+            a training run.
         dtype: of the parameters; None for float32. The weights are stored in bfloat16.
 
     Raises:
@@ -145,8 +146,11 @@ def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tu
     from vtr.errors import missing
 
     folder = Path(str(resources.files("vtr.zoo").joinpath("weights", name)))
+    folder = folder if folder.is_dir() else Path(name)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no built-in vision-language model {name!r}; there is: digits-llava")
+        raise ValueError(
+            f"there is no built-in vision-language model {name!r}; there is: digits-llava"
+        )
     try:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
     except ImportError as error:

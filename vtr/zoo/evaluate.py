@@ -140,14 +140,46 @@ def load_weights(path: Path) -> VisionTransformer:
     return model.eval()
 
 
+def _llava(options: argparse.Namespace) -> None:
+    """Every method at 50, 25, 12 and 6 % of the visual tokens."""
+    from rich.console import Console
+
+    from vtr.evaluate import vlm
+    from vtr.zoo import load_vlm
+    from vtr.zoo.questions import vqa
+
+    model, processor = load_vlm(str(options.weights or options.name))
+    samples = vqa(options.images or 400, options.seed)
+    everything = {}
+    for keep in (72, 36, 17, 9):
+        results = vlm.evaluate(
+            model,
+            processor,
+            vlm.methods_at(keep),
+            samples,
+            seeds=(0, 1, 2),
+            progress=not options.json,
+        )
+        everything[keep] = vlm.to_dicts(results)
+        if not options.json:
+            title = f"{options.name}, {len(samples)} held-out questions, {keep} of 144 tokens"
+            Console().print(vlm.table(results, title))
+    if options.json:
+        print(json.dumps(everything, indent=2))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vtr.zoo.evaluate", description=__doc__)
-    parser.add_argument("name", choices=["digits-vit"])
+    parser.add_argument("name", choices=["digits-vit", "digits-llava"])
     parser.add_argument("--weights", type=Path, help="of a training run, instead of the packaged")
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, help="or questions; default: 2000, of the LLaVA 400")
     parser.add_argument("--seed", type=int, default=99)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(arguments)
+    if options.name == "digits-llava":
+        _llava(options)
+        return
+    options.images = options.images or 2000
     model = load_weights(options.weights) if options.weights else load(options.name)
     rows = evaluate(model, options.images, options.seed, show_progress=not options.json)
     if options.json:

@@ -101,7 +101,9 @@ def right(processor: Any, tokens: Tensor, samples: list[Sample]) -> list[bool]:
     return [a.strip() == s.answer for a, s in zip(said, samples, strict=True)]
 
 
-def choice(score: Score, seen: Seen, batch: Scenes, keep: int, generator: torch.Generator) -> Tensor:
+def choice(
+    score: Score, seen: Seen, batch: Scenes, keep: int, generator: torch.Generator
+) -> Tensor:
     """The patches that stay, ``(n, keep)`` int64, ascending."""
     if score == "cls":
         ranking = seen.cls

@@ -23,7 +23,20 @@ KINDS = ("digit of a colour", "colour of a digit", "digit at a place", "is there
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = (
     *SPECIAL,
-    *["USER:", "ASSISTANT:", "which", "what", "digit", "color", "is", "at", "the", "there", "a", "?"],
+    *[
+        "USER:",
+        "ASSISTANT:",
+        "which",
+        "what",
+        "digit",
+        "color",
+        "is",
+        "at",
+        "the",
+        "there",
+        "a",
+        "?",
+    ],
     *COLOURS,
     *["top", "bottom", "left", "right", "yes", "no"],
     *map(str, range(10)),

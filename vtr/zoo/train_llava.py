@@ -217,7 +217,11 @@ class Trainer:
         lengths = [q.shape[1] + a.shape[1] for q, a in turns]
         weights = []
         for q, a in turns:  # the answer proper counts most, the end little
-            weights += [torch.zeros(q.shape[1]), torch.ones(a.shape[1] - 2), torch.tensor([2.0, 0.3])]
+            weights += [
+                torch.zeros(q.shape[1]),
+                torch.ones(a.shape[1] - 2),
+                torch.tensor([2.0, 0.3]),
+            ]
         weight = torch.cat(weights)
         n = recipe.batch
         positions = torch.cat(
@@ -243,7 +247,9 @@ class Trainer:
         target = tokens[:, used]
         losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
         loss = (losses.view_as(target) * weight[used]).sum() / (n * weight.sum())
-        loss = loss + (0.3 if at < 0.5 else 0.1) * self._alignment(projected, batch, kept, words.weight)
+        loss = loss + (0.3 if at < 0.5 else 0.1) * self._alignment(
+            projected, batch, kept, words.weight
+        )
         decisive = weight[used] == 2.0
         return loss, (logits.argmax(-1) == target)[:, decisive].float().mean().item()
 
