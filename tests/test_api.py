@@ -120,6 +120,7 @@ def test_report() -> None:
     with vtr.apply(model, vtr.EViT(keep=0.5, layers=(1,), fuse=False)) as handle:
         model(images())
         report = handle.report()
+    assert handle.report() == report  # of the call before it was removed
     data = report.to_dict()
     assert data["stages"] == [
         {"site": "encoder", "layer": 1, "method": "evit", "tokens_in": 64, "tokens_out": 32}

@@ -156,3 +156,44 @@ def test_the_input_can_be_left_out():
     image = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
     assert len(panels(vtr.draw(trace_of(step), image, size=SIZE))) == 2
     assert len(panels(vtr.draw(trace_of(step), image, size=SIZE, show_input=False))) == 1
+
+
+def test_each_sample_has_its_own_grid():
+    """A vision-language model's samples differ; the shorter one is padded at the end."""
+    kept = torch.tensor([[0, 3], [1, 2]])
+    whole = TokenMap.keep(kept, 6)
+    grids = ((2, 3), (2, 2))
+    record = StageRecord("prompt", 0, "test", 6, 2, whole, whole, None, grids)
+    trace = Trace([record])
+    (panel,) = panels(vtr.draw(trace, sample=1, size=SIZE))
+    for token, brightness in enumerate((DIM * GREY, GREY, GREY, DIM * GREY)):
+        assert cell(panel, token) == pytest.approx(brightness, abs=0.01)
+    record.grids = ((2, 3), None)
+    with pytest.raises(ValueError, match=r"of sample 1 .* one image in the prompt"):
+        vtr.draw(trace, sample=1)
+
+
+def test_one_panel_is_the_last_stage():
+    first, last = (TokenMap.keep(torch.tensor([k]), 4) for k in ([0, 1, 2], [3]))
+    trace = Trace(
+        [StageRecord("encoder", i, "t", 4, 1, m, m, (2, 2)) for i, m in enumerate((first, last))]
+    )
+    (panel,) = panels(vtr.draw(trace, panels=1, size=SIZE))
+    assert cell(panel, 3) == pytest.approx(GREY, abs=0.01)
+    assert cell(panel, 0) == pytest.approx(DIM * GREY, abs=0.01)
+
+
+def test_what_is_no_picture_is_refused():
+    trace = trace_of(TokenMap.keep(torch.tensor([[0]]), 4))
+    for bad in ("x.png", 3, torch.zeros(5), torch.zeros(2, 5, 8, 8)[0]):
+        with pytest.raises(ValueError, match="image must be a PIL image"):
+            vtr.draw(trace, bad)
+    with pytest.raises(ValueError, match="image is a batch of 2, the call had 1 samples"):
+        vtr.draw(trace, torch.zeros(2, 3, 8, 8))
+    for option in ({"panels": 0}, {"size": 0}):
+        with pytest.raises(ValueError, match="must be >= 1, got 0"):
+            vtr.draw(trace, **option)
+    # A palette is colours, not numbers.
+    red = Image.new("RGB", (8, 8), "red").convert("P", palette=Image.Palette.ADAPTIVE)
+    shown, _ = panels(vtr.draw(trace, red, size=SIZE))
+    assert shown.reshape(-1, 3).mean(0) == pytest.approx((1, 0, 0), abs=0.02)

@@ -108,7 +108,7 @@ class Handle:
         """The last call, dense against reduced: tokens, FLOPs, KV bytes."""
         from vtr.report import Report
 
-        return Report.of(self._wrapping)
+        return Report.of(self._wrapping, self.methods)
 
 
 def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **options: Any) -> Handle:

@@ -45,7 +45,8 @@ def draw(
         show_input: begin with a panel of the picture itself (where there is one).
 
     Raises:
-        ValueError: nothing was reduced yet, ``sample`` is out of range, or the grid is not known.
+        ValueError: nothing was reduced yet, ``sample`` is out of range, the grid is not known (several
+            images in one prompt, packed crops, frames), or ``image`` is no picture.
     """
     if hasattr(what, "picture"):
         return what.picture()
@@ -55,10 +56,18 @@ def draw(
         raise ValueError("nothing to draw: no reduction took place (call the wrapped model first)")
     if not 0 <= sample < stages[0].total.batch:
         raise ValueError(f"sample must be in 0..{stages[0].total.batch - 1}, got {sample}")
+    for name, value in (("panels", panels), ("size", size)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
     if len(stages) > panels:
-        chosen = np.unique(np.linspace(0, len(stages) - 1, panels).round().astype(int))
+        chosen = np.unique(np.linspace(len(stages) - 1, 0, panels).round().astype(int))
         stages = [stages[i] for i in chosen]
     if isinstance(image, Tensor) and image.dim() == 4:
+        if image.shape[0] != stages[0].total.batch:
+            raise ValueError(
+                f"image is a batch of {image.shape[0]}, the call had {stages[0].total.batch} samples: "
+                "give the one picture"
+            )
         image = image[sample]
     drawn = [_panel(stage, image, sample, size) for stage in stages]
     if image is not None and show_input:
@@ -69,18 +78,24 @@ def draw(
 def _panel(stage: StageRecord, image: Any, sample: int, size: int) -> Image.Image:
     from PIL import Image, ImageDraw
 
-    if stage.grid is None or len(stage.grid) != 2:
+    grid = stage.grid_of(sample)
+    if grid is None or len(grid) != 2:
         raise ValueError(
-            f"the grid of {stage.total.n_in} tokens at {stage.site}[{stage.layer}] is not a known "
-            "rectangle; draw needs height x width tokens"
+            f"the grid of {stage.total.n_in} tokens of sample {sample} at {stage.site}[{stage.layer}] is "
+            "not a known rectangle; draw needs height x width tokens (in a vision-language model: one "
+            "image in the prompt, whose crops are not packed together)"
         )
-    rows, columns = stage.grid
+    rows, columns = grid
     pixels = _canvas(image, size)
-    source = stage.total.source[sample].cpu()
+    # Samples with fewer tokens than others of the batch are padded at the end.
+    n = rows * columns
+    source = stage.total.source[sample, :n].cpu()
     kept = stage.total.kept[sample].cpu()
     sizes = stage.total.size[sample].cpu()
     frozen = stage.total.frozen
-    cold = torch.zeros_like(source, dtype=torch.bool) if frozen is None else frozen[sample].cpu()
+    cold = (
+        torch.zeros_like(source, dtype=torch.bool) if frozen is None else frozen[sample, :n].cpu()
+    )
     grouped = (source >= 0) & (sizes[source.clamp(min=0)] > 1)
     bright = np.where((source >= 0).numpy(), 1.0, np.where(cold.numpy(), HATCHED, DIM))
     y = np.minimum(np.arange(size) * rows // size, rows - 1)
@@ -131,9 +146,14 @@ def _canvas(image: Any, size: int) -> np.ndarray:
         pixels = pixels.float() if pixels.is_floating_point() else pixels
         array = pixels.permute(1, 2, 0).numpy() if pixels.shape[0] in (1, 3) else pixels.numpy()
     else:
-        array = np.asarray(image)
+        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if array.ndim == 2:
         array = array[..., None]
+    if array.ndim != 3 or array.dtype.kind not in "buif" or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            "image must be a PIL image, an (H, W, 3) array or a (3, H, W) tensor, got "
+            + (f"shape {tuple(array.shape)}" if array.ndim else repr(image))
+        )
     if array.shape[-1] == 1:
         array = array.repeat(3, -1)
     array = array[..., :3]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from vtr.method import Method
     from vtr.wrapping import Wrapping
 
 
@@ -29,7 +31,8 @@ class Report:
     kv_bytes: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, wrapping: Wrapping) -> Report:
+    def of(cls, wrapping: Wrapping, methods: Sequence[Method]) -> Report:
+        """Of the last call; ``methods`` names those of a handle that is paused or removed by now."""
         trace = wrapping.trace
         costs = wrapping.costs()
         if costs is None:
@@ -37,7 +40,7 @@ class Report:
                 "the model has not been called since vtr.apply; call it, then report()"
             )
         return cls(
-            tuple(str(e.method) for e in wrapping.active),
+            tuple(map(str, [e.method for e in wrapping.active] or methods)),
             tuple(
                 {
                     "site": s.site,

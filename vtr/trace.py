@@ -22,6 +22,8 @@ class StageRecord:
         map: from the tokens before this stage to those after it.
         total: from the tokens of the model's input to those after this stage.
         grid: (height, width) or (frames, height, width) of the model's input in tokens, if known.
+        grids: the same per sample where samples may differ (vision-language models: None for a
+            sample without exactly one image), or None where ``grid`` holds for all.
     """
 
     site: str
@@ -32,6 +34,11 @@ class StageRecord:
     map: TokenMap
     total: TokenMap
     grid: tuple[int, ...] | None = None
+    grids: tuple[tuple[int, ...] | None, ...] | None = None
+
+    def grid_of(self, sample: int) -> tuple[int, ...] | None:
+        """The grid of one sample, if known."""
+        return self.grid if self.grids is None else self.grids[sample]
 
 
 @dataclass(eq=False)

@@ -405,6 +405,22 @@ def test_drafts_of_an_assistant_do_not_change_what_is_kept(method: str) -> None:
     assert "_get_candidate_generator" not in vars(model)
 
 
+def test_a_sample_is_drawn_on_the_grid_of_its_own_image() -> None:
+    model, inputs = FAMILIES["qwen2_5_vl"](2)
+    with vtr.apply(model, vtr.DivPrune(keep=4)) as handle:
+        generate(model, inputs)
+        (stage,) = handle.trace.stages
+        assert stage.grids == ((4, 6), (4, 4))
+        for sample in (0, 1):
+            assert vtr.draw(handle, sample=sample, size=96).width == 96
+    model, inputs = FAMILIES["llava"](2)
+    with vtr.apply(model, vtr.DivPrune(keep=4)) as handle:
+        generate(model, inputs)
+        vtr.draw(handle, inputs["pixel_values"][0], sample=0)
+        with pytest.raises(ValueError, match="one image in the prompt"):
+            vtr.draw(handle, sample=1)
+
+
 @pytest.mark.parametrize("outer", [True, False], ids=["outer-first", "inner-first"])
 def test_a_model_and_its_inner_model_are_not_wrapped_both(outer: bool) -> None:
     model, inputs = FAMILIES["llava"](1)

@@ -250,6 +250,7 @@ class Call:
                 step,
                 self.map,
                 self.grid(),
+                tuple(i[0][2] if len(i) == 1 else None for i in self.images()),
             )
         )
         if self.rope is not None:
