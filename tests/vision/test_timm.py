@@ -448,6 +448,27 @@ def test_a_mask_given_by_the_caller_is_narrowed() -> None:
     torch.testing.assert_close(short, whole.gather(model.norm(h)), atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (24, 16), (32, 32)])
+def test_the_grid_is_that_of_the_image(shape: tuple[int, int]) -> None:
+    """16 tokens of a 2 x 8 image are no 4 x 4 grid."""
+    model = build("vit_tiny_patch16_224", {"dynamic_img_size": True})
+    with vtr.apply(model, vtr.Random(keep=2)) as handle:
+        model(torch.randn(1, 3, *shape))
+        assert handle.trace.stages[0].grid == (shape[0] // 8, shape[1] // 8)
+
+
+def test_a_naflex_grid_is_never_guessed() -> None:
+    model = build("naflexvit_base_patch16_gap")
+    with vtr.apply(model, vtr.Random(keep=2)) as handle:
+        model(torch.randn(1, 3, 16, 64))
+        assert handle.trace.stages[0].grid == (2, 8)
+        y, x = torch.meshgrid(torch.arange(2), torch.arange(8), indexing="ij")
+        coord = torch.stack([y, x], -1).reshape(1, 16, 2)
+        valid = torch.ones(1, 16, dtype=torch.bool)
+        model(torch.randn(1, 16, 8 * 8 * 3), patch_coord=coord, patch_valid=valid)
+        assert handle.trace.stages[0].grid is None
+
+
 def test_naflex_dictionaries() -> None:
     model = build("naflexvit_base_patch16_gap")
     patches = torch.randn(2, 12, 8 * 8 * 3)

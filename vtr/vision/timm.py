@@ -257,12 +257,22 @@ class TimmWrapping(Wrapping):
         )
         super().__init__(model, info)
         self.session = EncoderSession(self, runners, prefix, self.grid)
+        self.shape: tuple[int, ...] | None = None
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
-        size = getattr(getattr(self.root, "patch_embed", None), "grid_size", None)
-        if size is not None and size[0] * size[1] == tokens:
-            return tuple(size)
-        return square_grid(tokens)
+        size = self.shape
+        if size is None:
+            size = getattr(getattr(self.root, "patch_embed", None), "grid_size", None)
+        if size is None:
+            return None if isinstance(self.root, naflexvit.NaFlexVit) else square_grid(tokens)
+        return tuple(size) if size[0] * size[1] == tokens else None
+
+    def look(self, module: Any, args: tuple[Any, ...]) -> None:
+        """Note the grid of the call: models with dynamic_img_size take images of any shape."""
+        self.shape = None
+        if args and args[0].dim() == 4:
+            high, wide = args[0].shape[-2:]
+            self.shape = tuple(module.dynamic_feat_size((int(high), int(wide))))
 
     def check(self, method: Any, options: dict[str, Any]) -> None:
         if options.get("output", "reduced") not in ("reduced", "restored"):
@@ -273,6 +283,9 @@ class TimmWrapping(Wrapping):
         model: Any = self.root
         self.session.install()
         self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
+        embed: Any = getattr(model, "patch_embed", None)
+        if hasattr(embed, "dynamic_feat_size"):
+            self.hook(embed.register_forward_pre_hook(Bound(self, "look")))
         self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
         name = "_pool" if isinstance(model, naflexvit.NaFlexVit) else "pool"
         if hasattr(model, name):
@@ -301,6 +314,11 @@ class TimmWrapping(Wrapping):
         if valid is not None:
             kwargs = {**kwargs, "patch_valid": None}
         model: Any = self.root
+        given = args[0] if args else kwargs.get("patches")
+        self.shape = None
+        if isinstance(given, Tensor) and given.dim() == 4:  # an image; patches tell no grid
+            high, wide = given.shape[-2:]
+            self.shape = tuple(model.embeds.dynamic_feat_size((int(high), int(wide))))
         return type(model).forward_features(model, *args, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None, **kwargs: Any) -> Tensor:
