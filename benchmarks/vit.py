@@ -113,7 +113,7 @@ def encoders(args: argparse.Namespace, device: str, dtype: torch.dtype) -> list[
                         "model": key,
                         "batch": batch,
                         "dtype": str(dtype).removeprefix("torch."),
-                        "method": repr(chosen[k]),
+                        "method": str(chosen[k]),
                         "flops_ratio": round(ratios[k], 3),
                         "speedup": round(speed, 3),
                         "achieved_over_ideal": round(speed / ratios[k], 3),
