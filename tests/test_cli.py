@@ -52,6 +52,13 @@ def test_supported_says_why_not(run):
     assert "class token" in rows["evit"]["reason"]
 
 
+def test_supported_knows_the_built_in_llava(run):
+    pytest.importorskip("transformers")
+    status, out, _ = run("supported", "digits-llava", "--json")
+    assert status == 0
+    assert {r["name"] for r in json.loads(out) if r["supported"]} >= {"fastv", "vtc-cls", "evit"}
+
+
 def test_profile_measures_at_every_batch_size(run):
     arguments = ["profile", MODEL, "-k", "evit:keep=0.5", "-k", "random", "--size", "64"]
     arguments += ["--batch", "1", "--batch", "2", "--repeats", "1"]

@@ -98,7 +98,13 @@ def supported(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Say which methods work on a model, and why the others do not."""
     import vtr
 
-    rows = vtr.supported(load_model(model))
+    if model == "digits-llava":
+        from vtr.zoo import load_vlm
+
+        net = load_vlm(model)[0]
+    else:
+        net = load_model(model)
+    rows = vtr.supported(net)
     if as_json:
         print(json.dumps([vars(r) for r in rows], indent=2))
         return

@@ -114,3 +114,14 @@ def test_bad_arguments_are_refused():
         vtr.zoo.load("digits-vit", dtype=torch.int8)
     with pytest.raises(ValueError, match="heldout"):
         vtr.zoo.samples("digits-vit", 1, split="test")
+
+
+def test_every_card_can_be_read() -> None:
+    for name in ("digits-vit", "digits-tofe", "digits-llava"):
+        assert "task: " in vtr.zoo.card(name).split("---\n")[1]
+    with pytest.raises(
+        ValueError, match="no model card 'nope'; there are: digits-llava, digits-tofe"
+    ):
+        vtr.zoo.card("nope")
+    with pytest.raises(ValueError, match=r"answers questions: vtr\.zoo\.load_vlm"):
+        vtr.zoo.load("digits-llava")

@@ -48,7 +48,10 @@ class ModelInfo:
 
 def _check(name: str) -> None:
     if name not in _NAMES:
-        raise ValueError(f"there is no built-in model {name!r}; there are: {', '.join(_NAMES)}")
+        hint = f" ({name} answers questions: vtr.zoo.load_vlm)" if name == "digits-llava" else ""
+        raise ValueError(
+            f"there is no built-in model {name!r}; there are: {', '.join(_NAMES)}{hint}"
+        )
 
 
 def _read(folder: str, name: str, suffix: str) -> bytes:
@@ -76,15 +79,21 @@ def weights_path(name: str) -> Path:
 def card(name: str) -> str:
     """The model card, Markdown with a header of ``key: value`` lines.
 
+    Args:
+        name: of anything with packaged weights, ``"digits-tofe"`` and ``"digits-llava"`` included.
+
     Raises:
-        ValueError: there is no model of this name.
+        ValueError: there is no card of this name.
     """
-    _check(name)
+    folder = resources.files("vtr.zoo").joinpath("cards")
+    known = sorted(f.name.removesuffix(".md") for f in folder.iterdir() if f.name.endswith(".md"))
+    if name not in known:
+        raise ValueError(f"there is no model card {name!r}; there are: {', '.join(known)}")
     return _read("cards", name, ".md").decode()
 
 
 def models() -> list[ModelInfo]:
-    """All built-in models with what their cards state. Imports neither torch nor timm."""
+    """The models of :func:`load` with what their cards state. Imports neither torch nor timm."""
     listed = []
     for name in _NAMES:
         header = card(name).split("---\n")[1]
