@@ -89,6 +89,15 @@ def test_command_prints_json(capsys):
     assert set(questions.KINDS) < set(rows[0])
 
 
+def test_questions_and_their_evaluation_are_public():
+    import vtr.zoo
+
+    assert vtr.zoo.vqa is questions.vqa
+    assert vtr.zoo.evaluate_vlm is questions.evaluate_vlm
+    with pytest.raises(AttributeError, match="vqaa"):
+        _ = vtr.zoo.vqaa
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         evaluate_llava.load_folder(tmp_path)

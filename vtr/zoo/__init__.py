@@ -22,9 +22,30 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor
 
-__all__ = ["ModelInfo", "card", "load", "load_vlm", "models", "samples", "weights_path"]
+    from vtr.zoo.questions import evaluate_vlm, vqa
+
+__all__ = [
+    "ModelInfo",
+    "card",
+    "evaluate_vlm",
+    "load",
+    "load_vlm",
+    "models",
+    "samples",
+    "vqa",
+    "weights_path",
+]
 
 _NAMES = ("digits-vit",)
+
+
+def __getattr__(name: str) -> Any:
+    # These need torch; importing this module must not.
+    if name in ("evaluate_vlm", "vqa"):
+        from vtr.zoo import questions
+
+        return getattr(questions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
