@@ -18,8 +18,10 @@ _TILE = 1 << 18
 # own memory stays linear in the number of tokens.
 _MIN_ROWS = 64
 # Below this many columns or elements the two-level reduction costs more calls than it saves.
-_TWO_LEVEL_COLUMNS = 128
+_TWO_LEVEL_COLUMNS = 120
 _TWO_LEVEL_ELEMENTS = 1 << 15
+# Short rows are compared whole, this many elements at a time.
+_DIRECT = 1 << 20
 
 
 def bipartite_match(
@@ -52,6 +54,8 @@ def bipartite_match(
     _validate(metric_a, metric_b, a_bias, b_mask)
     if metric_a.requires_grad or metric_b.requires_grad:
         metric_a, metric_b = metric_a.detach(), metric_b.detach()
+    if a_bias is not None and a_bias.requires_grad:
+        a_bias = a_bias.detach()
     if metric_a.is_cuda:
         from vtr.kernels.triton_bipartite import match
 
@@ -59,19 +63,19 @@ def bipartite_match(
     else:
         score, index = _match_tiles(metric_a, metric_b, b_mask)
     if a_bias is not None:
-        score = score.add_(a_bias.detach())
+        score = score.add_(a_bias)
     return score, index
 
 
 def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, rows = a.shape[:2]
+    batch, rows, _ = a.shape
     columns = b.shape[1]
     if a.dtype != torch.float32:
         a, b = a.float(), b.float()
     if batch * rows * columns < _TWO_LEVEL_ELEMENTS:
         return _max_direct(a, b, b_mask)
-    if columns < _TWO_LEVEL_COLUMNS and rows * columns <= _TILE:
-        samples = max(1, _TILE // (rows * columns))
+    if columns < _TWO_LEVEL_COLUMNS and rows * columns <= _DIRECT:
+        samples = max(1, _DIRECT // (rows * columns))
         own = b_mask is not None and b_mask.ndim == 2 and b_mask.shape[0] == batch
         parts = [
             _max_direct(a[these], b[these], b_mask[these] if own and b_mask is not None else b_mask)
@@ -115,14 +119,14 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
 
 
 def _scores(a: Tensor, b: Tensor, b_mask: Tensor | None) -> Tensor:
-    scores = torch.bmm(a, b.transpose(1, 2))
+    scores = torch.bmm(a, b.mT)
     if b_mask is not None:
         scores.masked_fill_(~(b_mask.unsqueeze(1) if b_mask.ndim == 2 else b_mask), float("-inf"))
     return scores
 
 
 def _max_direct(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    score, index = torch.max(_scores(a, b, b_mask), 2)
+    score, index = _scores(a, b, b_mask).max(2)
     return score, index
 
 
@@ -152,12 +156,13 @@ def _max_two_level(
 
 
 def _validate(a: Tensor, b: Tensor, a_bias: Tensor | None, b_mask: Tensor | None) -> None:
-    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[2]:
+    shape_a, shape_b = a.shape, b.shape
+    if len(shape_a) != 3 or len(shape_b) != 3 or shape_a[::2] != shape_b[::2]:
         raise ValueError(
             "bipartite_match needs metric_a (B, Na, D) and metric_b (B, Nb, D); got "
-            f"{tuple(a.shape)} and {tuple(b.shape)}"
+            f"{tuple(shape_a)} and {tuple(shape_b)}"
         )
-    if b.shape[1] == 0:
+    if shape_b[1] == 0:
         raise ValueError("metric_b has no rows: there is nothing to match with")
     if a.dtype != b.dtype or a.device != b.device:
         raise ValueError(
@@ -166,12 +171,12 @@ def _validate(a: Tensor, b: Tensor, a_bias: Tensor | None, b_mask: Tensor | None
         )
     if not a.is_floating_point():
         raise ValueError(f"bipartite_match needs floating-point metrics, got {a.dtype}")
-    for name, extra, count in (("a_bias", a_bias, a.shape[1]), ("b_mask", b_mask, b.shape[1])):
+    for name, extra, count in (("a_bias", a_bias, shape_a[1]), ("b_mask", b_mask, shape_b[1])):
         if extra is None:
             continue
-        if tuple(extra.shape) not in ((count,), (a.shape[0], count)):
+        if extra.shape not in ((count,), (shape_a[0], count)):
             raise ValueError(
-                f"{name} must be ({count},) or ({a.shape[0]}, {count}), got {tuple(extra.shape)}"
+                f"{name} must be ({count},) or ({shape_a[0]}, {count}), got {tuple(extra.shape)}"
             )
         if extra.device != a.device:
             raise ValueError(f"{name} is on {extra.device}, the metrics on {a.device}; move it")
