@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,6 +203,40 @@ class Site:
         return self.keys.mean(1)
 
 
+class VisualSpan(NamedTuple):
+    """One image or video of a prompt.
+
+    Attributes:
+        start, length: its span among the sample's visual tokens at the entry of the language model.
+        kind: ``"image"`` or ``"video"``.
+        frames: number of its frames; 1 for an image. What the model makes of several frames together
+            counts as one (Qwen's temporal patches of two). 0 where the structure is not known.
+        grid: (rows, columns) of each frame, None where it is no plain grid (packed crops).
+        times: seconds of each frame in the video, where the model is told them; else None.
+    """
+
+    start: int
+    length: int
+    kind: str
+    frames: int
+    grid: tuple[int, int] | None
+    times: tuple[float, ...] | None = None
+
+
+class Frames(NamedTuple):
+    """Where and when the visual tokens of a prompt are, as :class:`LanguageSite` explains.
+
+    Attributes:
+        frame, place, video: (B, N) int64 over the visual tokens at the entry of the language model.
+        videos: per sample, its images and videos.
+    """
+
+    frame: Tensor
+    place: Tensor
+    video: Tensor
+    videos: list[list[VisualSpan]]
+
+
 class LanguageSite(Site):
     """A place of a vision-language model: ``prompt`` (entry of the language model) or ``decoder``.
 
@@ -218,6 +252,9 @@ class LanguageSite(Site):
         images: per sample the images of the prompt, in order, as (start, length, grid): the span of
             the image among the sample's visual tokens at the entry of the language model, and its
             (rows, columns) or (frames, rows, columns) there, None where it is no plain grid.
+
+    Where and when a token is (:attr:`frame`, :attr:`place`, :attr:`video`, :attr:`videos`) holds for
+    the tokens here, also after earlier cuts; a merged token is where its representative is.
     """
 
     def __init__(
@@ -227,6 +264,7 @@ class LanguageSite(Site):
         text_valid: Tensor,
         text_after: Tensor,
         images: list[list[tuple[int, int, tuple[int, ...] | None]]],
+        frames: Callable[[], Frames],
         spread: Callable[[Tensor, float | None], Tensor],
         rows: Callable[[Tensor], tuple[QKV, Tensor]] | None,
         **common: Any,
@@ -236,8 +274,42 @@ class LanguageSite(Site):
         self.text_valid = text_valid
         self.text_after = text_after
         self.images = images
+        self._frames = frames
         self._spread = spread
         self._rows = rows
+
+    @property
+    def frame(self) -> Tensor:
+        """(B, N) int64: the frame that each token belongs to, counted through the prompt in order.
+
+        A still image is one frame. -1 for padding and for separators (newline tokens).
+        """
+        return self._here(self._frames().frame)
+
+    @property
+    def place(self) -> Tensor:
+        """(B, N) int64: row * columns + column of each token in its frame's grid.
+
+        -1 for padding, for separators, and where the frame is no plain grid (packed crops, tiles).
+        """
+        return self._here(self._frames().place)
+
+    @property
+    def video(self) -> Tensor:
+        """(B, N) int64: the image or video of each token, an index into ``videos[b]``; -1 for padding.
+
+        Separators belong to the image or video that they close.
+        """
+        return self._here(self._frames().video)
+
+    @property
+    def videos(self) -> list[list[VisualSpan]]:
+        """Per sample the images and videos of the prompt, in order, as they were before any cut."""
+        return self._frames().videos
+
+    def _here(self, values: Tensor) -> Tensor:
+        out = values.gather(1, self.index.clamp(min=0))
+        return out if self.valid is None else out.masked_fill(~self.valid, -1)
 
     def spread(self, scores: Tensor, newline: float | None = None) -> Tensor:
         """Scores of the encoder's tokens at the visual tokens here.

@@ -10,7 +10,7 @@ The contract for methods
   what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with
   fewer tokens, and what is gone is taken out of the prompt at the entry of the language model (in
   between features have full length, because transformers checks their number). Families whose
-  connector joins patches, or whose tower needs its full grid, refuse cuts here, not looks.
+  connector joins patches, or whose tower needs its full grid, refuse cuts here, not looks. For a video the crops are the frames of all videos of the call.
 - ``Stage("prompt", 0)``: the entry of the language model, after the projector. The batch is the
   **samples**. The site ``projector`` is the same place.
 - ``Stage("decoder", k, "start")``: before layer k, with the q, k, v that layer k will make;
@@ -24,6 +24,15 @@ At ``prompt`` and ``decoder`` the site is a :class:`vtr.signals.LanguageSite`: `
 the visual tokens through ``qkv``, ``attention_rows_from_text(rows)`` and ``text_qkv(rows)``.
 ``site.memory`` is one dict per method for the whole prefill, shared by its encoder, prompt and decoder
 visits. ``site.extra["entry"]`` is (B,) int64, the visual tokens of each sample in the prompt.
+
+Where and when a token is: ``site.frame``, ``site.place`` and ``site.video`` (B, N) int64 number its
+frame through the prompt, its cell in the frame's grid, and its image or video; ``site.videos`` lists
+per sample the images and videos as :class:`vtr.signals.VisualSpan` (kind, frames, grid, seconds). A
+still image is one frame. What has no cell (newlines, the class token that begins a frame of
+Video-LLaVA) has frame and place -1; packed crops and tiles have a frame and place -1. Qwen's temporal
+patches (two frames of the file) are one frame. InternVL, SmolVLM and prompts of many images give frames
+as still images, which nothing tells from a video: with ``vtr.apply(..., video=True)`` still images of
+the same grid that follow one another are the frames of one video.
 
 ``reduce`` returns a :class:`vtr.method.Reduction` over the visual tokens (``map``, and ``weights`` or
 ``tokens`` for merging); text is never touched. A merged token takes the place and the position of its

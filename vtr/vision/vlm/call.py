@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtr.kernels import attention_rows
 from vtr.method import Reduction
-from vtr.signals import QKV, LanguageSite
+from vtr.signals import QKV, Frames, LanguageSite, VisualSpan
 from vtr.tokens import TokenMap, take
 from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project
@@ -46,7 +46,8 @@ class Call:
         live: (B, L) bool, False for padding.
         history: (B, given - L) bool or None: padding mask of the earlier columns as they were given.
         cuts: what the cache carries from earlier calls.
-        visual: (B, L) bool, or None where nothing can be cut.
+        kinds: (B, L) int8, 1 for tokens of images, 2 for those of videos, else 0; None where nothing can
+            be cut.
         positions: (B, L), (3, B, L) or (4, B, L) int64 position ids as they were given.
     """
 
@@ -57,7 +58,7 @@ class Call:
         live: Tensor,
         history: Tensor | None,
         cuts: Cuts | None,
-        visual: Tensor | None,
+        kinds: Tensor | None,
         positions: Tensor,
         cache: Any,
     ) -> None:
@@ -68,14 +69,15 @@ class Call:
         self.cuts = cuts
         self.positions = positions
         self.cache = cache
-        self.visual = visual
+        self.visual = visual = None if kinds is None else kinds > 0
         self.layout = self.entered = Layout(live, visual)
         self.segments: list[tuple[int, Layout]] = []
         self.rope: tuple[Tensor, Tensor] | None = None
         self.synced: Layout | None = None
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
-        if visual is not None:
+        if kinds is not None and visual is not None:
+            self.kinds = kinds.masked_fill(~live, 0)
             slots = self.arrived = self.layout.slots
             self.rank = (live.long().cumsum(1) - 1).clamp(min=0)
             self.entry = self.layout.valid.sum(1)
@@ -84,7 +86,7 @@ class Call:
             self.map = TokenMap.keep(kept, slots.shape[1], padded)
         self.memory: dict[int, dict[str, Any]] = {}
         self.changed = False
-        self._images: list[list[tuple[int, int, Grid]]] | None = None
+        self._frames: dict[bool, Frames] = {}
 
     # ---- what earlier calls left ------------------------------------------------------------
 
@@ -149,11 +151,15 @@ class Call:
             )
         return Cuts(groups, length)
 
+    def frames(self, joined: bool = False) -> Frames:
+        """Where and when the visual tokens of the prompt are."""
+        if joined not in self._frames:
+            self._frames[joined] = self.owner.captures.frames(self, joined)
+        return self._frames[joined]
+
     def images(self) -> list[list[tuple[int, int, Grid]]]:
         """Per sample its images: start and length among the visual tokens of the prompt, and grid."""
-        if self._images is None:
-            self._images = self.owner.captures.images(self)
-        return self._images
+        return [[(s.start, s.length, grid_of(s)) for s in spans] for spans in self.frames().videos]
 
     def grid(self) -> Grid:
         """The one grid of prompts that have one image each, all of a size."""
@@ -204,6 +210,7 @@ class Call:
             text_valid=text >= 0,
             text_after=(text >= 0) & (order > first),
             images=self.images(),
+            frames=Moments(self, bool(entry.options.get("video"))),
             spread=spread,
             **signals,
         )
@@ -279,6 +286,16 @@ class Call:
         return k
 
 
+class Moments:
+    """Frames of a call, made when a method asks for them."""
+
+    def __init__(self, call: Call, joined: bool) -> None:
+        self.call, self.joined = call, joined
+
+    def __call__(self) -> Frames:
+        return self.call.frames(self.joined)
+
+
 class Tokens:
     """q, k, v of the visual tokens at a decoder site."""
 
@@ -329,6 +346,13 @@ class Rows:
         seen = weights.gather(3, index).masked_fill((call.layout.slots < 0)[:, None, None], 0)
         groups = q.shape[1] // own.shape[1]
         return (q, own.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)), seen
+
+
+def grid_of(span: VisualSpan) -> Grid:
+    """(rows, columns), (frames, rows, columns), or None with separators between or after the frames."""
+    if span.grid is None or span.frames * span.grid[0] * span.grid[1] != span.length:
+        return None
+    return span.grid if span.frames == 1 else (span.frames, *span.grid)
 
 
 def checked(call: Call, where: Seen | None) -> Seen:

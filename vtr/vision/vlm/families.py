@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vtr.errors import UnsupportedModelError
-from vtr.vision.vlm.features import Capture, Grid
+from vtr.vision.vlm.features import Capture
+from vtr.vision.vlm.frames import KINDS, Piece, loose, plain
+
+# Arguments of a model's forward that say where visual tokens are.
+FORWARDED = ("second_per_grid_ts", "video_compression_mask")
 
 
 class Family:
@@ -27,7 +31,8 @@ class Family:
     cuts = ""
     fixed = True
 
-    def tower(self, inner: Any) -> nn.Module | None:
+    def tower(self, inner: Any, kind: str) -> nn.Module | None:
+        """The tower of images or videos."""
         return getattr(inner, "vision_tower", None)
 
     def last_layer(self, inner: Any, depth: int) -> int:
@@ -38,12 +43,15 @@ class Family:
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         """Fill ``capture`` after the features were made; ``given`` are the arguments by name."""
-        capture.grids = [square(n) for n in capture.lengths]
+        capture.pieces = [still(n) for n in capture.lengths]
         capture.spread = rows
 
     def watch(self, inner: Any) -> str | None:
         """A method of ``inner`` whose arguments :meth:`describe` needs."""
         return None
+
+    def enter(self, capture: Capture, given: dict[str, Any]) -> None:
+        """Complete ``capture`` with what only the model's forward is given (:data:`FORWARDED`)."""
 
 
 class Packed(Family):
@@ -61,9 +69,100 @@ class Packed(Family):
         return "pack_image_features"
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
-        packed = given["pack_image_features"]
-        capture.grids = [None] * len(capture.lengths)
-        capture.spread = Packing(inner, *packed)
+        if capture.kind == "video":
+            self.video(inner, capture, *given["pixel_values_videos"].shape[:2])
+            return
+        packing = Packing(inner, *given["pack_image_features"])
+        capture.spread = packing
+        blank = packing(torch.zeros(sum(packing.crops), packing.patches))
+        capture.pieces = [loose("image", x.isnan()) for x in blank]
+
+    def video(self, inner: Any, capture: Capture, videos: int, frames: int) -> None:
+        """Frames become ``apply_pooling``'s smaller grids; one newline closes a video."""
+        vision = inner.config.vision_config
+        side = math.ceil(vision.image_size // vision.patch_size / 2)
+        pieces = [plain("video", frames, (side, side), closing=1) for _ in range(videos)]
+        capture.pieces = pieces
+        capture.spread = Pooled(inner.apply_pooling, videos, frames, closing=1)
+
+
+class NextVideo(Packed):
+    """LLaVA-NeXT-Video: images as LLaVA-NeXT, frames through a pooling layer."""
+
+    def video(self, inner: Any, capture: Capture, videos: int, frames: int) -> None:
+        side = math.isqrt(capture.lengths[0] // frames)
+        capture.pieces = [plain("video", frames, (side, side)) for _ in range(videos)]
+        stride = inner.config.spatial_pool_stride
+        capture.spread = Pooled(Average(stride), videos, frames)
+
+
+class VideoLlava(Family):
+    """Video-LLaVA: a tower for images and one for videos; every frame begins with its class token."""
+
+    title = "Video-LLaVA"
+    fixed = False
+
+    def tower(self, inner: Any, kind: str) -> nn.Module | None:
+        return getattr(inner, f"{kind}_tower", None)
+
+    def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
+        if capture.kind == "image":
+            super().describe(inner, capture, given)
+            return
+        videos, frames = given["pixel_values_videos"].shape[:2]
+        side = math.isqrt(capture.lengths[0] - 1)
+        capture.pieces = [plain("video", frames, (side, side), opening=1) for _ in range(videos)]
+        capture.lengths = [piece.length for piece in capture.pieces]
+        capture.separators = True
+        capture.spread = Pooled(None, videos, frames, opening=1)
+
+
+class Pooled:
+    """Scores of frames through the pooling of their features, with NaN for separators.
+
+    Args:
+        pool: (frames, patches, D) -> (frames, fewer patches, D), or None.
+        videos, frames: so many videos of so many frames.
+        opening, closing: separators before each frame, and after each video.
+    """
+
+    def __init__(
+        self,
+        pool: Callable[[Tensor], Tensor] | None,
+        videos: int,
+        frames: int,
+        opening: int = 0,
+        closing: int = 0,
+    ) -> None:
+        self.pool = pool
+        self.videos, self.frames = videos, frames
+        self.opening, self.closing = opening, closing
+
+    def __call__(self, scores: Tensor) -> list[Tensor]:
+        if scores.shape[0] != self.videos * self.frames:
+            raise ValueError(
+                f"scores have {scores.shape[0]} rows for {self.videos * self.frames} frames"
+            )
+        wide = scores if scores.dim() == 3 else scores[..., None]
+        if self.pool is not None:
+            wide = self.pool(wide)
+        nan = float("nan")
+        wide = nn.functional.pad(wide, (0, 0, self.opening, 0), value=nan)
+        wide = wide.reshape(self.videos, -1, wide.shape[2])
+        wide = nn.functional.pad(wide, (0, 0, 0, self.closing), value=nan)
+        return list(wide if scores.dim() == 3 else wide[..., 0])
+
+
+class Average:
+    """Mean over ``stride`` x ``stride`` patches of (frames, patches, D), as a pooling layer cuts them."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def __call__(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[1])
+        grid = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, side)
+        return nn.functional.avg_pool2d(grid, self.stride).flatten(2).transpose(1, 2)
 
 
 class Packing:
@@ -77,7 +176,9 @@ class Packing:
             .arguments
         )
         named.pop("self")
-        self.crops = [x.shape[0] for x in named.pop("image_features")]
+        features = named.pop("image_features")
+        self.crops = [x.shape[0] for x in features]
+        self.patches = features[0].shape[1]
         self.newline = named.pop("image_newline", None) is not None
         self.rest = named
 
@@ -105,7 +206,7 @@ class Qwen(Family):
     def __init__(self, title: str) -> None:
         self.title = title
 
-    def tower(self, inner: Any) -> nn.Module | None:
+    def tower(self, inner: Any, kind: str) -> nn.Module | None:
         return getattr(inner, "visual", None)
 
     def last_layer(self, inner: Any, depth: int) -> int:
@@ -113,12 +214,17 @@ class Qwen(Family):
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         merge = inner.visual.spatial_merge_size
-        grids: Any = given.get("image_grid_thw", given.get("video_grid_thw"))
-        capture.grids = [
-            (h // merge, w // merge) if t == 1 else (t, h // merge, w // merge)
-            for t, h, w in grids.tolist()
-        ]
+        grids = given[f"{capture.kind}_grid_thw"].tolist()
+        capture.pieces = [plain(capture.kind, t, (h // merge, w // merge)) for t, h, w in grids]
         capture.spread = Groups(capture.lengths, merge * merge, capture.patches)
+
+    def enter(self, capture: Capture, given: dict[str, Any]) -> None:
+        seconds: Any = given.get("second_per_grid_ts")
+        if capture.kind == "video" and seconds is not None:
+            capture.pieces = [
+                piece._replace(times=tuple(float(step) * i for i in range(piece.frames)))
+                for piece, step in zip(capture.pieces, seconds, strict=True)
+            ]
 
 
 class Groups:
@@ -144,7 +250,7 @@ class InternVL(Family):
     fixed = False
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
-        capture.grids = [square(n) for n in capture.lengths]
+        capture.pieces = [still(n) for n in capture.lengths]
         capture.tiled = True
         capture.spread = Shuffled(inner, float(inner.config.downsample_ratio))
 
@@ -178,20 +284,42 @@ class Idefics(Family):
     def __init__(self, title: str) -> None:
         self.title = title
 
-    def tower(self, inner: Any) -> nn.Module | None:
+    def tower(self, inner: Any, kind: str) -> nn.Module | None:
         return getattr(inner, "vision_model", None)
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
-        capture.grids = [None] * len(capture.lengths)
+        capture.pieces = [still(n) for n in capture.lengths]
+
+
+class VideoLlama3(Idefics):
+    """VideoLLaMA3: frames at their own resolution, joined merge x merge; its tower is not opened.
+
+    Its processor may leave tokens out that did not change (``video_compression_mask``).
+    """
+
+    def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
+        grids = given[f"{capture.kind}_grid_thw"].tolist()
+        merges = given[f"{capture.kind}_merge_sizes"].tolist()
+        capture.pieces = [
+            plain(capture.kind, t, (h // m, w // m))
+            for (t, h, w), m in zip(grids, merges, strict=True)
+        ]
+
+    def enter(self, capture: Capture, given: dict[str, Any]) -> None:
+        if capture.kind == "video":
+            capture.stays = given.get("video_compression_mask")
 
 
 def rows(scores: Tensor) -> list[Tensor]:
     return list(scores)
 
 
-def square(n: int) -> Grid:
+def still(n: int) -> Piece:
+    """An image of ``n`` tokens: a square where that is possible."""
     side = math.isqrt(n)
-    return (side, side) if side * side == n else None
+    if side * side != n:
+        return loose("image", torch.zeros(n, dtype=torch.bool))
+    return plain("image", 1, (side, side))
 
 
 # Inner class (the one that owns ``language_model``) -> family.
@@ -203,6 +331,9 @@ SUPPORTED: dict[str, Callable[[], Family]] = {
     "Qwen2_5_VLModel": lambda: Qwen("Qwen2.5-VL"),
     "Qwen3VLModel": lambda: Qwen("Qwen3-VL"),
     "InternVLModel": InternVL,
+    "LlavaNextVideoModel": lambda: NextVideo("LLaVA-NeXT-Video"),
+    "VideoLlavaModel": VideoLlava,
+    "VideoLlama3Model": lambda: VideoLlama3("VideoLLaMA3"),
     "Idefics3Model": lambda: Idefics("Idefics3"),
     "SmolVLMModel": lambda: Idefics("SmolVLM"),
 }
@@ -222,6 +353,9 @@ NAMES = (
     "InternVL",
     "Idefics3",
     "SmolVLM",
+    "LLaVA-NeXT-Video",
+    "Video-LLaVA",
+    "VideoLLaMA3",
 )
 
 
@@ -254,22 +388,31 @@ def family_of(inner: nn.Module) -> Family | None:
     return None
 
 
-def visual_ids(config: Any) -> tuple[int, ...]:
-    """Token ids that images and videos replace."""
-    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-    found = [getattr(config, n, None) for n in names]
-    return tuple(dict.fromkeys(int(i) for i in found if i is not None))
+def visual_ids(config: Any) -> dict[int, int]:
+    """Token ids that images and videos replace, and the number of their kind."""
+    found: dict[int, int] = {}
+    for kind, number in KINDS.items():
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            value = getattr(config, name, None)
+            if value is not None:
+                found.setdefault(int(value), number)
+    return found
 
 
 def find(inner: Any, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
-    """(B, L) bool: placeholders of images and videos, by id or by the embedding of the id."""
-    wanted = visual_ids(inner.config)
-    if ids is not None:
-        return torch.isin(ids, torch.tensor(wanted, device=ids.device))
-    if embeds is None:
+    """(B, L) int8: 1 at placeholders of images and 2 at those of videos, else 0.
+
+    By id, or by the embedding of the id; None where there is neither.
+    """
+    given = embeds if ids is None else ids
+    if given is None:
         return None
     table = inner.get_input_embeddings()
-    out = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    for i in wanted:
-        out |= (embeds == table(torch.tensor(i, device=embeds.device))).all(-1)
+    out = torch.zeros(given.shape[:2], dtype=torch.int8, device=given.device)
+    for i, number in visual_ids(inner.config).items():
+        if ids is not None:
+            here = ids == i
+        else:
+            here = (given == table(torch.tensor(i, device=given.device))).all(-1)
+        out[here] = number
     return out

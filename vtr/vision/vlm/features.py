@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.signals import Frames
+from vtr.vision.vlm.frames import KINDS, Piece, frames_of
+
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import Call
 
@@ -20,26 +23,33 @@ class Capture:
 
     Attributes:
         memory: per applied method, what it stored in the encoder.
-        lengths: visual tokens of each image, or of each tile.
+        kind: ``"image"`` or ``"video"``.
+        lengths: visual tokens of each image, tile or video.
         tiled: whether they are tiles; those that follow one another in the prompt are one image.
-        grids: their grids, None where they are no plain grid.
+        pieces: what they are made of, one for each of ``lengths``.
+        stays: (visual tokens of all pieces,) bool, those that the model puts into the prompt, or
+            None (all).
         spread: scores (crops, patches) or features (crops, patches, D) -> per image a (length,) or
             (length, D) float32 tensor, NaN for separators; or None where the tower's tokens cannot be
             followed.
         alive: (crops, patches) bool, the tower's tokens that were left, or None (all).
+        separators: whether separators stay where the tower was cut.
         cutters: names of the methods that cut in the tower.
         crops: size of the tower's batch.
         first: (C,) the first visual token, by which its features are known again.
         patches: patches of each crop where crops differ in size, else empty.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.memory: dict[int, dict[str, Any]] = {}
         self.lengths: list[int] = []
-        self.grids: list[Grid] = []
+        self.pieces: list[Piece] = []
+        self.stays: Tensor | None = None
         self.tiled = False
         self.spread: Spreader | None = None
         self.alive: Tensor | None = None
+        self.separators = False
         self.cutters: tuple[str, ...] = ()
         self.crops = 0
         self.first: Tensor | None = None
@@ -77,12 +87,13 @@ class Captures:
             )
         return next(iter(self.of.values()))
 
-    def rows(self, call: Call, total: int) -> list[tuple[int, int]]:
-        """(start, stop) of each sample's visual tokens in the tower's flat sequence of ``total``.
+    def rows(self, call: Call, kind: str) -> list[tuple[int, int]]:
+        """(start, stop) of each sample's tokens in the flat sequence of all tokens of a modality.
 
         Beam search and several returned sequences repeat samples after the tower has run.
         """
-        counts = call.entry.tolist()
+        counts = (call.kinds == KINDS[kind]).sum(1).tolist()
+        total = sum(piece.length for piece in self.pieces(kind))
         times, rest = divmod(sum(counts), total) if total else (0, 1)
         if rest or any(len(set(counts[i : i + times])) > 1 for i in range(0, len(counts), times)):
             raise RuntimeError(
@@ -95,30 +106,34 @@ class Captures:
             start += counts[i]
         return out
 
+    def pieces(self, kind: str) -> list[Piece]:
+        """The images or videos of all samples, with the tokens that are in the prompt."""
+        capture = self.of[kind]
+        if capture.stays is None:
+            return capture.pieces
+        parts = capture.stays.cpu().split(capture.lengths)
+        return [
+            piece._replace(frame=piece.frame[stays], place=piece.place[stays])
+            for piece, stays in zip(capture.pieces, parts, strict=True)
+        ]
+
     def spreader(self, call: Call) -> Callable[[Tensor, float | None], Tensor]:
         return Spread(self, call)
 
-    def images(self, call: Call) -> list[list[tuple[int, int, Grid]]]:
-        """Per sample its images; one span without a grid where the tower did not run."""
-        if len(self.of) != 1:
-            return [[(0, n, None)] for n in call.entry.tolist()]
-        capture = self.only("images")
-        out = []
-        for b, (start, stop) in enumerate(self.rows(call, sum(capture.lengths))):
-            spans: list[tuple[int, int, Grid]] = []
-            at = 0
-            slots = call.arrived[b].tolist() if capture.tiled else []
-            for length, grid in zip(capture.lengths, capture.grids, strict=True):
-                if start <= at < stop:
-                    first = at - start
-                    if capture.tiled and spans and slots[first] == slots[first - 1] + 1:
-                        before = spans.pop()
-                        spans.append((before[0], before[1] + length, None))
-                    else:
-                        spans.append((first, length, grid))
-                at += length
-            out.append(spans)
-        return out
+    def frames(self, call: Call, joined: bool) -> Frames:
+        """Where and when the visual tokens are; unknown where the tower did not run."""
+        per_sample: dict[str, list[list[Piece]]] = {}
+        for kind in self.of:
+            found = per_sample[kind] = []
+            for start, stop in self.rows(call, kind):
+                at, mine = 0, []
+                for piece in self.pieces(kind):
+                    if start <= at < stop:
+                        mine.append(piece)
+                    at += piece.length
+                found.append(mine)
+        tiled = any(capture.tiled for capture in self.of.values())
+        return frames_of(call, per_sample, tiled, joined)
 
 
 def first_token(output: Any) -> Tensor | None:
@@ -148,9 +163,11 @@ class Spread:
                 f"scores of shape {tuple(scores.shape)} became {flat.shape[0]} values for "
                 f"{sum(capture.lengths)} visual tokens: give one per patch of every crop"
             )
+        if capture.stays is not None:
+            flat = flat[capture.stays.to(flat.device)]
         width = self.call.map.n_in
         rows = []
-        for start, stop in self.captures.rows(self.call, flat.shape[0]):
+        for start, stop in self.captures.rows(self.call, capture.kind):
             row = flat[start:stop]
             gone = row.isnan()
             if newline is None:

@@ -86,7 +86,7 @@ class LanguageSession:
     # ---- the entry --------------------------------------------------------------------------
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.call, visual, self.pending = None, self.pending, None
+        self.call, kinds, self.pending = None, self.pending, None
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         if embeds is None:
             return None
@@ -96,7 +96,7 @@ class LanguageSession:
             if cache is not None:
                 forget(cache)
         cuts = cuts_of(cache)
-        if visual is None:
+        if kinds is None:
             if past == 0:
                 self.owner.trace = Trace()
             if cuts is None:
@@ -123,11 +123,11 @@ class LanguageSession:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(before, before + length, device=embeds.device)[None]
-        if visual is not None:
-            visual = visual.to(embeds.device)
-        call = Call(self.owner, past, live, history, cuts, visual, positions, cache)
+        if kinds is not None:
+            kinds = kinds.to(embeds.device)
+        call = Call(self.owner, past, live, history, cuts, kinds, positions, cache)
         self.call = call
-        if visual is not None:
+        if kinds is not None:
             self._begin(call)
             embeds = self._prompt(call, embeds)
             call.entered = call.layout
@@ -174,6 +174,7 @@ class LanguageSession:
 
     def _begin(self, call: Call) -> None:
         """A new trace, with what the tower has done already."""
+        self.owner.enter()
         stages = [s for s in self.owner.trace.stages if s.site == "encoder"]
         tokens = {k: v for k, v in self.owner.trace.tokens.items() if k == "encoder"}
         self.owner.trace = Trace(stages, tokens, call.live.shape[0], self.owner.trace.notes)
@@ -182,12 +183,13 @@ class LanguageSession:
     def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
         for capture in self.owner.captures.of.values():
             if capture.alive is not None:
-                alive = self.owner.captures.spreader(call)(capture.alive.float(), 0.0)
+                fill = float(capture.separators)
+                alive = self.owner.captures.spreader(call)(capture.alive.float(), fill)
                 if bool(((alive > 0) & (alive < 1)).any()):
                     raise UnsupportedMethodError(
                         f"{', '.join(capture.cutters)} cut inside the vision tower, but the features of "
-                        "this image are resized to fewer tokens: use a smaller image, or a method that "
-                        "cuts at the prompt"
+                        "this image or video are resized to fewer tokens: use a smaller image, or a "
+                        "method that cuts at the prompt"
                     )
                 keep = (alive > 0.5) & call.layout.valid
                 kept, padded = top_indices(keep.float(), keep.sum(1), keep)

@@ -15,7 +15,7 @@ from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.vlm.attention import opens
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
-from vtr.vision.vlm.families import Family, find
+from vtr.vision.vlm.families import FORWARDED, Family, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
 from vtr.vision.vlm.language import LanguageSession
 from vtr.vision.vlm.packed import PackedSession, packed_info
@@ -34,9 +34,11 @@ class VLMWrapping(Wrapping):
     Options:
         positions: ``"original"`` (tokens after a cut keep their positions), ``"compact"`` (they are
             numbered anew), or None, the method's own choice.
+        video: whether still images of the same grid that follow one another in a prompt are the frames
+            of one video (InternVL's processor makes videos so, as may any prompt of many images).
     """
 
-    options = {"positions": None}
+    options = {"positions": None, "video": False}
 
     def __init__(self, root: Any, inner: Any, family: Family) -> None:
         self.inner = inner
@@ -46,14 +48,15 @@ class VLMWrapping(Wrapping):
         self.captures = Captures()
         self.running: dict[str, Any] | None = None
         self.labels: Tensor | None = None
-        self.tower: TowerSession | PackedSession | None = None
+        self.towers: dict[str, TowerSession | PackedSession] = {}
+        self.forwarded: dict[str, Any] = {}
         super().__init__(root, self._info())
         self.language = LanguageSession(self, self.lm)
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
         state = {**super().__getstate__(), "captures": Captures()}
-        return {**state, "running": None, "labels": None}
+        return {**state, "running": None, "labels": None, "forwarded": {}}
 
     # ---- what the model is ------------------------------------------------------------------
 
@@ -85,19 +88,31 @@ class VLMWrapping(Wrapping):
         return ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
 
     def _tower(self) -> ModelInfo | None:
-        """Open the vision tower; None where it can only be looked at from the prompt on."""
+        """Open the vision towers; None where methods can only look from the prompt on."""
+        facts: ModelInfo | None = None
+        opened: dict[Any, TowerSession | PackedSession] = {}
+        for kind in MODALITIES.values():
+            tower: Any = self.family.tower(self.inner, kind)
+            if tower not in opened:
+                session, facts = self._open(tower)
+                if session is None:
+                    return None
+                opened[tower] = session
+            self.towers[kind] = opened[tower]
+        return facts
+
+    def _open(self, tower: Any) -> tuple[TowerSession | PackedSession | None, ModelInfo | None]:
         from vtr.vision.transformers import tower_parts
 
-        tower: Any = self.family.tower(self.inner)
         if PackedSession.opens(tower):
-            self.tower = PackedSession(self, tower)
-            return packed_info(self.tower)
+            packed = PackedSession(self, tower)
+            return packed, packed_info(packed)
         try:
             parts = tower_parts(tower)
         except UnsupportedModelError:
-            return None
-        self.tower = TowerSession(self, parts.runners, parts.prefix, square_grid)
-        return encoder_info("", **parts._asdict())
+            return None, None
+        session = TowerSession(self, parts.runners, parts.prefix, square_grid)
+        return session, encoder_info("", **parts._asdict())
 
     @property
     def mrope(self) -> bool:
@@ -161,8 +176,8 @@ class VLMWrapping(Wrapping):
     def install(self) -> None:
         inner: Any = self.inner
         if any(stage.site == "encoder" for _, stage in self.stages()):
-            assert self.tower is not None
-            self.tower.install()
+            for session in dict.fromkeys(self.towers.values()):
+                session.install()
         self.language.install()
         if self.root is not inner:
             before = self.root.register_forward_pre_hook(
@@ -205,26 +220,33 @@ class VLMWrapping(Wrapping):
             self.captures = Captures()
         if not self.captures.of:
             self.trace = Trace()
-        capture = Capture()
+        capture = Capture(modality)
         self.running = {}
-        if self.tower is not None:
-            self.tower.capture = capture
+        tower = self.towers.get(modality)
+        if tower is not None:
+            tower.capture = capture
         try:
             out = method(self.inner, *args, **kwargs)
             found = getattr(out, "pooler_output", None)
             if found is not None:
                 bound = inspect.signature(method).bind(self.inner, *args, **kwargs)
                 given = {**bound.arguments, **bound.arguments.get("kwargs", {}), **self.running}
-                capture.lengths = [x.shape[0] for x in found]
+                capture.lengths = [x.shape[:-1].numel() for x in found]
                 first = first_token(out)
                 capture.first = None if first is None else first.clone()
                 self.family.describe(self.inner, capture, given)
                 self.captures.of[modality] = capture
         finally:
             self.running = None
-            if self.tower is not None:
-                self.tower.capture = None
+            if tower is not None:
+                tower.capture = None
         return out
+
+    def enter(self) -> None:
+        """The language model is entered with visual tokens."""
+        for capture in self.captures.of.values():
+            self.family.enter(capture, self.forwarded)
+        self.forwarded = {}
 
     def watched(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Remember the arguments of a step between tower and language model."""
@@ -247,6 +269,7 @@ class VLMWrapping(Wrapping):
         if has_features(kwargs):
             ids = kwargs.get("input_ids", args[0] if args else None)
             found = find(module, ids, kwargs.get("inputs_embeds"))
+            self.forwarded = {name: kwargs[name] for name in FORWARDED if name in kwargs}
             self.language.pending = found if found is not None and bool(found.any()) else None
 
     def before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -288,13 +311,11 @@ class VLMWrapping(Wrapping):
             return None
         costs: dict[str, Any] = {}
         batch = last.live.shape[0]
-        if (
-            isinstance(self.tower, TowerSession)
-            and "encoder" in self.trace.tokens
-            and self.captures.of
-        ):
-            crops = sum(c.crops for c in self.captures.of.values())
-            costs["encoder"] = tuple(round(f * crops / batch) for f in self.tower.flops())
+        if "encoder" in self.trace.tokens and self.captures.of:
+            tower = self.towers[next(iter(self.captures.of))]
+            if isinstance(tower, TowerSession):
+                crops = sum(c.crops for c in self.captures.of.values())
+                costs["encoder"] = tuple(round(f * crops / batch) for f in tower.flops())
         return costs | language_costs(self, last)
 
 
