@@ -45,6 +45,13 @@ SHAPES = {
 }
 
 
+def added_rows(q, mask, dtype=torch.float32):
+    """One row per query block, for the epilogue."""
+    g = torch.Generator().manual_seed(7)
+    rows = torch.randn(*q.shape[:2], mask.grid[0], q.shape[3], generator=g)
+    return rows.to(q.device, dtype)
+
+
 def make(name, dim=64, dtype=torch.float32, device="cpu"):
     batch, heads, key_heads, sq, sk, block, lead = SHAPES[name]
     tensors = qkv(batch, heads, key_heads, sq, sk, dim, dtype, device=device)

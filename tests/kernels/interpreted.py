@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from tests.kernels.cases import SHAPES, make, qkv, token_mask
+from tests.kernels.cases import SHAPES, added_rows, make, qkv, token_mask
 from vtr.kernels import BlockMask, block_sparse_attention, block_sparse_attention_reference
 
 pytestmark = pytest.mark.skipif(
@@ -17,11 +17,13 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 
-def _compare(q, k, v, mask, dtype, row_scale=None):
+def _compare(q, k, v, mask, dtype, row_scale=None, added=None):
     out, lse = block_sparse_attention(
-        q, k, v, mask, row_scale=row_scale, return_lse=True, backend="triton"
+        q, k, v, mask, row_scale=row_scale, added=added, return_lse=True, backend="triton"
     )
-    expected, expected_lse = block_sparse_attention_reference(q, k, v, mask, row_scale=row_scale)
+    expected, expected_lse = block_sparse_attention_reference(
+        q, k, v, mask, row_scale=row_scale, added=added
+    )
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
@@ -31,12 +33,13 @@ def _compare(q, k, v, mask, dtype, row_scale=None):
 @pytest.mark.parametrize("name", SHAPES)
 def test_forward(name, dtype):
     q, k, v, mask = make(name, 64, dtype)
-    _compare(q, k, v, mask, dtype, torch.rand(q.shape[:3]))
+    _compare(q, k, v, mask, dtype, torch.rand(q.shape[:3]), added_rows(q, mask, dtype))
 
 
 @pytest.mark.parametrize("dim", [72, 96, 128])
 def test_head_dims(dim):
-    _compare(*make("grouped", dim, torch.float32), torch.float32)
+    q, k, v, mask = make("grouped", dim, torch.float32)
+    _compare(q, k, v, mask, torch.float32, added=added_rows(q, mask))
 
 
 @pytest.mark.parametrize("block", [(16, 16), (128, 64), (64, 128), (128, 128), (32, 128)], ids=str)
@@ -106,6 +109,7 @@ def test_heavy_rows_are_cut_and_joined(monkeypatch):
     assert lists.pieces > 1 and lists.heavy.shape == (2, 2)
     q, k, v = qkv(2, 2, 2, n, n, 72)
     _compare(q, k, v, mask, torch.float32, torch.rand(2, 2, n))
+    _compare(q, k, v, mask, torch.float32, torch.rand(2, 2, n), added_rows(q, mask))
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 70, 131, 72)], ids=str)

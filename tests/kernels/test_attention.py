@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.cases import SHAPES, make, mask_of, qkv, token_mask
+from tests.kernels.cases import SHAPES, added_rows, make, mask_of, qkv, token_mask
 from vtr.kernels import (
     BlockMask,
     block_sparse_attention,
@@ -58,6 +58,11 @@ def test_sdpa_equals_the_reference(name, dtype, dim):
     )
     expected, expected_lse = block_sparse_attention_reference(q, k, v, mask, row_scale=row_scale)
     assert out.dtype == dtype
+    added = added_rows(q, mask, dtype)
+    with_rows = block_sparse_attention(q, k, v, mask, added=added, backend="sdpa")
+    reference, _ = block_sparse_attention_reference(q, k, v, mask, added=added)
+    assert with_rows.dtype == dtype
+    torch.testing.assert_close(with_rows, reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(lse, expected_lse, atol=max(1e-5, TOLERANCE[dtype]), rtol=1e-4)
     assert (lse == float("-inf")).any() and (out[lse == float("-inf")] == 0).all()
@@ -142,6 +147,15 @@ def test_gradients_equal_the_references(name, dtype):
         torch.testing.assert_close(a, b, atol=limit, rtol=limit)
 
 
+def test_the_added_row_is_that_of_the_query_block():
+    q, k, v, mask = make("ragged", dtype=torch.float64)
+    added = added_rows(q, mask, torch.float64)
+    plain, _ = block_sparse_attention_reference(q, k, v, mask)
+    out, _ = block_sparse_attention_reference(q, k, v, mask, added=added)
+    for i in range(q.shape[2]):
+        torch.testing.assert_close(out[:, :, i] - plain[:, :, i], added[:, :, i // mask.block[0]])
+
+
 def test_fixed_row_scale_is_part_of_the_gradient():
     q, k, v, mask = make("ragged")
     row_scale = torch.rand(q.shape[:3])
@@ -163,11 +177,12 @@ def test_fixed_row_scale_is_part_of_the_gradient():
 def test_gradcheck(backend):
     q, k, v = qkv(1, 2, 1, 21, 19, 4, torch.float64)
     mask = mask_of((21, 19), (8, 8))
-    tensors = [t.requires_grad_() for t in (q, k, v, torch.rand(1, 2, 21).double())]
+    rest = torch.rand(1, 2, 21).double(), added_rows(q, mask, torch.float64)
+    tensors = [t.requires_grad_() for t in (q, k, v, *rest)]
 
-    def call(q, k, v, row_scale):
+    def call(q, k, v, row_scale, added):
         out, lse = block_sparse_attention(
-            q, k, v, mask, row_scale=row_scale, return_lse=True, backend=backend
+            q, k, v, mask, row_scale=row_scale, added=added, return_lse=True, backend=backend
         )
         return out, lse.masked_fill(lse == float("-inf"), 0.0)
 
@@ -205,7 +220,7 @@ def test_merge_states_gradient_and_errors():
 def test_opcheck():
     q, k, v, mask = make("ragged", dim=16)
     tensors = [t.requires_grad_() for t in (q, k, v)]
-    args = (*tensors, None, mask.tensors(), [75, 59, 32, 16], 0.25, True, "sdpa")
+    args = (*tensors, None, None, mask.tensors(), [75, 59, 32, 16], 0.25, True, "sdpa")
     torch.library.opcheck(torch.ops.vtr.block_sparse_attention, args)
 
 
@@ -300,9 +315,9 @@ def test_compiled_flex_equals_the_reference(name, dtype):
     """Partial and full blocks, ragged ends, grouped heads, rows without keys; a few seconds of
     compiling each."""
     q, k, v, mask = make(name, 72, dtype)
-    row_scale = torch.rand(q.shape[:3])
-    out = block_sparse_attention(q, k, v, mask, row_scale=row_scale, backend="flex")
-    expected, _ = block_sparse_attention_reference(q, k, v, mask, row_scale=row_scale)
+    last = {"row_scale": torch.rand(q.shape[:3]), "added": added_rows(q, mask)}
+    out = block_sparse_attention(q, k, v, mask, **last, backend="flex")
+    expected, _ = block_sparse_attention_reference(q, k, v, mask, **last)
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     with pytest.raises(RuntimeError, match="no LSE"):
         block_sparse_attention(q, k, v, mask, return_lse=True, backend="flex")
@@ -323,6 +338,7 @@ _q, _k, _v, _mask = make("whole")
         ({"mask": token_mask((64, 64), (16, 16))}, "from_dense"),
         ({"mask": mask_of((3, 64, 64), (16, 16))}, "match or be 1"),
         ({"row_scale": torch.ones(1, 2, 63)}, "row_scale"),
+        ({"added": torch.ones(1, 2, 64, 64)}, "query blocks"),
         ({"q": _q.int(), "k": _k.int(), "v": _v.int()}, "dtype"),
         ({"backend": "cuda"}, "none of"),
     ],

@@ -23,7 +23,7 @@ from vtr.kernels.triton_common import split_dim
 # Bytes of shared memory that one program may use on an H100 or H200.
 SHARED = 227 * 1024
 TYPES = {
-    "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "PART_OUT": "*fp32",
+    "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "ADDED": "*fp32", "PART_OUT": "*fp32",
     "PART_LSE": "*fp32", "TILES": "*u8", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
     "scale": "fp32", "scale_log2": "fp32",
 }  # fmt: skip
@@ -68,7 +68,7 @@ CASES = [("bf16", 128, 128, 128), ("fp16", 72, 128, 64), ("fp32", 64, 64, 64), (
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES)
 def test_forward(element, dim, bm, bn):
     config = triton_attention._configs(dim, bm, bn)[0]
-    constants = {**_constants(dim, config, bm, bn), "HAS_ROW_SCALE": True}
+    constants = {**_constants(dim, config, bm, bn), "HAS_ROW_SCALE": True, "HAS_ADDED": True}
     made = _compile(
         triton_attention._forward_kernel, element, constants, config.warps, config.stages
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.epilogue import finish
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,14 +31,16 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     row_scale: Tensor | None = None,
+    added: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the keys that a block mask keeps; exact, any length, trainable.
 
-    ``out_i = row_scale_i * softmax_j(scale q_i . k_j) v_j`` over the keys j that ``mask`` keeps
-    for query i (the specification is :mod:`vtr.kernels.reference`). Differentiable in q, k, v,
-    row_scale and through the returned LSE.
+    ``out_i = row_scale_i * softmax_j(scale q_i . k_j) v_j + added_I`` over the keys j that
+    ``mask`` keeps for query i of query block I (the specification is
+    :mod:`vtr.kernels.reference`). Differentiable in q, k, v, row_scale, added and through the
+    returned LSE.
 
     Args:
         q: (B, H, Sq, D) float32, bfloat16 or float16. On the CPU float64 as well.
@@ -47,6 +50,9 @@ def block_sparse_attention(
             per sample and head.
         scale: factor of the scores, 1 / sqrt(D) when None.
         row_scale: (B, H, Sq) float, multiplies each output row (Re-ttention's rho). Not the LSE.
+        added: (B, H, NQ, D) float with NQ = ceil(Sq / bm), one row per query block of the mask,
+            added after ``row_scale`` to each output row of that block before it is rounded
+            (Rectified SpaAttn's pooled values). Not the LSE.
         return_lse: also return the natural log-sum-exp of each row's scaled scores.
         backend: ``"triton"`` (GPU; head dims 64, 72, 96, 128; blocks of 16, 32, 64 or 128
             tokens), ``"flex"`` (compiled FlexAttention), ``"sdpa"`` (gathers key blocks, needs no
@@ -61,25 +67,28 @@ def block_sparse_attention(
         ValueError: shapes, dtypes, devices or the mask's size do not fit together.
         RuntimeError: the backend asked for cannot do it here; the message says what would.
     """
-    _validate(q, k, v, mask, row_scale)
+    _validate(q, k, v, mask, row_scale, added)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, row_scale)
+        t is not None and t.requires_grad for t in (q, k, v, row_scale, added)
     )
     name = _choose(q, mask, return_lse or grad, grad, backend)
     if name == "reference":
         from vtr.kernels.reference import block_sparse_attention_reference
 
-        out, lse = block_sparse_attention_reference(q, k, v, mask, scale=scale, row_scale=row_scale)
+        out, lse = block_sparse_attention_reference(
+            q, k, v, mask, scale=scale, row_scale=row_scale, added=added
+        )
         return (out, lse) if return_lse else out
-    # A row scale that learns is applied outside, where autograd sees it; else in the kernel.
-    outside = grad and row_scale is not None and row_scale.requires_grad
+    # A row scale that learns, and what is added where anything learns, are applied outside, where
+    # autograd sees them (the backward needs the output without what is added); else in the kernel.
+    outside = grad and (added is not None or (row_scale is not None and row_scale.requires_grad))
     out, lse = torch.ops.vtr.block_sparse_attention(
-        q, k, v, None if outside else row_scale, mask.tensors(),
+        q, k, v, None if outside else row_scale, None if outside else added, mask.tensors(),
         [mask.q_len, mask.k_len, *mask.block], scale, return_lse or grad, name,
     )  # fmt: skip
-    if outside and row_scale is not None:
-        out = (out * row_scale.unsqueeze(-1)).to(q.dtype)
+    if outside:
+        out = finish(out, row_scale, added, mask.block[0]).to(q.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -133,7 +142,10 @@ def _triton_refuses(q: Tensor, mask: BlockMask) -> str:
     return ""
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tensor | None) -> None:
+def _validate(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tensor | None,
+    added: Tensor | None,
+) -> None:  # fmt: skip
     if not isinstance(mask, BlockMask):
         raise ValueError(
             f"mask must be a BlockMask, got {type(mask).__name__}; BlockMask.from_dense or "
@@ -152,11 +164,10 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tenso
     if q.dtype not in allowed:
         raise ValueError(f"dtype {q.dtype} is none of {', '.join(map(str, allowed))}")
     devices = {str(t.device) for t in (q, k, v)} | {str(mask.device)}
-    if row_scale is not None:
-        devices.add(str(row_scale.device))
+    devices |= {str(t.device) for t in (row_scale, added) if t is not None}
     if len(devices) > 1:
         raise ValueError(
-            f"q, k, v, mask and row_scale are on different devices ({', '.join(sorted(devices))}); "
+            f"q, k, v, mask, row_scale and added are on different devices ({', '.join(sorted(devices))}); "
             "move them, the mask with mask.to(device)"
         )
     if (q.shape[2], k.shape[2]) != (mask.q_len, mask.k_len):
@@ -177,6 +188,12 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tenso
             f"row_scale must be float (B, H, Sq) = {tuple(q.shape[:3])}, got "
             f"{row_scale.dtype} {tuple(row_scale.shape)}"
         )
+    rows = (*q.shape[:2], mask.grid[0], q.shape[3])
+    if added is not None and (added.shape != rows or not added.is_floating_point()):
+        raise ValueError(
+            f"added must be float (B, H, query blocks, D) = {rows}, got {added.dtype} "
+            f"{tuple(added.shape)}"
+        )
 
 
 # ---- the operator -----------------------------------------------------------------------------
@@ -184,31 +201,31 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tenso
 
 @torch.library.custom_op("vtr::block_sparse_attention", mutates_args=())
 def _operator(
-    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
-    dims: list[int], scale: float, need_lse: bool, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if backend == "triton":
         from vtr.kernels import triton_attention
 
-        return triton_attention.forward(q, k, v, row_scale, mask, dims, scale)
+        return triton_attention.forward(q, k, v, row_scale, added, mask, dims, scale)
     if backend in ("flex", "flex or sdpa"):
         from vtr.kernels import flex
 
         try:
-            return flex.forward(q, k, v, row_scale, mask, dims, scale, need_lse)
+            return flex.forward(q, k, v, row_scale, added, mask, dims, scale, need_lse)
         except RuntimeError as error:
             if backend == "flex":
                 raise
             warnings.warn(f"{error}: this call and later ones like it use it", stacklevel=2)
     from vtr.kernels import sdpa
 
-    return sdpa.forward(q, k, v, row_scale, mask, dims, scale, need_lse)
+    return sdpa.forward(q, k, v, row_scale, added, mask, dims, scale, need_lse)
 
 
 @_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
-    dims: list[int], scale: float, need_lse: bool, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse = torch.promote_types(q.dtype, torch.float32)
     shape = q.shape[:3] if need_lse or backend == "triton" else (0,)
@@ -243,7 +260,8 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, row_scale, mask, dims, scale, _, backend = inputs
+    # ``added`` is None here: a call that learns adds it outside.
+    q, k, v, row_scale, _, mask, dims, scale, _, backend = inputs
     ctx.save_for_backward(q, k, v, row_scale, *output, *mask)
     ctx.rest = (dims, scale, backend)
     ctx.set_materialize_grads(False)
@@ -254,12 +272,12 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     dims, scale, backend = ctx.rest
     none = [None] * len(mask)
     if dout is None and dlse is None:
-        return None, None, None, None, none, None, None, None, None
+        return None, None, None, None, None, none, None, None, None, None
     dout = torch.zeros_like(out) if dout is None else dout
     grads = torch.ops.vtr.block_sparse_attention_backward(
         dout, dlse, q, k, v, out, lse, row_scale, mask, dims, scale, backend
     )
-    return *grads, None, none, None, None, None, None
+    return *grads, None, None, none, None, None, None, None
 
 
 torch.library.register_autograd("vtr::block_sparse_attention", _gradient, setup_context=_setup)
@@ -281,7 +299,7 @@ def _flops(q: Tensor, mask: list[Tensor], dims: list[int], products: int) -> int
 
 @register_flop_formula(torch.ops.vtr.block_sparse_attention, get_raw=True)
 def _forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, row_scale: Any, mask: Any, dims: Any, *_: Any, **__: Any
+    q: Tensor, k: Any, v: Any, row_scale: Any, added: Any, mask: Any, dims: Any, *_: Any, **__: Any
 ) -> int:
     return _flops(q, mask, dims, 2)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtr.kernels import csr as _csr
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.epilogue import finish
 
 # Signatures whose compilation failed here: tried once, reported, not tried again.
 _failed: dict[tuple[Any, ...], str] = {}
@@ -112,8 +113,8 @@ def _mask_of(mask: list[Tensor], dims: list[int]) -> Any:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
-    dims: list[int], scale: float, need_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
     import torch._dynamo.config as dynamo
@@ -133,6 +134,4 @@ def forward(
             _failed[_signature(q, mask, (dims[2], dims[3]))] = why[:2000]
             raise RuntimeError(f'{why[:2000]}; use backend="sdpa"') from error
     out, lse = made if need_lse else (made, q.new_empty(0, dtype=torch.float32))
-    if row_scale is not None:
-        out = (out * row_scale.unsqueeze(-1)).to(q.dtype)
-    return out.contiguous(), lse
+    return finish(out, row_scale, added, dims[2]).to(q.dtype).contiguous(), lse

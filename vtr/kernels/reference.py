@@ -4,7 +4,8 @@ For query i and the keys j that the mask lets it see (equations in natural logar
 
     s_ij  = scale * q_i . k_j
     lse_i = log sum_j exp(s_ij)                      (-inf when i sees no key)
-    o_i   = row_scale_i * sum_j exp(s_ij - lse_i) v_j  (0 when i sees no key)
+    o_i   = row_scale_i * sum_j exp(s_ij - lse_i) v_j + added_I  (the sum is 0 when i sees no key;
+                                                                I is the query block of i)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def block_sparse_attention_reference(
     *,
     scale: float | None = None,
     row_scale: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, with the whole map in memory; differentiable to any order.
 
@@ -51,4 +53,7 @@ def block_sparse_attention_reference(
     out = torch.einsum("bhij,bhjd->bhid", weights, v)
     if row_scale is not None:
         out = out * row_scale.to(work).unsqueeze(-1)
+    if added is not None:
+        block_of = torch.arange(mask.q_len, device=q.device) // mask.block[0]
+        out = out + added.to(work)[:, :, block_of]
     return out.to(q.dtype), lse

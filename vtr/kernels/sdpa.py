@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.kernels.epilogue import finish
+
 # Between these numbers of queries the products written out beat the CPU's flash attention, which
 # works on 32 queries at a time below 192 and loses a tenth of its speed by that.
 _PRODUCT_ROWS = range(96, 192)
@@ -197,8 +199,8 @@ def _mask_partial(scores: Tensor, row: Row, plan: Plan) -> None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
-    dims: list[int], scale: float, need_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
     plan = plan_of(mask, dims)
@@ -230,9 +232,7 @@ def forward(
                 torch.softmax(scores, 1, out=scores)
                 torch.index_select(blocks[1], 0, row.keys.blocks, out=weighed)
                 torch.mm(scores, by_value, out=target[row.start : row.stop])
-    if row_scale is not None:
-        out *= row_scale.unsqueeze(-1)
-    return out.to(q.dtype), lse
+    return finish(out, row_scale, added, dims[2]).to(q.dtype), lse
 
 
 def _heads(

@@ -6,10 +6,11 @@ of a compressed row. In base 2, with the scale applied to the float32 scores:
     t_ij = scale log2(e) q_i . k_j
     m'   = max(m, max_j t_ij);  a = 2^(m - m');  p_ij = 2^(t_ij - m')
     l    = a l + sum_j p_ij;    o = a o + sum_j p_ij v_j
-    out  = row_scale o / l;     lse = (m + log2 l) ln 2
+    out  = row_scale o / l + added;   lse = (m + log2 l) ln 2
 
 Full blocks first, without any mask; then partial blocks with theirs. What follows the two loops is
-the epilogue: another one (a pooled rectification, a linear branch) is added there.
+the epilogue: a factor per row, a row added per query block; another one (a linear branch) is added
+there.
 """
 
 # Device functions are typed by Triton when they are compiled.
@@ -33,6 +34,7 @@ from vtr.kernels.csr import Csr
 from vtr.kernels.triton_common import (
     Config,
     dot,
+    load_row,
     load_rows,
     precision,
     split_dim,
@@ -83,7 +85,7 @@ def _step(
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, ROW_SCALE, OUT, LSE, PART_OUT, PART_LSE,
+    Q, K, V, ROW_SCALE, ADDED, OUT, LSE, PART_OUT, PART_LSE,
     ITEMS, PATTERN, COL, TILE, TILES,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
@@ -91,7 +93,7 @@ def _forward_kernel(
     heads, group, items, parts, q_len, k_len, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, HAS_ADDED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
@@ -157,11 +159,18 @@ def _forward_kernel(
             at = tl.program_id(1).to(tl.int64) * q_len
             if HAS_ROW_SCALE:
                 factor *= tl.load(ROW_SCALE + at + row, row < q_len, other=0.0).to(tl.float32)
+            out0 = acc0 * factor[:, None]
+            out1 = acc1 * factor[:, None]
+            if HAS_ADDED:
+                line = tl.program_id(1).to(tl.int64) * tl.cdiv(q_len, MASK_M) + row_block
+                out0 += load_row(ADDED + line * D, 0, D0, D)[None, :]
+                if D1 > 0:
+                    out1 += load_row(ADDED + line * D, D0, D1, D)[None, :]
             o_base = OUT + b * stride_ob + h * stride_oh
             row64 = row.to(tl.int64)
-            store_rows(o_base, row64, stride_os, q_len, acc0 * factor[:, None], 0, D0, D)
+            store_rows(o_base, row64, stride_os, q_len, out0, 0, D0, D)
             if D1 > 0:
-                store_rows(o_base, row64, stride_os, q_len, acc1 * factor[:, None], D0, D1, D)
+                store_rows(o_base, row64, stride_os, q_len, out1, D0, D1, D)
             tl.store(LSE + at + row, lse, row < q_len)
 
 
@@ -246,8 +255,8 @@ def _configs(dim: int, bm: int, bn: int) -> list[Config]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, mask: list[Tensor],
-    dims: list[int], scale: float,
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
@@ -260,6 +269,7 @@ def forward(
     part_out = torch.empty(batch * heads, parts, dims[2], dim, device=q.device)
     part_lse = torch.empty(batch * heads, parts, dims[2], device=q.device)
     scales = q if row_scale is None else row_scale.contiguous()
+    rows = q if added is None else added.contiguous()
     main, rest = split_dim(dim)
     items = lists.items.shape[1]
     bits = tiles.view(torch.uint8)
@@ -268,26 +278,26 @@ def forward(
     def launch(config: Config) -> None:
         grid = (items * (dims[2] // config.block_m), batch * heads)
         _forward_kernel[grid](
-            q, k, v, scales, out, lse, part_out, part_lse,
+            q, k, v, scales, rows, out, lse, part_out, part_lse,
             lists.items, pattern, col, tile, bits,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *steps,
             heads, heads // k.shape[1], items, parts, q_len, k.shape[2], scale * _LOG2E,
             D=dim, D0=main, D1=rest, MASK_M=dims[2], MASK_N=dims[3],
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_ROW_SCALE=row_scale is not None,
-            PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
+            HAS_ADDED=added is not None, PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     key = ("forward", q.device, q.dtype, dim, *dims[2:], lists.items.shape[1] > 512)
     tuned(key, _configs(dim, dims[2], dims[3]), launch)
     if parts:
-        _join(out, lse, part_out, part_lse, row_scale, pattern, lists, dims)
+        _join(out, lse, part_out, part_lse, row_scale, added, pattern, lists, dims)
     return out, lse
 
 
 def _join(
     out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, row_scale: Tensor | None,
-    pattern: Tensor, lists: Lists, dims: list[int],
+    added: Tensor | None, pattern: Tensor, lists: Lists, dims: list[int],
 ) -> None:  # fmt: skip
     """Heavy rows from their parts: lse = log sum_p exp(lse_p), out = sum_p exp(lse_p - lse) out_p."""
     batch, heads, q_len, dim = out.shape
@@ -304,6 +314,8 @@ def _join(
     found = joined[b, h, r, i]
     if row_scale is not None:
         found = found * row_scale[at].unsqueeze(-1)
+    if added is not None:
+        found = found + added[b, h, at[2] // bm]
     out[at] = found.to(out.dtype)
     lse[at] = total[b, h, r, i]
 

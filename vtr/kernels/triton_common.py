@@ -122,6 +122,13 @@ def load_rows(
 
 
 @triton.jit
+def load_row(base, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
+    """Columns START.. of one row as float32, zero past the head dim."""
+    column = START + tl.arange(0, WIDTH)
+    return tl.load(base + column, column < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_rows(
     base, row, stride, limit, value, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
 ):
