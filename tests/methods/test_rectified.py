@@ -1,0 +1,203 @@
+"""Rectified SpaAttn against the formulas written out token by token."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vtr.methods._order import block_neighbours, grid_order, hilbert_order
+from vtr.methods._rectify import (
+    critical_blocks,
+    gains_outweigh_errors,
+    implicit_attention,
+    rectified_attention,
+)
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def _qkv(batch=2, heads=2, tokens=75, dim=16, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, batch, heads, tokens, dim, generator=g)
+    # Neighbours alike and means away from zero, so that some blocks are worth pooling.
+    x = (
+        x * 0.4
+        + torch.randn(3, batch, heads, -(-tokens // 8), dim, generator=g).repeat_interleave(8, 3)[
+            ..., :tokens, :
+        ]
+    )
+    return x.to(dtype)
+
+
+def _by_token(q, k, v, text, valid, scale, block, p, drop, always):
+    """The method in plain loops, float64, for one sample and head."""
+    q, k, v = q.double(), k.double(), v.double()
+    n = q.shape[0] - text
+    parts = [range(i, min(i + block, n)) for i in range(0, n, block)]
+    words = [n + t for t in range(text) if valid is None or bool(valid[t])]
+    out = torch.zeros_like(q)
+    for i in range(n, q.shape[0]):
+        keys = [*range(n), *words]
+        out[i] = torch.softmax(scale * k[keys] @ q[i], 0) @ v[keys]
+    for number, rows in enumerate(parts):
+        mean_q = sum(q[i] for i in rows) / len(rows)
+        spread_q = sum((q[i] - mean_q).abs() for i in rows) / len(rows)
+        weight, trusted = [], []
+        for columns in parts:
+            mean_k = sum(k[j] for j in columns) / len(columns)
+            spread_k = sum((k[j] - mean_k).abs() for j in columns) / len(columns)
+            weight.append(len(columns) * math.exp(scale * float(mean_q @ mean_k)))
+            error = abs(float(spread_q @ mean_k)) + abs(float(mean_q @ spread_k))
+            trusted.append(abs(float(mean_q @ mean_k)) > error)
+        said = sum(math.exp(scale * float(mean_q @ k[t])) for t in words)
+        total = sum(weight) + said
+        share = [w / total for w in weight] + [said / total]
+        falling = sorted(range(len(share)), key=lambda j: -share[j])
+        running = 0.0
+        number_of = 1
+        for j in falling:
+            running += share[j]
+            number_of += running <= p
+        least = int((1 - drop) * len(parts))
+        chosen = falling[: max(number_of, least)] if least < len(parts) else range(len(parts))
+        critical = {j for j in chosen if j < len(parts)}
+        critical |= {j for j in range(len(parts)) if always is not None and bool(always[number, j])}
+        pooled = [j for j in range(len(parts)) if j not in critical and trusted[j]]
+        factor = 1 - sum(share[j] for j in pooled)
+        extra = sum((share[j] * v[list(parts[j])].mean(0) for j in pooled), torch.zeros_like(v[0]))
+        keys = [t for j in sorted(critical) for t in parts[j]] + words
+        for i in rows:
+            out[i] = factor * (torch.softmax(scale * k[keys] @ q[i], 0) @ v[keys]) + extra
+    return out
+
+
+CASES = {
+    "video only": (64, 0, False, False),
+    "ragged": (75, 0, False, True),
+    "text": (64, 21, False, True),
+    "ragged text": (75, 21, False, False),
+    "padded text": (75, 21, True, True),
+    "fewer than a block": (9, 5, True, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_equals_the_formulas_token_by_token(case, backend):
+    tokens, text, padded, forced = CASES[case]
+    q, k, v = _qkv(tokens=tokens + text)
+    block, p, drop, scale = 16, 0.4, 0.6, 0.25
+    valid = None
+    if padded:
+        valid = torch.ones(2, text, dtype=torch.bool)
+        valid[0, 3:] = False
+        valid[1, 0] = False
+    blocks = -(-tokens // block)
+    always = torch.eye(blocks, dtype=torch.bool) if forced else None
+    out = rectified_attention(
+        q, k, v, text=text, text_valid=valid, scale=scale, block=block, p=p, drop=drop,
+        always=always, backend=backend,
+    )  # fmt: skip
+    for b in range(2):
+        for h in range(2):
+            one = None if valid is None else valid[b]
+            expected = _by_token(
+                q[b, h], k[b, h], v[b, h], text, one, scale, block, p, drop, always
+            )
+            torch.testing.assert_close(out[b, h].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_case_is_not_trivial():
+    """The loops above meet critical, pooled and excluded blocks."""
+    q, k, _ = _qkv(tokens=75)
+    share = implicit_attention(q, k, k[:, :, :0], None, 16, 0.25)
+    critical = critical_blocks(share, 0.4, 0.6, None)
+    trusted = gains_outweigh_errors(q, k, 16)
+    assert critical.any() and (~critical & trusted).any() and (~critical & ~trusted).any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("text", [0, 7])
+def test_nothing_dropped_is_dense(dtype, text):
+    q, k, v = _qkv(tokens=75 + text, dtype=dtype)
+    out = rectified_attention(q, k, v, text=text, scale=0.25, block=16, drop=0.0)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), scale=0.25
+    )
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_is_close_to_float32_with_the_same_choice(dtype):
+    """Choices of blocks may differ where scores nearly tie; with p = 0 and a forced map the only
+    choice left is whether to pool, which decides little when it is close."""
+    q, k, v = _qkv(dtype=dtype)
+    always = torch.eye(5, dtype=torch.bool)
+    options = {"scale": 0.25, "block": 16, "p": 0.0, "drop": 0.5, "always": always}
+    out = rectified_attention(q, k, v, **options)
+    expected = rectified_attention(q.float(), k.float(), v.float(), **options)
+    limit = TOLERANCE[dtype] * expected.abs().max()
+    assert ((out.float() - expected).abs().amax(dim=(2, 3)) < limit).float().mean() >= 0.5
+    assert (out.float() - expected).abs().mean() < limit
+
+
+def test_a_batch_is_its_samples():
+    q, k, v = _qkv(tokens=96)
+    valid = torch.rand(2, 21) > 0.5
+    options = {"text": 21, "scale": 0.25, "block": 16, "drop": 0.6}
+    both = rectified_attention(q, k, v, text_valid=valid, **options)
+    for i in range(2):
+        one = rectified_attention(
+            *(t[i : i + 1] for t in (q, k, v)), text_valid=valid[i : i + 1], **options
+        )
+        torch.testing.assert_close(both[i : i + 1], one, atol=1e-6, rtol=1e-6)
+
+
+def test_pooling_recovers_what_the_bare_mask_loses():
+    """Keys and values that are alike within a block, as neighbours in an image are."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 1, 4, 16, 16, generator=g) + 0.3).repeat_interleave(16, 3)
+    k = k + 0.05 * torch.randn(k.shape, generator=g)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.1)
+    bare, rectified = (
+        rectified_attention(q, k, v, scale=0.1, block=16, drop=0.75, rectify=r) - dense
+        for r in (False, True)
+    )
+    assert rectified.norm() < 0.2 * bare.norm()
+
+
+def test_gradients_reach_q_k_and_v():
+    tensors = [t.double().requires_grad_() for t in _qkv(batch=1, heads=1, tokens=21, dim=4)]
+
+    def call(q, k, v):
+        return rectified_attention(q, k, v, text=5, scale=0.5, block=8, drop=0.5, p=0.0)
+
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7), (1, 9, 4), (2, 16, 16), (1, 1, 1), (3, 1, 8)])
+@pytest.mark.parametrize("order", ["hilbert", "raster", (2, 4, 4)])
+def test_orders_are_permutations(shape, order):
+    found = grid_order(shape, order)
+    assert torch.equal(found.sort().values, torch.arange(torch.Size(shape).numel()))
+
+
+def test_the_hilbert_curve_takes_single_steps_in_a_cube():
+    place = torch.stack(torch.unravel_index(hilbert_order((8, 8, 8)), (8, 8, 8)), 1)
+    assert ((place[1:] - place[:-1]).abs().sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("order", ["hilbert", (2, 2, 2)])
+def test_neighbours_are_those_of_the_tokens(order):
+    shape, block = (3, 4, 5), 8
+    places = grid_order(shape, order)
+    point = torch.stack(torch.unravel_index(places, shape), 1)
+    near = (point[:, None] - point[None]).abs().amax(-1) <= 1
+    of = torch.arange(60) // block
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    i, j = near.nonzero(as_tuple=True)
+    expected[of[i], of[j]] = True
+    assert torch.equal(block_neighbours(shape, places, block), expected)

@@ -1,0 +1,116 @@
+"""Orders of grid tokens in which a block of consecutive tokens is compact, and where text goes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtr.kernels.masks import tile_order
+
+
+def hilbert_order(shape: Sequence[int]) -> Tensor:
+    """The raster indices of grid tokens along a Hilbert curve, (prod(shape),) int64.
+
+    The curve is that of the enclosing cube with a power of two as its side (Skilling, "Programming
+    the Hilbert curve", AIP 2004), of which the tokens of the grid are taken in order: neighbours on
+    the curve are neighbours in the grid but for the places where it leaves the grid.
+
+    Args:
+        shape: tokens per axis; axes of one token do not count.
+    """
+    sizes = [n for n in shape if n > 1]
+    if not sizes:
+        return torch.zeros(1, dtype=torch.int64)
+    bits = max((n - 1).bit_length() for n in sizes)
+    axes = [t.flatten() for t in torch.meshgrid(*map(torch.arange, sizes), indexing="ij")]
+    for bit in range(bits - 1, 0, -1):
+        low = (1 << bit) - 1
+        for i in range(len(axes)):
+            flip = (axes[i] >> bit & 1).bool()
+            swap = torch.where(flip, 0, (axes[0] ^ axes[i]) & low)
+            axes[0] = torch.where(flip, axes[0] ^ low, axes[0] ^ swap)
+            if i:
+                axes[i] = axes[i] ^ swap
+    for i in range(1, len(axes)):
+        axes[i] = axes[i] ^ axes[i - 1]
+    turn = torch.zeros_like(axes[0])
+    for bit in range(bits - 1, 0, -1):
+        turn = torch.where((axes[-1] >> bit & 1).bool(), turn ^ ((1 << bit) - 1), turn)
+    key = torch.zeros_like(axes[0])
+    for bit in range(bits - 1, -1, -1):
+        for axis in axes:
+            key = key << 1 | (axis ^ turn) >> bit & 1
+    return key.argsort()
+
+
+def grid_order(shape: Sequence[int], order: str | Sequence[int]) -> Tensor:
+    """Raster indices of grid tokens, (prod(shape),) int64: ``"raster"``, ``"hilbert"``, or tile by
+    tile of the size given (tokens per axis)."""
+    if order == "hilbert":
+        return hilbert_order(shape)
+    if order == "raster":
+        return torch.arange(torch.Size(shape).numel())
+    return tile_order(shape, [int(n) for n in order])
+
+
+def check_order(order: object) -> str | tuple[int, int, int]:
+    """``"hilbert"``, ``"raster"`` or three positive ints, else ValueError."""
+    if isinstance(order, str):
+        if order in ("hilbert", "raster"):
+            return order
+    elif isinstance(order, (tuple, list)) and len(order) == 3:
+        if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in order):
+            return order[0], order[1], order[2]
+    raise ValueError(
+        f'order must be "hilbert", "raster" or a tile (frames, height, width) of tokens, got {order!r}'
+    )
+
+
+class Arranged(NamedTuple):
+    """Tokens put in another order: ``x[:, :, order]`` there, ``y[:, :, back]`` back.
+
+    Attributes:
+        order: (S,) int64, the model's index of each place: grid tokens, then text.
+        back: (S,) int64, the place of each token of the model.
+    """
+
+    order: Tensor
+    back: Tensor
+
+
+def arrange(grid: Tensor, text: int, text_first: bool) -> Arranged | None:
+    """The sequence with its grid tokens in the order ``grid`` and the text behind them; None where
+    it is in that order already."""
+    tokens = grid.numel()
+    words = torch.arange(text) + (0 if text_first else tokens)
+    order = torch.cat([grid.cpu() + (text if text_first else 0), words])
+    if torch.equal(order, torch.arange(tokens + text)):
+        return None
+    return Arranged(order, order.argsort())
+
+
+def block_neighbours(shape: Sequence[int], order: Tensor, block: int) -> Tensor:
+    """Which blocks of the reordered tokens touch: (NB, NB) bool, symmetric, True on the diagonal.
+
+    Two blocks touch when a token of one lies within one step of a token of the other along every
+    axis (the 26 neighbours of a token in a video, 8 in an image).
+
+    Args:
+        shape: grid. order: (N,) raster index of each place. block: tokens per block.
+    """
+    count = -(-order.numel() // block)
+    of = torch.empty(order.numel(), dtype=torch.int64)
+    of[order.cpu()] = torch.arange(order.numel()) // block
+    of = of.view(*shape)
+    touch = torch.eye(count, dtype=torch.bool)
+    for step in itertools.product((-1, 0, 1), repeat=len(shape)):
+        if step <= (0,) * len(shape):  # each pair once; the matrix is made symmetric below
+            continue
+        here = tuple(slice(max(0, -d), n - max(0, d)) for d, n in zip(step, shape, strict=True))
+        there = tuple(slice(max(0, d), n - max(0, -d)) for d, n in zip(step, shape, strict=True))
+        touch[of[here].flatten(), of[there].flatten()] = True
+    return touch | touch.t()

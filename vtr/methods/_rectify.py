@@ -1,0 +1,184 @@
+"""The formulas of Rectified SpaAttn (arXiv 2511.19835) on pooled blocks, without any model."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtr.kernels import BlockMask, block_sparse_attention, pool_blocks
+
+
+def rectified_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    text: int = 0,
+    text_valid: Tensor | None = None,
+    scale: float,
+    block: int = 128,
+    p: float = 0.3,
+    drop: float = 0.75,
+    always: Tensor | None = None,
+    rectify: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Rectified SpaAttn on tokens in compact order, text last: the formulas of
+    :class:`~vtr.methods.RectifiedSparse`.
+
+    Args:
+        q, k, v: (B, H, N + T, D).
+        text: T. text_valid: (B, T) bool, False for padding, or None.
+        always: (NB, NB) bool, grid blocks that are critical whatever their share, or None.
+
+    Returns:
+        (B, H, N + T, D) in the dtype of q.
+    """
+    tokens = q.shape[2] - text
+    grid_q, grid_k, grid_v = (t[:, :, :tokens] for t in (q, k, v))
+    text_k, text_v = k[:, :, tokens:], v[:, :, tokens:]
+    share = implicit_attention(grid_q, grid_k, text_k, text_valid, block, scale)
+    critical = critical_blocks(share, p, drop, always)
+    row_scale = added = None
+    if rectify:
+        pooled = ~critical & gains_outweigh_errors(grid_q, grid_k, block)
+        weight = share[..., :-1] * pooled
+        factor = (share[..., :-1] * ~pooled).sum(-1) + share[..., -1]
+        row_scale = factor.repeat_interleave(block, 2)[:, :, :tokens].contiguous()
+        added = weight @ pool_blocks(grid_v, block)
+    mask = grid_and_text_mask(critical, tokens, text, text_valid, block)
+    gap = key_places(tokens, text, block) - tokens - text
+    keys, values = (
+        torch.cat([F.pad(t[:, :, :tokens], (0, 0, 0, gap)), t[:, :, tokens:]], 2) if gap else t
+        for t in (k, v)
+    )
+    out = block_sparse_attention(
+        grid_q, keys, values, mask, scale=scale, row_scale=row_scale, added=added, backend=backend
+    )
+    assert isinstance(out, Tensor)
+    if text == 0:
+        return out
+    seen = None
+    if text_valid is not None:
+        seen = torch.cat([text_valid.new_ones(q.shape[0], tokens), text_valid], 1)[:, None, None]
+    words = F.scaled_dot_product_attention(q[:, :, tokens:], k, v, attn_mask=seen, scale=scale)
+    return torch.cat([out, words], 2)
+
+
+def implicit_attention(
+    q: Tensor, k: Tensor, text_k: Tensor, text_valid: Tensor | None, block: int, scale: float
+) -> Tensor:
+    """What each query block would give each block of grid keys, and the text as one column.
+
+    Isolated-Pooling Attention Reallocation (section 3.2 of the paper): grid keys are pooled, text
+    keys are not, and a pooled key stands for all its tokens n_J, so it weighs n_J times a text key:
+
+        P_IJ  = n_J exp(scale mean(q_I) . mean(k_J)) / Z_I
+        P_It  = sum_t exp(scale mean(q_I) . k_t) / Z_I
+
+    Args:
+        q, k: (B, H, N, D) of the grid tokens in blocks of ``block``; the last may be ragged.
+        text_k: (B, H, T, D), T may be 0.
+        text_valid: (B, T) bool, False for padding, or None.
+
+    Returns:
+        (B, H, NB, NB + 1) float32 (float64 for float64), rows sum to 1; the last column is the
+        text's, zero without any.
+    """
+    rows, columns = pool_blocks(q, block) * scale, pool_blocks(k, block)
+    blocks = columns.shape[2]
+    count = torch.full((blocks,), float(block), dtype=columns.dtype, device=k.device)
+    count[-1] = k.shape[2] - (blocks - 1) * block
+    logits = rows @ columns.transpose(-1, -2) + count.log()
+    words = rows @ text_k.to(rows.dtype).transpose(-1, -2)
+    if text_valid is not None:
+        words = words.masked_fill(~text_valid[:, None, None], float("-inf"))
+    share = torch.softmax(torch.cat([logits, words], -1), -1)
+    return torch.cat([share[..., :blocks], share[..., blocks:].sum(-1, keepdim=True)], -1)
+
+
+def critical_blocks(share: Tensor, p: float, drop: float, always: Tensor | None) -> Tensor:
+    """The grid blocks that are computed exactly, (B, H, NB, NB) bool.
+
+    Entries of a row of ``share`` (B, H, NB, NB + 1), text among them, in falling order: those whose
+    running sum is at most ``p`` and one more, at least ``int((1 - drop) NB)`` in all, united with
+    ``always`` (NB, NB). With ``drop=0`` every block.
+    """
+    blocks = share.shape[-1] - 1
+    least = int((1 - drop) * blocks)
+    if least >= blocks:
+        return torch.ones_like(share[..., :blocks], dtype=torch.bool)
+    falling, order = share.sort(dim=-1, descending=True, stable=True)
+    number = ((falling.cumsum(-1) <= p).sum(-1, keepdim=True) + 1).clamp(min=least)
+    chosen = torch.arange(blocks + 1, device=share.device) < number
+    keep = torch.zeros_like(chosen).scatter_(-1, order, chosen)[..., :blocks]
+    return keep if always is None else keep | always
+
+
+def gains_outweigh_errors(q: Tensor, k: Tensor, block: int) -> Tensor:
+    """Gain-Aware Pooling Rectification (section 3.3): whether a pooled block tells more than it
+    distorts, (B, H, NB, NB) bool.
+
+        gain_IJ = |mean(q_I) . mean(k_J)|
+        err_IJ  = |mean_i |q_i - mean(q_I)| . mean(k_J)| + |mean(q_I) . mean_j |k_j - mean(k_J)||
+
+    (both times |I||J|, which decides nothing). Arguments as :func:`implicit_attention`.
+    """
+    (rows, spread_q), (columns, spread_k) = (_mean_and_spread(x, block) for x in (q, k))
+    gain = (rows @ columns.transpose(-1, -2)).abs()
+    error = (spread_q @ columns.transpose(-1, -2)).abs()
+    error = error + (rows @ spread_k.transpose(-1, -2)).abs()
+    return gain > error
+
+
+def _mean_and_spread(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Mean of each block and mean absolute deviation from it, (B, H, NB, D) each."""
+    mean = pool_blocks(x, block)
+    # The deviations in the dtype of x: a second sequence in float32 would be the largest tensor.
+    own = mean.to(x.dtype).repeat_interleave(block, 2)[:, :, : x.shape[2]]
+    return mean, pool_blocks((x - own).abs_(), block)
+
+
+def grid_and_text_mask(
+    live: Tensor, tokens: int, text: int, text_valid: Tensor | None, block: int
+) -> BlockMask:
+    """The mask of grid queries that see chosen grid blocks and all valid text.
+
+    Args:
+        live: (B, H, NB, NB) bool.
+        tokens: grid tokens N, NB = ceil(N / block). The keys are the grid's, then (where there is
+            text) whatever fills their last block, then the text's.
+        text_valid: (B, T) bool or None.
+
+    Returns:
+        A mask of N queries and ``key_places(N, T, block)`` keys.
+    """
+    batch, heads, blocks, _ = live.shape
+    device = live.device
+    keys = key_places(tokens, text, block)
+    columns = -(-keys // block)
+    samples = batch if text_valid is not None else 1
+    seen = torch.zeros(samples, columns * block, dtype=torch.bool, device=device)
+    seen[:, :tokens] = True
+    if text:
+        seen[:, keys - text : keys] = True if text_valid is None else text_valid
+    seen = seen.view(samples, columns, block)
+    some, whole = seen.any(2), seen.all(2)
+    words = torch.ones(batch, heads, blocks, columns - blocks, dtype=torch.bool, device=device)
+    live = torch.cat([live, words], -1) & some[:, None, None]
+    partial = some & ~whole
+    number = partial.flatten().long().cumsum(0).view_as(partial) - 1
+    number = torch.where(partial, number, -1).expand(batch, columns)
+    b, h, r, c = live.nonzero(as_tuple=True)
+    tiles = seen[partial][:, None].expand(-1, block, -1)
+    pattern = torch.arange(batch * heads, device=device).view(batch, heads)
+    return BlockMask._finish(
+        tokens, keys, (block, block), pattern, batch * heads,
+        (b * heads + h) * blocks + r, c, number[b, c], tiles,
+    )  # fmt: skip
+
+
+def key_places(tokens: int, text: int, block: int) -> int:
+    """Keys of :func:`grid_and_text_mask`: text starts at a block of its own."""
+    return tokens if text == 0 else -(-tokens // block) * block + text
