@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import images, ours, vit
 from torch import nn
 
 import vtr
+from tests.tiny import images, ours, vit
 from vtr.methods.tofe import ToFeModules
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import images, ours, vit
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtr
+from tests.tiny import images, ours, vit
 from vtr.method import Method, registry
 
 MODEL = vit()

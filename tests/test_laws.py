@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import images, vit
 
 import vtr
+from tests.tiny import images, vit
 from vtr.method import Method, registry
 from vtr.trace import Trace
 

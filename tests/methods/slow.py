@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vision.vlm.models import IMAGE
+
+from tests.vision.vlm.models import IMAGE
 
 Cut = Callable[["Sequence", dict[int, "Seen"]], None]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import images, vit
 from torch import Tensor
 
 import vtr
+from tests.tiny import images, vit
 
 
 def rows_and_states(

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from vision.vlm.models import llava
 
 import vtr
+from tests.vision.vlm.models import llava, qwen2_vl
 from vtr.methods.debias import fit_recency, padding_share, recency_weights
 
 from .slow import Seen, Sequence, best, features, run, samples
@@ -105,9 +105,37 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
     for name, value in (("strength", float("inf")), ("padding", 1.5)):
         with pytest.raises(ValueError, match=name):
             vtr.Debias(**{name: value})
-    model, _ = llava(1)
+    model, _ = qwen2_vl(1)
     with pytest.raises(vtr.UnsupportedMethodError, match="pixels"):
         vtr.apply(model, vtr.Debias(padding=0.5))
+
+
+def test_padding_is_never_kept_before_the_picture() -> None:
+    model, inputs = llava(2)
+    pixels = inputs["pixel_values"] = inputs["pixel_values"].clone()
+    pixels[:, :, : pixels.shape[2] // 4] = 0.25  # the first row of patches
+    keep = 5
+    with torch.no_grad(), vtr.apply(model, vtr.FastV(keep=keep, layer=1)) as plain:
+        model(**inputs)
+    with (
+        torch.no_grad(),
+        vtr.apply(model, vtr.Debias(vtr.FastV(keep=keep, layer=1), 0.7, padding=0.5)) as handle,
+    ):
+        model(**inputs)
+    differs = 0
+    for b, kept in enumerate(handle.trace.kept):
+        scores = handle.trace.notes["text_scores"][b]
+        count = int((inputs["input_ids"][b] == 150).sum())
+        wanted = [
+            0.0 if i % 16 < 4 else float(scores[i]) * math.exp(-0.7 * i / (count - 1))
+            for i in range(count)
+        ]
+        number = keep * (count // 16)
+        chosen = sorted(sorted(range(count), key=lambda i: -wanted[i])[:number])
+        assert kept[kept >= 0].tolist() == chosen
+        assert all(i % 16 >= 4 for i in chosen)
+        differs += chosen != [i for i in plain.trace.kept[b].tolist() if i >= 0]
+    assert differs, "the padding would have been kept by none"
 
 
 def test_positions_and_json_are_those_of_the_method() -> None:

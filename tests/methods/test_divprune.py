@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vision.vlm.models import llava
 
 import vtr
+from tests.vision.vlm.models import llava
 from vtr.methods.divprune import DivPrune, farthest_points
 
 from .slow import Sequence, features, run, samples

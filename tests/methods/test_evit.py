@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import images, site, vit
 from torch import Tensor
 
 import vtr
+from tests.tiny import images, site, vit
 from vtr.signals import Site
 
 

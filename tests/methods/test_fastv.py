@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from vision.vlm.models import llava
 
 import vtr
+from tests.vision.vlm.models import llava
 
 from .slow import Seen, Sequence, best, features, run, samples
 

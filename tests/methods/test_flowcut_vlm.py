@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import site as make_site
 from torch import Tensor
-from vision.vlm.models import (
+
+import vtr
+from tests.tiny import site as make_site
+from tests.vision.vlm.models import (
     internvl,
     llava,
     llava_next,
@@ -18,8 +20,6 @@ from vision.vlm.models import (
     qwen2_vl,
     qwen3_vl,
 )
-
-import vtr
 from vtr.methods.flowcut import flow_scores
 
 from .slow import Seen, Sequence, Tower, best, run, samples
@@ -186,7 +186,7 @@ def test_qwen_ranks_joined_patches_by_the_mean_of_their_scores(family: Any) -> N
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    from tiny import vit
+    from tests.tiny import vit
 
     with pytest.raises(ValueError, match="language=True needs a vision-language model"):
         vtr.apply(vit(), vtr.FlowCut(language=True))

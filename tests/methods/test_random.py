@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tiny import images, site, vit
 
 import vtr
+from tests.tiny import images, site, vit
 
 
 def kept(method: vtr.Random, n: int = 20, layer: int = 0) -> list[int]:

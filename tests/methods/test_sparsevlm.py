@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vision.vlm.models import IMAGE, llava
 
 import vtr
+from tests.vision.vlm.models import IMAGE, llava
 from vtr.methods._merge import dpc_knn
 from vtr.methods.sparsevlm import clusters_of, raters, recycle
 

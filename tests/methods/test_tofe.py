@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import images, spread, vit
 from torch import Tensor, nn
 
 import vtr
+from tests.tiny import images, spread, vit
 from vtr.methods.tofe import Approximator, Predictor, ToFeModules
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import images, site, vit
 from torch import Tensor
 
 import vtr
+from tests.tiny import images, site, vit
 from vtr.methods.tome import bipartite_soft_matching
 
 Groups = list[list[int]]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import site as make_site
-from vision.vlm.models import internvl, llava, llava_next, llava_onevision
 
 import vtr
+from tests.tiny import site as make_site
+from tests.vision.vlm.models import internvl, llava, llava_next, llava_onevision, qwen2_vl
 from vtr.methods.vflowopt import calibrated_context, cells, patch_entropy, recycle
 from vtr.tokens import TokenMap
 
@@ -199,10 +199,49 @@ def test_entropy_of_patches() -> None:
     torch.testing.assert_close(got, torch.tensor([[0.0, 1.0]]))
 
 
+def test_the_entropy_term_reads_the_pixels_that_were_normalised() -> None:
+    model, inputs = llava(2)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    plain = torch.randint(0, 256, inputs["pixel_values"].shape).float()
+    flat = torch.rand(len(plain), 16) < 0.5  # half of the patches have one colour: no entropy
+    side = plain.shape[2] // 4
+    for crop, patch in flat.nonzero().tolist():
+        row, column = patch // 4 * side, patch % 4 * side
+        plain[crop, :, row : row + side, column : column + side] = 90
+    shape = (1, 3, 1, 1)
+    inputs["pixel_values"] = (plain / 255 - torch.tensor(mean).view(shape)) / torch.tensor(
+        std
+    ).view(shape)
+    method = vtr.VFlowOpt(
+        keep=(0.5, 1.0, 1.0), threshold=1.0, cell=1.0, alpha=1.0, pixel_mean=mean, pixel_std=std,
+        layers=(1, 2), merge=False,
+    )  # fmt: skip
+    without = method.replace(alpha=0.0)
+    with torch.no_grad(), vtr.apply(model, method) as handle:
+        model(**inputs)
+    with torch.no_grad(), vtr.apply(model, without) as other:
+        model(**inputs)
+    at, lively = 0, [0, 0]
+    for b in range(2):
+        count = int((inputs["input_ids"][b] == 150).sum())
+        bare = flat[at : at + count // 16].flatten()
+        at += count // 16
+        for which, trace in enumerate((handle.trace, other.trace)):
+            kept = trace.kept[b]
+            lively[which] += int((~bare[kept[kept >= 0]]).sum())
+    assert lively[0] > lively[1]
+    torch.testing.assert_close(method._denormalised(inputs["pixel_values"]), plain)
+
+
 def test_the_entropy_term_needs_pixels() -> None:
-    model, _ = llava(1)
+    model, _ = qwen2_vl(1)
+    statistics = {"pixel_mean": (0.5,), "pixel_std": (0.5,)}
     with pytest.raises(vtr.UnsupportedMethodError, match="pixels"):
-        vtr.apply(model, vtr.VFlowOpt(alpha=0.5))
+        vtr.apply(model, vtr.VFlowOpt(alpha=0.5, **statistics))
+    with pytest.raises(ValueError, match="alpha needs pixel_mean"):
+        vtr.VFlowOpt(alpha=0.5)
+    with pytest.raises(ValueError, match="pixel_std"):
+        vtr.VFlowOpt(alpha=0.5, pixel_mean=(0.5,), pixel_std=(0.0,))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import site as make_site
-from vision.vlm.models import internvl, llava, llava_next, llava_onevision
 
 import vtr
+from tests.tiny import site as make_site
+from tests.vision.vlm.models import internvl, llava, llava_next, llava_onevision
 from vtr.methods.visionzip import contextual_groups, dominant
 
 from .slow import Sequence, Tower, features, run, samples

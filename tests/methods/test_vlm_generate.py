@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vision.vlm.models import IMAGE, Inputs, llava, prompts
 
 import vtr
+from tests.vision.vlm.models import IMAGE, Inputs, llava, prompts
 from vtr.method import registry
 
 MODEL, _ = llava(1)
@@ -172,7 +172,7 @@ def test_the_baseline_cuts_at_every_site(site: str, layers: tuple[int, ...], exp
 
 
 def test_sites_that_do_not_fit_are_refused() -> None:
-    from tiny import vit
+    from tests.tiny import vit
 
     for bad in (vtr.Random, vtr.CLSAttention):
         with pytest.raises(ValueError, match="site must be one of"):

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from vision.vlm.models import llava, llava_next, llava_onevision
 
 import vtr
+from tests.vision.vlm.models import llava, llava_next, llava_onevision
 
 from .slow import Sequence, Tower, best, features, run, samples
 

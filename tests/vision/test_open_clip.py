@@ -12,11 +12,11 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock
-from tiny import images, ours, spread
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
+from tests.tiny import images, ours, spread
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
 from vtr.vision.timm import TimmWrapping

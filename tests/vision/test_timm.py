@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import pytest
 import timm
 import torch
-from tiny import images, ours, spread, vit
 from torch import Tensor, nn
 
 import vtr
+from tests.tiny import images, ours, spread, vit
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take, top_indices

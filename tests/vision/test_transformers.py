@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers as hf
-from tiny import images, ours, spread
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 import vtr
+from tests.tiny import images, ours, spread
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
 from vtr.vision.transformers import TOWERS, tower_parts

@@ -54,7 +54,7 @@ class VFlowOpt(Method):
     the empty set); the number left is exact (theirs depends on how many cells are occupied); cells of
     a tiled image stay within their tile (theirs lie on the composed grid); the entropy term, whose
     weight is 0 in all released settings, reads pixels in 0..255 (theirs are normalised ones that wrap
-    around in uint8) and is refused where the encoder shows none. Rates and parameters are searched by
+    around in uint8), which ``pixel_mean`` and ``pixel_std`` give back. Rates and parameters are searched by
     the authors for each model; the defaults are theirs for LLaVA-OneVision-7B at 25 %.
 
     Args:
@@ -64,6 +64,8 @@ class VFlowOpt(Method):
         threshold: t, in units of the mean received attention.
         cell: a, the side of a recycling cell in tokens (fractions are meant: 15.58).
         alpha: weight of the patches' entropy (softmax over the crop), in [-1, 1].
+        pixel_mean, pixel_std: what the image processor subtracts and divides by (``image_mean``,
+            ``image_std``; on pixels in 0..1); needed with ``alpha``.
         layers: the two 0-based layers before which the later cuts are made; None is L/3 and 2L/3.
         merge: recycle; False drops.
     """
@@ -85,6 +87,8 @@ class VFlowOpt(Method):
     threshold: float = 34.76
     cell: float = 15.58
     alpha: float = 0.0
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
     layers: tuple[int, int] | None = None
     merge: bool = True
 
@@ -105,6 +109,14 @@ class VFlowOpt(Method):
         check_number(self.threshold, "threshold", 0.0, 1e6)
         check_number(self.cell, "cell", 1.0, 1e6)
         check_number(self.alpha, "alpha", -1.0, 1.0)
+        for name in ("pixel_mean", "pixel_std"):
+            value = getattr(self, name)
+            if value is not None:
+                self._set(name, _channels(value, name))
+            elif self.alpha:
+                raise ValueError(
+                    f"alpha needs {name}: the image processor's {name[6:]} per channel"
+                )
         if self.layers is not None:
             self._set("layers", check_layers(self.layers))
             if len(self.layers) != 2 or self.layers[0] < 1:
@@ -167,7 +179,7 @@ class VFlowOpt(Method):
         if site.site == "encoder":
             importance = calibrated_context(site, self.threshold)
             if self.alpha:
-                entropy = patch_entropy(site.extra["pixels"], site.grid)
+                entropy = patch_entropy(self._denormalised(site.extra["pixels"]), site.grid)
                 importance = importance + self.alpha * entropy.softmax(1)
             site.memory["importance"], site.memory["grid"] = importance, site.grid
             return None
@@ -181,6 +193,14 @@ class VFlowOpt(Method):
         cell = cells(*coordinates(here, here.memory["grid"], importance.shape), self.cell)
         step = recycle(importance, cell, number, valid_of(here))
         return Reduction(step, importance.clamp_min(1e-20))
+
+    def _denormalised(self, pixels: Tensor) -> Tensor:
+        assert self.pixel_mean is not None and self.pixel_std is not None
+        mean, std = (
+            torch.tensor(v, device=pixels.device)[:, None, None]
+            for v in (self.pixel_mean, self.pixel_std)
+        )
+        return ((pixels.float() * std + mean) * 255).round()
 
     def _number(self, site: LanguageSite) -> Tensor:
         """(B,) tokens left after this stage: r = round(n (1 - R)) of n are dropped, never all."""
@@ -197,6 +217,14 @@ class VFlowOpt(Method):
             rate = self.rates(share, site.info.depth["decoder"], layers)[stage]
             out.append(min(n, max(1, n - round(n * (1 - rate)))))
         return torch.tensor(out, device=site.device)
+
+
+def _channels(value: object, name: str) -> tuple[float, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (1, 3):
+        raise ValueError(f"{name} must be one number per channel, got {value!r}")
+    for i, number in enumerate(value):
+        check_number(number, f"{name}[{i}]", 1e-6 if name == "pixel_std" else -1e6, 1e6)
+    return tuple(float(number) for number in value)
 
 
 def patch_entropy(pixels: Tensor, grid: tuple[int, ...] | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtr.errors import UnsupportedModelError
+from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Reduction
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take
@@ -126,6 +126,7 @@ class EncoderSession:
         runners: one per block, in order.
         prefix: number of protected tokens in front.
         grid: tokens -> (height, width) or None.
+        tower: the module that is given the images, where methods may look at them.
     """
 
     def __init__(
@@ -134,11 +135,14 @@ class EncoderSession:
         runners: Sequence[BlockRunner],
         prefix: int,
         grid: Callable[[int], tuple[int, ...] | None],
+        tower: nn.Module | None = None,
     ) -> None:
         self.owner = owner
         self.runners = list(runners)
         self.prefix = prefix
         self.grid = grid
+        self.tower = tower
+        self.pixels: Tensor | None = None
         self.run: Run | None = None
         self.restoring = False
         self.visits: dict[tuple[int, str], list[Entry]] = {}
@@ -147,28 +151,42 @@ class EncoderSession:
 
     def __getstate__(self) -> dict[str, Any]:
         # The running call belongs to this model; its tensors may be part of an autograd graph.
-        return {**self.__dict__, "run": None}
+        return {**self.__dict__, "run": None, "pixels": None}
 
     def install(self) -> None:
         """Plan the visits and put the runners in place."""
         owner = self.owner
-        self.visits, self.run = {}, None
+        self.visits, self.run, self.pixels = {}, None, None
         probed: set[int] = set()
         biased: set[int] = set()
+        looks = False
         for entry, stage in owner.stages():
             if stage.site != "encoder":
                 continue
             runner = self.runners[stage.layer]
             place = stage.place if runner.split else "end"
             self.visits.setdefault((stage.layer, place), []).append(entry)
-            if entry.method.requirements(owner.info).get("encoder", frozenset()) - {"hidden"}:
+            wanted = entry.method.requirements(owner.info).get("encoder", frozenset())
+            if wanted - {"hidden", "pixels"}:
                 probed.add(stage.layer)
+            looks = looks or "pixels" in wanted
         for entry in owner.active:
             biased |= entry.method.biased_layers(owner.info)
         self.probed, self.biased = frozenset(probed), frozenset(biased)
         for layer, runner in enumerate(self.runners):
             place_forward(owner, runner.block, Bound(self, "forward", layer))
             runner.install(owner)
+        if looks and self.tower is not None:
+            owner.hook(self.tower.register_forward_pre_hook(Bound(self, "see"), with_kwargs=True))
+
+    def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the images of the call for the methods that look at them."""
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+            raise UnsupportedMethodError(
+                "a method looks at the pixels, which this call does not give as images (B, C, H, W)"
+            )
+        self.pixels = pixels
 
     # ---- one block --------------------------------------------------------------------------
 
@@ -203,6 +221,7 @@ class EncoderSession:
     def _finish(self, run: Run) -> None:
         """After the last block."""
         run.memory.clear()
+        self.pixels = None
 
     def _begin(self, x: Tensor) -> Run:
         if x.dim() != 3:
@@ -315,6 +334,7 @@ class EncoderSession:
             modules=entry.modules_like(x),
             keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
             notes=self.owner.trace.notes,
+            extra={} if self.pixels is None else {"pixels": self.pixels},
         )
 
     def _commit(
@@ -409,9 +429,10 @@ def encoder_info(
     dim: int | None,
     heads: int | None,
     tokens: int | None,
+    pixels: bool = False,
 ) -> ModelInfo:
-    """The facts of an encoder; its signals are those that every block shows."""
-    signals = frozenset({"hidden"})
+    """The facts of an encoder; its signals are those that every block shows, and perhaps the images."""
+    signals = frozenset({"hidden", "pixels"} if pixels else {"hidden"})
     if all(r.split for r in runners):
         signals |= ATTENTION_SIGNALS
         if all(type(r).keys_of is not BlockRunner.keys_of for r in runners):

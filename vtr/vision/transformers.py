@@ -162,9 +162,10 @@ class TransformersWrapping(Wrapping):
             dim=parts.dim,
             heads=parts.heads,
             tokens=parts.tokens,
+            pixels=True,
         )
         super().__init__(root, info)
-        self.session = EncoderSession(self, parts.runners, parts.prefix, self.grid)
+        self.session = EncoderSession(self, parts.runners, parts.prefix, self.grid, self.tower)
         self.shape: tuple[int, ...] | None = None
         self.mean: Tensor | None = None
 

@@ -111,8 +111,8 @@ class VLMWrapping(Wrapping):
             parts = tower_parts(tower)
         except UnsupportedModelError:
             return None, None
-        session = TowerSession(self, parts.runners, parts.prefix, square_grid)
-        return session, encoder_info("", **parts._asdict())
+        session = TowerSession(self, parts.runners, parts.prefix, square_grid, tower)
+        return session, encoder_info("", **parts._asdict(), pixels=True)
 
     @property
     def mrope(self) -> bool:
