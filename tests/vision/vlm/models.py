@@ -78,15 +78,24 @@ def build(cls: Any, config: Any) -> Any:
     return model
 
 
-def prompts(counts: list[list[int]], side: str = "left") -> Inputs:
-    """One row per sample; ``counts[b]`` are the visual tokens of its images, with text around them."""
+def visual(ids: Tensor) -> Tensor:
+    """(B, L) bool: placeholders of images and videos."""
+    return (ids == IMAGE) | (ids == VIDEO)
+
+
+def prompts(counts: list[list[Any]], side: str = "left") -> Inputs:
+    """One row per sample; ``counts[b]`` are the visual tokens of its images, with text around them.
+
+    An entry (n, id) of ``counts[b]`` has placeholders of another id.
+    """
     generator = torch.Generator().manual_seed(1)
     made = []
     for b, images in enumerate(counts):
         text = torch.randint(5, 140, (40,), generator=generator).split(3 + b)
         parts = [text[0]]
         for i, n in enumerate(images):
-            parts += [torch.full((n,), IMAGE), text[i + 1]]
+            run = torch.full((n,), IMAGE) if isinstance(n, int) else torch.full((n[0],), n[1])
+            parts += [run, text[i + 1]]
         made.append(torch.cat(parts))
     length = max(map(len, made))
     ids = torch.zeros(len(made), length, dtype=torch.long)

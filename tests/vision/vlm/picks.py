@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tests.vision.vlm.models import visual
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
@@ -114,7 +115,7 @@ class Masked:
         return hook
 
 
-def gone_of(handle: Any, ids: Tensor, image: int) -> dict[int, Tensor]:
+def gone_of(handle: Any, ids: Tensor) -> dict[int, Tensor]:
     """What the stages of the last call dropped, by the first layer that lacks it, as (B, L) masks."""
     out: dict[int, Tensor] = {}
     for stage in handle.trace.stages:
@@ -123,7 +124,7 @@ def gone_of(handle: Any, ids: Tensor, image: int) -> dict[int, Tensor]:
         first += place == "end"
         drop = torch.zeros_like(ids, dtype=torch.bool)
         for b in range(ids.shape[0]):
-            where = (ids[b] == image).nonzero().flatten()
+            where = visual(ids[b]).nonzero().flatten()
             kept = stage.total.kept[b]
             drop[b, where] = True
             drop[b, where[kept[kept >= 0]]] = False

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vtr
-from tests.vision.vlm.models import ENCODES_FIRST, FAMILIES, IMAGE
+from tests.vision.vlm.models import ENCODES_FIRST, FAMILIES, visual
 from tests.vision.vlm.picks import (
     BOTH,
     DECODER,
@@ -23,14 +23,16 @@ from tests.vision.vlm.picks import (
     lengths,
     same,
 )
+from tests.vision.vlm.videos import VIDEOS
 
 CLOSE = 3e-5
-family = pytest.mark.parametrize("name", FAMILIES)
+ALL = FAMILIES | VIDEOS
+family = pytest.mark.parametrize("name", ALL)
 
 
 @cache
 def made(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
-    return FAMILIES[name](batch)
+    return ALL[name](batch)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +66,14 @@ def test_what_is_dropped_is_masked_out_and_gone(name: str, method: Pick) -> None
     ids = inputs["input_ids"]
     with vtr.apply(model, method) as handle:
         reduced = generate(model, inputs)
-        gone = gone_of(handle, ids, IMAGE)
-    text = (ids != IMAGE).logical_and(inputs["attention_mask"].bool()).sum(1)
+        gone = gone_of(handle, ids)
+    text = (~visual(ids)).logical_and(inputs["attention_mask"].bool()).sum(1)
     wanted = []
     for i in range(4):
         layers = [k for k in gone if k <= i]
         left = inputs["attention_mask"].sum(1)
         if layers:
-            left = text + ((ids == IMAGE) & ~gone[max(layers)]).sum(1)
+            left = text + (visual(ids) & ~gone[max(layers)]).sum(1)
             wanted.append(int(left.max()) + STEPS - 1)
         else:
             wanted.append(ids.shape[1] + STEPS - 1)
@@ -92,12 +94,12 @@ def test_deepstack_features_follow_a_cut_among_their_layers() -> None:
     model, inputs = made("qwen3_vl", 2)
     with vtr.apply(model, Pick((("decoder", 0, "end"),), ((5, 3),))) as handle:
         reduced = generate(model, inputs)
-        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+        gone = gone_of(handle, inputs["input_ids"])
     with Masked(model, gone):
         same(generate(model, inputs), reduced, CLOSE)
     with vtr.apply(model, Pick((("decoder", 0, "end"),), ((24, 3),))) as handle:
         reduced = generate(model, inputs)  # the longer row keeps its length
-        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+        gone = gone_of(handle, inputs["input_ids"])
     with Masked(model, gone):
         same(generate(model, inputs), reduced, CLOSE)
 
@@ -204,7 +206,7 @@ def test_positions_with_gaps_are_no_packed_sequences(name: str, options: dict[st
     without = {k: v for k, v in inputs.items() if k != "attention_mask"}
     with vtr.apply(model, PROMPT) as handle:
         reduced = model(**without, **options).logits[:, -1]
-        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+        gone = gone_of(handle, inputs["input_ids"])
     with Masked(model, gone):
         masked = model(**without).logits[:, -1]
     torch.testing.assert_close(reduced, masked, rtol=0, atol=CLOSE)
@@ -227,7 +229,7 @@ def test_right_padding(name: str) -> None:
     with vtr.apply(model, BOTH) as handle:
         model(**turned)
         last = handle.trace.stages[-1].total.valid.sum(1)
-    text = ((turned["input_ids"] != IMAGE) & turned["attention_mask"].bool()).sum(1)
+    text = ((~visual(turned["input_ids"])) & turned["attention_mask"].bool()).sum(1)
     ends = (text + last).tolist()
     for row, end in enumerate(ends):
         torch.testing.assert_close(a[row, -1], b[row, end - 1], rtol=0, atol=CLOSE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vtr
-from tests.vision.vlm.models import FAMILIES, IMAGE, transformers
+from tests.vision.vlm.models import FAMILIES, transformers
 from tests.vision.vlm.picks import BOTH, KEEP_ALL, PROMPT, Masked, generate, gone_of, lengths, same
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +29,7 @@ def test_cuts_are_exact_on_the_gpu(name: str, batch: int) -> None:
         same(dense, generate(model, inputs), 1e-4)
     with vtr.apply(model, BOTH) as handle:
         reduced = generate(model, inputs)
-        gone = {k: g.cpu() for k, g in gone_of(handle, inputs["input_ids"], IMAGE).items()}
+        gone = {k: g.cpu() for k, g in gone_of(handle, inputs["input_ids"]).items()}
     assert min(lengths(reduced)) < min(lengths(dense))
     with Masked(model, {k: g.to("cuda") for k, g in gone.items()}):
         same(generate(model, inputs), reduced, 2e-3)

@@ -11,8 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
-from tests.vision.vlm.models import FAMILIES, IMAGE
+from tests.vision.vlm.models import FAMILIES, IMAGE, visual
 from tests.vision.vlm.picks import PROMPT, STEPS, Pick, generate, same
+from tests.vision.vlm.videos import VIDEOS
 from vtr.method import Reduction, Stage
 from vtr.signals import ModelInfo
 from vtr.tokens import TokenMap, take
@@ -50,17 +51,17 @@ def look(
 
 def eager(name: str, batch: int = 2) -> tuple[Any, dict[str, Any], Any]:
     """A model whose own attention maps can be read, and them: one (B, H, L, L) per layer."""
-    model, inputs = FAMILIES[name](batch)
+    model, inputs = (FAMILIES | VIDEOS)[name](batch)
     model.set_attn_implementation("eager")
     return model, inputs, model(**inputs, output_attentions=True).attentions
 
 
 def visual_columns(rows: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
     """Columns of the visual tokens of (B, H, R, L) rows, per sample."""
-    return [rows[b][..., ids[b] == IMAGE] for b in range(len(ids))]
+    return [rows[b][..., visual(ids[b])] for b in range(len(ids))]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | VIDEOS)
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
 def test_the_texts_attention_is_the_models_own(name: str, cached: bool) -> None:
     model, inputs, maps = eager(name)
@@ -84,7 +85,7 @@ def test_the_texts_attention_is_the_models_own(name: str, cached: bool) -> None:
     )
     look(model, at, see, inputs, use_cache=cached)
     text = [
-        ((ids[b] != IMAGE) & inputs["attention_mask"][b].bool()).nonzero().flatten() for b in (0, 1)
+        (~visual(ids[b]) & inputs["attention_mask"][b].bool()).nonzero().flatten() for b in (0, 1)
     ]
     assert len(seen) == 4
     for (layer, _), (last, some, _valid) in seen.items():
@@ -97,7 +98,7 @@ def test_the_texts_attention_is_the_models_own(name: str, cached: bool) -> None:
                 if row < 0:
                     assert float(some[b, :, r].abs().sum()) == 0
                     continue
-                exact = maps[layer][b, :, text[b][row]][:, ids[b] == IMAGE]
+                exact = maps[layer][b, :, text[b][row]][:, visual(ids[b])]
                 torch.testing.assert_close(some[b, :, r, :n], exact, rtol=0, atol=CLOSE)
 
 
@@ -147,7 +148,7 @@ def test_keys_and_values_are_those_of_the_cache(name: str) -> None:
     for got, cache in ((keys, held.keys), (values, held.values)):
         cache = cache.repeat_interleave(heads, 1)
         for b in (0, 1):
-            want = cache[b][:, ids[b] == IMAGE]
+            want = cache[b][:, visual(ids[b])]
             torch.testing.assert_close(got[b, :, : want.shape[1]], want, rtol=0, atol=CLOSE)
     torch.testing.assert_close(own[:, :, 0], held.keys[:, :, -1].repeat_interleave(heads, 1))
     torch.testing.assert_close(worth[:, :, 0], held.values[:, :, -1].repeat_interleave(heads, 1))
@@ -161,9 +162,9 @@ def test_text_and_visual_tokens_are_told_apart() -> None:
     site = seen[0]
     words = model.get_input_embeddings()(ids)
     for b in (0, 1):
-        want = words[b, (ids[b] != IMAGE) & inputs["attention_mask"][b].bool()]
+        want = words[b, ~visual(ids[b]) & inputs["attention_mask"][b].bool()]
         torch.testing.assert_close(site.text[b][site.text_valid[b]], want)
-        assert int(site.valid[b].sum()) == int((ids[b] == IMAGE).sum())
+        assert int(site.valid[b].sum()) == int(visual(ids[b]).sum())
     features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
     torch.testing.assert_close(site.hidden[site.valid], features)
 

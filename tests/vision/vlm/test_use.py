@@ -67,7 +67,7 @@ def test_a_second_turn_reuses_the_cache(name: str, method: Pick, whole: bool, ba
     model, inputs = made(name, batch)
     with vtr.apply(model, method) as handle:
         first = generate(model, inputs)
-        gone = gone_of(handle, inputs["input_ids"], IMAGE)
+        gone = gone_of(handle, inputs["input_ids"])
         held = lengths(first)
         # The last token that was generated is not in the cache yet; it comes with the new turn.
         turn = grown(inputs, first.sequences, question(batch))
@@ -96,7 +96,7 @@ def test_a_second_turn_with_an_image_of_its_own(method: Pick, positions: str) ->
     chosen = Pick(method.at, tuple((k[0],) for k in method.keep))
     with vtr.apply(model, chosen, positions=positions) as handle:
         out = model(**first, pixel_values=images[:1])
-        gone = gone_of(handle, first["input_ids"], IMAGE)
+        gone = gone_of(handle, first["input_ids"])
         mask = torch.ones(1, whole.shape[1], dtype=torch.long)
         cache = out.past_key_values
         assert cache.get_seq_length() == n
@@ -106,7 +106,7 @@ def test_a_second_turn_with_an_image_of_its_own(method: Pick, positions: str) ->
             pixel_values=images[1:],
             past_key_values=cache,
         )
-        later = gone_of(handle, second["input_ids"], IMAGE)
+        later = gone_of(handle, second["input_ids"])
         step = model(
             input_ids=torch.tensor([[7]]),
             attention_mask=torch.ones(1, whole.shape[1] + 1, dtype=torch.long),
@@ -193,7 +193,7 @@ def test_the_loss_is_that_of_the_masked_run(name: str, method: Pick) -> None:
     with vtr.apply(model, method) as handle:
         out = model(**inputs, labels=labels)
         rows = model(**inputs, labels=labels, return_dict=False)
-        gone = gone_of(handle, ids, IMAGE)
+        gone = gone_of(handle, ids)
     with Masked(model, gone):
         masked = model(**inputs, labels=labels)
     torch.testing.assert_close(out.loss, masked.loss, rtol=0, atol=CLOSE)
@@ -211,7 +211,7 @@ def test_the_loss_where_only_the_shorter_sample_is_cut() -> None:
     for at in (PROMPT.at, (("decoder", 1, "end"),)):
         with vtr.apply(model, Pick(at, ((4, 32),))) as handle:
             out = model(**inputs, labels=labels)
-            gone = gone_of(handle, ids, IMAGE)
+            gone = gone_of(handle, ids)
         assert out.logits.shape[1] == ids.shape[1]
         with Masked(model, gone):
             masked = model(**inputs, labels=labels)
@@ -241,7 +241,7 @@ def test_compact_positions_are_those_of_the_short_prompt(name: str) -> None:
     inner = model.model
     with vtr.apply(model, PROMPT, positions="compact") as handle:
         reduced = generate(model, inputs)
-        gone = gone_of(handle, inputs["input_ids"], IMAGE)[0]
+        gone = gone_of(handle, inputs["input_ids"])[0]
         original = model(**inputs).logits[:, -1]
     held: dict[str, Any] = {}
 

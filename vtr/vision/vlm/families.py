@@ -220,11 +220,14 @@ class Qwen(Family):
 
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
         seconds: Any = given.get("second_per_grid_ts")
-        if capture.kind == "video" and seconds is not None:
-            capture.pieces = [
-                piece._replace(times=tuple(float(step) * i for i in range(piece.frames)))
-                for piece, step in zip(capture.pieces, seconds, strict=True)
-            ]
+        if capture.kind != "video" or seconds is None:
+            return
+        # generate repeats them for beams, and not the videos, which it has encoded before.
+        steps = seconds[:: max(1, len(seconds) // len(capture.pieces))]
+        capture.pieces = [
+            piece._replace(times=tuple(float(step) * i for i in range(piece.frames)))
+            for piece, step in zip(capture.pieces, steps, strict=True)
+        ]
 
 
 class Groups:

@@ -1,0 +1,358 @@
+"""Where and when: a visual token is what the model makes of its frame alone, at its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtr
+from tests.vision.vlm import videos
+from tests.vision.vlm.models import FAMILIES, prompts
+from tests.vision.vlm.picks import BOTH, KEEP_ALL, PROMPT, Masked, generate, gone_of, same
+from tests.vision.vlm.test_signals import Look, look
+from tests.vision.vlm.videos import VIDEOS
+from vtr.signals import VisualSpan
+
+CLOSE = 3e-5
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def seen(model: Any, inputs: Any, at: Any = PROMPT.at, **options: Any) -> Any:
+    found: list[Any] = []
+    with vtr.apply(model, Look(at, see=found.append, cuts=False), **options):
+        model(**inputs)
+    return found[-1]
+
+
+# ---- each token is its frame's -------------------------------------------------------------
+
+
+def stacked(model: Any, inputs: Any, v: int, f: int) -> Tensor:
+    """Features of one frame of (videos, frames, 3, H, W)."""
+    pixels = inputs["pixel_values_videos"][v : v + 1, f : f + 1]
+    return model.model.get_video_features(pixels, return_dict=True).pooler_output[0]
+
+
+def rows_of(inputs: Any, v: int, f: int) -> tuple[Tensor, Tensor]:
+    """Pixels and grid of one frame of videos laid end to end."""
+    grids = inputs["video_grid_thw"]
+    start = int(grids[:v].prod(1).sum())
+    _, h, w = grids[v].tolist()
+    start += f * h * w
+    return inputs["pixel_values_videos"][start : start + h * w], torch.tensor([[1, h, w]])
+
+
+def end_to_end(model: Any, inputs: Any, v: int, f: int) -> Tensor:
+    pixels, grid = rows_of(inputs, v, f)
+    extra = {}
+    if "video_merge_sizes" in inputs:
+        extra["video_merge_sizes"] = inputs["video_merge_sizes"][v : v + 1]
+    out = model.model.get_video_features(pixels, grid, **extra, return_dict=True)
+    return out.pooler_output[0]
+
+
+def tiles(model: Any, inputs: Any, v: int, f: int) -> Tensor:
+    at = [0, 3][v] + f
+    pixels = inputs["pixel_values"][at : at + 1]
+    return model.model.get_image_features(pixels, return_dict=True).pooler_output[0]
+
+
+ALONE: dict[str, Callable[..., Tensor]] = {
+    "llava_onevision_video": stacked,
+    "llava_onevision_mixed": stacked,
+    "llava_next_video": stacked,
+    "video_llava": lambda *a: stacked(*a)[1:],
+    "qwen2_vl_video": end_to_end,
+    "qwen2_5_vl_video": end_to_end,
+    "qwen3_vl_video": end_to_end,
+    "internvl_video": tiles,
+    "video_llama_3": end_to_end,
+}
+
+# Per sample: kind, frames, grid, and the tokens of the span.
+SPANS: dict[str, list[list[tuple[str, int, Any, int]]]] = {
+    "llava_onevision_video": [
+        [("video", 3, (2, 2), 13)],
+        [("video", 3, (2, 2), 13), ("video", 3, (2, 2), 13)],
+    ],
+    "llava_onevision_mixed": [
+        [("image", 1, None, 88), ("video", 2, (2, 2), 9)],
+        [("video", 2, (2, 2), 9)],
+    ],
+    "llava_next_video": [
+        [("video", 3, (2, 2), 12)],
+        [("image", 1, None, 52), ("video", 3, (2, 2), 12)],
+    ],
+    "video_llava": [
+        [("video", 2, (4, 4), 34)],
+        [("video", 2, (4, 4), 34), ("image", 1, (4, 4), 16)],
+    ],
+    "qwen2_vl_video": [
+        [("video", 3, (2, 4), 24)],
+        [("video", 2, (4, 2), 16), ("video", 4, (2, 2), 16)],
+    ],
+    "qwen2_5_vl_video": [
+        [("video", 3, (2, 4), 24), ("image", 1, (4, 4), 16)],
+        [("video", 5, (2, 2), 20)],
+    ],
+    "qwen3_vl_video": [
+        [("image", 1, (4, 4), 16), ("video", 3, (2, 4), 24)],
+        [("video", 5, (2, 2), 20)],
+    ],
+    "internvl_video": [[("video", 3, (2, 2), 12)], [("video", 5, (2, 2), 20)]],
+    "video_llama_3": [
+        [("video", 2, (2, 2), 8)],
+        [("image", 1, (4, 5), 20), ("video", 3, (2, 3), 18)],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_token_is_its_place_in_its_frame(name: str, batch: int) -> None:
+    model, inputs = VIDEOS[name](batch)
+    site = seen(model, inputs, video=name.startswith("internvl"))
+    assert [[(s.kind, s.frames, s.grid, s.length) for s in spans] for spans in site.videos] == (
+        SPANS[name][:batch]
+    )
+    number = 0  # videos so far, through the batch
+    for b, spans in enumerate(site.videos):
+        first, start, checked = 0, 0, 0
+        for v, span in enumerate(spans):
+            assert span.start == start
+            here = site.video[b] == v
+            assert here.nonzero().flatten().tolist() == list(range(start, start + span.length))
+            for f in range(span.frames if span.kind == "video" else 0):
+                mine = site.frame[b] == first + f
+                assert bool((mine <= here).all())
+                assert site.place[b, mine].tolist() == list(range(span.grid[0] * span.grid[1]))
+                want = ALONE[name](model, inputs, number, f)
+                got = site.hidden[b, mine]
+                torch.testing.assert_close(got, want[: len(got)], rtol=0, atol=CLOSE)
+                checked += len(got)
+            if span.kind == "video":
+                number += 1
+                separators = here & (site.frame[b] < 0)
+                assert int(separators.sum()) == span.length - checked
+                assert bool((site.place[b, separators] == -1).all())
+            start, first, checked = start + span.length, first + span.frames, 0
+        gone = site.video[b] < 0
+        assert int(gone.sum()) == site.n - start
+        assert bool((site.frame[b, gone] == -1).all() and (site.place[b, gone] == -1).all())
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_frames_and_places_follow_the_cuts(name: str) -> None:
+    """A later site sees of every token what the prompt's site saw of it; beams repeat samples."""
+    model, inputs = VIDEOS[name](2)
+    prompt = seen(model, inputs)
+    later: list[Any] = []
+    with vtr.apply(model, [BOTH, Look((("decoder", 3, "start"),), see=later.append, cuts=False)]):
+        model(**inputs)
+    site = later[0]
+    assert site.n == 4 and site.valid[0].sum() == 3
+    for field in ("frame", "place", "video"):
+        before, after = getattr(prompt, field), getattr(site, field)
+        want = before.gather(1, site.index.clamp(min=0)).masked_fill(~site.valid, -1)
+        assert torch.equal(after, want)
+    assert site.videos == prompt.videos
+
+
+def test_beams_repeat_the_frames_of_their_sample() -> None:
+    model, inputs = VIDEOS["qwen2_5_vl_video"](2)
+    once = seen(model, inputs)
+    found: list[Any] = []
+    with vtr.apply(model, Look(PROMPT.at, see=found.append, cuts=False)):
+        generate(model, inputs, num_beams=2)
+    assert torch.equal(found[0].frame, once.frame.repeat_interleave(2, 0))
+    assert found[0].videos == [once.videos[0]] * 2 + [once.videos[1]] * 2
+
+
+def test_times_are_those_that_the_model_is_told() -> None:
+    model, inputs = VIDEOS["qwen2_5_vl_video"](2)
+    spans = seen(model, inputs).videos
+    assert spans[0][0].times == (0.0, 0.5, 1.0) and spans[0][1].times is None
+    assert spans[1][0].times == (0.0, 1.0, 2.0, 3.0, 4.0)
+    found: list[Any] = []
+    with vtr.apply(model, Look(PROMPT.at, see=found.append, cuts=False)):
+        generate(model, inputs)
+    assert found[0].videos == spans
+    inputs.pop("second_per_grid_ts")
+    assert seen(model, inputs).videos[0][0].times is None
+
+
+def test_images_are_frames() -> None:
+    """Packed crops are one frame without places; newlines are nobody's."""
+    model, inputs = FAMILIES["llava_next"](2)
+    site = seen(model, inputs)
+    newline = torch.tensor([i >= 16 and (i - 16) % 9 == 8 for i in range(88)])
+    assert torch.equal(site.frame[0], torch.where(newline, -1, 0))
+    assert bool((site.place == -1).all()) and bool((site.video[0] == 0).all())
+    assert site.videos[1] == [VisualSpan(0, 52, "image", 1, None)]
+    assert site.frame[1, 52:].tolist() == [-1] * 36
+
+    model, inputs = FAMILIES["llava"](2)
+    site = seen(model, inputs)
+    assert site.frame[1].tolist() == [0] * 16 + [1] * 16
+    assert site.place[1].tolist() == [*range(16)] * 2
+    assert site.video[1].tolist() == [0] * 16 + [1] * 16
+    joined = seen(model, inputs, video=True)
+    assert joined.videos[1] == [VisualSpan(0, 32, "video", 2, (4, 4))]
+    assert joined.frame[1].tolist() == [0] * 16 + [1] * 16 and joined.video[1].tolist() == [0] * 32
+
+    model, inputs = FAMILIES["internvl"](2)  # three tiles, and two
+    site = seen(model, inputs, video=True)
+    assert site.videos == [
+        [VisualSpan(0, 12, "image", 1, None)],
+        [VisualSpan(0, 8, "image", 1, None)],
+    ]
+    assert site.frame[0].tolist() == [0] * 12 and bool((site.place == -1).all())
+
+
+def test_frames_of_features_from_elsewhere_are_not_known() -> None:
+    model, inputs = VIDEOS["llava_onevision_video"](1)
+    pixels = inputs.pop("pixel_values_videos")
+    made = model.model.get_video_features(pixels, return_dict=True)
+    site = seen(model, {**inputs, "mm_encoder_outputs": {"video": made}})
+    assert site.videos == [[VisualSpan(0, 13, "video", 0, None)]]
+    assert site.frame.tolist() == [[-1] * 13] and site.video.tolist() == [[0] * 13]
+
+
+def test_tokens_that_a_processor_left_out() -> None:
+    model, inputs = videos.compressed(2)
+    site = seen(model, inputs)
+    assert site.frame[1].tolist() == [0] * 20 + [1] * 6 + [2] * 4 + [3] * 5
+    assert site.place[1, 20:].tolist() == [*range(6), 2, 3, 4, 5, *range(5)]
+    dense = generate(model, inputs)
+    with vtr.apply(model, KEEP_ALL):
+        same(dense, generate(model, inputs))
+    with vtr.apply(model, PROMPT) as handle:
+        reduced = generate(model, inputs)
+        gone = gone_of(handle, inputs["input_ids"])
+    with Masked(model, gone):
+        same(generate(model, inputs), reduced, CLOSE)
+
+
+def test_padding_alone_between_the_tokens_of_a_mixed_prompt() -> None:
+    """A prompt whose image comes after its video numbers the video's frames first."""
+    model, inputs = VIDEOS["llava_onevision_mixed"](1)
+    counts = prompts([[videos.video(9), 88]])
+    site = seen(model, {**inputs, **counts})
+    assert [(s.kind, s.start, s.frames) for s in site.videos[0]] == [
+        ("video", 0, 2),
+        ("image", 9, 1),
+    ]
+    assert site.frame[0, :9].tolist() == [0] * 4 + [1] * 4 + [-1] and int(site.frame[0, 9]) == 2
+
+
+# ---- from the tower to the frames ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava_onevision_video", "llava_next_video", "video_llava"])
+def test_scores_of_frames_take_the_way_of_the_features(name: str) -> None:
+    model, inputs = VIDEOS[name](1)
+    number = inputs["pixel_values_videos"].shape[1]
+    scores = torch.rand(number, 16)
+    site = seen(model, inputs)
+    grid = scores.reshape(number, 4, 4)
+    if name != "video_llava":
+        grid = grid.reshape(number, 2, 2, 2, 2).mean((2, 4))
+    want = grid.flatten(1)
+    out = site.spread(scores, newline=-7.0)
+    torch.testing.assert_close(out[site.frame >= 0], want.flatten())
+    assert bool((out[site.frame < 0] == -7).all())
+    lowest = site.spread(scores)
+    assert bool((lowest[site.frame < 0] == want.min()).all())
+    wide = site.spread(torch.stack([scores, 2 * scores], -1), newline=-7.0)
+    torch.testing.assert_close(wide[..., 0], out)
+    torch.testing.assert_close(wide[..., 1][site.frame >= 0], 2 * out[site.frame >= 0])
+    with pytest.raises(ValueError, match="rows for"):
+        site.spread(scores[:-1])
+
+
+def test_towers_show_the_frames_of_videos() -> None:
+    """The batch of an encoder's site are the frames, in every family whose tower is opened."""
+    rows = {"llava_onevision_video": 3, "llava_next_video": 3, "video_llava": 2}
+    rows |= {"qwen2_vl_video": 3, "qwen3_vl_video": 4, "internvl_video": 3}
+    for name, number in rows.items():
+        model, inputs = VIDEOS[name](1)
+        sites: list[Any] = []
+        look(model, (("encoder", 1, "end"),), sites.append, inputs)
+        assert sum(s.batch for s in sites) == number, name
+
+
+def test_a_cut_in_video_llavas_tower_is_the_same_cut_at_the_prompt() -> None:
+    """The video's own tower; the class token of every frame stays."""
+    from vtr.method import Reduction
+    from vtr.tokens import TokenMap
+
+    model, inputs = VIDEOS["video_llava"](1)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(2, 16, generator=generator).topk(6).indices.sort(1).values
+
+    def tower(site: Any) -> Any:
+        return Reduction(TokenMap.keep(kept, site.n))
+
+    def prompt(site: Any) -> Any:
+        stays = [0, *(kept[0] + 1).tolist(), 17, *(kept[1] + 18).tolist()]
+        return Reduction(TokenMap.keep(torch.tensor([stays]), site.n))
+
+    with vtr.apply(model, Look((("encoder", 1, "end"),), see=tower)) as handle:
+        early = generate(model, inputs)
+        assert handle.trace.stages[-1].tokens_out == 14
+        assert handle.report().to_dict()["flops"]["encoder"]["dense"] > 0
+    with vtr.apply(model, Look(PROMPT.at, see=prompt)):
+        same(early, generate(model, inputs), CLOSE)
+
+
+def test_cuts_in_towers_whose_frames_are_pooled_are_refused() -> None:
+    for name in ("llava_onevision_video", "llava_next_video"):
+        model, inputs = VIDEOS[name](1)
+        from vtr.method import Reduction
+        from vtr.tokens import TokenMap
+
+        def cut(site: Any) -> Any:
+            return Reduction(TokenMap.keep(torch.arange(5).expand(site.batch, 5), site.n))
+
+        with (
+            vtr.apply(model, Look((("encoder", 1, "end"),), see=cut)),
+            pytest.raises(vtr.UnsupportedMethodError, match="video are resized"),
+        ):
+            model(**inputs)
+
+
+def test_methods_that_look_into_the_tower_work_on_videos() -> None:
+    methods = {
+        "llava_onevision_video": vtr.VisionZip(keep=5),
+        "llava_next_video": vtr.VTCCLS(keep=5),
+        "video_llava": vtr.VTCCLS(keep=5),
+        "internvl_video": vtr.FlowCut(keep=1),
+    }
+    for name, method in methods.items():
+        model, inputs = VIDEOS[name](1)
+        with vtr.apply(model, method) as handle:
+            model(**inputs)
+            assert handle.trace.stages[-1].tokens_out < handle.trace.stages[-1].tokens_in, name
+
+
+def test_right_padded_videos_of_other_lengths() -> None:
+    model, inputs = VIDEOS["internvl_video"](2)
+    left = seen(model, inputs)
+    shift = (inputs["attention_mask"] == 0).sum(1).tolist()
+    turned = {**inputs}
+    for key in ("input_ids", "attention_mask"):
+        turned[key] = torch.stack(
+            [torch.roll(r, -n) for r, n in zip(inputs[key], shift, strict=True)]
+        )
+    right = seen(model, turned)
+    for field in ("frame", "place", "video"):
+        assert torch.equal(getattr(left, field), getattr(right, field))
