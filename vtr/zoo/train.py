@@ -27,6 +27,8 @@ RECIPES = {
     "digits-vit": "vtr.zoo.train_vit",
     "digits-tofe": "vtr.zoo.train_tofe",
     "digits-llava": "vtr.zoo.train_llava",
+    "digits-video": "vtr.zoo.train_video",
+    "digits-wan": "vtr.zoo.train_wan",
 }
 
 _LOG_EVERY = 100
@@ -105,10 +107,10 @@ def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = Non
                 averages[key] = 0.98 * averages.get(key, value) + 0.02 * value
             seconds = time.monotonic() - started
             speed = (trainer.position - first) * recipe.batch / seconds
-            news = (
-                f"loss {averages['loss']:.3f}  accuracy {averages['accuracy']:.1%}  "
-                f"{speed:.0f} img/s"
-            )
+            news = f"loss {averages['loss']:.3f}  "
+            if "accuracy" in averages:  # a generator has none
+                news += f"accuracy {averages['accuracy']:.1%}  "
+            news += f"{speed:.0f} samples/s"
             bar.update(task, completed=trainer.position, news=news)
             if trainer.position % _LOG_EVERY == 0:
                 line = {"step": trainer.position, "seconds": round(seconds), **averages}
