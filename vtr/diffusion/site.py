@@ -1,0 +1,204 @@
+"""What a sparse-attention method sees of one attention call of a diffusion transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtr.kernels import BlockMask, block_sparse_attention
+
+
+@dataclass
+class Call:
+    """One forward call of the transformer, the same for all its attention layers.
+
+    Attributes:
+        run: 0-based number of the generation since ``vtr.apply``. Rises when a new one starts.
+        step: 0-based denoising step of this run.
+        steps: denoising steps of this run, or None where nobody says.
+        timestep: what the scheduler gave, the largest of the batch (tokens of a condition have 0).
+        branch: which call of the step this is: the name that the pipeline gives it (``"cond"``,
+            ``"uncond"``, ``"cond_uncond"``), else its number in the step (``"0"``, ``"1"``).
+        grid: (frames, height, width) in tokens; frames is 1 for an image.
+        text_first: whether the text stands before the image or video in the joint sequence.
+        text_valid: (B, T) bool, False for padding of the text in the joint sequence; None where all
+            of it is seen or the text is in cross attention.
+        training: whether the transformer is in training mode: timesteps are random then, each call
+            is a run of its own, and no step is dense for being early.
+    """
+
+    run: int
+    step: int
+    steps: int | None
+    timestep: float
+    branch: str
+    grid: tuple[int, int, int]
+    text_first: bool = False
+    text_valid: Tensor | None = None
+    training: bool = False
+
+
+class AttentionSite:
+    """One self- or joint-attention call of one layer.
+
+    Everything of :class:`Call` (``run``, ``step``, ``steps``, ``timestep``, ``branch``, ``grid``,
+    ``text_first``, ``text_valid``, ``training``) is an attribute here too.
+
+    Attributes:
+        layer, layers: 0-based number of the layer and how many there are (dual-stream blocks first,
+            then single-stream blocks).
+        q, k, v: (B, H, S, D) after norms and rotary embedding, in the model's own token order:
+            S = frames * height * width + text, image or video tokens in raster order, frame by
+            frame. k and v may have fewer heads. Views, not contiguous where the model has
+            (B, S, H, D).
+        text: text tokens in the joint sequence, 0 where the text is in cross attention. They stand
+            first if ``text_first``, else last.
+        scale: factor of the scores.
+        state: dict of this (method, transformer, branch, layer) for one run; empty when a run starts.
+        shared: dict of this (method, transformer) that lives across runs, for masks.
+        memory: dict of this method for one forward call, shared by all its layers.
+        notes: dict that ends in ``trace.notes["attention"][layer]``.
+        modules: the learned modules of this method, or None.
+    """
+
+    run: int
+    step: int
+    steps: int | None
+    timestep: float
+    branch: str
+    grid: tuple[int, int, int]
+    text_first: bool
+    training: bool
+
+    def __init__(
+        self,
+        *,
+        call: Call,
+        layer: int,
+        layers: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dense: Callable[[], Tensor],
+        state: dict[str, Any],
+        shared: dict[Any, Any],
+        memory: dict[str, Any],
+        notes: dict[str, Any],
+        order: Tensor | None = None,
+        modules: torch.nn.Module | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.call = call
+        self.layer, self.layers = layer, layers
+        self.q, self.k, self.v, self.scale = q, k, v, scale
+        self.text = k.shape[2] - self.tokens
+        valid = call.text_valid
+        self.text_valid = valid if valid is not None and self.text else None
+        self.state, self.shared, self.memory, self.notes = state, shared, memory, notes
+        self.modules = modules
+        self.backend = backend
+        self._dense = dense
+        self._order = order
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what is not here: the facts of the whole call.
+        if name == "call":
+            raise AttributeError(name)
+        return getattr(self.call, name)
+
+    @property
+    def tokens(self) -> int:
+        """Image or video tokens: frames * height * width."""
+        frames, height, width = self.call.grid
+        return frames * height * width
+
+    @property
+    def first(self) -> int:
+        """Index of the first image or video token in the sequence."""
+        return self.text if self.call.text_first else 0
+
+    def dense(self, return_lse: bool = False) -> Any:
+        """What the model computes unwrapped, (B, H, S, D): the same call on the same layout.
+
+        With ``return_lse`` also the natural log-sum-exp of each row's scaled scores, (B, H, S)
+        float32; the output then comes from the sparse kernel under a full mask and may differ from
+        the other by rounding. Padded text is never seen in either.
+        """
+        if not return_lse:
+            return self._dense()
+        key = ("vtr.full", self.q.shape[2], self.k.shape[2], str(self.q.device))
+        full = self.shared.get(key)
+        if full is None:
+            blocks = torch.ones(-(-key[1] // 128), -(-key[2] // 128), dtype=torch.bool)
+            full = BlockMask.from_blocks(blocks, q_len=key[1], k_len=key[2]).to(self.q.device)
+            self.shared[key] = full
+        return self._attend(full, None, True)
+
+    def sparse(
+        self, mask: BlockMask, row_scale: Tensor | None = None, return_lse: bool = False, **more: Any
+    ) -> Any:
+        """Attention over what ``mask`` keeps, less padded text keys, which nobody sees.
+
+        Args:
+            mask: of S x S tokens in the model's order, on any device.
+            row_scale: (B, H, S) factor of the output rows.
+            return_lse: also return the LSE, (B, H, S) float32.
+            more: other arguments of :func:`vtr.kernels.block_sparse_attention` (``added``).
+
+        Returns:
+            (B, H, S, D), or with the LSE a pair. A row that sees nothing is zero (LSE -inf).
+
+        Raises:
+            ValueError: the mask is for another number of tokens; the message has both.
+        """
+        length = self.q.shape[2]
+        if (mask.q_len, mask.k_len) != (length, self.k.shape[2]):
+            frames, height, width = self.call.grid
+            raise ValueError(
+                f"the mask is for {mask.q_len} x {mask.k_len} tokens, attention layer {self.layer} "
+                f"has {length}: {frames} x {height} x {width} of the image or video and {self.text} "
+                "of text; build it from site.grid and site.text"
+            )
+        return self._attend(self._local(mask), row_scale, return_lse, **more)
+
+    def _local(self, mask: BlockMask) -> BlockMask:
+        """The mask on the device of q and without padded text keys, kept until the next call."""
+        from vtr.diffusion.padding import without_keys
+
+        mask = self._kept("vtr.moved", mask, None, lambda: mask.to(self.q.device))
+        if self.text_valid is None:
+            return mask
+        valid = self.text_valid
+        return self._kept("vtr.valid", mask, valid, lambda: without_keys(mask, valid, self.first))
+
+    def _kept(
+        self, kind: str, mask: BlockMask, valid: Tensor | None, make: Callable[[], BlockMask]
+    ) -> BlockMask:
+        """``make()``, or what it gave for the same objects before (one step back at most)."""
+        if kind == "vtr.moved" and mask.device == self.q.device:
+            return mask
+        held = self.shared.setdefault(kind, {})
+        found = held.get(int(mask.ident))
+        if found is None or found[0] is not mask or found[1] is not valid:
+            if len(held) > 16:
+                held.clear()
+            found = held[int(mask.ident)] = (mask, valid, make())
+        made: BlockMask = found[2]
+        return made
+
+    def _attend(
+        self, mask: BlockMask, row_scale: Tensor | None, return_lse: bool, **more: Any
+    ) -> Any:
+        if self.text_valid is not None:
+            mask = self._local(mask)
+        out = block_sparse_attention(
+            self.q, self.k, self.v, mask, scale=self.scale, row_scale=row_scale,
+            return_lse=return_lse, backend=self.backend, **more,
+        )  # fmt: skip
+        self.notes["density"] = mask.density
+        return out
