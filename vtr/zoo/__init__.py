@@ -163,8 +163,9 @@ def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tu
     """A built-in vision-language model and its processor, in eval mode, on the CPU.
 
     Args:
-        name: ``"digits-llava"``, a transformers ``LlavaForConditionalGeneration``, or the folder of
-            a training run.
+        name: ``"digits-llava"`` (a transformers ``LlavaForConditionalGeneration``),
+            ``"digits-video"`` (a ``LlavaOnevisionForConditionalGeneration``), or the folder of a
+            training run.
         dtype: of the parameters; None for float32. The weights are stored in bfloat16.
 
     Raises:
@@ -175,19 +176,28 @@ def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tu
 
     from vtr.errors import missing
 
-    folder = Path(str(resources.files("vtr.zoo").joinpath("weights", name)))
-    folder = folder if folder.is_dir() else Path(name)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"there is no built-in vision-language model {name!r}; there is: digits-llava"
-        )
+    folder = vlm_path(name)
     try:
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError as error:
-        raise missing("transformers", "vlm", "the built-in LLaVA") from error
+        raise missing("transformers", "vlm", f"the built-in model {name}") from error
     chosen = torch.float32 if dtype is None else dtype
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=chosen).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=chosen).eval()
     return model, AutoProcessor.from_pretrained(folder)
+
+
+def vlm_path(name: str) -> Path:
+    """The folder of a built-in vision-language model, or ``name`` itself where that is one's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    weights = Path(str(resources.files("vtr.zoo").joinpath("weights")))
+    folder = weights / name if (weights / name).is_dir() else Path(name)
+    if not (folder / "config.json").is_file():
+        known = ", ".join(sorted(f.parent.name for f in weights.glob("*/config.json")))
+        raise ValueError(f"there is no built-in vision-language model {name!r}; there are: {known}")
+    return folder
 
 
 def samples(name: str, n: int, seed: int = 0, split: str = "heldout") -> tuple[Tensor, Tensor]:
