@@ -31,8 +31,8 @@ class Stage(NamedTuple):
     ``place`` is ``middle`` (between attention and MLP) or ``end`` (the layer's output). Where a block
     cannot be opened, ``middle`` falls to ``end``; the adapter's family says so in ``info.extra``. In
     the ``decoder`` it is ``start`` (the layer's input, with the q, k, v that this layer will make of
-    it) or ``end`` (the layer's output, with the q, k, v that this layer has used). With ``cuts=False``
-    the visit only looks and never shortens the sequence.
+    it), ``middle``, or ``end`` (the layer's output), both with the q, k, v that this layer has used.
+    With ``cuts=False`` the visit only looks and never shortens the sequence.
     """
 
     site: str

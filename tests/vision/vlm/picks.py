@@ -53,7 +53,11 @@ class Pick(Method):
 PROMPT = Pick()
 DECODER = Pick((("decoder", 1, "end"), ("decoder", 3, "start")), ((7, 6), (3, 2)))
 BOTH = Pick((("prompt", 0, "middle"), ("decoder", 2, "start")), ((8, 7), (3, 4)))
-KEEP_ALL = Pick((("prompt", 0, "middle"), ("decoder", 1, "end")), ((ALL,), (ALL,)))
+MIDDLE = Pick((("decoder", 1, "middle"), ("decoder", 2, "middle")), ((7, 6), (3, 2)))
+KEEP_ALL = Pick(
+    (("prompt", 0, "middle"), ("decoder", 1, "end"), ("decoder", 2, "middle")),
+    ((ALL,), (ALL,), (ALL,)),
+)
 
 
 def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
@@ -121,7 +125,7 @@ def gone_of(handle: Any, ids: Tensor) -> dict[int, Tensor]:
     for stage in handle.trace.stages:
         first = {"prompt": 0}.get(stage.site, stage.layer)
         place = next(a[2] for a in handle.methods[0].at if a[:2] == (stage.site, stage.layer))
-        first += place == "end"
+        first += stage.site == "decoder" and place != "start"
         drop = torch.zeros_like(ids, dtype=torch.bool)
         for b in range(ids.shape[0]):
             where = visual(ids[b]).nonzero().flatten()

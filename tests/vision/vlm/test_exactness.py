@@ -14,6 +14,7 @@ from tests.vision.vlm.picks import (
     BOTH,
     DECODER,
     KEEP_ALL,
+    MIDDLE,
     PROMPT,
     STEPS,
     Masked,
@@ -54,13 +55,15 @@ def test_keeping_everything_changes_nothing(name: str, batch: int) -> None:
     dense = generate(model, inputs)
     with vtr.apply(model, KEEP_ALL) as handle:
         kept = generate(model, inputs)
-        assert len(handle.trace.stages) == 2
+        assert len(handle.trace.stages) == 3
         assert all(s.tokens_in == s.tokens_out for s in handle.trace.stages)
     same(dense, kept)
 
 
 @family
-@pytest.mark.parametrize("method", [PROMPT, DECODER, BOTH], ids=["prompt", "decoder", "both"])
+@pytest.mark.parametrize(
+    "method", [PROMPT, DECODER, BOTH, MIDDLE], ids=["prompt", "decoder", "both", "middle"]
+)
 def test_what_is_dropped_is_masked_out_and_gone(name: str, method: Pick) -> None:
     model, inputs = made(name, 2)
     ids = inputs["input_ids"]

@@ -178,7 +178,9 @@ def test_a_look_at_a_layer_that_was_cut_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-@pytest.mark.parametrize("at", [("prompt", 0, "middle"), ("decoder", 2, "start")])
+@pytest.mark.parametrize(
+    "at", [("prompt", 0, "middle"), ("decoder", 2, "start"), ("decoder", 2, "middle")]
+)
 def test_merged_tokens_stand_where_their_representatives_stood(name: str, at: Any) -> None:
     """Merging equals giving representatives new values first and dropping the others then."""
     model, inputs = FAMILIES[name](2)
@@ -390,7 +392,8 @@ def test_reported_flops_are_those_that_are_counted(name: str) -> None:
         )
 
     dense = counted()
-    method = Pick((("prompt", 0, "middle"), ("decoder", 2, "start")), ((9,), (4,)))
+    at = (("prompt", 0, "middle"), ("decoder", 1, "middle"), ("decoder", 2, "start"))
+    method = Pick(at, ((9,), (6,), (4,)))
     with vtr.apply(model, method) as handle:
         reduced = counted()
         report = handle.report().to_dict()

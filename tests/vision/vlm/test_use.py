@@ -497,8 +497,10 @@ def test_stages_that_do_not_exist_are_refused() -> None:
     model, _ = made("llava", 1)
     with pytest.raises(ValueError, match="nothing comes after layer 3"):
         vtr.apply(model, Pick((("decoder", 3, "end"),)))
-    with pytest.raises(ValueError, match="'start' or 'end'"):
-        vtr.apply(model, Pick((("decoder", 1, "middle"),)))
+    with pytest.raises(ValueError, match="nothing comes after layer 3"):
+        vtr.apply(model, Pick((("decoder", 3, "middle"),)))
+    with pytest.raises(ValueError, match="'start', 'middle' or 'end'"):
+        vtr.apply(model, Pick((("decoder", 1, "inside"),)))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -521,6 +523,17 @@ def test_keeping_all_reports_no_gain() -> None:
         report = handle.report().to_dict()
     assert report["flops"]["language"]["dense"] == report["flops"]["language"]["reduced"]
     assert report["kv_bytes"]["dense"] == report["kv_bytes"]["reduced"]
+
+
+def test_layers_of_an_unknown_form_are_not_cut_in_the_middle() -> None:
+    """A layer of another form than x + mlp(norm(x)) would lose what its form adds."""
+    model, _ = FAMILIES["llava"](1)
+    layers = model.model.language_model.layers
+    layers[0].__class__ = type("OddLayer", (type(layers[0]),), {})
+    with pytest.raises(
+        vtr.UnsupportedMethodError, match=r"OddLayer cannot be opened: use the layer's end"
+    ):
+        vtr.apply(model, Pick((("decoder", 1, "middle"),)))
 
 
 def test_the_trace_can_be_drawn() -> None:

@@ -16,7 +16,9 @@ The contract for methods
 - ``Stage("decoder", k, "start")``: before layer k, with the q, k, v that layer k will make;
   ``Stage("decoder", k, "end")``: after layer k, with the q, k, v that it has used. Both cuts leave
   layers < k (or <= k) with the full sequence and its whole KV cache. Nothing can be cut after the
-  last layer.
+  last layer. ``Stage("decoder", k, "middle")``: between attention and MLP of layer k, as at its end,
+  and what is cut does not go through the MLP either; where ``info.extra["decoder_middle"]`` is True
+  (LLaMA, Mistral and Qwen layers).
 
 At ``prompt`` and ``decoder`` the site is a :class:`vtr.signals.LanguageSite`: ``hidden`` (B, N, C),
 ``valid``, ``map`` (from the visual tokens of the prompt), ``index``, ``text``, ``text_valid``,
@@ -45,7 +47,7 @@ always kept: the option ``"compact"`` is refused there, a method's own preferenc
 works); ``decoder``: ``hidden``, ``text``, ``queries``, ``keys``, ``values``, ``text_attention``,
 ``encoder_scores``. ``info.has_cls``, ``prefix``, ``dim``, ``heads``, ``tokens`` are the tower's;
 ``info.extra``: ``last_layer`` (0-based tower layer whose output the projector reads), ``mrope``,
-``lm_dim``, ``lm_heads``, ``lm_kv_heads``.
+``decoder_middle``, ``lm_dim``, ``lm_heads``, ``lm_kv_heads``.
 
 ``info.tokens`` is None where images differ in their number of tokens; ``info.extra["tower_cuts"]`` is
 False where the tower can be looked into but not cut. Qwen's towers show all images padded to the

@@ -20,6 +20,26 @@ def opens(layer: Any) -> str:
     return ""
 
 
+# Layers of the form x + attention(norm(x)), then x + mlp(norm(x)).
+_HALVES = frozenset(
+    {
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen2VLDecoderLayer",
+        "Qwen2_5_VLDecoderLayer",
+        "Qwen3DecoderLayer",
+        "Qwen3VLTextDecoderLayer",
+    }
+)
+
+
+def has_halves(layer: Any) -> bool:
+    """Whether a decoder layer is known to be attention and MLP, each behind a norm and a residual."""
+    cls = type(layer)
+    return cls.__name__ in _HALVES and cls.__module__.startswith("transformers.")
+
+
 def project(
     layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], which: Sequence[str]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,6 +76,8 @@ class Call:
         self.synced: Layout | None = None
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
+        self.half: Tensor | None = None  # the residual of a layer that was cut in the middle
+        self.full = live.shape
         if kinds is not None and visual is not None:
             self.kinds = kinds.masked_fill(~live, 0)
             slots = self.arrived = self.layout.slots

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 
+Lengths = list[tuple[Tensor, Tensor]]  # per layer, (B,) tokens in the attention, and in the MLP
+
+
 def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
     """``language`` FLOPs and ``kv_bytes`` of the last prefill, dense and reduced, per sample.
 
@@ -21,8 +24,10 @@ def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
     counter does); the vocabulary is read out for one token. Bytes are those of keys and values in the
     model's dtype.
     """
-    dense = [last.live.sum(1)] * len(owner.layers)
-    reduced = [live.sum(1) for live in last.entered] or dense
+    dense: Lengths = [(last.live.sum(1),) * 2] * len(owner.layers)
+    reduced: Lengths = [
+        (live.sum(1), last.halved.get(i, live).sum(1)) for i, live in enumerate(last.entered)
+    ] or dense
     root: Any = owner.root
     head = root.get_output_embeddings()
     vocabulary = 0 if head is None else linear_flops(head)
@@ -34,19 +39,21 @@ def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
     }
 
 
-def _flops(owner: VLMWrapping, lengths: list[Tensor], past: Tensor) -> float:
+def _flops(owner: VLMWrapping, lengths: Lengths, past: Tensor) -> float:
     total = 0.0
-    for layer, n in zip(owner.layers, lengths, strict=True):
+    for layer, (n, m) in zip(owner.layers, lengths, strict=True):
         number = n.double()
         width = layer.self_attn.q_proj.out_features
         square = 4 * number * (number + past.to(number)) * width
-        total += float((linear_flops(layer) * number + square).mean())
+        mlp = linear_flops(layer.mlp)
+        linear = (linear_flops(layer) - mlp) * number + mlp * m.double()
+        total += float((linear + square).mean())
     return total
 
 
-def _bytes(owner: VLMWrapping, lengths: list[Tensor]) -> float:
+def _bytes(owner: VLMWrapping, lengths: Lengths) -> float:
     total = 0.0
-    for layer, n in zip(owner.layers, lengths, strict=True):
+    for layer, (n, _) in zip(owner.layers, lengths, strict=True):
         attn = layer.self_attn
         per_token = attn.k_proj.out_features + attn.v_proj.out_features
         total += float(n.double().mean()) * per_token * attn.k_proj.weight.element_size()

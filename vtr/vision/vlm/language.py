@@ -32,6 +32,7 @@ class Last:
         live: (B, L) bool, the sequence as it came in.
         past: (B,) columns that the cache held before.
         entered: per layer, (B, L') bool of the tokens that entered it.
+        halved: the same for the second half (MLP) of layers that were cut in the middle.
         layout: the sequence at the end, None where nothing was cut.
     """
 
@@ -39,6 +40,7 @@ class Last:
         self.live = call.live
         self.past = call.columns_before(0).sum(1)
         self.entered: list[Tensor] = []
+        self.halved: dict[int, Tensor] = {}
         self.layout: Layout | None = None
 
 
@@ -80,6 +82,11 @@ class LanguageSession:
             owner.hook(
                 layer.register_forward_pre_hook(Bound(self, "before_layer", i), with_kwargs=True)
             )
+            if ("decoder", i, "middle") in self.visits:
+                norm, mlp = layer.post_attention_layernorm, layer.mlp
+                owner.hook(norm.register_forward_pre_hook(Bound(self, "before_mlp", i)))
+                owner.hook(mlp.register_forward_hook(Bound(self, "after_mlp")))
+                owner.hook(layer.register_forward_hook(Bound(self, "after_layer"), prepend=True))
         if hasattr(module, "_deepstack_process"):
             owner.patch(module, "_deepstack_process", Bound(self, "deepstack"))
 
@@ -235,7 +242,7 @@ class LanguageSession:
             self.owner.trace.count("decoder", i, n, n)
             if self.last is not None:
                 self.last.entered.append(call.layout.live)
-            if ("decoder", i, "end") in self.visits:
+            if ("decoder", i, "end") in self.visits or ("decoder", i, "middle") in self.visits:
                 assert call.rope is not None
                 call.seen = Seen(i, hidden, call.rope, call.layout, True)
         else:
@@ -246,6 +253,37 @@ class LanguageSession:
         return (
             ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         )
+
+    # A layer adds the MLP's output to a residual that no hook can reach. So the sum of what is left is
+    # made beside it, and takes the place of the layer's output.
+
+    def before_mlp(self, i: int, module: Any, args: tuple[Any, ...]) -> Any:
+        call = self.call
+        if call is None or call.visual is None:
+            return None
+        hidden = args[0]
+        call.full, before = hidden.shape, call.layout.slots.shape[1]
+        for entry, name in self.visits["decoder", i, "middle"]:
+            hidden = call.visit(entry, name, i, "middle", hidden)
+        call.half = None if hidden is args[0] else hidden
+        if self.last is not None:
+            self.last.halved[i] = call.layout.live
+        self.owner.trace.count("decoder", i, before, call.layout.slots.shape[1])
+        return (hidden,)
+
+    def after_mlp(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        call = self.call
+        if call is None or call.half is None:
+            return None
+        call.half = call.half + output
+        return output.new_zeros(()).expand(call.full)
+
+    def after_layer(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        call = self.call
+        if call is None or call.half is None:
+            return None
+        half, call.half = call.half, None
+        return (half, *output[1:]) if isinstance(output, tuple) else half
 
     def _sync(self, call: Call, i: int, hidden: Tensor) -> None:
         """Mask and rotary tables for the tokens that enter layer ``i``."""

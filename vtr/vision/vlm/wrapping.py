@@ -12,7 +12,7 @@ from vtr.method import Method
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
-from vtr.vision.vlm.attention import opens
+from vtr.vision.vlm.attention import has_halves, opens
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import FORWARDED, Family, find
@@ -73,6 +73,7 @@ class VLMWrapping(Wrapping):
             "lm_heads": config.num_attention_heads,
             "lm_kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
             "tower_cuts": not self.family.cuts,
+            "decoder_middle": has_halves(self.layers[0]),
         }
         facts = self._tower()
         if facts is not None:
@@ -163,9 +164,14 @@ class VLMWrapping(Wrapping):
                     f"{method.name} cuts inside the vision tower, which {self.info.family} does not "
                     f"allow: {self.family.cuts}"
                 )
-            if stage.site == "decoder" and stage.place not in ("start", "end"):
-                raise ValueError(f"a decoder stage is at the 'start' or 'end', got {stage!r}")
-            if stage == ("decoder", len(self.layers) - 1, "end", stage.cuts):
+            if stage.site == "decoder" and stage.place not in ("start", "middle", "end"):
+                raise ValueError(f"a decoder stage is at 'start', 'middle' or 'end', got {stage!r}")
+            if stage[::2] == ("decoder", "middle") and not self.info.extra["decoder_middle"]:
+                raise UnsupportedMethodError(
+                    f"{method.name} acts between attention and MLP of layer {stage.layer}, where "
+                    f"{type(self.layers[0]).__name__} cannot be opened: use the layer's end"
+                )
+            if stage[:2] == ("decoder", len(self.layers) - 1) and stage.place != "start":
                 raise ValueError(
                     f"{method.name}: nothing comes after layer {stage.layer}, the last of "
                     f"{len(self.layers)}"
