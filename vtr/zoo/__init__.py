@@ -29,6 +29,7 @@ __all__ = [
     "card",
     "evaluate_vlm",
     "load",
+    "load_pipeline",
     "load_vlm",
     "models",
     "samples",
@@ -69,7 +70,11 @@ class ModelInfo:
 
 def _check(name: str) -> None:
     if name not in _NAMES:
-        hint = f" ({name} answers questions: vtr.zoo.load_vlm)" if name == "digits-llava" else ""
+        hints = {
+            "digits-llava": f" ({name} answers questions: vtr.zoo.load_vlm)",
+            "digits-wan": f" ({name} makes videos: vtr.zoo.load_pipeline)",
+        }
+        hint = hints.get(name, "")
         raise ValueError(
             f"there is no built-in model {name!r}; there are: {', '.join(_NAMES)}{hint}"
         )
@@ -198,6 +203,27 @@ def vlm_path(name: str) -> Path:
         known = ", ".join(sorted(f.parent.name for f in weights.glob("*/config.json")))
         raise ValueError(f"there is no built-in vision-language model {name!r}; there are: {known}")
     return folder
+
+
+def load_pipeline(name: str = "digits-wan", dtype: torch.dtype | None = None) -> Any:
+    """A built-in generator as a diffusers pipeline, in eval mode, on the CPU.
+
+    Args:
+        name: ``"digits-wan"``, a ``WanPipeline`` (:mod:`vtr.zoo.wan` says what in it is not Wan's),
+            or the folder of a training run.
+        dtype: of the transformer; None for float32. The weights are stored in bfloat16.
+
+    Raises:
+        ValueError: there is no generator of this name.
+        MissingDependencyError: diffusers is not installed.
+    """
+    folder = Path(str(resources.files("vtr.zoo").joinpath("weights", name)))
+    folder = folder if folder.is_dir() else Path(name)
+    if not (folder / "config.json").is_file() or name == "digits-llava":
+        raise ValueError(f"there is no built-in generator {name!r}; there is: digits-wan")
+    from vtr.zoo import wan
+
+    return wan.load(folder, dtype)
 
 
 def samples(name: str, n: int, seed: int = 0, split: str = "heldout") -> tuple[Tensor, Tensor]:
