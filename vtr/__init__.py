@@ -46,9 +46,16 @@ _PUBLIC = {
     "VisionZip": "vtr.methods.visionzip",
     "VTCCLS": "vtr.methods.vtc_cls",
     "FlowCut": "vtr.methods.flowcut",
+    "RadialAttention": "vtr.methods.radial",
     "Random": "vtr.methods.random",
     "ToFe": "vtr.methods.tofe",
     "ToMe": "vtr.methods.tome",
+    "NeighborhoodAttention": "vtr.methods.neighborhood",
+    "OwnFrame": "vtr.methods.random_sparse",
+    "RandomSparse": "vtr.methods.random_sparse",
+    "RectifiedSparse": "vtr.methods.rectified",
+    "Rettention": "vtr.methods.rettention",
+    "SlidingTile": "vtr.methods.sliding_tile",
 }
 
 _PACKAGES = frozenset({"evaluate", "kernels", "train", "zoo"})
@@ -71,8 +78,14 @@ if TYPE_CHECKING:
     from vtr.methods.evit import EViT
     from vtr.methods.fastv import FastV
     from vtr.methods.flowcut import FlowCut
+    from vtr.methods.neighborhood import NeighborhoodAttention
     from vtr.methods.pyramiddrop import PyramidDrop
+    from vtr.methods.radial import RadialAttention
     from vtr.methods.random import Random
+    from vtr.methods.random_sparse import OwnFrame, RandomSparse
+    from vtr.methods.rectified import RectifiedSparse
+    from vtr.methods.rettention import Rettention
+    from vtr.methods.sliding_tile import SlidingTile
     from vtr.methods.sparsevlm import SparseVLM
     from vtr.methods.tofe import ToFe
     from vtr.methods.tome import ToMe

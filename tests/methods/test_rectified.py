@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from tests.methods.sites import Run, tensors
+from vtr.method import create
 from vtr.methods._order import block_neighbours, grid_order, hilbert_order
 from vtr.methods._rectify import (
     critical_blocks,
@@ -14,6 +16,7 @@ from vtr.methods._rectify import (
     implicit_attention,
     rectified_attention,
 )
+from vtr.methods.rectified import RectifiedSparse
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -201,3 +204,63 @@ def test_neighbours_are_those_of_the_tokens(order):
     i, j = near.nonzero(as_tuple=True)
     expected[of[i], of[j]] = True
     assert torch.equal(block_neighbours(shape, places, block), expected)
+
+
+@pytest.mark.parametrize("order", ["hilbert", "raster", (1, 2, 4)])
+@pytest.mark.parametrize("text_first", [False, True])
+def test_in_the_models_order_of_tokens(order, text_first):
+    """At a site the tokens stand in raster order, with text before or behind them."""
+    grid, text, block = (3, 6, 8), 6, 16
+    method = RectifiedSparse(p=0.3, drop=0.6, order=order, block=block, first_frame=True)
+    valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    run = Run(method, grid, text_first=text_first, text_valid=valid)
+    g = torch.Generator().manual_seed(3)
+    qkv = [t + torch.randn(2, 2, 1, 16, generator=g) * 0.5 for t in tensors(grid, text)]
+    out = method.attend(run.site(qkv))
+    places = grid_order(grid, order)
+    always = block_neighbours(grid, places, block)
+    always[:3, :3] = True  # 9 blocks of 3 frames
+    first = text if text_first else 0
+    words = torch.arange(text) + (0 if text_first else 144)
+    index = torch.cat([places + first, words])
+    for b in range(2):
+        for h in range(2):
+            q, k, v = (t[b, h, index] for t in qkv)
+            expected = _by_token(q, k, v, text, valid[b], 0.25, block, 0.3, 0.6, always)
+            torch.testing.assert_close(out[b, h, index].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_key_heads():
+    grid = (2, 4, 8)
+    method = RectifiedSparse(drop=0.6, block=16)
+    q, k, v = tensors(grid, 5, heads=4, key_heads=2)
+    out = Run(method, grid)((q, k, v))
+    expected = Run(method, grid)((q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_dense_steps_and_a_full_density_at_a_site(dtype):
+    method = RectifiedSparse(drop=0.0, dense_steps=1, block=16)
+    run = Run(method, (2, 4, 8), text_first=True)
+    qkv = tensors((2, 4, 8), 5, dtype=dtype)
+    expected = run.site(qkv).dense()
+    assert torch.equal(run(qkv, 0), expected)
+    out = run(qkv, 1)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert float(run.notes["density"]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"p": 1.5}, {"drop": -0.1}, {"order": "zigzag"}, {"order": (2, 4)}, {"drop": "all"}]
+)
+def test_bad_options(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        RectifiedSparse(**options)
+
+
+def test_is_written_and_read():
+    for name in RectifiedSparse.PRESETS:
+        method = RectifiedSparse.preset(name, order=(4, 4, 8))
+        assert create(**method.to_dict()) == method

@@ -15,8 +15,14 @@ from vtr.methods.divprune import DivPrune
 from vtr.methods.evit import EViT
 from vtr.methods.fastv import FastV
 from vtr.methods.flowcut import FlowCut
+from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.pyramiddrop import PyramidDrop
+from vtr.methods.radial import RadialAttention
 from vtr.methods.random import Random
+from vtr.methods.random_sparse import OwnFrame, RandomSparse
+from vtr.methods.rectified import RectifiedSparse
+from vtr.methods.rettention import Rettention
+from vtr.methods.sliding_tile import SlidingTile
 from vtr.methods.sparsevlm import SparseVLM
 from vtr.methods.tofe import ToFe
 from vtr.methods.tome import ToMe
@@ -32,8 +38,15 @@ __all__ = [
     "EViT",
     "FastV",
     "FlowCut",
+    "NeighborhoodAttention",
+    "OwnFrame",
     "PyramidDrop",
+    "RadialAttention",
     "Random",
+    "RandomSparse",
+    "RectifiedSparse",
+    "Rettention",
+    "SlidingTile",
     "SparseVLM",
     "ToFe",
     "ToMe",

@@ -59,12 +59,11 @@ def grid_order(shape: Sequence[int], order: str | Sequence[int]) -> Tensor:
 
 def check_order(order: object) -> str | tuple[int, int, int]:
     """``"hilbert"``, ``"raster"`` or three positive ints, else ValueError."""
-    if isinstance(order, str):
-        if order in ("hilbert", "raster"):
-            return order
-    elif isinstance(order, (tuple, list)) and len(order) == 3:
-        if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in order):
-            return order[0], order[1], order[2]
+    if order == "hilbert" or order == "raster":
+        return str(order)
+    tile = tuple(order) if isinstance(order, (tuple, list)) else ()
+    if len(tile) == 3 and all(type(n) is int and n > 0 for n in tile):
+        return tile[0], tile[1], tile[2]
     raise ValueError(
         f'order must be "hilbert", "raster" or a tile (frames, height, width) of tokens, got {order!r}'
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,22 +25,24 @@ def rectified_attention(
     always: Tensor | None = None,
     rectify: bool = True,
     backend: str = "auto",
+    notes: dict[str, Any] | None = None,
 ) -> Tensor:
     """Rectified SpaAttn on tokens in compact order, text last: the formulas of
     :class:`~vtr.methods.RectifiedSparse`.
 
     Args:
-        q, k, v: (B, H, N + T, D).
+        q: (B, H, N + T, D). k, v: (B, Hk, N + T, D), H a multiple of Hk.
         text: T. text_valid: (B, T) bool, False for padding, or None.
         always: (NB, NB) bool, grid blocks that are critical whatever their share, or None.
+        notes: takes ``density``, the mean share of the keys that grid queries see exactly, as a
+            tensor (reading it waits for the device).
 
     Returns:
         (B, H, N + T, D) in the dtype of q.
     """
     tokens = q.shape[2] - text
     grid_q, grid_k, grid_v = (t[:, :, :tokens] for t in (q, k, v))
-    text_k, text_v = k[:, :, tokens:], v[:, :, tokens:]
-    share = implicit_attention(grid_q, grid_k, text_k, text_valid, block, scale)
+    share = implicit_attention(grid_q, grid_k, k[:, :, tokens:], text_valid, block, scale)
     critical = critical_blocks(share, p, drop, always)
     row_scale = added = None
     if rectify:
@@ -46,8 +50,10 @@ def rectified_attention(
         weight = share[..., :-1] * pooled
         factor = (share[..., :-1] * ~pooled).sum(-1) + share[..., -1]
         row_scale = factor.repeat_interleave(block, 2)[:, :, :tokens].contiguous()
-        added = weight @ pool_blocks(grid_v, block)
+        added = weight @ _per_head(pool_blocks(grid_v, block), q.shape[1])
     mask = grid_and_text_mask(critical, tokens, text, text_valid, block)
+    if notes is not None:
+        notes["density"] = _density(critical, tokens, text, block)
     gap = key_places(tokens, text, block) - tokens - text
     keys, values = (
         torch.cat([F.pad(t[:, :, :tokens], (0, 0, 0, gap)), t[:, :, tokens:]], 2) if gap else t
@@ -62,7 +68,9 @@ def rectified_attention(
     seen = None
     if text_valid is not None:
         seen = torch.cat([text_valid.new_ones(q.shape[0], tokens), text_valid], 1)[:, None, None]
-    words = F.scaled_dot_product_attention(q[:, :, tokens:], k, v, attn_mask=seen, scale=scale)
+    words = F.scaled_dot_product_attention(
+        q[:, :, tokens:], k, v, attn_mask=seen, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
     return torch.cat([out, words], 2)
 
 
@@ -78,20 +86,22 @@ def implicit_attention(
         P_It  = sum_t exp(scale mean(q_I) . k_t) / Z_I
 
     Args:
-        q, k: (B, H, N, D) of the grid tokens in blocks of ``block``; the last may be ragged.
-        text_k: (B, H, T, D), T may be 0.
+        q: (B, H, N, D), k: (B, Hk, N, D) of the grid tokens in blocks of ``block``; the last may be
+            ragged.
+        text_k: (B, Hk, T, D), T may be 0.
         text_valid: (B, T) bool, False for padding, or None.
 
     Returns:
         (B, H, NB, NB + 1) float32 (float64 for float64), rows sum to 1; the last column is the
         text's, zero without any.
     """
-    rows, columns = pool_blocks(q, block) * scale, pool_blocks(k, block)
+    heads = q.shape[1]
+    rows, columns = pool_blocks(q, block) * scale, _per_head(pool_blocks(k, block), heads)
     blocks = columns.shape[2]
     count = torch.full((blocks,), float(block), dtype=columns.dtype, device=k.device)
     count[-1] = k.shape[2] - (blocks - 1) * block
     logits = rows @ columns.transpose(-1, -2) + count.log()
-    words = rows @ text_k.to(rows.dtype).transpose(-1, -2)
+    words = rows @ _per_head(text_k, heads).to(rows.dtype).transpose(-1, -2)
     if text_valid is not None:
         words = words.masked_fill(~text_valid[:, None, None], float("-inf"))
     share = torch.softmax(torch.cat([logits, words], -1), -1)
@@ -125,11 +135,26 @@ def gains_outweigh_errors(q: Tensor, k: Tensor, block: int) -> Tensor:
 
     (both times |I||J|, which decides nothing). Arguments as :func:`implicit_attention`.
     """
-    (rows, spread_q), (columns, spread_k) = (_mean_and_spread(x, block) for x in (q, k))
+    rows, spread_q = _mean_and_spread(q, block)
+    columns, spread_k = (_per_head(x, q.shape[1]) for x in _mean_and_spread(k, block))
     gain = (rows @ columns.transpose(-1, -2)).abs()
     error = (spread_q @ columns.transpose(-1, -2)).abs()
     error = error + (rows @ spread_k.transpose(-1, -2)).abs()
     return gain > error
+
+
+def _density(critical: Tensor, tokens: int, text: int, block: int) -> Tensor:
+    """Share of the keys, text among them, that grid queries see."""
+    blocks = critical.shape[-1]
+    size = torch.full((blocks,), float(block), device=critical.device)
+    size[-1] = tokens - (blocks - 1) * block
+    seen = (critical.float() @ size + text) @ size / tokens
+    return seen.mean() / (tokens + text)
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """(B, Hk, ...) for every query head, (B, H, ...)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _mean_and_spread(x: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ def neighborhood(
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     causal: bool | Sequence[bool] = False,
+    tile: Sequence[int] | None = None,
     text: int = 0,
     block: int = 128,
 ) -> BlockMask:
@@ -34,6 +35,9 @@ def neighborhood(
     Args:
         shape: grid (tokens per axis), slowest axis first; tokens in raster order.
         window, stride, dilation, causal: one value for all axes or one per axis.
+        tile: tokens per axis of a tile: the mask is then for tokens reordered by
+            :func:`tile_order`, in which what a query sees lies in fewer blocks (whole ones, where
+            stride and window are multiples of the tile).
         text: tokens after the grid, dense both ways.
 
     Raises:
@@ -56,7 +60,8 @@ def neighborhood(
         once = _per_axis(causal, len(sizes), "causal")[axis]
         axes.append(_window(size, w, s, d, bool(once)))
     coordinates = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
-    return _grid(coordinates.flatten(1), axes, text, block)
+    places = coordinates.flatten(1)
+    return _grid(places if tile is None else places[:, tile_order(sizes, tile)], axes, text, block)
 
 
 def _window(size: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:

@@ -1,0 +1,243 @@
+"""Re-ttention against its formulas, written out on the whole map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.methods.sites import TOLERANCE, Run, attention, tensors
+from vtr.method import create
+from vtr.methods._kept import Kept, kept_bytes
+from vtr.methods.random_sparse import OwnFrame
+from vtr.methods.rectified import RectifiedSparse
+from vtr.methods.rettention import Rettention
+from vtr.methods.sliding_tile import SlidingTile
+
+VIDEO, IMAGE = (3, 4, 10), (1, 8, 16)
+
+
+def _band(grid, text, text_first, width):
+    """The authors' mask by its definition: places in the frame at most half a width apart."""
+    frames, n = grid[0], grid[1] * grid[2]
+    place = torch.arange(n).repeat(frames)
+    near = (place[:, None] - place[None]).abs() <= width // 2
+    out = torch.ones(frames * n + text, frames * n + text, dtype=torch.bool)
+    first = text if text_first else 0
+    out[first : first + frames * n, first : first + frames * n] = near
+    return out
+
+
+def _drifted(qkv, step, seed=1):
+    """Inputs that change slowly from step to step."""
+    g = torch.Generator().manual_seed(seed)
+    return [t + 0.05 * step * torch.randn(t.shape, generator=g).to(t.dtype) for t in qkv]
+
+
+@pytest.mark.parametrize(
+    ("grid", "text", "text_first"), [(IMAGE, 0, False), (VIDEO, 0, False), (VIDEO, 9, True), (VIDEO, 9, False)]
+)  # fmt: skip
+@pytest.mark.parametrize("clamp", [False, True])
+def test_a_run_follows_the_formulas(grid, text, text_first, clamp):
+    method = Rettention(density=0.3, dense_steps=2, refresh=3, block=16, clamp=clamp, drift=0.1)
+    run = Run(method, grid, text_first=text_first)
+    seen = _band(grid, text, text_first, int(grid[1] * grid[2] * 0.3))
+    ratio = residual = None
+    base = tensors(grid, text)
+    for step in range(10):
+        qkv = _drifted(base, step)
+        out = run(qkv, step)
+        dense, dense_lse = attention(*qkv, torch.tensor(True), 0.25)
+        sparse, sparse_lse = attention(*qkv, seen, 0.25)
+        if step < 2:
+            assert not run.state
+            expected = dense
+        elif (step - 2) % 3 == 0:
+            ratio = torch.exp(sparse_lse - dense_lse)
+            residual = dense - ratio[..., None] * sparse
+            expected = dense
+        else:
+            used = ratio.clamp(max=1) if clamp else ratio
+            expected = used[..., None] * sparse + residual
+            ratio = ratio + 0.1
+        torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_the_ratio_is_the_share_of_the_softmax_that_the_mask_keeps():
+    method = Rettention(density=0.3, block=16)
+    run = Run(method, VIDEO)
+    q, k, v = tensors(VIDEO)
+    run((q, k, v), 0)
+    weights = torch.softmax(q @ k.mT * 0.25, -1)
+    kept = (weights * _band(VIDEO, 0, False, 12)).sum(-1)
+    torch.testing.assert_close(run.state["measured"].ratio, kept, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("text", [0, 9])
+def test_unchanged_input_gives_the_dense_output_in_every_step(dtype, text):
+    method = Rettention(density=0.2, block=16, drift=0.0)
+    qkv = tensors(VIDEO, text, dtype=dtype)
+    run = Run(method, VIDEO)
+    expected = run.site(qkv).dense()
+    bare, _ = attention(*qkv, _band(VIDEO, text, False, 8), 0.25)
+    for step in range(3):
+        out = run(qkv, step)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert (bare - expected).abs().max() > 10 * TOLERANCE[dtype], "the mask alone is far from dense"
+
+
+def test_the_residual_before_the_projection_is_the_one_after_it():
+    """to_out is linear, so to_out(rho s') + [to_out(d) - to_out(rho s)] = to_out(rho s' + d - rho s)."""
+    to_out = torch.nn.Linear(32, 24).double()
+    dense, before, now = (torch.randn(2, 10, 32).double() for _ in range(3))
+    theirs = to_out(now) + (to_out(dense) - to_out(before))
+    torch.testing.assert_close(to_out(now + (dense - before)), theirs)
+
+
+def test_a_full_band_is_dense():
+    """Half the width on either side: a density of 2 would be needed to see all; whole blocks do."""
+    method = Rettention(density=1.0, block=128, whole_blocks=True, residual=False, drift=0.0)
+    qkv = tensors(IMAGE)
+    run = Run(method, IMAGE)
+    for step in range(2):
+        torch.testing.assert_close(run(qkv, step), run.site(qkv).dense(), atol=1e-5, rtol=1e-5)
+    assert run.notes["density"] == 1.0
+
+
+def test_another_methods_mask_is_reshaped():
+    inner = OwnFrame(block=16)
+    method = Rettention(mask=inner, block=16, drift=0.0, residual=False)
+    qkv = tensors(VIDEO, 9)
+    run = Run(method, VIDEO)
+    run(qkv, 0)
+    frame = torch.arange(120) // 40
+    seen = torch.ones(129, 129, dtype=torch.bool)
+    seen[:120, :120] = frame[:, None] == frame[None]
+    sparse, lse = attention(*qkv, seen, 0.25)
+    _, whole = attention(*qkv, torch.tensor(True), 0.25)
+    expected = sparse * torch.exp(lse - whole)[..., None]
+    torch.testing.assert_close(run(qkv, 1).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reordered_mask_keeps_ratios_with_their_tokens():
+    method = Rettention(mask=SlidingTile(tile=(1, 2, 5), window=(1, 2, 1), block=16), drift=0.0)
+    qkv = tensors(VIDEO, 9)
+    run = Run(method, VIDEO, text_first=True)
+    expected = run.site(qkv).dense()
+    for step in range(3):
+        torch.testing.assert_close(run(qkv, step), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_padded_text():
+    valid = torch.tensor([[True] * 9, [True] * 2 + [False] * 7])
+    method = Rettention(density=0.2, block=16, drift=0.0)
+    qkv = tensors(VIDEO, 9)
+    run = Run(method, VIDEO, text_valid=valid)
+    expected = run.site(qkv).dense()
+    for step in range(2):
+        torch.testing.assert_close(run(qkv, step), expected, atol=1e-5, rtol=1e-5)
+    # What stands in the padding changes nothing.
+    qkv[1][1, :, 125:] = 50.0
+    torch.testing.assert_close(run(qkv, 2)[:, :, :120], expected[:, :, :120], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", [None, "float32", "bfloat16", "float16", "float8"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_precisions_of_the_residual(precision, offload):
+    method = Rettention(density=0.2, block=16, drift=0.0, precision=precision, offload=offload)
+    qkv = tensors(VIDEO, dtype=torch.float32)
+    run = Run(method, VIDEO)
+    expected = run(qkv, 0)
+    error = (run(qkv, 1) - expected).abs().max() / expected.abs().max()
+    limit = {None: 1e-5, "float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-11, "float8": 2**-4}
+    assert error <= limit[precision]
+    if precision in ("bfloat16", "float8"):
+        assert error > 1e-4, "the residual is stored in few bits"
+    size = method.memory(layers=1, batch=2, heads=2, tokens=120, head_dim=16, dtype=torch.float32)
+    known = run.state["measured"]
+    assert known.residual.bytes == size["residual"]
+    assert known.ratio.numel() * 4 == size["ratio"]
+    assert run.notes["rettention_bytes"]["residual"] == 4 * size["residual"]
+
+
+def test_float8_of_rows_without_values_and_with_large_ones():
+    x = torch.tensor([[0.0, 0.0], [1e4, -3.0], [1e-6, -1e-6]])
+    kept = Kept("float8", False)
+    kept.store(x)
+    found = kept.load(x.device)
+    assert torch.isfinite(found).all()
+    assert ((found - x).abs() <= 2**-4 * x.abs() + 1e-12).all()
+    assert kept.bytes == kept_bytes(3, 2, "float8")
+
+
+def test_memory_of_published_models():
+    """CogVideoX-2B at 480 x 720 x 49, both guidance branches in a batch of 2."""
+    method = Rettention.preset("cogvideox")
+    size = method.memory(layers=30, batch=2, heads=30, tokens=17776, head_dim=64)
+    assert size["residual"] == 30 * 2 * 30 * 17776 * 64 * 2
+    assert size["ratio"] == 30 * 2 * 30 * 17776 * 4
+    fewer = method.replace(dense_layers=(0, 1, 99), residual=False)
+    assert fewer.memory(layers=30, batch=2, heads=30, tokens=17776, head_dim=64) == {
+        "ratio": 28 * 2 * 30 * 17776 * 4, "residual": 0,
+    }  # fmt: skip
+
+
+def test_skipped_steps_neither_drift_nor_count():
+    """A cache of the pipeline skipped steps 1 and 2 and the refresh at 5: by step, not by call."""
+    method = Rettention(density=0.3, block=16, refresh=5, drift=0.1, residual=False)
+    qkv = tensors(VIDEO)
+    once, all_steps = Run(method, VIDEO), Run(method, VIDEO)
+    for step in range(4):
+        expected = all_steps(qkv, step)
+    once(qkv, 0)
+    torch.testing.assert_close(once(qkv, 3), expected)
+    torch.testing.assert_close(once(qkv, 3), expected)
+    assert once.state["measured"].step == 0
+    torch.testing.assert_close(once(qkv, 7), once.site(qkv).dense(), atol=1e-5, rtol=1e-5)
+    assert once.state["measured"].step == 7
+
+
+def test_a_changed_size_or_mask_is_refused():
+    method = Rettention(density=0.3, block=16)
+    run = Run(method, VIDEO)
+    run(tensors(VIDEO), 0)
+    with pytest.raises(RuntimeError, match="batch and size must stay"):
+        run(tensors(VIDEO, batch=1), 1)
+    run.grid = (4, 4, 10)
+    with pytest.raises(RuntimeError, match="mask has changed"):
+        run(tensors((4, 4, 10)), 1)
+    with pytest.raises(RuntimeError, match=r"model.eval\(\)"):
+        method.attend(run.site(tensors(VIDEO), training=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mask": RectifiedSparse()}, "must not be used with another"),
+        ({"mask": Rettention()}, "static mask"),
+        ({"density": 0.0}, "density must be"),
+        ({"refresh": 0}, "refresh must be"),
+        ({"precision": "int8"}, "precision must be one of float32"),
+        ({"drift": 2}, "drift must be"),
+    ],
+)
+def test_bad_options_say_what_to_do(options, words):
+    with pytest.raises(ValueError, match=words):
+        Rettention(**options)
+
+
+def test_is_written_and_read():
+    method = Rettention(mask=SlidingTile(window=(3, 3, 3)), precision="float8")
+    assert create(**method.to_dict()) == method
+
+
+def test_a_batch_is_its_samples():
+    method = Rettention(density=0.3, block=16)
+    both, alone = Run(method, VIDEO), [Run(method, VIDEO) for _ in range(2)]
+    base = tensors(VIDEO)
+    for step in range(3):
+        qkv = _drifted(base, step)
+        out = both(qkv, step)
+        for i, run in enumerate(alone):
+            torch.testing.assert_close(out[i : i + 1], run([t[i : i + 1] for t in qkv], step))

@@ -1,0 +1,83 @@
+"""NeighborhoodAttention: windows on the token grid, shared by groups of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from vtr.kernels import masks
+from vtr.method import register
+from vtr.methods._order import arrange, grid_order
+from vtr.methods._presets import Presets
+from vtr.methods._static import (
+    Layout,
+    StaticSparse,
+    Window,
+    check_window,
+    compact_tile,
+    fit_window,
+)
+
+if TYPE_CHECKING:
+    from vtr.diffusion.site import AttentionSite
+
+
+@register
+@dataclass(frozen=True)
+class NeighborhoodAttention(Presets, StaticSparse):
+    """Generalised neighborhood attention, GNA (arXiv 2504.16922).
+
+    Along each axis of the grid, groups of ``stride`` neighbouring queries share the window of the
+    group's middle: ``window`` keys, ``dilation`` apart, shifted and not cut at the borders. Text is
+    dense both ways. Tokens are reordered tile by tile, so that what a query sees lies in few blocks;
+    with stride and window multiples of the tile these blocks are whole and nothing is wasted.
+
+    Args:
+        window: keys per axis, as (frames, height, width), (height, width) for images, or one int; a
+            float in (0, 1] is the share of the grid, for which a window is found at any resolution.
+        stride, dilation: one int, or one per axis as above; not with a window given as a share where
+            they do not fit it.
+        tile: tokens of a tile as (frames, height, width); None takes one of about ``block`` tokens.
+    """
+
+    name: ClassVar[str] = "neighborhood"
+    paper: ClassVar[str] = "Generalized Neighborhood Attention, 2025, arXiv 2504.16922"
+
+    PRESETS: ClassVar = {
+        "hunyuanvideo": {"window": (18, 24, 24), "stride": (16, 8, 8), "tile": (2, 8, 8)},
+    }
+    """For 30 x 48 x 80 tokens (0.09 of the grid)."""
+
+    window: Window = 0.25
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    tile: tuple[int, ...] | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        self._set("window", check_window(self.window))
+        for name in ("stride", "dilation", "tile"):
+            value = getattr(self, name)
+            if value is None and name == "tile":
+                continue
+            if isinstance(value, float):
+                raise ValueError(f"{name} must be a positive int or several, got {value!r}")
+            self._set(name, check_window(value, name))
+
+    def make_layout(self, site: AttentionSite) -> Layout:
+        grid = site.grid
+        tile = compact_tile(grid, self.block) if self.tile is None else fit_window(self.tile, grid)
+        mask = masks.neighborhood(
+            grid,
+            fit_window(self.window, grid),
+            stride=fit_window(self.stride, grid),
+            dilation=_per_axis(self.dilation),
+            tile=tile,
+            text=site.text,
+            block=self.block,
+        )
+        return Layout(mask, arrange(grid_order(grid, tile), site.text, site.text_first))
+
+
+def _per_axis(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    return value if isinstance(value, int) else (1,) * (3 - len(value)) + value

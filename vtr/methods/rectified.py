@@ -1,0 +1,123 @@
+"""RectifiedSparse: dynamic block-sparse attention whose skipped blocks still count, pooled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.method import register
+from vtr.methods._attention import AttentionMethod
+from vtr.methods._order import Arranged, arrange, block_neighbours, check_order, grid_order
+from vtr.methods._presets import Presets
+from vtr.methods._rectify import rectified_attention
+
+if TYPE_CHECKING:
+    from vtr.diffusion.site import AttentionSite
+
+
+@register
+@dataclass(frozen=True)
+class RectifiedSparse(Presets, AttentionMethod):
+    """Rectified SpaAttn (arXiv 2511.19835): block-sparse attention rectified by pooled blocks.
+
+    Tokens are reordered so that a block of ``block`` tokens is compact in space and time. Per query
+    block I and head, from pooled queries and keys:
+
+    1. P_IJ, the attention that block J would get (section 3.2, with text tokens unpooled);
+    2. the critical blocks: by falling P until their sum passes ``p``, at least ``1 - drop`` of the
+       blocks, and the blocks that touch I in the grid; text is always critical;
+    3. blocks whose pooling loses more than it tells are not pooled (section 3.3);
+    4. ``out_i = R_I softmax(critical)_i v + sum_J P_IJ mean(v_J)`` over the blocks J that are
+       neither critical nor excluded by 3, with R_I the share of P of all others.
+
+    4 is the epilogue of the block-sparse kernel. Text queries attend to everything. The mask is made
+    anew in every layer and step.
+
+    Against the authors' code: a Hilbert curve of the enclosing cube takes the place of their
+    generalised one; any length works (a ragged block weighs what it holds); ``drop=0`` is dense.
+
+    Args:
+        p: share of P that the critical blocks must pass, in [0, 1]. The authors take 0.3 everywhere.
+        drop: at most this share of the grid blocks is skipped, in [0, 1].
+        order: ``"hilbert"``, ``"raster"``, or a tile of (frames, height, width) tokens.
+        neighbours: blocks that touch the query block in the grid are always critical.
+        first_frame: the leading ``blocks // frames`` blocks always see each other (the authors' rule
+            for Wan, which is not quite the first frame where a curve orders the tokens).
+        rectify: False leaves out 3 and 4: the bare mask, for comparison.
+    """
+
+    name: ClassVar[str] = "rectified-sparse"
+    paper: ClassVar[str] = "Rectified SpaAttn, 2025, arXiv 2511.19835"
+
+    PRESETS: ClassVar = {
+        "hunyuanvideo": {"drop": 0.8},
+        "wan2.1-t2v": {"drop": 0.75, "dense_layers": 2, "dense_steps": 5, "first_frame": True},
+        "wan2.1-i2v": {"drop": 0.75, "dense_layers": 2, "first_frame": True},
+        "wan2.2-a14b": {"drop": 0.8, "dense_layers": 2, "first_frame": True},
+        "wan2.2-ti2v": {"drop": 0.75, "dense_layers": 2, "dense_steps": 5, "first_frame": True},
+        "cogvideox1.5-t2v": {"drop": 0.85, "dense_steps": 5},
+        "cogvideox1.5-i2v": {"drop": 0.75, "dense_steps": 5},
+        "flux": {"drop": 0.9, "dense_layers": tuple(range(37, 57))},
+    }
+    """The authors' scripts, which give a range of ``drop`` for some models: this is its safe or middle
+    part. Flux is their setting for 4096 x 4096."""
+
+    p: float = 0.3
+    drop: float = 0.75
+    order: str | tuple[int, int, int] = "hilbert"
+    neighbours: bool = True
+    first_frame: bool = False
+    rectify: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("p", "drop"):
+            value = getattr(self, name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 0 <= value <= 1
+            ):
+                raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+        self._set("order", check_order(self.order))
+
+    def attend(self, site: AttentionSite) -> Tensor:
+        arranged, always = self._places(site)
+        q, k, v = site.q, site.k, site.v
+        if arranged is not None:
+            q, k, v = (t.index_select(2, arranged.order) for t in (q, k, v))
+        out = rectified_attention(
+            q, k, v, text=site.text, text_valid=site.text_valid, scale=site.scale,
+            block=self.block, p=self.p, drop=self.drop, always=always, rectify=self.rectify,
+            backend=site.backend, notes=site.notes,
+        )  # fmt: skip
+        return out if arranged is None else out.index_select(2, arranged.back)
+
+    def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor | None]:
+        """The order of the tokens and the blocks that always see each other, once per grid."""
+        key = ("places", site.grid, site.text, site.text_first, str(site.q.device))
+        if key not in site.shared:
+            order = grid_order(site.grid, self.order)
+            site.shared[key] = self._make_places(order, site)
+        found: tuple[Arranged | None, Tensor | None] = site.shared[key]
+        return found
+
+    def _make_places(
+        self, order: Tensor, site: AttentionSite
+    ) -> tuple[Arranged | None, Tensor | None]:
+        device = site.q.device
+        arranged = arrange(order, site.text, site.text_first)
+        if arranged is not None:
+            arranged = Arranged(*(t.to(device) for t in arranged))
+        blocks = -(-order.numel() // self.block)
+        always = torch.eye(blocks, dtype=torch.bool)
+        if self.neighbours:
+            always = block_neighbours(site.grid, order, self.block)
+        if self.first_frame:
+            first = blocks // site.grid[0]
+            always[:first, :first] = True
+        wanted = self.neighbours or self.first_frame
+        return arranged, always.to(device) if wanted else None

@@ -1,0 +1,246 @@
+"""Rettention: a sparse softmax rescaled to its share of the dense one, plus what it last missed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.kernels import BlockMask, masks
+from vtr.method import create, register
+from vtr.methods._attention import AttentionMethod
+from vtr.methods._kept import PRECISIONS, Kept, kept_bytes
+from vtr.methods._presets import Presets
+from vtr.methods._static import Layout, StaticSparse, sparse
+
+if TYPE_CHECKING:
+    from vtr.diffusion.site import AttentionSite
+
+
+@register
+@dataclass(frozen=True)
+class Rettention(Presets, StaticSparse):
+    """Re-ttention, statistically reshaped attention (NeurIPS 2025, arXiv 2505.22918).
+
+    A softmax over the keys S of a sparse mask has a smaller denominator than the dense one, so it
+    gives the keys that remain too much. Their ratio, which drifts slowly over the denoising steps,
+    is measured at rare dense steps and used in the steps between, together with what the masked keys
+    contributed then:
+
+        refresh:  rho_i = sum_{j in S} e^{s_ij} / sum_j e^{s_ij} = exp(lse_sparse - lse_dense)
+                  out = dense;   residual = dense - rho sparse
+        between:  out = rho sparse + residual;   rho grows by ``drift`` per step
+
+    Differences from the authors' code: the residual is taken before the output projection, which is
+    linear, so it is the same (its bias cancels), and the sparse output is scaled inside the kernel;
+    the schedule follows the pipeline's steps (theirs counts calls); ``clamp`` is an addition.
+
+    The authors' mask is a band over the places inside a frame, ``int(density * places)`` wide, the
+    same in every frame (an image is one frame); text is dense. Such a band cuts through its blocks:
+    the kernel's work is the share of live blocks, more than ``density`` where the band is narrower
+    than a block. Smaller blocks or ``whole_blocks`` make use of that.
+
+    Memory: a float32 ratio per token and head, and a residual as large as the attention's output, of
+    every sparse layer and guidance branch, for the length of a run; :meth:`memory` says how much
+    beforehand.
+
+    Args:
+        density: share of a frame's places in the band, in (0, 1]. Not used with ``mask``.
+        mask: another method with a static mask, whose mask is reshaped instead of the band:
+            ``Rettention(mask=RadialAttention())``. Methods that choose keys anew in every step are
+            refused: a ratio holds for the mask that it was measured with.
+        refresh: steps from one dense step to the next (the first of them is the first step that is
+            not in ``dense_steps``).
+        drift: added to rho per sparse step (the authors' lambda).
+        clamp: keep rho at most 1, which as a share it is.
+        residual: whether to add the residual; without it the memory is next to nothing.
+        precision: of the residual: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float8"`` (e4m3
+            with a scale per row), or None for the model's own.
+        offload: keep the residual in CPU memory (pinned for a GPU).
+        whole_blocks: keep every live block whole: the same work for more keys; no longer the
+            authors' mask.
+    """
+
+    name: ClassVar[str] = "rettention"
+    paper: ClassVar[str] = "Re-ttention, NeurIPS 2025, arXiv 2505.22918"
+
+    PRESETS: ClassVar = {
+        "pixart-alpha": {"dense_steps": 5},
+        "pixart-sigma": {"dense_steps": 5},
+        "hunyuan-dit": {"dense_steps": 10},
+        "cogvideox": {"dense_steps": 15},
+    }
+    """Of 20, 20, 50 and 50 steps; the rest is the default."""
+
+    density: float = 1 / 32
+    mask: AttentionMethod | None = None
+    refresh: int = 5
+    drift: float = 0.04
+    clamp: bool = False
+    residual: bool = True
+    precision: str | None = None
+    offload: bool = False
+    whole_blocks: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        if isinstance(self.mask, Mapping):  # from JSON
+            self._set("mask", create(**self.mask))
+        if isinstance(self.density, bool) or not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density!r}")
+        if self.mask is not None and (
+            not isinstance(self.mask, StaticSparse) or isinstance(self.mask, Rettention)
+        ):
+            raise ValueError(
+                "mask must be a method with a static mask (such as RadialAttention, SlidingTile or "
+                f"NeighborhoodAttention), got {self.mask}: Re-ttention's ratio holds for the mask "
+                "that it was measured with, and must not be used with another"
+            )
+        if type(self.refresh) is not int or self.refresh < 1:
+            raise ValueError(f"refresh must be a positive int (steps), got {self.refresh!r}")
+        if isinstance(self.drift, bool) or not -1 <= self.drift <= 1:
+            raise ValueError(f"drift must be a number from -1 to 1, got {self.drift!r}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)} or None, got {self.precision!r}"
+            )
+
+    # ---- the mask ---------------------------------------------------------------------------
+
+    def make_layout(self, site: AttentionSite) -> Layout:
+        if isinstance(self.mask, StaticSparse):
+            layout = self.mask.make_layout(site)
+        else:
+            frames, height, width = site.grid
+            places = height * width
+            layout = Layout(
+                masks.frame_band(
+                    frames, places, max(1, int(places * self.density)), text=site.text,
+                    text_first=site.text_first, block=self.block,
+                )
+            )  # fmt: skip
+        if not self.whole_blocks:
+            return layout
+        old = layout.mask
+        whole = BlockMask.from_blocks(
+            old.to_dense(blocks=True), q_len=old.q_len, k_len=old.k_len, block=old.block
+        )
+        return Layout(whole, layout.arranged)
+
+    def layout_key(self, site: AttentionSite) -> tuple[object, ...]:
+        return self.mask.layout_key(site) if isinstance(self.mask, StaticSparse) else ()
+
+    # ---- a call -----------------------------------------------------------------------------
+
+    def attend(self, site: AttentionSite) -> Tensor:
+        if site.training:
+            raise RuntimeError(
+                "Re-ttention carries a ratio from step to step of a generation, and training has no "
+                "such steps: call model.eval() to generate, and train under the mask itself "
+                "(RadialAttention, SlidingTile, NeighborhoodAttention)"
+            )
+        layout = self.layout(site)
+        known: Measured | None = site.state.get("measured")
+        if known is None or not 0 <= site.step - known.step < self.refresh:
+            return self._refresh(site, layout, known)
+        known.check(site, layout)
+        ratio = known.ratio + self.drift * max(0, site.step - known.step - 1)
+        if self.clamp:
+            ratio = ratio.clamp(max=1.0)
+        out, _ = sparse(site, layout, row_scale=ratio)
+        if known.residual is not None:
+            out = (out + known.residual.load(out.device)).to(out.dtype)
+        return out
+
+    def _refresh(self, site: AttentionSite, layout: Layout, known: Measured | None) -> Tensor:
+        dense, whole = site.dense(return_lse=True)
+        if known is None:
+            known = site.state["measured"] = Measured(self.precision, self.offload, self.residual)
+            self._announce(site)
+        found, part = sparse(site, layout, return_lse=True)
+        assert part is not None
+        known.ratio = torch.exp(part - whole).detach()
+        known.step, known.ident = site.step, int(layout.mask.ident)
+        if known.residual is not None:
+            known.residual.store(dense - (found * known.ratio.unsqueeze(-1)).to(dense.dtype))
+        result: Tensor = dense
+        return result
+
+    # ---- memory -----------------------------------------------------------------------------
+
+    def memory(
+        self, *, layers: int, batch: int, heads: int, tokens: int, head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> dict[str, int]:  # fmt: skip
+        """What a run keeps, in bytes.
+
+        Args:
+            layers: self-attention layers of the model; those that are always dense are left out.
+            batch: rows of the batch, both guidance branches together.
+            tokens: grid and joint text tokens.
+            dtype: the model's, which ``precision=None`` keeps.
+
+        Returns:
+            ``ratio`` and ``residual`` (0 without one), of all layers together.
+        """
+        dense = self.dense_layers
+        always = (
+            min(dense, layers) if isinstance(dense, int) else len({i for i in dense if i < layers})
+        )
+        rows = (layers - always) * batch * heads * tokens
+        own = {v: k for k, v in PRECISIONS.items()}[dtype]
+        kept = kept_bytes(rows, head_dim, self.precision or own) if self.residual else 0
+        return {"ratio": 4 * rows, "residual": kept}
+
+    def _announce(self, site: AttentionSite) -> None:
+        """At the first refresh of a layer: how much this branch will keep, and whether it fits."""
+        batch, heads, tokens, dim = site.q.shape
+        size = self.memory(
+            layers=site.layers, batch=batch, heads=heads, tokens=tokens, head_dim=dim,
+            dtype=site.q.dtype,
+        )  # fmt: skip
+        site.notes["rettention_bytes"] = {**size, "branch": site.branch, "on_cpu": self.offload}
+        if site.q.is_cuda and not site.memory.get("announced"):
+            site.memory["announced"] = True
+            free, _ = torch.cuda.mem_get_info(site.q.device)
+            need = size["ratio"] + (0 if self.offload else size["residual"])
+            if need > free:
+                warnings.warn(
+                    f"Re-ttention will keep {need / 2**30:.1f} GiB for this branch of the guidance, "
+                    f'and {free / 2**30:.1f} GiB are free; precision="float8" keeps about half of '
+                    "that, offload=True keeps it in CPU memory, residual=False next to nothing",
+                    stacklevel=2,
+                )
+
+
+class Measured:
+    """What a layer and branch keep from their last dense step.
+
+    Attributes:
+        ratio: (B, H, S) float32. residual: of (B, H, S, D), or None. step: when it was measured.
+        ident: the mask that it was measured with.
+    """
+
+    def __init__(self, precision: str | None, offload: bool, residual: bool) -> None:
+        self.ratio = torch.empty(0)
+        self.residual = Kept(precision, offload) if residual else None
+        self.step = -1
+        self.ident = -1
+
+    def check(self, site: AttentionSite, layout: Layout) -> None:
+        """Raises where the ratio is not one of this mask and these tokens."""
+        if self.ident != int(layout.mask.ident):
+            raise RuntimeError(
+                f"layer {site.layer}: the mask has changed since step {self.step}, when Re-ttention "
+                "measured its ratio; the size must stay the same for a whole run"
+            )
+        if self.ratio.shape != site.q.shape[:3]:
+            raise RuntimeError(
+                f"layer {site.layer}: Re-ttention measured its ratio on (batch, heads, tokens) = "
+                f"{tuple(self.ratio.shape)} at step {self.step}, this call has "
+                f"{tuple(site.q.shape[:3])}; batch and size must stay the same for a whole run"
+            )
