@@ -20,14 +20,14 @@ def built_in():
 
 
 def test_answers_held_out_questions_freely(built_in):
-    scores = questions.evaluate_vlm(*built_in, questions.vqa(120, seed=11))
+    scores = questions.evaluate_vlm(*built_in, questions.vqa(200, seed=11))
     assert scores["mean"] >= 0.95
     assert min(scores.values()) >= 0.90
 
 
 def test_selection_beats_chance_at_few_tokens(built_in):
     model, processor = built_in
-    samples = questions.vqa(120, seed=12)
+    samples = questions.vqa(150, seed=12)
     dense = questions.evaluate_vlm(model, processor, samples)["mean"]
     scores = {}
     for keep in (17, 9):
@@ -41,7 +41,8 @@ def test_selection_beats_chance_at_few_tokens(built_in):
                 ]
                 assert handle.trace.stages[-1].tokens_out == keep
     assert dense - scores["vtc-cls", 17] <= 0.02
-    assert dense - scores["random", 9] >= 0.10
+    assert dense - scores["random", 17] >= 0.05
+    assert dense - scores["random", 9] >= 0.15
     assert scores["vtc-cls", 9] > scores["random", 9]
 
 
@@ -88,8 +89,11 @@ def test_questions_fit_their_scenes():
     for i in range(50):
         digit, said = questions.text(answers[i]).split()
         assert (said == "yes") == (int(digit) in batch.digits[i, : batch.number[i]].tolist())
+    asked, answers = questions.ask(batch, "how many", generator)
+    for i in range(50):
+        assert questions.text(answers[i]) == f"digits {batch.number[i]}"
     with pytest.raises(ValueError, match="kind must be one of"):
-        questions.ask(batch, "how many", generator)
+        questions.ask(batch, "how old", generator)
 
 
 def test_turns_see_the_picture_and_themselves_only():

@@ -18,7 +18,7 @@ from vtr.zoo.scenes import COLOURS, Scenes, scenes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-KINDS = ("digit of a colour", "colour of a digit", "digit at a place", "is there")
+KINDS = ("digit of a colour", "colour of a digit", "digit at a place", "is there", "how many")
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = (
@@ -38,6 +38,7 @@ WORDS = (
         "?",
     ],
     *COLOURS,
+    *["how", "many", "digits", "are"],
     *["top", "bottom", "left", "right", "yes", "no"],
     *map(str, range(10)),
 )
@@ -75,24 +76,26 @@ def ask(batch: Scenes, kind: str, generator: torch.Generator) -> tuple[Tensor, T
     row, column = _ROW[place // 2], _COLUMN[place % 2]
     name = _DIGIT[digit]
     if kind == KINDS[0]:
-        return _turn("which digit is", [colour]), _answer(colour, name)
+        return _turn(n, "which digit is", [colour]), _answer(colour, name)
     if kind == KINDS[1]:
-        return _turn("what color is the", [name]), _answer(name, colour)
+        return _turn(n, "what color is the", [name]), _answer(name, colour)
     if kind == KINDS[2]:
-        return _turn("which digit is at the", [row, column]), _answer(row, column, name)
+        return _turn(n, "which digit is at the", [row, column]), _answer(row, column, name)
+    if kind == KINDS[4]:
+        key = ids("digits").expand(n)
+        return _turn(n, "how many digits are there", []), _answer(key, _DIGIT[batch.number])
     if kind != KINDS[3]:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     there = torch.zeros(n, 11, dtype=torch.bool).scatter(1, batch.digits % 11, True)[:, :10]
     absent = torch.rand(n, 10, generator=generator).masked_fill(there, -1).argmax(1)
     yes = torch.rand(n, generator=generator) < 0.5
     name = _DIGIT[torch.where(yes, digit, absent)]
-    return _turn("is there a", [name]), _answer(name, _YES_NO[yes.long()])
+    return _turn(n, "is there a", [name]), _answer(name, _YES_NO[yes.long()])
 
 
-def _turn(words: str, key: list[Tensor]) -> Tensor:
-    n = len(key[0])
+def _turn(n: int, words: str, key: list[Tensor]) -> Tensor:
     start, end = ids(f"USER: {words}").expand(n, -1), ids("? ASSISTANT:").expand(n, -1)
-    return torch.cat([start, torch.stack(key, 1), end], 1)
+    return torch.cat([start, *(word[:, None] for word in key), end], 1)
 
 
 def _answer(*words: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def scenes(
     split: data.Split = "train",
     *,
     most: int = MOST,
-    box: tuple[float, float] = (32.0, 40.0),
+    box: tuple[float, float] = (24.0, 32.0),
 ) -> Scenes:
     """Pictures with one to ``most`` digits each.
 
