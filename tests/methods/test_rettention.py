@@ -8,6 +8,7 @@ import torch
 from tests.methods.sites import TOLERANCE, Run, attention, tensors
 from vtr.method import create
 from vtr.methods._kept import Kept, kept_bytes
+from vtr.methods.radial import RadialAttention
 from vtr.methods.random_sparse import OwnFrame
 from vtr.methods.rectified import RectifiedSparse
 from vtr.methods.rettention import Rettention
@@ -140,6 +141,21 @@ def test_padded_text():
     # What stands in the padding changes nothing.
     qkv[1][1, :, 125:] = 50.0
     torch.testing.assert_close(run(qkv, 2)[:, :, :120], expected[:, :, :120], atol=1e-5, rtol=1e-5)
+
+
+def test_the_radial_mask():
+    inner = RadialAttention(block=16, decay=0.5)
+    method = Rettention(mask=inner, block=16, drift=0.0, residual=False)
+    grid = (6, 4, 8)
+    qkv = tensors(grid)
+    run = Run(method, grid)
+    run(qkv, 0)
+    seen = inner.layout(Run(inner, grid).site(qkv)).mask.to_dense()
+    assert not seen.all()
+    sparse, lse = attention(*qkv, seen, 0.25)
+    expected = sparse * torch.exp(lse - attention(*qkv, torch.tensor(True), 0.25)[1])[..., None]
+    torch.testing.assert_close(run(qkv, 1).double(), expected, atol=1e-5, rtol=1e-5)
+    assert create(**method.to_dict()) == method
 
 
 @pytest.mark.parametrize("precision", [None, "float32", "bfloat16", "float16", "float8"])
