@@ -1,0 +1,323 @@
+"""``python -m vtr.zoo.evaluate_video``: the built-in video model on held-out clips, dense and with every
+method for video, at several numbers of tokens.
+
+Writes PREFIX.json, PREFIX.md and PREFIX.png where ``--out PREFIX`` is given. A run that was stopped goes
+on where it left: configurations that PREFIX.json holds are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+import vtr
+from vtr.method import Method, Reduction, Stage
+from vtr.methods._vlm import budget, language, prune
+from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.zoo.video_questions import KINDS, VideoSample, answers, score, video_qa
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SHARES = (0.5, 0.25, 0.1)
+CLIPS = 40
+
+
+@dataclass(frozen=True)
+class DropFrames(Method):
+    """Baseline: whole frames stay or go, before the language model; positions are kept.
+
+    Args:
+        keep: budget of the video's tokens. It is spent frame by frame; the last frame chosen may be
+            cut off in the middle, so that the number is exact.
+        order: ``"uniform"``: as many frames as the budget needs, evenly spaced; ``"random"``: in an
+            order drawn from torch's global generator.
+    """
+
+    name: ClassVar[str] = "drop-frames"
+    paper: ClassVar[str] = "baseline: fewer frames"
+    sites: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    keep: int | float = 0.25
+    order: Literal["uniform", "random"] = "uniform"
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        return {"prompt": frozenset()}
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return (Stage("prompt", 0),)
+
+    def reduce(self, site: Site) -> Reduction | None:
+        here = language(site)
+        number = budget(here, self.keep)
+        scores = torch.stack([self._row(here, i, int(number[i])) for i in range(here.batch)])
+        return prune(here, scores, number)
+
+    def _row(self, site: LanguageSite, sample: int, number: int) -> torch.Tensor:
+        """Scores of a sample's tokens: frames in the order in which they are taken."""
+        frame = site.frame[sample]
+        frames = int(frame.max()) + 1
+        each = int((frame == 0).sum())
+        if self.order == "random":
+            order = torch.randperm(frames)
+        else:
+            wanted = min(frames, -(-number // each))
+            chosen = ((torch.arange(wanted) + 0.5) * frames / wanted).long()
+            others = [i for i in range(frames) if i not in chosen.tolist()]
+            order = torch.tensor([*chosen.tolist(), *others])
+        rank = torch.empty(frames + 1)
+        rank[order] = torch.arange(frames, 0, -1, dtype=torch.float32)
+        rank[frames] = 0.0  # separators, whose frame is -1, go last
+        return rank.to(frame.device)[frame] - torch.arange(site.n, device=frame.device) / site.n / 2
+
+
+def methods_at(share: float) -> dict[str, Method]:
+    """Every method for video, with a share of the tokens left, under the name that tables show."""
+    return {
+        "random tokens": vtr.Random(keep=share, site="prompt", seed=0),
+        "random frames": DropFrames(keep=share, order="random"),
+        "uniform frames": DropFrames(keep=share),
+        "DivPrune": vtr.DivPrune(keep=share),
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """One configuration.
+
+    Attributes:
+        name: of the method; ``dense`` for the bare model.
+        method: with its settings.
+        share: of the visual tokens that was asked for.
+        tokens: visual tokens after the last cut, mean over the samples of the last batch.
+        accuracy: share of whole, freely generated answers that are right.
+        kinds: the same per kind of question.
+        flops: (dense, reduced) of tower and language model's prefill, per sample of the last batch.
+        seconds: time of all questions.
+    """
+
+    name: str
+    method: str
+    share: float
+    tokens: float
+    accuracy: float
+    kinds: dict[str, float] = field(default_factory=dict)
+    flops: tuple[int, int] | None = None
+    seconds: float = 0.0
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    samples: list[VideoSample],
+    name: str,
+    method: Method | None,
+    share: float = 1.0,
+) -> Result:
+    """One configuration on samples; positions of tokens are kept, whatever the paper's default."""
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    applied = nullcontext() if method is None else vtr.apply(model, method, positions="original")
+    with applied as handle:
+        scores = score(samples, answers(model, processor, samples))
+        seconds = time.perf_counter() - start
+        tokens, flops = 289.0, None
+        if handle is not None:
+            last = handle.trace.stages[-1].total if handle.trace.stages else None
+            if last is not None:
+                tokens = last.valid.sum(1).float().mean().item()
+            costs = handle.report().flops.values()
+            flops = (sum(d for d, _ in costs), sum(r for _, r in costs))
+    text = "dense" if method is None else str(method)
+    return Result(name, text, share, tokens, scores.pop("mean"), scores, flops, seconds)
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    samples: list[VideoSample],
+    shares: Sequence[float] = SHARES,
+    *,
+    methods: Callable[[float], dict[str, Method]] = methods_at,
+    known: Sequence[Result] = (),
+    report: Callable[[list[Result]], None] = lambda results: None,
+    progress: bool = False,
+) -> list[Result]:
+    """Dense, then every method at every share.
+
+    Args:
+        known: results that need not be measured again.
+        report: called with all results after each new one.
+    """
+    from rich.progress import Progress
+
+    jobs: list[tuple[str, Method | None, float]] = [("dense", None, 1.0)]
+    jobs += [(name, m, share) for share in shares for name, m in methods(share).items()]
+    have = {(r.name, r.method, r.share): r for r in known}
+    results = []
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("held-out questions", total=len(jobs))
+        for name, method, share in jobs:
+            key = (name, "dense" if method is None else str(method), share)
+            new = have.get(key) or measure(model, processor, samples, name, method, share)
+            results.append(new)
+            if key not in have:
+                report(results)
+            bar.advance(task)
+    return results
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """A rich table."""
+    from rich.table import Table
+
+    out = Table(title=title)
+    out.add_column("method", no_wrap=True)
+    for name in ("tokens", "answers", *KINDS, "FLOPs"):
+        out.add_column(name, justify="right")
+    for r in results:
+        cost = "100 %" if r.flops is None else f"{r.flops[1] / r.flops[0]:.0%}"
+        kinds = (f"{r.kinds[k]:.0%}" for k in KINDS)
+        out.add_row(r.name, f"{r.tokens:.0f}", f"{r.accuracy:.1%}", *kinds, cost)
+    return out
+
+
+def markdown(results: Sequence[Result], questions: int) -> str:
+    """The page of results."""
+    dense = results[0]
+    shares = sorted({r.share for r in results[1:]}, reverse=True)
+    names = list(dict.fromkeys(r.name for r in results[1:]))
+    by = {(r.name, r.share): r for r in results}
+    lines = [
+        "# Built-in video model: accuracy against tokens",
+        "",
+        f"{questions} questions about {questions // len(KINDS)} held-out clips "
+        f"(`python -m vtr.zoo.evaluate_video --out docs/video-digits`): whole answers, freely generated. "
+        f"Dense: {dense.tokens:.0f} tokens, {dense.accuracy:.1%} right. Tokens keep their positions. "
+        f"The standard error of a number is about {100 * (0.25 / questions) ** 0.5:.1f} points at 50 % "
+        f"and {100 * (0.09 / questions) ** 0.5:.1f} at 90 %.",
+        "",
+        "![accuracy against tokens](video-digits.png)",
+        "",
+        "| method | " + " | ".join(f"{s:.0%} of tokens" for s in shares) + " |",
+        "| --- |" + " ---: |" * len(shares),
+    ]
+    for name in names:
+        cells = []
+        for share in shares:
+            r = by.get((name, share))
+            cells.append("" if r is None else f"{r.accuracy:.1%} ({r.tokens:.0f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "In brackets: tokens after the last cut, mean over samples of the last batch. By kind of question:",
+        "",
+        "| method | tokens | " + " | ".join(KINDS) + " | FLOPs |",
+        "| --- | ---: |" + " ---: |" * (len(KINDS) + 1),
+    ]
+    for r in results:
+        cost = "100 %" if r.flops is None else f"{100 * r.flops[1] / r.flops[0]:.0f} %"
+        cells = [f"{100 * r.kinds[k]:.0f} %" for k in KINDS]
+        lines.append(f"| {r.name} | {r.tokens:.0f} | " + " | ".join([*cells, cost]) + " |")
+    lines += ["", "Settings:", ""]
+    lines += [f"- {r.name}, {r.share:.0%}: `{r.method}`" for r in results[1:]]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[Result], path: str | Path) -> None:
+    """Accuracy against tokens, one line per method."""
+    from vtr.errors import missing
+
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise missing("matplotlib", "ui", "the plot") from error
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(100 * results[0].accuracy, color="0.6", lw=1, ls="--", label="dense")
+    for i, name in enumerate(dict.fromkeys(r.name for r in results[1:])):
+        points = sorted((r.tokens, 100 * r.accuracy) for r in results if r.name == name)
+        style = ":" if name.startswith(("random", "uniform")) else "-"
+        axes.plot(
+            *zip(*points, strict=True), marker="osv^D"[i % 5], ms=4, lw=1.5, ls=style, label=name
+        )
+    axes.set(
+        xlabel="visual tokens left (of 289)",
+        ylabel="whole answers right (%)",
+        title="Built-in video model: accuracy against tokens",
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def read(path: Path) -> list[Result]:
+    """The results that :func:`write` stored."""
+    rows = json.loads(path.read_text())["results"]
+    return [Result(**{**r, "flops": tuple(r["flops"]) if r["flops"] else None}) for r in rows]
+
+
+def write(results: Sequence[Result], path: Path, facts: dict[str, Any]) -> None:
+    """Results as JSON, with what they were measured on."""
+    content = {**facts, "results": [asdict(r) for r in results]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vtr.zoo.evaluate_video", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--weights", default="digits-video", help="a name or a run's folder")
+    parser.add_argument("--clips", type=int, default=CLIPS, help="seven questions about each")
+    parser.add_argument("--seed", type=int, default=99)
+    parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES))
+    parser.add_argument("--out", type=Path, help="write PREFIX.json, PREFIX.md, PREFIX.png")
+    options = parser.parse_args(arguments)
+
+    from rich.console import Console
+
+    from vtr.zoo import load_vlm
+
+    console = Console()
+    model, processor = load_vlm(options.weights)
+    samples = video_qa(options.clips * len(KINDS), seed=options.seed)
+    facts = {"weights": options.weights, "clips": options.clips, "seed": options.seed}
+    store = None if options.out is None else options.out.with_suffix(".json")
+    known: list[Result] = []
+    if store is not None and store.is_file():
+        content = json.loads(store.read_text())
+        if any(content.get(key) != value for key, value in facts.items()):
+            parser.error(
+                f"{store} was measured on something else: delete it, or give another --out"
+            )
+        known = read(store)
+    results = evaluate(
+        model,
+        processor,
+        samples,
+        options.shares,
+        known=known,
+        report=lambda done: None if store is None else write(done, store, facts),
+        progress=console.is_terminal,
+    )
+    console.print(table(results, f"{options.weights}, {len(samples)} held-out questions"))
+    if store is not None:
+        write(results, store, facts)
+        store.with_suffix(".md").write_text(markdown(results, len(samples)))
+        plot(results, store.with_suffix(".png"))
+        console.print(f"wrote {store.with_suffix('')}.json, .md and .png")
+
+
+if __name__ == "__main__":
+    main()
