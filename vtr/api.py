@@ -28,6 +28,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "timm": ("vtr.vision.timm",),
     "open_clip": ("vtr.vision.open_clip",),
     "transformers": ("vtr.vision.vlm", "vtr.vision.transformers"),
+    "diffusers": ("vtr.diffusion.adapter",),
 }
 
 MethodLike = Method | str | dict[str, Any]
@@ -265,6 +266,9 @@ def _method(method: Any) -> Method:
 
 def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
     tried = []
+    compiled = getattr(target, "_orig_mod", None)
+    if isinstance(compiled, nn.Module) and type(compiled).__module__.startswith("diffusers."):
+        target = compiled
     for cls in type(target).__mro__:
         package = cls.__module__.partition(".")[0]
         for path in ADAPTERS.get(package, ()):
@@ -287,4 +291,6 @@ def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
 
 def _wrapping(target: Any) -> Wrapping:
     adapter, root = _locate(target)
-    return wrapping_of(root) or adapter.wrap(root)
+    wrapping = wrapping_of(root) or adapter.wrap(root)
+    wrapping.attach(target)
+    return wrapping

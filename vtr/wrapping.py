@@ -77,6 +77,9 @@ class Wrapping:
         method.check(self.info)
         method.stages(self.info)
 
+    def attach(self, target: Any) -> None:
+        """Look at the object that ``apply`` was given, which may be more than :attr:`root`."""
+
     def check_together(self, entries: Sequence[Entry]) -> None:
         """Raise ``ValueError`` where a combination has no meaning."""
         seen: dict[tuple[str, int], Entry] = {}

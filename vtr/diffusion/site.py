@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtr.diffusion.density import density
 from vtr.kernels import BlockMask, block_sparse_attention
 
 
@@ -61,7 +62,8 @@ class AttentionSite:
         state: dict of this (method, transformer, branch, layer) for one run; empty when a run starts.
         shared: dict of this (method, transformer) that lives across runs, for masks.
         memory: dict of this method for one forward call, shared by all its layers.
-        notes: dict that ends in ``trace.notes["attention"][layer]``.
+        notes: dict that ends in ``trace.notes["attention"][layer]``: ``density`` of the mask used
+            last, and ``work``, what was computed over what one dense call computes.
         modules: the learned modules of this method, or None.
     """
 
@@ -89,7 +91,6 @@ class AttentionSite:
         shared: dict[Any, Any],
         memory: dict[str, Any],
         notes: dict[str, Any],
-        order: Tensor | None = None,
         modules: torch.nn.Module | None = None,
         backend: str = "auto",
     ) -> None:
@@ -103,7 +104,6 @@ class AttentionSite:
         self.modules = modules
         self.backend = backend
         self._dense = dense
-        self._order = order
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for what is not here: the facts of the whole call.
@@ -130,6 +130,7 @@ class AttentionSite:
         the other by rounding. Padded text is never seen in either.
         """
         if not return_lse:
+            self.count(1.0)
             return self._dense()
         key = ("vtr.full", self.q.shape[2], self.k.shape[2], str(self.q.device))
         full = self.shared.get(key)
@@ -140,7 +141,11 @@ class AttentionSite:
         return self._attend(full, None, True)
 
     def sparse(
-        self, mask: BlockMask, row_scale: Tensor | None = None, return_lse: bool = False, **more: Any
+        self,
+        mask: BlockMask,
+        row_scale: Tensor | None = None,
+        return_lse: bool = False,
+        **more: Any,
     ) -> Any:
         """Attention over what ``mask`` keeps, less padded text keys, which nobody sees.
 
@@ -164,41 +169,43 @@ class AttentionSite:
                 f"has {length}: {frames} x {height} x {width} of the image or video and {self.text} "
                 "of text; build it from site.grid and site.text"
             )
-        return self._attend(self._local(mask), row_scale, return_lse, **more)
+        return self._attend(mask, row_scale, return_lse, **more)
 
     def _local(self, mask: BlockMask) -> BlockMask:
-        """The mask on the device of q and without padded text keys, kept until the next call."""
-        from vtr.diffusion.padding import without_keys
+        """The mask on the device of q and without padded text keys, kept as long as both are the same."""
+        from vtr.kernels.keys import without_keys
 
-        mask = self._kept("vtr.moved", mask, None, lambda: mask.to(self.q.device))
-        if self.text_valid is None:
-            return mask
         valid = self.text_valid
-        return self._kept("vtr.valid", mask, valid, lambda: without_keys(mask, valid, self.first))
-
-    def _kept(
-        self, kind: str, mask: BlockMask, valid: Tensor | None, make: Callable[[], BlockMask]
-    ) -> BlockMask:
-        """``make()``, or what it gave for the same objects before (one step back at most)."""
-        if kind == "vtr.moved" and mask.device == self.q.device:
+        if valid is None and mask.device == self.q.device:
             return mask
-        held = self.shared.setdefault(kind, {})
-        found = held.get(int(mask.ident))
+        held = self.shared.setdefault("vtr.local", {})
+        key = int(mask.ident)
+        found = held.get(key)
         if found is None or found[0] is not mask or found[1] is not valid:
-            if len(held) > 16:
+            made = mask.to(self.q.device)
+            if valid is not None:
+                rest = valid.new_ones(valid.shape[0], self.tokens)
+                parts = (valid, rest) if self.call.text_first else (rest, valid)
+                made = without_keys(made, torch.cat(parts, 1))
+            if len(held) >= 16:
                 held.clear()
-            found = held[int(mask.ident)] = (mask, valid, make())
-        made: BlockMask = found[2]
-        return made
+            found = held[key] = (mask, valid, made)
+        local: BlockMask = found[2]
+        return local
 
     def _attend(
         self, mask: BlockMask, row_scale: Tensor | None, return_lse: bool, **more: Any
     ) -> Any:
-        if self.text_valid is not None:
-            mask = self._local(mask)
+        mask = self._local(mask)
         out = block_sparse_attention(
             self.q, self.k, self.v, mask, scale=self.scale, row_scale=row_scale,
             return_lse=return_lse, backend=self.backend, **more,
         )  # fmt: skip
-        self.notes["density"] = mask.density
+        self.count(density(mask))
         return out
+
+    def count(self, share: Any) -> None:
+        """Note an attention over ``share`` of the pairs (float or 0-dim tensor); :meth:`dense` and
+        :meth:`sparse` do it themselves."""
+        self.notes["density"] = share
+        self.notes["work"] = self.notes.get("work", 0.0) + share

@@ -1,0 +1,335 @@
+"""The adapter for diffusers: pipelines and their transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vtr.diffusion.families import FAMILIES as _FAMILIES
+from vtr.diffusion.families import Family, family_of, refusal_of
+from vtr.diffusion.processor import SiteProcessor, site_processor
+from vtr.diffusion.session import PipelineRef, Session
+from vtr.diffusion.site import AttentionSite, Call
+from vtr.errors import UnsupportedMethodError, UnsupportedModelError
+from vtr.method import Method
+from vtr.signals import ModelInfo
+from vtr.trace import Trace
+from vtr.wrapping import Bound, Entry, Wrapping, _Absent, wrapping_of
+
+FAMILIES = tuple(f"{f.name} (diffusers)" for f in _FAMILIES)
+
+_EXPERTS = "_vtr_experts"
+
+
+class Experts(nn.Module):
+    """The transformers of a pipeline that has several (Wan 2.2); only carries the wrapping."""
+
+    def __init__(self, members: tuple[nn.Module, ...]) -> None:
+        super().__init__()
+        # A list, not submodules: they belong to the pipeline.
+        self.__dict__["members"] = list(members)
+
+
+def locate(target: Any) -> nn.Module | None:
+    """The transformer of a pipeline (or what stands for its two), or the transformer itself.
+
+    Raises:
+        UnsupportedModelError: an object of diffusers that cannot be wrapped, with the reason.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(target, DiffusionPipeline):
+        if not isinstance(target, nn.Module):
+            return None
+        model = _inner(target)
+        _supported(model)
+        return model
+    found: dict[str, Any] = {
+        name: _inner(getattr(target, name))
+        for name in ("transformer", "transformer_2")
+        if isinstance(getattr(target, name, None), nn.Module)
+    }
+    if not found:
+        unet = getattr(target, "unet", None)
+        why = refusal_of(unet) or "it has no transformer"
+        raise UnsupportedModelError(_refuse(type(target).__name__, why))
+    for model in found.values():
+        _supported(model)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    experts = target.__dict__.get(_EXPERTS)
+    members = tuple(found.values())
+    if experts is None or [id(m) for m in experts.members] != [id(m) for m in members]:
+        if len({type(m) for m in members}) != 1:
+            names = ", ".join(type(m).__name__ for m in members)
+            raise UnsupportedModelError(_refuse(type(target).__name__, f"it mixes {names}"))
+        for member in members:
+            if wrapping_of(member) is not None:
+                raise UnsupportedModelError(
+                    "one transformer of this pipeline is wrapped by itself: remove that handle, and "
+                    "apply to the pipeline"
+                )
+        experts = target.__dict__[_EXPERTS] = Experts(members)
+    return experts
+
+
+def _inner(model: Any) -> Any:
+    """The module inside ``torch.compile``."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _supported(model: Any) -> Family:
+    family = family_of(model)
+    if family is None:
+        raise UnsupportedModelError(_refuse(type(model).__name__, refusal_of(model)))
+    return family
+
+
+def _refuse(name: str, why: str) -> str:
+    return (
+        f"{name} is not supported{': ' + why if why else ''}. Supported families: "
+        f"{', '.join(f.name for f in _FAMILIES)}; a further one is an entry of "
+        "vtr/diffusion/families.py"
+    )
+
+
+def wrap(root: nn.Module) -> Wrapping:
+    """A wrapping of one transformer, or of the transformers of a pipeline."""
+    return DiffusionWrapping(root)
+
+
+class DiffusionWrapping(Wrapping):
+    """Patches: the processor of every attention layer, ``cache_context`` (names of branches), and a
+    pre-hook of the transformer (grid, step). State of methods is per (method, transformer, branch,
+    layer) and ends with the run."""
+
+    options: dict[str, Any] = {"steps": None}
+
+    def __init__(self, root: nn.Module) -> None:
+        self.members = cast(list[Any], root.members if isinstance(root, Experts) else [root])
+        self.family = _supported(self.members[0])
+        layers = self.family.layers(self.members[0])
+        self.heads, self.head_dim = _heads(layers[0])
+        self.pipeline = PipelineRef()
+        self.contexts: list[tuple[str, dict[str, Any]]] = []
+        self.by_layer: dict[int, Entry] = {}
+        self._forget()
+        info = ModelInfo(
+            self.family.name,
+            {"attention": len(layers)},
+            {"attention": frozenset({"qkv"})},
+            dim=self.heads * self.head_dim,
+            heads=self.heads,
+            extra={"head_dim": self.head_dim, "experts": len(self.members)},
+        )
+        super().__init__(root, info)
+
+    def _forget(self) -> None:
+        """No run has begun."""
+        self.session = Session()
+        self.call: Call | None = None
+        self.batch = 0
+        self.sample: dict[int, int] = {}
+        self.state: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
+        self.memory: dict[int, dict[str, Any]] = {}
+        self.costed: list[Any] = [0.0, 0.0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts without a run: tensors of one may belong to a graph, masks are made again.
+        empty: dict[str, Any] = {
+            "state": {},
+            "shared": {},
+            "memory": {},
+            "sample": {},
+            "contexts": [],
+        }
+        state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
+        return {**state, **empty, "_trace": Trace(), "session": Session(), "call": None}
+
+    def attach(self, target: Any) -> None:
+        """Remember the pipeline that ``apply`` was given: it knows the schedule."""
+        if target is not self.root and hasattr(target, "scheduler"):
+            self.pipeline = PipelineRef(target)
+
+    # ---- applying -------------------------------------------------------------------------------
+
+    def check(self, method: Method, options: dict[str, Any]) -> None:
+        steps = options.get("steps")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"steps must be the number of denoising steps, got {steps!r}")
+        super().check(method, options)
+        if not hasattr(method, "attend"):
+            sites = ", ".join(method.sites)
+            raise UnsupportedMethodError(
+                f"{method.name} acts at {sites}; a diffusion transformer has attention"
+            )
+        from vtr.kernels.attention import TRITON_DIMS
+
+        if getattr(method, "backend", "auto") == "triton" and self.head_dim not in TRITON_DIMS:
+            raise UnsupportedMethodError(
+                f"the Triton kernels have head dims {TRITON_DIMS}, {self.family.name} here has "
+                f'{self.head_dim}: leave backend="auto"'
+            )
+
+    def install(self) -> None:
+        self.by_layer = {s.layer: e for e, s in self.stages()}
+        for index, member in enumerate(self.members):
+            for layer, attention in enumerate(self.family.layers(member)):
+                current: Any = attention.processor
+                if isinstance(current, SiteProcessor):
+                    raise UnsupportedModelError(
+                        "this transformer is wrapped by another vtr.apply (on the pipeline, or on "
+                        "the transformer itself): give all methods to one of them"
+                    )
+                made = site_processor(current, Bound(self, "attention", index, layer))
+                self.patch(attention, "processor", made)
+            if hasattr(member, "cache_context"):
+                self.patch(member, "cache_context", Bound(self, "context", index))
+            self.hook(
+                member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
+            )
+
+    def uninstall(self) -> None:
+        # A processor that was set after apply is the user's: it stays.
+        for at, (owner, name, before) in enumerate(self._patched):
+            if name == "processor":
+                current = owner.__dict__.get(name)
+                if isinstance(current, SiteProcessor):
+                    current = current.vtr_original
+                    # One with weights is a submodule; only ours was in the instance's attributes.
+                    before = _Absent if isinstance(current, nn.Module) else current
+                elif current is not None:
+                    before = current
+                self._patched[at] = (owner, name, before)
+        super().uninstall()
+        self._forget()
+
+    # ---- during a call --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def context(self, index: int, name: str, **facts: Any) -> Iterator[None]:
+        """In place of the transformer's ``cache_context``: the name of the branch, on its way."""
+        member = self.members[index]
+        self.contexts.append((name, facts))
+        try:
+            with type(member).cache_context(member, name, **facts):
+                yield
+        finally:
+            self.contexts.pop()
+
+    @torch.compiler.disable
+    def enter(
+        self, index: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """At the start of a forward call of a transformer."""
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        view = self.family.view(model, given)
+        name, facts = self.contexts[-1] if self.contexts else (None, {})
+        time = given["timestep"]
+        value = float(time.max()) if isinstance(time, Tensor) else float(time)
+        before = self.session.run
+        run, step, branch = self.session.enter(
+            index,
+            value,
+            name=name,
+            index=facts.get("step_index"),
+            times=self.pipeline.timesteps,
+            rising=self.family.rising,
+            training=model.training,
+        )
+        if run != before:
+            self.state.clear()
+            self.costed = [0.0, 0.0]
+        said = [e.options["steps"] for e in self.active if e.options.get("steps")]
+        steps = said[0] if said else facts.get("num_inference_steps") or self.pipeline.steps
+        self.call = Call(
+            run, step, steps, value, branch, view.grid, self.family.text_first, view.text_valid,
+            model.training,
+        )  # fmt: skip
+        self.sample.clear()
+        self.memory.clear()
+        self.batch = given["hidden_states"].shape[0]
+        self._trace = Trace(batch=self.batch, notes={"attention": {}})
+        self._adopt(index, model)
+
+    def _adopt(self, index: int, model: nn.Module) -> None:
+        """Wrap processors that were set after apply (fused projections, IP adapters)."""
+        for layer, attention in enumerate(self.family.layers(model)):
+            current: Any = attention.processor
+            if not isinstance(current, SiteProcessor):
+                bound = Bound(self, "attention", index, layer)
+                attention.__dict__["processor"] = site_processor(current, bound)
+
+    @torch.compiler.disable
+    def attention(
+        self, index: int, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """In place of the attention function of a processor."""
+        from vtr.diffusion.attention import compute
+
+        return compute(self, index, layer, function, args, kwargs)
+
+    def site(
+        self, index: int, layer: int, entry: Entry, call: Call, heads: tuple[Tensor, Tensor, Tensor],
+        scale: float, dense: Callable[[], Tensor],
+    ) -> AttentionSite:  # fmt: skip
+        """The site of one attention call, with the state of its method."""
+        which = self.entries.index(entry)
+        q, k, v = heads
+        return AttentionSite(
+            call=call, layer=layer, layers=self.info.depth["attention"], q=q, k=k, v=v, scale=scale,
+            dense=dense,
+            state=self.state.setdefault((which, index, call.branch, layer), {}),
+            shared=self.shared.setdefault((which, index), {}),
+            memory=self.memory.setdefault(which, {}),
+            notes=self._trace.notes["attention"].setdefault(layer, {}),
+            modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
+        )  # fmt: skip
+
+    def record(self, layer: int, q: Tensor, k: Tensor, notes: dict[str, Any]) -> None:
+        """Count a call: per sample, dense against what was computed."""
+        tokens = q.shape[2]
+        self._trace.count("attention", layer, tokens, tokens)
+        dense = 4.0 * q.shape[1] * q.shape[3] * tokens * k.shape[2]
+        share = notes.get("work", notes.get("density", 1.0))
+        note = self._trace.notes["attention"].setdefault(layer, notes)
+        note["flops"] = (dense, dense * share)
+        part = dense * q.shape[0] / max(self.batch, 1)
+        self.costed = [self.costed[0] + part, self.costed[1] + part * share]
+
+    def costs(self) -> dict[str, Any] | None:
+        layers = self._trace.notes.get("attention")
+        if not layers:
+            return None
+        last = [note["flops"] for note in layers.values() if "flops" in note]
+        return {
+            "attention, last call": (round(sum(d for d, _ in last)), round(sum(float(r) for _, r in last))),
+            "attention, this run": (round(float(self.costed[0])), round(float(self.costed[1]))),
+        }  # fmt: skip
+
+    @property
+    def trace(self) -> Trace:
+        """The last call. ``notes["attention"][layer]`` has ``density`` (float) and ``flops``."""
+        for note in self._trace.notes.get("attention", {}).values():
+            for key, value in note.items():
+                if isinstance(value, Tensor) and value.ndim == 0:
+                    note[key] = float(value)
+            if "flops" in note:
+                note["flops"] = tuple(float(n) for n in note["flops"])
+        return self._trace
+
+    @trace.setter
+    def trace(self, trace: Trace) -> None:
+        self._trace = trace
+
+
+def _heads(attention: Any) -> tuple[int, int]:
+    """Number of heads and their dimension."""
+    heads = int(attention.heads)
+    return heads, int(attention.to_q.weight.shape[0]) // heads

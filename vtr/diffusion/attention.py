@@ -1,0 +1,100 @@
+"""One attention call of a wrapped transformer: what the processor asked for, as a site."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtr.diffusion.site import Call
+
+if TYPE_CHECKING:
+    from vtr.diffusion.adapter import DiffusionWrapping
+
+# The arguments that diffusers' dispatch and torch's function have in common, in their order.
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def compute(
+    wrapping: DiffusionWrapping,
+    index: int,
+    layer: int,
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attention of layer ``layer`` of transformer ``index``, by its method or as it was.
+
+    ``function`` is diffusers' dispatch, with (B, S, H, D), or torch's, with (B, H, S, D); the
+    result is in its layout.
+    """
+    given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+    heads_first = function is F.scaled_dot_product_attention
+    q, k, v = (given[name] for name in _NAMES[:3])
+    if not heads_first:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    call = wrapping.call
+    if call is None or q.shape[2] != k.shape[2]:
+        # No call of the whole transformer, or attention to something else (image prompts).
+        return function(*args, **kwargs)
+
+    def dense() -> Tensor:
+        out: Tensor = function(*args, **kwargs)
+        return out if heads_first else out.transpose(1, 2)
+
+    entry = wrapping.by_layer.get(layer)
+    if entry is None:
+        wrapping.record(layer, q, k, {})
+        return function(*args, **kwargs)
+    _check(wrapping, layer, call, q, given)
+    if wrapping.family.loops:
+        number = wrapping.sample.get(layer, 0)
+        wrapping.sample[layer] = number + 1
+        sample = number % max(wrapping.batch, 1)
+        call = dataclasses.replace(call, branch=f"{call.branch}/{sample}", text_valid=None)
+    scale = given.get("scale")
+    site = wrapping.site(
+        index, layer, entry, call, (q, k, v),
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale), dense,
+    )  # fmt: skip
+    method: Any = entry.method
+    if method.is_dense(site):
+        out = method.observe(site)
+        if out is None:
+            out = site.dense()
+    else:
+        out = method.attend(site)
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise RuntimeError(
+            f"{method.name} made {out.dtype} {tuple(out.shape)} of {q.dtype} {tuple(q.shape)}"
+        )
+    wrapping.record(layer, q, k, site.notes)
+    return out if heads_first else out.transpose(1, 2)
+
+
+def _check(
+    wrapping: DiffusionWrapping, layer: int, call: Call, q: Tensor, given: dict[str, Any]
+) -> None:
+    """Raise where the call is not what the family's calls are."""
+    family = wrapping.family
+    frames, height, width = call.grid
+    text = q.shape[2] - frames * height * width
+    if text < 0 or (text and not family.joint):
+        raise RuntimeError(
+            f"attention layer {layer} of {family.name} has {q.shape[2]} tokens, and the grid is "
+            f"{frames} x {height} x {width} = {frames * height * width}: something else is in the "
+            "sequence, so that the place of a token is not known. Remove the handle, or run this "
+            "pipeline without what adds tokens (conditions, references)"
+        )
+    if given.get("attn_mask") is not None and not family.masked:
+        raise RuntimeError(
+            f"attention layer {layer} of {family.name} was given an attention mask of its own, which "
+            "a sparse mask does not know: call the model without it"
+        )
+    if given.get("is_causal") or given.get("dropout_p"):
+        raise RuntimeError(
+            f"attention layer {layer} of {family.name} is causal or has dropout; set dropout to 0"
+        )

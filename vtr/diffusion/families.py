@@ -1,0 +1,203 @@
+"""The families of diffusion transformers: where their attention is, and how their tokens lie.
+
+A family reads its facts from the arguments of the transformer's forward call: the grid of tokens, the
+place of the text, which text is padding, the timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Grid = tuple[int, int, int]
+
+
+class View(NamedTuple):
+    """What the arguments of one forward call say: ``grid`` (frames, height, width) in tokens, and
+    ``text_valid`` (B, T) bool for joint text with padding, else None."""
+
+    grid: Grid
+    text_valid: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        name: for messages.
+        classes: the transformer classes of diffusers.
+        layers: attention modules that see the image or video tokens, in order.
+        view: from the transformer and its bound arguments.
+        joint: text stands in the same sequence.
+        text_first: before the image or video.
+        rising: timesteps rise during a run.
+        masked: the attention function gets a mask, of the padded text alone.
+        loops: the processor calls attention once per sample (with its valid text only).
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    layers: Callable[[Any], list[nn.Module]]
+    view: Callable[[Any, dict[str, Any]], View]
+    joint: bool = False
+    text_first: bool = False
+    rising: bool = False
+    masked: bool = False
+    loops: bool = False
+
+
+def _blocks(
+    *names: str, attention: tuple[str, ...] = ("attn1",)
+) -> Callable[[Any], list[nn.Module]]:
+    def find(model: Any) -> Iterator[nn.Module]:
+        for name in names:
+            for block in getattr(model, name):
+                for attribute in attention:
+                    module = getattr(block, attribute, None)
+                    if module is not None:
+                        yield module
+
+    return lambda model: list(find(model))
+
+
+def _latent(model: Any, given: dict[str, Any]) -> View:
+    """(B, C, F, H, W) and a patch size with or without time."""
+    frames, height, width = given["hidden_states"].shape[-3:]
+    patch = model.config.patch_size
+    if isinstance(patch, int):
+        patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
+    return View((frames // patch[0], height // patch[1], width // patch[2]))
+
+
+def _hunyuan_video(model: Any, given: dict[str, Any]) -> View:
+    mask = given["encoder_attention_mask"]
+    # The model counts the valid tokens and takes that many from the start.
+    count = mask.sum(1, dtype=torch.int64)
+    valid = torch.arange(mask.shape[1], device=mask.device) < count[:, None]
+    return View(_latent(model, given).grid, None if bool(valid.all()) else valid)
+
+
+def _cogvideox(model: Any, given: dict[str, Any]) -> View:
+    frames, height, width = (given["hidden_states"].shape[i] for i in (1, 3, 4))
+    side, deep = model.config.patch_size, model.config.patch_size_t or 1
+    return View((-(-frames // deep), height // side, width // side))
+
+
+def _image(model: Any, given: dict[str, Any]) -> View:
+    height, width = given["hidden_states"].shape[-2:]
+    side = model.config.patch_size
+    return View((1, height // side, width // side))
+
+
+def _ltx(model: Any, given: dict[str, Any]) -> View:
+    sizes = [given.get(name) for name in ("num_frames", "height", "width")]
+    known = [int(n) for n in sizes if n is not None]
+    if len(known) < 3:
+        raise RuntimeError(
+            "the LTX transformer was called without num_frames, height and width (conditions are "
+            "packed with the video): the place of its tokens is not known; use LTXPipeline"
+        )
+    return View((known[0], known[1], known[2]))
+
+
+def _flux(model: Any, given: dict[str, Any]) -> View:
+    ids = given["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    frames, height, width = (int(n) + 1 for n in (ids.amax(0) - ids.amin(0)).tolist())
+    if frames * height * width != ids.shape[0]:
+        raise RuntimeError(
+            f"img_ids names {ids.shape[0]} tokens that are no {frames} x {height} x {width} grid "
+            "(images of several sizes in one sequence): attention over them cannot be thinned out"
+        )
+    return View((frames, height, width))
+
+
+def _qwen(model: Any, given: dict[str, Any]) -> View:
+    shapes = given["img_shapes"]
+    images = [tuple(s) for s in (shapes[0] if isinstance(shapes[0], list) else [shapes[0]])]
+    if len({(height, width) for _, height, width in images}) != 1:
+        raise RuntimeError(
+            f"images of several sizes {images} in one sequence: attention over them cannot be "
+            "thinned out; give references of the size of the image"
+        )
+    frames = sum(int(n) for n, _, _ in images)
+    mask = given.get("encoder_hidden_states_mask")
+    valid = None if mask is None else mask.bool()
+    if valid is not None and bool(valid.all()):
+        valid = None
+    return View((frames, int(images[0][1]), int(images[0][2])), valid)
+
+
+FAMILIES = (
+    Family("Wan", ("WanTransformer3DModel",), _blocks("blocks"), _latent),
+    Family(
+        "HunyuanVideo", ("HunyuanVideoTransformer3DModel",),
+        _blocks("transformer_blocks", "single_transformer_blocks", attention=("attn",)),
+        _hunyuan_video, joint=True, masked=True,
+    ),
+    Family(
+        "CogVideoX", ("CogVideoXTransformer3DModel",), _blocks("transformer_blocks"), _cogvideox,
+        joint=True, text_first=True,
+    ),
+    Family(
+        "Mochi", ("MochiTransformer3DModel",), _blocks("transformer_blocks"), _latent, joint=True,
+        rising=True, loops=True,
+    ),
+    Family("LTX-Video", ("LTXVideoTransformer3DModel",), _blocks("transformer_blocks"), _ltx),
+    Family(
+        "Flux", ("FluxTransformer2DModel",),
+        _blocks("transformer_blocks", "single_transformer_blocks", attention=("attn",)), _flux,
+        joint=True, text_first=True,
+    ),
+    Family(
+        "Qwen-Image", ("QwenImageTransformer2DModel",),
+        _blocks("transformer_blocks", attention=("attn",)), _qwen, joint=True, text_first=True,
+        masked=True,
+    ),
+    Family(
+        "SD3", ("SD3Transformer2DModel",),
+        _blocks("transformer_blocks", attention=("attn", "attn2")), _image, joint=True,
+    ),
+    Family("PixArt", ("PixArtTransformer2DModel",), _blocks("transformer_blocks"), _image),
+    Family("DiT", ("DiTTransformer2DModel",), _blocks("transformer_blocks"), _image),
+    Family("HunyuanDiT", ("HunyuanDiT2DModel",), _blocks("blocks"), _image),
+)  # fmt: skip
+
+# Transformers of diffusers that are near to a family, and why they are not of it.
+REFUSED = {
+    "HunyuanVideo15Transformer3DModel": "it attends under a token-level (N x N) mask made of three "
+    "texts of different padding",
+    "HunyuanVideoFramepackTransformer3DModel": "packed frames of history in several resolutions "
+    "stand before the video, so that its tokens are no grid",
+    "LTX2VideoTransformer3DModel": "its video and audio streams attend to each other in both ways",
+    "WanVACETransformer3DModel": "its control blocks run beside the main blocks and are not "
+    "numbered with them",
+    "WanAnimateTransformer3DModel": "it puts reference and pose frames into the sequence",
+    "SkyReelsV2Transformer3DModel": "each frame may have a noise level of its own, so that there is "
+    "no step",
+    "SanaTransformer2DModel": "its attention is linear: there is no map to thin out",
+    "UNet2DConditionModel": "a UNet has no one grid of tokens; the adapters are for diffusion "
+    "transformers",
+}
+
+
+def family_of(model: Any) -> Family | None:
+    """The family of a transformer, by the name of its class or of one it derives from."""
+    for cls in type(model).__mro__:
+        for family in FAMILIES:
+            if cls.__name__ in family.classes and cls.__module__.startswith("diffusers."):
+                return family
+    return None
+
+
+def refusal_of(model: Any) -> str:
+    """Why a model of diffusers is not supported, or ''."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in REFUSED:
+            return REFUSED[cls.__name__]
+    return ""

@@ -1,0 +1,132 @@
+"""The attention processor that shows its attention call to a wrapping.
+
+The library's own processor code runs, with one name of its module seen differently: the function that
+computes attention. Nothing global changes, so that other models, threads and processors are not
+touched; projections, norms, rotary embeddings, LoRA layers and image branches stay the library's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from vtr.errors import UnsupportedModelError
+
+DISPATCH = "dispatch_attention_fn"
+SDPA = "scaled_dot_product_attention"
+
+
+def body_of(processor: Any) -> Any:
+    """The Python function that a processor runs when it is called."""
+    kind = type(processor)
+    return kind.forward if isinstance(processor, nn.Module) else kind.__call__
+
+
+def entry_of(processor: Any) -> str:
+    """How a processor computes attention: ``"dispatch_attention_fn"`` or
+    ``"scaled_dot_product_attention"``.
+
+    Raises:
+        UnsupportedModelError: it does neither.
+    """
+    code = getattr(body_of(processor), "__code__", None)
+    names = code.co_names if code is not None else ()
+    if DISPATCH in names:
+        return DISPATCH
+    if SDPA in names and "F" in names and body_of(processor).__globals__.get("F") is F:
+        return SDPA
+    raise UnsupportedModelError(
+        f"the attention processor {type(processor).__name__} computes attention neither through "
+        f"diffusers' {DISPATCH} nor through F.{SDPA}: set the model's default processors "
+        "(model.set_attn_processor) before vtr.apply"
+    )
+
+
+class SiteProcessor:
+    """Stands in for an attention processor; reads and writes of its attributes reach the original.
+
+    What it needs of its own has names that begin with ``vtr_``.
+    """
+
+    vtr_original: Any
+    vtr_attend: Any
+    vtr_run: Callable[..., Any] | None
+
+    def __init__(self, original: Any, attend: Any) -> None:
+        """``attend(function, args, kwargs)`` is called in place of the attention function, for
+        which it gets what the processor would have called."""
+        self.vtr_original = original
+        self.vtr_attend = attend
+        self.vtr_run = None
+        entry_of(original)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("vtr_") or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self.vtr_original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("vtr_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.vtr_original, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The rebuilt function refers to this very object: a copy builds its own.
+        return {**self.__dict__, "vtr_run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def vtr_function(self) -> Callable[..., Any]:
+        """The processor's function with its attention call led to :meth:`vtr_intercept`."""
+        if self.vtr_run is None:
+            body = body_of(self.vtr_original)
+            seen: Any = self.vtr_intercept
+            if entry_of(self.vtr_original) == SDPA:
+                seen = types.ModuleType(F.__name__)
+                seen.__dict__.update(F.__dict__)
+                seen.__dict__[SDPA] = self.vtr_intercept
+            name = "F" if entry_of(self.vtr_original) == SDPA else DISPATCH
+            # Without __name__ a compiler does not take these globals for those of the module.
+            names = {k: v for k, v in body.__globals__.items() if k != "__name__"}
+            run = types.FunctionType(
+                body.__code__, {**names, name: seen}, body.__name__, body.__defaults__,
+                body.__closure__,
+            )  # fmt: skip
+            run.__kwdefaults__ = body.__kwdefaults__
+            self.vtr_run = run
+        return self.vtr_run
+
+    def vtr_intercept(self, *args: Any, **kwargs: Any) -> Any:
+        if entry_of(self.vtr_original) == SDPA:
+            return self.vtr_attend(F.scaled_dot_product_attention, args, kwargs)
+        function = body_of(self.vtr_original).__globals__[DISPATCH]
+        return self.vtr_attend(function, args, kwargs)
+
+
+@functools.cache
+def _class_for(kind: Any) -> type[SiteProcessor]:
+    """A class whose call has the signature of ``kind``: diffusers reads it to choose arguments."""
+
+    def __call__(self: SiteProcessor, *args: Any, **kwargs: Any) -> Any:
+        return self.vtr_function()(self.vtr_original, *args, **kwargs)
+
+    body = kind.forward if issubclass(kind, nn.Module) else kind.__call__
+    __call__.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
+    return type(f"Site{kind.__name__}", (SiteProcessor,), {"__call__": __call__})
+
+
+def site_processor(original: Any, attend: Any) -> SiteProcessor:
+    """Wrap a processor; :class:`SiteProcessor` says what ``attend`` gets.
+
+    Raises:
+        UnsupportedModelError: it does not compute attention in a way that can be shown.
+    """
+    return _class_for(type(original))(original, attend)
