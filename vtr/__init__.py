@@ -58,7 +58,7 @@ _PUBLIC = {
     "SlidingTile": "vtr.methods.sliding_tile",
 }
 
-_PACKAGES = frozenset({"evaluate", "kernels", "train", "zoo"})
+_PACKAGES = frozenset({"evaluate", "kernels", "train", "video", "zoo"})
 
 __all__ = [*_PUBLIC, "__version__"]
 
