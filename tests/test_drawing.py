@@ -10,6 +10,7 @@ from PIL import Image
 import vtr
 from tests import tiny
 from vtr.drawing import DIM, HATCHED, MERGED, stack
+from vtr.signals import Frames, View, VisualSpan
 from vtr.tokens import TokenMap
 from vtr.trace import StageRecord, Trace
 
@@ -197,3 +198,120 @@ def test_what_is_no_picture_is_refused():
     red = Image.new("RGB", (8, 8), "red").convert("P", palette=Image.Palette.ADAPTIVE)
     shown, _ = panels(vtr.draw(trace, red, size=SIZE))
     assert shown.reshape(-1, 3).mean(0) == pytest.approx((1, 0, 0), abs=0.02)
+
+
+def sheet(picture: Image.Image, block: int, frame: int, size: int, lines: int = 1) -> np.ndarray:
+    """A frame of a contact sheet whose blocks have so many lines of two frames."""
+    pixels = np.asarray(picture).astype(float) / 255
+    input_height = TITLE + lines * size + (lines - 1) * 4
+    stage_height = TITLE + lines * (16 + size) + (lines - 1) * 4
+    top = 0 if block == 0 else input_height + 10 + (block - 1) * (stage_height + 10)
+    label = 0 if block == 0 else 16
+    line, column = divmod(frame, 2)
+    top += TITLE + line * (label + size + 4) + label
+    return pixels[top : top + size, column * (size + 4) : column * (size + 4) + size]
+
+
+def video_record(total: TokenMap, frames: Frames) -> StageRecord:
+    n, m = total.n_in, total.n_out
+    return StageRecord("prompt", 0, "test", n, m, total, total, None, None, frames)
+
+
+def three_frames() -> Frames:
+    """Two still tokens, then three frames of 2 x 2 with a separator behind."""
+    frame = torch.tensor([[0, 0, *[1] * 4, *[2] * 4, *[3] * 4, -1]])
+    place = torch.tensor([[-1, -1, *[*range(4)] * 3, -1]])
+    video = torch.tensor([[0, 0, *[1] * 13]])
+    spans = [
+        VisualSpan(0, 2, "image", 1, None),
+        VisualSpan(2, 13, "video", 3, (2, 2), (0.0, 0.5, 1.0)),
+    ]
+    return Frames(frame, place, video, [spans])
+
+
+def test_a_contact_sheet_shows_what_lived_in_every_frame():
+    kept = torch.tensor([[0, 2, 5, 8, 14]])  # of the first frame 0 and 3, of the second 2
+    trace = Trace([video_record(TokenMap.keep(kept, 15), three_frames())], batch=1)
+    frames = np.stack([np.full((8, 8, 3), v, np.uint8) for v in (255, 204, 153)])
+    picture = vtr.draw(trace, frames, size=SIZE, columns=2)
+    lives = {(0, 0), (0, 3), (1, 2)}
+    for f, light in enumerate((1.0, 0.8, 0.6)):
+        assert sheet(picture, 0, f, SIZE, 2) == pytest.approx(light, abs=0.01)
+        panel = sheet(picture, 1, f, SIZE, 2)
+        for token in range(4):
+            bright = light if (f, token) in lives else DIM * light
+            assert cell(panel, token) == pytest.approx(bright, abs=0.01), (f, token)
+    # Without frames on grey; a model's frame may be two of the file's.
+    assert sheet(vtr.draw(trace, which=1, size=SIZE), 0, 0, SIZE).size
+    twice = np.repeat(frames, 2, 0)
+    assert np.array_equal(vtr.draw(trace, twice, size=SIZE, columns=2), picture)
+    assert np.array_equal(vtr.draw(trace, twice[:-1], size=SIZE, columns=2), picture)
+    tensor = vtr.draw(trace, torch.from_numpy(frames), size=SIZE, columns=2)
+    assert np.array_equal(tensor, picture)
+
+    class Loaded:
+        pass
+
+    video = Loaded()
+    video.frames = frames
+    assert np.array_equal(vtr.draw(trace, video, size=SIZE, columns=2), picture)
+
+
+def test_a_group_over_time_has_one_colour():
+    source = torch.tensor([[0, 1, 2, 3, 4, 5, 2, 6, 7, 8, 2, 9, 10, 11, 12]])
+    kept = torch.tensor([[0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14]])
+    trace = Trace([video_record(TokenMap.merged(kept, source), three_frames())], batch=1)
+    frames = np.full((3, 8, 8, 3), 178, np.uint8)
+    picture = vtr.draw(trace, frames, size=SIZE, columns=2)
+    panels = [sheet(picture, 1, f, SIZE, 2) for f in range(3)]
+    mean = [cell(panel, 0).reshape(-1, 3).mean(0) for panel in panels]
+    assert mean[0] == pytest.approx(mean[1], abs=0.01)
+    assert mean[0] == pytest.approx(mean[2], abs=0.01)
+    assert np.ptp(mean[0]) > 0.1
+    for panel in panels:
+        assert cell(panel, 3) == pytest.approx(178 / 255, abs=0.01)
+
+
+def test_frames_of_an_encoder_over_time():
+    """An encoder of videos has one grid over time, height and width."""
+    kept = torch.tensor([[0, 7]])
+    trace = trace_of(TokenMap.keep(kept, 8), (2, 2, 2))
+    picture = vtr.draw(trace, np.full((2, 4, 4, 3), 255, np.uint8), size=SIZE, columns=2)
+    for f, alive in ((0, 0), (1, 3)):
+        panel = sheet(picture, 1, f, SIZE)
+        for token in range(4):
+            bright = 1.0 if token == alive else DIM
+            assert cell(panel, token) == pytest.approx(bright, abs=0.01)
+
+
+def test_frames_that_the_model_did_not_see_are_refused():
+    trace = Trace([video_record(TokenMap.identity(1, 15), three_frames())], batch=1)
+    with pytest.raises(ValueError, match="image has 4 frames, the model saw 3"):
+        vtr.draw(trace, np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        vtr.draw(trace, np.zeros((3, 8, 8, 3)))
+    with pytest.raises(ValueError, match=r"has 2 pictures: choose .*0: image, 1: video"):
+        vtr.draw(trace)
+    with pytest.raises(ValueError, match=r"image 0 .* not a known rectangle"):
+        vtr.draw(trace, which=0)
+    with pytest.raises(ValueError, match="columns must be >= 1"):
+        vtr.draw(trace, columns=0)
+
+
+def test_crops_are_drawn_where_they_show_the_whole_image():
+    """The base crop, and the crops put together without their newlines."""
+    views = (View("whole image", (2, 2), 0, 2), View("crops", (2, 3), 4, 4))
+    frame = torch.tensor([[0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0, -1]])
+    none = torch.full((1, 12), -1)
+    spans = [[VisualSpan(0, 12, "image", 1, None, None, views)]]
+    frames = Frames(frame, none, torch.zeros_like(frame), spans)
+    trace = Trace([video_record(TokenMap.keep(torch.tensor([[1, 4, 10]]), 12), frames)], batch=1)
+    base, crops = panels(vtr.draw(trace, size=SIZE))
+    for token in range(4):
+        bright = GREY if token == 1 else DIM * GREY
+        assert cell(base, token) == pytest.approx(bright, abs=0.01)
+    column = np.array([10, 32, 54])
+    for r in range(2):
+        for c in range(3):
+            bright = GREY if (r, c) in {(0, 0), (1, 2)} else DIM * GREY
+            assert crops[16 + 32 * r, column[c]] == pytest.approx(bright, abs=0.01)

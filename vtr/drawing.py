@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,28 +25,40 @@ def draw(
     image: Any = None,
     *,
     sample: int = 0,
+    which: int | None = None,
     panels: int = 6,
-    size: int = 288,
+    size: int | None = None,
+    columns: int = 8,
     show_input: bool = True,
 ) -> Image.Image:
     """Draw the last call of a wrapped model, one panel per stage, or a block mask.
 
     Kept tokens are bright, dropped ones dark, merged ones outlined and tinted in the colour of their
-    group, frozen ones hatched. Every panel shows the state after its stage, on the model's input.
+    group, frozen ones hatched. Every panel shows the state after its stage, on the model's input. A
+    video becomes a contact sheet: one small panel per frame, and one block of them per stage; a group
+    that was merged over time has one colour in all its frames.
+
+    Of an image without one plain grid what shows the whole image is drawn: LLaVA-NeXT's and
+    LLaVA-OneVision's base crop and their crops put together, InternVL's thumbnail.
 
     Args:
         what: a handle, a trace, or a block mask of :mod:`vtr.kernels`.
         image: the picture that the model saw: a PIL image, an (H, W, 3) array, a (3, H, W) tensor or
             a (B, 3, H, W) batch of them; uint8, or floats that are scaled to their own range if they
-            leave [0, 1]. None draws on grey.
+            leave [0, 1]. For a video the frames that the model saw: a (T, H, W, 3) uint8 array or
+            tensor, or a :class:`vtr.video.Video`; where the model makes one frame of several (Qwen's
+            temporal patches), the first of them is shown. None draws on grey.
         sample: which one of the batch.
+        which: which of the sample's images and videos, counted through the prompt; needed where it has
+            several.
         panels: draw at most so many stages, evenly chosen, the last one among them.
-        size: pixels per side of a panel.
+        size: pixels per side of a panel; None is 288 for a picture and 112 for a frame.
+        columns: frames beside each other.
         show_input: begin with a panel of the picture itself (where there is one).
 
     Raises:
-        ValueError: nothing was reduced yet, ``sample`` is out of range, the grid is not known (several
-            images in one prompt, packed crops, frames), or ``image`` is no picture.
+        ValueError: nothing was reduced yet, ``sample`` or ``which`` is out of range, the grid is not known,
+            ``image`` is no picture, or the frames are not those that the model saw.
     """
     if hasattr(what, "picture"):
         return what.picture()
@@ -56,12 +68,25 @@ def draw(
         raise ValueError("nothing to draw: no reduction took place (call the wrapped model first)")
     if not 0 <= sample < stages[0].total.batch:
         raise ValueError(f"sample must be in 0..{stages[0].total.batch - 1}, got {sample}")
-    for name, value in (("panels", panels), ("size", size)):
-        if value < 1:
+    for name, value in (("panels", panels), ("size", size), ("columns", columns)):
+        if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    if len(stages) > panels:
-        chosen = np.unique(np.linspace(len(stages) - 1, 0, panels).round().astype(int))
-        stages = [stages[i] for i in chosen]
+    frames = _frames(image)
+    wants = None if image is None else "image" if frames is None else "video"
+    if any(stage.frames is not None for stage in stages):
+        samples = max(stage.total.batch for stage in stages if stage.frames is not None)
+        if sample >= samples:
+            raise ValueError(f"sample must be in 0..{samples - 1}, got {sample}")
+        if which is not None:
+            stages = [stage for stage in stages if stage.frames is not None]
+    pictures = [(stage, _pictures(stage, sample, which, wants)) for stage in stages]
+    if any(len(p[0].cells) > 1 for _, p in pictures):
+        # What a tower did before is counted in frames, which stand in no order with samples.
+        pictures = [(stage, p) for stage, p in pictures if len(p[0].cells) > 1]
+    pictures = _chosen(pictures, panels)
+    if len(pictures[0][1][0].cells) > 1 or frames is not None:
+        return _sheet(pictures, frames, sample, size or 112, columns, show_input)
+    size = size or 288
     if isinstance(image, Tensor) and image.dim() == 4:
         if image.shape[0] != stages[0].total.batch:
             raise ValueError(
@@ -69,33 +94,159 @@ def draw(
                 "give the one picture"
             )
         image = image[sample]
-    drawn = [_panel(stage, image, sample, size) for stage in stages]
+    pixels = _canvas(image, size)
+    drawn = []
+    for stage, parts in pictures:
+        for part in parts:
+            panel, alive = _paint(stage, sample, part.cells[0], part.grid, pixels)
+            title = f"{stage.method}, {stage.site} {stage.layer}: {alive} of {part.cells.shape[1]}"
+            drawn.append(_titled(panel, f"{part.name}, {title}" if part.name else title))
     if image is not None and show_input:
-        drawn.insert(0, _titled(_canvas(image, size), "input"))
+        drawn.insert(0, _titled(pixels, "input"))
     return row(drawn)
 
 
-def _panel(stage: StageRecord, image: Any, sample: int, size: int) -> Image.Image:
+class _Picture(NamedTuple):
+    """A picture, or the frames of a video: ``cells`` (T, rows * columns) int64, the token of each cell
+    among the stage's input tokens, -1 for none."""
+
+    name: str
+    grid: tuple[int, int]
+    cells: Tensor
+    times: tuple[float, ...] | None
+
+
+def _frames(image: Any) -> np.ndarray | None:
+    """(T, H, W, 3) uint8 if the given picture is a video."""
+    image = getattr(image, "frames", image)
+    if not isinstance(image, (np.ndarray, Tensor)) or image.ndim != 4 or image.shape[-1] != 3:
+        return None
+    if isinstance(image, Tensor):
+        if image.shape[1] == 3:
+            return None
+        image = image.detach().cpu().numpy()
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"frames must be (T, H, W, 3) uint8, as vtr.video.load makes them, got {image.dtype}"
+        )
+    return image
+
+
+def _chosen(stages: list[Any], number: int) -> list[Any]:
+    if len(stages) <= number:
+        return stages
+    order = np.unique(np.linspace(len(stages) - 1, 0, number).round().astype(int))
+    return [stages[i] for i in order]
+
+
+def _pictures(
+    stage: StageRecord, sample: int, which: int | None, wants: str | None
+) -> list[_Picture]:
+    """What can be drawn of a sample at a stage: one picture or video, or several views of an image."""
+    known = None if stage.frames is None else stage.frames.videos[sample]
+    where = f"of sample {sample} at {stage.site}[{stage.layer}]"
+    if known is None:
+        grid = stage.grid_of(sample)
+        if which is not None or grid is None or len(grid) not in (2, 3):
+            raise ValueError(
+                f"the grid of {stage.total.n_in} tokens {where} is not a known rectangle; draw needs "
+                "height x width tokens (in a vision-language model: one image in the prompt)"
+                if which is None
+                else f"which={which}: the tokens {where} are not those of a prompt"
+            )
+        grid = (1, *grid) if len(grid) == 2 else grid
+        cells = torch.arange(grid[0] * grid[1] * grid[2]).reshape(grid[0], -1)
+        return [_Picture("", (grid[1], grid[2]), cells, None)]
+    if which is None:
+        fits = [i for i, span in enumerate(known) if wants in (None, span.kind)]
+        if len(fits) != 1:
+            kinds = ", ".join(f"{i}: {span.kind}" for i, span in enumerate(known))
+            what = wants or "picture"
+            found = f"{len(fits)} {what}s: choose with which=" if fits else f"no {what}"
+            raise ValueError(f"the prompt {where} has {found} ({kinds or 'nothing'})")
+        which = fits[0]
+    if not 0 <= which < len(known):
+        raise ValueError(f"which must be in 0..{len(known) - 1} {where}, got {which}")
+    span = known[which]
+    assert stage.frames is not None
+    if span.grid is not None:
+        mine = (stage.frames.video[sample] == which) & (stage.frames.frame[sample] >= 0)
+        tokens = mine.nonzero().flatten().cpu()
+        frame = stage.frames.frame[sample].cpu()[tokens]
+        place = stage.frames.place[sample].cpu()[tokens]
+        first = sum(s.frames for s in known[:which])
+        cells = torch.full((span.frames, span.grid[0] * span.grid[1]), -1)
+        cells[frame - first, place] = tokens
+        return [_Picture("", span.grid, cells, span.times)]
+    out = []
+    for view in span.views:
+        rows, cols = view.grid
+        grid_cells = torch.arange(rows)[:, None] * view.stride + torch.arange(cols)
+        cells = (span.start + view.start + grid_cells).reshape(1, -1)
+        out.append(_Picture(view.name, view.grid, cells, None))
+    if not out:
+        raise ValueError(
+            f"the grid of the {span.length} tokens of {span.kind} {which} {where} is not a known "
+            "rectangle: none of its parts shows the whole picture"
+        )
+    return out
+
+
+def _sheet(
+    pictures: list[tuple[StageRecord, list[_Picture]]],
+    frames: np.ndarray | None,
+    sample: int,
+    size: int,
+    columns: int,
+    show_input: bool,
+) -> Image.Image:
+    """A block of frames for the input, and one per stage."""
+    number = len(pictures[0][1][0].cells)
+    if frames is None:
+        canvas = [_canvas(None, size)] * number
+    else:
+        step = -(-len(frames) // number)
+        if step > 4 or -(-len(frames) // step) != number:
+            raise ValueError(
+                f"image has {len(frames)} frames, the model saw {number} (or a fixed number of frames "
+                "for each of them): give the frames that its processor sampled"
+            )
+        canvas = [_canvas(frame, size) for frame in frames[::step]]
+    blocks = []
+    if frames is not None and show_input:
+        blocks.append(_titled(_lines([_image(c) for c in canvas], columns), "input"))
+    for stage, (part, *_) in pictures:
+        drawn, total = [], 0
+        for i, (cells, pixels) in enumerate(zip(part.cells, canvas, strict=True)):
+            panel, alive = _paint(stage, sample, cells, part.grid, pixels)
+            total += alive
+            at = f"frame {i}" if part.times is None else f"{part.times[i]:.1f} s"
+            drawn.append(_titled(panel, f"{at}: {alive}", 16, 11.0))
+        title = f"{stage.method}, {stage.site} {stage.layer}: {total} of {part.cells.numel()}"
+        blocks.append(_titled(_lines(drawn, columns), title))
+    return stack(blocks)
+
+
+def _lines(pictures: list[Image.Image], columns: int) -> Image.Image:
+    lines = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    return stack([row(line, 4) for line in lines], 4)
+
+
+def _paint(
+    stage: StageRecord, sample: int, cells: Tensor, grid: tuple[int, int], pixels: np.ndarray
+) -> tuple[Image.Image, int]:
+    """What became of the tokens ``cells`` (rows * columns,), and how many slots stand for them."""
     from PIL import Image, ImageDraw
 
-    grid = stage.grid_of(sample)
-    if grid is None or len(grid) != 2:
-        raise ValueError(
-            f"the grid of {stage.total.n_in} tokens of sample {sample} at {stage.site}[{stage.layer}] is "
-            "not a known rectangle; draw needs height x width tokens (in a vision-language model: one "
-            "image in the prompt, whose crops are not packed together)"
-        )
     rows, columns = grid
-    pixels = _canvas(image, size)
-    # Samples with fewer tokens than others of the batch are padded at the end.
-    n = rows * columns
-    source = stage.total.source[sample, :n].cpu()
+    size = pixels.shape[0]
+    there = cells >= 0
+    source = stage.total.source[sample].cpu()[cells.clamp(min=0)].masked_fill(~there, -1)
     kept = stage.total.kept[sample].cpu()
     sizes = stage.total.size[sample].cpu()
-    frozen = stage.total.frozen
-    cold = (
-        torch.zeros_like(source, dtype=torch.bool) if frozen is None else frozen[sample, :n].cpu()
-    )
+    cold = torch.zeros_like(there)
+    if stage.total.frozen is not None:
+        cold = stage.total.frozen[sample].cpu()[cells.clamp(min=0)] & there
     grouped = (source >= 0) & (sizes[source.clamp(min=0)] > 1)
     bright = np.where((source >= 0).numpy(), 1.0, np.where(cold.numpy(), HATCHED, DIM))
     y = np.minimum(np.arange(size) * rows // size, rows - 1)
@@ -129,10 +280,14 @@ def _panel(stage: StageRecord, image: Any, sample: int, size: int) -> Image.Imag
                 inside = 0 <= nr < rows and 0 <= nc < columns
                 if not inside or group[nr, nc] != group[r, c]:
                     pen.line(line, fill=ink, width=2)
-    alive = int(stage.total.valid[sample].sum())
-    return _titled(
-        panel, f"{stage.method}, {stage.site} {stage.layer}: {alive} of {rows * columns}"
-    )
+    mine = torch.isin(kept, cells[there]) & (kept >= 0)
+    return panel, int(mine.sum())
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    from PIL import Image
+
+    return Image.fromarray((pixels * 255).astype(np.uint8))
 
 
 def _canvas(image: Any, size: int) -> np.ndarray:
@@ -170,14 +325,13 @@ def _colour(group: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb((group * 0.618034) % 1.0, 0.85, 1.0)
 
 
-def _titled(picture: Any, title: str) -> Image.Image:
+def _titled(picture: Any, title: str, height: int = 24, points: float = 14.0) -> Image.Image:
     from PIL import Image, ImageDraw, ImageFont
 
     if isinstance(picture, np.ndarray):
-        picture = Image.fromarray((picture * 255).astype(np.uint8))
-    out = Image.new("RGB", (picture.width, picture.height + 24), "white")
-    out.paste(picture, (0, 24))
-    points = 14.0
+        picture = _image(picture)
+    out = Image.new("RGB", (picture.width, picture.height + height), "white")
+    out.paste(picture, (0, height))
     while points > 7 and ImageFont.load_default(points).getlength(title) > picture.width - 4:
         points -= 0.5
     ImageDraw.Draw(out).text((2, 4), title, fill="black", font=ImageFont.load_default(points))

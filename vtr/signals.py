@@ -203,6 +203,18 @@ class Site:
         return self.keys.mean(1)
 
 
+class View(NamedTuple):
+    """A part of an image's tokens that shows the whole image as a grid.
+
+    The token at (row, column) is the ``start + row * stride + column``-th of the image's tokens.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    start: int
+    stride: int
+
+
 class VisualSpan(NamedTuple):
     """One image or video of a prompt.
 
@@ -213,6 +225,8 @@ class VisualSpan(NamedTuple):
             counts as one (Qwen's temporal patches of two). 0 where the structure is not known.
         grid: (rows, columns) of each frame, None where it is no plain grid (packed crops).
         times: seconds of each frame in the video, where the model is told them; else None.
+        views: for an image without a grid, parts of it that have one (its base crop, its crops put
+            together, a thumbnail).
     """
 
     start: int
@@ -221,6 +235,7 @@ class VisualSpan(NamedTuple):
     frames: int
     grid: tuple[int, int] | None
     times: tuple[float, ...] | None = None
+    views: tuple[View, ...] = ()
 
 
 class Frames(NamedTuple):

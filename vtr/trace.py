@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtr.signals import Frames
 from vtr.tokens import TokenMap
 
 
@@ -24,6 +25,7 @@ class StageRecord:
         grid: (height, width) or (frames, height, width) of the model's input in tokens, if known.
         grids: the same per sample where samples may differ (vision-language models: None for a
             sample without exactly one image), or None where ``grid`` holds for all.
+        frames: where and when each visual token of the prompt is (vision-language models), or None.
     """
 
     site: str
@@ -35,6 +37,7 @@ class StageRecord:
     total: TokenMap
     grid: tuple[int, ...] | None = None
     grids: tuple[tuple[int, ...] | None, ...] | None = None
+    frames: Frames | None = None
 
     def grid_of(self, sample: int) -> tuple[int, ...] | None:
         """The grid of one sample, if known."""

@@ -417,8 +417,13 @@ def test_a_sample_is_drawn_on_the_grid_of_its_own_image() -> None:
     with vtr.apply(model, vtr.DivPrune(keep=4)) as handle:
         generate(model, inputs)
         vtr.draw(handle, inputs["pixel_values"][0], sample=0)
-        with pytest.raises(ValueError, match="one image in the prompt"):
+        with pytest.raises(ValueError, match=r"sample 1 .* has 2 pictures: choose with which="):
             vtr.draw(handle, sample=1)
+        with pytest.raises(ValueError, match=r"which must be in 0\.\.1"):
+            vtr.draw(handle, sample=1, which=2)
+        with pytest.raises(ValueError, match=r"sample must be in 0\.\.1, got 2"):
+            vtr.draw(handle, sample=2)
+        assert vtr.draw(handle, sample=1, which=1, size=96).width == 96
 
 
 @pytest.mark.parametrize("outer", [True, False], ids=["outer-first", "inner-first"])

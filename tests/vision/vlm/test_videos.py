@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import vtr
-from tests.vision.vlm import videos
-from tests.vision.vlm.models import FAMILIES, prompts
+from tests.vision.vlm import models, videos
+from tests.vision.vlm.models import ENCODES_FIRST, FAMILIES, noise, prompts
 from tests.vision.vlm.picks import BOTH, KEEP_ALL, PROMPT, Masked, generate, gone_of, same
 from tests.vision.vlm.test_signals import Look, look
 from tests.vision.vlm.videos import VIDEOS
-from vtr.signals import VisualSpan
+from vtr.signals import View, VisualSpan
 
 CLOSE = 3e-5
 
@@ -39,7 +40,8 @@ def seen(model: Any, inputs: Any, at: Any = PROMPT.at, **options: Any) -> Any:
 def stacked(model: Any, inputs: Any, v: int, f: int) -> Tensor:
     """Features of one frame of (videos, frames, 3, H, W)."""
     pixels = inputs["pixel_values_videos"][v : v + 1, f : f + 1]
-    return model.model.get_video_features(pixels, return_dict=True).pooler_output[0]
+    out = model.model.get_video_features(pixels, return_dict=True).pooler_output[0]
+    return out.reshape(-1, out.shape[-1])
 
 
 def rows_of(inputs: Any, v: int, f: int) -> tuple[Tensor, Tensor]:
@@ -168,6 +170,8 @@ def test_frames_and_places_follow_the_cuts(name: str) -> None:
 
 
 def test_beams_repeat_the_frames_of_their_sample() -> None:
+    if not ENCODES_FIRST:
+        pytest.skip("this version of transformers repeats images wrongly for beams, unwrapped too")
     model, inputs = VIDEOS["qwen2_5_vl_video"](2)
     once = seen(model, inputs)
     found: list[Any] = []
@@ -197,7 +201,8 @@ def test_images_are_frames() -> None:
     newline = torch.tensor([i >= 16 and (i - 16) % 9 == 8 for i in range(88)])
     assert torch.equal(site.frame[0], torch.where(newline, -1, 0))
     assert bool((site.place == -1).all()) and bool((site.video[0] == 0).all())
-    assert site.videos[1] == [VisualSpan(0, 52, "image", 1, None)]
+    views = (View("whole image", (4, 4), 0, 4), View("crops", (4, 8), 16, 9))
+    assert site.videos[1] == [VisualSpan(0, 52, "image", 1, None, None, views)]
     assert site.frame[1, 52:].tolist() == [-1] * 36
 
     model, inputs = FAMILIES["llava"](2)
@@ -209,16 +214,29 @@ def test_images_are_frames() -> None:
     assert joined.videos[1] == [VisualSpan(0, 32, "video", 2, (4, 4))]
     assert joined.frame[1].tolist() == [0] * 16 + [1] * 16 and joined.video[1].tolist() == [0] * 32
 
+    model, inputs = models.llava_onevision(1)  # of several images, none is cropped
+    pair = {
+        "pixel_values": noise(2, 1, 3, 28, 28),
+        "image_sizes": torch.tensor([[28, 28], [28, 28]]),
+        "batch_num_images": torch.tensor([2]),
+        **prompts([[17, 17]]),
+    }
+    site = seen(model, pair, video=True)
+    assert site.videos == [[VisualSpan(0, 34, "video", 2, (4, 4))]]
+    assert site.frame[0].tolist() == [*[0] * 16, -1, *[1] * 16, -1]
+
     model, inputs = FAMILIES["internvl"](2)  # three tiles, and two
     site = seen(model, inputs, video=True)
     assert site.videos == [
-        [VisualSpan(0, 12, "image", 1, None)],
-        [VisualSpan(0, 8, "image", 1, None)],
+        [VisualSpan(0, 12, "image", 1, None, None, (View("thumbnail", (2, 2), 8, 2),))],
+        [VisualSpan(0, 8, "image", 1, None, None, (View("thumbnail", (2, 2), 4, 2),))],
     ]
     assert site.frame[0].tolist() == [0] * 12 and bool((site.place == -1).all())
 
 
 def test_frames_of_features_from_elsewhere_are_not_known() -> None:
+    if not ENCODES_FIRST:
+        pytest.skip("this version of transformers takes no features from elsewhere")
     model, inputs = VIDEOS["llava_onevision_video"](1)
     pixels = inputs.pop("pixel_values_videos")
     made = model.model.get_video_features(pixels, return_dict=True)
@@ -356,3 +374,45 @@ def test_right_padded_videos_of_other_lengths() -> None:
     right = seen(model, turned)
     for field in ("frame", "place", "video"):
         assert torch.equal(getattr(left, field), getattr(right, field))
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_contact_sheets(name: str) -> None:
+    """Of every family's video, each sample's own; what was kept is bright and what was not is dark."""
+    model, inputs = VIDEOS[name](2)
+    options = {"video": True} if name.startswith("internvl") else {}
+    with vtr.apply(model, BOTH, **options) as handle:
+        model(**inputs)
+    record = handle.trace.stages[-1]
+    for b, spans in enumerate(record.frames.videos):
+        for which, span in enumerate(spans):
+            if span.kind == "image":
+                continue
+            white = torch.full((span.frames, 8, 8, 3), 255, dtype=torch.uint8)
+            size, (rows, columns) = 40, span.grid
+            sheet = vtr.draw(
+                handle, white, sample=b, which=which, size=size, panels=1, show_input=False
+            )
+            pixels = torch.from_numpy(np.array(sheet.convert("L")))
+            kept = record.total.kept[b]
+            alive = torch.zeros(span.frames, rows * columns, dtype=torch.bool)
+            first = sum(s.frames for s in spans[:which])
+            for token in kept[kept >= 0].tolist():
+                if record.frames.video[b, token] == which and record.frames.frame[b, token] >= 0:
+                    frame, place = record.frames.frame[b, token], record.frames.place[b, token]
+                    alive[frame - first, place] = True
+            for f in range(span.frames):
+                for cell in range(rows * columns):
+                    y = 24 + 16 + (2 * (cell // columns) + 1) * size // (2 * rows)
+                    x = f * (size + 4) + (2 * (cell % columns) + 1) * size // (2 * columns)
+                    assert (int(pixels[y, x]) > 200) == bool(alive[f, cell]), (b, which, f, cell)
+
+
+def test_crops_of_real_models_are_drawn() -> None:
+    for name, number in (("llava_next", 2), ("llava_onevision", 2), ("internvl", 1)):
+        model, inputs = FAMILIES[name](2)
+        with vtr.apply(model, PROMPT) as handle:
+            model(**inputs)
+        for sample in (0, 1):
+            picture = vtr.draw(handle, torch.rand(3, 9, 9), sample=sample, size=64)
+            assert picture.width == (number + 1) * 64 + number * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +89,9 @@ def video_llava(batch: int) -> tuple[Any, Inputs]:
     model = build(transformers.VideoLlavaForConditionalGeneration, config)
     inputs = {"pixel_values_videos": frames(batch, 2)}
     if batch == 2:
-        inputs["pixel_values"] = noise(1, 3, 28, 28)
+        names = inspect.signature(transformers.VideoLlavaModel.forward).parameters
+        name = "pixel_values" if "pixel_values" in names else "pixel_values_images"
+        inputs[name] = noise(1, 3, 28, 28)
     return model, {**inputs, **prompts([[video(34)], [video(34), 16]][:batch])}
 
 

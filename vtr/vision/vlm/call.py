@@ -260,6 +260,7 @@ class Call:
                 self.map,
                 self.grid(),
                 tuple(i[0][2] if len(i) == 1 else None for i in self.images()),
+                self.frames(bool(entry.options.get("video"))),
             )
         )
         if self.rope is not None:

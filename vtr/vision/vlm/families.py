@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.errors import UnsupportedModelError
+from vtr.signals import View
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import KINDS, Piece, loose, plain
 
@@ -70,12 +71,12 @@ class Packed(Family):
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         if capture.kind == "video":
-            self.video(inner, capture, *given["pixel_values_videos"].shape[:2])
+            self.video(inner, capture, *videos_of(given))
+            capture.lengths = [piece.length for piece in capture.pieces]
             return
         packing = Packing(inner, *given["pack_image_features"])
         capture.spread = packing
-        blank = packing(torch.zeros(sum(packing.crops), packing.patches))
-        capture.pieces = [loose("image", x.isnan()) for x in blank]
+        capture.pieces = packing.pieces()
 
     def video(self, inner: Any, capture: Capture, videos: int, frames: int) -> None:
         """Frames become ``apply_pooling``'s smaller grids; one newline closes a video."""
@@ -109,7 +110,7 @@ class VideoLlava(Family):
         if capture.kind == "image":
             super().describe(inner, capture, given)
             return
-        videos, frames = given["pixel_values_videos"].shape[:2]
+        videos, frames = videos_of(given)
         side = math.isqrt(capture.lengths[0] - 1)
         capture.pieces = [plain("video", frames, (side, side), opening=1) for _ in range(videos)]
         capture.lengths = [piece.length for piece in capture.pieces]
@@ -181,6 +182,23 @@ class Packing:
         self.patches = features[0].shape[1]
         self.newline = named.pop("image_newline", None) is not None
         self.rest = named
+
+    def pieces(self) -> list[Piece]:
+        """What the images are made of: the base crop, then all crops with a newline after each row."""
+        blank = self(torch.zeros(sum(self.crops), self.patches))
+        out = []
+        side = math.isqrt(self.patches)
+        for crops, row in zip(self.crops, blank, strict=True):
+            newline = row.isnan()
+            if crops == 1:
+                out.append(plain("image", 1, (side, side), closing=int(newline.sum())))
+                continue
+            views = [View("whole image", (side, side), 0, side)]
+            ends = newline[self.patches :].nonzero().flatten().tolist()
+            if ends:
+                views.append(View("crops", (len(ends), ends[0]), self.patches, ends[0] + 1))
+            out.append(loose("image", newline)._replace(views=tuple(views)))
+        return out
 
     def __call__(self, scores: Tensor) -> list[Tensor]:
         if scores.shape[0] != sum(self.crops):
@@ -311,6 +329,13 @@ class VideoLlama3(Idefics):
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
         if capture.kind == "video":
             capture.stays = given.get("video_compression_mask")
+
+
+def videos_of(given: dict[str, Any]) -> tuple[int, int]:
+    """Number of videos and of frames of each, from the arguments of ``get_video_features``."""
+    pixels = given.get("pixel_values_videos", given.get("pixel_values"))
+    assert isinstance(pixels, Tensor)
+    return pixels.shape[0], pixels.shape[1]
 
 
 def rows(scores: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.signals import Frames, VisualSpan
+from vtr.signals import Frames, View, VisualSpan
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import Call
@@ -25,6 +25,7 @@ class Piece(NamedTuple):
         frame: (length,) int64 on the CPU, the frame of each token, -1 for separators.
         place: (length,) int64 on the CPU, row * columns + column, -1 for separators or without a grid.
         times: seconds of each frame, or None.
+        views: grids in a piece that is none.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Piece(NamedTuple):
     frame: Tensor
     place: Tensor
     times: tuple[float, ...] | None = None
+    views: tuple[View, ...] = ()
 
     @property
     def length(self) -> int:
@@ -125,11 +127,21 @@ def frames_of(
                     seen - first,
                     None if group.tiles else head.grid,
                     head.times,
+                    _thumbnail(group.pieces) if group.tiles else head.views,
                 )
             )
         videos.append(spans)
     device = call.live.device
     return Frames(frame.to(device), place.to(device), video.to(device), videos)
+
+
+def _thumbnail(tiles: list[Piece]) -> tuple[View, ...]:
+    """The last of several tiles, which processors make of the whole image."""
+    last = tiles[-1]
+    if last.grid is None:
+        return ()
+    start = sum(tile.length for tile in tiles[:-1])
+    return (View("thumbnail", last.grid, start, last.grid[1]),)
 
 
 def _groups(

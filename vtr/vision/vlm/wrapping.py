@@ -23,7 +23,8 @@ from vtr.vision.vlm.sequence import follow
 from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, Wrapping
 
-FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+FEATURES = (*PIXELS, "mm_encoder_outputs")
 TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
 MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
 
@@ -266,7 +267,7 @@ class VLMWrapping(Wrapping):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.language.pending = None
-        if kwargs.get("pixel_values") is not None or kwargs.get("pixel_values_videos") is not None:
+        if any(kwargs.get(name) is not None for name in PIXELS):
             self.captures = Captures()  # the towers run inside this call
         elif isinstance(made := kwargs.get("mm_encoder_outputs"), dict) and not self.captures.made(
             made
