@@ -1,0 +1,95 @@
+"""Clips made by PyAV, small enough to be made anew in every test."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+PIXELS = {"mjpeg": "yuvj420p"}
+
+
+def picture(i: int, width: int = 64, height: int = 48) -> np.ndarray:
+    """Frame ``i``: its brightness says its number (5 i), a ramp says which way is up."""
+    out = np.zeros((height, width, 3), np.uint8)
+    out[...] = (5 * i) % 240
+    out[: height // 4, : width // 2] = 255  # bright corner at the top left
+    return out
+
+
+def number(frame: np.ndarray) -> int:
+    """The number that :func:`picture` wrote, for fewer than 48 frames."""
+    height = len(frame)
+    return round(float(frame[height // 2 :].mean()) / 5)
+
+
+def write(
+    path: Path,
+    codec: str = "libx264",
+    frames: int = 40,
+    rate: int = 10,
+    size: tuple[int, int] = (48, 64),
+    *,
+    pixels: str | None = None,
+    times_ms: Sequence[int] | None = None,
+    options: dict[str, str] | None = None,
+    mux: dict[str, str] | None = None,
+    make: Any = picture,
+    audio: bool = False,
+) -> Path:
+    """A clip; ``times_ms`` are the frames' own times, else they come at ``rate``."""
+    height, width = size
+    unit = Fraction(1, 1000) if times_ms is not None else Fraction(1, rate)
+    with av.open(str(path), "w", options=mux or {}) as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = pixels or PIXELS.get(codec, "yuv420p")
+        stream.options = options or {}
+        stream.bit_rate = 4_000_000  # so that pictures say their number after any codec
+        stream.codec_context.time_base = unit
+        sound = out.add_stream("aac", rate=8000, layout="mono") if audio else None
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(make(i, width, height))
+            frame.pts = i if times_ms is None else times_ms[i]
+            frame.time_base = unit
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+        if sound is not None:
+            _silence(out, sound, seconds=frames / rate)
+    return path
+
+
+def write_audio(path: Path, seconds: float = 0.5) -> Path:
+    with av.open(str(path), "w") as out:
+        _silence(out, out.add_stream("aac", rate=8000, layout="mono"), seconds)
+    return path
+
+
+def _silence(out: Any, stream: Any, seconds: float) -> None:
+    for i in range(int(seconds * 8000 / 1024) + 1):
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        frame.sample_rate, frame.pts = 8000, i * 1024
+        out.mux(stream.encode(frame))
+    out.mux(stream.encode())
+
+
+def turned(path: Path, degrees: int, mirror: bool = False) -> Path:
+    """The same MP4 with a display matrix: shown ``degrees`` clockwise, mirrored first."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4
+    at += 40 + 12 * (data[at] == 1)  # version 1 has longer times
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    one = 1 << 16
+    sign = -1 if mirror else 1
+    matrix = [sign * cos * one, sign * sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30]
+    data[at : at + 36] = struct.pack(">9i", *matrix)
+    out = path.with_name(f"{path.stem}-{degrees}{'m' if mirror else ''}.mp4")
+    out.write_bytes(data)
+    return out

@@ -1,0 +1,212 @@
+"""Whatever the file is: a video, or a VideoError that names it and says why."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+
+import vtr.video
+from tests.video.clips import number, write, write_audio
+from vtr.video import VideoError
+from vtr.video.errors import Deadline
+
+
+def refused(source: object, *words: str, **options: object) -> VideoError:
+    """Both ways of reading refuse it, and say so."""
+    with pytest.raises(VideoError) as caught:
+        vtr.video.load(source, 4, threads=1, **options)
+    with pytest.raises(VideoError) as streamed:
+        list(vtr.video.stream(source, threads=1, **options))
+    for error in (caught.value, streamed.value):
+        if isinstance(source, (str, Path)):
+            assert str(source) in str(error) and error.source == str(source)
+    for word in words:
+        assert word in str(caught.value), caught.value
+    return caught.value
+
+
+def test_what_is_no_video(tmp_path: Path) -> None:
+    refused(tmp_path / "missing.mp4", "No such file")
+    refused("https://example.org/a.mp4", "download it first")
+    refused(tmp_path, "is a directory")
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    refused(empty, "0 bytes")
+    refused(b"", "no bytes")
+    text = tmp_path / "text.mp4"
+    text.write_text("this is a text\n" * 200)
+    refused(text, "no video file")
+    refused(b"\0" * 5000, "no video file")
+    refused("a\0b.mp4", "null")
+    playlist = tmp_path / "list.mp4"
+    playlist.write_text("#EXTM3U\n#EXTINF:1,\n/etc/hostname\n#EXT-X-ENDLIST\n")
+    refused(playlist, "no video file")
+    with pytest.raises(TypeError, match="path or as bytes"):
+        vtr.video.load(3)  # type: ignore[arg-type]
+
+
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    refused(pipe, "no regular file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", frames=2)
+    path.chmod(0)
+    refused(path, "permission denied")
+
+
+def test_audio_only(tmp_path: Path) -> None:
+    refused(write_audio(tmp_path / "a.mp4"), "no video stream", "audio")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.mkv", {}),
+        ("a.mp4", {"mux": {"movflags": "faststart"}}),
+        ("a.webm", {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}}),
+        ("a.avi", {"codec": "mjpeg"}),
+    ],
+)
+def test_truncated(tmp_path: Path, name: str, options: dict) -> None:
+    """Refused; with damaged="keep" the frames before the break are the right ones."""
+    path = write(tmp_path / name, options=options.pop("options", {"g": "5"}), **options)
+    whole = vtr.video.load(path, 100, threads=1)
+    short = tmp_path / f"short-{name}"
+    data = path.read_bytes()
+    head = max(data.find(b"mdat"), 0)
+    short.write_bytes(data[: head + (len(data) - head) * 6 // 10])
+    refused(short, "damaged='keep'")
+    kept = vtr.video.load(short, 100, threads=1, damaged="keep")
+    assert kept.metadata.damaged
+    assert 5 <= len(kept) < len(whole)
+    sound = kept.indices[:-2]  # the last packet may be cut through and still decode
+    assert [number(f) for f in kept.frames[:-2]] == sound.tolist()
+    streamed = list(vtr.video.stream(short, damaged="keep", threads=1))
+    assert abs(len(streamed) - len(kept)) <= 2
+
+
+def test_truncated_before_its_index(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4")
+    path.write_bytes(path.read_bytes()[:-600])  # the index stands at the end
+    refused(path, "no video file")
+
+
+def test_damage_in_the_middle(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", options={"g": "10"}, mux={"movflags": "faststart"})
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 1500
+    data[start : start + 300] = bytes(300)
+    path.write_bytes(data)
+    refused(path, "cannot be decoded")
+    kept = vtr.video.load(path, 100, threads=1, damaged="keep")
+    assert kept.metadata.damaged
+    assert 10 <= len(kept) <= 40
+
+
+def test_any_bytes_give_a_video_or_a_reason(tmp_path: Path) -> None:
+    """Random damage: no other exception, and no hang."""
+    rng = np.random.default_rng(0)
+    clips = [
+        write(tmp_path / "a.mp4", frames=20, mux={"movflags": "faststart"}).read_bytes(),
+        write(tmp_path / "a.mkv", frames=20).read_bytes(),
+        write(tmp_path / "a.avi", "mjpeg", frames=20).read_bytes(),
+    ]
+    outcomes = set()
+    for data in clips:
+        for trial in range(20):
+            broken = bytearray(data if trial % 3 else data[: rng.integers(1, len(data))])
+            for at in rng.integers(0, len(broken), rng.integers(1, 12)):
+                broken[at] = rng.integers(256)
+            began = time.monotonic()
+            for damaged in ("error", "keep"):
+                try:
+                    video = vtr.video.load(
+                        bytes(broken), 4, threads=1, damaged=damaged, time_limit=20, backend="pyav"
+                    )
+                except VideoError as error:
+                    assert error.reason and "20 s" not in error.reason
+                    outcomes.add("refused")
+                else:
+                    assert 1 <= len(video) <= 4 and video.frames.dtype == np.uint8
+                    outcomes.add("read")
+            assert time.monotonic() - began < 20
+    assert outcomes == {"refused", "read"}
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mkv").rename(tmp_path / "a.txt")
+    assert len(vtr.video.load(path, 4, threads=1)) == 4
+
+
+def test_time_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4")
+    for options in ({}, {"backend": "pyav"}, {"sampling": "scenes"}):
+        with pytest.raises(VideoError, match="time_limit=1e-06") as caught:
+            vtr.video.load(path, time_limit=1e-6, **options)
+        assert str(path) in str(caught.value)
+    with pytest.raises(VideoError, match="time_limit=1e-06"):
+        list(vtr.video.stream(path, time_limit=1e-6))
+
+
+def test_a_decoder_that_hangs_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decord = pytest.importorskip("decord")
+    path = write(tmp_path / "a.mp4")
+
+    class Stuck:
+        def __init__(self, *args: object, **options: object) -> None:
+            time.sleep(3)
+
+    monkeypatch.setattr(decord, "VideoReader", Stuck)
+    began = time.monotonic()
+    with pytest.raises(VideoError, match=r"time_limit=0\.5"):
+        vtr.video.load(path, time_limit=0.5)
+    assert time.monotonic() - began < 2
+
+
+def test_memory_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match="memory_limit"):
+        vtr.video.load(path, 40, memory_limit=1000)
+
+
+def test_without_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    path = write(tmp_path / "a.mp4")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert vtr.video.load(path, 4).metadata.backend == "pyav"
+    with pytest.raises(ImportError, match=r"vtr\[video\]"):
+        vtr.video.load(path, 4, backend="decord")
+
+
+def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    path = write(tmp_path / "a.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"vtr\[video\]"):
+        vtr.video.load(path, 4)
+
+
+def test_the_error_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is empty")))
+    assert str(error) == "a.mp4: is empty" and error.reason == "is empty"
+    assert isinstance(error, ValueError) and isinstance(error, vtr.VtrError)
+
+
+def test_no_limit_is_no_error() -> None:
+    Deadline("a", None).check()
+    assert Deadline("a", None).left is None

@@ -1,0 +1,383 @@
+"""What a file holds, found without decoding more than one frame: always by PyAV, which never aborts.
+
+Every packet is read once (about 3 µs each). That gives exact times at variable rates, finds
+truncated files, and tells where decoding of each frame has to start.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from vtr.errors import missing
+from vtr.video.errors import Deadline, VideoError
+from vtr.video.types import VideoMetadata
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+
+#: Demuxers of playlists, which would open other files and addresses.
+PLAYLISTS = frozenset({"hls", "concat", "dash", "sdp", "rtsp", "tty"})
+
+#: Containers with an index of their frames; decord gives other frames than asked for in others.
+PLAIN = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"})
+
+
+def av_module() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise missing("av", "video", "reading video") from error
+    return av
+
+
+@dataclass(frozen=True)
+class Media:
+    """A source that is a readable file or bytes: not yet known to be a video."""
+
+    name: str
+    path: str | None
+    data: bytes | None
+
+    @classmethod
+    def of(cls, source: Source) -> Media:
+        """Check what can be checked without a decoder.
+
+        Raises:
+            TypeError: neither a path nor bytes.
+            VideoError: missing, a directory, no regular file (a pipe would block), empty, unreadable.
+        """
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            data = bytes(source)
+            if not data:
+                raise VideoError("<0 bytes>", "no bytes")
+            return cls(f"<{len(data)} bytes>", None, data)
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(
+                f"a video is given as a path or as bytes, not as {type(source).__name__}"
+            )
+        path = os.fspath(source)
+        if not isinstance(path, str):
+            path = os.fsdecode(path)
+        try:
+            info = os.stat(path)
+        except (OSError, ValueError) as error:
+            hint = "; download it first" if "://" in path else ""
+            reason = getattr(error, "strerror", None) or str(error)
+            raise VideoError(path, f"{reason}{hint}") from None
+        if stat.S_ISDIR(info.st_mode):
+            raise VideoError(path, "is a directory; give one video file")
+        if not stat.S_ISREG(info.st_mode):
+            raise VideoError(path, "is no regular file (a pipe or a device); give its bytes")
+        if info.st_size == 0:
+            raise VideoError(path, "is empty (0 bytes)")
+        if not os.access(path, os.R_OK):
+            raise VideoError(path, "may not be read (permission denied)")
+        return cls(path, path, None)
+
+    def open(self) -> Any:
+        """An open PyAV container. Raises :class:`VideoError` for what FFmpeg cannot read."""
+        av = av_module()
+        target: Any = io.BytesIO(self.data) if self.data is not None else self.path
+        if self.path is not None:
+            target = os.path.abspath(self.path)  # a name like "a:b.mp4" is no address
+        try:
+            container = av.open(
+                target, metadata_errors="ignore", options={"protocol_whitelist": "file"}
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise VideoError(
+                self.name, f"is no video file that can be read ({short(error)})"
+            ) from None
+        if PLAYLISTS & set(container.format.name.split(",")):
+            kind = container.format.name
+            container.close()
+            raise VideoError(self.name, f"is no video file but a playlist or text ({kind})")
+        return container
+
+
+def video_stream(container: Any, name: str) -> Any:
+    """The first stream of moving pictures. Raises :class:`VideoError` where there is none."""
+    av = av_module()
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
+    if not streams:
+        kinds = sorted({s.type for s in container.streams if s.type != "video"})
+        has = f"it holds: {', '.join(kinds)}" if kinds else "it holds no stream at all"
+        raise VideoError(name, f"has no video stream ({has})")
+    if streams[0].codec_context is None:
+        raise VideoError(name, "its video codec is unknown to the installed PyAV")
+    return streams[0]
+
+
+def short(error: BaseException) -> str:
+    """FFmpeg's reason alone."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip()
+
+
+@dataclass(frozen=True, eq=False)
+class VideoIndex:
+    """Where and when every frame of a file is.
+
+    Attributes:
+        metadata: facts for the user.
+        times: (T,) float64 seconds since the first frame, ascending.
+        pts: (T,) int64 in the stream's own unit, ascending; empty where frames must be counted.
+        start: (T,) int64, decode-order number of the key packet from which each frame is decoded.
+        packets: {pts: decode-order number} of every packet.
+        seek: (P, 2) int64, times to seek to for each packet in decode order: its pts, its dts.
+        keys: (K,) int64, numbers of the key frames.
+        stored: (height, width) before rotation.
+        turn: quarter turns, counter-clockwise; flip: mirror left to right before turning.
+        plain: nothing about the file is unusual: any decoder numbers its frames alike.
+    """
+
+    metadata: VideoMetadata
+    times: np.ndarray
+    pts: np.ndarray
+    start: np.ndarray
+    packets: dict[int, int]
+    seek: np.ndarray
+    keys: np.ndarray
+    stored: tuple[int, int]
+    turn: int
+    flip: bool
+    plain: bool
+
+    @property
+    def counted(self) -> bool:
+        """Whether times of packets cannot be relied on, so that frames are decoded and counted."""
+        return len(self.pts) == 0
+
+
+def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> VideoIndex:
+    """Read the packets of a file.
+
+    Args:
+        damaged: ``"error"`` raises for truncated or corrupt files, ``"keep"`` takes what is there.
+
+    Raises:
+        VideoError: with the reason.
+    """
+    with media.open() as container:
+        stream = video_stream(container, media.name)
+        rows, trouble = _packets(container, stream, media, deadline)
+        trouble = trouble or _truncated(container, stream, rows, media, deadline)
+        if trouble and damaged == "error":
+            raise VideoError(media.name, f"{trouble}. damaged='keep' reads what can be read")
+        if not rows:
+            raise VideoError(media.name, trouble or "its video stream holds no frames")
+    with media.open() as container:
+        stream = video_stream(container, media.name)
+        first = first_frame(container, stream, media.name, deadline)
+        base = _facts(container, stream, first, media, trouble)
+        single = sum(s.type == "video" for s in container.streams) == 1
+        unit = float(stream.time_base or 1e-6)
+        rate = stream.average_rate or stream.guessed_rate or 0
+        container_name = container.format.name
+    known = all(pts is not None for pts, *_ in rows) and len({r[0] for r in rows}) == len(rows)
+    # AVI has no times, only an order, which is that of decoding.
+    if not known or ("avi" in container_name and not all(row[2] for row in rows)):
+        return counted_index(media, deadline, damaged, base)
+    turn, flip = turned(first)
+    pts, dts, key, discard, lengths = (np.array(column) for column in zip(*rows, strict=True))
+    if not key.any():
+        key[0] = True
+    order = np.arange(len(pts))
+    heads = np.flatnonzero(key)
+    which = np.searchsorted(heads, order, side="right") - 1
+    leading = (which >= 0) & (pts < pts[heads[np.maximum(which, 0)]])
+    begin = np.where(leading, which - 1, which)
+    shown = ~discard & (begin >= 0)
+    if not shown.any():
+        raise VideoError(media.name, "holds no frame that can be shown")
+    by_time = order[shown][np.argsort(pts[shown], kind="stable")]
+    times = (pts[by_time] - pts[by_time[0]]) * unit
+    return VideoIndex(
+        metadata=timed(base, times, float(lengths[by_time[-1]]) * unit, float(rate)),
+        times=times,
+        pts=pts[by_time],
+        start=heads[begin[by_time]],
+        packets=dict(zip(pts.tolist(), order.tolist(), strict=True)),
+        seek=np.stack([pts, np.minimum(dts, pts)], 1),
+        keys=np.flatnonzero(key[by_time]),
+        stored=(first.height, first.width),
+        turn=turn,
+        flip=flip,
+        plain=bool(
+            container_name in PLAIN
+            and shown.all()
+            and not leading.any()
+            and not (turn or flip)
+            and not trouble
+            and single
+        ),
+    )
+
+
+def counted_index(
+    media: Media, deadline: Deadline, damaged: str, base: VideoMetadata | None = None
+) -> VideoIndex:
+    """The index of a file whose packets carry no usable times: every frame is decoded and counted."""
+    from vtr.video.pyav import decode_all
+
+    times: list[float | None] = []
+    keys: list[int] = []
+    trouble: list[str] = []
+    first: Any = None
+    with media.open() as container:
+        stream = video_stream(container, media.name)
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        for n, frame in enumerate(decode_all(container, stream, media, deadline, damaged, trouble)):
+            if first is None:
+                first = frame
+            times.append(frame.time)
+            if frame.key_frame:
+                keys.append(n)
+        if first is None:
+            raise VideoError(media.name, "holds no frame that can be decoded")
+        if base is None or trouble:
+            base = _facts(container, stream, first, media, "; ".join(trouble[:1]))
+    known = np.array([np.nan if t is None else t for t in times])
+    at = known - known[0]
+    if np.isnan(at).any() or (np.diff(at) <= 0).any():
+        at = np.arange(len(times)) / rate
+    turn, flip = turned(first)
+    return VideoIndex(
+        timed(base, at, 0.0, rate),
+        at,
+        np.empty(0, np.int64),
+        np.zeros(len(at), np.int64),
+        {},
+        np.empty((0, 2), np.int64),
+        np.array(keys, np.int64),
+        (first.height, first.width),
+        turn,
+        flip,
+        plain=False,
+    )
+
+
+def timed(base: VideoMetadata, times: np.ndarray, last: float, rate: float) -> VideoMetadata:
+    """The facts that follow from times; ``last`` is how long the last frame is shown, 0 if unknown."""
+    gaps = np.diff(times)
+    if last <= 0:
+        last = 1 / rate if rate else 0.0
+    duration = float(times[-1]) + last
+    # A gap off by more than a millisecond, which is what Matroska rounds times to.
+    varies = bool(len(gaps)) and bool((np.abs(gaps - np.median(gaps)) > 1.01e-3).any())
+    return replace(
+        base,
+        frames=len(times),
+        duration=duration,
+        fps=len(times) / duration if duration > 0 else 0.0,
+        variable_rate=varies,
+    )
+
+
+def first_frame(container: Any, stream: Any, name: str, deadline: Deadline) -> Any:
+    """The first frame that decodes, for the picture's size and rotation."""
+    av = av_module()
+    reason = "no frame can be decoded"
+    stream.thread_count = 1  # one frame is there sooner without the delay of frame threads
+    for tried, packet in enumerate(container.demux(stream)):
+        deadline.check()
+        try:
+            for frame in packet.decode():
+                return frame
+        except av.FFmpegError as error:
+            reason = f"no frame can be decoded ({short(error)})"
+        if tried > 1000:
+            break
+    raise VideoError(name, f"{reason}; its codec is {stream.codec_context.name}")
+
+
+def turned(frame: Any) -> tuple[int, bool]:
+    """(quarter turns counter-clockwise, mirrored first) for showing a stored frame."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d, *_ = np.frombuffer(bytes(data), "<i4").tolist()
+            flip = a * d - b * c < 0
+            if flip:
+                a, b = -a, -b
+            angle = np.degrees(np.arctan2(-b, a))
+            return round(angle / 90) % 4, flip
+    return 0, False
+
+
+def _facts(container: Any, stream: Any, frame: Any, media: Media, trouble: str) -> VideoMetadata:
+    turn, _ = turned(frame)
+    height, width = (frame.width, frame.height) if turn % 2 else (frame.height, frame.width)
+    return VideoMetadata(
+        source=media.name,
+        codec=stream.codec_context.name,
+        container=container.format.name,
+        width=width,
+        height=height,
+        rotation=90 * turn,
+        frames=0,
+        duration=0.0,
+        fps=0.0,
+        variable_rate=False,
+        damaged=trouble,
+    )
+
+
+def _packets(
+    container: Any, stream: Any, media: Media, deadline: Deadline
+) -> tuple[list[tuple[Any, Any, bool, bool, int]], str]:
+    """(pts, dts, key, discard, duration) of every packet in decode order, and what is wrong."""
+    av = av_module()
+    rows: list[tuple[Any, Any, bool, bool, int]] = []
+    trouble = ""
+    try:
+        for n, packet in enumerate(container.demux(stream)):
+            if n % 1024 == 0:
+                deadline.check()
+            if not packet.size:
+                continue
+            dts = packet.pts if packet.dts is None else packet.dts
+            length = packet.duration or 0
+            rows.append((packet.pts, dts, packet.is_keyframe, packet.is_discard, length))
+            if packet.is_corrupt:
+                trouble = trouble or f"packet {n} is corrupt"
+    except av.FFmpegError as error:
+        trouble = f"cannot be read after {len(rows)} frames ({short(error)})"
+    return rows, trouble
+
+
+def _truncated(container: Any, stream: Any, rows: list, media: Media, deadline: Deadline) -> str:
+    """Whether the file says that it holds more than it does."""
+    if stream.frames > len(rows):
+        return (
+            f"is truncated: {len(rows)} of the {stream.frames} frames that it announces are there"
+        )
+    times = [r[0] for r in rows if r[0] is not None]
+    if not container.duration or not times:
+        return ""
+    unit = float(stream.time_base or 1e-6)
+    origin = 0.0 if container.start_time is None else container.start_time / 1e6
+    end, announced = max(times) * unit - origin, container.duration / 1e6
+    if end >= announced - max(1.0, 0.05 * announced):
+        return ""
+    # Another stream may be longer than the pictures; then it reaches to the end.
+    for other in [s for s in container.streams if s.type in ("audio", "subtitle")]:
+        if other.duration and float(other.duration * other.time_base) >= announced - 1.0:
+            return ""
+        with media.open() as again:
+            last = 0.0
+            try:
+                for n, packet in enumerate(again.demux(again.streams[other.index])):
+                    if n % 1024 == 0:
+                        deadline.check()
+                    if packet.pts is not None:
+                        last = max(last, float(packet.pts * packet.time_base) - origin)
+            except av_module().FFmpegError:
+                pass
+            if last >= announced - max(1.0, 0.05 * announced):
+                return ""
+    return f"is truncated: it ends at {end:.2f} s of the {announced:.2f} s that it announces"

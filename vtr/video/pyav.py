@@ -1,0 +1,204 @@
+"""Decoding with PyAV: chosen frames by seeking, or all of them in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vtr.video.errors import Deadline, VideoError
+from vtr.video.index import Media, VideoIndex, av_module, short, video_stream
+
+#: Numbers of colour matrices that are not BT.601, which swscale takes where it is told nothing.
+BT601, MATRICES = 5, (1, 4, 7, 9, 10)
+
+
+class Missing(Exception):
+    """A frame did not come out of the decoder where its packet said that it would."""
+
+
+def picture(frame: Any, index: VideoIndex, size: tuple[int, int] | None) -> np.ndarray:
+    """A decoded frame as it is shown: (H, W, 3) uint8 RGB, turned and scaled."""
+    return shown(frame, index.stored, index.turn, index.flip, size)
+
+
+def shown(
+    frame: Any, stored: tuple[int, int], turn: int, flip: bool, size: tuple[int, int] | None
+) -> np.ndarray:
+    """``size`` is the (height, width) of the picture after turning; None is the stored one."""
+    height, width = stored if size is None else (size[::-1] if turn % 2 else size)
+    # PyAV looks at the matrix of the file only where another one is asked for; RGB has none.
+    matrix = int(frame.colorspace)
+    image = frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24",
+        interpolation="BILINEAR",
+        src_colorspace=matrix,
+        dst_colorspace=BT601 if matrix in MATRICES else matrix,
+    ).to_ndarray()
+    if flip:
+        image = image[:, ::-1]
+    return np.rot90(image, turn) if turn else image
+
+
+def decode_all(
+    container: Any,
+    stream: Any,
+    media: Media,
+    deadline: Deadline,
+    damaged: str,
+    trouble: list[str] | None = None,
+) -> Iterator[Any]:
+    """Every frame in the order of time.
+
+    Args:
+        damaged: ``"error"`` raises where a packet cannot be decoded, ``"keep"`` goes on after it.
+        trouble: gets a line for each packet that could not be decoded.
+    """
+    av = av_module()
+    packets = container.demux(stream)
+    number = 0
+    while True:
+        deadline.check()
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                return
+            frames = packet.decode()
+        except av.EOFError:
+            return
+        except av.FFmpegError as error:
+            reason = f"packet {number} cannot be decoded ({short(error)})"
+            if damaged == "error":
+                raise VideoError(
+                    media.name, f"{reason}. damaged='keep' reads what can be read"
+                ) from None
+            if trouble is not None:
+                trouble.append(reason)
+            if len(trouble or ()) > 10_000:  # a demuxer that never ends
+                return
+            continue
+        finally:
+            number += 1
+        yield from frames
+
+
+class Chosen:
+    """Decodes the frames ``wanted`` (ascending numbers) of an indexed file."""
+
+    def __init__(self, media: Media, index: VideoIndex, deadline: Deadline, threads: int) -> None:
+        self.media = media
+        self.index = index
+        self.deadline = deadline
+        self.threads = threads
+
+    def frames(self, wanted: np.ndarray, damaged: str) -> Iterator[tuple[int, Any]]:
+        """(position in ``wanted``, decoded frame), ascending.
+
+        Raises:
+            Missing: the file is not as its packets say; count its frames instead.
+        """
+        with self.media.open() as container:
+            stream = video_stream(container, self.media.name)
+            if self.threads != 1:
+                stream.thread_type = "AUTO"
+            stream.thread_count = self.threads
+            if self.index.counted:
+                yield from self._counted(container, stream, wanted, damaged)
+            else:
+                yield from self._sought(container, stream, wanted)
+
+    def _counted(
+        self, container: Any, stream: Any, wanted: np.ndarray, damaged: str
+    ) -> Iterator[tuple[int, Any]]:
+        targets = iter(enumerate(wanted.tolist()))
+        slot, target = next(targets)
+        frames = decode_all(container, stream, self.media, self.deadline, damaged)
+        for number, frame in enumerate(frames):
+            if number == target:
+                yield slot, frame
+                slot, target = next(targets, (-1, -1))
+                if slot < 0:
+                    return
+
+    def _sought(self, container: Any, stream: Any, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
+        av = av_module()
+        index = self.index
+        pts = index.pts[wanted].tolist()
+        due = {p: slot for slot, p in enumerate(pts)}
+        need = frozenset(due)
+        context, skipping = stream.codec_context, ""
+        packets, position, ended, newest = container.demux(stream), 0, False, -math.inf
+        for begin, slots in _groups(index.start[wanted].tolist(), [index.packets[p] for p in pts]):
+            # A position past `begin` is fine: those packets were decoded on the way here.
+            if ended or begin > position:
+                packets, position = self._seek(container, stream, begin)
+                ended, newest = False, -math.inf
+            left = sum(pts[slot] in due for slot in slots)
+            while left and not ended:
+                self.deadline.check()
+                try:
+                    packet = next(packets, None)
+                    if packet is None:
+                        break
+                    ended = not packet.size
+                    if not ended:
+                        here = index.packets.get(packet.pts, position)
+                        position = here + 1
+                        if here < begin:
+                            continue
+                    # Frames that no other needs are decoded only where they are asked for.
+                    skip = "DEFAULT" if ended or packet.pts in need else "NONREF"
+                    if skip != skipping:
+                        context.skip_frame = skipping = skip
+                    frames = packet.decode()
+                except av.FFmpegError as error:
+                    raise Missing(short(error)) from None
+                for frame in frames:
+                    if frame.pts is None or frame.pts <= newest:
+                        raise Missing("frames come in another order than their times say")
+                    newest = frame.pts
+                    slot = due.pop(frame.pts, None)
+                    if slot is not None:
+                        left -= slot in slots
+                        yield slot, frame
+            if left:
+                raise Missing(f"{left} frames did not come out of the decoder")
+
+    def _seek(self, container: Any, stream: Any, begin: int) -> tuple[Iterator[Any], int]:
+        """Packets from the key packet ``begin`` on, or from an earlier one."""
+        av = av_module()
+        # Demuxers seek by pts or by dts; the packet that comes tells where this one has landed.
+        for target in (*self.index.seek[begin], self.index.seek[max(begin - 1, 0)].min(), None):
+            to = int(self.index.seek[0].min()) if target is None else int(target)
+            try:
+                container.seek(to, stream=stream, backward=True)
+                packets = container.demux(stream)
+                first = next(packets, None)
+            except av.FFmpegError as error:
+                raise Missing(f"cannot seek ({short(error)})") from None
+            here = None if first is None else self.index.packets.get(first.pts)
+            if first is not None and here is not None and here <= begin:
+                return _chain(first, packets), here
+        raise Missing("cannot seek")
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _groups(start: list[int], last: list[int]) -> list[tuple[int, list[int]]]:
+    """Runs of wanted frames that are decoded without a seek: (first packet, positions)."""
+    groups: list[tuple[int, list[int]]] = []
+    reach = -1
+    for slot, (begin, end) in enumerate(zip(start, last, strict=True)):
+        if groups and begin <= reach:
+            groups[-1][1].append(slot)
+        else:
+            groups.append((begin, [slot]))
+        reach = max(reach, end)
+    return groups

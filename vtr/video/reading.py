@@ -1,0 +1,299 @@
+"""``load``: chosen frames of a video file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from vtr.errors import MissingDependencyError
+from vtr.video import decord as decord_backend
+from vtr.video import sampling as choose
+from vtr.video.decord import Unfit
+from vtr.video.errors import Deadline, VideoError
+from vtr.video.index import Media, Source, VideoIndex, counted_index, read_index
+from vtr.video.pyav import Chosen, Missing, picture
+from vtr.video.types import Video, VideoMetadata
+
+Size = int | tuple[int, int] | None
+Sampling = Literal["uniform", "fps", "keyframes", "scenes"]
+Backend = Literal["auto", "decord", "pyav"]
+
+
+def load(
+    source: Source,
+    frames: int | None = None,
+    *,
+    fps: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    size: Size = None,
+    sampling: Sampling | None = None,
+    backend: Backend = "auto",
+    damaged: Literal["error", "keep"] = "error",
+    scene_threshold: float = 0.1,
+    threads: int = 0,
+    time_limit: float | None = 600.0,
+    memory_limit: int = 8 * 2**30,
+) -> Video:
+    """Read chosen frames of a video.
+
+    Args:
+        source: a path, or the file's bytes.
+        frames: how many. With ``sampling="uniform"`` (the default, 32): evenly spaced in time from
+            the first to the last frame, all of them where there are fewer. With ``"keyframes"`` and
+            ``"scenes"``: at most so many; None is all key frames, or one frame per scene.
+        fps: instead of a number of frames, the frame shown at ``start`` and at every 1/fps seconds
+            after it; each frame at most once.
+        start, end: seconds since the first frame; frames shown in [start, end) are sampled.
+        size: of the picture: the length of its shorter side, or (height, width); bilinear over all
+            pixels that a new one covers.
+        sampling: ``"uniform"``, ``"fps"``, ``"keyframes"`` (what the encoder made key frames) or
+            ``"scenes"`` (every frame is decoded once, small, to find the cuts).
+        backend: ``"decord"``, ``"pyav"``, or ``"auto"``: decord where it is installed and can read
+            the file with the frames in their right places, else PyAV.
+        damaged: ``"error"`` refuses truncated and corrupt files; ``"keep"`` samples what can be
+            decoded, and says in ``metadata.damaged`` what is wrong.
+        scene_threshold: mean change of pixel values, of 1, from which on a frame may be a cut.
+        threads: for decoding; 0 lets the decoder choose.
+        time_limit: seconds after which reading is given up; None is no limit.
+        memory_limit: bytes that the frames may take.
+
+    Raises:
+        VideoError: the file cannot be read; the message names it and the reason.
+        ValueError: a bad option.
+        MissingDependencyError: PyAV (or decord, where it is asked for) is not installed.
+    """
+    frames, fps, kind = _wanted(frames, fps, sampling)
+    _check(start, end, size, backend, damaged, scene_threshold, threads, time_limit)
+    media = Media.of(source)
+    deadline = Deadline(media.name, time_limit)
+    index = read_index(media, deadline, damaged)
+
+    def numbers(index: VideoIndex) -> np.ndarray:
+        return _numbers(
+            media,
+            index,
+            frames,
+            fps,
+            kind,
+            start,
+            end,
+            scene_threshold,
+            threads,
+            deadline,
+            damaged,
+        )
+
+    wanted = numbers(index)
+    target = picture_size(index.metadata, size)
+    _fits(media, index, wanted, target, memory_limit)
+    used, pixels = "decord", None
+    if backend != "pyav":
+        try:
+            pixels = decord_backend.decode(media, index, wanted, target, deadline, threads)
+        except (Unfit, MissingDependencyError) as error:
+            if backend == "decord" and isinstance(error, MissingDependencyError):
+                raise
+            if backend == "decord":
+                raise VideoError(
+                    media.name, f"decord cannot read it ({error}); use backend='pyav'"
+                ) from None
+    if pixels is None:
+        used = "pyav"
+        try:
+            pixels = _decode(media, index, wanted, target, deadline, threads, damaged)
+        except Missing:
+            # The packets promise what the decoder does not give (hidden frames, damage in the
+            # middle): decode everything and count what really comes.
+            index = counted_index(media, deadline, damaged)
+            wanted = numbers(index)
+            target = picture_size(index.metadata, size)
+            _fits(media, index, wanted, target, memory_limit)
+            try:
+                pixels = _decode(media, index, wanted, target, deadline, threads, damaged)
+            except Missing as error:
+                raise VideoError(media.name, str(error)) from None
+    return Video(
+        frames=pixels,
+        timestamps=index.times[wanted],
+        indices=wanted.astype(np.int64),
+        metadata=replace(index.metadata, backend=used),
+    )
+
+
+def probe(
+    source: Source,
+    *,
+    damaged: Literal["error", "keep"] = "error",
+    time_limit: float | None = 600.0,
+) -> VideoMetadata:
+    """What a file holds, without decoding it. Raises :class:`VideoError` as :func:`load` does."""
+    media = Media.of(source)
+    return read_index(media, Deadline(media.name, time_limit), damaged).metadata
+
+
+def picture_size(metadata: VideoMetadata, size: Size) -> tuple[int, int] | None:
+    """(height, width) for ``size``, or None where the picture stays as it is."""
+    height, width = metadata.height, metadata.width
+    if size is None:
+        return None
+    if isinstance(size, int):
+        short = min(height, width)
+        size = (max(1, round(height * size / short)), max(1, round(width * size / short)))
+    return None if size == (height, width) else (int(size[0]), int(size[1]))
+
+
+def _wanted(
+    frames: int | None, fps: float | None, sampling: str | None
+) -> tuple[int | None, float | None, str]:
+    if sampling is None:
+        sampling = "uniform" if fps is None else "fps"
+    if sampling not in ("uniform", "fps", "keyframes", "scenes"):
+        raise ValueError(
+            f"sampling must be 'uniform', 'fps', 'keyframes' or 'scenes', got {sampling!r}"
+        )
+    if fps is not None and (frames is not None or sampling != "fps"):
+        other = "frames" if frames is not None else f"sampling={sampling!r}"
+        raise ValueError(f"fps and {other} contradict each other; give one of them")
+    if frames is not None and sampling == "fps":
+        raise ValueError("sampling='fps' takes fps=, not frames=")
+    if sampling == "uniform" and frames is None:
+        frames = 32
+    if sampling == "fps" and fps is None:
+        fps = 1.0
+    if frames is not None and (
+        isinstance(frames, bool) or not isinstance(frames, int) or frames < 1
+    ):
+        raise ValueError(f"frames must be an int of at least 1, got {frames!r}")
+    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
+        raise ValueError(f"fps must be a positive number, got {fps!r}")
+    return frames, fps, sampling
+
+
+def _check(
+    start: float,
+    end: float | None,
+    size: Size,
+    backend: str,
+    damaged: str,
+    threshold: float,
+    threads: int,
+    time_limit: float | None,
+) -> None:
+    if not 0 <= start < math.inf:
+        raise ValueError(f"start must be seconds of at least 0, got {start!r}")
+    if end is not None and not end > start:
+        raise ValueError(f"end must be later than start={start!r}, got {end!r}")
+    sides = size if isinstance(size, tuple) else (size,)
+    whole = all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
+    if size is not None and not (whole and len(sides) in (1, 2)):
+        raise ValueError(f"size must be a positive int or (height, width), got {size!r}")
+    if backend not in ("auto", "decord", "pyav"):
+        raise ValueError(f"backend must be 'auto', 'decord' or 'pyav', got {backend!r}")
+    if damaged not in ("error", "keep"):
+        raise ValueError(f"damaged must be 'error' or 'keep', got {damaged!r}")
+    if not 0 < threshold < 1:
+        raise ValueError(f"scene_threshold must be in (0, 1), got {threshold!r}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise ValueError(f"threads must be an int of at least 0, got {threads!r}")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be positive seconds or None, got {time_limit!r}")
+
+
+def _numbers(
+    media: Media,
+    index: VideoIndex,
+    frames: int | None,
+    fps: float | None,
+    sampling: str,
+    start: float,
+    end: float | None,
+    threshold: float,
+    threads: int,
+    deadline: Deadline,
+    damaged: str,
+) -> np.ndarray:
+    duration = index.metadata.duration
+    if start > 0 and start >= duration:
+        raise VideoError(media.name, f"start={start} s is not before its end, {duration:.3f} s")
+    begin, stop = choose.window(index.times, start, math.inf if end is None else end)
+    times = index.times[begin:stop]
+    if sampling == "uniform":
+        assert frames is not None
+        return begin + choose.uniform(times, frames)
+    if sampling == "fps":
+        assert fps is not None
+        until = duration if end is None else min(end, duration)
+        return begin + choose.at_rate(times, fps, start, until)
+    if sampling == "keyframes":
+        keys = index.keys[(index.keys >= begin) & (index.keys < stop)]
+        if len(keys) == 0:
+            raise VideoError(media.name, "there is no key frame between start and end")
+        return keys if frames is None else keys[choose.uniform(index.times[keys], frames)]
+    scores = _changes(media, index, np.arange(begin, stop), deadline, threads, damaged)
+    return begin + choose.scenes(scores, threshold, frames)
+
+
+def _changes(
+    media: Media,
+    index: VideoIndex,
+    wanted: np.ndarray,
+    deadline: Deadline,
+    threads: int,
+    damaged: str,
+) -> np.ndarray:
+    """Mean absolute change of each frame against the one before, at 32 x 32 pixels, in [0, 1]."""
+    small = np.zeros((len(wanted), 32, 32, 3), np.uint8)
+    try:
+        for slot, frame in Chosen(media, index, deadline, threads).frames(wanted, damaged):
+            small[slot] = frame.reformat(
+                width=32, height=32, format="rgb24", interpolation="AREA"
+            ).to_ndarray()
+    except Missing as error:
+        raise VideoError(
+            media.name, f"the frames for its scenes cannot be decoded ({error})"
+        ) from None
+    out = np.zeros(len(wanted))
+    for t in range(1, len(wanted)):  # one by one: the differences of all would be large
+        out[t] = np.abs(small[t].astype(np.int16) - small[t - 1]).mean() / 255
+    return out
+
+
+def _fits(
+    media: Media,
+    index: VideoIndex,
+    wanted: np.ndarray,
+    size: tuple[int, int] | None,
+    limit: int,
+) -> None:
+    height, width = (index.metadata.height, index.metadata.width) if size is None else size
+    needed = 3 * height * width * len(wanted)
+    if needed > limit:
+        raise VideoError(
+            media.name,
+            f"{len(wanted)} frames of {width}x{height} take {needed / 2**30:.1f} GiB, more than "
+            "memory_limit; ask for fewer or smaller ones (size=), or use vtr.video.stream",
+        )
+
+
+def _decode(
+    media: Media,
+    index: VideoIndex,
+    wanted: np.ndarray,
+    size: tuple[int, int] | None,
+    deadline: Deadline,
+    threads: int,
+    damaged: str,
+) -> np.ndarray:
+    height, width = (index.metadata.height, index.metadata.width) if size is None else size
+    out = np.empty((len(wanted), height, width, 3), np.uint8)
+    came = 0
+    for slot, frame in Chosen(media, index, deadline, threads).frames(wanted, damaged):
+        out[slot] = picture(frame, index, size)
+        came += 1
+    if came != len(wanted):
+        raise Missing(f"{len(wanted) - came} of {len(wanted)} frames cannot be decoded")
+    return out

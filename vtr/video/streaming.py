@@ -1,0 +1,142 @@
+"""``stream``: frame after frame, in memory that does not grow with the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from vtr.video.errors import Deadline, VideoError
+from vtr.video.index import Media, Source, first_frame, turned, video_stream
+from vtr.video.pyav import decode_all, shown
+from vtr.video.reading import Size, _check, picture_size
+from vtr.video.sampling import SLACK
+from vtr.video.types import Frame, VideoMetadata
+
+
+def stream(
+    source: Source,
+    *,
+    fps: float | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    size: Size = None,
+    damaged: Literal["error", "keep"] = "error",
+    threads: int = 0,
+    time_limit: float | None = None,
+) -> Iterator[Frame]:
+    """The frames of a video one after the other, decoded by PyAV.
+
+    Neither frames nor an index of the file are kept, so that memory is that of the decoder, however
+    long the file is.
+
+    Args:
+        source, size, damaged, threads: as in :func:`vtr.video.load`. A truncated file is noticed
+            where it breaks, not before.
+        fps: at most so many frames per second: the frame shown at every 1/fps seconds from ``start``
+            on, each at most once. None is every frame.
+        start, end: seconds since the first frame; ``start`` is reached by decoding from the
+            beginning of the file.
+        time_limit: seconds for the whole stream (your own time between frames included); None, the
+            default, is no limit.
+
+    Yields:
+        :class:`Frame`: ``time`` in seconds and ``image`` (H, W, 3) uint8.
+
+    Raises:
+        VideoError, ValueError: at once where the file or an option is wrong, and while reading where
+            the file breaks.
+    """
+    _check(start, end, size, "pyav", damaged, 0.5, threads, time_limit)
+    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
+        raise ValueError(f"fps must be a positive number, got {fps!r}")
+    media = Media.of(source)
+    deadline = Deadline(media.name, time_limit)
+    with media.open() as container:
+        first = first_frame(
+            container, video_stream(container, media.name), media.name, Deadline(media.name, 600.0)
+        )
+    return _frames(media, first, fps, start, end, size, damaged, threads, deadline)
+
+
+def _frames(
+    media: Media,
+    first: Any,
+    fps: float | None,
+    start: float,
+    end: float | None,
+    size: Size,
+    damaged: str,
+    threads: int,
+    deadline: Deadline,
+) -> Iterator[Frame]:
+    turn, flip = turned(first)
+    stored = (first.height, first.width)
+    height, width = stored[::-1] if turn % 2 else stored
+    facts = VideoMetadata(media.name, "", "", width, height, 90 * turn, 0, 0.0, 0.0, False)
+    target = picture_size(facts, size)
+
+    def made(frame: Any, time: float) -> Frame:
+        return Frame(time, np.ascontiguousarray(shown(frame, stored, turn, flip, target)))
+
+    with media.open() as container:
+        stream = video_stream(container, media.name)
+        if threads != 1:
+            stream.thread_type = "AUTO"
+        stream.thread_count = threads
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        origin: float | None = None
+        held: tuple[Any, float] | None = None  # the frame that is shown until the next one begins
+        tick, number, given = 0, 0, 0
+        for frame in decode_all(container, stream, media, deadline, damaged):
+            at = number / rate if frame.time is None else float(frame.time)
+            number += 1
+            if origin is None:
+                origin = at
+            at -= origin
+            if held is not None:
+                if at <= held[1]:  # a time that does not go on: count at the average rate
+                    at = held[1] + 1 / rate
+                due, tick = _due(held[1], at, fps, start, end, tick)
+                if due:
+                    given += 1
+                    yield made(*held)
+            if end is not None and at >= end - SLACK:
+                held = None
+                break
+            held = (frame, at)
+        if held is not None:
+            length = float((held[0].duration or 0) * (held[0].time_base or 0)) or 1 / rate
+            due, _ = _due(held[1], held[1] + length, fps, start, end, tick)
+            if due:
+                given += 1
+                yield made(*held)
+            announced = (container.duration or 0) / 1e6
+            alone = len(container.streams) == 1
+            if damaged == "error" and alone and at < announced - max(1.0, 0.05 * announced):
+                raise VideoError(
+                    media.name,
+                    f"is truncated: it ends at {at:.2f} s of the {announced:.2f} s that it "
+                    "announces. damaged='keep' reads what can be read",
+                )
+        if number == 0:
+            raise VideoError(media.name, "holds no frame that can be decoded")
+        if not given:
+            raise VideoError(media.name, f"no frame is shown between start={start} s and end={end}")
+
+
+def _due(
+    begins: float, until: float, fps: float | None, start: float, end: float | None, tick: int
+) -> tuple[bool, int]:
+    """Whether the frame shown in [begins, until) is to be given, and the next tick of the rate."""
+    if until <= start + SLACK or (end is not None and begins >= end - SLACK):
+        return False, tick
+    if fps is None:
+        return True, tick
+    # The tick's instant lies in [begins, until), with the slack of sampling.shown_at.
+    due = start + tick / fps < until - SLACK
+    while start + tick / fps < until - SLACK:
+        tick = max(tick + 1, math.ceil((until - SLACK - start) * fps))
+    return due, tick

@@ -1,0 +1,123 @@
+"""What reading a video gives."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+class Frame(NamedTuple):
+    """One frame of a stream.
+
+    Attributes:
+        time: seconds since the first frame of the file.
+        image: (H, W, 3) uint8, RGB.
+    """
+
+    time: float
+    image: np.ndarray
+
+
+@dataclass(frozen=True)
+class VideoMetadata:
+    """What is known of the file.
+
+    Attributes:
+        source: its path, or ``"<N bytes>"``.
+        codec, container: as FFmpeg names them.
+        width, height: of the picture as it is shown (rotated, where the file says so), in pixels.
+        rotation: degrees, counter-clockwise, by which stored frames were turned for showing.
+        frames: frames that the file holds.
+        duration: seconds from the first frame's start to the last frame's end.
+        fps: frames over duration.
+        variable_rate: whether the time between frames varies by more than a millisecond.
+        backend: what decoded: ``"decord"`` or ``"pyav"``; empty where nothing was decoded.
+        damaged: what is wrong with a file that was read with ``damaged="keep"``; else empty.
+    """
+
+    source: str
+    codec: str
+    container: str
+    width: int
+    height: int
+    rotation: int
+    frames: int
+    duration: float
+    fps: float
+    variable_rate: bool
+    backend: str = ""
+    damaged: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames of a video.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8, RGB, in the order of time.
+        timestamps: (T,) float64, seconds since the first frame of the file.
+        indices: (T,) int64, number of each frame in the file, counted from 0 in the order of time.
+        metadata: what is known of the file.
+    """
+
+    frames: np.ndarray
+    timestamps: np.ndarray
+    indices: np.ndarray
+    metadata: VideoMetadata
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __repr__(self) -> str:
+        _, height, width, _ = self.frames.shape
+        span = f"{self.timestamps[0]:.2f} to {self.timestamps[-1]:.2f} s"
+        return f"Video({len(self)} frames of {width}x{height}, {span}, {self.metadata.source!r})"
+
+    def __getitem__(self, key: slice | list[int] | np.ndarray) -> Video:
+        """Some of the frames, as a Video: a slice, a list of positions or a mask."""
+        if isinstance(key, (int, np.integer)):
+            raise TypeError("take one frame from .frames; video[...] needs a slice, list or mask")
+        return Video(self.frames[key], self.timestamps[key], self.indices[key], self.metadata)
+
+    def to_pil(self) -> list[Image.Image]:
+        """The frames as PIL images."""
+        from PIL import Image
+
+        return [Image.fromarray(frame) for frame in self.frames]
+
+    def to_torch(self, *, scale: bool = False, device: Any = None) -> torch.Tensor:
+        """(T, 3, H, W): uint8, or with ``scale`` float32 in [0, 1]."""
+        import torch
+
+        out = torch.from_numpy(np.ascontiguousarray(self.frames)).permute(0, 3, 1, 2)
+        out = out.contiguous() if device is None else out.to(device).contiguous()
+        return out.float().div_(255) if scale else out
+
+    def for_processor(self) -> dict[str, Any]:
+        """Arguments of a transformers processor that takes videos.
+
+        ``processor(text=..., **video.for_processor())``: the frames as they are (the processor does
+        not sample again), and the facts that models with timestamps in the prompt write there.
+        """
+        facts = asdict(self.metadata)
+        return {
+            "videos": [self.frames],
+            "video_metadata": [
+                {
+                    "total_num_frames": facts["frames"],
+                    "fps": facts["fps"],
+                    "duration": facts["duration"],
+                    "width": self.frames.shape[2],
+                    "height": self.frames.shape[1],
+                    "frames_indices": self.indices.tolist(),
+                    "video_backend": facts["backend"],
+                }
+            ],
+            "do_sample_frames": False,
+        }
