@@ -135,6 +135,11 @@ class Method:
 
     def check(self, info: ModelInfo) -> None:
         """Raise :class:`UnsupportedMethodError` where the model lacks a site or a signal."""
+        if not set(self.sites) & set(info.depth):
+            raise UnsupportedMethodError(
+                f"{self.name} acts at {' and '.join(map(repr, self.sites))}, which {info.family} does "
+                f"not have (it has: {', '.join(sorted(info.depth)) or 'none'})"
+            )
         for site, wanted in self.requirements(info).items():
             if site not in info.depth:
                 raise UnsupportedMethodError(
