@@ -129,4 +129,5 @@ def site_processor(original: Any, attend: Any) -> SiteProcessor:
     Raises:
         UnsupportedModelError: it does not compute attention in a way that can be shown.
     """
-    return _class_for(type(original))(original, attend)
+    kind: Any = type(original)
+    return _class_for(kind)(original, attend)
