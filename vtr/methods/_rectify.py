@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def rectified_attention(
     always: Tensor | None = None,
     rectify: bool = True,
     backend: str = "auto",
-    notes: dict[str, Any] | None = None,
+    count: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Rectified SpaAttn on tokens in compact order, text last: the formulas of
     :class:`~vtr.methods.RectifiedSparse`.
@@ -34,8 +34,8 @@ def rectified_attention(
         q: (B, H, N + T, D). k, v: (B, Hk, N + T, D), H a multiple of Hk.
         text: T. text_valid: (B, T) bool, False for padding, or None.
         always: (NB, NB) bool, grid blocks that are critical whatever their share, or None.
-        notes: takes ``density``, the mean share of the keys that grid queries see exactly, as a
-            tensor (reading it waits for the device).
+        count: is told the share of dense attention's pairs that is computed, as a tensor (reading it
+            waits for the device).
 
     Returns:
         (B, H, N + T, D) in the dtype of q.
@@ -52,8 +52,8 @@ def rectified_attention(
         row_scale = factor.repeat_interleave(block, 2)[:, :, :tokens].contiguous()
         added = weight @ _per_head(pool_blocks(grid_v, block), q.shape[1])
     mask = grid_and_text_mask(critical, tokens, text, text_valid, block)
-    if notes is not None:
-        notes["density"] = _density(critical, tokens, text, block)
+    if count is not None:
+        count(_density(critical, tokens, text, block))
     gap = key_places(tokens, text, block) - tokens - text
     keys, values = (
         torch.cat([F.pad(t[:, :, :tokens], (0, 0, 0, gap)), t[:, :, tokens:]], 2) if gap else t
@@ -144,12 +144,12 @@ def gains_outweigh_errors(q: Tensor, k: Tensor, block: int) -> Tensor:
 
 
 def _density(critical: Tensor, tokens: int, text: int, block: int) -> Tensor:
-    """Share of the keys, text among them, that grid queries see."""
+    """Share of all pairs of tokens that are computed: text sees and is seen by everything."""
     blocks = critical.shape[-1]
     size = torch.full((blocks,), float(block), device=critical.device)
     size[-1] = tokens - (blocks - 1) * block
-    seen = (critical.float() @ size + text) @ size / tokens
-    return seen.mean() / (tokens + text)
+    pairs = ((critical.float() @ size + text) @ size).mean() + text * (tokens + text)
+    return pairs / (tokens + text) ** 2
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:

@@ -80,7 +80,6 @@ def sparse(
     mask, arranged, density = layout
     q, k, v = site.q, site.k, site.v
     site.count(density)
-    site.notes["work"] = site.notes.get("work", 0.0) + density
     if site.text_valid is not None:
         mask = _for_valid_text(site, layout)
     if arranged is not None:

@@ -92,7 +92,7 @@ class RectifiedSparse(Presets, AttentionMethod):
         out = rectified_attention(
             q, k, v, text=site.text, text_valid=site.text_valid, scale=site.scale,
             block=self.block, p=self.p, drop=self.drop, always=always, rectify=self.rectify,
-            backend=site.backend, notes=site.notes,
+            backend=site.backend, count=site.count,
         )  # fmt: skip
         return out if arranged is None else out.index_select(2, arranged.back)
 
