@@ -14,14 +14,9 @@ import av
 import vtr.video
 from tests.video.clips import number, picture, turned, write
 from vtr.video import VideoError
+from vtr.video.decord import installed
 
-try:
-    import decord
-
-    BACKENDS = ["decord", "pyav"]
-except (ImportError, OSError):
-    decord = None
-    BACKENDS = ["pyav"]
+BACKENDS = ["decord", "pyav"] if installed() else ["pyav"]
 
 # name -> (file name, options of `write`)
 CLIPS = {
@@ -67,7 +62,7 @@ def test_every_frame_is_the_one_of_its_number(clip: Path, threads: int) -> None:
         assert video.indices[0] == int(start * 10 + 1e-2) and video.indices[-1] == 39
 
 
-@pytest.mark.skipif(decord is None, reason="decord is not installed")
+@pytest.mark.skipif(not installed(), reason="decord is not installed")
 def test_both_decoders_give_the_same(clip: Path) -> None:
     ours = load(clip, 9, backend="pyav")
     auto = load(clip, 9)
@@ -87,7 +82,7 @@ def test_both_decoders_give_the_same(clip: Path) -> None:
     assert np.array_equal(auto.indices, ours.indices)
 
 
-@pytest.mark.skipif(decord is None, reason="decord is not installed")
+@pytest.mark.skipif(not installed(), reason="decord is not installed")
 @pytest.mark.parametrize("size", [24, (30, 50)])
 def test_both_decoders_scale_alike(tmp_path: Path, size: object) -> None:
     def noise(i: int, width: int, height: int) -> np.ndarray:

@@ -1,11 +1,21 @@
-"""Decoding with decord, for files that it numbers as PyAV does."""
+"""Decoding with decord, for files that it numbers as PyAV does, in a process of its own.
+
+A damaged picture can make decord write past its buffers, which ends the process: so it gets one that
+may end. The process is started once (about a quarter of a second) and kept for the next file.
+"""
 
 from __future__ import annotations
 
-import io
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
 import re
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +24,105 @@ from vtr.errors import missing
 from vtr.video.errors import Deadline
 from vtr.video.index import Media, VideoIndex
 
+WORKER = Path(__file__).with_name("_decord_worker.py")
+KEPT = 4  #: idle processes kept for later files
+
 
 class Unfit(Exception):
     """decord cannot read this file, or would give other frames; the message says why."""
 
 
-def decord_module() -> Any:
-    first = "decord" not in sys.modules
-    try:
-        import decord
-    except (ImportError, OSError) as error:  # OSError: a library of the wheel does not load
-        raise missing("decord", "video", "backend='decord'") from error
-    if first:
-        decord.logging.set_level(decord.logging.QUIET)  # its errors are raised as well
-    return decord
+class Worker:
+    """One process that decodes with decord."""
+
+    def __init__(self) -> None:
+        start = (
+            f"import sys, runpy; sys.path[:] = {sys.path!r}; "
+            f"runpy.run_path({str(WORKER)!r}, run_name='__main__')"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # Ctrl-C is for the caller, which ends this process by itself.
+            start_new_session=True,
+        )
+
+    def ask(self, request: dict[str, Any], data: bytes | None, deadline: Deadline) -> np.ndarray:
+        """The frames; raises :class:`Unfit`, ``VideoError`` for the time limit, or ``EOFError``
+        where the process has ended."""
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self.process.kill()
+
+        clock = None if deadline.left is None else threading.Timer(deadline.left, stop)
+        if clock is not None:
+            clock.daemon = True
+            clock.start()
+        try:
+            return self._ask(request, data)
+        except (EOFError, OSError):
+            if late.is_set():
+                raise deadline.error() from None
+            raise EOFError from None
+        finally:
+            if clock is not None:
+                clock.cancel()
+
+    def _ask(self, request: dict[str, Any], data: bytes | None) -> np.ndarray:
+        to, back = self.process.stdin, self.process.stdout
+        assert to is not None and back is not None
+        to.write(json.dumps({**request, "bytes": len(data or b"")}).encode() + b"\n")
+        to.write(data or b"")
+        to.flush()
+        line = back.readline()
+        if not line:
+            raise EOFError
+        head = json.loads(line)
+        if "error" in head:
+            # decord's messages begin with times and places in its own code.
+            reason = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", head["error"].strip())
+            raise Unfit(reason.splitlines()[-1] if reason else "unknown error")
+        frames = np.empty(head["shape"], np.uint8)
+        view = frames.reshape(-1).data
+        while len(view):
+            read = back.readinto(view)  # type: ignore[attr-defined]
+            if not read:
+                raise EOFError
+            view = view[read:]
+        return frames
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+_idle: list[Worker] = []
+
+
+def _end_all() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+atexit.register(_end_all)
+if hasattr(os, "register_at_fork"):
+    # A fork must not talk to its parent's processes.
+    os.register_at_fork(after_in_child=_idle.clear)
+
+
+def installed() -> bool:
+    """Whether decord can be imported, without doing so."""
+    if "decord" in sys.modules:
+        return sys.modules["decord"] is not None
+    return bool(sys.executable) and importlib.util.find_spec("decord") is not None
 
 
 def decode(
@@ -40,70 +135,62 @@ def decode(
 ) -> np.ndarray:
     """The frames ``wanted`` (T, H, W, 3) uint8.
 
-    It runs in a thread of its own, which is left behind where the time limit ends: its C++ code
-    cannot be interrupted.
-
     Raises:
-        Unfit: what the caller should do with PyAV instead.
+        Unfit: with the reason; PyAV may read it.
         VideoError: the time limit.
+        MissingDependencyError: decord is not installed.
     """
-    decord = decord_module()
+    if not installed():
+        raise missing("decord", "video", "backend='decord'")
     if not index.plain:
-        raise Unfit("it is rotated, trimmed, damaged, has several streams, or frames without times")
-    done: list[Any] = []
-
-    def work() -> None:
-        try:
-            done.append(_decode(decord, media, index, wanted, size, threads))
-        except BaseException as error:
-            done.append(error)
-
-    if deadline.limit is None:
-        work()
-    else:
-        worker = threading.Thread(target=work, name="vtr-decord", daemon=True)
-        worker.start()
-        worker.join(deadline.left)
-        if not done:
-            raise deadline.error()
-    result = done[0]
-    if isinstance(result, Unfit):
-        raise result
-    if isinstance(result, Exception):
-        # Its messages begin with times and places in its own code.
-        reason = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(result).strip())
-        raise Unfit(reason.splitlines()[-1] if reason else type(result).__name__) from None
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-def _decode(
-    decord: Any,
-    media: Media,
-    index: VideoIndex,
-    wanted: np.ndarray,
-    size: tuple[int, int] | None,
-    threads: int,
-) -> np.ndarray:
+        raise Unfit(
+            "it is rotated, trimmed, damaged, has open groups, or is no MP4, MKV, WebM or AVI"
+        )
     height, width = (-1, -1) if size is None else size
-    source = media.path if media.data is None else io.BytesIO(media.data)
-    reader = decord.VideoReader(
-        source,
-        ctx=decord.cpu(0),
-        width=width,
-        height=height,
-        num_threads=threads,
-        fault_tol=2,  # it repeats frames in the place of those it cannot decode: not silently
-    )
-    if len(reader) != len(index.times):
-        raise Unfit(f"it counts {len(reader)} frames where there are {len(index.times)}")
-    starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
-    # decord keeps times in float32.
-    if np.abs(starts - starts[0] - index.times).max() > 1e-3 + 1e-6 * index.times[-1]:
-        raise Unfit("it puts frames at other times")
-    out = reader.get_batch(wanted.tolist())
-    frames = out.asnumpy() if hasattr(out, "asnumpy") else np.asarray(out)
-    if frames.ndim != 4 or len(frames) != len(wanted) or frames.shape[-1] != 3:
+    request = {
+        "path": None if media.path is None else os.path.abspath(media.path),
+        "width": width,
+        "height": height,
+        "threads": threads,
+        "frames": len(index.times),
+        "wanted": wanted.tolist(),
+        "times": index.times[wanted].tolist(),
+    }
+    height, width = (index.metadata.height, index.metadata.width) if size is None else size
+    frames = _ask(request, media.data, deadline)
+    if frames.shape != (len(wanted), height, width, 3):
         raise Unfit(f"it gave an array of shape {frames.shape}")
     return frames
+
+
+def _ask(request: dict[str, Any], data: bytes | None, deadline: Deadline) -> np.ndarray:
+    worker = _worker()
+    try:
+        frames = worker.ask(request, data, deadline)
+    except Unfit:
+        _keep(worker)
+        raise
+    except EOFError:
+        worker.end()
+        raise Unfit(f"its process ended with code {worker.process.returncode}") from None
+    except BaseException:  # the time limit, Ctrl-C: what it does now is of no use
+        worker.end()
+        raise
+    _keep(worker)
+    return frames
+
+
+def _worker() -> Worker:
+    while _idle:
+        worker = _idle.pop()
+        if worker.process.poll() is None:
+            return worker
+        worker.end()
+    return Worker()
+
+
+def _keep(worker: Worker) -> None:
+    if len(_idle) < KEPT:
+        _idle.append(worker)
+    else:
+        worker.end()
