@@ -135,8 +135,8 @@ class PlainAttention:
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         value = attn.to_v(source).unflatten(2, (attn.heads, -1))
-        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
-        query, key = (t.to(value.dtype).unflatten(2, (attn.heads, -1)) for t in (query, key))
+        query = rms_norm(attn.to_q(hidden_states), attn.norm_q).unflatten(2, (attn.heads, -1))
+        key = rms_norm(attn.to_k(source), attn.norm_k).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             cos, sin = (t.to(value.dtype) for t in rotary_emb)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
@@ -145,6 +145,11 @@ class PlainAttention:
             scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
             out = scores.softmax(-1) @ value
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    """``norm`` in the dtype of ``x``, which lets torch fuse it."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -171,6 +176,38 @@ def levels(
     return level.masked_fill(clean, 0.0), (~clean).float()
 
 
+def flow_loss(model: Any, recipe: Recipe, size: Size, generator: torch.Generator) -> Tensor:
+    """Loss of one batch of clips of a size, under bfloat16 autocast on the CPU.
+
+    Args:
+        model: a ``WanTransformer3DModel``, wrapped or not.
+    """
+    frames, height, width = size
+    batch = videos(recipe.clips(size), generator, frames, height, width)
+    n = len(batch.digits)
+    own = frames > 1 and torch.rand((), generator=generator).item() < recipe.own_levels
+    level, weight = levels(recipe, n, frames, own, generator)
+    noise = torch.randn(batch.pixels.shape, generator=generator)
+    at = level[:, None, :, None, None]
+    tokens_per_frame = height * width // wan.PATCH**2
+    time = level.repeat_interleave(tokens_per_frame, 1) if own else level[:, 0]
+
+    prompt = torch.stack([batch.digits, 10 + batch.directions], 1)
+    if frames == 1:  # a picture does not move: half of the prompts say nothing of it
+        silent = torch.rand(n, generator=generator) < 0.5
+        prompt[silent, 1] = wan.NOTHING
+    prompt[torch.rand(n, generator=generator) < recipe.drop] = wan.NOTHING
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = model(
+            hidden_states=(1 - at) * batch.pixels + at * noise,
+            timestep=time * 1000,
+            encoder_hidden_states=wan.words()[prompt],
+            return_dict=False,
+        )[0]
+    error = F.mse_loss(predicted.float(), noise - batch.pixels, reduction="none")
+    return (error.mean((1, 3, 4)) * weight).sum() / weight.sum()
+
+
 class Trainer:
     """A run of a :class:`Recipe`, one :meth:`step` at a time."""
 
@@ -183,7 +220,6 @@ class Trainer:
         for block in self.model.blocks:
             block.attn1.processor = block.attn2.processor = PlainAttention()
         self.averaged: Any = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.table = wan.words()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=1e-3,
@@ -200,7 +236,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         size = stage.sizes[int(torch.randint(len(stage.sizes), (), generator=generator))]
-        loss = self._loss(size, generator)
+        loss = flow_loss(self.model, recipe, size, generator)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -208,33 +244,6 @@ class Trainer:
         self.position += 1
         self._average()
         return {"loss": loss.item()}
-
-    def _loss(self, size: Size, generator: torch.Generator) -> Tensor:
-        recipe = self.recipe
-        frames, height, width = size
-        batch = videos(recipe.clips(size), generator, frames, height, width)
-        n = len(batch.digits)
-        own = frames > 1 and torch.rand((), generator=generator).item() < recipe.own_levels
-        level, weight = levels(recipe, n, frames, own, generator)
-        noise = torch.randn(batch.pixels.shape, generator=generator)
-        at = level[:, None, :, None, None]
-        tokens_per_frame = height * width // wan.PATCH**2
-        time = level.repeat_interleave(tokens_per_frame, 1) if own else level[:, 0]
-
-        prompt = torch.stack([batch.digits, 10 + batch.directions], 1)
-        if frames == 1:  # a picture does not move: half of the prompts say nothing of it
-            silent = torch.rand(n, generator=generator) < 0.5
-            prompt[silent, 1] = wan.NOTHING
-        prompt[torch.rand(n, generator=generator) < recipe.drop] = wan.NOTHING
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = self.model(
-                hidden_states=(1 - at) * batch.pixels + at * noise,
-                timestep=time * 1000,
-                encoder_hidden_states=self.table[prompt],
-                return_dict=False,
-            )[0]
-        error = F.mse_loss(predicted.float(), noise - batch.pixels, reduction="none")
-        return (error.mean((1, 3, 4)) * weight).sum() / weight.sum()
 
     @torch.no_grad()
     def _average(self) -> None:
