@@ -80,6 +80,7 @@ def sparse(
     mask, arranged, density = layout
     q, k, v = site.q, site.k, site.v
     site.count(density)
+    site.notes["mask"] = mask  # for vtr.draw; in the method's order of tokens
     if site.text_valid is not None:
         mask = _for_valid_text(site, layout)
     if arranged is not None:
