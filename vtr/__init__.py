@@ -50,6 +50,7 @@ _PUBLIC = {
     "Random": "vtr.methods.random",
     "ToFe": "vtr.methods.tofe",
     "ToMe": "vtr.methods.tome",
+    "ToMeSD": "vtr.methods.tomesd",
     "NeighborhoodAttention": "vtr.methods.neighborhood",
     "OwnFrame": "vtr.methods.random_sparse",
     "RandomSparse": "vtr.methods.random_sparse",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from vtr.methods.sparsevlm import SparseVLM
     from vtr.methods.tofe import ToFe
     from vtr.methods.tome import ToMe
+    from vtr.methods.tomesd import ToMeSD
     from vtr.methods.vflowopt import VFlowOpt
     from vtr.methods.visionzip import VisionZip
     from vtr.methods.vtc_cls import VTCCLS

@@ -26,6 +26,7 @@ from vtr.methods.sliding_tile import SlidingTile
 from vtr.methods.sparsevlm import SparseVLM
 from vtr.methods.tofe import ToFe
 from vtr.methods.tome import ToMe
+from vtr.methods.tomesd import ToMeSD
 from vtr.methods.vflowopt import VFlowOpt
 from vtr.methods.visionzip import VisionZip
 from vtr.methods.vtc_cls import VTCCLS
@@ -50,6 +51,7 @@ __all__ = [
     "SparseVLM",
     "ToFe",
     "ToMe",
+    "ToMeSD",
     "VFlowOpt",
     "VisionZip",
 ]
