@@ -362,6 +362,67 @@ def test_methods_that_look_into_the_tower_work_on_videos() -> None:
             assert handle.trace.stages[-1].tokens_out < handle.trace.stages[-1].tokens_in, name
 
 
+def test_looks_into_the_tower_at_images_and_videos_of_one_prompt() -> None:
+    """Each finds its own tokens: the image's crops and the video's frames, in two runs of the tower."""
+    model, inputs = VIDEOS["llava_onevision_mixed"](2)
+    found: list[Any] = []
+    scores = torch.rand(5 + 2 * 2, 16, generator=torch.Generator().manual_seed(0))
+    first = [0]
+
+    def see(site: Any) -> None:
+        if site.site == "prompt":
+            assert torch.equal(site.memory["rows"][2], site.memory["scores"] + 1)
+            found.append(site.spread(site.memory["scores"], newline=-7.0))
+            found.append(site.spread(site.memory["scores"]))
+            with pytest.raises(ValueError, match=r"8 rows, the vision tower had \[5, 4\] crops"):
+                site.spread(scores[1:])
+            return
+        site.memory["scores"] = scores[first[0] : first[0] + site.batch]
+        site.memory["rows"] = {2: site.memory["scores"] + 1}
+        first[0] += site.batch
+
+    at = (("encoder", 2, "end"), *PROMPT.at)
+    look(model, at, see, inputs)
+    image = {k: inputs[k] for k in ("pixel_values", "image_sizes")} | prompts([[88]])
+    of_image = seen(model, image).spread(scores[:5], newline=-7.0)
+    pooled = scores[5:].reshape(2, 2, 2, 2, 2, 2).mean((3, 5)).reshape(2, 8)
+    for sample, rows in enumerate((torch.cat([of_image[0], pooled[0]]), pooled[1])):
+        number = len(rows)
+        torch.testing.assert_close(found[0][sample, :number], rows)
+        assert float(found[0][sample, number]) == -7
+        assert bool(found[0][sample, number + 1 :].isinf().all())
+    lowest = torch.stack([torch.cat([scores[:5].flatten(), pooled[0]]).min(), pooled[1].min()])
+    torch.testing.assert_close(found[1][torch.tensor([0, 1]), torch.tensor([96, 8])], lowest)
+
+
+def test_findings_that_cannot_be_put_together_are_refused() -> None:
+    model, inputs = VIDEOS["llava_onevision_mixed"](1)
+
+    def see(site: Any) -> None:
+        if site.site == "encoder":
+            site.memory["mean"] = site.hidden.mean((0, 1))
+
+    at = (("encoder", 2, "end"), *PROMPT.at)
+    with pytest.raises(RuntimeError, match=r"\('mean'\) for images and for videos"):
+        look(model, at, see, inputs)
+
+
+def test_methods_that_look_into_the_tower_work_on_mixed_prompts() -> None:
+    for name, method in (
+        ("llava_onevision_mixed", vtr.VisionZip(keep=5)),
+        ("llava_next_video", vtr.VTCCLS(keep=5)),
+        ("video_llava", vtr.FlowCut(keep=5)),
+    ):
+        model, inputs = VIDEOS[name](2)
+        with vtr.apply(model, method) as handle:
+            both = generate(model, inputs)
+            total = handle.trace.stages[-1].total
+            assert total.n_out < total.n_in
+            _, alone = VIDEOS[name](1)
+            one = generate(model, alone)
+        assert torch.equal(both.sequences[:1, -4:], one.sequences[:, -4:]), name
+
+
 def test_right_padded_videos_of_other_lengths() -> None:
     model, inputs = VIDEOS["internvl_video"](2)
     left = seen(model, inputs)

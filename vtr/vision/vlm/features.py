@@ -72,20 +72,13 @@ class Captures:
 
     def memory(self, key: int) -> dict[str, Any]:
         """A copy of what a method stored in the encoder: without a cache, one run of the tower serves
-        many calls of the language model."""
-        out: dict[str, Any] = {}
-        for capture in self.of.values():
-            out.update(capture.memory.get(key, {}))
-        return out
-
-    def only(self, what: str) -> Capture:
-        if len(self.of) != 1:
-            found = " and ".join(self.of) or "none"
-            raise RuntimeError(
-                f"{what} needs exactly one run of the vision tower before the language model, found "
-                f"{found}: prompts with both images and videos need a method that looks at the prompt"
-            )
-        return next(iter(self.of.values()))
+        many calls of the language model. Of two runs (images, then videos), the crops of both."""
+        found = [capture.memory[key] for capture in self.of.values() if key in capture.memory]
+        if len(found) < 2:
+            return dict(found[0]) if found else {}
+        crops = [capture.crops for capture in self.of.values()]
+        names = dict.fromkeys(name for memory in found for name in memory)
+        return {name: join([m.get(name) for m in found], crops, name) for name in names}
 
     def rows(self, call: Call, kind: str) -> list[tuple[int, int]]:
         """(start, stop) of each sample's tokens in the flat sequence of all tokens of a modality.
@@ -117,7 +110,7 @@ class Captures:
             for piece, stays in zip(capture.pieces, parts, strict=True)
         ]
 
-    def spreader(self, call: Call) -> Callable[[Tensor, float | None], Tensor]:
+    def spreader(self, call: Call) -> Spread:
         return Spread(self, call)
 
     def frames(self, call: Call, joined: bool) -> Frames:
@@ -125,9 +118,10 @@ class Captures:
         per_sample: dict[str, list[list[Piece]]] = {}
         for kind in self.of:
             found = per_sample[kind] = []
+            pieces = self.pieces(kind)
             for start, stop in self.rows(call, kind):
                 at, mine = 0, []
-                for piece in self.pieces(kind):
+                for piece in pieces:
                     if start <= at < stop:
                         mine.append(piece)
                     at += piece.length
@@ -147,17 +141,66 @@ def first_token(output: Any) -> Tensor | None:
     return token.detach()
 
 
+def join(values: list[Any], crops: list[int], name: str) -> Any:
+    """One value of those that a method stored in each run of the tower."""
+    first = values[0]
+    pairs = list(zip(values, crops, strict=True))
+    if all(isinstance(v, Tensor) and v.shape[:1] == (n,) for v, n in pairs):
+        if len({v.shape[1:] for v in values}) == 1:
+            return torch.cat(values)
+    elif isinstance(first, dict):
+        if all(isinstance(v, dict) and v.keys() == first.keys() for v in values):
+            return {k: join([v[k] for v in values], crops, name) for k in first}
+    elif not any(isinstance(v, Tensor) for v in values) and all(v == first for v in values):
+        return first
+    raise RuntimeError(
+        f"what a method found in the vision tower ({name!r}) for images and for videos cannot be put "
+        "together: give it prompts with one of them, or use a method that looks at the prompt"
+    )
+
+
 class Spread:
-    """Scores of the encoder at the visual tokens of the prompt: (crops, patches) -> (B, N)."""
+    """Scores of the encoder at the visual tokens of the prompt: (crops, patches) -> (B, N).
+
+    The crops are those of images and those of videos, in the order in which the towers ran.
+    """
 
     def __init__(self, captures: Captures, call: Call) -> None:
         self.captures, self.call = captures, call
 
     def __call__(self, scores: Tensor, newline: float | None) -> Tensor:
-        capture = self.captures.only("spread")
+        of, call = self.captures.of, self.call
+        for kind, number in KINDS.items():
+            if kind not in of and bool((call.kinds == number).any()):
+                raise RuntimeError(
+                    f"spread: the vision tower did not run for the {kind}s of this call"
+                )
+        parts: tuple[Tensor, ...] = (scores,)
+        if len(of) > 1:
+            crops = [capture.crops for capture in of.values()]
+            if sum(crops) != scores.shape[0] or 0 in crops:
+                raise ValueError(
+                    f"scores have {scores.shape[0]} rows, the vision tower had {crops} crops of "
+                    f"{' and '.join(of)}s: give one row per crop, made by a look into the tower"
+                )
+            parts = scores.split(crops)
+        shape = (call.live.shape[0], call.map.n_in, *scores.shape[2:])
+        out = torch.full(shape, -float("inf"), device=call.live.device)
+        for kind, part in zip(of, parts, strict=True):
+            self.lay(out, kind, part)
+        gone = out.isnan()
+        if newline is not None:
+            return out.masked_fill(gone, newline)
+        least = out.masked_fill(gone | out.isinf(), float("inf")).flatten(1).amin(1)
+        least = torch.where(least.isinf(), 0.0, least)
+        return torch.where(gone, least.reshape(-1, *(1,) * (out.dim() - 1)), out)
+
+    def lay(self, out: Tensor, kind: str, scores: Tensor) -> None:
+        """Write the scores of a modality to its tokens (B, N), NaN for separators."""
+        capture, call = self.captures.of[kind], self.call
         if capture.spread is None:
             raise RuntimeError("this family's visual tokens cannot be traced to the tower's")
-        flat = torch.cat(capture.spread(scores.detach().float())).to(self.call.live.device)
+        flat = torch.cat(capture.spread(scores.detach().float())).to(out.device)
         if flat.shape[0] != sum(capture.lengths):
             raise RuntimeError(
                 f"scores of shape {tuple(scores.shape)} became {flat.shape[0]} values for "
@@ -165,16 +208,6 @@ class Spread:
             )
         if capture.stays is not None:
             flat = flat[capture.stays.to(flat.device)]
-        width = self.call.map.n_in
-        rows = []
-        for start, stop in self.captures.rows(self.call, capture.kind):
-            row = flat[start:stop]
-            gone = row.isnan()
-            if newline is None:
-                lowest = row[~gone].amin() if bool((~gone).any()) else row.new_zeros(())
-                row = torch.where(gone, lowest, row)
-            else:
-                row = row.masked_fill(gone, newline)
-            fill = row.new_full((width - row.shape[0], *row.shape[1:]), -float("inf"))
-            rows.append(torch.cat([row, fill]))
-        return torch.stack(rows)
+        kinds = call.kinds.gather(1, call.arrived.clamp(min=0)).masked_fill(call.arrived < 0, 0)
+        for b, (start, stop) in enumerate(self.captures.rows(call, kind)):
+            out[b, kinds[b] == KINDS[kind]] = flat[start:stop]

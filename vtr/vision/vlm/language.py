@@ -188,21 +188,26 @@ class LanguageSession:
         self.last = Last(call)
 
     def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
-        for capture in self.owner.captures.of.values():
-            if capture.alive is not None:
-                fill = float(capture.separators)
-                alive = self.owner.captures.spreader(call)(capture.alive.float(), fill)
-                if bool(((alive > 0) & (alive < 1)).any()):
-                    raise UnsupportedMethodError(
-                        f"{', '.join(capture.cutters)} cut inside the vision tower, but the features of "
-                        "this image or video are resized to fewer tokens: use a smaller image, or a "
-                        "method that cuts at the prompt"
-                    )
-                keep = (alive > 0.5) & call.layout.valid
-                kept, padded = top_indices(keep.float(), keep.sum(1), keep)
-                entry = next(e for e in self.owner.active if e.method.name in capture.cutters)
-                step = TokenMap.keep(kept, call.map.n_out, padded)
-                embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
+        captures = self.owner.captures
+        cut = {kind: c for kind, c in captures.of.items() if c.alive is not None}
+        if cut:
+            alive = torch.ones(call.layout.slots.shape, device=embeds.device)
+            for kind, capture in cut.items():
+                assert capture.alive is not None
+                captures.spreader(call).lay(alive, kind, capture.alive)
+                alive = alive.nan_to_num(float(capture.separators))
+            names = dict.fromkeys(name for capture in cut.values() for name in capture.cutters)
+            if bool(((alive > 0) & (alive < 1)).any()):
+                raise UnsupportedMethodError(
+                    f"{', '.join(names)} cut inside the vision tower, but the features of this image or "
+                    "video are resized to fewer tokens: use a smaller image, or a method that cuts at "
+                    "the prompt"
+                )
+            keep = (alive > 0.5) & call.layout.valid
+            kept, padded = top_indices(keep.float(), keep.sum(1), keep)
+            entry = next(e for e in self.owner.active if e.method.name in names)
+            step = TokenMap.keep(kept, call.map.n_out, padded)
+            embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
         for entry, name in self.visits.get(("prompt", 0, ""), ()):
             embeds = call.visit(entry, name, 0, "", embeds)
         return embeds
