@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from vtr.diffusion import block as _block
+from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
-from vtr.diffusion.families import Family, family_of, refusal_of
+from vtr.diffusion.families import Family, blocks_of, family_of, layers_of, refusal_of
 from vtr.diffusion.processor import SiteProcessor, site_processor
 from vtr.diffusion.session import PipelineRef, Session
 from vtr.diffusion.site import AttentionSite, Call
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.method import Method
+from vtr.method import Method, Reduction
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.wrapping import Bound, Entry, Wrapping, _Absent, wrapping_of
@@ -113,16 +115,18 @@ class DiffusionWrapping(Wrapping):
     def __init__(self, root: nn.Module) -> None:
         self.members = cast(list[Any], root.members if isinstance(root, Experts) else [root])
         self.family = _supported(self.members[0])
-        layers = self.family.layers(self.members[0])
-        self.heads, self.head_dim = _heads(layers[0])
+        layers = layers_of(self.family, self.members[0])
+        self.heads, self.head_dim = _heads(layers[0][1])
+        self.block_of = [number for number, _ in layers]
         self.pipeline = PipelineRef()
         self.contexts: list[tuple[str, dict[str, Any]]] = []
         self.by_layer: dict[int, Entry] = {}
+        self.by_block: dict[int, Entry] = {}
         self._forget()
         info = ModelInfo(
             self.family.name,
-            {"attention": len(layers)},
-            {"attention": frozenset({"qkv"})},
+            {"attention": len(layers), "block": self.block_of[-1] + 1},
+            {"attention": frozenset({"qkv"}), "block": frozenset({"hidden"})},
             dim=self.heads * self.head_dim,
             heads=self.heads,
             extra={"head_dim": self.head_dim, "experts": len(self.members)},
@@ -135,6 +139,7 @@ class DiffusionWrapping(Wrapping):
         self.call: Call | None = None
         self.batch = 0
         self.sample: dict[int, int] = {}
+        self.reduced: dict[int, Reduction] = {}
         self.state: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
         self.memory: dict[int, dict[str, Any]] = {}
@@ -164,10 +169,15 @@ class DiffusionWrapping(Wrapping):
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"steps must be the number of denoising steps, got {steps!r}")
         super().check(method, options)
-        if not hasattr(method, "attend"):
-            sites = ", ".join(method.sites)
+        if not {s.site for s in method.stages(self.info)} <= set(self.info.depth):
             raise UnsupportedMethodError(
-                f"{method.name} acts at {sites}; a diffusion transformer has attention"
+                f"{method.name} acts at {', '.join(method.sites)}; a diffusion transformer has the "
+                f"sites {', '.join(self.info.depth)}"
+            )
+        if "mlp" in parts_of(method) and self.family.mlp is None:
+            raise UnsupportedMethodError(
+                f"{method.name} merges around MLPs, and {self.family.name} has blocks without an MLP "
+                "of their own: merge around attention only"
             )
         from vtr.kernels.attention import TRITON_DIMS
 
@@ -178,22 +188,60 @@ class DiffusionWrapping(Wrapping):
             )
 
     def install(self) -> None:
-        self.by_layer = {s.layer: e for e, s in self.stages()}
+        stages = self.stages()
+        self.by_layer = {s.layer: e for e, s in stages if s.site == "attention"}
+        self.by_block = {s.layer: e for e, s in stages if s.site == "block"}
         for index, member in enumerate(self.members):
-            for layer, attention in enumerate(self.family.layers(member)):
+            for layer, (_, attention) in enumerate(layers_of(self.family, member)):
                 current: Any = attention.processor
                 if isinstance(current, SiteProcessor):
                     raise UnsupportedModelError(
                         "this transformer is wrapped by another vtr.apply (on the pipeline, or on "
                         "the transformer itself): give all methods to one of them"
                     )
-                made = site_processor(current, Bound(self, "attention", index, layer))
-                self.patch(attention, "processor", made)
+                self.patch(attention, "processor", self._processor(current, index, layer))
+            self._install_blocks(index, member)
             if hasattr(member, "cache_context"):
                 self.patch(member, "cache_context", Bound(self, "context", index))
             self.hook(
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
+
+    def _processor(self, current: Any, index: int, layer: int) -> SiteProcessor:
+        around = None
+        if self.block_of[layer] in self.by_block:
+            around = Bound(self, "around", index, layer)
+        return site_processor(current, Bound(self, "attention", index, layer), around)
+
+    def _install_blocks(self, index: int, member: Any) -> None:
+        for number, block in enumerate(blocks_of(self.family, member)):
+            entry = self.by_block.get(number)
+            if entry is None:
+                continue
+            self.hook(
+                block.register_forward_pre_hook(
+                    Bound(self, "block", index, number), with_kwargs=True
+                )
+            )
+            if "mlp" in parts_of(entry.method):
+                mlp = getattr(block, cast(str, self.family.mlp))
+                self.hook(mlp.register_forward_pre_hook(Bound(self, "before_mlp", number)))
+                self.hook(mlp.register_forward_hook(Bound(self, "after_mlp", number)))
+
+    def check_together(self, entries: Sequence[Entry]) -> None:
+        super().check_together(entries)
+        blocks: dict[int, Entry] = {}
+        for entry in entries:
+            blocks |= {s.layer: entry for s in entry.method.stages(self.info) if s.site == "block"}
+        for entry in entries:
+            for stage in entry.method.stages(self.info):
+                merger = blocks.get(self.block_of[stage.layer])
+                if stage.site == "attention" and merger is not None:
+                    raise ValueError(
+                        f"{merger.method.name} merges tokens around attention layer {stage.layer}, "
+                        f"where {entry.method.name} needs all of them: give them different "
+                        "dense_layers"
+                    )
 
     def uninstall(self) -> None:
         # A processor that was set after apply is the user's: it stays.
@@ -254,17 +302,17 @@ class DiffusionWrapping(Wrapping):
         )  # fmt: skip
         self.sample.clear()
         self.memory.clear()
+        self.reduced.clear()
         self.batch = given["hidden_states"].shape[0]
         self._trace = Trace(batch=self.batch, notes={"attention": {}})
         self._adopt(index, model)
 
     def _adopt(self, index: int, model: nn.Module) -> None:
         """Wrap processors that were set after apply (fused projections, IP adapters)."""
-        for layer, attention in enumerate(self.family.layers(model)):
+        for layer, (_, attention) in enumerate(layers_of(self.family, model)):
             current: Any = attention.processor
             if not isinstance(current, SiteProcessor):
-                bound = Bound(self, "attention", index, layer)
-                attention.__dict__["processor"] = site_processor(current, bound)
+                attention.__dict__["processor"] = self._processor(current, index, layer)
 
     @torch.compiler.disable
     def attention(
@@ -274,6 +322,27 @@ class DiffusionWrapping(Wrapping):
         from vtr.diffusion.attention import compute
 
         return compute(self, index, layer, function, args, kwargs)
+
+    @torch.compiler.disable
+    def block(
+        self, index: int, number: int, module: nn.Module, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """At the input of a block: what its tokens are merged into."""
+        _block.enter(self, index, number, module, args, kwargs)
+
+    @torch.compiler.disable
+    def around(self, index: int, layer: int, function: Any, args: Any, kwargs: Any) -> Any:
+        """In place of a processor, where tokens may be merged around it."""
+        return _block.attention(self, layer, function, args, kwargs)
+
+    @torch.compiler.disable
+    def before_mlp(self, number: int, module: nn.Module, args: Any) -> Any:
+        return _block.before_mlp(self, number, args)
+
+    @torch.compiler.disable
+    def after_mlp(self, number: int, module: nn.Module, args: Any, out: Any) -> Any:
+        return _block.after_mlp(self, number, out)
 
     def site(
         self, index: int, layer: int, entry: Entry, call: Call, heads: tuple[Tensor, Tensor, Tensor],
@@ -295,9 +364,15 @@ class DiffusionWrapping(Wrapping):
     def record(self, layer: int, q: Tensor, k: Tensor, notes: dict[str, Any]) -> None:
         """Count a call: per sample, dense against what was computed."""
         tokens = q.shape[2]
+        merged = self.reduced.get(self.block_of[layer])
+        gone = merged.map.n_in - merged.map.n_out if merged is not None and merged.map else 0
         self._trace.count("attention", layer, tokens, tokens)
-        dense = 4.0 * q.shape[1] * q.shape[3] * tokens * k.shape[2]
-        share = notes.get("work", notes.get("density", 1.0))
+        dense = 4.0 * q.shape[1] * q.shape[3] * (tokens + gone) * (k.shape[2] + gone)
+        share = (
+            tokens * k.shape[2] / ((tokens + gone) * (k.shape[2] + gone))
+            if gone
+            else notes.get("work", notes.get("density", 1.0))
+        )
         note = self._trace.notes["attention"].setdefault(layer, notes)
         note["flops"] = (dense, dense * share)
         part = dense * q.shape[0] / max(self.batch, 1)
@@ -312,6 +387,11 @@ class DiffusionWrapping(Wrapping):
             "attention, last call": (round(sum(d for d, _ in last)), round(sum(float(r) for _, r in last))),
             "attention, this run": (round(float(self.costed[0])), round(float(self.costed[1]))),
         }  # fmt: skip
+
+    @property
+    def current(self) -> Trace:
+        """The trace that is being written; reading it does not wait for the device."""
+        return self._trace
 
     @property
     def trace(self) -> Trace:

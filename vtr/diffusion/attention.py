@@ -60,6 +60,7 @@ def compute(
         index, layer, entry, call, (q, k, v),
         1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale), dense,
     )  # fmt: skip
+    site.notes.pop("work", None)
     method: Any = entry.method
     if method.is_dense(site):
         out = method.observe(site)

@@ -6,7 +6,7 @@ place of the text, which text is padding, the timestep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +31,12 @@ class Family:
     Attributes:
         name: for messages.
         classes: the transformer classes of diffusers.
-        layers: attention modules that see the image or video tokens, in order.
+        blocks: names of the lists of blocks, in order.
+        attention: names of a block's attention modules that see the image or video tokens.
         view: from the transformer and its bound arguments.
+        mlp: name of a block's MLP on these tokens, None where it has none of its own.
+        rope: the processor's argument with rotary factors, if any.
+        split_rope: it is a pair, for the image and for the text.
         joint: text stands in the same sequence.
         text_first: before the image or video.
         rising: timesteps rise during a run.
@@ -42,8 +46,12 @@ class Family:
 
     name: str
     classes: tuple[str, ...]
-    layers: Callable[[Any], list[nn.Module]]
+    blocks: tuple[str, ...]
     view: Callable[[Any, dict[str, Any]], View]
+    attention: tuple[str, ...] = ("attn1",)
+    mlp: str | None = None
+    rope: str | None = None
+    split_rope: bool = False
     joint: bool = False
     text_first: bool = False
     rising: bool = False
@@ -51,18 +59,19 @@ class Family:
     loops: bool = False
 
 
-def _blocks(
-    *names: str, attention: tuple[str, ...] = ("attn1",)
-) -> Callable[[Any], list[nn.Module]]:
-    def find(model: Any) -> Iterator[nn.Module]:
-        for name in names:
-            for block in getattr(model, name):
-                for attribute in attention:
-                    module = getattr(block, attribute, None)
-                    if module is not None:
-                        yield module
+def blocks_of(family: Family, model: Any) -> list[nn.Module]:
+    """The blocks of a transformer, in order."""
+    return [block for name in family.blocks for block in getattr(model, name)]
 
-    return lambda model: list(find(model))
+
+def layers_of(family: Family, model: Any) -> list[tuple[int, nn.Module]]:
+    """The attention modules in order, each with the number of its block."""
+    return [
+        (number, module)
+        for number, block in enumerate(blocks_of(family, model))
+        for name in family.attention
+        if (module := getattr(block, name, None)) is not None
+    ]
 
 
 def _latent(model: Any, given: dict[str, Any]) -> View:
@@ -133,39 +142,47 @@ def _qwen(model: Any, given: dict[str, Any]) -> View:
     return View((frames, int(images[0][1]), int(images[0][2])), valid)
 
 
+_BLOCKS = ("transformer_blocks",)
+_DUAL_SINGLE = ("transformer_blocks", "single_transformer_blocks")
+
 FAMILIES = (
-    Family("Wan", ("WanTransformer3DModel",), _blocks("blocks"), _latent),
     Family(
-        "HunyuanVideo", ("HunyuanVideoTransformer3DModel",),
-        _blocks("transformer_blocks", "single_transformer_blocks", attention=("attn",)),
-        _hunyuan_video, joint=True, masked=True,
+        "Wan", ("WanTransformer3DModel",), ("blocks",), _latent, mlp="ffn", rope="rotary_emb"
     ),
     Family(
-        "CogVideoX", ("CogVideoXTransformer3DModel",), _blocks("transformer_blocks"), _cogvideox,
-        joint=True, text_first=True,
+        "HunyuanVideo", ("HunyuanVideoTransformer3DModel",), _DUAL_SINGLE, _hunyuan_video,
+        attention=("attn",), rope="image_rotary_emb", joint=True, masked=True,
     ),
     Family(
-        "Mochi", ("MochiTransformer3DModel",), _blocks("transformer_blocks"), _latent, joint=True,
-        rising=True, loops=True,
-    ),
-    Family("LTX-Video", ("LTXVideoTransformer3DModel",), _blocks("transformer_blocks"), _ltx),
-    Family(
-        "Flux", ("FluxTransformer2DModel",),
-        _blocks("transformer_blocks", "single_transformer_blocks", attention=("attn",)), _flux,
-        joint=True, text_first=True,
+        "CogVideoX", ("CogVideoXTransformer3DModel",), _BLOCKS, _cogvideox, mlp="ff",
+        rope="image_rotary_emb", joint=True, text_first=True,
     ),
     Family(
-        "Qwen-Image", ("QwenImageTransformer2DModel",),
-        _blocks("transformer_blocks", attention=("attn",)), _qwen, joint=True, text_first=True,
-        masked=True,
+        "Mochi", ("MochiTransformer3DModel",), _BLOCKS, _latent, mlp="ff", rope="image_rotary_emb",
+        joint=True, rising=True, loops=True,
     ),
     Family(
-        "SD3", ("SD3Transformer2DModel",),
-        _blocks("transformer_blocks", attention=("attn", "attn2")), _image, joint=True,
+        "LTX-Video", ("LTXVideoTransformer3DModel",), _BLOCKS, _ltx, mlp="ff",
+        rope="image_rotary_emb",
     ),
-    Family("PixArt", ("PixArtTransformer2DModel",), _blocks("transformer_blocks"), _image),
-    Family("DiT", ("DiTTransformer2DModel",), _blocks("transformer_blocks"), _image),
-    Family("HunyuanDiT", ("HunyuanDiT2DModel",), _blocks("blocks"), _image),
+    Family(
+        "Flux", ("FluxTransformer2DModel",), _DUAL_SINGLE, _flux, attention=("attn",),
+        rope="image_rotary_emb", joint=True, text_first=True,
+    ),
+    Family(
+        "Qwen-Image", ("QwenImageTransformer2DModel",), _BLOCKS, _qwen, attention=("attn",),
+        mlp="img_mlp", rope="image_rotary_emb", split_rope=True, joint=True, text_first=True, masked=True,
+    ),
+    Family(
+        "SD3", ("SD3Transformer2DModel",), _BLOCKS, _image, attention=("attn", "attn2"), mlp="ff",
+        joint=True,
+    ),
+    Family("PixArt", ("PixArtTransformer2DModel",), _BLOCKS, _image, mlp="ff"),
+    Family("DiT", ("DiTTransformer2DModel",), _BLOCKS, _image, mlp="ff"),
+    Family(
+        "HunyuanDiT", ("HunyuanDiT2DModel",), ("blocks",), _image, mlp="ff",
+        rope="image_rotary_emb",
+    ),
 )  # fmt: skip
 
 # Transformers of diffusers that are near to a family, and why they are not of it.

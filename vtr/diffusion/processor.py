@@ -56,13 +56,16 @@ class SiteProcessor:
 
     vtr_original: Any
     vtr_attend: Any
+    vtr_around: Any
     vtr_run: Callable[..., Any] | None
 
-    def __init__(self, original: Any, attend: Any) -> None:
+    def __init__(self, original: Any, attend: Any, around: Any = None) -> None:
         """``attend(function, args, kwargs)`` is called in place of the attention function, for
-        which it gets what the processor would have called."""
+        which it gets what the processor would have called; ``around`` likewise in place of the
+        whole processor."""
         self.vtr_original = original
         self.vtr_attend = attend
+        self.vtr_around = around
         self.vtr_run = None
         entry_of(original)
 
@@ -116,18 +119,22 @@ def _class_for(kind: Any) -> type[SiteProcessor]:
     """A class whose call has the signature of ``kind``: diffusers reads it to choose arguments."""
 
     def __call__(self: SiteProcessor, *args: Any, **kwargs: Any) -> Any:
-        return self.vtr_function()(self.vtr_original, *args, **kwargs)
+        args = (self.vtr_original, *args)
+        if self.vtr_around is not None:
+            return self.vtr_around(self.vtr_function(), args, kwargs)
+        return self.vtr_function()(*args, **kwargs)
 
     body = kind.forward if issubclass(kind, nn.Module) else kind.__call__
     __call__.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
     return type(f"Site{kind.__name__}", (SiteProcessor,), {"__call__": __call__})
 
 
-def site_processor(original: Any, attend: Any) -> SiteProcessor:
-    """Wrap a processor; :class:`SiteProcessor` says what ``attend`` gets.
+def site_processor(original: Any, attend: Any, around: Any = None) -> SiteProcessor:
+    """Wrap a processor; :class:`SiteProcessor` says what ``attend`` and
+    ``around`` get.
 
     Raises:
         UnsupportedModelError: it does not compute attention in a way that can be shown.
     """
     kind: Any = type(original)
-    return _class_for(kind)(original, attend)
+    return _class_for(kind)(original, attend, around)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,7 @@ class AttentionMethod(Scheduled):
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attention",)
+    needs: ClassVar[Mapping[str, frozenset[str]]] = {"attention": frozenset({"qkv"})}
 
     block: int = 128
     backend: str = "auto"

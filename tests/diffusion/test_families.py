@@ -1,0 +1,213 @@
+"""Every family, on tiny random models of diffusers' classes: sparse attention and merging inside the
+model equal a calculation that does not know of vtr."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtr
+from tests.diffusion.models import CASES, Case, Fixed, eager, token_mask
+from vtr.diffusion.processor import SiteProcessor
+from vtr.kernels import BlockMask
+from vtr.method import Method, Reduction, Stage
+from vtr.tokens import TokenMap
+
+pytestmark = pytest.mark.filterwarnings("ignore:CPU Autocast", "ignore:.*autocast")
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(case: Case) -> Any:
+    return case.build()
+
+
+@torch.no_grad()
+def run(model: Any, case: Case, **call: Any) -> Tensor:
+    out: Tensor = model(**case.call(**call))[0]
+    return out
+
+
+def processors(model: Any, case: Case) -> list[Any]:
+    return [model.get_submodule(name).processor for name in case.attention]
+
+
+def test_a_full_mask_gives_the_unwrapped_output(model: Any, case: Case) -> None:
+    want = run(model, case)
+    with vtr.apply(model, Fixed(density=2.0)):
+        assert torch.allclose(run(model, case), want, atol=2e-6)
+
+
+def test_a_mask_gives_what_eager_attention_gives(model: Any, case: Case) -> None:
+    with eager(model, case.attention, 0.4):
+        want = run(model, case)
+    assert not torch.allclose(run(model, case), want, atol=1e-2), "the mask changes the output"
+    with vtr.apply(model, Fixed()) as handle:
+        assert torch.allclose(run(model, case), want, atol=2e-6)
+        assert sorted(handle.trace.notes["attention"]) == list(range(len(case.attention)))
+
+
+def test_only_the_layers_that_are_not_dense_change(model: Any, case: Case) -> None:
+    sparse = case.attention[1:]
+    with eager(model, sparse, 0.4):
+        want = run(model, case)
+    with vtr.apply(model, Fixed(dense_layers=1)):
+        assert torch.allclose(run(model, case), want, atol=2e-6)
+
+
+def test_dense_calls_and_removal_are_bit_identical(model: Any, case: Case) -> None:
+    want, before = run(model, case), processors(model, case)
+    keys = list(model.state_dict())
+    handle = vtr.apply(model, Fixed(dense_steps=1))
+    assert torch.equal(run(model, case), want), "the first step is dense"
+    assert list(model.state_dict()) == keys
+    handle.pause()
+    assert all(a is b for a, b in zip(processors(model, case), before, strict=True))
+    handle.resume()
+    assert all(isinstance(p, SiteProcessor) for p in processors(model, case))
+    handle.remove()
+    assert all(a is b for a, b in zip(processors(model, case), before, strict=True))
+    assert "cache_context" not in model.__dict__ and not model._forward_pre_hooks
+    assert torch.equal(run(model, case), want)
+
+
+def test_a_sample_gets_in_a_batch_what_it_gets_alone(model: Any, case: Case) -> None:
+    given = case.call(batch=2)
+    alone = {k: v[:1] if isinstance(v, (Tensor, list)) else v for k, v in given.items()}
+    for name in ("img_ids", "txt_ids"):
+        if name in given:
+            alone[name] = given[name]
+    with torch.no_grad(), vtr.apply(model, Fixed()):
+        both, one = model(**given)[0], model(**alone)[0]
+    assert torch.allclose(both[:1], one, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(case: Case, dtype: torch.dtype) -> None:
+    model = case.build().to(dtype)
+    given = {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and _is_state(k) else v
+        for k, v in case.call().items()
+    }
+    if case is CASES["hunyuan-dit"]:  # takes its dtype from the timestep
+        given["timestep"] = given["timestep"].to(dtype)
+    with torch.no_grad():
+        with eager(model, case.attention, 0.4):
+            want = model(**given)[0].float()
+        with vtr.apply(model, Fixed()):
+            out = model(**given)[0]
+    assert out.dtype == dtype
+    assert torch.allclose(out.float(), want, atol=3e-2, rtol=3e-2)
+
+
+def _is_state(name: str) -> bool:
+    return "hidden_states" in name or name == "pooled_projections"
+
+
+def test_copies_are_independent(model: Any, case: Case) -> None:
+    want = run(model, case)
+    handle = vtr.apply(model, Fixed())
+    sparse = run(model, case)
+    twin = copy.deepcopy(model)
+    handle.remove()
+    assert torch.equal(run(model, case), want)
+    assert torch.equal(run(twin, case), sparse)
+    (other,) = vtr.handles(twin)
+    other.remove()
+    assert torch.equal(run(twin, case), want)
+
+
+# ---- merging around attention and MLP ------------------------------------------------------------
+
+
+def chosen(batch: int, tokens: int) -> Tensor:
+    """(B, M) ascending tokens that stay, another half for each sample; the first always."""
+    generator = torch.Generator().manual_seed(3)
+    rank = torch.rand(batch, tokens, generator=generator)
+    rank[:, 0] = 2
+    return rank.topk(tokens // 2).indices.sort(1).values
+
+
+@dataclass(frozen=True)
+class Half(Method):
+    """Attention of half the tokens among themselves; the others copy the one before them."""
+
+    name: ClassVar[str] = "half"
+    paper: ClassVar[str] = "none"
+    sites: ClassVar[tuple[str, ...]] = ("block",)
+    everything: bool = False
+
+    def stages(self, info: Any) -> tuple[Stage, ...]:
+        return tuple(Stage("block", n) for n in range(info.depth["block"]))
+
+    def reduce(self, site: Any) -> Reduction:
+        batch, tokens = site.hidden.shape[:2]
+        if self.everything:
+            return Reduction(TokenMap.identity(batch, tokens))
+        return Reduction(TokenMap.keep(chosen(batch, tokens), tokens))
+
+
+def test_merging_nothing_changes_nothing(model: Any, case: Case) -> None:
+    want = run(model, case)
+    with vtr.apply(model, Half(everything=True)):
+        assert torch.allclose(run(model, case), want, atol=2e-6)
+
+
+def test_attention_of_some_tokens(model: Any, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens left out are keys that nobody sees; their own result is the one before them."""
+    kept = chosen(2, case.tokens)
+    first = {False: 0, True: case.text}[case.text_first]
+    source = torch.zeros(2, case.tokens, dtype=torch.long).scatter(1, kept, kept).cummax(1).values
+
+    def seen(length: int, density: float) -> Tensor:
+        mask = torch.ones(2, 1, length, length, dtype=torch.bool)
+        start = first if length > case.tokens else 0
+        mask[..., start : start + case.tokens] = False
+        for b in range(2):
+            mask[b, :, :, start + kept[b]] = True
+        return mask if monkey["sample"] is None else mask[monkey["sample"] : monkey["sample"] + 1]
+
+    monkey: dict[str, Any] = {"sample": None}
+    if case is CASES["mochi"]:  # calls attention once per sample
+        calls = {"n": 0}
+        whole = seen
+
+        def seen(length: int, density: float) -> Tensor:
+            monkey["sample"] = calls["n"] % 2
+            calls["n"] += 1
+            return whole(length, density)
+
+    monkeypatch.setattr("tests.diffusion.models.token_mask", seen)
+
+    def copies(module: Any, args: Any, out: Any) -> Any:
+        image = out[0] if isinstance(out, tuple) else out
+        start = first if image.shape[1] > case.tokens else 0
+        part = image[:, start : start + case.tokens]
+        part = part.gather(1, source[..., None].expand_as(part))
+        image = torch.cat([image[:, :start], part, image[:, start + case.tokens :]], 1)
+        return (image, *out[1:]) if isinstance(out, tuple) else image
+
+    hooks = [model.get_submodule(n).register_forward_hook(copies) for n in case.attention]
+    with eager(model, case.attention, 1.0):
+        want = run(model, case)
+    for hook in hooks:
+        hook.remove()
+    with vtr.apply(model, Half()) as handle:
+        assert torch.allclose(run(model, case), want, atol=2e-6)
+        stages = handle.trace.stages
+    assert {(s.tokens_in, s.tokens_out) for s in stages} == {(case.tokens, case.tokens // 2)}
+
+
+def test_the_masks_of_the_tests_differ_between_rows() -> None:
+    mask = token_mask(45, 0.4)
+    assert 0.3 < mask.float().mean() < 0.6
+    assert BlockMask.from_dense(mask, block=16).to_dense().equal(mask)

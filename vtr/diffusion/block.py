@@ -1,0 +1,227 @@
+"""Merging tokens inside a block of a diffusion transformer: merge, compute, give each token its result.
+
+The map is chosen from the block's input. Around attention the tokens are merged before the
+projections and restored after the output projection; a merged token has the rotary position of its
+representative. Around the MLP likewise. Residual connections stay at full length, and text is not
+touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtr.diffusion.site import Call
+from vtr.method import Method, Reduction
+from vtr.tokens import TokenMap, take
+from vtr.trace import StageRecord
+
+if TYPE_CHECKING:
+    from vtr.diffusion.adapter import DiffusionWrapping
+
+
+class BlockSite:
+    """What a method sees at the input of a block.
+
+    The facts of :class:`vtr.diffusion.site.Call` (``run``, ``step``, ``steps``, ``timestep``,
+    ``branch``, ``grid``, ``training``) are attributes here too.
+
+    Attributes:
+        site: ``"block"``.
+        layer, layers: 0-based number of the block and how many there are.
+        hidden: (B, N, C) hidden states of the image or video tokens, in raster order, frame by frame.
+        state: dict of this (method, transformer, branch, block) for one run.
+        shared: dict of this (method, transformer) that lives across runs.
+        memory: dict of this method for one forward call.
+        notes: dict that ends in ``trace.notes["block"][layer]``.
+    """
+
+    site = "block"
+
+    def __init__(
+        self, call: Call, layer: int, layers: int, hidden: Tensor, state: dict[str, Any],
+        shared: dict[Any, Any], memory: dict[str, Any], notes: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.call = call
+        self.layer, self.layers, self.hidden = layer, layers, hidden
+        self.state, self.shared, self.memory, self.notes = state, shared, memory, notes
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "call":
+            raise AttributeError(name)
+        return getattr(self.call, name)
+
+
+def parts_of(method: Method) -> frozenset[str]:
+    """Around what a method merges: ``"attention"``, ``"mlp"``."""
+    parts: frozenset[str] = getattr(method, "parts", lambda: frozenset({"attention"}))()
+    return parts
+
+
+def enter(
+    wrapping: DiffusionWrapping, index: int, number: int, module: Any, args: Any, kwargs: Any
+) -> None:
+    """At the input of block ``number`` of transformer ``index``: let the method choose the map."""
+    call = wrapping.call
+    wrapping.reduced.pop(number, None)
+    if call is None:
+        return
+    entry = wrapping.by_block[number]
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    frames, height, width = call.grid
+    tokens = frames * height * width
+    if hidden.shape[1] != tokens:
+        raise RuntimeError(
+            f"block {number} of {wrapping.family.name} has {hidden.shape[1]} tokens, and the grid is "
+            f"{frames} x {height} x {width} = {tokens}: {entry.method.name} cannot merge where "
+            "something else is in the sequence, or where it is split between devices"
+        )
+    which = wrapping.entries.index(entry)
+    notes = wrapping.current.notes.setdefault("block", {}).setdefault(number, {})
+    site: Any = BlockSite(
+        call, number, wrapping.info.depth["block"], hidden,
+        wrapping.state.setdefault((which, index, call.branch, "block", number), {}),
+        wrapping.shared.setdefault((which, index), {}), wrapping.memory.setdefault(which, {}), notes,
+    )  # fmt: skip
+    reduction = entry.method.reduce(site)
+    if reduction is None or reduction.map is None:
+        return
+    if reduction.map.padded or reduction.map.n_in != tokens:
+        raise RuntimeError(
+            f"{entry.method.name} made {reduction.map!r} for {tokens} tokens; the map at a block must "
+            "start at all of them and have as many slots for every sample"
+        )
+    wrapping.reduced[number] = reduction
+    made = reduction.map
+    record = StageRecord(
+        "block", number, entry.method.name, tokens, made.n_out, made, made, call.grid
+    )
+    wrapping.current.stages.append(record)
+
+
+def _merge(wrapping: DiffusionWrapping, reduction: Reduction, x: Tensor) -> Tensor:
+    """(B, N, C), or joint (B, T + N, C), with the image or video tokens merged."""
+    assert reduction.map is not None
+    text, x = _split(wrapping, x, reduction.map.n_in)
+    made = reduction.map.merge(x, reduction.weights, reduction.normalize).to(x.dtype)
+    return _join(wrapping, text, made)
+
+
+def _restore(wrapping: DiffusionWrapping, reduction: Reduction, x: Tensor) -> Tensor:
+    assert reduction.map is not None
+    text, x = _split(wrapping, x, reduction.map.n_out)
+    return _join(wrapping, text, reduction.map.restore(x))
+
+
+def _split(wrapping: DiffusionWrapping, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    text = x.shape[1] - tokens
+    if wrapping.family.text_first:
+        return x[:, :text], x[:, text:]
+    return x[:, tokens:], x[:, :tokens]
+
+
+def _join(wrapping: DiffusionWrapping, text: Tensor, x: Tensor) -> Tensor:
+    if text.shape[1] == 0:
+        return x
+    return torch.cat([text, x] if wrapping.family.text_first else [x, text], 1)
+
+
+def attention(
+    wrapping: DiffusionWrapping, layer: int, function: Any, args: Any, kwargs: Any
+) -> Any:
+    """A processor's ``function`` on merged tokens, its result for all of them."""
+    number = wrapping.block_of[layer]
+    reduction = wrapping.reduced.get(number)
+    if reduction is None or "attention" not in parts_of(wrapping.by_block[number].method):
+        return function(*args, **kwargs)
+    given = inspect.signature(function).bind(*args, **kwargs)
+    values = given.arguments
+    map = reduction.map
+    assert map is not None
+    values["hidden_states"] = _merge(wrapping, reduction, values["hidden_states"])
+    mask = values.get("attention_mask")
+    if wrapping.family.masked and isinstance(mask, Tensor) and mask.ndim == 4:
+        # Image or video tokens stand first and are all seen.
+        values["attention_mask"] = mask[..., map.n_in - map.n_out :]
+    name = wrapping.family.rope or ""
+    rope = values.get(name)
+    if rope is None:
+        out = function(*given.args, **given.kwargs)
+    elif (batched := _batched(rope, map)) is not None:
+        values[name] = batched
+        out = function(*given.args, **given.kwargs)
+    else:
+        out = _by_sample(wrapping, function, given, name, map)
+    if isinstance(out, tuple):
+        return (_restore(wrapping, reduction, out[0]), *out[1:])
+    return _restore(wrapping, reduction, out)
+
+
+def _batched(rope: Any, map: TokenMap) -> tuple[Tensor, ...] | None:
+    """Rotary factors that have an axis for samples, (1 or B, N, ...): those of the kept tokens."""
+    if any(f.ndim < 3 or f.shape[1] != map.n_in or f.shape[0] not in (1, map.batch) for f in rope):
+        return None
+    return tuple(take(f.expand(map.batch, *f.shape[1:]), map.kept) for f in rope)
+
+
+def _positions(
+    wrapping: DiffusionWrapping, rope: Any, tokens: int, kept: Tensor
+) -> tuple[Tensor, ...]:
+    """Rotary factors (N, ...) or joint (T + N, ...) of one sample's tokens ``kept`` (M,)."""
+    made = []
+    for number, f in enumerate(rope):
+        text = f.shape[0] - tokens
+        if wrapping.family.split_rope and number:
+            made.append(f)  # the text's own
+            continue
+        if text < 0:
+            raise RuntimeError(
+                f"the rotary factors of {wrapping.family.name} are {tuple(f.shape)} for {tokens} "
+                "tokens: those of some tokens cannot be gathered"
+            )
+        first = text if wrapping.family.text_first else 0
+        made.append(torch.cat([f[:first], f[first + kept], f[first + tokens :]]))
+    return tuple(made)
+
+
+def _by_sample(
+    wrapping: DiffusionWrapping, function: Any, given: Any, name: str, map: TokenMap
+) -> Any:
+    """One call per sample: rotary factors without an axis for samples cannot differ between them."""
+    values, outs = dict(given.arguments), []
+    for b in range(map.batch):
+        for key in _PER_SAMPLE & values.keys():
+            if isinstance(values[key], Tensor):
+                given.arguments[key] = values[key][b : b + 1]
+        given.arguments[name] = _positions(wrapping, values[name], map.n_in, map.kept[b])
+        outs.append(function(*given.args, **given.kwargs))
+    if isinstance(outs[0], tuple):
+        return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
+    return torch.cat(outs)
+
+
+_PER_SAMPLE = frozenset(
+    {
+        "hidden_states",
+        "encoder_hidden_states",
+        "attention_mask",
+        "encoder_hidden_states_mask",
+    }
+)
+
+
+def before_mlp(wrapping: DiffusionWrapping, number: int, args: tuple[Any, ...]) -> Any:
+    """The MLP's arguments with merged tokens."""
+    reduction = wrapping.reduced.get(number)
+    if reduction is None:
+        return None
+    return (_merge(wrapping, reduction, args[0]), *args[1:])
+
+
+def after_mlp(wrapping: DiffusionWrapping, number: int, out: Tensor) -> Any:
+    """The MLP's result for all tokens."""
+    reduction = wrapping.reduced.get(number)
+    return None if reduction is None else _restore(wrapping, reduction, out)
