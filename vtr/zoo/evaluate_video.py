@@ -69,7 +69,7 @@ class DropFrames(Method):
         if self.order == "random":
             order = torch.randperm(frames)
         else:
-            wanted = min(frames, -(-number // each))
+            wanted = min(frames, max(1, number // each))
             chosen = ((torch.arange(wanted) + 0.5) * frames / wanted).long()
             others = [i for i in range(frames) if i not in chosen.tolist()]
             order = torch.tensor([*chosen.tolist(), *others])

@@ -64,7 +64,7 @@ class Recipe:
         tower: the built-in model, or the folder of a training run, whose tower is used.
     """
 
-    steps: int = 2200
+    steps: int = 1800
     batch: int = 32
     clips: int = 4000
     seed: int = 51
@@ -236,7 +236,7 @@ class Trainer:
     def _loss(self, at: float, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         model, n = self.model.model, self.recipe.batch
         bank = self._batch(at, generator)
-        sizes = (72, 108) if at < 0.6 else (72, 144, TOKENS, 40)
+        sizes = (72, 108) if at < 0.6 else (72, 144, 40, 108, 72, TOKENS, 40, 96)
         keep = sizes[self.position % len(sizes)]
         uniform = self.position // len(sizes) % 2 == 1
         kept = choose(bank.ink.flatten(1), keep, uniform, generator, clear=0.05)
