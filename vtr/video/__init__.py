@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 _HOME = {
     "Frame": "types",
+    "FrameTokens": "questions",
     "TokenMemory": "memory",
     "Video": "types",
     "VideoError": "errors",
     "VideoMetadata": "types",
+    "encode_frames": "questions",
     "load": "reading",
     "probe": "reading",
+    "question": "questions",
     "stream": "streaming",
 }
 
@@ -28,6 +31,12 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from vtr.video.errors import VideoError as VideoError
     from vtr.video.memory import TokenMemory as TokenMemory
+    from vtr.video.questions import FrameTokens as FrameTokens
+    from vtr.video.questions import encode_frames as encode_frames
+    from vtr.video.questions import question as question
+    from vtr.video.reading import load as load
+    from vtr.video.reading import probe as probe
+    from vtr.video.streaming import stream as stream
     from vtr.video.types import Frame as Frame
     from vtr.video.types import Video as Video
     from vtr.video.types import VideoMetadata as VideoMetadata
