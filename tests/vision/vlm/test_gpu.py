@@ -10,16 +10,23 @@ import torch
 import vtr
 from tests.vision.vlm.models import FAMILIES, transformers
 from tests.vision.vlm.picks import BOTH, KEEP_ALL, PROMPT, Masked, generate, gone_of, lengths, same
+from tests.vision.vlm.videos import VIDEOS
 
 pytestmark = pytest.mark.gpu
 
 
 def on_gpu(name: str, batch: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    model, inputs = FAMILIES[name](batch)
+    model, inputs = (FAMILIES | VIDEOS)[name](batch)
     return model.to("cuda", dtype), {k: v.to("cuda") for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl"),
+        *("llava_onevision_mixed", "video_llava", "qwen3_vl_video", "video_llama_3"),
+    ],
+)
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_cuts_are_exact_on_the_gpu(name: str, batch: int) -> None:

@@ -412,6 +412,8 @@ def test_methods_that_look_into_the_tower_work_on_mixed_prompts() -> None:
         ("llava_onevision_mixed", vtr.VisionZip(keep=5)),
         ("llava_next_video", vtr.VTCCLS(keep=5)),
         ("video_llava", vtr.FlowCut(keep=5)),
+        ("qwen3_vl_video", vtr.VisionZip(keep=5)),  # rows of other lengths
+        ("qwen2_5_vl_video", vtr.FlowCut(keep=2)),
     ):
         model, inputs = VIDEOS[name](2)
         with vtr.apply(model, method) as handle:
@@ -421,6 +423,23 @@ def test_methods_that_look_into_the_tower_work_on_mixed_prompts() -> None:
             _, alone = VIDEOS[name](1)
             one = generate(model, alone)
         assert torch.equal(both.sequences[:1, -4:], one.sequences[:, -4:]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llava_onevision_mixed", "video_llava", "qwen3_vl_video"])
+def test_half_precision(name: str, dtype: torch.dtype) -> None:
+    model, inputs = VIDEOS[name](2)
+    model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    dense = generate(model, inputs)
+    with vtr.apply(model, KEEP_ALL):
+        same(dense, generate(model, inputs))
+    with vtr.apply(model, BOTH) as handle:
+        reduced = generate(model, inputs)
+        gone = gone_of(handle, inputs["input_ids"])
+    with Masked(model, gone):
+        masked = generate(model, inputs)
+    assert float((masked.logits[0] - reduced.logits[0]).abs().max()) < 0.05
 
 
 def test_right_padded_videos_of_other_lengths() -> None:

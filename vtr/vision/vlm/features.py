@@ -76,9 +76,9 @@ class Captures:
         found = [capture.memory[key] for capture in self.of.values() if key in capture.memory]
         if len(found) < 2:
             return dict(found[0]) if found else {}
-        crops = [capture.crops for capture in self.of.values()]
+        captures = list(self.of.values())
         names = dict.fromkeys(name for memory in found for name in memory)
-        return {name: join([m.get(name) for m in found], crops, name) for name in names}
+        return {name: join([m.get(name) for m in found], captures, name) for name in names}
 
     def rows(self, call: Call, kind: str) -> list[tuple[int, int]]:
         """(start, stop) of each sample's tokens in the flat sequence of all tokens of a modality.
@@ -141,16 +141,30 @@ def first_token(output: Any) -> Tensor | None:
     return token.detach()
 
 
-def join(values: list[Any], crops: list[int], name: str) -> Any:
-    """One value of those that a method stored in each run of the tower."""
+def join(values: list[Any], captures: list[Capture], name: str) -> Any:
+    """One value of those that a method stored in each run of the tower, crops behind each other.
+
+    Rows of images of other sizes are padded with zeros to the longest, as each run pads its own.
+    """
     first = values[0]
-    pairs = list(zip(values, crops, strict=True))
-    if all(isinstance(v, Tensor) and v.shape[:1] == (n,) for v, n in pairs):
+    if all(
+        isinstance(v, Tensor) and v.shape[:1] == (c.crops,)
+        for v, c in zip(values, captures, strict=True)
+    ):
+        if all(
+            v.dim() > 1 and v.shape[1] == max(c.patches, default=0)
+            for v, c in zip(values, captures, strict=True)
+        ):
+            width = max(v.shape[1] for v in values)
+            values = [
+                torch.cat([v, v.new_zeros(v.shape[0], width - v.shape[1], *v.shape[2:])], 1)
+                for v in values
+            ]
         if len({v.shape[1:] for v in values}) == 1:
             return torch.cat(values)
     elif isinstance(first, dict):
         if all(isinstance(v, dict) and v.keys() == first.keys() for v in values):
-            return {k: join([v[k] for v in values], crops, name) for k in first}
+            return {k: join([v[k] for v in values], captures, name) for k in first}
     elif not any(isinstance(v, Tensor) for v in values) and all(v == first for v in values):
         return first
     raise RuntimeError(
