@@ -1,0 +1,170 @@
+"""Runs, steps and branches: counted right in every pipeline, through repeats, errors and caches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtr
+from tests.diffusion import pipes
+from tests.diffusion.models import CASES, Fixed
+from vtr.diffusion.session import Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch(Fixed):
+    """Keeps what it sees, and counts its own calls in its state."""
+
+    seen: list[tuple[Any, ...]] = dataclasses.field(default_factory=list, compare=False)
+    fail_at: int | None = None
+    name: ClassVar[str] = "watch"
+
+    def attend(self, site: Any) -> Tensor:
+        count = site.state.setdefault("calls", 0)
+        site.state["calls"] += 1
+        self.seen.append((site.run, site.step, site.steps, site.branch, site.layer, count))
+        if self.fail_at is not None and site.step == self.fail_at:
+            raise ArithmeticError("on purpose")
+        return super().attend(site)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("steps", [3, 8])
+@pytest.mark.parametrize("name", pipes.PIPES)
+def test_steps_and_branches_of_a_pipeline(name: str, steps: int) -> None:
+    pipe, branches = pipes.make(name), pipes.PIPES[name][2]
+    method = Watch()
+    with vtr.apply(pipe, method):
+        first = pipes.call(pipe, name, steps)
+        again = pipes.call(pipe, name, steps)
+    assert torch.equal(first, again), "two runs in a row are equal"
+    layers = max(layer for *_, layer, _ in method.seen) + 1
+    want = [(r, s, steps, b) for r in (0, 1) for s in range(steps) for b in branches]
+    found = [tuple(s[:4]) for s in method.seen if s[4] == 0]
+    assert found == want
+    assert len(method.seen) == layers * len(want), "every layer sees every call"
+    if name != "wan2.2":  # the second expert begins later
+        assert all(count == step for _, step, _, _, _, count in method.seen), "state is per run"
+    else:
+        late = min(s for _, s, _, _, _, c in method.seen if c == 0 and s > 0)
+        assert 0 < late < steps, "both experts take part"
+        assert all(c in (s, s - late) for _, s, _, _, _, c in method.seen)
+
+
+def test_fifty_steps() -> None:
+    pipe, method = pipes.make("sd3"), Watch()
+    with vtr.apply(pipe, method):
+        pipes.call(pipe, "sd3", 50)
+    assert [s[1] for s in method.seen if s[4] == 0] == list(range(50))
+    assert {s[2] for s in method.seen} == {50}
+
+
+@pytest.mark.parametrize(("dense", "first"), [(0, 0), (3, 3), (0.25, 2), (0.99, 7), (8, 8)])
+def test_dense_steps_are_exact(dense: float, first: int) -> None:
+    pipe = pipes.make("wan")
+    method = Watch(dense_steps=dense)
+    with vtr.apply(pipe, method):
+        out = pipes.call(pipe, "wan", 8)
+    assert sorted({s[1] for s in method.seen}) == list(range(first, 8))
+    if first == 8:
+        assert torch.equal(out, pipes.call(pipe, "wan", 8))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4])
+@pytest.mark.parametrize("name", ["wan", "sd3", "flux", "wan2.2"])
+def test_an_interrupted_run_leaves_nothing_behind(name: str, stop: int) -> None:
+    pipe = pipes.make(name)
+    method = Watch()
+
+    def break_off(pipe: Any, step: int, time: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == stop:
+            raise KeyboardInterrupt
+        return kwargs
+
+    with vtr.apply(pipe, method):
+        want = pipes.call(pipe, name, 5)
+        method.seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            pipes.call(pipe, name, 5, callback_on_step_end=break_off)
+        method.seen.clear()
+        assert torch.equal(pipes.call(pipe, name, 5), want)
+    assert method.seen[0][:2] == (2, 0)
+    assert all(count == 0 for *_, step, _, _, _, count in method.seen if step == 0)
+
+
+@pytest.mark.parametrize("fail_at", [0, 2])
+def test_an_error_inside_attention_leaves_the_model_usable(fail_at: int) -> None:
+    pipe = pipes.make("wan")
+    dense = pipes.call(pipe, "wan", 4)
+    handle = vtr.apply(pipe, Watch(fail_at=fail_at))
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        pipes.call(pipe, "wan", 4)
+    handle.remove()
+    assert torch.equal(pipes.call(pipe, "wan", 4), dense)
+    with vtr.apply(pipe, Fixed()):
+        sparse = pipes.call(pipe, "wan", 4)
+    with vtr.apply(pipe.transformer, Fixed()):
+        assert torch.equal(pipes.call(pipe, "wan", 4), sparse)
+
+
+def test_a_share_of_the_steps_needs_their_number() -> None:
+    case, model = CASES["sd3"], CASES["sd3"].build()
+    with (
+        vtr.apply(model, Fixed(dense_steps=0.5)),
+        pytest.raises(RuntimeError, match="apply the method to the pipeline"),
+    ):
+        model(**case.call())
+    with torch.no_grad(), vtr.apply(model, Fixed(dense_steps=0.5), steps=4) as handle:
+        densities = []
+        for time in (900.0, 700.0, 500.0, 300.0):
+            model(**case.call(time=time))
+            densities.append(handle.trace.notes["attention"][0]["density"])
+    assert densities[:2] == [1.0, 1.0]
+    with pytest.raises(ValueError, match="number of denoising steps"):
+        vtr.apply(model, Fixed(), steps=0)
+
+
+def test_training_has_no_steps() -> None:
+    case, model = CASES["wan"], CASES["wan"].build().train()
+    method = Watch(dense_steps=3)
+    with vtr.apply(model, method):
+        for time in (500.0, 200.0, 900.0):
+            model(**case.call(time=time))
+    assert [s[:2] for s in method.seen if s[4] == 0] == [(0, 0), (1, 0), (2, 0)]
+    assert all(s[-1] == 0 for s in method.seen)
+
+
+def places(calls: list[tuple[float, dict[str, Any]]], **common: Any) -> list[tuple[int, int, str]]:
+    session = Session()
+    return [tuple(session.enter(0, time, **{**common, **facts})) for time, facts in calls]
+
+
+def test_calls_without_names() -> None:
+    calls = [(t, {}) for t in (9.0, 9.0, 5.0, 5.0, 9.0, 9.0, 5.0)]
+    assert places(calls) == [
+        (0, 0, "0"), (0, 0, "1"), (0, 1, "0"), (0, 1, "1"), (1, 0, "0"), (1, 0, "1"), (1, 1, "0"),
+    ]  # fmt: skip
+    rising = places([(t, {}) for t in (0.0, 5.0, 0.0)], rising=True)
+    assert rising == [(0, 0, "0"), (0, 1, "0"), (1, 0, "0")]
+
+
+def test_names_that_come_again() -> None:
+    # A second-order schedule repeats timesteps; a run broken off in its first step starts again.
+    calls = [(t, {"name": "cond"}) for t in (9.0, 5.0, 5.0, 1.0, 9.0, 9.0)]
+    assert [p[:2] for p in places(calls)] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0)]
+
+
+def test_the_pipelines_own_index_decides() -> None:
+    calls = [(t, {"name": n, "index": i}) for t, n, i in
+             [(9.0, "c", 0), (9.0, "u", 0), (9.0, "c", 1), (5.0, "c", 2), (9.0, "c", 0)]]  # fmt: skip
+    assert [p[:2] for p in places(calls)] == [(0, 0), (0, 0), (0, 1), (0, 2), (1, 0)]
+
+
+def test_a_new_schedule_is_a_new_run() -> None:
+    a, b = torch.tensor([9.0]), torch.tensor([9.0])
+    calls = [(9.0, {"times": a}), (9.0, {"times": a}), (9.0, {"times": b})]
+    assert places(calls) == [(0, 0, "0"), (0, 0, "1"), (1, 0, "0")]
