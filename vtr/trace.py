@@ -69,10 +69,15 @@ class Trace:
         return self.stages[-1].total.kept if self.stages else None
 
     def summary(self) -> str:
-        """One line per stage, as text."""
-        if not self.stages:
-            return "no reduction took place"
-        return "\n".join(
+        """One line per stage, and per attention layer of a generator, as text."""
+        lines = [
             f"{s.site}[{s.layer}] {s.method}: {s.tokens_in} -> {s.tokens_out} tokens"
             for s in self.stages
-        )
+        ]
+        lines += [
+            f"attention[{layer}]: {100 * note['density']:.1f} % of {self.tokens['attention'][layer][0]}"
+            " tokens' pairs"
+            for layer, note in self.notes.get("attention", {}).items()
+            if "density" in note
+        ]
+        return "\n".join(lines) or "no reduction took place"

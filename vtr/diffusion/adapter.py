@@ -21,7 +21,7 @@ from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method, Reduction
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
-from vtr.wrapping import Bound, Entry, Wrapping, _Absent, wrapping_of
+from vtr.wrapping import Bound, Entry, Wrapping, _Absent
 
 FAMILIES = tuple(f"{f.name} (diffusers)" for f in _FAMILIES)
 
@@ -70,12 +70,6 @@ def locate(target: Any) -> nn.Module | None:
         if len({type(m) for m in members}) != 1:
             names = ", ".join(type(m).__name__ for m in members)
             raise UnsupportedModelError(_refuse(type(target).__name__, f"it mixes {names}"))
-        for member in members:
-            if wrapping_of(member) is not None:
-                raise UnsupportedModelError(
-                    "one transformer of this pipeline is wrapped by itself: remove that handle, and "
-                    "apply to the pipeline"
-                )
         experts = target.__dict__[_EXPERTS] = Experts(members)
     return experts
 
