@@ -297,10 +297,62 @@ def test_scores_of_frames_take_the_way_of_the_features(name: str) -> None:
         site.spread(scores[:-1])
 
 
+def test_video_llamas_patches_are_in_the_order_of_its_tokens() -> None:
+    """Its projector makes of the tower's last states, as a method sees them, the prompt's tokens."""
+    model, inputs = videos.compressed(2)
+    visual = model.model.vision_model
+    sites: dict[Any, Any] = {}
+    scores: list[Tensor] = []
+
+    def see(site: Any) -> None:
+        if site.site == "prompt":
+            sites["prompt"] = site
+            return
+        sites[site.batch] = site
+        scores.append(torch.rand(site.hidden.shape[:2]))
+        site.memory["scores"] = scores[-1]
+        q, k, v = site.qkv
+        bias = 0 if site.padding_bias is None else site.padding_bias[:, None, None]
+        y = ((q @ k.transpose(-2, -1)) * site.scale + bias).softmax(-1) @ v
+        block = visual.encoder.layers[1].self_attn
+        sites["attention", site.batch] = block.out_proj(y.transpose(1, 2).flatten(2))
+
+    own: list[Tensor] = []
+    hook = visual.encoder.layers[1].self_attn.register_forward_hook(
+        lambda m, a, o: own.append(o[0])
+    )
+    look(model, (("encoder", 1, "end"), *PROMPT.at), see, inputs)
+    hook.remove()
+    image, prompt = (
+        sites[1],
+        sites["prompt"],
+    )  # an image of 20 patches; frames of 16, 16, 24, 24, 24
+    rows = [16, 16, 24, 24, 24]
+    torch.testing.assert_close(sites["attention", 1][0], own[0], rtol=0, atol=CLOSE)
+    made = torch.cat([sites["attention", 5][i, :n] for i, n in enumerate(rows)])
+    torch.testing.assert_close(made, own[1], rtol=0, atol=CLOSE)
+    frames = sites[5].hidden
+
+    def tokens(states: Tensor, group: int) -> Tensor:
+        return model.model.projector(
+            visual.post_layernorm(states).unflatten(0, (-1, group)).mean(1)
+        )
+
+    want = [tokens(frames[i, :n], 4) for i, n in enumerate(rows)]
+    torch.testing.assert_close(prompt.hidden[0, :8], torch.cat(want[:2]), rtol=0, atol=CLOSE)
+    stays = inputs["video_compression_mask"][8:]
+    second = torch.cat([tokens(image.hidden[0], 1), torch.cat(want[2:])[stays]])
+    torch.testing.assert_close(prompt.hidden[1], second, rtol=0, atol=CLOSE)
+    means = [scores[1][i, :n].reshape(-1, 4).mean(1) for i, n in enumerate(rows)]
+    out = prompt.spread(prompt.memory["scores"])
+    torch.testing.assert_close(out[0, :8], torch.cat(means[:2]))
+    torch.testing.assert_close(out[1], torch.cat([scores[0][0], torch.cat(means[2:])[stays]]))
+
+
 def test_towers_show_the_frames_of_videos() -> None:
     """The batch of an encoder's site are the frames, in every family whose tower is opened."""
     rows = {"llava_onevision_video": 3, "llava_next_video": 3, "video_llava": 2}
-    rows |= {"qwen2_vl_video": 3, "qwen3_vl_video": 4, "internvl_video": 3}
+    rows |= {"qwen2_vl_video": 3, "qwen3_vl_video": 4, "internvl_video": 3, "video_llama_3": 2}
     for name, number in rows.items():
         model, inputs = VIDEOS[name](1)
         sites: list[Any] = []
@@ -354,6 +406,7 @@ def test_methods_that_look_into_the_tower_work_on_videos() -> None:
         "llava_next_video": vtr.VTCCLS(keep=5),
         "video_llava": vtr.VTCCLS(keep=5),
         "internvl_video": vtr.FlowCut(keep=1),
+        "video_llama_3": vtr.VisionZip(keep=5),
     }
     for name, method in methods.items():
         model, inputs = VIDEOS[name](1)

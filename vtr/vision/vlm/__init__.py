@@ -52,8 +52,9 @@ works); ``decoder``: ``hidden``, ``text``, ``queries``, ``keys``, ``values``, ``
 ``decoder_middle``, ``lm_dim``, ``lm_heads``, ``lm_kv_heads``.
 
 ``info.tokens`` is None where images differ in their number of tokens; ``info.extra["tower_cuts"]`` is
-False where the tower can be looked into but not cut. Qwen's towers show all images padded to the
-largest, in the order in which their merger reads patches; Idefics3's and SmolVLM's are not opened.
+False where the tower can be looked into but not cut. Qwen's and VideoLLaMA3's towers show all
+images and frames padded to the largest, in the order in which their merger reads patches; Idefics3's and
+SmolVLM's are not opened.
 
 Prompts without an image, and every decoding step, are never offered to a method. Every sample must get
 the same result in every row that repeats it (beams): their caches are exchanged.
@@ -62,9 +63,10 @@ What is where
 -------------
 
 ``wrapping`` (facts, loss, costs), ``families`` (what differs between models), ``tower`` and ``packed``
-(methods inside vision towers), ``features`` (from patches to visual tokens), ``language`` (hooks on
-the language model), ``call`` (one call of it: sites and cuts), ``sequence`` (padded batches),
-``attention`` (q, k, v of a few tokens), ``cache`` (what a KV cache remembers of its cuts).
+(methods inside vision towers), ``features`` and ``spreads`` (from patches to visual tokens),
+``frames`` (which frame and place each has), ``language`` (hooks on the language model), ``call`` (one
+call of it: sites and cuts), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
+``cache`` (what a KV cache remembers of its cuts).
 
 A KV cache that was cut can only be continued while a method is applied. Its ``get_seq_length()`` counts
 the tokens that were given, ``get_seq_length(layer)`` those that a layer holds.

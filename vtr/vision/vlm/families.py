@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vtr.errors import UnsupportedModelError
-from vtr.signals import View
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import KINDS, Piece, loose, plain
+from vtr.vision.vlm.spreads import Average, Groups, Packing, Pooled, Shuffled, rows
 
 # Arguments of a model's forward that say where visual tokens are.
 FORWARDED = ("second_per_grid_ts", "video_compression_mask")
@@ -118,100 +117,6 @@ class VideoLlava(Family):
         capture.spread = Pooled(None, videos, frames, opening=1)
 
 
-class Pooled:
-    """Scores of frames through the pooling of their features, with NaN for separators.
-
-    Args:
-        pool: (frames, patches, D) -> (frames, fewer patches, D), or None.
-        videos, frames: so many videos of so many frames.
-        opening, closing: separators before each frame, and after each video.
-    """
-
-    def __init__(
-        self,
-        pool: Callable[[Tensor], Tensor] | None,
-        videos: int,
-        frames: int,
-        opening: int = 0,
-        closing: int = 0,
-    ) -> None:
-        self.pool = pool
-        self.videos, self.frames = videos, frames
-        self.opening, self.closing = opening, closing
-
-    def __call__(self, scores: Tensor) -> list[Tensor]:
-        if scores.shape[0] != self.videos * self.frames:
-            raise ValueError(
-                f"scores have {scores.shape[0]} rows for {self.videos * self.frames} frames"
-            )
-        wide = scores if scores.dim() == 3 else scores[..., None]
-        if self.pool is not None:
-            wide = self.pool(wide)
-        nan = float("nan")
-        wide = nn.functional.pad(wide, (0, 0, self.opening, 0), value=nan)
-        wide = wide.reshape(self.videos, -1, wide.shape[2])
-        wide = nn.functional.pad(wide, (0, 0, 0, self.closing), value=nan)
-        return list(wide if scores.dim() == 3 else wide[..., 0])
-
-
-class Average:
-    """Mean over ``stride`` x ``stride`` patches of (frames, patches, D), as a pooling layer cuts them."""
-
-    def __init__(self, stride: int) -> None:
-        self.stride = stride
-
-    def __call__(self, x: Tensor) -> Tensor:
-        side = math.isqrt(x.shape[1])
-        grid = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], side, side)
-        return nn.functional.avg_pool2d(grid, self.stride).flatten(2).transpose(1, 2)
-
-
-class Packing:
-    """The model's ``pack_image_features`` applied to scores."""
-
-    def __init__(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inner = inner
-        named = dict(
-            inspect.signature(type(inner).pack_image_features)
-            .bind(inner, *args, **kwargs)
-            .arguments
-        )
-        named.pop("self")
-        features = named.pop("image_features")
-        self.crops = [x.shape[0] for x in features]
-        self.patches = features[0].shape[1]
-        self.newline = named.pop("image_newline", None) is not None
-        self.rest = named
-
-    def pieces(self) -> list[Piece]:
-        """What the images are made of: the base crop, then all crops with a newline after each row."""
-        blank = self(torch.zeros(sum(self.crops), self.patches))
-        out = []
-        side = math.isqrt(self.patches)
-        for crops, row in zip(self.crops, blank, strict=True):
-            newline = row.isnan()
-            if crops == 1:
-                out.append(plain("image", 1, (side, side), closing=int(newline.sum())))
-                continue
-            views = [View("whole image", (side, side), 0, side)]
-            ends = newline[self.patches :].nonzero().flatten().tolist()
-            if ends:
-                views.append(View("crops", (len(ends), ends[0]), self.patches, ends[0] + 1))
-            out.append(loose("image", newline)._replace(views=tuple(views)))
-        return out
-
-    def __call__(self, scores: Tensor) -> list[Tensor]:
-        if scores.shape[0] != sum(self.crops):
-            raise ValueError(f"scores have {scores.shape[0]} rows for {sum(self.crops)} crops")
-        wide = scores if scores.dim() == 3 else scores[..., None]
-        parts = list(wide.split(self.crops))
-        newline = scores.new_full((wide.shape[2],), float("nan")) if self.newline else None
-        out, _ = type(self.inner).pack_image_features(
-            self.inner, parts, image_newline=newline, **self.rest
-        )
-        return list(out) if scores.dim() == 3 else [x[:, 0] for x in out]
-
-
 class Qwen(Family):
     """Qwen2-VL and later: a tower token stands for merge x merge patches, which follow one another."""
 
@@ -234,7 +139,7 @@ class Qwen(Family):
         merge = inner.visual.spatial_merge_size
         grids = given[f"{capture.kind}_grid_thw"].tolist()
         capture.pieces = [plain(capture.kind, t, (h // merge, w // merge)) for t, h, w in grids]
-        capture.spread = Groups(capture.lengths, merge * merge, capture.patches)
+        capture.spread = Groups([merge * merge for t, _, _ in grids for _ in range(t)], capture)
 
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
         seconds: Any = given.get("second_per_grid_ts")
@@ -248,21 +153,6 @@ class Qwen(Family):
         ]
 
 
-class Groups:
-    """Means of groups of scores that follow one another, over the images laid end to end."""
-
-    def __init__(self, lengths: list[int], group: int, patches: list[int]) -> None:
-        self.lengths, self.group, self.patches = lengths, group, patches
-
-    def __call__(self, scores: Tensor) -> list[Tensor]:
-        if scores.shape[0] != len(self.patches):
-            raise ValueError(
-                f"scores have {scores.shape[0]} rows for {len(self.patches)} images or frames"
-            )
-        flat = torch.cat([row[:n] for row, n in zip(scores, self.patches, strict=True)])
-        return list(flat.reshape(-1, self.group, *flat.shape[1:]).mean(1).split(self.lengths))
-
-
 class InternVL(Family):
     """InternVL: pixel shuffle joins 2 x 2 patches of every tile."""
 
@@ -274,23 +164,6 @@ class InternVL(Family):
         capture.pieces = [still(n) for n in capture.lengths]
         capture.tiled = True
         capture.spread = Shuffled(inner, float(inner.config.downsample_ratio))
-
-
-class Shuffled:
-    """The model's ``pixel_shuffle`` applied to scores, and the mean of what it joins."""
-
-    def __init__(self, inner: Any, ratio: float) -> None:
-        self.inner, self.ratio = inner, ratio
-
-    def __call__(self, scores: Tensor) -> list[Tensor]:
-        if scores.dim() == 3:  # the shuffle mixes channels: they take the place of crops
-            crops, patches, width = scores.shape
-            flat = self(scores.permute(2, 0, 1).reshape(width * crops, patches))
-            return list(torch.stack(flat).reshape(width, crops, -1).permute(1, 2, 0))
-        side = math.isqrt(scores.shape[1])
-        grid = scores.reshape(scores.shape[0], side, side, 1)
-        out = self.inner.pixel_shuffle(grid, scale_factor=self.ratio)
-        return list(out.reshape(scores.shape[0], -1, out.shape[-1]).mean(2))
 
 
 class Idefics(Family):
@@ -312,11 +185,23 @@ class Idefics(Family):
         capture.pieces = [still(n) for n in capture.lengths]
 
 
-class VideoLlama3(Idefics):
-    """VideoLLaMA3: frames at their own resolution, joined merge x merge; its tower is not opened.
+class VideoLlama3(Family):
+    """VideoLLaMA3: frames at their own resolution, of which merge x merge patches become one token.
 
     Its processor may leave tokens out that did not change (``video_compression_mask``).
     """
+
+    title = "VideoLLaMA3"
+    cuts = (
+        "its tower joins neighbouring patches of the full grid; cut at the prompt or in the decoder"
+    )
+    fixed = False
+
+    def tower(self, inner: Any, kind: str) -> nn.Module | None:
+        return getattr(inner, "vision_model", None)
+
+    def last_layer(self, inner: Any, depth: int) -> int:
+        return depth - 1
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         grids = given[f"{capture.kind}_grid_thw"].tolist()
@@ -325,6 +210,8 @@ class VideoLlama3(Idefics):
             plain(capture.kind, t, (h // m, w // m))
             for (t, h, w), m in zip(grids, merges, strict=True)
         ]
+        groups = [m * m for (t, _, _), m in zip(grids, merges, strict=True) for _ in range(t)]
+        capture.spread = Groups(groups, capture)
 
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
         if capture.kind == "video":
@@ -336,10 +223,6 @@ def videos_of(given: dict[str, Any]) -> tuple[int, int]:
     pixels = given.get("pixel_values_videos", given.get("pixel_values"))
     assert isinstance(pixels, Tensor)
     return pixels.shape[0], pixels.shape[1]
-
-
-def rows(scores: Tensor) -> list[Tensor]:
-    return list(scores)
 
 
 def still(n: int) -> Piece:
@@ -361,7 +244,7 @@ SUPPORTED: dict[str, Callable[[], Family]] = {
     "InternVLModel": InternVL,
     "LlavaNextVideoModel": lambda: NextVideo("LLaVA-NeXT-Video"),
     "VideoLlavaModel": VideoLlava,
-    "VideoLlama3Model": lambda: VideoLlama3("VideoLLaMA3"),
+    "VideoLlama3Model": VideoLlama3,
     "Idefics3Model": lambda: Idefics("Idefics3"),
     "SmolVLMModel": lambda: Idefics("SmolVLM"),
 }

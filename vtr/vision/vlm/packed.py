@@ -1,8 +1,9 @@
-"""Looks inside Qwen's vision towers, where all images of a call lie end to end in one sequence."""
+"""Looks inside vision towers where all images of a call lie end to end in one sequence (Qwen,
+VideoLLaMA3)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,36 @@ if TYPE_CHECKING:
 SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
 
 
+class Form(NamedTuple):
+    """Where the parts of a tower are: its blocks, and the names of a block's first norm and attention."""
+
+    blocks: nn.ModuleList
+    norm: str
+    attention: str
+
+
+def form_of(tower: Any) -> Form | None:
+    """The form of a tower, None where it is another one."""
+    encoder = getattr(tower, "encoder", None)
+    for form in (
+        Form(getattr(tower, "blocks", None), "norm1", "attn"),  # type: ignore[arg-type]
+        Form(getattr(encoder, "layers", None), "layer_norm1", "self_attn"),  # type: ignore[arg-type]
+    ):
+        if not isinstance(form.blocks, nn.ModuleList):
+            continue
+        attention: Any = getattr(form.blocks[0], form.attention, None)
+        named = (
+            ("qkv", "spatial_merge_size") if form.norm == "norm1" else ("q_proj", "pixel_unshuffle")
+        )
+        if (
+            all(hasattr(attention, name) for name in (named[0], "num_heads", "scaling"))
+            and hasattr(form.blocks[0], form.norm)
+            and hasattr(tower, named[1])
+        ):
+            return form
+    return None
+
+
 class PackedSession:
     """Shows a method the tower's layers, one row per image (or frame), padded to the largest.
 
@@ -30,7 +61,10 @@ class PackedSession:
     def __init__(self, owner: VLMWrapping, tower: Any) -> None:
         self.owner = owner
         self.tower = tower
-        self.blocks: Any = tower.blocks
+        form = form_of(tower)
+        assert form is not None
+        self.form = form
+        self.blocks: Any = form.blocks
         self.capture: Capture | None = None
         self.visits: dict[int, list[Entry]] = {}
         self.lengths: list[int] = []
@@ -41,19 +75,9 @@ class PackedSession:
         return {**self.__dict__, "capture": None, "order": None, "entered": None}
 
     def facts(self) -> dict[str, Any]:
-        attn = self.blocks[0].attn
-        return {"dim": attn.qkv.in_features, "heads": attn.num_heads}
-
-    @staticmethod
-    def opens(tower: Any) -> bool:
-        """Whether this is a tower of the form that is understood."""
-        blocks = getattr(tower, "blocks", None)
-        if not isinstance(blocks, nn.ModuleList) or not hasattr(tower, "spatial_merge_size"):
-            return False
-        first: Any = blocks[0]
-        return all(hasattr(first, n) for n in ("norm1", "attn")) and all(
-            hasattr(first.attn, n) for n in ("qkv", "num_heads", "scaling")
-        )
+        attention: Any = getattr(self.blocks[0], self.form.attention)
+        first = getattr(attention, "qkv", None) or attention.q_proj
+        return {"dim": first.in_features, "heads": attention.num_heads}
 
     def install(self) -> None:
         owner = self.owner
@@ -112,7 +136,7 @@ class PackedSession:
                 memory=self.capture.memory.setdefault(key, {}),
                 valid=valid if padded else None,
                 qkv=rows,
-                scale=float(module.attn.scaling),
+                scale=float(getattr(module, self.form.attention).scaling),
                 training=owner.root.training,
                 modules=entry.modules_like(output),
                 notes=owner.trace.notes,
@@ -136,10 +160,16 @@ class Rows:
         self.session, self.block, self.hidden, self.rope = session, block, hidden, rope
 
     def __call__(self) -> QKV:
-        attn = self.block.attn
-        x = self.session.split(attn.qkv(self.block.norm1(self.hidden)))
-        q, k, v = x.reshape(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        cos, sin = (self.session.split(t.float()) for t in self.rope)
+        form, split = self.session.form, self.session.split
+        attn = getattr(self.block, form.attention)
+        x = getattr(self.block, form.norm)(self.hidden)
+        if hasattr(attn, "qkv"):
+            parts = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(1)
+        else:
+            made = (attn.q_proj(x), attn.k_proj(x), attn.v_proj(x))
+            parts = tuple(y.unflatten(-1, (attn.num_heads, -1)) for y in made)
+        q, k, v = (split(y).transpose(1, 2) for y in parts)
+        cos, sin = (split(t.float()) for t in self.rope)
         return rotate(q.float(), cos, sin).to(v), rotate(k.float(), cos, sin).to(v), v
 
 

@@ -18,7 +18,7 @@ from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import FORWARDED, Family, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
 from vtr.vision.vlm.language import LanguageSession
-from vtr.vision.vlm.packed import PackedSession, packed_info
+from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.sequence import follow
 from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, Wrapping
@@ -106,7 +106,7 @@ class VLMWrapping(Wrapping):
     def _open(self, tower: Any) -> tuple[TowerSession | PackedSession | None, ModelInfo | None]:
         from vtr.vision.transformers import tower_parts
 
-        if PackedSession.opens(tower):
+        if form_of(tower) is not None:
             packed = PackedSession(self, tower)
             return packed, packed_info(packed)
         try:
