@@ -64,7 +64,7 @@ class Recipe:
         tower: the built-in model, or the folder of a training run, whose tower is used.
     """
 
-    steps: int = 1800
+    steps: int = 2000
     batch: int = 32
     clips: int = 4000
     seed: int = 51
