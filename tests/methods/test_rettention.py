@@ -121,8 +121,15 @@ def test_another_methods_mask_is_reshaped():
     torch.testing.assert_close(run(qkv, 1).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_reordered_mask_keeps_ratios_with_their_tokens():
-    method = Rettention(mask=SlidingTile(tile=(1, 2, 5), window=(1, 2, 1), block=16), drift=0.0)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        SlidingTile(tile=(1, 2, 5), window=(1, 2, 1), block=16),
+        SlidingTile(window=(1, 2, 1), block=32),
+    ],
+)
+def test_a_reordered_mask_keeps_ratios_with_their_tokens(inner):
+    method = Rettention(mask=inner, drift=0.0)
     qkv = tensors(VIDEO, 9)
     run = Run(method, VIDEO, text_first=True)
     expected = run.site(qkv).dense()
@@ -232,6 +239,7 @@ def test_a_changed_size_or_mask_is_refused():
     [
         ({"mask": RectifiedSparse()}, "must not be used with another"),
         ({"mask": Rettention()}, "static mask"),
+        ({"mask": SlidingTile(), "whole_blocks": True}, "for the band"),
         ({"density": 0.0}, "density must be"),
         ({"refresh": 0}, "refresh must be"),
         ({"precision": "int8"}, "precision must be one of float32"),

@@ -14,9 +14,10 @@ from vtr.method import create
 from vtr.methods._static import compact_tile, fit_window, sparse
 from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.random_sparse import OwnFrame, RandomSparse
-from vtr.methods.sliding_tile import SlidingTile
+from vtr.methods.sliding_tile import SlidingTile, dividing_tile
 
 GRID = (3, 5, 6)
+GRID_16 = ((5, 8, 8), 16)
 
 
 def _with_text(seen, text, text_first):
@@ -53,6 +54,10 @@ CASES = {
     "sliding-tile": (
         SlidingTile(tile=(1, 2, 3), window=(2, 3, 1), block=16),
         lambda: _tiles((1, 2, 3), (2, 3, 1)),
+    ),
+    "sliding-tile of filled blocks": (
+        SlidingTile(window=(2, 1, 1), block=16),
+        lambda: _tiles(dividing_tile(GRID, 16), (2, 1, 1)),
     ),
     "neighborhood": (
         NeighborhoodAttention(window=3, block=16),
@@ -93,6 +98,7 @@ def test_keeps_what_it_says(name, text_first, padded):
     "method",
     [
         SlidingTile(window=1.0, tile=(2, 2, 2), block=16),
+        SlidingTile(window=1.0, block=32),
         NeighborhoodAttention(window=1.0, block=16),
         RandomSparse(density=1.0, block=16),
         OwnFrame(radius=3, block=16),
@@ -147,6 +153,21 @@ def test_the_mask_is_made_once_per_size():
     run.grid = (2, 5, 6)
     run(tensors((2, 5, 6)))
     assert Counting.made == 2
+
+
+@pytest.mark.parametrize(
+    ("grid", "block"),
+    [((21, 30, 52), 128), ((30, 48, 80), 128), ((1, 64, 64), 128), ((13, 30, 45), 64), GRID_16],
+)
+def test_filled_tiles_cost_what_their_window_holds(grid, block):
+    tile = dividing_tile(grid, block)
+    tiles = [-(-n // t) for n, t in zip(grid, tile, strict=True)]
+    assert math.prod(tile) <= block and math.prod(tiles) * block <= 1.1 * math.prod(grid)
+    method = SlidingTile(window=0.25, block=block)
+    q = torch.zeros(1, 1, math.prod(grid), 1)
+    layout = method.layout(Run(method, grid).site([q, q, q]))
+    window = math.prod(fit_window(0.25, tiles)) / math.prod(tiles)
+    assert layout.density <= 1.21 * window
 
 
 @pytest.mark.parametrize("counts", [(21, 45, 80), (5, 6, 10), (1, 64, 64), (3, 5, 6)])

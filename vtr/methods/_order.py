@@ -73,7 +73,8 @@ class Arranged(NamedTuple):
     """Tokens put in another order: ``x[:, :, order]`` there, ``y[:, :, back]`` back.
 
     Attributes:
-        order: (S,) int64, the model's index of each place: grid tokens, then text.
+        order: (M,) int64, the model's index of each place: grid tokens, then text. M > S where some
+            places are filled up with tokens that stand elsewhere too.
         back: (S,) int64, the place of each token of the model.
     """
 

@@ -23,7 +23,8 @@ Window = int | float | tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """A mask, the order of tokens that it is for (None: the model's), and the mask's density."""
+    """A mask, the order of tokens that it is for (None: the model's), and the share of dense
+    attention's work that it asks for."""
 
     mask: BlockMask
     arranged: Arranged | None = None
@@ -55,7 +56,9 @@ class StaticSparse(AttentionMethod):
             device = site.q.device
             if arranged is not None:
                 arranged = Arranged(*(t.to(device) for t in arranged))
-            found = site.shared[key] = Layout(mask.to(device), arranged, mask.density)
+            # Of the model's pairs of tokens: places that are filled up are work, not gain.
+            share = mask.density * mask.q_len * mask.k_len / (site.q.shape[2] * site.k.shape[2])
+            found = site.shared[key] = Layout(mask.to(device), arranged, share)
         return found
 
     def attend(self, site: AttentionSite) -> Tensor:

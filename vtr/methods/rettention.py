@@ -100,6 +100,10 @@ class Rettention(Presets, StaticSparse):
                 f"NeighborhoodAttention), got {self.mask}: Re-ttention's ratio holds for the mask "
                 "that it was measured with, and must not be used with another"
             )
+        if self.mask is not None and self.whole_blocks:
+            raise ValueError(
+                "whole_blocks is for the band; a mask of another method is taken as it is"
+            )
         if type(self.refresh) is not int or self.refresh < 1:
             raise ValueError(f"refresh must be a positive int (steps), got {self.refresh!r}")
         if isinstance(self.drift, bool) or not -1 <= self.drift <= 1:
@@ -113,23 +117,17 @@ class Rettention(Presets, StaticSparse):
 
     def make_layout(self, site: AttentionSite) -> Layout:
         if isinstance(self.mask, StaticSparse):
-            layout = self.mask.make_layout(site)
-        else:
-            frames, height, width = site.grid
-            places = height * width
-            layout = Layout(
-                masks.frame_band(
-                    frames, places, max(1, int(places * self.density)), text=site.text,
-                    text_first=site.text_first, block=self.block,
-                )
-            )  # fmt: skip
-        if not self.whole_blocks:
-            return layout
-        old = layout.mask
-        whole = BlockMask.from_blocks(
-            old.to_dense(blocks=True), q_len=old.q_len, k_len=old.k_len, block=old.block
-        )
-        return Layout(whole, layout.arranged)
+            return self.mask.make_layout(site)
+        frames, height, width = site.grid
+        places = height * width
+        band = masks.frame_band(
+            frames, places, max(1, int(places * self.density)), text=site.text,
+            text_first=site.text_first, block=self.block,
+        )  # fmt: skip
+        if self.whole_blocks:
+            live = band.to_dense(blocks=True)
+            band = BlockMask.from_blocks(live, q_len=band.q_len, k_len=band.k_len, block=self.block)
+        return Layout(band)
 
     def layout_key(self, site: AttentionSite) -> tuple[object, ...]:
         return self.mask.layout_key(site) if isinstance(self.mask, StaticSparse) else ()
