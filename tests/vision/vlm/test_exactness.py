@@ -92,19 +92,24 @@ def test_what_is_dropped_is_masked_out_and_gone(name: str, method: Pick) -> None
     assert change > 100 * CLOSE  # or the comparison would show nothing
 
 
-def test_deepstack_features_follow_a_cut_among_their_layers() -> None:
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_video"])
+@pytest.mark.parametrize("place", ["middle", "end"])
+def test_deepstack_features_follow_a_cut_among_their_layers(name: str, place: str) -> None:
     """Qwen3-VL adds features of the tower after its first layers: also for tokens that are left."""
-    model, inputs = made("qwen3_vl", 2)
-    with vtr.apply(model, Pick((("decoder", 0, "end"),), ((5, 3),))) as handle:
-        reduced = generate(model, inputs)
-        gone = gone_of(handle, inputs["input_ids"])
-    with Masked(model, gone):
-        same(generate(model, inputs), reduced, CLOSE)
-    with vtr.apply(model, Pick((("decoder", 0, "end"),), ((24, 3),))) as handle:
-        reduced = generate(model, inputs)  # the longer row keeps its length
-        gone = gone_of(handle, inputs["input_ids"])
-    with Masked(model, gone):
-        same(generate(model, inputs), reduced, CLOSE)
+    model, inputs = made(name, 2)
+    for at, keep in (
+        ((("decoder", 0, place),), ((5, 3),)),
+        ((("decoder", 0, place),), ((24, 3),)),  # the longer row keeps its length
+        (
+            (("decoder", 0, place), ("decoder", 1, place), ("decoder", 2, place)),
+            ((9, 8), (7,), (2,)),
+        ),
+    ):
+        with vtr.apply(model, Pick(at, keep)) as handle:
+            reduced = generate(model, inputs)
+            gone = gone_of(handle, inputs["input_ids"])
+        with Masked(model, gone):
+            same(generate(model, inputs), reduced, CLOSE)
 
 
 @family
@@ -141,7 +146,7 @@ def test_ways_to_generate(name: str, options: dict[str, Any]) -> None:
         same(generate(model, inputs, **again), generate(model, inputs, **options), CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl_video"])
 @pytest.mark.parametrize("method", [DECODER, BOTH], ids=["decoder", "both"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_static_caches_inside_the_language_model(name: str, method: Pick, batch: int) -> None:
@@ -215,7 +220,17 @@ def test_positions_with_gaps_are_no_packed_sequences(name: str, options: dict[st
     torch.testing.assert_close(reduced, masked, rtol=0, atol=CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "internvl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "internvl",
+        "llava_onevision_mixed",
+        "video_llama_3",
+    ],
+)
 def test_right_padding(name: str) -> None:
     model, inputs = made(name, 2)
     shift = (inputs["attention_mask"] == 0).sum(1)
