@@ -29,8 +29,12 @@ class NeighborhoodAttention(Presets, StaticSparse):
 
     Along each axis of the grid, groups of ``stride`` neighbouring queries share the window of the
     group's middle: ``window`` keys, ``dilation`` apart, shifted and not cut at the borders. Text is
-    dense both ways. Tokens are reordered tile by tile, so that what a query sees lies in few blocks;
-    with stride and window multiples of the tile these blocks are whole and nothing is wasted.
+    dense both ways. Tokens are reordered tile by tile, so that what a query sees lies in few blocks.
+
+    The kernel computes every block that a window touches: with a stride of 1 up to twice the share of
+    the window. Nothing is wasted where the grid is whole tiles, the stride is the tile and the window
+    an odd number of them (section 3 of the paper), which for any grid is what
+    :class:`~vtr.methods.SlidingTile` does.
 
     Args:
         window: keys per axis, as (frames, height, width), (height, width) for images, or one int; a

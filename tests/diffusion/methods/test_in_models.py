@@ -233,3 +233,44 @@ def test_two_runs_in_a_row_are_equal():
         ]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "method", [vtr.Rettention(density=0.3, dense_steps=1, refresh=3, block=16), METHODS[4], METHODS[5]],
+    ids=lambda m: m.name,
+)  # fmt: skip
+def test_a_cache_of_diffusers_skips_blocks(method):
+    """A cache that reuses the blocks after the first, in all steps but the first of each three: the
+    skipped layers keep their state, and nothing counts calls."""
+    from diffusers import FirstBlockCacheConfig
+
+    case = CASES["wan"]
+    model = case.build()
+    computed = []
+    handles = [
+        b.attn1.register_forward_hook(lambda m, a, o, i=i: computed.append(i))
+        for i, b in enumerate(model.blocks)
+    ]
+    times = [900.0, 800.0, 700.0, 600.0]
+
+    def generate():
+        made = []
+        for step, time in enumerate(times):
+            for name in ("cond", "uncond"):
+                with model.cache_context(name, step_index=step, num_inference_steps=4):
+                    made.append(run(model, case.call(time=time)))
+        return made
+
+    with vtr.apply(model, method):
+        full = generate()
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+        computed.clear()
+        found = generate()
+        assert computed.count(0) == 8 and computed.count(2) == 2, "later steps reuse the blocks"
+        model.disable_cache()
+        again = generate()
+    for a, b, c in zip(full, found, again, strict=True):
+        assert torch.isfinite(b).all() and torch.equal(a, c)
+    assert torch.equal(full[0], found[0]) and torch.equal(full[1], found[1])
+    for handle in handles:
+        handle.remove()
