@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "timm": ("vtr.vision.timm",),
     "open_clip": ("vtr.vision.open_clip",),
-    "transformers": ("vtr.vision.vlm", "vtr.vision.transformers"),
+    "transformers": ("vtr.vision.vlm", "vtr.vision.transformers", "vtr.vision.video_encoders"),
     "diffusers": ("vtr.diffusion.adapter",),
 }
 
@@ -118,8 +118,8 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
     Args:
         target: a timm or open_clip model, a transformers vision tower or VLM.
         method: a method, a name (``"evit"``), a dict with ``name`` and options, a plan, or a list.
-        options: of the adapter (``output=`` for encoders, ``positions=`` for VLMs, ``modules=`` for
-            methods that learn). Unknown ones raise.
+        options: of the adapter (``output=`` for encoders, ``positions=`` and ``video=`` for VLMs,
+            ``modules=`` for methods that learn). Unknown ones raise.
 
     Returns:
         The handle. The model is changed in place and keeps its class and its ``state_dict`` keys.

@@ -45,6 +45,10 @@ class BlockRunner:
         """The block's keyword arguments for the tokens that are left (positions, masks)."""
         return kwargs
 
+    def returned(self, x: Tensor) -> Any:
+        """What the block's ``forward`` returns for its output x."""
+        return x
+
     def keys_of(self, x: Tensor, index: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Keys (B, H, M, D) of features x (B, M, C) with positions ``index`` (B, M) in the input.
 
@@ -190,7 +194,7 @@ class EncoderSession:
 
     # ---- one block --------------------------------------------------------------------------
 
-    def forward(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         runner = self.runners[layer]
         if args:
             kwargs = runner.named(args, kwargs)
@@ -215,8 +219,8 @@ class EncoderSession:
             self._finish(run)
         if self.restoring and run.map is not None:
             run.short = None if layer == len(self.runners) - 1 else x
-            return run.full(x)
-        return x
+            x = run.full(x)
+        return runner.returned(x)
 
     def _finish(self, run: Run) -> None:
         """After the last block."""

@@ -25,6 +25,10 @@ class LayerRunner(BlockRunner):
     """
 
     norm1 = norm2 = attention_name = ""
+    #: the modules of the MLP
+    mlp_names: tuple[str, ...] = ("mlp",)
+    #: whether the eager attention function of this family adds the mask that it is given
+    eager_takes_mask = True
 
     def __init__(self, block: nn.Module, prefix: int) -> None:
         super().__init__(block)
@@ -35,7 +39,7 @@ class LayerRunner(BlockRunner):
         self.core: Any = inner if hasattr(inner, "query") else outer
         names = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
         self.names = next((n for n in names if all(hasattr(self.core, part) for part in n)), None)
-        missing = [n for n in (self.norm1, self.norm2, "mlp") if not hasattr(block, n)]
+        missing = [n for n in (self.norm1, self.norm2, *self.mlp_names) if not hasattr(block, n)]
         if self.names is None or missing:
             raise UnsupportedModelError(
                 f"{type(block).__name__} of this transformers version is not laid out as expected "
@@ -70,15 +74,14 @@ class LayerRunner(BlockRunner):
         core = self.core
         if probe is None:
             return type(core).forward(core, x, *args, **kwargs)
-        positions = kwargs.pop("position_embeddings", None)
         mask = kwargs.pop("attention_mask", None)
         q, k, v = (self._heads(x, which) for which in range(3))
-        if positions is not None:
-            q, k = (_rotate(t, positions, t.shape[2] - positions[0].shape[-2]) for t in (q, k))
+        q, k = self.turn(x, q, k, kwargs)
         implementation = core.config._attn_implementation
         scale = getattr(core, "scaling", None) or core.scale
         dropout = _dropout(core) if core.training else 0.0
-        if probe.policy is None and (probe.key_bias is None or implementation == "eager"):
+        eager_bias = implementation == "eager" and self.eager_takes_mask
+        if probe.policy is None and (probe.key_bias is None or eager_bias):
             probe.qkv, probe.scale = (q, k, v), scale
             if probe.key_bias is not None:
                 bias = probe.key_bias[:, None, None, :].to(q.dtype)
@@ -92,10 +95,20 @@ class LayerRunner(BlockRunner):
             out = probe.attend(q, k, v, mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
             weights = None
         out = out.reshape(x.shape[0], x.shape[1], -1).contiguous()
-        for name in ("out_proj", "o_proj", "projection_layer", "projection_dropout"):
+        for name in ("out_proj", "o_proj", "proj", "projection_layer", "projection_dropout"):
             if hasattr(core, name):
                 out = getattr(core, name)(out)
         return out, weights
+
+    def turn(
+        self, x: Tensor, q: Tensor, k: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """q and k (B, H, T, D) after the rotary embedding; takes its arguments out of ``kwargs``."""
+        positions = kwargs.pop("position_embeddings", None)
+        if positions is None:
+            return q, k
+        prefix = q.shape[2] - positions[0].shape[-2]
+        return _rotate(q, positions, prefix), _rotate(k, positions, prefix)
 
     def _heads(self, x: Tensor, which: int) -> Tensor:
         """q, k or v (0, 1, 2) of x (B, T, C), after the norm over all heads where there is one."""
@@ -157,7 +170,7 @@ class LayerRunner(BlockRunner):
         return (
             before * linear_flops(attention)
             + 4 * before * before * width
-            + after * linear_flops(block.mlp)
+            + after * sum(linear_flops(getattr(block, name)) for name in self.mlp_names)
         )
 
     @property
@@ -192,6 +205,57 @@ class DinoLayer(LayerRunner):
         return block.drop_path(block.layer_scale2(y))
 
 
+class VideoMAELayer(LayerRunner):
+    norm1, norm2, attention_name = "layernorm_before", "layernorm_after", "attention"
+    mlp_names = ("intermediate", "output")
+
+    def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        block: Any = self.block
+        return block.output(block.intermediate(block.layernorm_after(x)), x)
+
+
+class VJEPA2Layer(LayerRunner):
+    """Rotary embedding by frame, row and column, from each token's number in the input."""
+
+    norm1, norm2, attention_name = "norm1", "norm2", "attention"
+    eager_takes_mask = False
+
+    def branch1(self, y: Tensor) -> Tensor:
+        return self.block.drop_path(y)  # type: ignore[operator]
+
+    branch2 = branch1
+
+    def turn(
+        self, x: Tensor, q: Tensor, k: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        numbers = self.core.get_position_ids(x, masks=kwargs.pop("position_mask", None))
+        return (
+            self.core.apply_rotary_embeddings(q, numbers),
+            self.core.apply_rotary_embeddings(k, numbers),
+        )
+
+    def keys_of(self, x: Tensor, index: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        k = self._heads(getattr(self.block, self.norm1)(x), 1)
+        return self.core.apply_rotary_embeddings(
+            k, self.core.get_position_ids(x, masks=index.clamp(min=0))
+        )
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > 1 or "position_mask" in kwargs:
+            return BlockRunner.named(self, args, kwargs)
+        return {"position_mask": args[0], **kwargs}
+
+    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+        # The layer gives its attention the numbers of the tokens and nothing else.
+        kwargs = {"position_mask": kwargs.get("position_mask")}
+        if run.map is not None:
+            kwargs["position_mask"] = run.map.kept.clamp(min=0)
+        return kwargs
+
+    def returned(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+
 class InternVLLayer(LayerRunner):
     norm1, norm2, attention_name = "layernorm_before", "layernorm_after", "attention"
 
@@ -218,6 +282,9 @@ LAYERS: dict[str, type[LayerRunner]] = {
     "Dinov2WithRegistersLayer": DinoLayer,
     "DINOv3ViTLayer": DinoLayer,
     "InternVLVisionLayer": InternVLLayer,
+    "VideoMAELayer": VideoMAELayer,
+    "VivitLayer": ViTLayer,
+    "VJEPA2Layer": VJEPA2Layer,
 }
 
 
