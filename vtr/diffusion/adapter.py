@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vtr.diffusion import block as _block
+from vtr.diffusion import compiled
+from vtr.diffusion.attention import compute
 from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
 from vtr.diffusion.families import Family, blocks_of, family_of, layers_of, refusal_of
@@ -116,6 +118,7 @@ class DiffusionWrapping(Wrapping):
         self.contexts: list[tuple[str, dict[str, Any]]] = []
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
+        self.number = compiled.number_of(self)
         self._forget()
         info = ModelInfo(
             self.family.name,
@@ -150,6 +153,10 @@ class DiffusionWrapping(Wrapping):
         }
         state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
         return {**state, **empty, "_trace": Trace(), "session": Session(), "call": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = compiled.number_of(self)
 
     def attach(self, target: Any) -> None:
         """Remember the pipeline that ``apply`` was given: it knows the schedule."""
@@ -188,7 +195,12 @@ class DiffusionWrapping(Wrapping):
         for index, member in enumerate(self.members):
             for layer, (_, attention) in enumerate(layers_of(self.family, member)):
                 current: Any = attention.processor
-                if isinstance(current, SiteProcessor):
+                while isinstance(current, SiteProcessor):
+                    owner = current.vtr_attend.owner
+                    if owner is self or not owner.active:
+                        # Put back by who had kept it (unfuse_qkv_projections) after its time.
+                        current = current.vtr_original
+                        continue
                     raise UnsupportedModelError(
                         "this transformer is wrapped by another vtr.apply (on the pipeline, or on "
                         "the transformer itself): give all methods to one of them"
@@ -200,6 +212,11 @@ class DiffusionWrapping(Wrapping):
             self.hook(
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
+
+    def processor(self, index: int, layer: int) -> Any:
+        """The library's own processor of a layer."""
+        attention: Any = layers_of(self.family, self.members[index])[layer][1]
+        return attention.processor.vtr_original
 
     def _processor(self, current: Any, index: int, layer: int) -> SiteProcessor:
         around = None
@@ -308,13 +325,18 @@ class DiffusionWrapping(Wrapping):
             if not isinstance(current, SiteProcessor):
                 attention.__dict__["processor"] = self._processor(current, index, layer)
 
-    @torch.compiler.disable
     def attention(
         self, index: int, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """In place of the attention function of a processor."""
-        from vtr.diffusion.attention import compute
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return compiled.traced(self.number, index, layer, function, args, kwargs)
+        return self.compute(index, layer, function, args, kwargs)
 
+    @torch.compiler.disable
+    def compute(
+        self, index: int, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         return compute(self, index, layer, function, args, kwargs)
 
     @torch.compiler.disable

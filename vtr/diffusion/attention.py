@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping
 
 # The arguments that diffusers' dispatch and torch's function have in common, in their order.
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 def compute(
@@ -31,9 +31,9 @@ def compute(
     ``function`` is diffusers' dispatch, with (B, S, H, D), or torch's, with (B, H, S, D); the
     result is in its layout.
     """
-    given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+    given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
     heads_first = function is F.scaled_dot_product_attention
-    q, k, v = (given[name] for name in _NAMES[:3])
+    q, k, v = (given[name] for name in NAMES[:3])
     if not heads_first:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     call = wrapping.call

@@ -97,11 +97,12 @@ class SiteProcessor:
                 seen.__dict__.update(F.__dict__)
                 seen.__dict__[SDPA] = self.vtr_intercept
             name = "F" if entry_of(self.vtr_original) == SDPA else DISPATCH
-            # Without __name__ a compiler does not take these globals for those of the module.
+            # A code object of its own: compilers keep what they made by code object, whatever
+            # globals it ran with. Without __name__ they do not look these globals up in the module.
             names = {k: v for k, v in body.__globals__.items() if k != "__name__"}
             run = types.FunctionType(
-                body.__code__, {**names, name: seen}, body.__name__, body.__defaults__,
-                body.__closure__,
+                body.__code__.replace(), {**names, name: seen}, body.__name__,
+                body.__defaults__, body.__closure__,
             )  # fmt: skip
             run.__kwdefaults__ = body.__kwdefaults__
             self.vtr_run = run
