@@ -147,6 +147,7 @@ class Look(Method):
     """Opens the attention of every layer and changes nothing."""
 
     name: ClassVar[str] = "look"
+    sites: ClassVar[tuple[str, ...]] = ("encoder",)
     needs: ClassVar = {"encoder": frozenset({"keys"})}
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
