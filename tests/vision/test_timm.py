@@ -306,6 +306,7 @@ class Ragged(Method):
     """Keeps a number of tokens that is each sample's own."""
 
     name: ClassVar[str] = "ragged"
+    sites: ClassVar[tuple[str, ...]] = ("encoder",)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return (Stage("encoder", 2),)
