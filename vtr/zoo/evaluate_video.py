@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 import vtr
 from vtr.method import Method, Reduction, Stage
-from vtr.methods._vlm import budget, language, prune
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.methods._vlm import language, prune
+from vtr.signals import ModelInfo, Site
 from vtr.zoo.video_questions import KINDS, VideoSample, answers, score, video_qa
 
 if TYPE_CHECKING:
@@ -32,22 +32,20 @@ CLIPS = 40
 
 
 @dataclass(frozen=True)
-class DropFrames(Method):
-    """Baseline: whole frames stay or go, before the language model; positions are kept.
+class RandomFrames(Method):
+    """Baseline: whole frames drawn by chance, as many as :class:`vtr.UniformFrames` would keep.
+
+    Drawn per sample from torch's global generator; prompts with one video. Separators stay.
 
     Args:
-        keep: budget of the video's tokens. It is spent frame by frame; the last frame chosen may be
-            cut off in the middle, so that the number is exact.
-        order: ``"uniform"``: as many frames as the budget needs, evenly spaced; ``"random"``: in an
-            order drawn from torch's global generator.
+        keep: budget per video, in tokens or as a fraction of them.
     """
 
-    name: ClassVar[str] = "drop-frames"
-    paper: ClassVar[str] = "baseline: fewer frames"
+    name: ClassVar[str] = "random-frames"
+    paper: ClassVar[str] = "baseline: whole frames by chance"
     sites: ClassVar[tuple[str, ...]] = ("prompt",)
 
     keep: int | float = 0.25
-    order: Literal["uniform", "random"] = "uniform"
 
     def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
         return {"prompt": frozenset()}
@@ -57,36 +55,40 @@ class DropFrames(Method):
 
     def reduce(self, site: Site) -> Reduction | None:
         here = language(site)
-        number = budget(here, self.keep)
-        scores = torch.stack([self._row(here, i, int(number[i])) for i in range(here.batch)])
-        return prune(here, scores, number)
-
-    def _row(self, site: LanguageSite, sample: int, number: int) -> torch.Tensor:
-        """Scores of a sample's tokens: frames in the order in which they are taken."""
-        frame = site.frame[sample]
-        frames = int(frame.max()) + 1
-        each = int((frame == 0).sum())
-        if self.order == "random":
-            order = torch.randperm(frames)
-        else:
-            wanted = min(frames, max(1, number // each))
-            chosen = ((torch.arange(wanted) + 0.5) * frames / wanted).long()
-            others = [i for i in range(frames) if i not in chosen.tolist()]
-            order = torch.tensor([*chosen.tolist(), *others])
-        rank = torch.empty(frames + 1)
-        rank[order] = torch.arange(frames, 0, -1, dtype=torch.float32)
-        rank[frames] = 0.0  # separators, whose frame is -1, go last
-        return rank.to(frame.device)[frame] - torch.arange(site.n, device=frame.device) / site.n / 2
+        chances = torch.full(here.frame.shape, 2.0, device=here.device)
+        number = (here.frame < 0).sum(1)
+        for i, frame in enumerate(here.frame):
+            count, each = int(frame.max()) + 1, int((frame == 0).sum())
+            drawn = torch.rand(count).to(here.device)
+            chances[i] = torch.where(frame < 0, chances[i], drawn[frame.clamp(min=0)])
+            number[i] += vtr.UniformFrames(keep=self.keep).retained(count, each)
+        return prune(here, chances, number)
 
 
 def methods_at(share: float) -> dict[str, Method]:
-    """Every method for video, with a share of the tokens left, under the name that tables show."""
-    return {
+    """Every method for video, with a share of the tokens left, under the name that tables show.
+
+    HoliTom and PruneVid are there with their cut at the entry of the language model alone, and with
+    the one inside it, which comes on top. DyCoke keeps a quarter of the frames whole, so that it cannot
+    go below; at a quarter it keeps one token of each other frame.
+    """
+    per_frame: int | float = (4 * share - 1) / 3 if share > 0.25 else 1
+    methods: dict[str, Method] = {
         "random tokens": vtr.Random(keep=share, site="prompt", seed=0),
-        "random frames": DropFrames(keep=share, order="random"),
-        "uniform frames": DropFrames(keep=share),
-        "DivPrune": vtr.DivPrune(keep=share),
+        "random frames": RandomFrames(keep=share),
+        "uniform frames": vtr.UniformFrames(keep=share),
+        "DyCoke": vtr.DyCoke(keep=per_frame),
+        "EVS": vtr.EVS(keep=share),
+        "FastVID": vtr.FastVID(keep=share),
+        "HoliTom": vtr.HoliTom(keep=share, inner=None),
+        "HoliTom, inner too": vtr.HoliTom(keep=share),
+        "PruneVid": vtr.PruneVid(keep=share, inner=None),
+        "PruneVid, inner too": vtr.PruneVid(keep=share),
+        "ToMe over time": vtr.VideoToMe(keep=share),
     }
+    if share < 0.25:
+        del methods["DyCoke"]
+    return methods
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def markdown(results: Sequence[Result], questions: int) -> str:
         "# Built-in video model: accuracy against tokens",
         "",
         f"{questions} questions about {questions // len(KINDS)} held-out clips "
-        f"(`python -m vtr.zoo.evaluate_video --out docs/video-digits`): whole answers, freely generated. "
+        f"(`python -m vtr.zoo.evaluate_video --out docs/video-digits`): whole answers, freely generated, in bfloat16. "
         f"Dense: {dense.tokens:.0f} tokens, {dense.accuracy:.1%} right. Tokens keep their positions. "
         f"The standard error of a number is about {100 * (0.25 / questions) ** 0.5:.1f} points at 50 % "
         f"and {100 * (0.09 / questions) ** 0.5:.1f} at 90 %.",
@@ -290,9 +292,14 @@ def main(arguments: list[str] | None = None) -> None:
     from vtr.zoo import load_vlm
 
     console = Console()
-    model, processor = load_vlm(options.weights)
+    model, processor = load_vlm(options.weights, torch.bfloat16)
     samples = video_qa(options.clips * len(KINDS), seed=options.seed)
-    facts = {"weights": options.weights, "clips": options.clips, "seed": options.seed}
+    facts: dict[str, Any] = {
+        "weights": options.weights,
+        "dtype": "bfloat16",
+        "clips": options.clips,
+        "seed": options.seed,
+    }
     store = None if options.out is None else options.out.with_suffix(".json")
     known: list[Result] = []
     if store is not None and store.is_file():
