@@ -46,6 +46,13 @@ _PUBLIC = {
     "VisionZip": "vtr.methods.visionzip",
     "VTCCLS": "vtr.methods.vtc_cls",
     "FlowCut": "vtr.methods.flowcut",
+    "DyCoke": "vtr.methods.dycoke",
+    "EVS": "vtr.methods.evs",
+    "FastVID": "vtr.methods.fastvid",
+    "FrameFusion": "vtr.methods.framefusion",
+    "HoliTom": "vtr.methods.holitom",
+    "UniformFrames": "vtr.methods.uniform_frames",
+    "VideoToMe": "vtr.methods.video_tome",
     "RadialAttention": "vtr.methods.radial",
     "Random": "vtr.methods.random",
     "ToFe": "vtr.methods.tofe",
@@ -76,9 +83,14 @@ if TYPE_CHECKING:
     from vtr.methods.cls_attention import CLSAttention
     from vtr.methods.debias import Debias
     from vtr.methods.divprune import DivPrune
+    from vtr.methods.dycoke import DyCoke
     from vtr.methods.evit import EViT
+    from vtr.methods.evs import EVS
     from vtr.methods.fastv import FastV
+    from vtr.methods.fastvid import FastVID
     from vtr.methods.flowcut import FlowCut
+    from vtr.methods.framefusion import FrameFusion
+    from vtr.methods.holitom import HoliTom
     from vtr.methods.neighborhood import NeighborhoodAttention
     from vtr.methods.pyramiddrop import PyramidDrop
     from vtr.methods.radial import RadialAttention
@@ -91,7 +103,9 @@ if TYPE_CHECKING:
     from vtr.methods.tofe import ToFe
     from vtr.methods.tome import ToMe
     from vtr.methods.tomesd import ToMeSD
+    from vtr.methods.uniform_frames import UniformFrames
     from vtr.methods.vflowopt import VFlowOpt
+    from vtr.methods.video_tome import VideoToMe
     from vtr.methods.visionzip import VisionZip
     from vtr.methods.vtc_cls import VTCCLS
     from vtr.plan import Plan

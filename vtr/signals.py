@@ -194,6 +194,17 @@ class Site:
             total = total + rows.sum(1)
         return total / number.clamp(min=1)
 
+    def pooling(self) -> tuple[Tensor, Tensor]:
+        """What the pooling head of a tower makes of the visual tokens (SigLIP's probe).
+
+        Returns:
+            its attention to them, mean over heads, (B, N) float32, and its output (B, C).
+        """
+        if "pooling" not in self.extra:
+            raise RuntimeError(f"the tower at site {self.site}[{self.layer}] has no pooling head")
+        attention, pooled = self.extra["pooling"](self.hidden)
+        return attention, pooled
+
     def value_norm(self) -> Tensor:
         """L2 norm of each token's value over the concatenated heads, (B, N) float32."""
         return torch.linalg.vector_norm(self.values.float(), dim=(1, 3))
@@ -281,7 +292,7 @@ class LanguageSite(Site):
         images: list[list[tuple[int, int, tuple[int, ...] | None]]],
         frames: Callable[[], Frames],
         spread: Callable[[Tensor, float | None], Tensor],
-        rows: Callable[[Tensor], tuple[QKV, Tensor]] | None,
+        rows: Any,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -349,6 +360,16 @@ class LanguageSite(Site):
             return out
         gone = ~self.valid if out.dim() == 2 else ~self.valid[..., None]
         return out.masked_fill(gone, -float("inf"))
+
+    def attention_received(self, chunk: int = 64) -> Tensor:
+        """Mean attention that each visual token receives in this layer, (B, N) float32.
+
+        Over heads, and over all tokens of the prompt as queries, text too; those before a token pay it
+        none. Softmax over all keys that a query sees. Exact; ``chunk`` query rows at a time.
+        """
+        if self._rows is None:
+            raise RuntimeError(f"site {self.site}[{self.layer}] shows no attention")
+        return self._rows.received(chunk)
 
     @property
     def last_text(self) -> Tensor:

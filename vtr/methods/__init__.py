@@ -12,9 +12,14 @@ from typing import Any
 from vtr.methods.cls_attention import CLSAttention
 from vtr.methods.debias import Debias
 from vtr.methods.divprune import DivPrune
+from vtr.methods.dycoke import DyCoke
 from vtr.methods.evit import EViT
+from vtr.methods.evs import EVS
 from vtr.methods.fastv import FastV
+from vtr.methods.fastvid import FastVID
 from vtr.methods.flowcut import FlowCut
+from vtr.methods.framefusion import FrameFusion
+from vtr.methods.holitom import HoliTom
 from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.pyramiddrop import PyramidDrop
 from vtr.methods.radial import RadialAttention
@@ -27,18 +32,25 @@ from vtr.methods.sparsevlm import SparseVLM
 from vtr.methods.tofe import ToFe
 from vtr.methods.tome import ToMe
 from vtr.methods.tomesd import ToMeSD
+from vtr.methods.uniform_frames import UniformFrames
 from vtr.methods.vflowopt import VFlowOpt
+from vtr.methods.video_tome import VideoToMe
 from vtr.methods.visionzip import VisionZip
 from vtr.methods.vtc_cls import VTCCLS
 
 __all__ = [
+    "EVS",
     "VTCCLS",
     "CLSAttention",
     "Debias",
     "DivPrune",
+    "DyCoke",
     "EViT",
     "FastV",
+    "FastVID",
     "FlowCut",
+    "FrameFusion",
+    "HoliTom",
     "NeighborhoodAttention",
     "OwnFrame",
     "PyramidDrop",
@@ -52,7 +64,9 @@ __all__ = [
     "ToFe",
     "ToMe",
     "ToMeSD",
+    "UniformFrames",
     "VFlowOpt",
+    "VideoToMe",
     "VisionZip",
 ]
 

@@ -19,6 +19,7 @@ from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take
 from vtr.trace import StageRecord, Trace
 from vtr.vision.attention import Probe
+from vtr.vision.pooling import Pooling, has_pooling
 from vtr.wrapping import Bound, Entry, Wrapping
 
 ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
@@ -338,8 +339,14 @@ class EncoderSession:
             modules=entry.modules_like(x),
             keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
             notes=self.owner.trace.notes,
-            extra={} if self.pixels is None else {"pixels": self.pixels},
+            extra=self._extra(),
         )
+
+    def _extra(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {} if self.pixels is None else {"pixels": self.pixels}
+        if has_pooling(self.tower):
+            extra["pooling"] = Pooling(self.tower)
+        return extra
 
     def _commit(
         self, run: Run, entry: Entry, layer: int, x: Tensor, reduction: Reduction

@@ -350,6 +350,31 @@ class Rows:
         groups = q.shape[1] // own.shape[1]
         return (q, own.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)), seen
 
+    def received(self, chunk: int) -> Tensor:
+        """(B, N): mean attention over heads and all queries of this call."""
+        call, where = self.call, checked(self.call, self.where)
+        layout, module = call.layout, call.owner.layers[where.layer]
+        batch, length = layout.live.shape
+        keys, before = call.keys(where), call.columns_before(where.layer)
+        column = torch.arange(length, device=keys.device)
+        target = layout.slots.clamp(min=0) + before.shape[1]
+        total = torch.zeros(layout.slots.shape, device=keys.device)
+        for start in range(0, length, chunk):
+            rows = column[start : start + chunk].expand(batch, -1)
+            real = layout.live.gather(1, rows)
+            cos, sin = where.rope
+            rope = (along(cos, rows), along(sin, rows))
+            q, _, _ = project(module, take(where.hidden, rows), rope, ("q",))
+            sees = layout.live[:, None] & (column <= rows[..., None])
+            earlier = before[:, None].expand(-1, rows.shape[1], -1)
+            allowed = torch.cat([earlier, sees], 2) & real[..., None]
+            weights = attention_rows(
+                q, keys.to(q), scale=module.self_attn.scaling, bias=allowed[:, None]
+            )
+            paid = weights.mean(1).masked_fill(~real[..., None], 0).sum(1)
+            total = total + paid.gather(1, target)
+        return (total / layout.live.sum(1, keepdim=True)).masked_fill(layout.slots < 0, 0)
+
 
 def grid_of(span: VisualSpan) -> Grid:
     """(rows, columns), (frames, rows, columns), or None with separators between or after the frames."""

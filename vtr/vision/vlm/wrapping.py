@@ -12,6 +12,7 @@ from vtr.method import Method
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
+from vtr.vision.pooling import has_pooling
 from vtr.vision.vlm.attention import has_halves, opens
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
@@ -67,7 +68,7 @@ class VLMWrapping(Wrapping):
         look = frozenset({"hidden", "text"})
         decoder = look
         if not opens(self.layers[0]):
-            decoder = look | {"queries", "keys", "values", "text_attention"}
+            decoder = look | {"queries", "keys", "values", "text_attention", "attention_received"}
         extra: dict[str, Any] = {
             "mrope": self.mrope,
             "lm_dim": config.hidden_size,
@@ -86,6 +87,8 @@ class VLMWrapping(Wrapping):
         if not self.family.fixed:
             common["tokens"] = None
         signals = {} if facts is None else dict(facts.signals)
+        if facts is not None and all(map(has_pooling, (s.tower for s in self.towers.values()))):
+            signals["encoder"] |= {"pooling"}
         signals |= {"prompt": look, "projector": look, "decoder": decoder}
         return ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
 

@@ -1,0 +1,83 @@
+"""EVS: keep the tokens of a video that differ from the frame before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.budget import Keep, check_keep
+from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._temporal import Cutting, clips, neighbour_similarity
+from vtr.methods._vlm import language
+from vtr.signals import ModelInfo, Site
+
+FIRST = 255.0  # dissimilarity of the first frame, above every other
+
+
+@register
+@dataclass(frozen=True)
+class EVS(Method):
+    """Efficient Video Sampling (arXiv 2510.14624): one global ranking by the change in time.
+
+    The dissimilarity of a token is 1 - cosine between its embedding and that of its place in the frame
+    before; the first frame has 255. Of the whole video the tokens of highest dissimilarity stay (ties:
+    the earlier), in their order and with their positions.
+
+    How many stay does not depend on the video's content: :meth:`retained`, from the numbers of frames
+    and of tokens per frame alone, so that a server can reserve their places before the embeddings
+    exist. Every video of a prompt has its own budget; still images and separators stay whole.
+
+    Difference from the implementation in vLLM: with m-RoPE, text after the video goes on from the
+    positions that the whole prompt has (there, from an offset by the grid's width).
+
+    Args:
+        keep: budget per video; a fraction is rounded down, and at least one frame's tokens stay
+            (the published q is ``1 - keep``).
+    """
+
+    name: ClassVar[str] = "evs"
+    paper: ClassVar[str] = "EVS: Efficient Video Sampling, arXiv 2510.14624"
+    sites: ClassVar[tuple[str, ...]] = ("prompt",)
+    needs: ClassVar = {"prompt": frozenset({"hidden"})}
+    positions: ClassVar[str] = "original"
+
+    keep: Keep = 0.25
+
+    def validate(self) -> None:
+        self._set("keep", check_keep(self.keep))
+
+    def retained(self, frames: int, tokens: int) -> int:
+        """Tokens left of a video of ``frames`` frames of ``tokens`` tokens each."""
+        total = frames * tokens
+        # The small term keeps 0.3 * 10 at 3: binary fractions must not lose a token.
+        wanted = self.keep if isinstance(self.keep, int) else int(total * self.keep + 1e-9)
+        return min(total, max(tokens, wanted))
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return (Stage("prompt", 0),)
+
+    def reduce(self, site: Site) -> Reduction | None:
+        here = language(site)
+        cutting = Cutting(here)
+        for clip in clips(here, self.name):
+            number = self.retained(*clip.tokens.shape)
+            stays = changed(dissimilarity(clip.of(here.hidden)), number)
+            index = torch.arange(stays.numel(), device=site.device)
+            cutting.put(clip, torch.where(stays.flatten(), index, -1))
+        return cutting.reduction()
+
+
+def dissimilarity(x: Tensor) -> Tensor:
+    """1 - cosine to the same place in the frame before: (T, P, C) -> (T, P) float32; 255 in frame 0."""
+    first = torch.full_like(x[:1, :, 0], FIRST, dtype=torch.float32)
+    return torch.cat([first, 1 - neighbour_similarity(x)])
+
+
+def changed(scores: Tensor, number: int) -> Tensor:
+    """The ``number`` highest of (T, P) scores over the whole video, as (T, P) bool; ties: the earlier."""
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices[:number]
+    stays = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    return stays.index_fill(0, order, True).reshape(scores.shape)

@@ -1,0 +1,263 @@
+"""FastVID: segments of alike frames; salient tokens, and the rest merged into anchors of its segment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtr.budget import Keep, check_keep, count
+from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._dpc_knn import distances, peaks
+from vtr.methods._temporal import Cutting, best, clips, shares
+from vtr.methods._vlm import check_count, check_number, language, last_used, stored
+from vtr.signals import LanguageSite, ModelInfo, Site
+
+
+@register
+@dataclass(frozen=True)
+class FastVID(Method):
+    """FastVID (NeurIPS 2025, arXiv 2503.11187): dynamic density pruning.
+
+    Segments: a video is cut between neighbouring frames at the ``segments - 1`` smallest cosines of their
+    global features, and wherever the cosine is below ``threshold``. In every frame the tokens of
+    highest attention are salient and stay. The others of a segment are merged into anchors: every
+    ``step``-th frame of the segment, counted from its last one back, has anchors, its tokens of highest
+    density peaks (k = 4 neighbours, among the tokens that are not salient); of every anchor frame each
+    other token of the segment is given to its most similar anchor (cosine), so that it counts once
+    for each anchor frame; an anchor becomes w times itself plus 1 - w times the mean of its tokens,
+    w = max(1 / (their number + 1), ``beta``).
+
+    The signal follows the tower: the attention of its pooling head, whose output also is a frame's
+    global feature, where it has one (SigLIP: the authors add it to models that come without); else
+    class attention; else the mean attention that a token receives. Without a pooling head the global
+    feature is the mean of the frame's embeddings. Both are other signals than those of the paper, whose
+    numbers were not measured with them. The best threshold depends on the feature: the authors use
+    0.9 for SigLIP's and 0.84 for Qwen2.5-VL's.
+
+    The count is exact and does not depend on the content.
+
+    Differences from the authors' code: numbers of tokens that do not divide evenly over frames and
+    anchors are spread (theirs are rounded down in every frame and anchor frame, so that some are lost);
+    where anchors do not fit into the frames that have any, more frames get some (theirs fail, from
+    about half of the tokens on); no noise in densities (ties go to the first token); segments of more
+    than ``longest`` frames are divided evenly, so that the cost stays linear in the number of frames
+    (theirs is quadratic in a segment's length). In a :class:`vtr.TokenMap` a merged token belongs to
+    the anchor most similar to it. Still images and separators stay whole.
+
+    Args:
+        keep: budget per video.
+        contextual: d, share of each frame's budget that goes to anchors.
+        segments: c, least number of segments.
+        threshold: tau, cosine below which a new segment begins.
+        step: p, frames per anchor frame.
+        beta: least weight of an anchor in its sum.
+        longest: frames of a segment, None for any number.
+    """
+
+    name: ClassVar[str] = "fastvid"
+    paper: ClassVar[str] = (
+        "FastVID: Dynamic Density Pruning for Fast Video LLMs, NeurIPS 2025, arXiv 2503.11187"
+    )
+    sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt")
+    needs: ClassVar = {
+        "encoder": frozenset({"attention_received"}),
+        "prompt": frozenset({"hidden", "encoder_scores"}),
+    }
+    positions: ClassVar[str] = "original"
+
+    keep: Keep = 0.25
+    contextual: float = 0.4
+    segments: int = 8
+    threshold: float = 0.9
+    step: int = 4
+    beta: float = 0.6
+    longest: int | None = 32
+
+    def validate(self) -> None:
+        self._set("keep", check_keep(self.keep))
+        check_number(self.contextual, "contextual", 0, 1)
+        check_count(self.segments, "segments")
+        check_number(self.threshold, "threshold", -1, 1)
+        check_count(self.step, "step")
+        check_number(self.beta, "beta", 0, 1)
+        check_count(self.longest, "longest", none=True)
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        return {**self.needs, "encoder": frozenset({self._signal(info)})}
+
+    def _signal(self, info: ModelInfo) -> str:
+        shown = info.signals.get("encoder", frozenset())
+        return "pooling" if "pooling" in shown else _attention(info)
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return Stage("encoder", last_used(info), "end", cuts=False), Stage("prompt", 0)
+
+    def reduce(self, site: Site) -> Reduction | None:
+        if site.site == "encoder":
+            signal = self._signal(site.info)
+            if signal == "pooling":
+                site.memory["score"], site.memory["pooled"] = site.pooling()
+            else:
+                looks = signal == "cls_attention"
+                site.memory["score"] = site.cls_attention() if looks else site.attention_received()
+            return None
+        here = language(site)
+        score = here.spread(stored(here, "score"))
+        pooled = self._pooled(here)
+        cutting = Cutting(here)
+        for clip in clips(here, self.name):
+            if count(self.keep, clip.tokens.numel()) >= clip.tokens.numel():
+                continue
+            x = clip.of(here.hidden)
+            frames = x.float().mean(1) if pooled is None else clip.of(pooled)[:, 0]
+            made = self.compress(x, clip.of(score), frames)
+            cutting.put(clip, made.stands)
+            cutting.replace(clip, made.values)
+        return cutting.reduction()
+
+    def _pooled(self, site: LanguageSite) -> Tensor | None:
+        """(B, N, D) global feature of each token's frame, where the tower has a pooling head."""
+        if "pooled" not in site.memory:
+            return None
+        pooled, score = site.memory["pooled"], site.memory["score"]
+        crop = torch.arange(len(pooled), device=score.device, dtype=torch.float32)
+        crop = site.spread(crop[:, None].expand_as(score), newline=0.0)
+        found: Tensor = pooled[crop.clamp(min=0).round().long()]
+        return found
+
+    def compress(self, x: Tensor, score: Tensor, frames: Tensor) -> Compressed:
+        """One video's reduction.
+
+        Args:
+            x: (T, P, C) embeddings.
+            score: (T, P) attention.
+            frames: (T, D) global features.
+        """
+        t, p, c = x.shape
+        each = shares(count(self.keep, t * p), [p] * t)
+        contextual = [int(n * self.contextual + 1e-9) for n in each]
+        salient = best(
+            score,
+            torch.tensor([n - m for n, m in zip(each, contextual, strict=True)], device=x.device),
+            torch.ones_like(score, dtype=torch.bool),
+        )
+        parts = segments(frames, self.segments, self.threshold, self.longest)
+        numbers = torch.zeros(t, dtype=torch.long)
+        for start, stop in parts:
+            room = [p - n + m for n, m in zip(each, contextual, strict=True)][start:stop]
+            numbers[start:stop] = torch.tensor(
+                anchors_per_frame(sum(contextual[start:stop]), room, self.step)
+            )
+        anchored = numbers.nonzero()[:, 0].to(x.device)
+        anchor = torch.zeros_like(salient)
+        if len(anchored):
+            density = peaks(distances(x[anchored]), ~salient[anchored], NEIGHBOURS)
+            anchor[anchored] = best(density, numbers.to(x.device)[anchored], ~salient[anchored])
+        stands = torch.where(salient | anchor, torch.arange(t * p, device=x.device).view(t, p), -1)
+        stands, values = stands.flatten(), x.reshape(t * p, c).float()
+        merged = values.clone()
+        for start, stop in parts:
+            self._merge(values, merged, stands, salient, anchor, start, stop)
+        return Compressed(stands, merged)
+
+    def _merge(
+        self,
+        values: Tensor,
+        merged: Tensor,
+        stands: Tensor,
+        salient: Tensor,
+        anchor: Tensor,
+        start: int,
+        stop: int,
+    ) -> None:
+        """Write a segment's anchors to ``merged`` and its tokens' nearest anchors to ``stands``."""
+        p = salient.shape[1]
+        span = slice(start * p, stop * p)
+        rest = (~salient & ~anchor).flatten()[span].nonzero()[:, 0] + start * p
+        at = anchor.flatten()[span].nonzero()[:, 0] + start * p
+        if not len(at) or not len(rest):
+            return
+        unit = F.normalize(values[rest], dim=-1)
+        cosine = unit @ F.normalize(values[at], dim=-1).T  # (rest, anchors)
+        stands[rest] = at[cosine.argmax(1)]
+        frame = at // p
+        for f in frame.unique().tolist():
+            column = (frame == f).nonzero()[:, 0]
+            given = column[cosine[:, column].argmax(1)]
+            number = torch.zeros(len(at), device=at.device).index_add(
+                0, given, torch.ones(len(rest), device=at.device)
+            )[column]
+            total = torch.zeros(len(at), values.shape[1], device=at.device)
+            total = total.index_add(0, given, values[rest])[column]
+            weight = (1 / (number + 1)).clamp(min=self.beta)
+            weight = torch.where(number > 0, weight, torch.ones_like(weight))[:, None]
+            mean = total / number.clamp(min=1)[:, None]
+            merged[at[column]] = weight * values[at[column]] + (1 - weight) * mean
+
+
+NEIGHBOURS = 4
+
+
+class Compressed(NamedTuple):
+    """``stands`` (T * P,) the token that stands for each, -1 dropped; ``values`` (T * P, C) float32."""
+
+    stands: Tensor
+    values: Tensor
+
+
+def segments(
+    frames: Tensor, least: int, threshold: float, longest: int | None = None
+) -> list[tuple[int, int]]:
+    """(start, stop) of segments of alike frames.
+
+    Args:
+        frames: (T, D) global features.
+        least: segments at least (no more than frames).
+        threshold: cosine of neighbours below which a segment ends.
+        longest: longer ones are divided into even parts.
+    """
+    t = frames.shape[0]
+    unit = F.normalize(frames.float(), dim=-1)
+    cosine = (unit[:-1] * unit[1:]).sum(-1)
+    ends = cosine < threshold
+    order = torch.sort(cosine, stable=True).indices[: least - 1]
+    ends = ends.index_fill(0, order, True)
+    bounds = [0, *(ends.nonzero()[:, 0] + 1).tolist(), t]
+    out: list[tuple[int, int]] = []
+    for start, stop in pairwise(bounds):
+        parts = 1 if longest is None else -(-(stop - start) // longest)
+        edges = [start + (stop - start) * i // parts for i in range(parts + 1)]
+        out += pairwise(edges)
+    return out
+
+
+def anchors_per_frame(number: int, room: list[int], step: int) -> list[int]:
+    """Anchors of each frame of a segment: ``number`` of them, in every ``step``-th frame from the last.
+
+    Args:
+        room: tokens of each frame that could be one; where they do not suffice, the step gets shorter.
+    """
+    out = [0] * len(room)
+    while True:
+        chosen = list(range(len(room) - 1, -1, -step))[::-1]
+        if step == 1 or sum(room[i] for i in chosen) >= number:
+            break
+        step -= 1
+    for i, share in zip(chosen, shares(number, [1] * len(chosen)), strict=True):
+        out[i] = share
+    # Frames are alike in size up to a token; what is above a frame's room moves to the next.
+    over = 0
+    for i in [*chosen, *chosen]:
+        out[i] += over
+        over = max(0, out[i] - room[i])
+        out[i] -= over
+    return out
+
+
+def _attention(info: ModelInfo) -> str:
+    return "cls_attention" if info.has_cls else "attention_received"

@@ -1,0 +1,191 @@
+"""FrameFusion: merge alike neighbours in time layer by layer, then prune once by attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtr.budget import Keep, check_keep
+from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._merge import by_representative
+from vtr.methods._temporal import best
+from vtr.methods._vlm import check_number, language, valid_of
+from vtr.methods.holitom import in_videos
+from vtr.signals import LanguageSite, ModelInfo, Site
+
+
+@register
+@dataclass(frozen=True)
+class FrameFusion(Method):
+    """FrameFusion (ICCV 2025, arXiv 2501.01986): similarity first, importance once.
+
+    At the entry of layer 0 and then between attention and MLP of every layer, a token of a video is
+    compared by its hidden state with the token of its place that is left in an earlier frame (cosine).
+    Where it is ``similarity`` or above it is merged; chains become the plain mean of their tokens, in the
+    place of the earliest. When fewer than ``least`` of the tokens merge at a layer, merging ends, and at
+    the next visit one cut by attention follows: by the mean attention that a token receives, over heads and
+    over all tokens of the prompt as queries.
+
+    The budget is a cost, the mean over layers of the share of tokens that go through them. Each visit
+    knows the share s that would spend what is left of it evenly: merging stops there, and the cut by
+    attention goes there.
+
+    Differences from the authors' code: the number of layers is the model's (theirs is always 28);
+    several samples and videos work, each with its own budget; where what merging left would spend more
+    than the budget, the cut follows at once (theirs raises an error later); layers that cannot be
+    opened between attention and MLP are cut at their end, which costs the MLP of one layer more than
+    counted. Positions of survivors are kept. Still images and separators stay whole. Data-dependent
+    is where tokens go, not what it costs.
+
+    Args:
+        keep: budget per video: mean over layers of the share of its tokens, the paper's cost. An int is
+            a mean number of tokens per video.
+        similarity: cosine from which on tokens are merged.
+        least: share of merged tokens below which merging ends.
+    """
+
+    name: ClassVar[str] = "framefusion"
+    paper: ClassVar[str] = (
+        "FrameFusion: Combining Similarity and Importance for Video Token Reduction, ICCV 2025, "
+        "arXiv 2501.01986"
+    )
+    sites: ClassVar[tuple[str, ...]] = ("decoder",)
+    needs: ClassVar = {"decoder": frozenset({"hidden", "attention_received"})}
+    positions: ClassVar[str] = "original"
+
+    keep: Keep = 0.3
+    similarity: float = 0.6
+    least: float = 0.1
+
+    def validate(self) -> None:
+        self._set("keep", check_keep(self.keep))
+        check_number(self.similarity, "similarity", -1, 1)
+        check_number(self.least, "least", 0, 1)
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        place = "middle" if info.extra.get("decoder_middle") else "end"
+        inner = range(info.depth["decoder"] - 1)
+        return Stage("decoder", 0, "start"), *(Stage("decoder", i, place) for i in inner)
+
+    def reduce(self, site: Site) -> Reduction | None:
+        here = language(site)
+        states: dict[tuple[int, int], _State] | None = here.memory.get("states")
+        if states is None:
+            states = here.memory["states"] = self._begin(here)
+        moving = in_videos(here)
+        video = here.video
+        n = torch.arange(here.n, device=here.device).expand(here.batch, -1)
+        stands = torch.where(valid_of(here), n, -1)
+        start, received = stands, None
+        for (b, v), state in states.items():
+            if state.done:
+                continue
+            index = (moving[b] & (video[b] == v)).nonzero()[:, 0]
+            left = state.left(site.info.depth["decoder"])
+            if not state.merging:
+                if received is None:
+                    received = here.attention_received()
+                stands = self._prune(stands, received[b], b, index, left)
+                state.done = True
+                continue
+            similar = chain_cosine(here.hidden[b, index], here.place[b, index])
+            joins = similar >= self.similarity
+            over = len(index) - left  # tokens that must go
+            if over <= 0:
+                joins, state.done = torch.zeros_like(joins), True
+            elif int(joins.sum()) >= over:
+                number = torch.tensor([over], device=joins.device)
+                joins = best(similar[None], number, similar[None].isfinite())[0]
+                state.done = True
+            elif int(joins.sum()) < self.least * len(index):
+                state.merging = False
+            after = len(index) - int(joins.sum())
+            if not state.done and not state.affords(after, site.info.depth["decoder"]):
+                # What merging leaves would spend more than there is: the cut cannot wait.
+                if received is None:
+                    received = here.attention_received()
+                stands = self._prune(stands, received[b], b, index, left)
+                state.done, after = True, left
+            else:
+                stands = stands.clone()
+                stands[b, index] = index[chains(joins, here.place[b, index])]
+            state.spent.append(after)
+        if torch.equal(stands, start):
+            return None
+        return Reduction(by_representative(stands), torch.ones_like(stands, dtype=torch.float32))
+
+    def _begin(self, site: LanguageSite) -> dict[tuple[int, int], _State]:
+        moving, found = in_videos(site), {}
+        for b, spans in enumerate(site.videos):
+            for v, span in enumerate(spans):
+                number = int((moving[b] & (site.video[b] == v)).sum())
+                if span.kind == "video" and number:
+                    share = self.keep * number if isinstance(self.keep, float) else self.keep
+                    found[b, v] = _State(min(float(share), float(number)))
+        return found
+
+    def _prune(
+        self, stands: Tensor, received: Tensor, sample: int, index: Tensor, left: int
+    ) -> Tensor:
+        number = torch.tensor([min(left, len(index))], device=index.device)
+        every = torch.ones(1, len(index), dtype=torch.bool, device=index.device)
+        stays = best(received[None, index], number, every)[0]
+        out = stands.clone()
+        out[sample, index[~stays]] = -1
+        return out
+
+
+class _State:
+    """One video during one prefill.
+
+    Attributes:
+        budget: mean tokens per layer.
+        spent: tokens of each layer decided so far.
+        merging, done: whether merging goes on; whether all is decided.
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.spent: list[int] = []
+        self.merging, self.done = True, False
+
+    def left(self, depth: int) -> int:
+        """Tokens per layer that spend what is left of the budget evenly; one at least."""
+        rest = self.budget * depth - sum(self.spent)
+        return max(1, int(rest / (depth - len(self.spent)) + 1e-9))
+
+    def affords(self, tokens: int, depth: int) -> bool:
+        """Whether so many tokens in the next layer leave one for each layer after it."""
+        later = depth - len(self.spent) - 1
+        return sum(self.spent) + tokens + later <= max(self.budget, 1.0) * depth + 1e-9
+
+
+def chain_cosine(x: Tensor, place: Tensor) -> Tensor:
+    """Cosine of each token with the one before it at its place; -inf where there is none.
+
+    Args:
+        x: (N, C), in the order of the prompt.
+        place: (N,) int64.
+    """
+    order = torch.sort(place, stable=True).indices
+    unit = F.normalize(x[order].float(), dim=-1)
+    cosine = torch.full_like(unit[:, 0], -float("inf"))
+    same = place[order][1:] == place[order][:-1]
+    cosine[1:] = torch.where(same, (unit[1:] * unit[:-1]).sum(-1), cosine[1:])
+    return torch.empty_like(cosine).index_put((order,), cosine)
+
+
+def chains(joins: Tensor, place: Tensor) -> Tensor:
+    """(N,) the token that each one is merged into: the first of its chain.
+
+    Args:
+        joins: (N,) bool, whether a token is merged with the one before it at its place.
+    """
+    order = torch.sort(place, stable=True).indices
+    at = torch.arange(len(order), device=order.device)
+    head = torch.where(joins[order], -1, at).cummax(0).values
+    return torch.empty_like(order).index_put((order,), order[head])

@@ -1,0 +1,33 @@
+"""Pooling heads of vision towers: a learned probe that attends to all patches (SigLIP)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def has_pooling(tower: Any) -> bool:
+    """Whether a tower ends in such a head, of transformers' form."""
+    head = getattr(tower, "head", None)
+    return (
+        isinstance(getattr(head, "attention", None), nn.MultiheadAttention)
+        and isinstance(getattr(head, "probe", None), nn.Parameter)
+        and hasattr(tower, "post_layernorm")
+    )
+
+
+class Pooling:
+    """Calls a tower's head on hidden states of one of its layers."""
+
+    def __init__(self, tower: Any) -> None:
+        self.tower = tower
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> attention of the probe, mean over heads, (B, N) float32, and output (B, C)."""
+        head = self.tower.head
+        x = self.tower.post_layernorm(hidden)
+        probe = head.probe.expand(x.shape[0], -1, -1).to(x.dtype)
+        out, weights = head.attention(probe, x, x, need_weights=True)
+        out = out + head.mlp(head.layernorm(out))
+        return weights[:, 0].float(), out[:, 0]
