@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vtr.zoo.questions import evaluate_vlm, vqa
+    from vtr.zoo.video_questions import evaluate_video_vlm, video_qa
 
 __all__ = [
     "ModelInfo",
     "card",
+    "evaluate_video_vlm",
     "evaluate_vlm",
     "load",
     "load_pipeline",
     "load_vlm",
     "models",
     "samples",
+    "video_qa",
+    "vlm_path",
     "vqa",
     "weights_path",
 ]
@@ -46,6 +50,10 @@ def __getattr__(name: str) -> Any:
         from vtr.zoo import questions
 
         return getattr(questions, name)
+    if name in ("evaluate_video_vlm", "video_qa"):
+        from vtr.zoo import video_questions
+
+        return getattr(video_questions, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -72,6 +80,7 @@ def _check(name: str) -> None:
     if name not in _NAMES:
         hints = {
             "digits-llava": f" ({name} answers questions: vtr.zoo.load_vlm)",
+            "digits-video": f" ({name} answers questions about videos: vtr.zoo.load_vlm)",
             "digits-wan": f" ({name} makes videos: vtr.zoo.load_pipeline)",
         }
         hint = hints.get(name, "")
