@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtr.errors import VtrError
+from vtr.evaluate.command import evaluate
 
 app = typer.Typer(
     help="Visual token reduction for vision and video models.",
@@ -51,7 +52,7 @@ def main() -> None:
 
 def _command() -> list[str]:
     """The subcommand of this call, if there is one of that name."""
-    known = {getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    known = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
     return [name for name in sys.argv[1:2] if name in known]
 
 
@@ -98,7 +99,7 @@ def supported(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Say which methods work on a model, and why the others do not."""
     import vtr
 
-    if model == "digits-llava":
+    if model in ("digits-llava", "digits-video"):
         from vtr.zoo import load_vlm
 
         net = load_vlm(model)[0]
@@ -242,6 +243,9 @@ def plot(
         table.add_row(escape(r.method), f"{r.accuracy:.1%}", f"{r.flops / dense.flops:.0%}")
     console.print(table)
     console.print(f"wrote {path}")
+
+
+app.command("eval")(evaluate)
 
 
 def parse_method(text: str) -> Any:

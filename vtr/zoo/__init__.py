@@ -228,7 +228,7 @@ def load_pipeline(name: str = "digits-wan", dtype: torch.dtype | None = None) ->
     """
     folder = Path(str(resources.files("vtr.zoo").joinpath("weights", name)))
     folder = folder if folder.is_dir() else Path(name)
-    if not (folder / "config.json").is_file() or name == "digits-llava":
+    if not (folder / "config.json").is_file() or name in ("digits-llava", "digits-video"):
         raise ValueError(f"there is no built-in generator {name!r}; there is: digits-wan")
     from vtr.zoo import wan
 
