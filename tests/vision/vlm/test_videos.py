@@ -234,6 +234,25 @@ def test_images_are_frames() -> None:
     assert site.frame[0].tolist() == [0] * 12 and bool((site.place == -1).all())
 
 
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_frames_that_are_written_as_tiles(name: str) -> None:
+    """SmolVLM's processor gives a video as still images with times between them."""
+    model, inputs = FAMILIES[name](2)
+    site = seen(model, inputs, video=True)
+    assert [[span[1:5] for span in spans] for spans in site.videos] == [
+        [(12, "video", 3, (2, 2))],
+        [(8, "video", 2, (2, 2))],
+    ]
+    assert site.frame[0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert site.place[1, :8].tolist() == [*range(4)] * 2
+    whole = seen(model, inputs)  # else they are the tiles of one image, which budgets count
+    assert [[span[1:5] for span in spans] for spans in whole.videos] == [
+        [(12, "image", 1, None)],
+        [(8, "image", 1, None)],
+    ]
+    assert whole.images == [[(0, 12, None)], [(0, 8, None)]]
+
+
 def test_frames_of_features_from_elsewhere_are_not_known() -> None:
     if not ENCODES_FIRST:
         pytest.skip("this version of transformers takes no features from elsewhere")

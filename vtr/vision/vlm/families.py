@@ -182,7 +182,13 @@ class Idefics(Family):
         return getattr(inner, "vision_model", None)
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
-        capture.pieces = [still(n) for n in capture.lengths]
+        config = inner.config
+        vision = config.vision_config
+        side = vision.image_size // vision.patch_size // config.scale_factor
+        tiles = sum(capture.lengths) // side**2
+        capture.pieces = [plain("image", 1, (side, side)) for _ in range(tiles)]
+        capture.lengths = [side**2] * tiles
+        capture.tiled = capture.scattered = True
 
 
 class VideoLlama3(Family):

@@ -26,6 +26,7 @@ class Capture:
         kind: ``"image"`` or ``"video"``.
         lengths: visual tokens of each image, tile or video.
         tiled: whether they are tiles; those that follow one another in the prompt are one image.
+        scattered: whether tiles have text between them; all of a sample are one image.
         pieces: what they are made of, one for each of ``lengths``.
         stays: (visual tokens of all pieces,) bool, those that the model puts into the prompt, or
             None (all).
@@ -47,6 +48,7 @@ class Capture:
         self.pieces: list[Piece] = []
         self.stays: Tensor | None = None
         self.tiled = False
+        self.scattered = False
         self.spread: Spreader | None = None
         self.alive: Tensor | None = None
         self.separators = False
@@ -127,7 +129,8 @@ class Captures:
                     at += piece.length
                 found.append(mine)
         tiled = any(capture.tiled for capture in self.of.values())
-        return frames_of(call, per_sample, tiled, joined)
+        scattered = any(capture.scattered for capture in self.of.values())
+        return frames_of(call, per_sample, tiled, scattered, joined)
 
 
 def first_token(output: Any) -> Tensor | None:

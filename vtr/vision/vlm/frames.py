@@ -80,7 +80,11 @@ class _Group(NamedTuple):
 
 
 def frames_of(
-    call: Call, pieces: dict[str, list[list[Piece]]], tiled: bool, joined: bool
+    call: Call,
+    pieces: dict[str, list[list[Piece]]],
+    tiled: bool,
+    scattered: bool,
+    joined: bool,
 ) -> Frames:
     """Put the pieces where they stand among the visual tokens of the prompt.
 
@@ -88,6 +92,7 @@ def frames_of(
         pieces: per modality and sample, its pieces in the order of the prompt; a modality that is
             missing is not known.
         tiled: images that follow one another without text between them are tiles of one.
+        scattered: tiles are, also with text between them; unless they are ``joined``.
         joined: still images of the same grid that follow one another are the frames of one video.
     """
     slots, kinds = call.arrived.cpu(), call.kinds.cpu()
@@ -109,7 +114,7 @@ def frames_of(
         found.sort(key=lambda entry: entry[0])
         spans: list[VisualSpan] = []
         seen = 0
-        for v, group in enumerate(_groups(found, row, tiled, joined)):
+        for v, group in enumerate(_groups(found, row, tiled, scattered, joined)):
             first = seen
             for piece, index in zip(group.pieces, group.tokens, strict=True):
                 start = first if group.tiles else seen
@@ -127,7 +132,11 @@ def frames_of(
                     seen - first,
                     None if group.tiles else head.grid,
                     head.times,
-                    _thumbnail(group.pieces) if group.tiles else head.views,
+                    head.views
+                    if not group.tiles
+                    else ()
+                    if scattered
+                    else _thumbnail(group.pieces),
                 )
             )
         videos.append(spans)
@@ -145,14 +154,19 @@ def _thumbnail(tiles: list[Piece]) -> tuple[View, ...]:
 
 
 def _groups(
-    found: list[tuple[int, Piece, Tensor]], slots: Tensor, tiled: bool, joined: bool
+    found: list[tuple[int, Piece, Tensor]],
+    slots: Tensor,
+    tiled: bool,
+    scattered: bool,
+    joined: bool,
 ) -> list[_Group]:
     groups: list[_Group] = []
     end = -1  # slot of the last token so far
     for start, piece, index in found:
         last = groups[-1] if groups else None
         still = last is not None and last.pieces[-1].kind == piece.kind == "image"
-        if tiled and still and int(slots[start]) == end + 1:
+        follows = int(slots[start]) == end + 1 or (scattered and not joined)
+        if tiled and still and follows:
             groups[-1] = _Group([*last.pieces, piece], [*last.tokens, index], True)  # type: ignore[union-attr]
         else:
             groups.append(_Group([piece], [index], False))
