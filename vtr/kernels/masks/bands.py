@@ -53,7 +53,14 @@ def frame_band(
     surely &= torch.maximum(high[:, None] - low, high - low[:, None]) <= half
     only_text = spans((~video).long(), block)[0].bool()
     surely |= only_text[:, None] | only_text[None]
-    return exact(rule, total, total, block=block, maybe=maybe, surely=surely)
+    # Inside frames the band knows only how far apart two blocks begin.
+    inside = whole.clone()
+    if total % block:
+        inside[-1] = False
+    begin = place[torch.arange(0, total, block)]
+    alike = begin[:, None] - begin + tokens_per_frame
+    alike = alike.masked_fill(~(inside[:, None] & inside), -1)
+    return exact(rule, total, total, block=block, maybe=maybe, surely=surely, alike=alike)
 
 
 def spatial(

@@ -23,6 +23,7 @@ def exact(
     block: int | tuple[int, int] = 128,
     maybe: Tensor | None = None,
     surely: Tensor | None = None,
+    alike: Tensor | None = None,
 ) -> BlockMask:
     """The mask of a rule, exact to the token.
 
@@ -31,6 +32,8 @@ def exact(
         maybe: (NQ, NK) bool, False for blocks known to keep nothing; all True when None.
         surely: (NQ, NK) bool, True for blocks known to keep everything; all False when None.
             The rule is evaluated on the blocks that are ``maybe`` and not ``surely``.
+        alike: (NQ, NK) int64: blocks of the same number keep the same tokens, and the rule is
+            evaluated on one of them; -1 for blocks of which nothing is known.
     """
     bm, bn = _block_pair(block)
     nq, nk = -(-q_len // bm), -(-k_len // bn)
@@ -38,6 +41,14 @@ def exact(
     if surely is not None:
         unknown &= ~surely
     row, col = unknown.nonzero(as_tuple=True)
+    every = row, col
+    which = torch.arange(row.numel())
+    if alike is not None:
+        number = alike[row, col]
+        number = torch.where(number < 0, -1 - which, number)
+        number, which = number.unique(return_inverse=True)
+        one = torch.empty_like(number).scatter_(0, which, torch.arange(row.numel()))
+        row, col = row[one], col[one]
     kept: list[Tensor] = []
     ids: list[Tensor] = []
     tiles: list[Tensor] = []
@@ -59,9 +70,9 @@ def exact(
                 tiles.append(tile)
             found.append(known[key])
         ids.append(torch.tensor(found, dtype=torch.int64)[classes])
-    keep = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool)
-    tile = torch.cat(ids)[keep] if ids else torch.zeros(0, dtype=torch.int64)
-    row, col = row[keep], col[keep]
+    keep = (torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool))[which]
+    tile = (torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64))[which][keep]
+    row, col = every[0][keep], every[1][keep]
     if surely is not None:
         whole_row, whole_col = surely.nonzero(as_tuple=True)
         row, col = torch.cat([row, whole_row]), torch.cat([col, whole_col])
