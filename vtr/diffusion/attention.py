@@ -6,9 +6,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.site import Call
 
 if TYPE_CHECKING:
@@ -41,20 +43,33 @@ def compute(
         # No call of the whole transformer, or attention to something else (image prompts).
         return function(*args, **kwargs)
 
-    def dense() -> Tensor:
-        out: Tensor = function(*args, **kwargs)
-        return out if heads_first else out.transpose(1, 2)
-
     entry = wrapping.by_layer.get(layer)
     if entry is None:
         wrapping.record(layer, q, k, {})
         return function(*args, **kwargs)
+    frames, height, width = call.grid
+    parallel = getattr(given.get("parallel_config"), "context_parallel_config", None)
+    ulysses = None
+    if parallel is not None:
+        ulysses = Ulysses(parallel, frames * height * width, q.shape[2], wrapping.family.text_first)
+        q, k, v = (ulysses.gather(t) for t in (q, k, v))
     _check(wrapping, layer, call, q, given)
     if wrapping.family.loops:
         number = wrapping.sample.get(layer, 0)
         wrapping.sample[layer] = number + 1
         sample = number % max(wrapping.batch, 1)
         call = dataclasses.replace(call, branch=f"{call.branch}/{sample}", text_valid=None)
+
+    def dense() -> Tensor:
+        if ulysses is None:
+            out: Tensor = function(*args, **kwargs)
+            return out if heads_first else out.transpose(1, 2)
+        # The exchange is done: what is left is the plain call on all tokens of these heads.
+        mask = _padding(call, q) if given.get("attn_mask") is not None else None
+        rest = {**given, **dict(zip(NAMES, (t.transpose(1, 2) for t in (q, k, v)), strict=False))}
+        out = function(**{**rest, "attn_mask": mask, "parallel_config": None})
+        return out.transpose(1, 2)
+
     scale = given.get("scale")
     site = wrapping.site(
         index, layer, entry, call, (q, k, v),
@@ -73,7 +88,19 @@ def compute(
             f"{method.name} made {out.dtype} {tuple(out.shape)} of {q.dtype} {tuple(q.shape)}"
         )
     wrapping.record(layer, q, k, site.notes)
+    if ulysses is not None:
+        out = ulysses.scatter(out)
     return out if heads_first else out.transpose(1, 2)
+
+
+def _padding(call: Call, q: Tensor) -> Tensor:
+    """(B, 1, 1, S) bool: which keys are not padded text."""
+    seen = q.new_ones(q.shape[0], 1, 1, q.shape[2], dtype=torch.bool)
+    if call.text_valid is not None:
+        text = call.text_valid.shape[1]
+        part = slice(0, text) if call.text_first else slice(q.shape[2] - text, None)
+        seen[:, 0, 0, part] = call.text_valid
+    return seen
 
 
 def _check(

@@ -118,6 +118,11 @@ def _restore(wrapping: DiffusionWrapping, reduction: Reduction, x: Tensor) -> Te
 
 def _split(wrapping: DiffusionWrapping, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     text = x.shape[1] - tokens
+    if text < 0:
+        raise RuntimeError(
+            f"{x.shape[1]} tokens where {tokens} were merged: the sequence is split between "
+            "processes inside the block, and merging needs all of it"
+        )
     if wrapping.family.text_first:
         return x[:, :text], x[:, text:]
     return x[:, tokens:], x[:, :tokens]

@@ -1,0 +1,81 @@
+"""Two processes of context parallelism, each run by ``test_families_parallel.py``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import vtr
+from tests.diffusion.models import CASES, Fixed
+
+# Sizes that two processes share: 48 video tokens; 36 image tokens and 6 of text.
+NAMES = ("wan", "flux", "qwen-image")
+
+
+def inputs(name: str) -> dict[str, Any]:
+    given = CASES[name].call()
+    torch.manual_seed(5)
+    if name == "wan":
+        return {**given, "hidden_states": torch.randn(2, 4, 4, 6, 8)}
+    given["hidden_states"] = torch.randn(2, 36, 8)
+    if name == "flux":
+        ids = torch.zeros(6, 6, 3)
+        ids[..., 1] += torch.arange(6)[:, None]
+        ids[..., 2] += torch.arange(6)
+        return {**given, "img_ids": ids.view(36, 3)}
+    return {**given, "img_shapes": [[(1, 6, 6)]] * 2}
+
+
+def outputs(name: str, parallel: bool) -> dict[str, torch.Tensor]:
+    """Dense, sparse, and sparse after a dense step."""
+    model, given = CASES[name].build(), inputs(name)
+    if parallel:
+        from diffusers import ContextParallelConfig
+
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    made = {}
+    with torch.no_grad():
+        made["dense"] = model(**given)[0]
+        with vtr.apply(model, Fixed()):
+            made["sparse"] = model(**given)[0]
+        with vtr.apply(model, Fixed(dense_steps=1)):
+            made["dense step"] = model(**given)[0]
+            made["then sparse"] = model(**{**given, "timestep": given["timestep"] - 0.1})[0]
+    return made
+
+
+def merged() -> dict[str, str]:
+    """What merging says to a sequence that is split inside the block."""
+    from diffusers import ContextParallelConfig
+
+    model = CASES["wan"].build()
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    with torch.no_grad(), vtr.apply(model, vtr.create("tomesd")):
+        try:
+            model(**inputs("wan"))
+        except RuntimeError as error:
+            return {"error": str(error)}
+    return {"error": ""}
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    # diffusers numbers the accelerators of the machine; a CPU stands in for one.
+    torch.accelerator.device_count = lambda: 1
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name in NAMES:
+        made = outputs(name, parallel=True)
+        if rank == 0:
+            torch.save(made, f"{folder}/{name}.pt")
+    made = merged()
+    if rank == 0:
+        torch.save(made, f"{folder}/merged.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
