@@ -1,0 +1,218 @@
+"""Cells of a sweep: which methods with which budgets and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vtr.budget import Keep, check_keep
+from vtr.method import Method, create, registry
+
+DRAWS = 16
+"""Different random subsets that the samples of one seed share: sample ``n`` gets number ``n % 16``.
+
+A draw belongs to the sample and not to its batch, so that neither the batch size, nor the number of
+processes, nor where a run was resumed changes an answer."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of a sweep.
+
+    Attributes:
+        methods: applied together; empty for the dense model.
+        seed: of methods that draw random tokens, None where no method does.
+    """
+
+    methods: tuple[Method, ...] = ()
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.methods)) or "dense"
+
+    @property
+    def label(self) -> str:
+        """Names of the methods alone."""
+        return " + ".join(map(title, self.methods)) or "dense"
+
+    def draw(self, doc: int) -> tuple[Method, ...]:
+        """The methods for one sample, with the seed that is the sample's own."""
+        if self.seed is None:
+            return self.methods
+        return tuple(
+            m.replace(seed=self.seed * DRAWS + doc % DRAWS) if is_random(m) else m
+            for m in self.methods
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"methods": [m.to_dict() for m in self.methods], "seed": self.seed}
+
+
+def title(method: Method) -> str:
+    """A name for a table: ``fastv``, ``debias(fastv)``, ``random@encoder``."""
+    inner = _inner(method)
+    if inner is not None:
+        return f"{method.name}({title(getattr(method, inner))})"
+    site = getattr(method, "site", None)
+    return method.name if site is None else f"{method.name}@{site}"
+
+
+def is_random(method: Method) -> bool:
+    """Whether a method draws tokens without a seed of its own."""
+    return getattr(method, "seed", 0) is None
+
+
+def _inner(method: Method) -> str | None:
+    """The field of a method that holds another method."""
+    for f in dataclasses.fields(method):
+        if isinstance(getattr(method, f.name), Method):
+            return f.name
+    return None
+
+
+def with_keep(method: Method, keep: Keep) -> Method:
+    """A method at another budget.
+
+    Raises:
+        ValueError: the method has no budget ``keep``, or not this one.
+    """
+    names = {f.name for f in dataclasses.fields(method) if f.init}
+    inner = _inner(method)
+    if inner is not None:
+        return method.replace(**{inner: with_keep(getattr(method, inner), keep)})
+    if "keep" not in names:
+        raise ValueError(
+            f"{method.name} has no budget 'keep'; its options are: {', '.join(sorted(names))}. Give "
+            "it with its options and without keep"
+        )
+    changed = method.replace(keep=keep)
+    return changed
+
+
+def parse_keeps(text: str | Iterable[Any] | None) -> tuple[Keep, ...]:
+    """``"256,128,0.5"`` -> (256, 128, 0.5): ints are tokens, floats shares."""
+    if text is None:
+        return ()
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    out: list[Keep] = []
+    for part in parts:
+        value: Any = part
+        if isinstance(part, str):
+            try:
+                value = int(part)
+            except ValueError:
+                try:
+                    value = float(part)
+                except ValueError:
+                    raise ValueError(
+                        f"--keep takes numbers of tokens or shares such as 128,64 or 0.5, got {part!r}"
+                    ) from None
+        out.append(check_keep(value))
+    return tuple(out)
+
+
+def parse_methods(text: str) -> list[Any]:
+    """``"flowcut,fastv:layer=2,positions=1"`` -> the items, each with its own options.
+
+    A comma begins a new method unless an option follows it. ``debias(fastv)`` wraps a method.
+    """
+    items: list[str] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        option = "=" in part and ":" not in part.split("=", 1)[0]
+        if option and items and ":" in items[-1]:
+            items[-1] += f",{part}"
+        elif option:
+            raise ValueError(f"{part!r} is an option of no method: write name:{part}")
+        else:
+            items.append(part)
+    if not items:
+        raise ValueError("name at least one method")
+    return [parse_method(item) for item in items]
+
+
+def parse_method(text: str) -> Any:
+    """A method, ``None`` for ``dense``, a tuple of methods for a plan file (``plan.json``)."""
+    from vtr.cli import parse_method as plain
+    from vtr.plan import Plan
+
+    if text == "dense":
+        return None
+    if text.endswith(".json"):
+        return Plan.load(text).methods
+    if text.endswith(")") and "(" in text:
+        outer, _, inner = text[:-1].partition("(")
+        return create(outer, method=plain(inner))
+    return plain(text)
+
+
+def as_methods(given: Any) -> list[tuple[Method, ...]]:
+    """What a user calls methods, as one tuple of methods for each configuration."""
+    from vtr.plan import Plan
+
+    if given is None:
+        return []
+    if isinstance(given, str):
+        given = parse_methods(given)
+    elif isinstance(given, (Method, Plan, dict)):
+        given = [given]
+    out: list[tuple[Method, ...]] = []
+    for item in given:
+        if isinstance(item, Plan):
+            out.append(tuple(item.methods))
+        elif isinstance(item, str):
+            out += as_methods(item)
+        elif isinstance(item, dict):
+            out.append((create(**item),))
+        elif item is None:
+            out.append(())
+        elif isinstance(item, Method):
+            out.append((item,))
+        else:
+            group = tuple(item)
+            if not group or not all(isinstance(m, Method) for m in group):
+                raise ValueError(f"a configuration is a method or a sequence of them, got {item!r}")
+            out.append(group)
+    return out
+
+
+def sweep(
+    methods: Sequence[tuple[Method, ...]],
+    keeps: Sequence[Keep] = (),
+    seeds: Sequence[int] = (0,),
+    dense: bool = True,
+) -> list[Cell]:
+    """Every method at every budget, and with every seed where it draws random tokens.
+
+    Args:
+        methods: of each configuration; with ``keeps`` every method of it gets the budget.
+        keeps: budgets; none leaves each method the budget that it has.
+        seeds: of random methods.
+        dense: put the dense model first.
+    """
+    cells = [Cell()] if dense else []
+    for group in methods:
+        variants = [tuple(with_keep(m, k) for m in group) for k in keeps] if group else []
+        for variant in variants or [group]:
+            random = any(map(is_random, variant))
+            cells += [Cell(variant, s if random else None) for s in (seeds if random else (0,))]
+    return list(dict.fromkeys(cells))
+
+
+def all_methods(model: Any, positions: str | None = None) -> list[tuple[Method, ...]]:
+    """Every registered method with a budget that works on a vision-language model, and debiased FastV."""
+    from vtr import api
+
+    out: list[tuple[Method, ...]] = []
+    works = {s.name for s in api.supported(model) if s.supported}
+    for name, cls in registry().items():
+        if name not in works or cls.training == "required":
+            continue
+        method = cls()
+        try:
+            with_keep(method, 0.5)
+        except ValueError:
+            continue
+        out.append((method,))
+    return out

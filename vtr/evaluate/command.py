@@ -1,0 +1,145 @@
+"""``vtr eval``: from a model and methods to a table, through lmms-eval."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="builtin, a folder, or a Hugging Face id")
+    ] = "builtin",
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", help="of lmms-eval, e.g. gqa,pope; default: built in")
+    ] = "",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-k",
+            help="NAME or NAME:option=value,...; several with commas; all; PLAN.json",
+        ),
+    ] = "",
+    keep: Annotated[
+        str,
+        typer.Option(help="budgets: 256,128 (tokens) or 0.5,0.25 (shares); default: each's own"),
+    ] = "",
+    limit: Annotated[int | None, typer.Option(help="samples of each task")] = None,
+    seed: Annotated[str, typer.Option(help="of methods that draw random tokens, e.g. 0,1,2")] = "0",
+    batch_size: Annotated[str, typer.Option(help="a number, or auto")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; default: a GPU")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    positions: Annotated[
+        str | None, typer.Option(help="original or compact; default: the method's own")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="of a video")] = 8,
+    store: Annotated[
+        Path, typer.Option(help="results store; a run continues where it stopped")
+    ] = Path("vtr-eval.sqlite"),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="folder for CSV, Markdown and plot")
+    ] = None,
+    name: Annotated[str, typer.Option(help="of the files in --out")] = "evaluation",
+    compare: Annotated[
+        str | None, typer.Option(help="published: the papers' numbers beside ours")
+    ] = None,
+    dense: Annotated[bool, typer.Option(help="run the dense model too")] = True,
+    retry_errors: Annotated[bool, typer.Option(help="ask again where a sample raised")] = False,
+    judge: Annotated[bool, typer.Option(help="allow tasks that ask an outside judge")] = False,
+    include_path: Annotated[
+        list[Path] | None, typer.Option(help="folder with tasks of your own (repeat for several)")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="fail unless so many processes take part")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="print what would run, and end")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> int:
+    """Evaluate a model and its reduced forms on VQA benchmarks (lmms-eval); a table and a plot."""
+    _quiet()
+    from vtr.evaluate import launch, runner
+
+    if compare not in (None, "published"):
+        raise ValueError(f"--compare knows 'published', got {compare!r}")
+    rank, world = launch.ranks()
+    if processes is not None and processes != world:
+        raise ValueError(
+            f"--processes {processes}, but {world} take part: start them with `torchrun "
+            f"--nproc-per-node {processes} -m vtr.cli eval ...` (accelerate's CPU launch runs one)"
+        )
+    job = runner.prepare(
+        model,
+        tasks or None,
+        method or None,
+        keep or None,
+        seeds=seed.split(","),
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        positions=positions,
+        frames=frames,
+        dense=dense,
+        retry_errors=retry_errors,
+        judge=judge,
+        include=include_path or (),
+    )
+    if dry_run:
+        from vtr.evaluate.dryrun import estimate
+
+        plan = estimate(job)
+        if rank == 0:
+            _print(json.dumps(asdict(plan), indent=2) if as_json else plan)
+        return 0
+    log = _log if rank == 0 else None
+    results = runner.run(job, store, log)
+    if rank != 0:
+        return 0
+    if as_json:
+        lines = [asdict(line) for line in results.lines()]
+        _print(json.dumps({"model": results.model, "rows": lines}, indent=2))
+    else:
+        _print(results)
+    if compare:
+        from vtr.evaluate.compare import compared
+
+        for comparison in compared(results):
+            if not as_json:
+                _print(comparison)
+            if out is not None:
+                comparison.save(out)
+    if out is not None:
+        for path in results.save(out, name):
+            _log(f"wrote {path}")
+    for failed in results.failed:
+        _log(f"FAILED: {failed.line()}")
+    return 1 if results.failed else 0
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print(what: Any) -> None:
+    if isinstance(what, str):
+        print(what)
+        return
+    from rich.console import Console
+
+    console = Console()
+    # In a pipe a table is as wide as it needs to be.
+    (console if console.is_terminal else Console(width=200)).print(what)
+
+
+def _quiet() -> None:
+    """lmms-eval's and datasets' progress bars off: they would hide the log. Read at their import."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

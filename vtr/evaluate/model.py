@@ -1,0 +1,281 @@
+"""The model that lmms-eval calls: a transformers vision-language model with a method applied.
+
+``lmms_eval --model vtr --model_args pretrained=ID,method=flowcut,keep=64 --tasks gqa`` makes one by
+its entry point; :mod:`vtr.evaluate.runner` keeps one and changes its cell between evaluations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+
+from vtr.evaluate import loading
+from vtr.evaluate.answering import Answerer, Work
+from vtr.evaluate.cells import Cell, as_methods, parse_keeps, sweep
+from vtr.evaluate.launch import ranks
+from vtr.evaluate.prompts import prompt_of
+from vtr.evaluate.store import Row, Store
+
+AUTO = {"cuda": 64, "cpu": 32}  # where an automatic batch size begins
+
+_NAMES = "pretrained, method, keep, positions, seed, dtype, store, frames, retry_errors, batch_size, device"
+
+
+class VTRChat(lmms):
+    """A reduced model as lmms-eval's chat model.
+
+    Args:
+        pretrained: ``"builtin"``, a folder, or an id of the Hugging Face hub.
+        method: name, ``name:option=value;option=value``, a dict, a method, or None for the dense
+            model.
+        keep: the method's budget.
+        positions: of tokens after a cut, as in :func:`vtr.apply`; None is the built-in model's
+            ``"original"``, else each method's own choice.
+        seed: of methods that draw random tokens, and of answers that are drawn.
+        batch_size: a number, or ``"auto"``: halved whenever memory runs out.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes a GPU where there is one.
+        dtype: ``"auto"`` (as stored; float32 for the built-in model), or a name.
+        store: a results store or the path of one; answers in it are not asked for again.
+        frames: of a video.
+        retry_errors: ask again where the store holds an error.
+        max_batch_size: taken and ignored, because lmms-eval passes it.
+
+    Raises:
+        ValueError: an argument that does not exist, or a value that makes no sense.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | loading.ModelRef = "builtin",
+        method: Any = None,
+        keep: Any = None,
+        positions: str | None = None,
+        seed: int = 0,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        store: str | Path | Store | None = None,
+        frames: int = 8,
+        retry_errors: bool = False,
+        max_batch_size: Any = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise ValueError(
+                f"unknown model_args {', '.join(sorted(unknown))}; there are: {_NAMES}"
+            )
+        if dtype not in loading.DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(loading.DTYPES)}, got {dtype!r}")
+        cell = one_cell(method, keep, seed)
+        self._rank, self._world_size = ranks()
+        self._device = place(device, self._rank)
+        self.ref = loading.find(pretrained) if isinstance(pretrained, str) else pretrained
+        self.positions = self.ref.positions if positions is None else positions
+        model, processor = loading.load(self.ref, self._device, dtype)
+        self.fingerprint = loading.fingerprint(model, processor)
+        # Not an attribute that is a module: lmms-eval's clean() would delete it.
+        self._answerer = Answerer(
+            model,
+            processor,
+            positions=self.positions,
+            size=AUTO.get(self._device.split(":")[0], 32)
+            if batch_size == "auto"
+            else _size(batch_size),
+            adapts=batch_size == "auto",
+            frames=frames,
+            seed=seed,
+        )
+        self.retry_errors = retry_errors
+        self._join()
+        self.store = store if isinstance(store, Store) else Store(store)
+        self.new = self.reused = 0
+        self.use(cell)
+
+    def _join(self) -> None:
+        """Meet the other processes of a distributed run."""
+        self.accelerator: Any = None
+        if self._world_size == 1:
+            return
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=self._device == "cpu")
+        if self.accelerator.num_processes != self._world_size:
+            raise RuntimeError(
+                f"WORLD_SIZE is {self._world_size}, but {self.accelerator.num_processes} processes "
+                "take part: start them with torchrun"
+            )
+
+    # ---- the cell ---------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        return self._answerer.model
+
+    @property
+    def processor(self) -> Any:
+        return self._answerer.processor
+
+    @property
+    def cell(self) -> Cell:
+        return self._cell
+
+    @property
+    def cell_name(self) -> str:
+        """Name of the cell in the store."""
+        return self._cell_name
+
+    def use(self, cell: Cell) -> str:
+        """Answer as another cell from now on; returns its name in the store.
+
+        Raises:
+            UnsupportedMethodError, ValueError: a method cannot work on this model.
+        """
+        self._answerer.check(cell)
+        self._cell = cell
+        self._cell_name = self.store.cell(self.describe(cell))
+        self.new = self.reused = 0
+        return self._cell_name
+
+    def describe(self, cell: Cell) -> dict[str, Any]:
+        """Everything that decides an answer beside the sample."""
+        from importlib.metadata import version
+
+        import transformers
+
+        import vtr
+
+        described: dict[str, Any] = {
+            "model": self.fingerprint,
+            "name": type(self.model).__name__,
+            **cell.to_dict(),
+            "vtr": vtr.__version__,
+            "lmms_eval": version("lmms_eval"),
+            "transformers": transformers.__version__,
+            "device": self._device.split(":")[0],
+        }
+        if cell.methods:
+            described["positions"] = self.positions
+        return described
+
+    # ---- what lmms-eval calls ---------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Any]) -> list[Any]:
+        """Answers in the order of the requests; those in the store are not made again.
+
+        A request that pads a shorter process's list is answered with nothing. A sample that raises is
+        recorded with its error and answered with an empty text.
+        """
+        results: list[Any] = [GenerationResult("", None)] * len(requests)
+        works: list[Work] = []
+        tasks: dict[str, dict[tuple[int, int], Row]] = {}
+        for slot, request in enumerate(requests):
+            if (request.metadata or {}).get("__padding_only__"):
+                continue
+            doc, task, _ = request.args[-3:]
+            known = tasks.setdefault(task, {}) or self.store.rows(self._cell_name, task)
+            tasks[task] = known
+            idx = int(request.idx or 0)
+            try:
+                prompt = prompt_of(request, self.task_dict)
+            except Exception as error:
+                row = Row(doc, idx, "", "", error=explain(error))
+                self.store.put(self._cell_name, task, [row])
+                self.new += 1
+                continue
+            row = known.get((doc, idx))  # type: ignore[assignment]
+            usable = row is not None and row.prompt == prompt.key
+            if usable and not (row.error and self.retry_errors):
+                self.reused += 1
+                results[slot] = _result(row)
+            else:
+                works.append(Work(slot, task, doc, idx, prompt))
+        for done in self._answerer.answers(works, self._cell):
+            for task in dict.fromkeys(work.task for work, _ in done):
+                self.store.put(self._cell_name, task, [r for w, r in done if w.task == task])
+            for work, row in done:
+                results[work.slot] = _result(row)
+            self.new += len(done)
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
+        raise NotImplementedError(
+            "the model vtr answers single questions; tasks of several rounds are not supported"
+        )
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            "likelihoods need the simple class of the model vtr: lmms_eval ... --force_simple"
+        )
+
+    def clean(self) -> None:
+        """Keep the model: the next evaluation of a sweep needs it."""
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+
+def one_cell(method: Any, keep: Any, seed: int) -> Cell:
+    """The cell of a single method, as model arguments give it."""
+    if isinstance(method, str):
+        method = method.replace(";", ",")
+    methods = as_methods(method)
+    keeps = parse_keeps(keep if keep is None or isinstance(keep, str) else [keep])
+    if len(methods) > 1 or len(keeps) > 1:
+        raise ValueError("give one method and one keep; several are a sweep: vtr eval")
+    if keeps and not any(methods):
+        raise ValueError("keep= is the budget of a method: give method= as well")
+    return sweep(methods, keeps, (seed,), dense=not methods)[0]
+
+
+def place(device: str | None, rank: int) -> str:
+    """The device of this process.
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch sees no CUDA device here")
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        return f"cuda:{local % torch.cuda.device_count()}"
+    return device
+
+
+def explain(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _size(batch_size: int | str) -> int:
+    try:
+        size = int(batch_size)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"batch_size must be a number >= 1 or 'auto', got {batch_size!r}")
+    return size
+
+
+def _result(row: Row) -> Any:
+    counts = TokenCounts(input_tokens=row.prompt_tokens, output_tokens=row.new_tokens)
+    return cast(Any, GenerationResult(row.answer, counts))

@@ -1,0 +1,142 @@
+"""The tasks of lmms-eval: which there are, what their headline is, and which ask an outside judge."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vtr.errors import missing
+from vtr.evaluate.tasks import BUILTIN
+
+LMMS_EVAL = "0.7.3"  # private details of it are used: layouts of requests, padding, clean()
+
+HEADLINE = {
+    BUILTIN: ("accuracy",),
+    "pope": ("pope_f1_score",),  # what the papers report
+    "mme": ("mme_perception_score", "mme_cognition_score"),  # their sum is the papers' "MME"
+    "mmbench_en_dev_static": ("gpt_eval_score",),
+}
+"""Metrics whose sum stands for a task in a table; other tasks show their first metric."""
+
+STATIC = {
+    "mmbench_en_dev": "mmbench_en_dev_static",
+    "mmbench_cn_dev": "mmbench_cn_dev_static",
+}
+
+_JUDGES = ("gpt_eval", "gpt4", "llm_judge", "llm_as_judge")
+
+
+def require() -> None:
+    """Raise where lmms-eval cannot be imported, or is another version than the one worked with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("lmms_eval")
+    except PackageNotFoundError as error:
+        raise missing("lmms-eval", "eval", "the evaluation") from error
+    if found != LMMS_EVAL:
+        raise ValueError(
+            f"vtr works with lmms-eval {LMMS_EVAL}, and {found} is installed: pip install 'vtr[eval]'"
+        )
+
+
+def manager(tasks: Sequence[str], include: Sequence[str | Path] = ()) -> Any:
+    """lmms-eval's task manager; its own tasks are only read where one of them is asked for.
+
+    Args:
+        tasks: names; :data:`vtr.evaluate.tasks.BUILTIN` is the built-in benchmark.
+        include: folders with tasks of the user's.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    from vtr.evaluate.tasks import write
+
+    folders = [str(f) for f in include]
+    if BUILTIN in tasks:
+        folders.append(str(write()))
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ValueError(f"--include-path {folder}: there is no such folder")
+
+    def made(defaults: bool) -> Any:
+        return TaskManager(
+            "ERROR", include_path=folders or None, include_defaults=defaults, model_name="vtr"
+        )
+
+    if folders:
+        own = made(False)
+        if all(name in own.task_index for name in tasks):
+            return own
+    return made(True)
+
+
+def check(tasks: Sequence[str], manager: Any, judge: bool = False) -> None:
+    """Raise ``ValueError`` for tasks that do not exist, cannot be answered, or ask a judge.
+
+    Args:
+        tasks: names of tasks, tags or groups.
+        manager: of :func:`manager`.
+        judge: whether outside judges may be asked.
+    """
+    for name in tasks:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.task_index, n=4)
+            hint = f" Near it: {', '.join(near)}." if near else ""
+            raise ValueError(
+                f"there is no task {name!r}.{hint} There are {BUILTIN} (built in) and those of "
+                "`lmms_eval --tasks list`, such as gqa, pope, textvqa_val, scienceqa_img, mme, vqav2_val"
+            )
+        if judge:
+            continue
+        if name in STATIC:
+            raise ValueError(
+                f"{name} asks a model of an outside provider to read answers: use {STATIC[name]}, which "
+                "does not, or allow it with --judge"
+            )
+        if _asks_judge(name, manager):
+            raise ValueError(
+                f"{name} asks a model of an outside provider to judge answers, which costs money, and "
+                "sends them there: allow it with --judge"
+            )
+
+
+def _asks_judge(name: str, manager: Any) -> bool:
+    if name.endswith("_static"):
+        return False
+    path = manager.task_index[name].get("yaml_path", -1)
+    if path == -1:
+        return False
+    file = Path(path)
+    texts = [file.read_text(encoding="utf-8")]
+    for line in texts[0].splitlines():
+        if line.startswith("include:"):
+            base = file.parent / line.partition(":")[2].strip()
+            texts += [base.read_text(encoding="utf-8")] if base.is_file() else []
+    return any(word in text for text in texts for word in _JUDGES)
+
+
+def headline(task: str, metrics: dict[str, float]) -> tuple[str, float | None]:
+    """Name and value of the number that stands for a task."""
+    names = HEADLINE.get(task, ())
+    values = [metrics[n] for n in names if n in metrics]
+    if names and len(values) == len(names):
+        return " + ".join(names), float(sum(values))
+    for name, value in metrics.items():
+        return name, float(value)
+    return "", None
+
+
+def plain_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """``{"accuracy,none": 0.5, "accuracy_stderr,none": ...}`` -> ``{"accuracy": 0.5}``."""
+    out = {}
+    for key, value in result.items():
+        name = key.partition(",")[0]
+        if "_stderr" in name or "," not in key or isinstance(value, (str, bool)):
+            continue
+        try:
+            out[name] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return out

@@ -1,0 +1,29 @@
+"""What lmms-eval loads through its entry points: where the model classes are, and nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODEL = "vtr"
+
+
+def manifests() -> list[Any]:
+    """The manifests of the entry point ``lmms_eval.models``; imports neither torch nor transformers."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return [
+        ModelManifest(
+            model_id=MODEL,
+            chat_class_path="vtr.evaluate.model.VTRChat",
+            simple_class_path="vtr.evaluate.simple.VTRSimple",
+        )
+    ]
+
+
+def register() -> None:
+    """Make the model known in this process, also where the entry point is not installed."""
+    from lmms_eval import models
+
+    registry = models.MODEL_REGISTRY_V2
+    for manifest in manifests():
+        registry.register_manifest(manifest, overwrite=True)

@@ -1,0 +1,158 @@
+"""From a request of lmms-eval to what a transformers processor takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A question with its pictures and how to answer it.
+
+    Attributes:
+        messages: for ``apply_chat_template``; pictures and videos are marked, not held.
+        images: RGB pictures, in the order of their marks.
+        videos: paths, in the order of their marks.
+        generation: keyword arguments of ``generate``.
+        until: the answer ends before the first of these.
+        key: hash of all of it, pixels included.
+    """
+
+    messages: list[dict[str, Any]]
+    images: tuple[Any, ...]
+    videos: tuple[str, ...]
+    generation: dict[str, Any]
+    until: tuple[str, ...]
+    key: str
+
+    @property
+    def samples(self) -> bool:
+        """Whether the answer is drawn by chance."""
+        return bool(self.generation["do_sample"])
+
+
+def prompt_of(request: Any, datasets: Mapping[str, Any]) -> Prompt:
+    """The prompt of a request in either layout of arguments.
+
+    ``(context, generation, doc_to_visual, doc, task, split)`` for simple tasks,
+    ``(context, doc_to_messages, generation, doc, task, split)`` for chat tasks, with or without the
+    leading context.
+
+    Raises:
+        ValueError: media that transformers' processors do not take (audio).
+    """
+    doc, task, split = request.args[-3:]
+    sample = datasets[task][split][doc]
+    first, second = request.args[0], request.args[1]
+    if isinstance(second, Mapping) and isinstance(first, str):
+        visual, generation = request.args[2], second
+        shown = visual(sample) if visual is not None else []
+        content = [_part(v) for v in _flat(shown or [])]
+        turns = [{"role": "user", "content": [*content, {"type": "text", "text": first}]}]
+    else:
+        to_messages, generation = request.args[-5], request.args[-4]
+        turns = to_messages(sample)
+    return make_prompt(turns, generation)
+
+
+def make_prompt(turns: list[dict[str, Any]], generation: Mapping[str, Any]) -> Prompt:
+    """A prompt from lmms-eval's messages, whose content holds ``type`` and ``text`` or ``url``."""
+    messages, images, videos = [], [], []
+    digest = hashlib.sha256()
+    for turn in turns:
+        content = turn["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        kept = []
+        for part in parts:
+            kind = part["type"]
+            if kind == "text":
+                kept.append({"type": "text", "text": part["text"]})
+            elif kind == "image":
+                picture = _picture(part.get("url", part.get("image")))
+                images.append(picture)
+                digest.update(f"{picture.size}".encode())
+                digest.update(picture.tobytes())
+                kept.append({"type": "image"})
+            elif kind == "video":
+                path = part.get("url", part.get("video"))
+                if not isinstance(path, str):
+                    raise ValueError(
+                        f"a video of this task is a {type(path).__name__}, and only paths of files "
+                        "can be read"
+                    )
+                videos.append(path)
+                digest.update(_file(path))
+                kept.append({"type": "video"})
+            else:
+                raise ValueError(f"a prompt with {kind} in it cannot be given to this model")
+        messages.append({"role": turn["role"], "content": kept})
+    options, until = _generation(generation)
+    digest.update(json.dumps([messages, options, until], sort_keys=True).encode())
+    return Prompt(messages, tuple(images), tuple(videos), options, until, digest.hexdigest()[:32])
+
+
+def _part(visual: Any) -> dict[str, Any]:
+    if isinstance(visual, str):
+        return {"type": "video", "url": visual}
+    if isinstance(visual, dict):
+        return {"type": "audio", "url": visual}
+    return {"type": "image", "url": visual}
+
+
+def _flat(values: Any) -> list[Any]:
+    return [v for part in values for v in (_flat(part) if isinstance(part, list) else [part])]
+
+
+def _picture(source: Any) -> Any:
+    """A PIL picture in RGB; a path is read."""
+    from PIL import Image
+
+    if isinstance(source, str):
+        with Image.open(source) as file:
+            return file.convert("RGB")
+    if not isinstance(source, Image.Image):
+        raise ValueError(f"a picture must be a PIL image or a path, got {type(source).__name__}")
+    return source if source.mode == "RGB" else source.convert("RGB")
+
+
+def _file(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest() if _HAS_DIGEST else _digest(file)
+
+
+_HAS_DIGEST = hasattr(hashlib, "file_digest")  # since Python 3.11
+
+
+def _digest(file: Any) -> bytes:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.digest()
+
+
+def _generation(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Options of ``generate`` from a task's: what it does not know is not for the model."""
+    chosen = {k: given[k] for k in GENERATION if given.get(k) is not None}
+    draws = bool(chosen.get("do_sample", (chosen.get("temperature") or 0) > 0))
+    if draws and not chosen.get("temperature", 1.0):
+        draws = False  # a temperature of zero is the greedy answer
+    chosen["do_sample"] = draws
+    if not draws:
+        # Set to None, or the defaults of the model's own generation config would be used.
+        chosen |= {"temperature": None, "top_p": None, "top_k": None}
+    chosen.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
+    until = given.get("until") or ()
+    return chosen, (until,) if isinstance(until, str) else tuple(until)
+
+
+def cut(answer: str, until: tuple[str, ...]) -> str:
+    """An answer up to the first stop word."""
+    ends = [answer.find(word) for word in until if word and word in answer]
+    return answer[: min(ends)] if ends else answer

@@ -1,0 +1,213 @@
+"""The results of a sweep as a rich table, CSV, Markdown and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtr.evaluate.official import HEADLINE
+
+if TYPE_CHECKING:
+    from vtr.evaluate.results import Line, Results
+
+
+def score_text(task: str, value: float | None, spread: float | None = None) -> str:
+    """``93.4``, ``93.4 ± 0.3``, ``1510``: shares are shown in percent."""
+    if value is None:
+        return "failed"
+    scale = 100.0 if abs(value) <= 1 else 1.0
+    digits = 0 if abs(value) > 200 else 1
+    text = f"{scale * value:.{digits}f}"
+    return text if spread is None else f"{text} ± {scale * spread:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    if value is None:
+        return ""
+    value /= scale
+    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def columns(results: Results) -> list[tuple[str, Callable[[Line], str]]]:
+    """Headings of the table and what stands below them."""
+
+    def score(task: str) -> Callable[[Line], str]:
+        return lambda line: score_text(task, line.scores.get(task), line.spread.get(task))
+
+    scale, unit = _flops_unit(results)
+    out: list[tuple[str, Callable[[Line], str]]] = [("method", lambda x: x.method)]
+    out += [(task, score(task)) for task in results.tasks]
+    out += [
+        ("of dense", lambda x: _percent(x.share)),
+        ("tokens", lambda x: _number(x.tokens)),
+        ("mean tokens", lambda x: _number(x.mean_tokens)),
+        (unit, lambda x: _number(x.flops, scale)),
+        ("FLOPs of dense", lambda x: _percent(x.of_flops)),
+        ("ms", lambda x: _number(x.ms)),
+        ("KV of dense", lambda x: _percent(x.of_kv)),
+    ]
+    if any(x.errors for x in results.lines()):
+        out.append(("raised", lambda x: str(x.errors)))
+    return out
+
+
+def _flops_unit(results: Results) -> tuple[float, str]:
+    most = max((line.flops or 0 for line in results.lines()), default=0)
+    return (1e12, "TFLOPs") if most >= 1e12 else (1e9, "GFLOPs")
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader of the table must know."""
+    lines = results.lines()
+    samples = max((line.samples for line in lines), default=0)
+    out = [
+        f"Model {results.model} ({results.fingerprint}), {samples} samples"
+        + (f" ({results.limit} of each task)" if results.limit else "")
+        + "."
+    ]
+    shown = [f"{t}: {' + '.join(HEADLINE[t])}" for t in results.tasks if t in HEADLINE]
+    if shown:
+        out.append(f"Scores: {'; '.join(shown)}.")
+    batches = sorted({line.batch for line in lines if line.batch})
+    if batches:
+        size = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
+        out.append(
+            f"ms: median per sample of the whole answer in calls of {size} samples; at other sizes it "
+            "is another number."
+        )
+    seeds = max((line.seeds for line in lines), default=1)
+    if seeds > 1:
+        out.append(f"Methods that draw random tokens: mean ± standard deviation of {seeds} seeds.")
+    for line in lines:
+        for task, why in line.failures.items():
+            out.append(f"{line.method} failed on {task}: {why}")
+    raised = [f"{line.method} {line.errors}" for line in lines if line.errors]
+    if raised:
+        out.append(f"Samples that raised count as wrong answers: {', '.join(raised)}.")
+    return out
+
+
+def rich_table(results: Results) -> Any:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=escape("\n".join(notes(results))),
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    shown = columns(results)
+    for name, _ in shown:
+        left = name == "method"
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for line in results.lines():
+        table.add_row(*(escape(text(line)) for _, text in shown))
+    return table
+
+
+def markdown(results: Results) -> str:
+    """The table and its notes in Markdown."""
+    shown = columns(results)
+    rule = ["---" if name == "method" else "---:" for name, _ in shown]
+    rows = [[name for name, _ in shown], rule]
+    rows += [[text(line) for _, text in shown] for line in results.lines()]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes(results))]).rstrip() + "\n"
+
+
+def csv_text(results: Results) -> str:
+    """One row per cell and task: every metric of lmms-eval, every cost, unrounded."""
+    metrics = list(dict.fromkeys(k for o in results.outcomes for k in o.metrics))
+    costs = list(dict.fromkeys(k for o in results.outcomes for k in o.costs))
+    head = ["model", "fingerprint", "task", "method", "seed", "samples", "errors", "failure"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*head, *costs, *metrics])
+    for o in results.outcomes:
+        seed = "" if o.cell.seed is None else o.cell.seed
+        facts = [results.model, results.fingerprint, o.task, str(o.cell), seed]
+        facts += [o.samples, o.errors, o.failure or ""]
+        numbers = [o.costs.get(k, "") for k in costs] + [o.metrics.get(k, "") for k in metrics]
+        writer.writerow([*facts, *numbers])
+    return out.getvalue()
+
+
+def plot(results: Results, path: str | Path) -> None:
+    """Score against FLOPs, one line per method, the best trade-offs marked.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        ValueError: no row has both a score and FLOPs.
+    """
+    from vtr.errors import missing
+
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise missing("matplotlib", "ui", "the plot") from error
+    lines = results.lines()
+    relative = any(line.share is not None for line in lines)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        high = line.share if relative else _mean_score(line)
+        wide = line.of_flops
+        if high is not None and wide is not None:
+            points.setdefault(line.label, []).append((100 * wide, 100 * high))
+    if not points:
+        raise ValueError("there is nothing to plot: no configuration has a score and FLOPs")
+    figure, axes = pyplot.subplots(figsize=(8.5, 5.2), layout="constrained")
+    dense = points.pop("dense", None)
+    if dense:
+        axes.axhline(dense[0][1], color="0.6", lw=1, ls="--", label="dense")
+    marks = "osD^v<>PX*hp"
+    for i, (name, found) in enumerate(points.items()):
+        xs, ys = zip(*sorted(found), strict=True)
+        axes.plot(xs, ys, marker=marks[i % len(marks)], ms=4.5, lw=1.3, label=name, alpha=0.9)
+    best = pareto([p for found in points.values() for p in found])
+    if len(best) > 1:
+        axes.plot(*zip(*best, strict=True), color="k", lw=4, alpha=0.12, label="best trade-offs")
+    axes.set(
+        xlabel="FLOPs of tower and prefill (% of dense)",
+        ylabel="score (% of dense)" if relative else "score",
+        title=f"{results.model}: {', '.join(results.tasks)}",
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _mean_score(line: Line) -> float | None:
+    return sum(line.scores.values()) / len(line.scores) if line.scores else None
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those (cost, score) that no other beats in both, by ascending cost."""
+    best: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not best or score > best[-1][1]:
+            best.append((cost, score))
+    return best
+
+
+def save(results: Results, folder: str | Path, name: str = "evaluation") -> list[Path]:
+    """Write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` into a folder."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = [target / f"{name}.{end}" for end in ("csv", "md", "png")]
+    paths[0].write_text(csv_text(results), encoding="utf-8")
+    paths[1].write_text(markdown(results), encoding="utf-8")
+    plot(results, paths[2])
+    return paths

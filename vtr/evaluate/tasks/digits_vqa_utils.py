@@ -1,0 +1,19 @@
+"""How lmms-eval asks and scores the built-in benchmark: the whole answer must be right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
+    return [doc["image"].convert("RGB")]
+
+
+def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+    return str(doc["question"])
+
+
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 or 0, for all questions and for those of this kind."""
+    right = float(results[0].strip() == doc["answer"])
+    return {"accuracy": right, doc["kind"].replace(" ", "_"): right}
