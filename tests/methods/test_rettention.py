@@ -182,6 +182,7 @@ def test_precisions_of_the_residual(precision, offload):
     assert known.residual.bytes == size["residual"]
     assert known.ratio.numel() * 4 == size["ratio"]
     assert run.notes["rettention_bytes"]["residual"] == 4 * size["residual"]
+    assert run.notes["kept_bytes"] == size["ratio"] + size["residual"]
 
 
 def test_float8_of_rows_without_values_and_with_large_ones():

@@ -45,12 +45,14 @@ class Rettention(Presets, StaticSparse):
     than a block. Smaller blocks or ``whole_blocks`` make use of that.
 
     Memory: a float32 ratio per token and head, and a residual as large as the attention's output, of
-    every sparse layer and guidance branch, for the length of a run; :meth:`memory` says how much
-    beforehand.
+    every sparse layer and guidance branch, for the length of a run. :meth:`memory` says how much
+    beforehand; ``trace.notes["attention"][layer]`` has ``kept_bytes`` of that layer and branch, and at
+    the first refresh ``rettention_bytes``, the estimate for all layers of the branch.
 
     Args:
         density: share of a frame's places in the band, in (0, 1]. Not used with ``mask``.
-        mask: another method with a static mask, whose mask is reshaped instead of the band:
+        mask: another method with a static mask, whose mask (with its own ``block``) is reshaped
+            instead of the band:
             ``Rettention(mask=RadialAttention())``. Methods that choose keys anew in every step are
             refused: a ratio holds for the mask that it was measured with.
         refresh: steps from one dense step to the next (the first of them is the first step that is
@@ -146,6 +148,7 @@ class Rettention(Presets, StaticSparse):
         if known is None or not 0 <= site.step - known.step < self.refresh:
             return self._refresh(site, layout, known)
         known.check(site, layout)
+        site.notes["kept_bytes"] = known.bytes
         ratio = known.ratio + self.drift * max(0, site.step - known.step - 1)
         if self.clamp:
             ratio = ratio.clamp(max=1.0)
@@ -165,6 +168,7 @@ class Rettention(Presets, StaticSparse):
         known.step, known.ident = site.step, int(layout.mask.ident)
         if known.residual is not None:
             known.residual.store(dense - (found * known.ratio.unsqueeze(-1)).to(dense.dtype))
+        site.notes["kept_bytes"] = known.bytes
         result: Tensor = dense
         return result
 
@@ -228,6 +232,12 @@ class Measured:
         self.residual = Kept(precision, offload) if residual else None
         self.step = -1
         self.ident = -1
+
+    @property
+    def bytes(self) -> int:
+        """Memory of both."""
+        residual = 0 if self.residual is None else self.residual.bytes
+        return self.ratio.numel() * self.ratio.element_size() + residual
 
     def check(self, site: AttentionSite, layout: Layout) -> None:
         """Raises where the ratio is not one of this mask and these tokens."""
