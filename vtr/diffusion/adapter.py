@@ -323,7 +323,8 @@ class DiffusionWrapping(Wrapping):
         for layer, (_, attention) in enumerate(layers_of(self.family, model)):
             current: Any = attention.processor
             if not isinstance(current, SiteProcessor):
-                attention.__dict__["processor"] = self._processor(current, index, layer)
+                current = attention.__dict__["processor"] = self._processor(current, index, layer)
+            current.vtr_function()
 
     def attention(
         self, index: int, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

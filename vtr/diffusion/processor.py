@@ -67,7 +67,7 @@ class SiteProcessor:
         self.vtr_attend = attend
         self.vtr_around = around
         self.vtr_run = None
-        entry_of(original)
+        self.vtr_function()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("vtr_") or (name.startswith("__") and name.endswith("__")):
@@ -88,7 +88,10 @@ class SiteProcessor:
         self.__dict__.update(state)
 
     def vtr_function(self) -> Callable[..., Any]:
-        """The processor's function with its attention call led to :meth:`vtr_intercept`."""
+        """The processor's function with its attention call led to :meth:`vtr_intercept`.
+
+        Made when it is first wanted, which a compiler should not have to trace.
+        """
         if self.vtr_run is None:
             body = body_of(self.vtr_original)
             seen: Any = self.vtr_intercept
