@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_a_frame_is_the_one_before_moved_by_a_patch():
     assert batch.pixels.shape == (40, 1, 4, 16, 32)
     for clip, direction in zip(batch.pixels[:, 0], batch.directions, strict=True):
         x, y = (STEPS[direction] * SPEED).tolist()
-        for before, after in zip(clip, clip[1:], strict=False):
+        for before, after in pairwise(clip):
             # Nothing wraps around: what leaves at one side would come back at the other.
             torch.testing.assert_close(after, torch.roll(before, (y, x), (0, 1)))
         assert (clip.sum((1, 2)) == clip[0].sum()).all()
@@ -81,7 +82,7 @@ def test_the_judge_sees_a_wrong_digit_a_wrong_way_and_no_way():
 def test_faint_noise_does_not_move_the_window():
     batch = videos(200, seeded(5), split="heldout")
     noisy = batch.pixels + 0.2 * torch.rand(batch.pixels.shape, generator=seeded(6))
-    assert judge.judge(noisy, batch.digits, batch.directions).frames > 0.9
+    assert judge.judge(noisy, batch.digits, batch.directions).per_frame > 0.9
 
 
 # ---- pipeline -----------------------------------------------------------------------------------
@@ -178,13 +179,13 @@ def test_plain_attention_is_diffusers_attention():
 
 
 def test_frames_with_levels_of_their_own_have_a_clean_one_without_loss():
-    level, weight = train_wan.levels(SMALL, 400, 5, True, seeded())
+    level, weight = train_wan.levels(SMALL, SMALL.stages[1], 400, 5, True, seeded())
     assert level.shape == weight.shape == (400, 5)
     assert torch.equal(level == 0, weight == 0)
     clean = (level == 0).sum(1)
     assert clean.max() == 1 and 0.5 < clean.float().mean() < 0.7
     assert (level[clean == 1, 0] == 0).float().mean() > 0.5
-    level, weight = train_wan.levels(SMALL, 8, 5, False, seeded())
+    level, weight = train_wan.levels(SMALL, SMALL.stages[1], 8, 5, False, seeded())
     assert level.shape == (8, 1) and (weight == 1).all() and (level > 0).all()
 
 

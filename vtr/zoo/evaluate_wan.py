@@ -99,7 +99,7 @@ class Best(AttentionMethod):
         best = mass.topk(max(1, round(self.density * n)), -1).indices
         live = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, True)
         seen = live.repeat_interleave(self.block, -1).repeat_interleave(self.block, -2)
-        site.notes["density"] = live.float().mean().item()
+        site.count(live.float().mean())
         return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ v).to(site.v.dtype)
 
 
@@ -178,7 +178,9 @@ def cases(dense_steps: float, densities: tuple[float, ...] = DENSITIES) -> Itera
         yield Case(
             "rectified",
             density,
-            vtr.RectifiedSparse(p=0.0, drop=1 - density, order="raster", neighbours=False, **common),
+            vtr.RectifiedSparse(
+                p=0.0, drop=1 - density, order="raster", neighbours=False, **common
+            ),
         )
         yield Case(
             "its bare mask",
@@ -223,7 +225,7 @@ def measure(
 
     Returns:
         the row: the fields of :class:`vtr.zoo.judge.Verdict`, ``density`` of the sparse calls,
-        ``psnr`` to ``reference`` in dB, ``seconds`` of the calling thread's processor time per
+        ``work``, the part of dense attention that the last batch's whole run computed, ``psnr`` to ``reference`` in dB, ``seconds`` of the calling thread's processor time per
         video (all of the work where torch has one thread); and the videos.
     """
     import vtr
@@ -231,17 +233,20 @@ def measure(
     digits, directions = asked(n, frames)
     options: dict[str, Any] = {"seed": seed, "steps": steps, "frames": frames, "tick": tick}
     start = time.thread_time()
-    density = 1.0
+    density = work = 1.0
     if method is None:
         videos = generate(pipe, digits, directions, **options)
     else:
         with vtr.apply(pipe, method) as handle:
             videos = generate(pipe, digits, directions, **options)
             density = density_of(handle)
+            whole, done = handle.report().flops["attention, this run"]
+            work = done / whole
     seconds = (time.thread_time() - start) / n
     verdict = judging.judge(videos, digits, directions)
     row = {
         "density": round(density, 3),
+        "work": round(work, 3),
         **{key: round(value, 3) for key, value in verdict._asdict().items()},
         "psnr": None if reference is None else round(psnr(videos, reference), 2),
         "seconds": round(seconds, 3),

@@ -28,14 +28,14 @@ class Verdict(NamedTuple):
 
     Attributes:
         digit: the majority of a video's frames shows the digit asked for.
-        frames: frames that show it.
+        per_frame: frames that show it.
         agreement: frames that show what the majority of their video shows.
         direction: the way is in the direction asked for, of the four.
         halfway: it is, and is more than half as long as it should be.
     """
 
     digit: float
-    frames: float
+    per_frame: float
     agreement: float
     direction: float
     halfway: float
@@ -69,9 +69,7 @@ def classifier() -> Any:
     images, labels = glyphs("train")
     wide = F.pad(images, (4, 4, 4, 4))
     shifts = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
-    moved = [
-        wide[:, 4 + y : 4 + y + GLYPH, 4 + x : 4 + x + GLYPH].flatten(1) for y, x in shifts
-    ]
+    moved = [wide[:, 4 + y : 4 + y + GLYPH, 4 + x : 4 + x + GLYPH].flatten(1) for y, x in shifts]
     samples = torch.cat([windows(wide), *moved])
     return SVC(C=5).fit(samples.numpy(), labels.repeat(len(moved) + 1).numpy())
 
@@ -121,14 +119,16 @@ def judge(pixels: Tensor, digits: Tensor, directions: Tensor) -> Verdict:
     share = lambda hits: hits.float().mean().item()  # noqa: E731
     return Verdict(
         digit=share(of_videos == digits),
-        frames=share(of_frames == digits[:, None]),
+        per_frame=share(of_frames == digits[:, None]),
         agreement=share(of_frames == of_videos[:, None]),
         direction=share(right),
         halfway=share(right & (asked > half)),
     )
 
 
-def accuracy(n: int = 720, seed: int = 0, frames: int = 5, height: int = 16, width: int = 32) -> Verdict:
+def accuracy(
+    n: int = 720, seed: int = 0, frames: int = 5, height: int = 16, width: int = 32
+) -> Verdict:
     """What the judge says of real videos of held-out digits: one minus its own mistakes."""
     real: Videos = videos(
         n, torch.Generator().manual_seed(seed), frames, height, width, split="heldout"

@@ -6,7 +6,7 @@ makes it fit in that time:
 - Stages from small to large: single pictures, short clips, then a mix with the full size. Rotary
   positions are relative, so what is learned on a small picture carries over at once. The full size
   is a quarter of the last stage only.
-- In three of five steps every frame has a noise level of its own (Wan 2.2 takes a time for every
+- In three of five steps (fewer at the end) every frame has a noise level of its own (Wan 2.2 takes a time for every
   token), and in most of those clips one frame is clean. A network whose frames are all equally
   noisy can lower its loss for long without learning how things move; here it must read the motion
   off the clean frame. In a trial without it the direction stayed at .40 to .50, with it it was at
@@ -47,17 +47,31 @@ class Stage:
         steps: optimiser steps.
         sizes: frames, height and width of the clips; one of them is drawn for every step.
         rates: learning rate at the start and at the end, a half cosine between them.
+        own_levels: share of the steps on clips whose frames have noise levels of their own.
+        shift: of the noise levels towards noise.
     """
 
     steps: int
     sizes: tuple[Size, ...]
     rates: tuple[float, float]
+    own_levels: float = 0.6
+    shift: float = wan.SHIFT
 
 
 STAGES = (
     Stage(1600, ((1, 16, 16),), (2e-3, 1.8e-3)),
     Stage(1600, ((1, 16, 16), (2, 16, 16), (4, 16, 16)), (1.8e-3, 1.5e-3)),
     Stage(2400, ((1, 16, 16), (4, 16, 16), (1, 16, 32), (5, 16, 32)), (1.5e-3, 3e-5)),
+    Stage(1600, ((4, 16, 16), (1, 16, 32), (5, 16, 32), (5, 16, 32)), (1.2e-3, 2e-5)),
+    # Motion was read off a clean frame without fault by now, but half of the videos made from noise
+    # alone went the wrong way: that is decided early, at noise levels that were rare so far.
+    Stage(
+        1800,
+        ((4, 16, 16), (1, 16, 32), (5, 16, 32), (5, 16, 32)),
+        (1.2e-3, 2e-5),
+        own_levels=0.2,
+        shift=5.0,
+    ),
 )
 
 
@@ -69,7 +83,6 @@ class Recipe:
         stages: one after the other.
         tokens: about how many a step has; the batch follows from it and the size.
         seed: of the weights and the videos.
-        own_levels: share of the steps on clips whose frames have noise levels of their own.
         clean: share of these clips that have one clean frame, which is the first one in half of
             them; it has no loss.
         drop: share of the prompts that are emptied, for guidance.
@@ -80,7 +93,6 @@ class Recipe:
     stages: tuple[Stage, ...] = STAGES
     tokens: int = 3072
     seed: int = 5
-    own_levels: float = 0.6
     clean: float = 0.6
     drop: float = 0.1
     spread: float = 1.3
@@ -160,13 +172,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def levels(
-    recipe: Recipe, n: int, frames: int, own: bool, generator: torch.Generator
+    recipe: Recipe, stage: Stage, n: int, frames: int, own: bool, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Noise levels in [0, 1] and weights of the loss, each ``(n, frames)`` if ``own``, else
     ``(n, 1)``."""
     shape = (n, frames if own else 1)
     level = torch.sigmoid(torch.randn(shape, generator=generator) * recipe.spread)
-    level = wan.SHIFT * level / (1 + (wan.SHIFT - 1) * level)
+    level = stage.shift * level / (1 + (stage.shift - 1) * level)
     if not own:
         return level, torch.ones(shape)
     anchored = torch.rand(n, 1, generator=generator) < recipe.clean
@@ -176,7 +188,9 @@ def levels(
     return level.masked_fill(clean, 0.0), (~clean).float()
 
 
-def flow_loss(model: Any, recipe: Recipe, size: Size, generator: torch.Generator) -> Tensor:
+def flow_loss(
+    model: Any, recipe: Recipe, stage: Stage, size: Size, generator: torch.Generator
+) -> Tensor:
     """Loss of one batch of clips of a size, under bfloat16 autocast on the CPU.
 
     Args:
@@ -185,8 +199,8 @@ def flow_loss(model: Any, recipe: Recipe, size: Size, generator: torch.Generator
     frames, height, width = size
     batch = videos(recipe.clips(size), generator, frames, height, width)
     n = len(batch.digits)
-    own = frames > 1 and torch.rand((), generator=generator).item() < recipe.own_levels
-    level, weight = levels(recipe, n, frames, own, generator)
+    own = frames > 1 and torch.rand((), generator=generator).item() < stage.own_levels
+    level, weight = levels(recipe, stage, n, frames, own, generator)
     noise = torch.randn(batch.pixels.shape, generator=generator)
     at = level[:, None, :, None, None]
     tokens_per_frame = height * width // wan.PATCH**2
@@ -236,7 +250,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         size = stage.sizes[int(torch.randint(len(stage.sizes), (), generator=generator))]
-        loss = flow_loss(self.model, recipe, size, generator)
+        loss = flow_loss(self.model, recipe, stage, size, generator)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -16,14 +16,21 @@ from vtr.zoo.judge import grey_levels
 Row = dict[str, Any]
 
 _HEAD = (
-    "attention", "density", "digit", "frames", "direction", "half the way", "PSNR", "s per video",
+    "attention", "density", "work", "digit", "frames", "direction", "half the way", "PSNR", "s per video",
 )  # fmt: skip
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    shares = (f"{100 * row[key]:.0f} %" for key in ("digit", "frames", "direction", "halfway"))
+    shares = (f"{100 * row[key]:.0f} %" for key in ("digit", "per_frame", "direction", "halfway"))
     near = "" if row["psnr"] is None else f"{row['psnr']:.1f}"
-    return (row["attention"], f"{row['density']:.2f}", *shares, near, f"{row['seconds']:.2f}")
+    return (
+        row["attention"],
+        f"{row['density']:.2f}",
+        f"{row['work']:.2f}",
+        *shares,
+        near,
+        f"{row['seconds']:.2f}",
+    )
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -76,7 +83,8 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         f"- The judge finds the digit in {judge['digit']:.1%} and the direction in "
         f"{judge['direction']:.1%} of real videos of held-out digits. The standard error of a share "
         f"is up to {error:.1f} points.",
-        "- *density*: live key blocks in the sparse calls. *PSNR*: to the dense videos, in dB.",
+        "- *density*: live key blocks in the sparse calls; *work*: all attention of a run, dense steps "
+        "included, against dense. *PSNR*: to the dense videos, in dB.",
         "- *s per video*: processor time. At 640 tokens attention is a small part of the work and "
         "blocks of 16 are too small to be fast, so that nothing is saved here; `docs/kernels.md` has "
         "the speed of the kernels at real sizes.",
@@ -84,7 +92,7 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         "formula keeps of five frames; below that, the nearest blocks in its order (rows apart times "
         "two to the power of frames apart), which is no published setting.",
         "- *Re-ttention of it*: `Rettention(mask=...)` with the mask above it, refreshed at every "
-        "third step: a third of the steps after the dense ones is dense.",
+        "third step: a third of the steps after the dense ones is dense (see *work*).",
         "- *rectified* chooses its blocks by pooled scores; *its bare mask* leaves the rectification "
         "out. *best possible* looks at the dense map first: a bound, no method.",
         "- *own frame*: the nearest rows of the own frame; a fifth of all is the whole frame.",

@@ -1,0 +1,142 @@
+"""The comparison of masks on the built-in generator: its baselines, its numbers and its page."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
+import vtr
+from vtr.zoo import evaluate_wan, judge, wan, wan_report
+from vtr.zoo.evaluate_wan import Best, Nearest
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = wan.pipeline(wan.build().eval())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained():
+    made = vtr.zoo.load_pipeline("digits-wan", torch.bfloat16)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def mask_of(pipe, method):
+    with vtr.apply(pipe, method) as handle:
+        pipe("7 right", num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+        return handle.trace.notes["attention"][0]["mask"].to_dense(blocks=True)
+
+
+def test_the_radial_order_takes_own_rows_first_and_thins_out_with_distance(pipe):
+    live = mask_of(pipe, Nearest(density=0.25, block=16))
+    assert live.shape == (40, 40) and (live.sum(1) == 10).all() and live.diagonal().all()
+    by_frame = live.view(5, 8, 5, 8).sum((1, 3)).float()
+    assert by_frame[0, 0] > by_frame[0, 1] > by_frame[0, 4] > 0
+
+
+def test_the_own_frame_is_all_that_own_frame_sees(pipe):
+    whole = mask_of(pipe, Nearest(density=0.5, order="frame", block=16))
+    assert torch.equal(whole, torch.block_diag(*[torch.ones(8, 8)] * 5).bool())
+    window = mask_of(pipe, Nearest(density=0.125, order="frame", block=16))
+    assert (window.sum(1) == 5).all() and (window <= whole).all()
+
+
+def test_the_nearest_blocks_want_whole_blocks():
+    with pytest.raises(ValueError, match="no multiple of 128"):
+        Nearest(block=128).make_layout(SimpleNamespace(grid=(5, 8, 10), text=0))
+
+
+def test_the_best_mask_of_all_is_dense_and_a_smaller_one_is_closest(trained):
+    digits, directions = evaluate_wan.asked(2)
+
+    def videos(method=None):
+        run = lambda: evaluate_wan.generate(trained, digits, directions, steps=2)  # noqa: E731
+        if method is None:
+            return run()
+        with vtr.apply(trained, method):
+            return run()
+
+    dense = videos()
+    gaps = [
+        (videos(method) - dense).square().mean().item()
+        for method in (
+            Best(density=1.0, block=16),
+            Best(density=0.25, block=16),
+            vtr.RandomSparse(density=0.25, block=16),
+        )
+    ]
+    assert gaps[0] < 1e-3 < gaps[1] < gaps[2]
+
+
+def test_every_case_is_a_method_of_about_its_density(pipe):
+    with_density = []
+    for case in evaluate_wan.cases(0.5, (0.25,)):
+        assert case.method.block == 16 and case.method.dense_steps == 0.5
+        row, videos = evaluate_wan.measure(pipe, case.method, 2, None, steps=2)
+        assert videos.shape == (2, 1, 5, 16, 32) and videos.isfinite().all()
+        assert 0.19 <= row["density"] <= 0.3, case
+        if "Re-ttention" not in case.label:  # whose second step is a dense refresh
+            assert row["work"] == pytest.approx((1 + row["density"]) / 2, abs=0.01), case
+        with_density.append(case.label)
+    assert len(set(with_density)) == 8
+
+
+def test_prompts_are_balanced_and_videos_depend_on_their_place_only(pipe):
+    digits, directions = evaluate_wan.asked(120)
+    pairs = torch.stack([digits, directions], 1).unique(dim=0, return_counts=True)[1]
+    assert len(pairs) == 40 and (pairs == 3).all()
+    assert set(evaluate_wan.asked(40, 10)[1].tolist()) == {0, 1}
+    few = evaluate_wan.generate(pipe, digits[:1], directions[:1], steps=1, frames=2)
+    again = evaluate_wan.generate(pipe, digits[:1], directions[:1], steps=1, frames=2)
+    assert torch.equal(few, again) and few.shape == (1, 1, 2, 16, 32)
+
+
+def test_psnr_is_of_pixels_in_the_unit_interval():
+    videos = torch.zeros(2, 1, 5, 16, 32)
+    assert evaluate_wan.psnr(videos, videos) == pytest.approx(90)
+    assert evaluate_wan.psnr(videos + 0.2, videos) == pytest.approx(-20 * math.log10(0.1), abs=1e-3)
+
+
+ROW = {
+    "density": 0.5, "work": 0.7, "digit": 0.9, "per_frame": 0.8, "agreement": 0.9,
+    "direction": 0.9, "halfway": 0.9, "psnr": None, "seconds": 0.5,
+}  # fmt: skip
+
+
+def test_the_page_says_how_much_of_the_loss_comes_back(tmp_path):
+    dense = {"attention": "dense", "target": 1.0, "dense_steps": 1.0, **ROW}
+    bare = {**dense, "attention": "radial", "target": 0.5, "dense_steps": 0.2, "psnr": 15.0}
+    bare |= {"digit": 0.5, "direction": 0.88}
+    back = {**bare, "attention": "Re-ttention of it", "digit": 0.7, "direction": 0.9, "psnr": 18.0}
+    lines = wan_report.recovered([bare, back], dense)
+    assert lines == [
+        "- Re-ttention at 0.5: digit 50% to 70% (50% of what the mask lost), direction 88% to 90%, "
+        "PSNR +3.0 dB."
+    ]
+    sheets = {"dense": torch.zeros(2, 1, 5, 16, 32), "radial 0.5 0.2": torch.ones(2, 1, 5, 16, 32)}
+    verdict = judge.Verdict(1.0, 1.0, 1.0, 1.0, 1.0)._asdict()
+    wan_report.write(tmp_path / "page", [dense, bare, back], sheets, verdict, 100)
+    assert json.loads((tmp_path / "page.json").read_text())["rows"][1] == bare
+    page = (tmp_path / "page.md").read_text()
+    assert lines[0] in page and "| radial | 0.50 | 0.70 | 50 %" in page
+    assert (tmp_path / "page.png").stat().st_size > 500
+
+
+def test_the_packaged_generator_draws_digits(trained):
+    row, videos = evaluate_wan.measure(trained, None, 10, None, steps=8)
+    assert videos.shape == (10, 1, 5, 16, 32)
+    assert row["digit"] >= 0.6 and row["direction"] >= 0.6
+    with pytest.raises(ValueError, match="there is: digits-wan"):
+        vtr.zoo.load_pipeline("digits-vit")
