@@ -13,11 +13,12 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vtr.kernels import triton_attention, triton_backward, triton_bipartite
+from vtr.kernels import BlockMask, triton_attention, triton_backward, triton_bipartite
 from vtr.kernels.triton_common import split_dim
 
 # Bytes of shared memory that one program may use on an H100 or H200.
@@ -92,3 +93,34 @@ def test_bipartite():
     constants["UPCAST"] = False
     made = _compile(triton_bipartite._match_kernel, "fp32", constants, 4, 3)
     assert made.metadata.shared <= SHARED
+
+
+def test_work_lists_cover_every_block_once(monkeypatch):
+    """Rows of every length, some cut into parts; several patterns with different heavy rows."""
+    monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
+    monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
+    generator = torch.Generator().manual_seed(0)
+    cut = 0
+    for blocks, patterns in ((8, 1), (13, 2), (21, 3), (29, 3)):
+        live = torch.rand(patterns, blocks, blocks, generator=generator) < 0.15
+        live[0, :2] = True
+        live[-1] |= torch.eye(blocks, dtype=torch.bool)
+        n = blocks * 16 - 3
+        mask = BlockMask.from_blocks(live, q_len=n, k_len=n, block=16)
+        lists = triton_attention.lists_of(mask.tensors(), [n, n, 16, 16])
+        cut += lists.pieces > 1
+        for pattern in range(mask.patterns):
+            rows = range(pattern * blocks, (pattern + 1) * blocks)
+            expected = {
+                entry: row - pattern * blocks
+                for row in rows
+                for entry in range(int(mask.row_ptr[row]), int(mask.row_ptr[row + 1]))
+            }
+            found = {}
+            for row, first, middle, last, _ in lists.items[pattern].tolist():
+                if row < 0:
+                    continue
+                assert first <= middle <= last and not found.keys() & set(range(first, last))
+                found |= dict.fromkeys(range(first, last), row)
+            assert found == expected
+    assert cut >= 2

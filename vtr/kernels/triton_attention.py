@@ -18,6 +18,7 @@ there.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from dataclasses import dataclass
@@ -189,8 +190,21 @@ class Lists:
     items: Tensor
     heavy: Tensor
     pieces: int
-    columns: Csr
-    order: Tensor  # (P, NK) int32 key blocks, the most used first
+    rows: Csr
+    grid: tuple[int, int, int]  # patterns, query blocks, key blocks
+
+    # For the backward alone: a mask made anew in every call of a model that only runs never needs it.
+    @functools.cached_property
+    def columns(self) -> Csr:
+        """The mask by key blocks."""
+        return _csr.transpose(self.rows, *self.grid)
+
+    @functools.cached_property
+    def order(self) -> Tensor:
+        """(P, NK) int32 key blocks, the most used first."""
+        ptr = self.columns.row_ptr
+        used = (ptr[1:] - ptr[:-1]).view(self.grid[0], self.grid[2])
+        return used.argsort(dim=1, descending=True, stable=True).int().contiguous()
 
 
 _lists: dict[int, Lists] = {}
@@ -221,26 +235,23 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
     row = torch.arange(nq, dtype=torch.int32, device=col.device).expand(patterns, nq)
     whole = torch.stack([row, first, middle, last, torch.full_like(row, -1)], -1)
     whole[..., 0][is_heavy] = -1
-    heavy = torch.full((patterns, most), -1, dtype=torch.int64, device=col.device)
-    parts = []
-    for p in range(patterns if most else 0):
-        rows = is_heavy[p].nonzero().squeeze(1)
-        heavy[p, : rows.numel()] = rows
+    by_weight = is_heavy.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    heavy = by_weight.masked_fill(~is_heavy.gather(1, by_weight), -1)
+    items = whole
+    if most:
         number = torch.arange(most * pieces, dtype=torch.int32, device=col.device)
-        r, piece = heavy[p][number // pieces], number % pieces
-        start = torch.minimum(first[p, r] + piece * chunk, last[p, r])
-        stop = torch.minimum(start + chunk, last[p, r])
-        border = torch.minimum(torch.maximum(middle[p, r], start), stop)
-        parts.append(torch.stack([r.int(), start, border, stop, number], -1))
-    items = torch.cat([whole, torch.stack(parts)], 1) if parts else whole
+        r, piece = heavy[:, number // pieces], number % pieces
+        begin, border, end = (t.gather(1, r.clamp(min=0)) for t in (first, middle, last))
+        start = torch.minimum(begin + piece * chunk, end)
+        stop = torch.minimum(start + chunk, end)
+        border = torch.minimum(torch.maximum(border, start), stop)
+        parts = torch.stack([r.int(), start, border, stop, number.expand_as(start)], -1)
+        items = torch.cat([whole, parts], 1)
     length = items[..., 3] - items[..., 1]
     order = torch.where(items[..., 0] < 0, -1, length).argsort(dim=1, descending=True, stable=True)
     items = items.gather(1, order.unsqueeze(-1).expand_as(items)).int().contiguous()
 
-    columns = _csr.transpose(Csr(row_ptr, split, col, tile), patterns, nq, nk)
-    used = (columns.row_ptr[1:] - columns.row_ptr[:-1]).view(patterns, nk)
-    by_use = used.argsort(dim=1, descending=True, stable=True).int().contiguous()
-    return Lists(items, heavy, pieces, columns, by_use)
+    return Lists(items, heavy, pieces, Csr(row_ptr, split, col, tile), (patterns, nq, nk))
 
 
 def _configs(dim: int, bm: int, bn: int) -> list[Config]:
