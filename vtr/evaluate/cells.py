@@ -30,7 +30,7 @@ class Cell:
     seed: int | None = None
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.methods)) or "dense"
+        return " + ".join(map(spelled, self.methods)) or "dense"
 
     @property
     def label(self) -> str:
@@ -48,6 +48,18 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         return {"methods": [m.to_dict() for m in self.methods], "seed": self.seed}
+
+
+def spelled(method: Method) -> str:
+    """A method with its budget and with those options that differ from their defaults."""
+    shown = []
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        if isinstance(value, Method):
+            shown.append(spelled(value))
+        elif f.init and (f.name == "keep" or value != f.default):
+            shown.append(f"{f.name}={value!r}")
+    return f"{type(method).__name__}({', '.join(shown)})"
 
 
 def title(method: Method) -> str:

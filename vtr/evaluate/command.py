@@ -139,7 +139,15 @@ def _print(what: Any) -> None:
 
 
 def _quiet() -> None:
-    """lmms-eval's and datasets' progress bars off: they would hide the log. Read at their import."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    """Progress bars off, which would hide the log, and lmms-eval's warnings away from the tables."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm and datasets are imported
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from vtr.evaluate.official import require
+
+    require()
+    import lmms_eval.models  # noqa: F401  (it points its log at the standard output)
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")

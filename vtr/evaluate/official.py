@@ -20,12 +20,10 @@ HEADLINE = {
 }
 """Metrics whose sum stands for a task in a table; other tasks show their first metric."""
 
-STATIC = {
-    "mmbench_en_dev": "mmbench_en_dev_static",
-    "mmbench_cn_dev": "mmbench_cn_dev_static",
-}
+STATIC = {"mmbench_en_dev": "mmbench_en_dev_static"}
+"""Tasks that ask a judge where rules do not suffice, and those that use the rules alone."""
 
-_JUDGES = ("gpt_eval", "gpt4", "llm_judge", "llm_as_judge")
+_JUDGES = ("metric: gpt_eval_score", "gpt_eval_model", "gpt4", "llm_judge", "llm_as_judge")
 
 
 def require() -> None:

@@ -52,7 +52,7 @@ def prepare(
     methods: Any = None,
     keep: Any = None,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int | str] = (0,),
     limit: int | None = None,
     batch_size: int | str = "auto",
     device: str | None = None,
@@ -100,7 +100,7 @@ def prepare(
     everything, methods = _all(methods)
     groups = as_methods(methods)
     keeps = parse_keeps(keep)
-    seeds = _integers(seeds, "seeds", 0)
+    numbers = _integers(seeds, "seeds", 0)
     if limit is not None:
         (limit,) = _integers([limit], "limit", 1)
     if batch_size != "auto":
@@ -113,14 +113,14 @@ def prepare(
         raise ValueError("keep is the budget of a method: name one")
     place(device, ranks()[0])
     for group in groups:  # a budget that a method does not have is known without the model
-        sweep([group], keeps, seeds)
+        sweep([group], keeps, numbers)
     manager = official.manager(names, include)
     official.check(names, manager, judge)
     ref = loading.find(model)
     bones = loading.skeleton(ref)
     if everything:
         groups = [*all_methods(bones), *groups]
-    cells = sweep(groups, keeps, seeds, dense)
+    cells = sweep(groups, keeps, numbers, dense)
     _check(bones, cells, ref.positions if positions is None else positions)
     return Job(
         ref,
@@ -132,7 +132,7 @@ def prepare(
         dtype,
         positions,
         frames,
-        seeds[0],
+        numbers[0],
         retry_errors,
         manager,
     )
@@ -279,11 +279,14 @@ def _root(error: BaseException) -> str:
 
 def _one(job: Job, lm: Any, cell: Cell, name: str, task: str) -> list[Outcome]:
     """One cell on one task (or group of tasks)."""
-    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval import evaluator
 
     new, reused = lm.new, lm.reused
+    bar = evaluator.tqdm
+    # Its bars would stand between the lines of the log; progress is told per evaluation.
+    evaluator.tqdm = lambda *args, **kwargs: bar(*args, **{**kwargs, "disable": True})
     try:
-        found = simple_evaluate(
+        found = evaluator.simple_evaluate(
             model=lm,
             tasks=[task],
             batch_size=job.batch_size,
@@ -302,6 +305,8 @@ def _one(job: Job, lm: Any, cell: Cell, name: str, task: str) -> list[Outcome]:
         if lm.world_size > 1:  # the others wait for this process: end, and let torchrun end them
             raise
         return [Outcome(cell, name, task, {}, 0, failure=_root(error))]
+    finally:
+        evaluator.tqdm = bar
     if found is None:  # only rank 0 gets the samples of all
         return []
     made = (lm.new - new, lm.reused - reused)

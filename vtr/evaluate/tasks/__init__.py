@@ -6,6 +6,7 @@ YAML, into a cache folder; lmms-eval reads them there without a network.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -75,10 +76,10 @@ def _parquet(path: Path, questions: int, seed: int) -> None:
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({**rows, "image": pa.array(rows["image"], image)})
     # datasets reads from this that the column holds pictures.
-    features = '{"info": {"features": {"image": {"_type": "Image"}, %s}}}' % ", ".join(
-        f'"{name}": {{"dtype": "string", "_type": "Value"}}'
-        for name in ("question", "answer", "kind")
-    )
+    columns: dict[str, dict[str, str]] = {
+        name: {"dtype": "string", "_type": "Value"} for name in ("question", "answer", "kind")
+    }
+    features = json.dumps({"info": {"features": {"image": {"_type": "Image"}, **columns}}})
     parquet.write_table(
         table.replace_schema_metadata({"huggingface": features}), path, compression="zstd"
     )
