@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
 from tests.tiny import ours, spread
+from vtr.flops import _missing_formulas
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
 from vtr.vision.video_encoders import TOWERS
@@ -442,7 +443,10 @@ def test_reported_flops_are_those_of_the_operators(family: tuple[str, Any, int, 
     tower = tower_of(model)
     path = TOWERS[type(tower).__name__][0]
     with vtr.apply(model, vtr.Random(keep=0.3, layers=(1,), seed=0)) as handle:
-        with FlopCounterMode(display=False) as counted, torch.no_grad():
+        with (
+            FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counted,
+            torch.no_grad(),
+        ):
             run(tower, clips(1))
         reported = handle.report().flops["encoder"][1]
     layers = [
