@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -175,6 +177,56 @@ def test_two_models_side_by_side_do_not_touch_each_other() -> None:
             sparse = one(**case.call())[0]
             assert torch.equal(two(**case.call())[0], want)
     assert not torch.equal(sparse, want)
+
+
+def test_threads_do_not_see_each_other() -> None:
+    """One model is sparse, another of the same class dense, at the same time."""
+    case = CASES["wan"]
+    models = [case.build() for _ in range(2)]
+    given = case.call()
+    barrier = threading.Barrier(2)
+
+    class Meet(Fixed):
+        def attend(self, site: Any) -> torch.Tensor:
+            if site.layer == 0:
+                barrier.wait(30)  # the other model is inside its attention now
+                barrier.wait(30)
+            return super().attend(site)
+
+    def meet(module: Any, args: Any) -> None:
+        barrier.wait(30)
+        barrier.wait(30)
+
+    def run(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            out: torch.Tensor = model(**given)[0]
+        return out
+
+    want = run(models[1])
+    with vtr.apply(models[0], Fixed()):
+        sparse = run(models[0])
+    models[1].blocks[0].attn1.register_forward_pre_hook(meet)
+    with vtr.apply(models[0], Meet()), ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(run, models))
+    assert torch.equal(got[0], sparse) and torch.equal(got[1], want)
+
+
+def test_the_mask_of_a_padded_text_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtr.diffusion import site
+
+    made = []
+    plain = site.without_keys
+    monkeypatch.setattr(site, "without_keys", lambda *a: made.append(a) or plain(*a))
+    case, model = CASES["hunyuan-video"], CASES["hunyuan-video"].build()
+    one, other = case.call(time=900.0), case.call(time=900.0)
+    other["encoder_attention_mask"] = torch.ones(2, 7, dtype=torch.long)
+    other["encoder_attention_mask"][:, -1] = 0
+    with torch.no_grad(), vtr.apply(model, Fixed()):
+        for time in (900.0, 500.0, 100.0):
+            for given in (one, other):  # two branches with texts of their own
+                given["encoder_attention_mask"] = given["encoder_attention_mask"].clone()
+                model(**{**given, "timestep": torch.full((2,), time)})
+    assert len(made) == 2
 
 
 def test_attention_alone_is_dense() -> None:

@@ -15,85 +15,20 @@ from vtr.diffusion import compiled
 from vtr.diffusion.attention import compute
 from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
-from vtr.diffusion.families import Family, blocks_of, family_of, layers_of, refusal_of
+from vtr.diffusion.families import blocks_of, layers_of
 from vtr.diffusion.processor import SiteProcessor, site_processor
 from vtr.diffusion.session import PipelineRef, Session
 from vtr.diffusion.site import AttentionSite, Call
+from vtr.diffusion.targets import Experts, locate, supported
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method, Reduction
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.wrapping import Bound, Entry, Wrapping, _Absent
 
+__all__ = ["FAMILIES", "locate", "wrap"]
+
 FAMILIES = tuple(f"{f.name} (diffusers)" for f in _FAMILIES)
-
-_EXPERTS = "_vtr_experts"
-
-
-class Experts(nn.Module):
-    """The transformers of a pipeline that has several (Wan 2.2); only carries the wrapping."""
-
-    def __init__(self, members: tuple[nn.Module, ...]) -> None:
-        super().__init__()
-        # A list, not submodules: they belong to the pipeline.
-        self.__dict__["members"] = list(members)
-
-
-def locate(target: Any) -> nn.Module | None:
-    """The transformer of a pipeline (or what stands for its two), or the transformer itself.
-
-    Raises:
-        UnsupportedModelError: an object of diffusers that cannot be wrapped, with the reason.
-    """
-    from diffusers import DiffusionPipeline
-
-    if not isinstance(target, DiffusionPipeline):
-        if not isinstance(target, nn.Module):
-            return None
-        model = _inner(target)
-        _supported(model)
-        return model
-    found: dict[str, Any] = {
-        name: _inner(getattr(target, name))
-        for name in ("transformer", "transformer_2")
-        if isinstance(getattr(target, name, None), nn.Module)
-    }
-    if not found:
-        unet = getattr(target, "unet", None)
-        why = refusal_of(unet) or "it has no transformer"
-        raise UnsupportedModelError(_refuse(type(target).__name__, why))
-    for model in found.values():
-        _supported(model)
-    if len(found) == 1:
-        return next(iter(found.values()))
-    experts = target.__dict__.get(_EXPERTS)
-    members = tuple(found.values())
-    if experts is None or [id(m) for m in experts.members] != [id(m) for m in members]:
-        if len({type(m) for m in members}) != 1:
-            names = ", ".join(type(m).__name__ for m in members)
-            raise UnsupportedModelError(_refuse(type(target).__name__, f"it mixes {names}"))
-        experts = target.__dict__[_EXPERTS] = Experts(members)
-    return experts
-
-
-def _inner(model: Any) -> Any:
-    """The module inside ``torch.compile``."""
-    return getattr(model, "_orig_mod", model)
-
-
-def _supported(model: Any) -> Family:
-    family = family_of(model)
-    if family is None:
-        raise UnsupportedModelError(_refuse(type(model).__name__, refusal_of(model)))
-    return family
-
-
-def _refuse(name: str, why: str) -> str:
-    return (
-        f"{name} is not supported{': ' + why if why else ''}. Supported families: "
-        f"{', '.join(f.name for f in _FAMILIES)}; a further one is an entry of "
-        "vtr/diffusion/families.py"
-    )
 
 
 def wrap(root: nn.Module) -> Wrapping:
@@ -110,7 +45,7 @@ class DiffusionWrapping(Wrapping):
 
     def __init__(self, root: nn.Module) -> None:
         self.members = cast(list[Any], root.members if isinstance(root, Experts) else [root])
-        self.family = _supported(self.members[0])
+        self.family = supported(self.members[0])
         layers = layers_of(self.family, self.members[0])
         self.heads, self.head_dim = _heads(layers[0][1])
         self.block_of = [number for number, _ in layers]
@@ -137,6 +72,7 @@ class DiffusionWrapping(Wrapping):
         self.batch = 0
         self.sample: dict[int, int] = {}
         self.reduced: dict[int, Reduction] = {}
+        self.texts: list[Tensor] = []
         self.state: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
         self.memory: dict[int, dict[str, Any]] = {}
@@ -149,6 +85,8 @@ class DiffusionWrapping(Wrapping):
             "shared": {},
             "memory": {},
             "sample": {},
+            "reduced": {},
+            "texts": [],
             "contexts": [],
         }
         state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
@@ -289,6 +227,7 @@ class DiffusionWrapping(Wrapping):
         """At the start of a forward call of a transformer."""
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         view = self.family.view(model, given)
+        text_valid = self._same_text(view.text_valid)
         name, facts = self.contexts[-1] if self.contexts else (None, {})
         time = given["timestep"]
         value = float(time.max()) if isinstance(time, Tensor) else float(time)
@@ -308,7 +247,7 @@ class DiffusionWrapping(Wrapping):
         said = [e.options["steps"] for e in self.active if e.options.get("steps")]
         steps = said[0] if said else facts.get("num_inference_steps") or self.pipeline.steps
         self.call = Call(
-            run, step, steps, value, branch, view.grid, self.family.text_first, view.text_valid,
+            run, step, steps, value, branch, view.grid, self.family.text_first, text_valid,
             model.training,
         )  # fmt: skip
         self.sample.clear()
@@ -317,6 +256,17 @@ class DiffusionWrapping(Wrapping):
         self.batch = given["hidden_states"].shape[0]
         self._trace = Trace(batch=self.batch, notes={"attention": {}})
         self._adopt(index, model)
+
+    def _same_text(self, valid: Tensor | None) -> Tensor | None:
+        """The padding of an earlier call if it is the same: what is made for it is kept by object."""
+        if valid is None:
+            return None
+        for known in self.texts:
+            same = known.shape == valid.shape and known.device == valid.device
+            if same and torch.equal(known, valid):
+                return known
+        self.texts = [valid, *self.texts[:7]]
+        return valid
 
     def _adopt(self, index: int, model: nn.Module) -> None:
         """Wrap processors that were set after apply (fused projections, IP adapters)."""

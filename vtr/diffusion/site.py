@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtr.diffusion.density import density
 from vtr.kernels import BlockMask, block_sparse_attention
+from vtr.kernels.keys import without_keys
 
 
 @dataclass
@@ -171,27 +172,34 @@ class AttentionSite:
             )
         return self._attend(mask, row_scale, return_lse, **more)
 
-    def _local(self, mask: BlockMask) -> BlockMask:
-        """The mask on the device of q and without padded text keys, kept as long as both are the same."""
-        from vtr.kernels.keys import without_keys
+    def for_text(self, key: object, make: Callable[[], Any]) -> Any:
+        """``make()``, made once per ``key`` and padding of the text; the last sixteen are kept."""
+        held: dict[Any, Any] = self.shared.setdefault("vtr.text", {})
+        full = (key, id(self.text_valid))
+        found = held.pop(full, None)
+        if found is None or found[0] is not self.text_valid:
+            found = (self.text_valid, make())
+        held[full] = found
+        if len(held) > 16:
+            del held[next(iter(held))]
+        return found[1]
 
-        valid = self.text_valid
-        if valid is None and mask.device == self.q.device:
+    def _local(self, mask: BlockMask) -> BlockMask:
+        """The mask on the device of q and without padded text keys."""
+        valid, device = self.text_valid, self.q.device
+        if valid is None and mask.device == device:
             return mask
-        held = self.shared.setdefault("vtr.local", {})
-        key = int(mask.ident)
-        found = held.get(key)
-        if found is None or found[0] is not mask or found[1] is not valid:
-            made = mask.to(self.q.device)
-            if valid is not None:
-                rest = valid.new_ones(valid.shape[0], self.tokens)
-                parts = (valid, rest) if self.call.text_first else (rest, valid)
-                made = without_keys(made, torch.cat(parts, 1))
-            if len(held) >= 16:
-                held.clear()
-            found = held[key] = (mask, valid, made)
-        local: BlockMask = found[2]
-        return local
+
+        def make() -> tuple[BlockMask, BlockMask]:
+            if valid is None:
+                return mask, mask.to(device)
+            rest = valid.new_ones(valid.shape[0], self.tokens)
+            parts = (valid, rest) if self.call.text_first else (rest, valid)
+            return mask, without_keys(mask.to(device), torch.cat(parts, 1))
+
+        # The mask is kept with what was made of it: its number is only its own while it lives.
+        made: BlockMask = self.for_text(("vtr.local", int(mask.ident), str(device)), make)[1]
+        return made
 
     def _attend(
         self, mask: BlockMask, row_scale: Tensor | None, return_lse: bool, **more: Any

@@ -102,18 +102,19 @@ def sparse(
 
 
 def _for_valid_text(site: AttentionSite, layout: Layout) -> BlockMask:
-    """The mask without padded text, made once per call of the model."""
+    """The mask without padded text, made once per padding."""
     assert site.text_valid is not None
-    key = f"valid text {int(layout.mask.ident)}"
-    known = site.memory.get(key)
-    if known is None or known[0] is not site.text_valid:
-        grid = site.text_valid.new_ones(site.q.shape[0], site.q.shape[2] - site.text)
-        parts = (site.text_valid, grid) if site.text_first else (grid, site.text_valid)
+    text_valid = site.text_valid
+
+    def make() -> BlockMask:
+        grid = text_valid.new_ones(site.q.shape[0], site.q.shape[2] - site.text)
+        parts = (text_valid, grid) if site.text_first else (grid, text_valid)
         valid = torch.cat(parts, 1)
         if layout.arranged is not None:
             valid = valid[:, layout.arranged.order]
-        known = site.memory[key] = (site.text_valid, without_keys(layout.mask, valid))
-    found: BlockMask = known[1]
+        return without_keys(layout.mask, valid)
+
+    found: BlockMask = site.for_text(int(layout.mask.ident), make)
     return found
 
 

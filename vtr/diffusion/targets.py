@@ -1,0 +1,78 @@
+"""What of diffusers can be wrapped: the transformer, or the transformers, of a pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vtr.diffusion.families import FAMILIES, Family, family_of, refusal_of
+from vtr.errors import UnsupportedModelError
+
+_EXPERTS = "_vtr_experts"
+
+
+class Experts(nn.Module):
+    """The transformers of a pipeline that has several (Wan 2.2); only carries the wrapping."""
+
+    def __init__(self, members: tuple[nn.Module, ...]) -> None:
+        super().__init__()
+        # A list, not submodules: they belong to the pipeline.
+        self.__dict__["members"] = list(members)
+
+
+def locate(target: Any) -> nn.Module | None:
+    """The transformer of a pipeline (or what stands for its two), or the transformer itself.
+
+    Raises:
+        UnsupportedModelError: an object of diffusers that cannot be wrapped, with the reason.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(target, DiffusionPipeline):
+        if not isinstance(target, nn.Module):
+            return None
+        model = _inner(target)
+        supported(model)
+        return model
+    found: dict[str, Any] = {
+        name: _inner(getattr(target, name))
+        for name in ("transformer", "transformer_2")
+        if isinstance(getattr(target, name, None), nn.Module)
+    }
+    if not found:
+        unet = getattr(target, "unet", None)
+        why = refusal_of(unet) or "it has no transformer"
+        raise UnsupportedModelError(_refuse(type(target).__name__, why))
+    for model in found.values():
+        supported(model)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    experts = target.__dict__.get(_EXPERTS)
+    members = tuple(found.values())
+    if experts is None or [id(m) for m in experts.members] != [id(m) for m in members]:
+        if len({type(m) for m in members}) != 1:
+            names = ", ".join(type(m).__name__ for m in members)
+            raise UnsupportedModelError(_refuse(type(target).__name__, f"it mixes {names}"))
+        experts = target.__dict__[_EXPERTS] = Experts(members)
+    return experts
+
+
+def _inner(model: Any) -> Any:
+    """The module inside ``torch.compile``."""
+    return getattr(model, "_orig_mod", model)
+
+
+def supported(model: Any) -> Family:
+    family = family_of(model)
+    if family is None:
+        raise UnsupportedModelError(_refuse(type(model).__name__, refusal_of(model)))
+    return family
+
+
+def _refuse(name: str, why: str) -> str:
+    return (
+        f"{name} is not supported{': ' + why if why else ''}. Supported families: "
+        f"{', '.join(f.name for f in FAMILIES)}; a further one is an entry of "
+        "vtr/diffusion/families.py"
+    )
