@@ -172,7 +172,7 @@ def test_lacking_signals_and_sites_are_named() -> None:
     bare = ModelInfo("a model", {"decoder": 4}, {"decoder": frozenset()})
     with pytest.raises(
         vtr.UnsupportedMethodError,
-        match=r"site 'encoder', which a model does not have \(it has: decoder\)",
+        match=r"'encoder', which a model does not have \(it has: decoder\)",
     ):
         vtr.EViT().check(bare)
     with pytest.raises(vtr.UnsupportedMethodError, match=r"needs cls_attention .* no class token"):
