@@ -53,6 +53,7 @@ _PUBLIC = {
     "HoliTom": "vtr.methods.holitom",
     "UniformFrames": "vtr.methods.uniform_frames",
     "VideoToMe": "vtr.methods.video_tome",
+    "PruneVid": "vtr.methods.prunevid",
     "RadialAttention": "vtr.methods.radial",
     "Random": "vtr.methods.random",
     "ToFe": "vtr.methods.tofe",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from vtr.methods.framefusion import FrameFusion
     from vtr.methods.holitom import HoliTom
     from vtr.methods.neighborhood import NeighborhoodAttention
+    from vtr.methods.prunevid import PruneVid
     from vtr.methods.pyramiddrop import PyramidDrop
     from vtr.methods.radial import RadialAttention
     from vtr.methods.random import Random

@@ -21,6 +21,7 @@ from vtr.methods.flowcut import FlowCut
 from vtr.methods.framefusion import FrameFusion
 from vtr.methods.holitom import HoliTom
 from vtr.methods.neighborhood import NeighborhoodAttention
+from vtr.methods.prunevid import PruneVid
 from vtr.methods.pyramiddrop import PyramidDrop
 from vtr.methods.radial import RadialAttention
 from vtr.methods.random import Random
@@ -53,6 +54,7 @@ __all__ = [
     "HoliTom",
     "NeighborhoodAttention",
     "OwnFrame",
+    "PruneVid",
     "PyramidDrop",
     "RadialAttention",
     "Random",

@@ -118,6 +118,16 @@ class Cutting:
         return Reduction(step, self.weights, normalize=False)
 
 
+def in_videos(site: LanguageSite) -> Tensor:
+    """(B, N) bool: tokens of a frame of a video."""
+    kinds = torch.zeros(site.batch, max(map(len, site.videos)), dtype=torch.bool)
+    for b, spans in enumerate(site.videos):
+        for v, span in enumerate(spans):
+            kinds[b, v] = span.kind == "video"
+    found = kinds.to(site.device).gather(1, site.video.clamp(min=0))
+    return found & (site.frame >= 0)
+
+
 def shares(total: int, sizes: Sequence[int]) -> list[int]:
     """``total`` spread over parts in proportion to their sizes; sums to it, none above its size.
 

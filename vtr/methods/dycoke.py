@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
+from vtr.budget import Keep, check_keep, count, counts
 from vtr.method import Method, Reduction, Stage, register
-from vtr.methods._temporal import Cutting, best, clips, neighbour_similarity
-from vtr.methods._vlm import language
-from vtr.signals import ModelInfo, Site
+from vtr.methods._temporal import Cutting, best, clips, in_videos, neighbour_similarity
+from vtr.methods._vlm import check_count, check_number, language, valid_of
+from vtr.signals import CacheSite, LanguageSite, ModelInfo, Site
+from vtr.tokens import TokenMap, top_indices
 
 WINDOW = 4
 
@@ -20,37 +22,70 @@ WINDOW = 4
 @register
 @dataclass(frozen=True)
 class DyCoke(Method):
-    """DyCoke (CVPR 2025, arXiv 2411.15024), the part before the language model: temporal merging.
+    """DyCoke (CVPR 2025, arXiv 2411.15024): temporal merging, then a dynamic KV cache.
 
-    In windows of four frames the first stays whole. Frames 1 and 3 are compared with the frame before
-    them, frame 2 with frame 0, place by place (cosine of the embeddings, before any thinning); of each
-    of the three the ``keep`` least similar tokens stay, the others are dropped. A frame without its
-    partner (at the end of a video) is compared with what there is of its window: the first stays whole.
+    Before the language model, in windows of four frames, the first stays whole. Frames 1 and 3 are
+    compared with the frame before them, frame 2 with frame 0, place by place (cosine of the embeddings,
+    before any thinning); of each of the three the ``keep`` least similar tokens stay, the others are
+    dropped. The number of tokens left does not depend on the content: of every four frames of P tokens
+    P + 3 ``count(keep, P)``, 47.5 % at the published K = 0.7. Still images and separators stay whole.
 
-    The number of tokens left does not depend on the content: of every four frames of P tokens
-    P + 3 ``count(keep, P)``, 47.5 % at the published K = 0.7.
+    While the answer is written, layers after ``layer`` hold the keys and values of only the ``kv`` share of
+    the video's tokens: those that the newest token attends to most in ``layer`` (mean over heads). A new
+    choice is made when that attention's cosine to the step before falls below ``similarity``. Layers up
+    to ``layer`` hold all. The first choice is made by the last token of the prompt.
 
-    Differences from the authors' code: tokens stay in raster order (theirs are ordered by dissimilarity
-    inside a frame, which gives them other positions than their places have); a fraction is rounded up
-    as everywhere here (at K = 0.7 and 196 tokens 59 instead of 58).
+    Memory really falls, which it does not in the authors' code (their cache keeps everything, and the
+    chosen entries are copied out of it in every step). What is not chosen goes to CPU memory
+    (``evicted="cpu"``), from which a new choice takes it, or is dropped (``evicted="drop"``): then the
+    first choice stays. This part acts in ``generate``; a forward without a cache has nothing to choose
+    from. With beams, the cosine is taken to the beam that stood in the row before.
+
+    Other differences from the authors' code: they choose first in the first decoding step; tokens stay
+    in raster order (theirs are ordered by dissimilarity inside a frame, which gives them other positions
+    than their places have); a fraction is rounded up as everywhere here (at K = 0.7 and 196 tokens 59
+    instead of 58).
 
     Args:
         keep: budget per thinned frame, three of every four: 1 - K of the paper. An int is a number of
             tokens per thinned frame.
+        kv: budget of the video's tokens in the later layers' cache, 1 - P of the paper; an int is a number
+            per sample. None leaves the cache whole.
+        layer: L, 0-based, the layer whose attention chooses; None is the published 3 of 28, scaled.
+        similarity: cosine of the attention below which is chosen anew.
+        evicted: ``"cpu"`` or ``"drop"``.
     """
 
     name: ClassVar[str] = "dycoke"
     paper: ClassVar[str] = (
         "DyCoke: Dynamic Compression of Tokens for Fast Video LLMs, CVPR 2025, arXiv 2411.15024"
     )
-    sites: ClassVar[tuple[str, ...]] = ("prompt",)
-    needs: ClassVar = {"prompt": frozenset({"hidden"})}
+    sites: ClassVar[tuple[str, ...]] = ("prompt", "cache")
+    needs: ClassVar = {
+        "prompt": frozenset({"hidden"}),
+        "cache": frozenset({"newest_attention"}),
+    }
     positions: ClassVar[str] = "compact"
 
     keep: Keep = 0.3
+    kv: Keep | None = 0.3
+    layer: int | None = None
+    similarity: float = 0.9
+    evicted: str = "cpu"
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))
+        if self.kv is not None:
+            self._set("kv", check_keep(self.kv, "kv"))
+        check_count(self.layer, "layer", low=0, none=True)
+        check_number(self.similarity, "similarity", -1, 1)
+        if self.evicted not in ("cpu", "drop"):
+            raise ValueError(f"evicted must be 'cpu' or 'drop', got {self.evicted!r}")
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        if self.kv is None:
+            return {"prompt": self.needs["prompt"]}
+        return dict(self.needs)
 
     def retained(self, frames: int, tokens: int) -> int:
         """Tokens left of a video of ``frames`` frames of ``tokens`` tokens each."""
@@ -58,19 +93,50 @@ class DyCoke(Method):
         return whole * tokens + (frames - whole) * count(self.keep, tokens)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage("prompt", 0),)
+        if self.kv is None:
+            return (Stage("prompt", 0),)
+        depth = info.depth["decoder"]
+        layer = 3 * depth // 28 if self.layer is None else self.layer
+        if layer > depth - 2:
+            raise ValueError(f"layer must be in 0..{depth - 2} for {depth} layers, got {layer}")
+        place = "follow" if self.evicted == "cpu" else "from"
+        return Stage("prompt", 0), Stage("cache", layer + 1, place)
 
     def reduce(self, site: Site) -> Reduction | None:
-        return self._thin(site)
+        if isinstance(site, CacheSite):
+            return self._choose(site)
+        return self._thin(language(site))
 
-    def _thin(self, site: Site) -> Reduction | None:
-        here = language(site)
-        cutting = Cutting(here)
-        for clip in clips(here, self.name):
-            stays = thin(clip.of(here.hidden), count(self.keep, clip.tokens.shape[1]))
+    def _thin(self, site: LanguageSite) -> Reduction | None:
+        cutting = Cutting(site)
+        for clip in clips(site, self.name):
+            stays = thin(clip.of(site.hidden), count(self.keep, clip.tokens.shape[1]))
             index = torch.arange(stays.numel(), device=site.device)
             cutting.put(clip, torch.where(stays.flatten(), index, -1))
         return cutting.reduction()
+
+    def _choose(self, site: CacheSite) -> Reduction | None:
+        """At the cache after the prompt, or in a decoding step."""
+        assert self.kv is not None
+        if site.kept is None:
+            site.state["video"] = in_videos(site)
+        moving: Tensor = site.state["video"]
+        row = site.newest_attention().masked_fill(~moving, 0)
+        before: Tensor | None = site.state.get("row")
+        site.state["row"] = row
+        number = counts(self.kv, moving.sum(1))
+        if bool((number == moving.sum(1)).all()):
+            return None
+        alike = torch.zeros(site.batch, dtype=torch.bool, device=row.device)
+        if before is not None:
+            alike = F.cosine_similarity(row, before, dim=1) >= self.similarity
+            if bool(alike.all()):
+                return None
+        stays = best(row, number, moving) | (valid_of(site) & ~moving)
+        kept, padded = top_indices(stays.float(), stays.sum(1), stays)
+        if site.kept is not None:
+            kept = torch.where(alike[:, None], site.kept, kept)
+        return Reduction(TokenMap.keep(kept, site.n, padded), absolute=site.kept is not None)
 
 
 def thin(x: Tensor, number: int) -> Tensor:
@@ -78,11 +144,9 @@ def thin(x: Tensor, number: int) -> Tensor:
     t, p, _ = x.shape
     likeness = torch.zeros(t, p, device=x.device)
     if t > 1:
-        before = neighbour_similarity(x)
-        likeness[1::2] = before[::2]
+        likeness[1::2] = neighbour_similarity(x)[::2]
     if t > 2:
-        second = neighbour_similarity(x, 2)[::WINDOW]
-        likeness[2::WINDOW] = second
+        likeness[2::WINDOW] = neighbour_similarity(x, 2)[::WINDOW]
     numbers = torch.full((t,), number, device=x.device)
     numbers[::WINDOW] = p
     return best(-likeness, numbers, torch.ones_like(likeness, dtype=torch.bool))

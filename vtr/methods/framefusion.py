@@ -12,9 +12,8 @@ from torch import Tensor
 from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
-from vtr.methods._temporal import best
+from vtr.methods._temporal import best, in_videos
 from vtr.methods._vlm import check_number, language, valid_of
-from vtr.methods.holitom import in_videos
 from vtr.signals import LanguageSite, ModelInfo, Site
 
 

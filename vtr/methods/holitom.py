@@ -13,7 +13,15 @@ from vtr.budget import Keep, check_keep, count, counts
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._dpc_knn import cluster, mean_weights
 from vtr.methods._merge import by_representative
-from vtr.methods._temporal import Cutting, best, clips, neighbour_similarity, ranks, shares
+from vtr.methods._temporal import (
+    Cutting,
+    best,
+    clips,
+    in_videos,
+    neighbour_similarity,
+    ranks,
+    shares,
+)
 from vtr.methods._vlm import (
     check_count,
     check_number,
@@ -183,16 +191,6 @@ class Compressed(NamedTuple):
 
     stands: Tensor
     weights: Tensor
-
-
-def in_videos(site: LanguageSite) -> Tensor:
-    """(B, N) bool: tokens of a frame of a video."""
-    kinds = torch.zeros(site.batch, max(map(len, site.videos)), dtype=torch.bool)
-    for b, spans in enumerate(site.videos):
-        for v, span in enumerate(spans):
-            kinds[b, v] = span.kind == "video"
-    found = kinds.to(site.device).gather(1, site.video.clamp(min=0))
-    return found & (site.frame >= 0)
 
 
 def windows(steady: Tensor) -> list[tuple[int, int]]:

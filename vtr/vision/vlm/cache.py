@@ -110,7 +110,7 @@ def remember(cache: Any, cuts: Cuts) -> None:
 
 
 def forget(cache: Any) -> None:
-    for name in (ATTRIBUTE, "update", "get_seq_length"):
+    for name in (ATTRIBUTE, "update", "get_seq_length", "_vtr_follow"):
         cache.__dict__.pop(name, None)
 
 

@@ -135,9 +135,9 @@ class Call:
         """(B, past of this layer + L) int64 padding mask."""
         return torch.cat([self.columns_before(layer), self.layout.live], 1).long()
 
-    def record(self) -> Cuts | None:
-        """What the cache must carry from now on; None where no call has cut anything."""
-        if not self.changed:
+    def record(self, always: bool = False) -> Cuts | None:
+        """What the cache must carry from now on; None where no call has cut anything (unless ``always``)."""
+        if not self.changed and not always:
             return self.cuts
         length = self.live.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
         groups = []

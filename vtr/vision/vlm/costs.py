@@ -28,6 +28,7 @@ def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
     reduced: Lengths = [
         (live.sum(1), last.halved.get(i, live).sum(1)) for i, live in enumerate(last.entered)
     ] or dense
+    held = [(last.held.get(i, n), m) for i, (n, m) in enumerate(reduced)]
     root: Any = owner.root
     head = root.get_output_embeddings()
     vocabulary = 0 if head is None else linear_flops(head)
@@ -35,7 +36,7 @@ def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
         "language": tuple(
             round(_flops(owner, lengths, last.past) + vocabulary) for lengths in (dense, reduced)
         ),
-        "kv_bytes": tuple(round(_bytes(owner, lengths)) for lengths in (dense, reduced)),
+        "kv_bytes": tuple(round(_bytes(owner, lengths)) for lengths in (dense, held)),
     }
 
 

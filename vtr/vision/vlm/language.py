@@ -33,6 +33,7 @@ class Last:
         past: (B,) columns that the cache held before.
         entered: per layer, (B, L') bool of the tokens that entered it.
         halved: the same for the second half (MLP) of layers that were cut in the middle.
+        held: per layer whose cache was freed of tokens, (B,) tokens of this call that it holds.
         layout: the sequence at the end, None where nothing was cut.
     """
 
@@ -41,6 +42,7 @@ class Last:
         self.past = call.columns_before(0).sum(1)
         self.entered: list[Tensor] = []
         self.halved: dict[int, Tensor] = {}
+        self.held: dict[int, Tensor] = {}
         self.layout: Layout | None = None
 
 
@@ -70,7 +72,7 @@ class LanguageSession:
         owner = self.owner
         self.visits, self.call, self.pending = {}, None, None
         for entry, stage in owner.stages():
-            if stage.site == "encoder":
+            if stage.site in ("encoder", "cache"):
                 continue
             inside = stage.site == "decoder"
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "")
@@ -219,6 +221,7 @@ class LanguageSession:
         cuts = call.record()
         if cuts is not None and call.cache is not None:
             remember(call.cache, cuts)
+        self.owner.cache.after(call)
         if call.changed and self.last is not None:
             self.last.layout = call.layout
 

@@ -14,6 +14,7 @@ from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.pooling import has_pooling
 from vtr.vision.vlm.attention import has_halves, opens
+from vtr.vision.vlm.cache_site import PLACES, CacheSession
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import FORWARDED, Family, find
@@ -54,6 +55,7 @@ class VLMWrapping(Wrapping):
         self.forwarded: dict[str, Any] = {}
         super().__init__(root, self._info())
         self.language = LanguageSession(self, self.lm)
+        self.cache = CacheSession(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
@@ -64,7 +66,8 @@ class VLMWrapping(Wrapping):
 
     def _info(self) -> ModelInfo:
         config = self.lm.config
-        depth = {"prompt": 1, "projector": 1, "decoder": len(self.layers)}
+        layers = len(self.layers)
+        depth = {"prompt": 1, "projector": 1, "decoder": layers, "cache": layers}
         look = frozenset({"hidden", "text"})
         decoder = look
         if not opens(self.layers[0]):
@@ -89,7 +92,8 @@ class VLMWrapping(Wrapping):
         signals = {} if facts is None else dict(facts.signals)
         if facts is not None and all(map(has_pooling, (s.tower for s in self.towers.values()))):
             signals["encoder"] |= {"pooling"}
-        signals |= {"prompt": look, "projector": look, "decoder": decoder}
+        cache = frozenset() if opens(self.layers[0]) else frozenset({"newest_attention"})
+        signals |= {"prompt": look, "projector": look, "decoder": decoder, "cache": cache}
         return ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
 
     def _tower(self) -> ModelInfo | None:
@@ -170,6 +174,13 @@ class VLMWrapping(Wrapping):
                 )
             if stage.site == "decoder" and stage.place not in ("start", "middle", "end"):
                 raise ValueError(f"a decoder stage is at 'start', 'middle' or 'end', got {stage!r}")
+            if stage.site == "cache" and (
+                stage.place not in PLACES or not 1 <= stage.layer < len(self.layers)
+            ):
+                raise ValueError(
+                    f"a cache stage is at one of {PLACES} a layer in 1..{len(self.layers) - 1}, got "
+                    f"{stage!r}"
+                )
             if stage[::2] == ("decoder", "middle") and not self.info.extra["decoder_middle"]:
                 raise UnsupportedMethodError(
                     f"{method.name} acts between attention and MLP of layer {stage.layer}, where "
@@ -189,6 +200,7 @@ class VLMWrapping(Wrapping):
             for session in dict.fromkeys(self.towers.values()):
                 session.install()
         self.language.install()
+        self.cache.install()
         if self.root is not inner:
             before = self.root.register_forward_pre_hook(
                 Bound(self, "before_root"), with_kwargs=True

@@ -1,0 +1,277 @@
+"""The KV cache: what is freed is gone, and answers are those of a full cache with the same keys masked."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vtr
+from tests.vision.vlm.models import START, Inputs
+from tests.vision.vlm.videos import VIDEOS
+from vtr.vision.vlm.cache_site import ATTRIBUTE
+
+STEPS = 6
+LAYER = 1
+
+
+def generate(model: Any, inputs: Inputs, **more: Any) -> Any:
+    settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        return model.generate(**inputs, max_new_tokens=STEPS, **settings, **more)
+
+
+def reduced(model: Any, inputs: Inputs, method: vtr.Method, **more: Any) -> tuple[Any, vtr.Trace]:
+    with vtr.apply(model, method, **more) as handle:
+        return generate(model, inputs), handle.trace
+
+
+def lengths(out: Any) -> list[int]:
+    return [layer.keys.shape[2] for layer in out.past_key_values.layers]
+
+
+def size(out: Any) -> int:
+    """Bytes of the cache's own storage."""
+    tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryOther(vtr.Method):
+    """Frees every other token from a layer on."""
+
+    name: ClassVar[str] = "every-other"
+    sites: ClassVar[tuple[str, ...]] = ("cache",)
+
+    layer: int = 2
+    place: str = "from"
+
+    def stages(self, info: Any) -> tuple[vtr.Stage, ...]:
+        return (vtr.Stage("cache", self.layer, self.place),)
+
+    def reduce(self, site: vtr.Site) -> vtr.Reduction:
+        kept = torch.arange(0, site.n, 2).expand(site.batch, -1)
+        return vtr.Reduction(vtr.TokenMap.keep(kept, site.n))
+
+
+@pytest.mark.parametrize(("layer", "place"), [(3, "from"), (2, "before")])
+def test_layers_lose_what_a_map_drops(layer: int, place: str) -> None:
+    model, inputs = VIDEOS["qwen2_vl_video"](1)
+    dense = generate(model, inputs)
+    out, trace = reduced(model, inputs, EveryOther(layer, place))
+    inside = [i < layer if place == "before" else i >= layer for i in range(4)]
+    assert lengths(out) == [n - 12 * x for n, x in zip(lengths(dense), inside, strict=True)]
+    assert torch.equal(out.logits[0], dense.logits[0])
+    assert len(trace.stages) == (place == "from")
+
+
+class Masked:
+    """A full cache, of which layers after LAYER see the chosen columns only: DyCoke's rule written out on
+    the weights that eager attention returns."""
+
+    def __init__(self, model: Any, columns: range, number: int, similarity: float | None) -> None:
+        self.columns, self.number, self.similarity = list(columns), number, similarity
+        self.before: Tensor | None = None
+        self.chosen: set[int] = set()
+        self.choices: list[set[int]] = []
+        layers = model.model.language_model.layers
+        self.hooks = [layers[LAYER].self_attn.register_forward_hook(self.choose)]
+        for layer in layers[LAYER + 1 :]:
+            self.hooks.append(layer.register_forward_pre_hook(self.hide, with_kwargs=True))
+
+    def choose(self, module: Any, args: Any, output: Any) -> None:
+        self.prompt = output[1].shape[2] > 1
+        row = output[1][0, :, -1].mean(0)[self.columns]
+        if self.before is not None:
+            if self.similarity is None:
+                return
+            if F.cosine_similarity(row, self.before, dim=0) >= self.similarity:
+                self.before = row
+                return
+        self.before = row
+        self.chosen = {self.columns[i] for i in row.topk(self.number).indices.tolist()}
+        self.choices.append(self.chosen)
+
+    def hide(self, module: Any, args: Any, kwargs: Any) -> Any:
+        if self.prompt:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        past = kwargs["past_key_values"].get_seq_length(0)
+        mask = torch.zeros(1, 1, hidden.shape[1], past)
+        gone = [c for c in self.columns if c not in self.chosen]
+        mask[..., gone] = torch.finfo(mask.dtype).min
+        return args, {**kwargs, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "qwen2_vl_video"])
+@pytest.mark.parametrize(
+    ("evicted", "similarity"), [("drop", None), ("cpu", 1.0), ("cpu", 0.9999), ("cpu", 0.5)]
+)
+def test_answers_are_those_of_a_masked_full_cache(
+    name: str, evicted: str, similarity: float | None
+) -> None:
+    model, inputs = VIDEOS[name](1)
+    model.set_attn_implementation("eager")
+    keep = {"keep": 0.3, "layer": LAYER}
+    start = int((inputs["input_ids"][0] > START - 3).nonzero()[0])
+    method = vtr.DyCoke(kv=4, evicted=evicted, similarity=similarity or 0.9, **keep)
+    out, trace = reduced(model, inputs, method)
+    tokens = trace.stages[0].tokens_out
+    with vtr.apply(model, vtr.DyCoke(kv=None, **keep)):
+        masked = Masked(model, range(start, start + tokens), 4, similarity)
+        full = generate(model, inputs)
+        for hook in masked.hooks:
+            hook.remove()
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(full.logits))
+    assert torch.equal(out.sequences, full.sequences)
+    if similarity == 1.0:
+        assert len(masked.choices) == STEPS and len(set(map(frozenset, masked.choices))) > 1
+    if similarity is None:
+        assert len(masked.choices) == 1
+    assert trace.stages[1].tokens_out == 4
+    dense, _ = reduced(model, inputs, vtr.DyCoke(kv=None, **keep))
+    saved = tokens - 4
+    assert lengths(out) == [n - saved * (i > LAYER) for i, n in enumerate(lengths(dense))]
+    assert size(out) == size(dense) * sum(lengths(out)) // sum(lengths(dense)) < size(dense)
+
+
+def test_the_offloaded_copy_holds_all_and_the_cache_none_of_it() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    out, trace = reduced(model, inputs, vtr.DyCoke(kv=2, layer=LAYER))
+    follow = out.past_key_values.__dict__[ATTRIBUTE]
+    n = trace.stages[0].tokens_out
+    heads, dim = out.past_key_values.layers[0].keys.shape[1::2]
+    assert follow.bytes == 2 * 2 * heads * n * dim * 4  # keys and values of two layers
+    assert follow.step == STEPS - 1
+    dropped, _ = reduced(model, inputs, vtr.DyCoke(kv=2, layer=LAYER, evicted="drop"))
+    assert ATTRIBUTE not in dropped.past_key_values.__dict__ and size(dropped) == size(out)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision_mixed", "qwen2_5_vl_video", "llava_next_video"])
+@pytest.mark.parametrize(
+    "method",
+    [vtr.DyCoke(kv=0.4, layer=LAYER, similarity=1.0), vtr.PruneVid(layer=2, threshold=0.1)],
+    ids=["dycoke", "prunevid"],
+)
+def test_a_batch_gives_each_sample_what_it_gets_alone(name: str, method: vtr.Method) -> None:
+    """The second sample has no image, or is longer; rows are padded apart in every layer."""
+    model, inputs = VIDEOS[name](2)
+    both, trace = reduced(model, inputs, method)
+    alone_model, alone_inputs = VIDEOS[name](1)
+    alone, own = reduced(alone_model, alone_inputs, method)
+    torch.testing.assert_close(
+        torch.stack(both.logits)[:, :1], torch.stack(alone.logits), atol=2e-4, rtol=2e-4
+    )
+    for record, single in zip(trace.stages, own.stages, strict=True):
+        mine = record.total.kept[0]
+        assert mine[mine >= 0].tolist() == single.total.kept[0].tolist()
+
+
+def test_prunevid_frees_earlier_layers_of_what_later_ones_cut() -> None:
+    model, inputs = VIDEOS["video_llava"](1)
+    trimmed, trace = reduced(model, inputs, vtr.PruneVid(layer=2))
+    kept, _ = reduced(model, inputs, vtr.PruneVid(layer=2, trim=False))
+    cut = trace.stages[-1].tokens_in - trace.stages[-1].tokens_out
+    assert cut > 0 and lengths(trimmed) == [lengths(kept)[-1]] * 4
+    assert lengths(kept)[0] == lengths(kept)[-1] + cut
+    assert torch.equal(trimmed.logits[0], kept.logits[0]), "the first answer is of the prompt"
+    assert not torch.equal(trimmed.logits[-1], kept.logits[-1])
+
+
+def test_trimmed_layers_answer_like_masked_ones() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    model.set_attn_implementation("eager")
+    trimmed, trace = reduced(model, inputs, vtr.PruneVid(layer=2))
+    first = trace.stages[-1]
+    gone = sorted(set(range(first.tokens_in)) - set(first.map.kept[0].tolist()))
+    start = int((inputs["input_ids"][0] > START - 3).nonzero()[0])
+    layers = model.model.language_model.layers
+
+    def hide(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] > 1:
+            return None
+        past = kwargs["past_key_values"].layers[module.self_attn.layer_idx].keys.shape[2]
+        mask = torch.zeros(1, 1, 1, past + 1)
+        mask[..., [start + j for j in gone]] = torch.finfo(mask.dtype).min
+        return args, {**kwargs, "attention_mask": mask}
+
+    with vtr.apply(model, vtr.PruneVid(layer=2, trim=False)):
+        hooks = [x.register_forward_pre_hook(hide, with_kwargs=True) for x in layers[:2]]
+        full = generate(model, inputs)
+        for hook in hooks:
+            hook.remove()
+    assert gone
+    torch.testing.assert_close(torch.stack(trimmed.logits), torch.stack(full.logits))
+
+
+@pytest.mark.parametrize("evicted", ["drop", "cpu"])
+def test_beams(evicted: str) -> None:
+    """Caches of beams are exchanged; the answer is that of beams over a cache of fixed choice."""
+    model, inputs = VIDEOS["llava_next_video"](2)
+    method = vtr.DyCoke(kv=3, layer=LAYER, evicted=evicted)
+    with vtr.apply(model, method) as handle:
+        out = generate(model, inputs, num_beams=3)
+        assert out.sequences.shape[0] == 2
+        kept = handle.trace.stages[-1].total.kept.reshape(2, 3, -1)
+        assert (kept == kept[:, :1]).all()
+
+
+def test_a_copy_of_the_cache_goes_on_by_itself() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    with torch.no_grad(), vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER, similarity=1.0)):
+        first = model(**inputs, use_cache=True)
+        cache, twin = first.past_key_values, copy.deepcopy(first.past_key_values)
+        n = inputs["input_ids"].shape[1]
+        for step in range(3):
+            ids = torch.tensor([[7 + step]])
+            mask = torch.ones(1, n + step + 1, dtype=torch.long)
+            a = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+            b = model(input_ids=ids, attention_mask=mask, past_key_values=twin).logits
+            assert torch.equal(a, b)
+        follow = cache.__dict__[ATTRIBUTE]
+        assert follow is not twin.__dict__[ATTRIBUTE] and follow.step == 3
+
+
+def test_a_new_prompt_forgets_the_old_one() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    with vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER)), torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        cache = out.past_key_values
+        assert ATTRIBUTE in cache.__dict__
+        cache.reset()
+        text = {k: v[:, :3] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        model(**text, past_key_values=cache)
+        assert ATTRIBUTE not in cache.__dict__
+
+
+def test_what_cannot_be_freed_is_refused() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    with (
+        vtr.apply(model, vtr.DyCoke(layer=LAYER)),
+        pytest.raises(vtr.UnsupportedMethodError, match="StaticCache cannot be freed"),
+    ):
+        generate(model, inputs, cache_implementation="static")
+    with pytest.raises(
+        ValueError, match="visited once per prompt, got visits of dycoke, every-other"
+    ):
+        vtr.apply(model, [vtr.DyCoke(layer=LAYER), EveryOther(3)])
+    assert not vtr.handles(model)
+    for layer, place in ((0, "from"), (4, "from"), (2, "end")):
+        with pytest.raises(ValueError, match="a cache stage is at one of"):
+            vtr.apply(model, EveryOther(layer, place))
+    with pytest.raises(ValueError, match=r"layer must be in 0\.\.2 for 4 layers"):
+        vtr.apply(model, vtr.DyCoke(layer=3))
+
+
+def test_the_report_counts_what_is_held() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    with vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER)) as handle, torch.no_grad():
+        out = model(**inputs, use_cache=True)
+        assert handle.report().kv_bytes is not None
+        assert handle.report().kv_bytes[1] == size(out)

@@ -1,0 +1,254 @@
+"""PruneVid: segments, static tokens over time, clusters in space, then what the question looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtr.budget import Keep, check_keep, count, counts
+from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._dpc_knn import cluster, mean_weights
+from vtr.methods._temporal import Cutting, clips, shares
+from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
+from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.tokens import TokenMap, top_indices
+
+NEIGHBOURS = 7
+ENOUGH = 14  # groups of at most so many tokens are not clustered
+
+
+@register
+@dataclass(frozen=True)
+class PruneVid(Method):
+    """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
+
+    Frames are clustered by density peaks (k = 7) on the mean of their embeddings into 0.25 T clusters, which
+    are then made contiguous: a cluster keeps its longest run, the others join their longer neighbour. In
+    such a segment a place is static where the mean cosine over all pairs of its frames is above
+    ``threshold``; its tokens are averaged over time. Static tokens of a segment and the other tokens of
+    each frame are clustered in space by density peaks to ``ratio`` of their number (where there are more
+    than 14), plain means.
+
+    Inside the language model, after layer ``layer - 1``: of every such group the ``inner`` share stays
+    that a text token after the video attends to most in any head (maximum over heads and text tokens).
+    The keys and values of the others are also freed in the layers before, when the prompt is done.
+
+    How many tokens are left depends on the content, unless ``keep`` gives a budget.
+
+    Differences from the authors' code: fractions inside the language model are rounded up (theirs down);
+    a merged token has the place of its cluster's centre, static ones in the segment's first frame, in
+    raster order. Still images and separators stay whole.
+
+    Args:
+        keep: budget per video at the entry of the language model, shared by the groups in proportion to
+            their sizes (fewer only where merging in time leaves fewer); None is the paper's ``ratio``.
+        ratio: share of a group's tokens that its clusters are.
+        threshold: tau.
+        segments: clusters of frames, as a share of the frames.
+        inner: budget of every group inside the language model, of its tokens there; an int is a number
+            per group; None leaves the cut out.
+        layer: its first layer with fewer tokens, 0-based, >= 1; None is 10 of 28, scaled.
+        trim: whether the layers before free their keys and values of tokens that were cut.
+    """
+
+    name: ClassVar[str] = "prunevid"
+    paper: ClassVar[str] = (
+        "PruneVid: Visual Token Pruning for Efficient Video LLMs, ACL 2025, arXiv 2412.16117"
+    )
+    sites: ClassVar[tuple[str, ...]] = ("prompt", "decoder", "cache")
+    needs: ClassVar = {
+        "prompt": frozenset({"hidden"}),
+        "decoder": frozenset({"text_attention"}),
+        "cache": frozenset(),
+    }
+    positions: ClassVar[str] = "compact"
+
+    keep: Keep | None = None
+    ratio: float = 0.5
+    threshold: float = 0.8
+    segments: float = 0.25
+    inner: Keep | None = 0.4
+    layer: int | None = None
+    trim: bool = True
+
+    def validate(self) -> None:
+        if self.keep is not None:
+            self._set("keep", check_keep(self.keep))
+        check_number(self.ratio, "ratio", 0, 1)
+        check_number(self.threshold, "threshold", -1, 1)
+        check_number(self.segments, "segments", 0, 1)
+        if self.inner is not None:
+            self._set("inner", check_keep(self.inner, "inner"))
+        check_count(self.layer, "layer", none=True)
+        if not isinstance(self.trim, bool):
+            raise ValueError(f"trim must be True or False, got {self.trim!r}")
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        return {site: self.needs[site] for site in dict.fromkeys(s.site for s in self.stages(info))}
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        if self.inner is None:
+            return (Stage("prompt", 0),)
+        depth = info.depth["decoder"]
+        layer = max(1, 10 * depth // 28) if self.layer is None else self.layer
+        if layer >= depth:
+            raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
+        inside = Stage("prompt", 0), Stage("decoder", layer - 1, "end")
+        return (*inside, Stage("cache", layer, "before")) if self.trim else inside
+
+    def reduce(self, site: Site) -> Reduction | None:
+        if site.site == "cache":  # nothing more goes; what went is freed in the layers before
+            return Reduction(TokenMap.identity(site.batch, site.n, site.device))
+        here = language(site)
+        return self._outer(here) if site.site == "prompt" else self._inner(here)
+
+    def _outer(self, site: LanguageSite) -> Reduction | None:
+        cutting = Cutting(site)
+        groups = torch.full((site.batch, site.map.n_in), -1, device=site.device)
+        first = 0
+        for clip in clips(site, self.name):
+            made = self.compress(clip.of(site.hidden))
+            cutting.put(clip, made.stands, made.weights)
+            groups[clip.sample, clip.of(site.index).flatten()] = made.groups + first
+            first += int(made.groups.max()) + 1
+        site.memory["groups"] = groups
+        return cutting.reduction()
+
+    def compress(self, x: Tensor) -> Compressed:
+        """One video's reduction, of (T, P, C) embeddings."""
+        t, p, _ = x.shape
+        device = x.device
+        index = torch.arange(t * p, device=device).view(t, p)
+        if self.keep is not None and count(self.keep, t * p) == t * p:
+            row = torch.arange(t, device=device)[:, None].expand(t, p).flatten()
+            return Compressed(index.flatten(), torch.ones(t * p, device=device), row)
+        stands, weights = index.clone(), torch.ones(t, p, device=device)
+        static = torch.zeros(t, p, dtype=torch.bool, device=device)
+        gone, merged = static.clone(), x.float().clone()
+        for start, stop in frame_segments(x.float().mean(1), self.segments):
+            if stop - start > 1:
+                still = pair_cosine(x[start:stop]) > self.threshold
+                static[start], gone[start + 1 : stop] = still, still
+                merged[start, still] = x[start:stop, still].float().mean(0)
+                stands[start:stop, still] = index[start, still]
+                weights[start:stop, still] = 1.0 / (stop - start)
+        both = torch.stack([static, ~static & ~gone], 1)  # (T, 2, P): the groups
+        sizes = both.sum(2)
+        if self.keep is None:
+            wanted = torch.where(sizes > ENOUGH, (sizes * self.ratio + 1e-9).long(), sizes)
+            wanted = torch.maximum(wanted, sizes.clamp(max=1))
+        else:
+            number = min(int(sizes.sum()), count(self.keep, t * p))
+            split = shares(number, sizes.flatten().tolist())
+            wanted = torch.tensor(split, device=device).view(t, 2)
+        assigned, share = torch.full((t, p), -1, device=device), torch.ones(t, p, device=device)
+        for kind in range(2):
+            rows = wanted[:, kind].nonzero()[:, 0]
+            if not len(rows):
+                continue
+            found = cluster(merged[rows], both[rows, kind], wanted[rows, kind], NEIGHBOURS)
+            own = found >= 0
+            assigned[rows] = torch.where(own, found + rows[:, None] * p, assigned[rows])
+            share[rows] = torch.where(own, mean_weights(found), share[rows])
+        first = stands.flatten()
+        group = torch.arange(2 * t, device=device).view(t, 2)
+        group = torch.where(both[:, 0], group[:, :1], group[:, 1:]).flatten()
+        return Compressed(
+            assigned.flatten()[first], weights.flatten() * share.flatten()[first], group
+        )
+
+    def _inner(self, site: LanguageSite) -> Reduction | None:
+        assert self.inner is not None
+        valid = valid_of(site)
+        groups: Tensor = site.memory["groups"].gather(1, site.index.clamp(min=0))
+        groups = groups.masked_fill(~valid, -1)
+        if not bool((groups >= 0).any()):
+            return None
+        need_text_after(site)
+        rows, _ = top_indices(site.text_after.float(), site.text_after.sum(1), site.text_after)
+        score = site.attention_rows_from_text(rows).amax((1, 2))
+        stays = torch.stack(
+            [best_of_groups(score[b], groups[b], self.inner) for b in range(site.batch)]
+        )
+        stays = stays & valid
+        if torch.equal(stays, valid):
+            return None
+        kept, padded = top_indices(stays.float(), stays.sum(1), stays)
+        return Reduction(TokenMap.keep(kept, site.n, padded))
+
+
+class Compressed(NamedTuple):
+    """``stands`` (T * P,) int64; ``weights`` (T * P,) float32, each slot's sum to 1; ``groups`` (T * P,)."""
+
+    stands: Tensor
+    weights: Tensor
+    groups: Tensor
+
+
+def pair_cosine(x: Tensor) -> Tensor:
+    """(P,) mean cosine over all pairs of different frames, of (T, P, C), T > 1."""
+    t = x.shape[0]
+    total = (
+        F.normalize(x.float(), dim=-1).sum(0).square().sum(-1)
+    )  # all pairs, and each with itself
+    return (total - t) / (t * (t - 1))
+
+
+def frame_segments(frames: Tensor, share: float) -> list[tuple[int, int]]:
+    """(start, stop) of segments of (T, C) frames: clusters made contiguous."""
+    t = frames.shape[0]
+    number = torch.tensor([max(1, int(share * t + 1e-9))], device=frames.device)
+    every = torch.ones(1, t, dtype=torch.bool, device=frames.device)
+    return contiguous(cluster(frames[None], every, number, NEIGHBOURS)[0].tolist())
+
+
+def contiguous(labels: list[int]) -> list[tuple[int, int]]:
+    """Runs of labels, such that every label has one run.
+
+    A label keeps its longest run (the first of equals). The shortest of the others (the first of
+    equals) joins its longer neighbour (the earlier of equals), and so on.
+    """
+    runs = [(label, len(list(group))) for label, group in groupby(labels)]
+    while True:
+        longest: dict[int, int] = {}
+        for i, (label, length) in enumerate(runs):
+            if label not in longest or length > runs[longest[label]][1]:
+                longest[label] = i
+        stray = [i for i, (label, _) in enumerate(runs) if longest[label] != i]
+        if not stray:
+            break
+        i = min(stray, key=lambda i: (runs[i][1], i))
+        near = [j for j in (i - 1, i + 1) if 0 <= j < len(runs)]
+        label = runs[max(near, key=lambda j: (runs[j][1], -j))][0]
+        runs[i] = (label, runs[i][1])
+        joined: list[tuple[int, int]] = []
+        for label, length in runs:
+            if joined and joined[-1][0] == label:
+                joined[-1] = (label, joined[-1][1] + length)
+            else:
+                joined.append((label, length))
+        runs = joined
+    out, start = [], 0
+    for _, length in runs:
+        out.append((start, start + length))
+        start += length
+    return out
+
+
+def best_of_groups(score: Tensor, groups: Tensor, keep: Keep) -> Tensor:
+    """(N,) bool: the best of every group by (N,) scores, and all tokens of no group (-1)."""
+    number = torch.zeros(int(groups.max()) + 2, dtype=torch.long, device=groups.device)
+    number = number.index_add(0, groups + 1, torch.ones_like(groups))
+    quota = counts(keep, number)
+    quota[0] = number[0]
+    order = torch.sort(score, descending=True, stable=True).indices
+    order = order[torch.sort(groups[order], stable=True).indices]  # group by group, best first
+    start = number.cumsum(0) - number
+    place = torch.arange(len(order), device=order.device) - start[groups[order] + 1]
+    stays = place < quota[groups[order] + 1]
+    return torch.empty_like(stays).index_put((order,), stays)
