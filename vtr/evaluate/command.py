@@ -99,7 +99,7 @@ def evaluate(
             _print(json.dumps(asdict(plan), indent=2) if as_json else plan)
         return 0
     log = _log if rank == 0 else None
-    results = runner.run(job, store, log)
+    results = runner.run(job, store, log, out)
     if rank != 0:
         return 0
     if as_json:

@@ -70,14 +70,19 @@ def manager(tasks: Sequence[str], include: Sequence[str | Path] = ()) -> Any:
     return made(True)
 
 
-def check(tasks: Sequence[str], manager: Any, judge: bool = False) -> None:
+def check(
+    tasks: Sequence[str], manager: Any, judge: bool = False, limit: int | None = None
+) -> None:
     """Raise ``ValueError`` for tasks that do not exist, cannot be answered, or ask a judge.
 
     Args:
         tasks: names of tasks, tags or groups.
         manager: of :func:`manager`.
         judge: whether outside judges may be asked.
+        limit: samples of each task.
     """
+    if "mme" in tasks and limit is not None and limit % 2:
+        raise ValueError(f"mme scores pairs of questions: give an even limit, got {limit}")
     for name in tasks:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.task_index, n=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +117,7 @@ def prepare(
     for group in groups:  # a budget that a method does not have is known without the model
         sweep([group], keeps, numbers)
     manager = official.manager(names, include)
-    official.check(names, manager, judge)
+    official.check(names, manager, judge, limit)
     ref = loading.find(model)
     bones = loading.skeleton(ref)
     if everything:
@@ -205,6 +207,7 @@ def run(
     job: Job,
     store: str | Path | Store | None = None,
     progress: Callable[[str], None] | None = None,
+    submissions: str | Path | None = None,
 ) -> Results:
     """Run a checked sweep; answers that the store holds are not made again.
 
@@ -215,6 +218,7 @@ def run(
         job: of :func:`prepare`.
         store: a results store, the path of one, or None to keep the answers in memory.
         progress: called with a line of text about each evaluation.
+        submissions: folder for the files that some tasks write for a test server; None drops them.
 
     Raises:
         ValueError: the data of a task cannot be loaded, or the weights of the model.
@@ -223,6 +227,8 @@ def run(
 
     say = progress or (lambda line: None)
     kept = store if isinstance(store, Store) else Store(store)
+    scratch = None if submissions is not None else tempfile.TemporaryDirectory()
+    files = str(submissions) if scratch is None else scratch.name
     try:
         _load_data(job)
         lm = VTRChat(
@@ -243,7 +249,7 @@ def run(
         for number, cell in enumerate(job.cells, 1):
             name = lm.use(cell)
             for task in job.tasks:
-                outcome = _one(job, lm, cell, name, task)
+                outcome = _one(job, lm, cell, name, task, files)
                 if not main:
                     continue
                 outcomes += outcome
@@ -251,6 +257,8 @@ def run(
                     say(f"[{number}/{len(job.cells)}] {one.line()}")
         return Results(job.ref.name, lm.fingerprint, job.limit, tuple(outcomes))
     finally:
+        if scratch is not None:
+            scratch.cleanup()
         if kept is not store:
             kept.close()
 
@@ -277,7 +285,7 @@ def _root(error: BaseException) -> str:
     return _root(inner) if inner is not None else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _one(job: Job, lm: Any, cell: Cell, name: str, task: str) -> list[Outcome]:
+def _one(job: Job, lm: Any, cell: Cell, name: str, task: str, files: str) -> list[Outcome]:
     """One cell on one task (or group of tasks)."""
     from lmms_eval import evaluator
 
@@ -300,6 +308,7 @@ def _one(job: Job, lm: Any, cell: Cell, name: str, task: str) -> list[Outcome]:
             torch_random_seed=job.seed,
             fewshot_random_seed=job.seed,
             verbosity="ERROR",
+            cli_args=argparse.Namespace(output_path=files, process_with_media=True),
         )
     except Exception as error:
         if lm.world_size > 1:  # the others wait for this process: end, and let torchrun end them
