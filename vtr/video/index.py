@@ -134,6 +134,7 @@ class VideoIndex:
         stored: (height, width) before rotation.
         turn: quarter turns, counter-clockwise; flip: mirror left to right before turning.
         plain: nothing about the file is unusual: any decoder numbers its frames alike.
+        intra: every frame is a key frame.
     """
 
     metadata: VideoMetadata
@@ -147,6 +148,7 @@ class VideoIndex:
     turn: int
     flip: bool
     plain: bool
+    intra: bool
 
     @property
     def counted(self) -> bool:
@@ -216,6 +218,7 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
             and not trouble
             and single
         ),
+        intra=bool(key.all()),
     )
 
 
@@ -259,6 +262,7 @@ def counted_index(
         turn,
         flip,
         plain=False,
+        intra=False,
     )
 
 

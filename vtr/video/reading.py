@@ -53,7 +53,8 @@ def load(
         sampling: ``"uniform"``, ``"fps"``, ``"keyframes"`` (what the encoder made key frames) or
             ``"scenes"`` (every frame is decoded once, small, to find the cuts).
         backend: ``"decord"``, ``"pyav"``, or ``"auto"``: decord where it is installed and can read
-            the file with the frames in their right places, else PyAV.
+            the file with the frames in their right places, else PyAV; PyAV for files that hold key
+            frames only.
         damaged: ``"error"`` refuses truncated and corrupt files; ``"keep"`` samples what can be
             decoded, and says in ``metadata.damaged`` what is wrong.
         scene_threshold: mean change of pixel values, of 1, from which on a frame may be a cut.
@@ -91,7 +92,8 @@ def load(
     target = picture_size(index.metadata, size)
     _fits(media, index, wanted, target, memory_limit)
     used, pixels = "decord", None
-    if backend != "pyav":
+    # decord goes through every frame between two wanted ones, which files of key frames spare.
+    if backend == "decord" or (backend == "auto" and not index.intra):
         try:
             pixels = decord_backend.decode(media, index, wanted, target, deadline, threads)
         except (Unfit, MissingDependencyError) as error:
