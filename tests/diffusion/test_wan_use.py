@@ -3,6 +3,7 @@ caches, fused projections, attention backends, saving."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_a_compiled_transformer_is_one_graph() -> None:
             compiled(**case.call(time=time))
             assert density in (None, handle.trace.notes["attention"][0]["density"])
     assert counter.frame_count == 1, "steps and layers do not split or repeat the graph"
+
+
+def test_blocks_compiled_one_by_one_share_their_graph() -> None:
+    """Regional compilation of more layers than a compiler would compile again and again."""
+    case, model = CASES["wan"], CASES["wan"].build()
+    for _ in range(7):
+        model.blocks.append(copy.deepcopy(model.blocks[0]))
+    torch._dynamo.reset()
+    with torch.no_grad(), vtr.apply(model, Fixed()):
+        want = model(**case.call())[0]
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        assert torch.allclose(model(**case.call())[0], want, atol=1e-6)
 
 
 def test_gradients_of_a_compiled_transformer() -> None:

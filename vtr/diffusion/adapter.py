@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vtr.diffusion import block as _block
-from vtr.diffusion import compiled
 from vtr.diffusion.attention import compute
 from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
@@ -53,7 +52,6 @@ class DiffusionWrapping(Wrapping):
         self.contexts: list[tuple[str, dict[str, Any]]] = []
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
-        self.number = compiled.number_of(self)
         self._forget()
         info = ModelInfo(
             self.family.name,
@@ -91,10 +89,6 @@ class DiffusionWrapping(Wrapping):
         }
         state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
         return {**state, **empty, "_trace": Trace(), "session": Session(), "call": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.number = compiled.number_of(self)
 
     def attach(self, target: Any) -> None:
         """Remember the pipeline that ``apply`` was given: it knows the schedule."""
@@ -150,11 +144,6 @@ class DiffusionWrapping(Wrapping):
             self.hook(
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
-
-    def processor(self, index: int, layer: int) -> Any:
-        """The library's own processor of a layer."""
-        attention: Any = layers_of(self.family, self.members[index])[layer][1]
-        return attention.processor.vtr_original
 
     def _processor(self, current: Any, index: int, layer: int) -> SiteProcessor:
         around = None
@@ -273,21 +262,13 @@ class DiffusionWrapping(Wrapping):
         for layer, (_, attention) in enumerate(layers_of(self.family, model)):
             current: Any = attention.processor
             if not isinstance(current, SiteProcessor):
-                current = attention.__dict__["processor"] = self._processor(current, index, layer)
-            current.vtr_function()
+                attention.__dict__["processor"] = self._processor(current, index, layer)
 
+    @torch.compiler.disable
     def attention(
         self, index: int, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """In place of the attention function of a processor."""
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return compiled.traced(self.number, index, layer, function, args, kwargs)
-        return self.compute(index, layer, function, args, kwargs)
-
-    @torch.compiler.disable
-    def compute(
-        self, index: int, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
         return compute(self, index, layer, function, args, kwargs)
 
     @torch.compiler.disable

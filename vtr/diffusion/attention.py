@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.diffusion.compiled import NAMES
 from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.site import Call
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping
-
-# The arguments that diffusers' dispatch and torch's function have in common, in their order.
-NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 def compute(

@@ -2,7 +2,8 @@
 
 What a method does with masks, states and steps is Python that a compiler cannot keep in a graph; cut
 out of it (as is done where gradients are wanted), every layer would split the graph. The operator
-carries the numbers of the wrapping and of the layer, and finds the rest when it runs.
+carries a number, as a tensor, by which it finds the layer's processor when it runs: as data it is the
+same graph for every layer.
 """
 
 from __future__ import annotations
@@ -15,43 +16,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.diffusion.processor import DISPATCH, body_of
-
 if TYPE_CHECKING:
-    from vtr.diffusion.adapter import DiffusionWrapping
+    from vtr.diffusion.processor import SiteProcessor
+
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""The arguments that diffusers' dispatch and torch's function have in common, in their order."""
 
 _serial = itertools.count()
-_LIVE: weakref.WeakValueDictionary[int, DiffusionWrapping] = weakref.WeakValueDictionary()
+_LIVE: weakref.WeakValueDictionary[int, SiteProcessor] = weakref.WeakValueDictionary()
 
 
-def number_of(wrapping: DiffusionWrapping) -> int:
-    """A number by which the operator finds the wrapping as long as it lives."""
+class _Tracing:
+    """Which processor a compiler is in; only set and read while it traces (one at a time)."""
+
+    processor: Any = None
+
+
+TRACING = _Tracing()
+
+
+def number_of(processor: SiteProcessor) -> Tensor:
+    """A number, () int64, by which the operator finds the processor as long as it lives."""
     number = next(_serial)
-    _LIVE[number] = wrapping
-    return number
+    _LIVE[number] = processor
+    return torch.tensor(number)
 
 
-def traced(
-    number: int,
-    index: int,
-    layer: int,
-    function: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """The attention call of a processor as one node of a graph."""
-    from vtr.diffusion.attention import NAMES
-
+def intercept(*args: Any, **kwargs: Any) -> Tensor:
+    """In place of the attention function while a compiler traces: one node of the graph."""
     given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
     if given.get("parallel_config") is not None:
         raise RuntimeError(
             "torch.compile of a transformer under context parallelism and a sparse method is not "
-            "supported: compile its blocks' parts, or leave one of the two out"
+            "supported: leave one of the two out"
         )
-    heads_first = function is F.scaled_dot_product_attention
     return torch.ops.vtr.generator_attention(
         given["query"], given["key"], given["value"], given.get("attn_mask"), given.get("scale"),
-        bool(given.get("enable_gqa")), heads_first, [number, index, layer],
+        bool(given.get("enable_gqa")), TRACING.processor.vtr_number,
     )  # fmt: skip
 
 
@@ -60,25 +61,24 @@ def traced(
 )
 def _operator(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None,
-    enable_gqa: bool, heads_first: bool, place: list[int],
+    enable_gqa: bool, number: Tensor,
 ) -> Tensor:  # fmt: skip
-    number, index, layer = place
-    wrapping = _LIVE.get(number)
-    if wrapping is None:
+    from vtr.diffusion.processor import function_of
+
+    processor = _LIVE.get(int(number))
+    if processor is None:
         raise RuntimeError("this compiled model was wrapped by a handle that no longer exists")
     kwargs: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "enable_gqa": enable_gqa}
-    function: Any = F.scaled_dot_product_attention
-    if not heads_first:
-        processor = wrapping.processor(index, layer)
-        function = body_of(processor).__globals__[DISPATCH]
-        kwargs["backend"] = getattr(processor, "_attention_backend", None)
-    out = wrapping.compute(index, layer, function, (query, key, value), kwargs)
+    function = function_of(processor.vtr_original)
+    if function is not F.scaled_dot_product_attention:
+        kwargs["backend"] = getattr(processor.vtr_original, "_attention_backend", None)
+    out: Tensor = processor.vtr_attend(function, (query, key, value), kwargs)
     return out.clone(memory_format=torch.contiguous_format)
 
 
 @_operator.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None,
-    enable_gqa: bool, heads_first: bool, place: list[int],
+    enable_gqa: bool, number: Tensor,
 ) -> Tensor:  # fmt: skip
     return query.new_empty(query.shape)

@@ -11,11 +11,13 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from vtr.diffusion import compiled
 from vtr.errors import UnsupportedModelError
 
 DISPATCH = "dispatch_attention_fn"
@@ -58,6 +60,7 @@ class SiteProcessor:
     vtr_attend: Any
     vtr_around: Any
     vtr_run: Callable[..., Any] | None
+    vtr_number: Tensor
 
     def __init__(self, original: Any, attend: Any, around: Any = None) -> None:
         """``attend(function, args, kwargs)`` is called in place of the attention function, for
@@ -67,7 +70,7 @@ class SiteProcessor:
         self.vtr_attend = attend
         self.vtr_around = around
         self.vtr_run = None
-        self.vtr_function()
+        self.vtr_number = compiled.number_of(self)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("vtr_") or (name.startswith("__") and name.endswith("__")):
@@ -86,36 +89,42 @@ class SiteProcessor:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.vtr_number = compiled.number_of(self)
 
     def vtr_function(self) -> Callable[..., Any]:
-        """The processor's function with its attention call led to :meth:`vtr_intercept`.
-
-        Made when it is first wanted, which a compiler should not have to trace.
-        """
+        """The processor's function with its attention call led to :meth:`vtr_intercept`."""
         if self.vtr_run is None:
-            body = body_of(self.vtr_original)
-            seen: Any = self.vtr_intercept
-            if entry_of(self.vtr_original) == SDPA:
-                seen = types.ModuleType(F.__name__)
-                seen.__dict__.update(F.__dict__)
-                seen.__dict__[SDPA] = self.vtr_intercept
-            name = "F" if entry_of(self.vtr_original) == SDPA else DISPATCH
-            # A code object of its own: compilers keep what they made by code object, whatever
-            # globals it ran with. Without __name__ they do not look these globals up in the module.
-            names = {k: v for k, v in body.__globals__.items() if k != "__name__"}
-            run = types.FunctionType(
-                body.__code__.replace(), {**names, name: seen}, body.__name__,
-                body.__defaults__, body.__closure__,
-            )  # fmt: skip
-            run.__kwdefaults__ = body.__kwdefaults__
-            self.vtr_run = run
+            self.vtr_run = rebuilt(type(self.vtr_original), self.vtr_intercept)
         return self.vtr_run
 
     def vtr_intercept(self, *args: Any, **kwargs: Any) -> Any:
-        if entry_of(self.vtr_original) == SDPA:
-            return self.vtr_attend(F.scaled_dot_product_attention, args, kwargs)
-        function = body_of(self.vtr_original).__globals__[DISPATCH]
-        return self.vtr_attend(function, args, kwargs)
+        return self.vtr_attend(function_of(self.vtr_original), args, kwargs)
+
+
+def function_of(processor: Any) -> Any:
+    """The attention function that a processor calls."""
+    if entry_of(processor) == SDPA:
+        return F.scaled_dot_product_attention
+    return body_of(processor).__globals__[DISPATCH]
+
+
+def rebuilt(kind: Any, intercept: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a class of processors, with its attention function replaced."""
+    body = kind.forward if issubclass(kind, nn.Module) else kind.__call__
+    name, seen = DISPATCH, intercept
+    if DISPATCH not in body.__code__.co_names:
+        name, seen = "F", cast(Any, types.ModuleType(F.__name__))
+        seen.__dict__.update(F.__dict__)
+        seen.__dict__[SDPA] = intercept
+    # A code object of its own: compilers keep what they made by code object, whatever globals it
+    # ran with. Without __name__ they do not look these globals up in the module.
+    names = {k: v for k, v in body.__globals__.items() if k != "__name__"}
+    run = types.FunctionType(
+        body.__code__.replace(), {**names, name: seen}, body.__name__, body.__defaults__,
+        body.__closure__,
+    )  # fmt: skip
+    run.__kwdefaults__ = body.__kwdefaults__
+    return run
 
 
 @functools.cache
@@ -126,9 +135,14 @@ def _class_for(kind: Any) -> type[SiteProcessor]:
         args = (self.vtr_original, *args)
         if self.vtr_around is not None:
             return self.vtr_around(self.vtr_function(), args, kwargs)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            compiled.TRACING.processor = self
+            return traced(*args, **kwargs)
         return self.vtr_function()(*args, **kwargs)
 
     body = kind.forward if issubclass(kind, nn.Module) else kind.__call__
+    # One function for all layers, so that blocks that are compiled one by one share their graph.
+    traced = rebuilt(kind, compiled.intercept)
     __call__.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
     return type(f"Site{kind.__name__}", (SiteProcessor,), {"__call__": __call__})
 
@@ -140,5 +154,6 @@ def site_processor(original: Any, attend: Any, around: Any = None) -> SiteProces
     Raises:
         UnsupportedModelError: it does not compute attention in a way that can be shown.
     """
+    entry_of(original)
     kind: Any = type(original)
     return _class_for(kind)(original, attend, around)
