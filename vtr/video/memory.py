@@ -103,7 +103,7 @@ class TokenMemory:
 
     def __repr__(self) -> str:
         return (
-            f"TokenMemory({len(self)} of {self.capacity} tokens, for {self.total} of "
+            f"TokenMemory({len(self)} of at most {self.capacity} tokens, after {self.total} tokens of "
             f"{self.frames} frames)"
         )
 
