@@ -57,19 +57,28 @@ class Recipe:
 
     Attributes:
         steps: optimiser steps.
+        settling: share of them, the last ones, at a lower rate, in which the newline that ends a video
+            is dropped as often as any other token; before, it stays.
         batch: clips per step.
         clips: clips whose features are computed; the first quarter has two digits each.
         seed: of the weights, the clips, the questions and the choice of tokens.
-        rate: peak learning rate, warmed up over 100 steps, falling over the last 45 %.
+        rate: peak learning rate, warmed up over 100 steps, falling over the last 45 % of the steps
+            before settling.
         tower: the built-in model, or the folder of a training run, whose tower is used.
     """
 
-    steps: int = 2000
+    steps: int = 2400
+    settling: float = 1 / 6
     batch: int = 32
     clips: int = 4000
     seed: int = 51
     rate: float = 1.5e-3
     tower: str = "digits-llava"
+
+    @property
+    def main(self) -> int:
+        """Steps before settling."""
+        return self.steps - round(self.steps * self.settling)
 
 
 class Bank(NamedTuple):
@@ -205,8 +214,11 @@ class Trainer:
         """One optimiser step; ``loss`` and ``accuracy`` (of the words of answers that matter)."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.position)
-        at = self.position / recipe.steps
-        rate = recipe.rate * min(1.0, max(0.02, (1 - at) / 0.45))
+        at = min(1.0, self.position / recipe.main)
+        falling = (1 - at) / 0.45
+        if self.position >= recipe.main:
+            falling = 0.25 * (recipe.steps - self.position) / (recipe.steps - recipe.main)
+        rate = recipe.rate * min(1.0, max(0.02, falling))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * min(1.0, (self.position + 1) / 100)
         loss, news = self._loss(at, generator)
@@ -256,12 +268,16 @@ class Trainer:
             weights += [torch.zeros(turn.asked.shape[1]), said]
             kinds.append(torch.full((lengths[i],), i))
         weight, kind = torch.cat(weights), torch.cat(kinds)
+        settles = self.position >= self.recipe.main
+        chance = torch.rand((), generator=generator).item()
+        newline = not settles or chance < keep / TOKENS
+        visible = keep + newline
         after = TOKENS + 2  # of the start and of the newline that ends the video
         positions = torch.cat(
             [
                 torch.zeros(n, 1, dtype=torch.long),
                 kept + 1,
-                torch.full((n, 1), TOKENS + 1),
+                torch.full((n, int(newline)), TOKENS + 1),
                 *(torch.arange(after, after + k).expand(n, -1) for k in lengths),
             ],
             1,
@@ -270,15 +286,15 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             projected = model.multi_modal_projector(visual).float().mean(2)
             start = words(torch.full((n, 1), VOCABULARY["<s>"]))
-            end = model.image_newline.expand(n, 1, -1)
+            end = model.image_newline.expand(n, int(newline), -1)
             out = model.language_model(
                 inputs_embeds=torch.cat([start, projected, end, words(tokens)], 1),
                 position_ids=positions,
-                attention_mask=turn_mask(keep + 1, lengths),
+                attention_mask=turn_mask(visible, lengths),
                 use_cache=False,
                 output_hidden_states=True,
             )
-            hidden = out.last_hidden_state[:, keep + 1 : -1]
+            hidden = out.last_hidden_state[:, visible:-1]
             used = weight > 0
             logits = self.model.lm_head(hidden[:, used]).float()
             early, middle = (out.hidden_states[i][:, 1 : 1 + keep] for i in (1, 3))
