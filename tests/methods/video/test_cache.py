@@ -117,7 +117,7 @@ def test_answers_are_those_of_a_masked_full_cache(
 ) -> None:
     model, inputs = VIDEOS[name](1)
     model.set_attn_implementation("eager")
-    keep = {"keep": 0.3, "layer": LAYER}
+    keep: dict[str, Any] = {"keep": 0.3, "layer": LAYER}
     start = int((inputs["input_ids"][0] > START - 3).nonzero()[0])
     method = vtr.DyCoke(kv=4, evicted=evicted, similarity=similarity or 0.9, **keep)
     out, trace = reduced(model, inputs, method)
@@ -273,5 +273,5 @@ def test_the_report_counts_what_is_held() -> None:
     model, inputs = VIDEOS["llava_next_video"](1)
     with vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER)) as handle, torch.no_grad():
         out = model(**inputs, use_cache=True)
-        assert handle.report().kv_bytes is not None
-        assert handle.report().kv_bytes[1] == size(out)
+        counted = handle.report().kv_bytes
+        assert counted is not None and counted[1] == size(out) < counted[0]
