@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,14 @@ from vtr.diffusion.parallel import order
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.diffusion.two"]
     root = Path(__file__).parents[2]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    local = {"GLOO_SOCKET_IFNAME": "lo"} if "lo" in dict(socket.if_nameindex()).values() else {}
     started = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path)], cwd=root, stdout=subprocess.PIPE,
+            [*command, str(rank), port, str(tmp_path)], cwd=root,
+            env={**os.environ, **local}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )
         for rank in (0, 1)

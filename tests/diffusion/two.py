@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -29,13 +30,21 @@ def inputs(name: str) -> dict[str, Any]:
     return {**given, "img_shapes": [[(1, 6, 6)]] * 2}
 
 
+@functools.cache
+def mesh() -> Any:
+    """One for all models: making its groups takes longer than everything else here."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
+
+
 def outputs(name: str, parallel: bool) -> dict[str, torch.Tensor]:
     """Dense, sparse, and sparse after a dense step."""
     model, given = CASES[name].build(), inputs(name)
     if parallel:
         from diffusers import ContextParallelConfig
 
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh()))
     made = {}
     with torch.no_grad():
         made["dense"] = model(**given)[0]
@@ -52,7 +61,7 @@ def merged() -> dict[str, str]:
     from diffusers import ContextParallelConfig
 
     model = CASES["wan"].build()
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh()))
     with torch.no_grad(), vtr.apply(model, vtr.create("tomesd")):
         try:
             model(**inputs("wan"))
@@ -61,21 +70,21 @@ def merged() -> dict[str, str]:
     return {"error": ""}
 
 
-def main(rank: int, folder: str) -> None:
+def main(rank: int, port: str, folder: str) -> None:
     torch.set_num_threads(1)
     # diffusers numbers the accelerators of the machine; a CPU stands in for one.
     torch.accelerator.device_count = lambda: 1
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name in NAMES:
         made = outputs(name, parallel=True)
         if rank == 0:
             torch.save(made, f"{folder}/{name}.pt")
-    made = merged()
+    refused = merged()
     if rank == 0:
-        torch.save(made, f"{folder}/merged.pt")
+        torch.save(refused, f"{folder}/merged.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
