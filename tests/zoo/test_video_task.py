@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from vtr.zoo import vlm_path
 from vtr.zoo.video_questions import KINDS
 
 
@@ -43,7 +42,7 @@ def test_lmms_eval_asks_and_scores(task):
 
     plugin.register()
     tasks = TaskManager("ERROR", include_path=str(task), include_defaults=False, model_name="vtr")
-    arguments = f"pretrained={vlm_path('digits-video')},positions=original"
+    arguments = "pretrained=digits-video"
     out = simple_evaluate(
         model="vtr",
         model_args=arguments,

@@ -11,7 +11,7 @@ from vtr.zoo.clips import COLOURS, QUADRANTS, clips
 from vtr.zoo.train_video import NOTHING, UNCLEAR, Recipe, Trainer, facts, look, owners
 from vtr.zoo.video_questions import KINDS, QUARTERS, TIMES, VOCABULARY, ask, text
 
-SMALL = Recipe(steps=4, batch=4, clips=8)
+SMALL = Recipe(steps=4, settling=2, batch=4, clips=8)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +136,26 @@ def test_recipe_runs_and_resumes_where_it_left(tmp_path):
     assert video_questions.evaluate_video_vlm(model, processor, samples)["mean"] <= 0.5
 
 
+def test_the_newline_goes_in_the_last_steps(monkeypatch):
+    trainer = Trainer(Recipe(steps=24, settling=12, batch=2, clips=4))
+    seen = []
+    language = trainer.model.model.language_model
+    forward = language.forward
+
+    def spy(*arguments, **options):
+        seen.append(bool((options["position_ids"] == video_llava.TOKENS + 1).any()))
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(language, "forward", spy)
+    for _ in range(24):
+        trainer.step()
+    assert all(seen[:12]) and 0 < sum(seen[12:]) < 12
+    with pytest.raises(ValueError, match="settling"):
+        Trainer(Recipe(steps=100))
+
+
 def test_the_bank_is_a_function_of_the_seed():
-    one, two = (Trainer(Recipe(clips=4, steps=1, batch=2)).bank() for _ in range(2))
+    one, two = (Trainer(Recipe(clips=4, steps=1, settling=0, batch=2)).bank() for _ in range(2))
     assert torch.equal(one.features, two.features) and torch.equal(one.clips.seen, two.clips.seen)
     assert (one.clips.number[:1] == 2).all()
 

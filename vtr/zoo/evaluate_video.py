@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SHARES = (0.5, 0.25, 0.1)
-CLIPS = 40
+CLIPS = 36
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,28 @@ def methods_at(share: float) -> dict[str, Method]:
     """Every method for video, with a share of the tokens left, under the name that tables show.
 
     HoliTom and PruneVid are there with their cut at the entry of the language model alone, and with
-    the one inside it, which comes on top. DyCoke keeps a quarter of the frames whole, so that it cannot
-    go below; at a quarter it keeps one token of each other frame.
+    the one inside it, which comes on top; so is DyCoke with its cut of the cache while it answers. DyCoke
+    keeps a quarter of the frames whole, so that it cannot go below; at a quarter it keeps one token of
+    each other frame.
     """
     per_frame: int | float = (4 * share - 1) / 3 if share > 0.25 else 1
     methods: dict[str, Method] = {
-        "random tokens": vtr.Random(keep=share, site="prompt", seed=0),
+        "random tokens": vtr.Random(keep=share, site="prompt"),
         "random frames": RandomFrames(keep=share),
         "uniform frames": vtr.UniformFrames(keep=share),
-        "DyCoke": vtr.DyCoke(keep=per_frame),
+        "DyCoke": vtr.DyCoke(keep=per_frame, kv=None),
+        "DyCoke, cache too": vtr.DyCoke(keep=per_frame),
         "EVS": vtr.EVS(keep=share),
         "FastVID": vtr.FastVID(keep=share),
         "HoliTom": vtr.HoliTom(keep=share, inner=None),
         "HoliTom, inner too": vtr.HoliTom(keep=share),
         "PruneVid": vtr.PruneVid(keep=share, inner=None),
         "PruneVid, inner too": vtr.PruneVid(keep=share),
+        "FrameFusion": vtr.FrameFusion(keep=share),
         "ToMe over time": vtr.VideoToMe(keep=share),
     }
     if share < 0.25:
-        del methods["DyCoke"]
+        del methods["DyCoke"], methods["DyCoke, cache too"]
     return methods
 
 
@@ -99,10 +102,10 @@ class Result:
         name: of the method; ``dense`` for the bare model.
         method: with its settings.
         share: of the visual tokens that was asked for.
-        tokens: visual tokens after the last cut, mean over the samples of the last batch.
+        tokens: visual tokens, mean over the layers of the language model, of the last batch.
         accuracy: share of whole, freely generated answers that are right.
         kinds: the same per kind of question.
-        flops: (dense, reduced) of tower and language model's prefill, per sample of the last batch.
+        flops: (dense, reduced) of the language model's prefill, per sample of the last batch.
         seconds: time of all questions.
     """
 
@@ -133,11 +136,9 @@ def measure(
         seconds = time.perf_counter() - start
         tokens, flops = 289.0, None
         if handle is not None:
-            last = handle.trace.stages[-1].total if handle.trace.stages else None
-            if last is not None:
-                tokens = last.valid.sum(1).float().mean().item()
-            costs = handle.report().flops.values()
-            flops = (sum(d for d, _ in costs), sum(r for _, r in costs))
+            layers = handle.trace.tokens["decoder"].values()
+            tokens = sum(entering for entering, _ in layers) / len(layers)
+            flops = handle.report().flops["language"]
     text = "dense" if method is None else str(method)
     return Result(name, text, share, tokens, scores.pop("mean"), scores, flops, seconds)
 
@@ -220,7 +221,8 @@ def markdown(results: Sequence[Result], questions: int) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "In brackets: tokens after the last cut, mean over samples of the last batch. By kind of question:",
+        "In brackets: visual tokens, mean over the layers of the language model. FLOPs are those of its "
+        "prefill. By kind of question:",
         "",
         "| method | tokens | " + " | ".join(KINDS) + " | FLOPs |",
         "| --- | ---: |" + " ---: |" * (len(KINDS) + 1),
@@ -254,7 +256,7 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
             *zip(*points, strict=True), marker="osv^D"[i % 5], ms=4, lw=1.5, ls=style, label=name
         )
     axes.set(
-        xlabel="visual tokens left (of 289)",
+        xlabel="visual tokens, mean over layers of the language model (of 289)",
         ylabel="whole answers right (%)",
         title="Built-in video model: accuracy against tokens",
     )

@@ -57,8 +57,8 @@ class Recipe:
 
     Attributes:
         steps: optimiser steps.
-        settling: share of them, the last ones, at a lower rate, in which the newline that ends a video
-            is dropped as often as any other token; before, it stays.
+        settling: the last of them, at a lower rate, in which the newline that ends a video is dropped
+            as often as any other token; before, it stays.
         batch: clips per step.
         clips: clips whose features are computed; the first quarter has two digits each.
         seed: of the weights, the clips, the questions and the choice of tokens.
@@ -67,8 +67,8 @@ class Recipe:
         tower: the built-in model, or the folder of a training run, whose tower is used.
     """
 
-    steps: int = 2400
-    settling: float = 1 / 6
+    steps: int = 2120
+    settling: int = 120
     batch: int = 32
     clips: int = 4000
     seed: int = 51
@@ -78,7 +78,7 @@ class Recipe:
     @property
     def main(self) -> int:
         """Steps before settling."""
-        return self.steps - round(self.steps * self.settling)
+        return self.steps - self.settling
 
 
 class Bank(NamedTuple):
@@ -160,6 +160,10 @@ class Trainer:
     """A run of a :class:`Recipe`, one :meth:`step` at a time."""
 
     def __init__(self, recipe: Recipe) -> None:
+        if not 0 <= recipe.settling < recipe.steps:
+            raise ValueError(
+                f"steps must be more than the {recipe.settling} of settling, got {recipe.steps}"
+            )
         self.recipe = recipe
         self.position = 0
         with torch.random.fork_rng(devices=[]):
@@ -217,7 +221,7 @@ class Trainer:
         at = min(1.0, self.position / recipe.main)
         falling = (1 - at) / 0.45
         if self.position >= recipe.main:
-            falling = 0.25 * (recipe.steps - self.position) / (recipe.steps - recipe.main)
+            falling = 0.25 * (recipe.steps - self.position) / recipe.settling
         rate = recipe.rate * min(1.0, max(0.02, falling))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * min(1.0, (self.position + 1) / 100)
