@@ -145,6 +145,10 @@ class Half(Method):
     paper: ClassVar[str] = "none"
     sites: ClassVar[tuple[str, ...]] = ("block",)
     everything: bool = False
+    around: str = "attention"
+
+    def parts(self) -> frozenset[str]:
+        return frozenset({self.around})
 
     def stages(self, info: Any) -> tuple[Stage, ...]:
         return tuple(Stage("block", n) for n in range(info.depth["block"]))
@@ -205,6 +209,38 @@ def test_attention_of_some_tokens(model: Any, case: Case, monkeypatch: pytest.Mo
         assert torch.allclose(run(model, case), want, atol=2e-6)
         stages = handle.trace.stages
     assert {(s.tokens_in, s.tokens_out) for s in stages} == {(case.tokens, case.tokens // 2)}
+
+
+def test_the_mlp_of_some_tokens(model: Any, case: Case) -> None:
+    """An MLP sees one token at a time: merged, the tokens left out copy the one before them."""
+    name = {"WanT": "ffn", "Qwen": "img_mlp"}.get(type(model).__name__[:4], "ff")
+    if case in (CASES["flux"], CASES["hunyuan-video"]):
+        with pytest.raises(vtr.UnsupportedMethodError, match="without an MLP"):
+            vtr.apply(model, Half(around="mlp"))
+        return
+    kept = chosen(2, case.tokens)
+    source = torch.zeros(2, case.tokens, dtype=torch.long).scatter(1, kept, kept).cummax(1).values
+
+    def copies(module: Any, args: Any, out: Tensor) -> Tensor:
+        start = case.text if out.shape[1] > case.tokens and case.text_first else 0
+        part = out[:, start : start + case.tokens]
+        part = part.gather(1, source[..., None].expand_as(part))
+        return torch.cat([out[:, :start], part, out[:, start + case.tokens :]], 1)
+
+    blocks = {n.rpartition(".")[0] for n in case.attention}
+    hooks = [model.get_submodule(f"{b}.{name}").register_forward_hook(copies) for b in blocks]
+    want = run(model, case)
+    for hook in hooks:
+        hook.remove()
+    assert not torch.allclose(want, run(model, case), atol=1e-3)
+    with vtr.apply(model, Half(around="mlp")):
+        assert torch.allclose(run(model, case), want, atol=2e-6)
+
+
+def test_merging_and_sparse_attention_divide_the_layers(model: Any, case: Case) -> None:
+    with pytest.raises(ValueError, match="merges tokens around attention layer"):
+        vtr.apply(model, [Half(), Fixed()])
+    assert torch.equal(run(model, case), run(model, case))
 
 
 def test_the_masks_of_the_tests_differ_between_rows() -> None:
