@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-PARTS = ("vit", "vlm")
+PARTS = ("vit", "vlm", "diffusion", "video")
 IMAGES = 1000
 QUESTIONS = 200
 
@@ -26,7 +26,8 @@ def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
     text: list[str] = []
     for part in parts or PARTS:
         console.rule(f"[bold]{part}")
-        results[part], lines = {"vit": vit, "vlm": vlm}[part](out, console)
+        show = {"vit": vit, "vlm": vlm, "diffusion": diffusion, "video": video}[part]
+        results[part], lines = show(out, console)
         text.append(lines)
     (out / "table.txt").write_text("\n".join(text), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -118,6 +119,20 @@ def vlm(out: Path, console: Console) -> tuple[Any, str]:
             )
     row(columns).save(out / "vlm.png")
     return questions.to_dicts(results), plain(table)
+
+
+def diffusion(out: Path, console: Console) -> tuple[Any, str]:
+    """The built-in video generator, dense and with half of the attention."""
+    from vtr import demo_diffusion
+
+    return demo_diffusion.diffusion(out, console)
+
+
+def video(out: Path, console: Console) -> tuple[Any, str]:
+    """The built-in video model on a file, dense and with a quarter of the visual tokens."""
+    from vtr import demo_video
+
+    return demo_video.video(out, console)
 
 
 def plain(table: Any) -> str:
