@@ -187,17 +187,13 @@ class FastVID(Method):
         stands[rest] = at[cosine.argmax(1)]
         frame = at // p
         for f in frame.unique().tolist():
-            column = (frame == f).nonzero()[:, 0]
-            given = column[cosine[:, column].argmax(1)]
-            number = torch.zeros(len(at), device=at.device).index_add(
-                0, given, torch.ones(len(rest), device=at.device)
-            )[column]
-            total = torch.zeros(len(at), values.shape[1], device=at.device)
-            total = total.index_add(0, given, values[rest])[column]
+            mine = (frame == f).nonzero()[:, 0]
+            given = F.one_hot(cosine[:, mine].argmax(1), len(mine)).float()  # (rest, anchors of f)
+            number = given.sum(0)
+            mean = (given.T @ values[rest]) / number.clamp(min=1)[:, None]
             weight = (1 / (number + 1)).clamp(min=self.beta)
             weight = torch.where(number > 0, weight, torch.ones_like(weight))[:, None]
-            mean = total / number.clamp(min=1)[:, None]
-            merged[at[column]] = weight * values[at[column]] + (1 - weight) * mean
+            merged[at[mine]] = weight * values[at[mine]] + (1 - weight) * mean
 
 
 NEIGHBOURS = 4

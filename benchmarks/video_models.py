@@ -1,0 +1,368 @@
+"""What the methods for video cost, and what they save.
+
+    python benchmarks/video_models.py reduction              # each method alone, 8 to 256 frames
+    python benchmarks/video_models.py prefill                # CPU: 0.5B shape; GPU: 7B shape
+
+`reduction` times a method's whole decision at the entry of a language model (or at its first layer) on
+random scenes of 196 tokens per frame, with the merging of the hidden states that an adapter does with it:
+milliseconds per 1,000 tokens, and the exponent of growth from 64 to 256 frames (1 is linear).
+
+`prefill` runs a LLaVA-OneVision with random weights on 32 frames of 196 tokens, dense and with methods that
+leave 25 and 10 %: the time of its language model, everything that the method does at its entry and between
+its layers included, against the ratio of FLOPs (achieved_over_ideal). The vision tower is a small one: its
+time is not counted. On a CPU times are CPU seconds of this process, so that other load hardly counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import vtr
+from vtr.signals import Frames, LanguageSite, ModelInfo, VisualSpan
+from vtr.tokens import TokenMap
+
+GRID = (14, 14)
+CELLS = GRID[0] * GRID[1]
+IMAGE, VIDEO = 151646, 151647
+TEXT = 40
+SHAPES = {
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def scene(frames: int, width: int, device: str, seed: int = 0) -> Tensor:
+    """(T, P, C): a scene that changes every 16 frames, with places that move."""
+    g = torch.Generator(device).manual_seed(seed)
+    options: dict[str, Any] = {"generator": g, "device": device}
+    scenes = torch.randn(-(-frames // 16), CELLS, width, **options)
+    moving = torch.rand(frames, CELLS, 1, **options) < 0.5
+    x = scenes.repeat_interleave(16, 0)[:frames]
+    x = x + moving * 0.7 * torch.randn(frames, CELLS, width, **options)
+    return x + 0.05 * torch.randn(frames, CELLS, width, **options)
+
+
+def site_of(x: Tensor, method: vtr.Method) -> LanguageSite:
+    """The place of a language model that a video of (T, P, C) embeddings comes to."""
+    t, p, c = x.shape
+    n, device = t * p, x.device
+    span = VisualSpan(0, n, "video", t, GRID)
+    index = torch.arange(n, device=device)[None]
+    frames = Frames(index // p, index % p, torch.zeros_like(index), [[span]])
+    info = ModelInfo(
+        "a video model",
+        {"encoder": 26, "prompt": 1, "decoder": 24, "cache": 24},
+        {"encoder": frozenset({"attention_received"})},
+        extra={"decoder_middle": True},
+    )
+    name = method.stages(info)[-1].site if "prompt" not in method.sites else "prompt"
+    nothing = torch.zeros(1, 0, dtype=torch.bool, device=device)
+    return LanguageSite(
+        site=name,
+        layer=0,
+        info=info,
+        hidden=x.reshape(1, n, c),
+        map=TokenMap.identity(1, n, device),
+        memory={"score": torch.rand(t, p, device=device)},
+        extra={"entry": torch.tensor([n], device=device)},
+        text=x.new_zeros(1, 0, c),
+        text_valid=nothing,
+        text_after=nothing,
+        images=[[(0, n, (t, *GRID))]],
+        frames=lambda: frames,
+        spread=lambda scores, newline: scores.reshape(1, n),
+        rows=None,
+    )
+
+
+def methods(keep: float) -> dict[str, vtr.Method]:
+    """Methods that leave a share of the tokens at the entry, or as a mean over layers (FrameFusion)."""
+    return {
+        "random": vtr.Random(keep=keep, site="prompt", seed=0),
+        "uniform-frames": vtr.UniformFrames(keep=keep),
+        "evs": vtr.EVS(keep=keep),
+        "fastvid": vtr.FastVID(keep=keep),
+        "holitom": vtr.HoliTom(keep=keep, inner=None),
+        "prunevid": vtr.PruneVid(keep=keep, inner=None),
+        "video-tome": vtr.VideoToMe(keep=keep),
+        "framefusion": vtr.FrameFusion(keep=keep),
+    }
+
+
+class Clock:
+    """CPU seconds of this process, or seconds on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __call__(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def best(self, call: Callable[[], object], repeats: int) -> float:
+        call()
+        found = math.inf
+        for _ in range(repeats):
+            start = self()
+            call()
+            found = min(found, self() - start)
+        return found
+
+
+@torch.inference_mode()
+def reduction(args: argparse.Namespace) -> list[dict[str, object]]:
+    clock = Clock(args.device)
+    chosen = methods(args.keep) | {"dycoke": vtr.DyCoke(kv=None)}
+    if args.methods:
+        chosen = {k: chosen[k] for k in args.methods.split(",")}
+    numbers = [int(n) for n in args.frames.split(",")]
+    seconds: dict[str, dict[int, float]] = {k: {} for k in chosen}
+    for t in numbers:
+        x = scene(t, args.width, args.device)
+        for k, method in chosen.items():
+
+            def call(method: vtr.Method = method, x: Tensor = x) -> Tensor | None:
+                site = site_of(x, method)
+                made = method.reduce(site)
+                if made is None or made.map is None:
+                    return None
+                if made.tokens is not None:
+                    return made.tokens
+                if made.weights is None:
+                    return made.map.gather(site.hidden)
+                return made.map.merge(site.hidden, made.weights, made.normalize)
+
+            seconds[k][t] = clock.best(call, args.repeats)
+    rows: list[dict[str, object]] = []
+    for k, method in chosen.items():
+        per = {t: s * 1e6 / (t * CELLS) for t, s in seconds[k].items()}
+        row: dict[str, object] = {"method": str(method)}
+        row |= {f"ms_per_1000_at_{t}": round(v, 3) for t, v in per.items()}
+        if {64, 256} <= set(numbers):
+            growth = math.log(seconds[k][256] / seconds[k][64]) / math.log(4)
+            row["exponent_64_to_256"] = round(growth, 2)
+        rows.append(row)
+    if args.plot:
+        plot(seconds, args)
+    return rows
+
+
+def plot(seconds: dict[str, dict[int, float]], args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for k, found in seconds.items():
+        axes.plot(list(found), [1e3 * s for s in found.values()], "o-", label=k)
+    least = min(min(f.values()) for f in seconds.values())
+    numbers = list(next(iter(seconds.values())))
+    line = [1e3 * least * t / numbers[0] for t in numbers]
+    axes.plot(numbers, line, "k:", label="linear")
+    axes.set(xscale="log", yscale="log", xlabel=f"frames of {CELLS} tokens", ylabel="milliseconds")
+    axes.set_xticks(numbers, [str(n) for n in numbers])
+    axes.set_title(f"time of a reduction to {args.keep:.0%}, width {args.width}, {args.device}")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(args.plot, dpi=110)
+    print(f"wrote {args.plot}")
+
+
+def build(shape: str, device: str, dtype: torch.dtype) -> Any:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    vision = SiglipVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(vocab_size=152000, max_position_embeddings=32768, **SHAPES[shape])
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlavaOnevisionForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Prefill:
+    """A model, a prompt with one video, and the time of its language model."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        dtype = getattr(torch, args.dtype)
+        self.model = build(args.shape, args.device, dtype)
+        self.clock = Clock(args.device)
+        n = args.frames * CELLS + 1
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(10, 1000, (1, TEXT + n), generator=g)
+        ids[:, TEXT // 2 : TEXT // 2 + n] = VIDEO
+        video = torch.rand(1, 1, 3, 384, 384, generator=g).expand(1, args.frames, -1, -1, -1)
+        video = video + 0.5 * torch.rand(1, args.frames, 3, 384, 384, generator=g)
+        self.inputs = {
+            "input_ids": ids.to(args.device),
+            "attention_mask": torch.ones_like(ids).to(args.device),
+            "pixel_values_videos": video.to(args.device, dtype),
+        }
+        # Set before any method is applied, so that it sees all of what one does.
+        self.model.model.language_model.register_forward_pre_hook(self.enter)
+        self.model.model.register_forward_hook(self.leave)
+        self.start = self.seconds = 0.0
+
+    def enter(self, module: Any, args: Any) -> None:
+        self.start = self.clock()
+
+    def leave(self, module: Any, args: Any, output: Any) -> None:
+        self.seconds = self.clock() - self.start
+
+    def __call__(self) -> float:
+        self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+        return self.seconds
+
+
+@torch.inference_mode()
+def prefill(args: argparse.Namespace) -> list[dict[str, object]]:
+    bench = Prefill(args)
+    cases: list[tuple[float, str, vtr.Method | None]] = [(1.0, "dense", None)]
+    for keep in map(float, args.keep_shares.split(",")):
+        found = methods(keep)
+        names = args.methods.split(",") if args.methods else list(found)
+        cases += [(keep, k, found[k]) for k in names]
+    best: dict[int, float] = {}
+    flops: dict[int, tuple[int, int]] = {}
+    tokens: dict[int, float] = {}
+    for repeat in range(args.repeats + args.warmup):
+        for i, (keep, name, method) in enumerate(cases):
+            if method is None:
+                seconds, tokens[i] = bench(), float(args.frames * CELLS + 1)
+            else:
+                with vtr.apply(bench.model, method) as handle:
+                    seconds = bench()
+                    flops[i] = handle.report().flops["language"]
+                    alive = handle.trace.stages[-1].total.valid.sum(1)
+                    tokens[i] = alive.float().mean().item()
+            print(f"{repeat}: {name} {keep:.0%} {seconds:.2f} s", flush=True)
+            if repeat >= args.warmup:
+                best[i] = min(best.get(i, math.inf), seconds)
+    rows: list[dict[str, object]] = []
+    for i, (keep, name, method) in enumerate(cases):
+        ideal = 1.0 if method is None else flops[i][0] / flops[i][1]
+        speed = best[0] / best[i]
+        rows.append(
+            {
+                "method": name if method is None else str(method),
+                "share": keep,
+                "tokens_at_end": round(tokens[i]),
+                "seconds": round(best[i], 3),
+                "speedup": round(speed, 2),
+                "ideal": round(ideal, 2),
+                "achieved_over_ideal": round(speed / ideal, 3),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, object]], title: str) -> None:
+    table = Table(title=title)
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(str(v) for v in row.values()))
+    Console(width=None if os.isatty(1) else 200).print(table)
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("reduction", help="time of each method as frames grow")
+    sub.add_argument("--frames", default="8,16,32,64,128,256")
+    sub.add_argument("--width", type=int, default=896)
+    sub.add_argument("--keep", type=float, default=0.25)
+    sub.add_argument("--plot", type=Path, help="PNG file")
+    sub.set_defaults(run=reduction)
+    sub = commands.add_parser("prefill", help="the language model's prefill, dense and reduced")
+    sub.add_argument("--shape", choices=SHAPES, default="7b" if device == "cuda" else "0.5b")
+    sub.add_argument("--dtype", default="bfloat16")
+    sub.add_argument("--frames", type=int, default=32)
+    sub.add_argument("--keep-shares", default="0.25,0.1")
+    sub.add_argument("--warmup", type=int, default=1)
+    sub.set_defaults(run=prefill)
+    for sub in commands.choices.values():
+        sub.add_argument("--methods", default="", help="some of them, by comma")
+        sub.add_argument("--repeats", type=int, default=3)
+        sub.add_argument("--threads", type=int, default=0, help="0 is torch's own choice")
+        sub.add_argument("--device", default=device)
+        sub.add_argument("--out", type=Path, help="CSV file")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    where = (
+        f"{args.command}, {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"best of {args.repeats}, {datetime.date.today()}"
+    )
+    rows = args.run(args)
+    show(rows, where)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("w", newline="", encoding="utf-8") as file:
+            file.write(f"# {where}\n")
+            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
