@@ -54,8 +54,8 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
     table = Table(
         title=f"{file.name}, {seen.metadata.codec}, {len(seen)} frames; {SHARE:.0%} of tokens"
     )
-    for column in ("question", "right", *said):
-        table.add_column(column)
+    for column in ("question", "answer", *said):
+        table.add_column(column, no_wrap=column == "answer")
     for i, sample in enumerate(samples):
         row = (_mark(told[i], sample.answer) for told in said.values())
         table.add_row(sample.question, sample.answer, *row)
@@ -85,4 +85,4 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
 
 
 def _mark(said: str, right: str) -> str:
-    return said if said == right else f"[red]{said}[/red]"
+    return "right" if said == right else f"[red]{said}[/red]"
