@@ -96,6 +96,25 @@ def test_an_interrupted_run_leaves_nothing_behind(name: str, stop: int) -> None:
     assert all(count == 0 for *_, step, _, _, _, count in method.seen if step == 0)
 
 
+@pytest.mark.parametrize("name", ["wan", "wan2.2"])
+def test_states_are_let_go(name: str) -> None:
+    """They may be gigabytes: an expert's end with its part of the run, all with the run."""
+    pipe = pipes.make(name)
+    held: list[set[int]] = []
+
+    class Look(Watch):
+        def attend(self, site: Any) -> Tensor:
+            held.append({key[1] for key in wrapping.state})
+            return super().attend(site)
+
+    with vtr.apply(pipe, Look()) as handle:
+        wrapping: Any = handle._wrapping
+        pipes.call(pipe, name, 8)
+        assert not wrapping.state
+    assert held[0] == {0}
+    assert held[-1] == ({1} if name == "wan2.2" else {0})
+
+
 @pytest.mark.parametrize("fail_at", [0, 2])
 def test_an_error_inside_attention_leaves_the_model_usable(fail_at: int) -> None:
     pipe = pipes.make("wan")

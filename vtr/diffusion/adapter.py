@@ -69,6 +69,7 @@ class DiffusionWrapping(Wrapping):
         self.call: Call | None = None
         self.batch = 0
         self.sample: dict[int, int] = {}
+        self.visited: dict[int, int] = {}  # transformer -> its last step
         self.reduced: dict[int, Reduction] = {}
         self.texts: list[Tensor] = []
         self.state: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -83,6 +84,7 @@ class DiffusionWrapping(Wrapping):
             "shared": {},
             "memory": {},
             "sample": {},
+            "visited": {},
             "reduced": {},
             "texts": [],
             "contexts": [],
@@ -141,6 +143,7 @@ class DiffusionWrapping(Wrapping):
             self._install_blocks(index, member)
             if hasattr(member, "cache_context"):
                 self.patch(member, "cache_context", Bound(self, "context", index))
+                self.patch(member, "_reset_stateful_cache", Bound(self, "ended", index))
             self.hook(
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
@@ -209,6 +212,12 @@ class DiffusionWrapping(Wrapping):
         finally:
             self.contexts.pop()
 
+    def ended(self, index: int, *args: Any, **kwargs: Any) -> None:
+        """In place of what a pipeline calls on its transformers at its end: states are let go."""
+        self.state.clear()
+        member = self.members[index]
+        type(member)._reset_stateful_cache(member, *args, **kwargs)
+
     @torch.compiler.disable
     def enter(
         self, index: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -232,7 +241,13 @@ class DiffusionWrapping(Wrapping):
         )
         if run != before:
             self.state.clear()
+            self.visited.clear()
             self.costed = [0.0, 0.0]
+        self.visited[index] = step
+        for other, last in self.visited.items():
+            if last < step - 1:  # an expert whose part of the run is over
+                for key in [k for k in self.state if k[1] == other]:
+                    del self.state[key]
         said = [e.options["steps"] for e in self.active if e.options.get("steps")]
         steps = said[0] if said else facts.get("num_inference_steps") or self.pipeline.steps
         self.call = Call(
