@@ -102,31 +102,34 @@ class Answerer:
                 start = 0
                 while start < len(group):
                     part = group[start : start + (1 if alone else self.size)]
-                    yield self._answered(part, handle)
-                    start += len(part)
+                    done = self._answered(part, handle)
+                    if done is not None:
+                        yield done
+                        start += len(part)
 
-    def _answered(self, works: list[Work], handle: Any) -> list[tuple[Work, Row]]:
-        """A batch; where it raises, in smaller ones, and what raises alone is recorded so."""
+    def _answered(self, works: list[Work], handle: Any) -> list[tuple[Work, Row]] | None:
+        """A batch. Where it raises, sample by sample: what raises alone is recorded so.
+
+        None when memory ran out and the batches are smaller from now on: to be tried again.
+        """
         try:
             return list(zip(works, self._generate(works, handle), strict=True))
         except Exception as error:
-            failure = error
+            failure: Exception | None = error
         # Out of the handler: the traceback would keep the failed call's tensors alive.
-        full = _out_of_memory(failure)
-        text = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-        del failure
+        assert failure is not None
+        full, text = _out_of_memory(failure), explain(failure)
+        failure = None
         if full and torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(works) == 1:
             (work,) = works
             return [(work, Row(work.doc, work.idx, work.prompt.key, "", error=text))]
         if full and self.adapts:
-            self.size = max(1, min(self.size, len(works)) // 2)
-            step = self.size
-        else:
-            step = 1
-        parts = (works[i : i + step] for i in range(0, len(works), step))
-        return [pair for part in parts for pair in self._answered(part, handle)]
+            self.size = len(works) // 2
+            return None
+        alone = [self._answered([work], handle) for work in works]
+        return [pair for pairs in alone if pairs is not None for pair in pairs]
 
     # ---- one call ---------------------------------------------------------------------------
 
@@ -276,6 +279,11 @@ def _saved(handle: Any) -> Cost:
     flops = sum(dense - reduced for dense, reduced in report.flops.values())
     kv = 0.0 if report.kv_bytes is None else report.kv_bytes[0] - report.kv_bytes[1]
     return Cost(float(flops), float(kv))
+
+
+def explain(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _number(*parts: Any) -> int:

@@ -103,11 +103,15 @@ def with_keep(method: Method, keep: Keep) -> Method:
     return changed
 
 
-def parse_keeps(text: str | Iterable[Any] | None) -> tuple[Keep, ...]:
+def parse_keeps(text: str | Keep | Iterable[Any] | None) -> tuple[Keep, ...]:
     """``"256,128,0.5"`` -> (256, 128, 0.5): ints are tokens, floats shares."""
     if text is None:
         return ()
-    parts = text.split(",") if isinstance(text, str) else list(text)
+    parts: list[Any]
+    if isinstance(text, str):
+        parts = text.split(",")
+    else:
+        parts = list(text) if isinstance(text, Iterable) else [text]
     out: list[Keep] = []
     for part in parts:
         value: Any = part

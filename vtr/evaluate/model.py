@@ -6,7 +6,6 @@ its entry point; :mod:`vtr.evaluate.runner` keeps one and changes its cell betwe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +14,9 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 
 from vtr.evaluate import loading
-from vtr.evaluate.answering import Answerer, Work
+from vtr.evaluate.answering import Answerer, Work, explain
 from vtr.evaluate.cells import Cell, as_methods, parse_keeps, sweep
-from vtr.evaluate.launch import ranks
+from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.prompts import prompt_of
 from vtr.evaluate.store import Row, Store
 
@@ -94,24 +93,10 @@ class VTRChat(lmms):
             seed=seed,
         )
         self.retry_errors = retry_errors
-        self._join()
+        self.accelerator = join(self._device)  # lmms-eval asks for it
         self.store = store if isinstance(store, Store) else Store(store)
         self.new = self.reused = 0
         self.use(cell)
-
-    def _join(self) -> None:
-        """Meet the other processes of a distributed run."""
-        self.accelerator: Any = None
-        if self._world_size == 1:
-            return
-        from accelerate import Accelerator
-
-        self.accelerator = Accelerator(cpu=self._device == "cpu")
-        if self.accelerator.num_processes != self._world_size:
-            raise RuntimeError(
-                f"WORLD_SIZE is {self._world_size}, but {self.accelerator.num_processes} processes "
-                "take part: start them with torchrun"
-            )
 
     # ---- the cell ---------------------------------------------------------------------------
 
@@ -235,35 +220,6 @@ def one_cell(method: Any, keep: Any, seed: int) -> Cell:
     if keeps and not any(methods):
         raise ValueError("keep= is the budget of a method: give method= as well")
     return sweep(methods, keeps, (seed,), dense=not methods)[0]
-
-
-def place(device: str | None, rank: int) -> str:
-    """The device of this process.
-
-    Raises:
-        ValueError: torch has no such device here.
-    """
-    import torch
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: torch sees no CUDA device here")
-    if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        return f"cuda:{local % torch.cuda.device_count()}"
-    return device
-
-
-def explain(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _size(batch_size: int | str) -> int:

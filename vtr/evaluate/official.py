@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ HEADLINE = {
 STATIC = {"mmbench_en_dev": "mmbench_en_dev_static"}
 """Tasks that ask a judge where rules do not suffice, and those that use the rules alone."""
 
-_JUDGES = ("metric: gpt_eval_score", "gpt_eval_model", "gpt4", "llm_judge", "llm_as_judge")
+_JUDGE = re.compile(r"metric:\s*[\"']?gpt_eval_score|gpt_eval_model|llm_(as_)?judge")
 
 
 def require() -> None:
@@ -47,8 +49,6 @@ def manager(tasks: Sequence[str], include: Sequence[str | Path] = ()) -> Any:
         tasks: names; :data:`vtr.evaluate.tasks.BUILTIN` is the built-in benchmark.
         include: folders with tasks of the user's.
     """
-    from lmms_eval.tasks import TaskManager
-
     from vtr.evaluate.tasks import write
 
     folders = [str(f) for f in include]
@@ -58,16 +58,21 @@ def manager(tasks: Sequence[str], include: Sequence[str | Path] = ()) -> Any:
         if not Path(folder).is_dir():
             raise ValueError(f"--include-path {folder}: there is no such folder")
 
-    def made(defaults: bool) -> Any:
-        return TaskManager(
-            "ERROR", include_path=folders or None, include_defaults=defaults, model_name="vtr"
-        )
-
     if folders:
-        own = made(False)
+        own = _manager(tuple(folders), False)
         if all(name in own.task_index for name in tasks):
             return own
-    return made(True)
+    return _manager(tuple(folders), True)
+
+
+@lru_cache(maxsize=4)
+def _manager(folders: tuple[str, ...], defaults: bool) -> Any:
+    """lmms-eval's own tasks are two thousand files: read once."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(
+        "ERROR", include_path=list(folders) or None, include_defaults=defaults, model_name="vtr"
+    )
 
 
 def check(
@@ -117,7 +122,7 @@ def _asks_judge(name: str, manager: Any) -> bool:
         if line.startswith("include:"):
             base = file.parent / line.partition(":")[2].strip()
             texts += [base.read_text(encoding="utf-8")] if base.is_file() else []
-    return any(word in text for text in texts for word in _JUDGES)
+    return any(_JUDGE.search(text) for text in texts)
 
 
 def headline(task: str, metrics: dict[str, float]) -> tuple[str, float | None]:

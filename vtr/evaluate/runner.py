@@ -12,7 +12,7 @@ from typing import Any
 from vtr.errors import VtrError
 from vtr.evaluate import loading, official
 from vtr.evaluate.cells import Cell, all_methods, as_methods, parse_keeps, sweep
-from vtr.evaluate.launch import ranks
+from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.results import Outcome, Results, outcome_of
 from vtr.evaluate.store import Store
 from vtr.evaluate.tasks import BUILTIN
@@ -95,8 +95,6 @@ def prepare(
         UnsupportedMethodError: a method that cannot work on this model.
         MissingDependencyError: lmms-eval or transformers is not installed.
     """
-    from vtr.evaluate.model import place
-
     official.require()
     names = _names(tasks)
     everything, methods = _all(methods)
@@ -230,13 +228,15 @@ def run(
     scratch = None if submissions is not None else tempfile.TemporaryDirectory()
     files = str(submissions) if scratch is None else scratch.name
     try:
-        _load_data(job)
+        device = place(job.device, ranks()[0])
+        join(device)
+        data = _load_data(job)
         lm = VTRChat(
             job.ref,
             positions=job.positions,
             seed=job.seed,
             batch_size=job.batch_size,
-            device=job.device,
+            device=device,
             dtype=job.dtype,
             store=kept,
             frames=job.frames,
@@ -249,7 +249,7 @@ def run(
         for number, cell in enumerate(job.cells, 1):
             name = lm.use(cell)
             for task in job.tasks:
-                outcome = _one(job, lm, cell, name, task, files)
+                outcome = _one(job, lm, cell, name, task, data[task], files)
                 if not main:
                     continue
                 outcomes += outcome
@@ -263,18 +263,34 @@ def run(
             kept.close()
 
 
-def _load_data(job: Job) -> None:
-    """Read the data of every task, before the weights; a task without data ends the run here."""
-    from lmms_eval.tasks import get_task_dict
+def _load_data(job: Job) -> dict[str, Any]:
+    """The tasks with their data, read before the weights; a task without data ends the run here."""
+    import torch
 
+    rank, world = ranks()
+    if world > 1 and rank > 0:  # what the first process put into the cache is read by the others
+        torch.distributed.barrier()
+    found = {}
     for task in job.tasks:
         try:
-            get_task_dict([task], job.manager, "chat")
+            found[task] = _with_data(job, task)
         except Exception as error:
             raise ValueError(
                 f"the data of the task {task} cannot be loaded: {_root(error)}. Without a network it "
                 "must be in the cache, or in a local copy (docs/evaluation.md)"
             ) from error
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+    return found
+
+
+def _with_data(job: Job, task: str) -> Any:
+    """A task of lmms-eval, made once for all cells; a group's name, which it makes each time anew."""
+    from lmms_eval.tasks import get_task_dict
+
+    made = get_task_dict([task], job.manager, "chat")
+    one = made.get(task)
+    return task if one is None or isinstance(one, dict) else one
 
 
 def _root(error: BaseException) -> str:
@@ -285,7 +301,9 @@ def _root(error: BaseException) -> str:
     return _root(inner) if inner is not None else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _one(job: Job, lm: Any, cell: Cell, name: str, task: str, files: str) -> list[Outcome]:
+def _one(
+    job: Job, lm: Any, cell: Cell, name: str, task: str, data: Any, files: str
+) -> list[Outcome]:
     """One cell on one task (or group of tasks)."""
     from lmms_eval import evaluator
 
@@ -296,7 +314,7 @@ def _one(job: Job, lm: Any, cell: Cell, name: str, task: str, files: str) -> lis
     try:
         found = evaluator.simple_evaluate(
             model=lm,
-            tasks=[task],
+            tasks=[data],
             batch_size=job.batch_size,
             device=lm._device,
             task_manager=job.manager,
