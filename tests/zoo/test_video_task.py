@@ -59,3 +59,14 @@ def test_lmms_eval_asks_and_scores(task):
     right = [s["filtered_resps"][0].strip() == s["target"] for s in samples]
     assert score == pytest.approx(sum(right) / 14)
     assert score >= 0.5, "two clips, read from files"
+
+
+def test_vtr_eval_knows_the_task(task, monkeypatch):
+    pytest.importorskip("lmms_eval")
+    from vtr.evaluate import official
+    from vtr.evaluate.tasks import video
+
+    monkeypatch.setattr(video, "write", lambda: task)
+    manager = official.manager(["digits_video"])
+    official.check(["digits_video"], manager)
+    assert set(manager.task_index) == {"digits_video"}, "lmms-eval's own tasks are not read for it"

@@ -11,11 +11,13 @@ from typing import Any
 
 from vtr.errors import missing
 from vtr.evaluate.tasks import BUILTIN
+from vtr.evaluate.tasks.video import VIDEO
 
 LMMS_EVAL = "0.7.3"  # private details of it are used: layouts of requests, padding, clean()
 
 HEADLINE = {
     BUILTIN: ("accuracy",),
+    VIDEO: ("accuracy",),
     "pope": ("pope_f1_score",),  # what the papers report
     "mme": ("mme_perception_score", "mme_cognition_score"),  # their sum is the papers' "MME"
     "mmbench_en_dev_static": ("gpt_eval_score",),
@@ -46,14 +48,18 @@ def manager(tasks: Sequence[str], include: Sequence[str | Path] = ()) -> Any:
     """lmms-eval's task manager; its own tasks are only read where one of them is asked for.
 
     Args:
-        tasks: names; :data:`vtr.evaluate.tasks.BUILTIN` is the built-in benchmark.
+        tasks: names; :data:`vtr.evaluate.tasks.BUILTIN` is the built-in benchmark,
+            :data:`vtr.evaluate.tasks.video.VIDEO` the one about videos.
         include: folders with tasks of the user's.
     """
-    from vtr.evaluate.tasks import write
+    from vtr.evaluate.tasks import video, write
 
     folders = [str(f) for f in include]
     if BUILTIN in tasks:
         folders.append(str(write()))
+    if VIDEO in tasks:
+        folders.append(str(video.write()))
+    folders = list(dict.fromkeys(folders))
     for folder in folders:
         if not Path(folder).is_dir():
             raise ValueError(f"--include-path {folder}: there is no such folder")
@@ -93,7 +99,7 @@ def check(
             near = difflib.get_close_matches(name, manager.task_index, n=4)
             hint = f" Near it: {', '.join(near)}." if near else ""
             raise ValueError(
-                f"there is no task {name!r}.{hint} There are {BUILTIN} (built in) and those of "
+                f"there is no task {name!r}.{hint} There are {BUILTIN} and {VIDEO} (built in) and those of "
                 "`lmms_eval --tasks list`, such as gqa, pope, textvqa_val, scienceqa_img, mme, vqav2_val"
             )
         if judge:
