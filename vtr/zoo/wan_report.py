@@ -74,7 +74,7 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         "",
         f"`python -m vtr.zoo.evaluate_wan --sparse --videos {videos}` wrote this page. {videos} videos "
         "of 5 frames of 16 x 32 pixels (640 tokens), the same prompts and noise in every row, 12 "
-        "steps, guidance 3, bfloat16, blocks of 16 tokens, one thread of "
+        "steps, guidance 4.5, bfloat16, blocks of 16 tokens, one thread of "
         f"{processor()}, torch {torch.__version__.partition('+')[0]}.",
         "",
         "- *digit*: the majority of a video's frames shows the digit asked for (chance 10 %); "
@@ -94,12 +94,13 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         "- *Re-ttention of it*: `Rettention(mask=...)` with the mask above it, refreshed at every "
         "third step: a third of the steps after the dense ones is dense (see *work*).",
         "- *rectified* chooses its blocks by pooled scores; *its bare mask* leaves the rectification "
-        "out. *best possible* looks at the dense map first: a bound, no method.",
+        "out. *top of the dense map* keeps, for every head and query block, the key blocks with the "
+        "most attention, which it takes the dense map to find.",
         "- *own frame*: the nearest rows of the own frame; a fifth of all is the whole frame.",
         "",
         "![contact sheet](diffusion-digits.png)",
         "",
-        "The picture has the first two videos of each row, at the largest share of dense steps.",
+        "The picture has the first two videos of each row of the first table.",
     ]
     for share in sorted({row["dense_steps"] for row in rows[1:]}):
         chosen = [row for row in rows[1:] if row["dense_steps"] == share]
@@ -151,10 +152,10 @@ def write(
     content = {"judge": judge, "videos": videos, "rows": rows}
     out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(rows, judge, videos))
-    largest = f" {max(row['dense_steps'] for row in rows[1:]):g}"
+    shown = f" {rows[1]['dense_steps']:g}"
     strips = [
-        (name.removesuffix(largest), strip(found[:2]))
+        (name.removesuffix(shown), strip(found[:2]))
         for name, found in sheets.items()
-        if name == "dense" or name.endswith(largest)
+        if name == "dense" or name.endswith(shown)
     ]
     sheet(strips).save(out.with_suffix(".png"), optimize=True)
