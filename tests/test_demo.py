@@ -29,6 +29,20 @@ def test_the_demo_writes_its_table_its_numbers_and_its_pictures(tmp_path, monkey
         assert picture.width > 144 * (1 + len(digits.demo_methods()))
 
 
+def test_the_generators_part_writes_rows_and_a_contact_sheet(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from vtr import demo_diffusion
+
+    monkeypatch.setattr(demo_diffusion, "VIDEOS", 2)
+    rows = demo.run(["diffusion"], tmp_path, Console(quiet=True))["diffusion"]
+    assert [row["attention"] for row in rows] == list(demo_diffusion.methods())
+    assert rows[0]["psnr"] is None and all(10 < row["psnr"] < 60 for row in rows[1:])
+    assert rows[1]["work"] < rows[2]["work"] < 1
+    with Image.open(tmp_path / "diffusion.png") as picture:
+        assert picture.width > 1000 and picture.convert("L").getextrema()[1] > 200
+    assert "Re-ttention" in (tmp_path / "table.txt").read_text()
+
+
 def test_an_unknown_part_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="no demo 'nope'"):
         demo.run(["nope"], tmp_path / "out", Console(quiet=True))

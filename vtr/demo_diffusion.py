@@ -28,7 +28,7 @@ def methods() -> dict[str, Any]:
     }
 
 
-def diffusion(out: Path, console: Console, videos: int = VIDEOS) -> tuple[Any, str]:
+def diffusion(out: Path, console: Console) -> tuple[Any, str]:
     """The built-in generator, dense and with about half of the attention.
 
     Writes ``out/diffusion.png``: the first videos of each, side by side.
@@ -50,13 +50,13 @@ def diffusion(out: Path, console: Console, videos: int = VIDEOS) -> tuple[Any, s
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("videos", total=len(methods()))
         for name, method in methods().items():
-            row, found = evaluate_wan.measure(pipe, method, videos, reference)
+            row, found = evaluate_wan.measure(pipe, method, VIDEOS, reference)
             reference = found if method is None else reference
             rows.append({"attention": name, **row})
             strips.append((name, wan_report.strip(found[:3])))
             progress.advance(task)
     wan_report.sheet(strips).save(out / "diffusion.png")
-    table = Table(title=f"built-in generator, {videos} videos of 640 tokens, CPU")
+    table = Table(title=f"built-in generator, {VIDEOS} videos of 640 tokens, CPU")
     headings = ("attention", "density", "digit", "direction", "PSNR to dense")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == headings[0] else "right")
