@@ -101,6 +101,13 @@ class VTRChat(lmms):
     # ---- the cell ---------------------------------------------------------------------------
 
     @property
+    def device(self) -> Any:
+        """Where tensors of this process are; lmms-eval counts samples there."""
+        import torch
+
+        return torch.device(self._device)
+
+    @property
     def model(self) -> Any:
         """The transformers model."""
         return self._answerer.model

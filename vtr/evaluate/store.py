@@ -38,7 +38,7 @@ class Row:
         prompt_tokens, new_tokens: of the dense prompt, and of the answer.
         flops_dense, flops: of tower and prefill, for this sample.
         kv_dense, kv: bytes of the KV cache after the prefill.
-        seconds: of the whole call divided by ``batch``.
+        seconds: of the whole call divided by ``batch``; processor time with one thread on the CPU.
         batch: samples in that call.
     """
 

@@ -80,7 +80,7 @@ def notes(results: Results) -> list[str]:
         size = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
         out.append(
             f"ms: median per sample of the whole answer in calls of {size} samples; at other sizes it "
-            "is another number."
+            "is another number. With one thread on the CPU it is processor time."
         )
     seeds = max((line.seeds for line in lines), default=1)
     if seeds > 1:
@@ -172,9 +172,13 @@ def plot(results: Results, path: str | Path) -> None:
     if dense:
         axes.axhline(dense[0][1], color="0.6", lw=1, ls="--", label="dense")
     marks = "osD^v<>PX*hp"
+    # The dark colours first, then the light ones: neighbours in the legend stay apart.
+    colours = [*range(0, 20, 2), *range(1, 20, 2)]
     for i, (name, found) in enumerate(points.items()):
         xs, ys = zip(*sorted(found), strict=True)
-        axes.plot(xs, ys, marker=marks[i % len(marks)], ms=4.5, lw=1.3, label=name, alpha=0.9)
+        colour = pyplot.get_cmap("tab20")(colours[i % 20])
+        mark = marks[i % len(marks)]
+        axes.plot(xs, ys, marker=mark, ms=4.5, lw=1.3, label=name, alpha=0.9, color=colour)
     best = pareto([p for found in points.values() for p in found])
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color="k", lw=4, alpha=0.12, label="best trade-offs")

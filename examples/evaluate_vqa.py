@@ -1,0 +1,32 @@
+"""Evaluate a model with several methods and budgets, and read the table.
+
+    python examples/evaluate_vqa.py
+    python examples/evaluate_vqa.py --model llava-hf/llava-1.5-7b-hf --tasks gqa,pope,textvqa_val
+
+Answers go into a results store: a second run with more methods or samples asks only what is new.
+"""
+
+import argparse
+
+from rich.console import Console
+
+import vtr
+from vtr.evaluate.runner import evaluate
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="builtin")
+parser.add_argument("--tasks", default="digits_vqa")
+parser.add_argument("--limit", type=int, default=50)
+args = parser.parse_args()
+
+results = evaluate(
+    args.model,
+    args.tasks,
+    methods=[vtr.FlowCut(), vtr.FastV(), [vtr.VTCCLS(keep=36), vtr.FastV(keep=18)]],
+    limit=args.limit,
+    store="evaluate_vqa.sqlite",
+    progress=print,
+)
+Console(width=160).print(results)
+best = max(results.lines()[1:], key=lambda line: (line.share or 0, -(line.of_flops or 1)))
+print(f"{best.method}: {best.share:.1%} of the dense score at {best.of_flops:.0%} of its FLOPs")
