@@ -177,7 +177,7 @@ def cases(dense_steps: float, densities: tuple[float, ...] = DENSITIES) -> Itera
         if density == 0.5:  # the least that the method itself reaches on five frames
             radial = vtr.RadialAttention(decay=0.05, sink=False, **common)
         yield Case("radial", density, radial)
-        yield Case("Re-ttention of it", density, vtr.Rettention(mask=radial, refresh=3, **common))
+        yield Case("Re-ttention of it", density, vtr.Rettention(mask=radial, **common))
         yield Case(
             "rectified",
             density,

@@ -91,8 +91,9 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         "- *radial*: at half density `RadialAttention(decay=0.05, sink=False)`, the least that its "
         "formula keeps of five frames; below that, the nearest blocks in its order (rows apart times "
         "two to the power of frames apart), which is no published setting.",
-        "- *Re-ttention of it*: `Rettention(mask=...)` with the mask above it, refreshed at every "
-        "third step: a third of the steps after the dense ones is dense (see *work*).",
+        "- *Re-ttention of it*: `Rettention(mask=...)` with the mask above it, measured anew at the first "
+        "step after the dense ones and at every fifth from there; such a step computes the dense and the "
+        "sparse attention both (see *work*).",
         "- *rectified* chooses its blocks by pooled scores; *its bare mask* leaves the rectification "
         "out. *top of the dense map* keeps, for every head and query block, the key blocks with the "
         "most attention, which it takes the dense map to find.",
