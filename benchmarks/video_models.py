@@ -5,7 +5,11 @@
 
 `reduction` times a method's whole decision at the entry of a language model (or at its first layer) on
 random scenes of 196 tokens per frame, with the merging of the hidden states that an adapter does with it:
-milliseconds per 1,000 tokens, and the exponent of growth from 64 to 256 frames (1 is linear).
+milliseconds per 1,000 tokens, and the exponent of growth from 64 to 256 frames (1 is linear). glibc gives
+large tensors fresh pages in every call, which costs a method up to four times its own time from 32 to 64
+frames on; to time the method alone, keep them:
+
+    MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 python benchmarks/video_models.py ...
 
 `prefill` runs a LLaVA-OneVision with random weights on 32 frames of 196 tokens, dense and with methods that
 leave 25 and 10 %: the time of its language model, everything that the method does at its entry and between
