@@ -39,7 +39,7 @@ class ModelRef:
 
     @property
     def positions(self) -> str | None:
-        """Positions after a cut; the built-in model was trained with the original ones."""
+        """Positions after a cut; the built-in models were trained with the original ones."""
         return "original" if self.builtin else None
 
 
@@ -47,7 +47,7 @@ def find(name: str) -> ModelRef:
     """The model of a name, with its configuration and without its weights.
 
     Args:
-        name: ``"builtin"``, a folder with a ``config.json``, or an id of the Hugging Face hub.
+        name: ``"builtin"`` (digits-llava), ``"digits-video"``, a folder with a ``config.json``, or an id of the Hugging Face hub.
 
     Raises:
         ValueError: there is no such model, or it is none that answers questions about images.
@@ -65,7 +65,7 @@ def find(name: str) -> ModelRef:
         path = str(vlm_path(BUILTIN[name]))
     elif os.path.isdir(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(f"the folder {name} holds no config.json: it is no saved model")
-    known = "builtin, a folder of a saved model, or an id of the Hugging Face hub"
+    known = "builtin, digits-video, a folder of a saved model, or an id of the Hugging Face hub"
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

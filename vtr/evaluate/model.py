@@ -177,7 +177,7 @@ class VTRChat(lmms):
             tasks[task] = known
             idx = int(request.idx or 0)
             try:
-                prompt = prompt_of(request, self.task_dict)
+                prompt = prompt_of(request, self.task_dict, self._answerer.frames)
             except Exception as error:
                 row = Row(doc, idx, "", "", error=explain(error))
                 self.store.put(self._cell_name, task, [row])

@@ -38,12 +38,12 @@ class Prompt:
         return bool(self.generation["do_sample"])
 
 
-def prompt_of(request: Any, datasets: Mapping[str, Any]) -> Prompt:
+def prompt_of(request: Any, datasets: Mapping[str, Any], frames: int = 8) -> Prompt:
     """The prompt of a request in either layout of arguments.
 
     ``(context, generation, doc_to_visual, doc, task, split)`` for simple tasks,
     ``(context, doc_to_messages, generation, doc, task, split)`` for chat tasks, with or without the
-    leading context.
+    leading context. ``frames``: of a video.
 
     Raises:
         ValueError: media that transformers' processors do not take (audio).
@@ -59,11 +59,16 @@ def prompt_of(request: Any, datasets: Mapping[str, Any]) -> Prompt:
     else:
         to_messages, generation = request.args[-5], request.args[-4]
         turns = to_messages(sample)
-    return make_prompt(turns, generation)
+    return make_prompt(turns, generation, frames)
 
 
-def make_prompt(turns: list[dict[str, Any]], generation: Mapping[str, Any]) -> Prompt:
-    """A prompt from lmms-eval's messages, whose content holds ``type`` and ``text`` or ``url``."""
+def make_prompt(
+    turns: list[dict[str, Any]], generation: Mapping[str, Any], frames: int = 8
+) -> Prompt:
+    """A prompt from lmms-eval's messages, whose content holds ``type`` and ``text`` or ``url``.
+
+    ``frames`` is how many a video is read with: part of the question, and of its key.
+    """
     messages, images, videos = [], [], []
     digest = hashlib.sha256()
     for turn in turns:
@@ -88,7 +93,7 @@ def make_prompt(turns: list[dict[str, Any]], generation: Mapping[str, Any]) -> P
                         "can be read"
                     )
                 videos.append(path)
-                digest.update(_file(path))
+                digest.update(_file(path) + f"{frames} frames".encode())
                 kept.append({"type": "video"})
             else:
                 raise ValueError(f"a prompt with {kind} in it cannot be given to this model")

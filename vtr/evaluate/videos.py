@@ -7,16 +7,22 @@ from typing import Any
 
 
 def load_videos(paths: Sequence[str], frames: int) -> dict[str, Any]:
-    """Keyword arguments of a transformers processor for videos: evenly spaced frames, as they are.
+    """Keyword arguments of a transformers processor: evenly spaced frames, with their times.
 
     Args:
         paths: of the files.
-        frames: of each.
+        frames: of each; the processor takes them as they are.
 
     Raises:
         VideoError: a file cannot be read.
     """
     from vtr import video
 
-    found = [video.load(path, frames) for path in paths]
-    return {"videos": [v.frames for v in found], "do_sample_frames": False}
+    out: dict[str, Any] = {}
+    for path in paths:
+        for name, value in video.load(path, frames).for_processor().items():
+            if isinstance(value, list):
+                out.setdefault(name, []).extend(value)
+            else:
+                out[name] = value
+    return out

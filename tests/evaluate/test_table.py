@@ -1,0 +1,114 @@
+"""Tables and plots of a sweep, from made-up outcomes whose numbers can be checked by eye."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+from rich.console import Console
+
+import vtr
+from vtr.evaluate.cells import Cell
+from vtr.evaluate.official import headline, plain_metrics
+from vtr.evaluate.results import Outcome, Results, costs
+from vtr.evaluate.store import Row
+from vtr.evaluate.table import pareto, plot, score_text
+
+DENSE = {
+    "tokens_in": 100,
+    "tokens_out": 100,
+    "mean_tokens": 100,
+    "flops": 2e12,
+    "flops_dense": 2e12,
+}
+CUT = {"tokens_in": 100, "tokens_out": 25, "mean_tokens": 50, "flops": 5e11, "flops_dense": 2e12}
+MORE = {"kv": 8.0, "kv_dense": 8.0, "seconds": 0.02, "batch": 4}
+CUTS = {"kv": 2.0, "kv_dense": 8.0, "seconds": 0.01, "batch": 4}
+
+
+def outcomes() -> tuple[Outcome, ...]:
+    random = [Cell((vtr.Random(keep=25),), s) for s in (0, 1)]
+    return (
+        Outcome(Cell(), "d", "gqa", {"exact_match": 0.8}, 10, costs=DENSE | MORE),
+        Outcome(Cell(), "d", "pope", {"pope_f1_score": 0.5}, 10, costs=DENSE | MORE),
+        Outcome(random[0], "a", "gqa", {"exact_match": 0.4}, 10, 1, costs=CUT | CUTS),
+        Outcome(random[0], "a", "pope", {"pope_f1_score": 0.5}, 10, costs=CUT | CUTS),
+        Outcome(random[1], "b", "gqa", {"exact_match": 0.6}, 10, 2, costs=CUT | CUTS),
+        Outcome(random[1], "b", "pope", {"pope_f1_score": 0.4}, 10, costs=CUT | CUTS),
+        Outcome(Cell((vtr.FastV(keep=25),)), "c", "gqa", {}, 10, 10, failure="every | raised"),
+    )
+
+
+RESULTS = Results("model", "abc", 10, outcomes())
+
+
+def test_seeds_are_put_together_and_failures_are_shown():
+    dense, random, failed = RESULTS.lines()
+    assert (dense.share, dense.seeds, dense.samples) == (1.0, 1, 20)
+    assert random.scores == pytest.approx({"gqa": 0.5, "pope": 0.45})
+    assert random.spread["gqa"] == pytest.approx(0.02**0.5)
+    assert random.share == pytest.approx((0.5 / 0.8 + 0.45 / 0.5) / 2)
+    assert (random.seeds, random.errors, random.samples) == (2, 3, 20)
+    assert (random.of_flops, random.of_kv, random.of_tokens, random.ms) == (0.25, 0.25, 0.25, 10.0)
+    assert failed.failures == {"gqa": "every | raised"} and failed.share is None
+    assert RESULTS.failed == (outcomes()[-1],) and RESULTS.tasks == ("gqa", "pope")
+
+
+def test_the_table_in_all_its_forms():
+    text = RESULTS.markdown()
+    lines = text.splitlines()
+    assert len({line.count(" | ") for line in lines[:5]}) == 1
+    assert (
+        "| Random(keep=25) | 50.0 ± 14.1 | 45.0 ± 7.1 | 76.2 % | 25 | 50 | 0.5 | 25.0 % | 10 |"
+        in text
+    )
+    assert "| FastV(keep=25) | failed | failed |" in text and "raised: " not in lines[0]
+    assert "TFLOPs" in lines[0] and "mean ± standard deviation of 2 seeds" in text
+    assert "FastV(keep=25) failed on gqa" in text and "Random(keep=25) 3" in text
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(RESULTS)
+    shown = console.export_text()
+    assert "Random(keep=25)" in shown and "50.0 ± 14.1" in shown
+    rows = list(csv.DictReader(io.StringIO(RESULTS.csv())))
+    assert len(rows) == 7 and rows[2]["seed"] == "0" and rows[0]["seed"] == ""
+    assert float(rows[2]["exact_match"]) == 0.4 and rows[2]["pope_f1_score"] == ""
+    assert rows[-1]["failure"] == "every | raised"
+
+
+def test_scores_as_text():
+    assert score_text("gqa", 0.934) == "93.4" and score_text("mme", 1510.7) == "1511"
+    assert score_text("mmbench", 64.3, 0.25) == "64.3 ± 0.2" and score_text("gqa", None) == "failed"
+
+
+def test_headlines():
+    assert headline("mme", {"mme_perception_score": 1500.0, "mme_cognition_score": 300.0}) == (
+        "mme_perception_score + mme_cognition_score",
+        1800.0,
+    )
+    assert headline("new", {"first": 1.0, "second": 2.0}) == ("first", 1.0)
+    assert headline("new", {}) == ("", None)
+    raw = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "name,none": "N/A", "m,none": []}
+    assert plain_metrics(raw) == {"acc": 0.5}
+
+
+def test_costs_leave_out_samples_that_raised():
+    rows = [Row(i, 0, "p", "a", seconds=s, batch=2, flops=10.0) for i, s in enumerate((1, 2, 9))]
+    rows.append(Row(3, 0, "p", "", error="x", seconds=100.0))
+    assert costs(rows) == {"flops": 10.0, "seconds": 2, "batch": 2}
+    assert costs([]) == {}
+
+
+def test_the_best_trade_offs():
+    points = [(3.0, 5.0), (1.0, 1.0), (2.0, 4.0), (2.0, 3.0), (4.0, 5.0), (1.0, 0.5)]
+    assert pareto(points) == [(1.0, 1.0), (2.0, 4.0), (3.0, 5.0)]
+
+
+def test_plots(tmp_path):
+    plot(RESULTS, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    alone = Results("model", "abc", None, outcomes()[2:4])  # no dense row: scores as they are
+    plot(alone, tmp_path / "b.png")
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot(Results("model", "abc", None, outcomes()[-1:]), tmp_path / "c.png")
+    assert [p.name for p in RESULTS.save(tmp_path / "all", "x")] == ["x.csv", "x.md", "x.png"]
