@@ -208,9 +208,3 @@ def create(name: str, **options: Any) -> Method:
         return cls(**options)
     except TypeError as error:
         raise ValueError(f"{cls.name}: {error}") from error
-
-
-def as_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Half-precision tensors widened to float32 (scores are ranked in float32)."""
-    half = (torch.float16, torch.bfloat16)
-    return tuple(t.float() if t.dtype in half else t for t in tensors)

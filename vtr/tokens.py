@@ -211,13 +211,6 @@ class TokenMap:
             self.padded,
         )
 
-    def detach_cpu(self) -> TokenMap:
-        """A copy on the CPU (for pictures and logs)."""
-        frozen = None if self.frozen is None else self.frozen.cpu()
-        return TokenMap(
-            self.source.cpu(), self.kept.cpu(), self.size.cpu(), frozen, padded=self.padded
-        )
-
     def _check(self, x: Tensor, n: int, what: str) -> None:
         if x.dim() < 2 or x.shape[0] != self.batch or x.shape[1] != n:
             raise ValueError(
