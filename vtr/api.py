@@ -116,10 +116,11 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
     """Wrap a model so that it computes with fewer visual tokens.
 
     Args:
-        target: a timm or open_clip model, a transformers vision tower or VLM.
+        target: a timm or open_clip model, a transformers vision tower or VLM, a diffusers pipeline
+            or transformer.
         method: a method, a name (``"evit"``), a dict with ``name`` and options, a plan, or a list.
-        options: of the adapter (``output=`` for encoders, ``positions=`` and ``video=`` for VLMs,
-            ``modules=`` for methods that learn). Unknown ones raise.
+        options: of the adapter (``output=`` for encoders, ``positions=``, ``video=`` and
+            ``flash_attention=`` for VLMs, ``modules=`` for methods that learn). Unknown ones raise.
 
     Returns:
         The handle. The model is changed in place and keeps its class and its ``state_dict`` keys.

@@ -166,6 +166,7 @@ def test_flash_attention_is_given_no_positions_with_gaps(monkeypatch: pytest.Mon
     from vtr.vision.vlm.wrapping import VLMWrapping
 
     monkeypatch.setattr(VLMWrapping, "flash", True)
+    asked = {"flash_attention": True}
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -181,7 +182,7 @@ def test_flash_attention_is_given_no_positions_with_gaps(monkeypatch: pytest.Mon
     AttentionMaskInterface.register("probed", sdpa_mask)
     for name in ("llava", "qwen3_vl"):
         model, inputs = FAMILIES[name](1)
-        with vtr.apply(model, BOTH):
+        with vtr.apply(model, BOTH, **asked):
             plain = generate(model, inputs)
         model.model.language_model.set_attn_implementation("probed")
         seen.clear()
@@ -190,9 +191,29 @@ def test_flash_attention_is_given_no_positions_with_gaps(monkeypatch: pytest.Mon
         if name == "llava":
             assert all(p is not None for p in seen)
         seen.clear()
-        with vtr.apply(model, BOTH):
+        with vtr.apply(model, BOTH, **asked):
             same(plain, generate(model, inputs), CLOSE)
         assert len(seen) == 4 and all(p is None for p in seen)
+
+
+def test_flash_attention_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its results after a cut have not been compared on a GPU."""
+    model, inputs = FAMILIES["llava"](1)
+    config = model.model.language_model.config
+    words = r"'flash_attention_2'.*not been proven.*set_attn_implementation\('sdpa'\)"
+    with vtr.apply(model, PROMPT):
+        plain = generate(model, inputs)
+        with monkeypatch.context() as patch:  # chosen while wrapped
+            patch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+            with pytest.raises(vtr.UnsupportedMethodError, match=words):
+                generate(model, inputs)
+        same(plain, generate(model, inputs))
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+        with pytest.raises(vtr.UnsupportedMethodError, match=words):
+            vtr.apply(model, PROMPT)
+        assert all(s.reason and not s.supported for s in vtr.supported(model))
+        vtr.apply(model, PROMPT, flash_attention=True).remove()
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

@@ -54,7 +54,7 @@ def test_flash_attention_agrees_with_sdpa(name: str, batch: int) -> None:
         with vtr.apply(model, method):
             plain = generate(model, inputs)
         model.set_attn_implementation("flash_attention_2")
-        with vtr.apply(model, method):
+        with vtr.apply(model, method, flash_attention=True):
             flash = generate(model, inputs)
         model.set_attn_implementation("sdpa")
         torch.testing.assert_close(flash.logits[0], plain.logits[0], rtol=0.05, atol=0.05)

@@ -44,6 +44,11 @@ representative. ``Method.positions`` says whether kept tokens keep their positio
 ``positions=`` of ``vtr.apply`` overrides it. With m-RoPE (Qwen) positions are two-dimensional and are
 always kept: the option ``"compact"`` is refused there, a method's own preference gives way.
 
+A language model that runs FlashAttention 2 or 3 is refused, with the reason, unless
+``vtr.apply(..., flash_attention=True)`` asks for it: what is given to it after a cut is right (no
+positions with gaps, which it reads as packed sequences; tested with a probe in its place), but its
+results have not been compared on a GPU. SDPA, which has flash kernels of its own, always works.
+
 ``info.depth`` has ``encoder``, ``prompt`` (1), ``projector`` (1) and ``decoder``; ``info.signals``:
 ``encoder`` as for the tower alone; ``prompt``: ``hidden``, ``text``, ``encoder_scores`` (``spread``
 works); ``decoder``: ``hidden``, ``text``, ``queries``, ``keys``, ``values``, ``text_attention``,

@@ -110,7 +110,9 @@ class LanguageSession:
                 self.owner.trace = Trace()
             if cuts is None:
                 return None
-        elif (
+        for entry in self.owner.active:
+            self.owner.check_flash(entry.options)  # it may have been chosen since
+        if kinds is not None and (
             module.training
             and torch.is_grad_enabled()
             and getattr(module, "gradient_checkpointing", False)

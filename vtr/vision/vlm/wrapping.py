@@ -41,7 +41,7 @@ class VLMWrapping(Wrapping):
             of one video (InternVL's processor makes videos so, as may any prompt of many images).
     """
 
-    options = {"positions": None, "video": False}
+    options = {"positions": None, "video": False, "flash_attention": False}
 
     def __init__(self, root: Any, inner: Any, family: Family) -> None:
         self.inner = inner
@@ -141,6 +141,20 @@ class VLMWrapping(Wrapping):
     def flash(self) -> bool:
         return "flash" in str(getattr(self.lm.config, "_attn_implementation", ""))
 
+    def check_flash(self, options: dict[str, Any]) -> None:
+        """Refuse FlashAttention in the language model unless the caller asked for it.
+
+        What is given to it is right (no positions with gaps, which it reads as packed sequences), but
+        its results after a cut have never been compared on a GPU.
+        """
+        if self.flash and not options.get("flash_attention"):
+            name = self.lm.config._attn_implementation
+            raise UnsupportedMethodError(
+                f"the language model runs {name!r}, whose results after a cut have not been proven on "
+                "a GPU: call model.set_attn_implementation('sdpa') (it has flash kernels of its own), "
+                "or pass flash_attention=True to use it all the same"
+            )
+
     def scale(self, layer: int) -> float:
         return float(self.layers[layer].self_attn.scaling)
 
@@ -161,6 +175,7 @@ class VLMWrapping(Wrapping):
                 "two-dimensional (m-RoPE); use positions='original'"
             )
         super().check(method, options)
+        self.check_flash(options)
         if self.sliding and any(stage.site != "encoder" for stage in method.stages(self.info)):
             raise UnsupportedMethodError(
                 f"{method.name} cannot cut for a language model with sliding-window layers: their "
