@@ -315,3 +315,57 @@ def test_crops_are_drawn_where_they_show_the_whole_image():
         for c in range(3):
             bright = GREY if (r, c) in {(0, 0), (1, 2)} else DIM * GREY
             assert crops[16 + 32 * r, column[c]] == pytest.approx(bright, abs=0.01)
+
+
+def tiled(number: int, raster: bool) -> Trace:
+    """Tiles of 2 x 2 tokens, of which the first of each is kept; then a thumbnail of the whole."""
+    n = 4 * (number + 1)
+    views = (View("tiles", (2, 2), 0, 2, number, raster), View("thumbnail", (2, 2), n - 4, 2))
+    frame, none = torch.zeros(1, n, dtype=torch.long), torch.full((1, n), -1)
+    frames = Frames(frame, none, frame, [[VisualSpan(0, n, "image", 1, None, None, views)]])
+    kept = TokenMap.keep(torch.arange(number)[None] * 4, n)
+    return Trace([video_record(kept, frames)], batch=1)
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((20, 30), (2, 3)), ((31, 19), (3, 2))])
+def test_tiles_lie_on_the_image_in_the_rows_that_fit_its_shape(shape, layout):
+    image = np.full((*shape, 3), 255, np.uint8)
+    _, whole, thumbnail = panels(vtr.draw(tiled(6, True), image, size=96), size=96)
+    down, across = (96 // n for n in layout)
+    for r in range(layout[0]):
+        for c in range(layout[1]):
+            tile = whole[r * down : (r + 1) * down, c * across : (c + 1) * across]
+            for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                bright = 1.0 if (i, j) == (0, 0) else DIM
+                here = tile[down // 4 + i * down // 2, across // 4 + j * across // 2]
+                assert here == pytest.approx(bright, abs=0.01), (r, c, i, j)
+    assert thumbnail[20, 20] == pytest.approx(DIM, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("raster", "image"), [(True, None), (False, np.zeros((9, 9, 3), np.uint8))]
+)
+def test_tiles_of_an_unknown_place_stand_in_their_order_on_grey(raster, image):
+    """Three tiles: two beside each other, one below, a dark line between them."""
+    drawn = panels(vtr.draw(tiled(3, raster), image, size=100, show_input=False), size=100)[0]
+    middle = [10, 30, 50, 70, 90]
+    cells = np.array([[drawn[y, x].mean() for x in middle] for y in middle])
+    expected = np.full((5, 5), DIM * GREY)
+    expected[[0, 0, 3], [0, 3, 0]] = GREY
+    assert cells == pytest.approx(expected, abs=0.01)
+
+
+def test_masks_of_sparse_attention_have_a_panel_for_the_layers_that_share_one():
+    kernels = pytest.importorskip("vtr.kernels")
+    eye = kernels.BlockMask.from_dense(torch.eye(64, dtype=torch.bool), block=(16, 16))
+    full = kernels.BlockMask.from_dense(torch.ones(64, 64, dtype=torch.bool), block=(16, 16))
+    notes = {i: {"mask": m, "density": m.density} for i, m in enumerate((full, eye, eye, full))}
+    trace = Trace(notes={"attention": notes})
+    dense, diagonal = panels(vtr.draw(trace, size=SIZE))
+    dark = np.array((31, 58, 95)) / 255
+    assert dense.reshape(-1, 3).mean(0) == pytest.approx(dark, abs=0.01)
+    assert diagonal[8, 8] == pytest.approx(np.array((122, 162, 200)) / 255, abs=0.01)
+    assert diagonal[8, 24] == pytest.approx(1.0)
+    assert len(panels(vtr.draw(trace, panels=1, size=SIZE))) == 1
+    with pytest.raises(ValueError, match="no attention layer kept a mask"):
+        vtr.draw(Trace(notes={"attention": {0: {"density": 0.5}}}))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vtr.drawing_cells import Picture, pictures_of
 from vtr.trace import StageRecord
 
 if TYPE_CHECKING:
@@ -38,8 +39,14 @@ def draw(
     video becomes a contact sheet: one small panel per frame, and one block of them per stage; a group
     that was merged over time has one colour in all its frames.
 
-    Of an image without one plain grid what shows the whole image is drawn: LLaVA-NeXT's and
-    LLaVA-OneVision's base crop and their crops put together, InternVL's thumbnail.
+    Of an image without one plain grid its parts are drawn: LLaVA-NeXT's and LLaVA-OneVision's base
+    crop and their crops put together, InternVL's tiles and their thumbnail. Tiles lie on ``image`` in
+    the rows that fit its shape best, as the processor chose them; without an image, and where they may
+    be of several images (Idefics3, SmolVLM), they are drawn beside each other on grey, in their order.
+
+    A diffusion transformer whose tokens were merged shows them in its grid, on grey; one whose
+    attention was made sparse shows the mask of each layer: queries down, keys across, dark for what is
+    computed in full, light for what is in part.
 
     Args:
         what: a handle, a trace, or a block mask of :mod:`vtr.kernels`.
@@ -48,10 +55,10 @@ def draw(
             leave [0, 1]. For a video the frames that the model saw: a (T, H, W, 3) uint8 array or
             tensor, or a :class:`vtr.video.Video`; where the model makes one frame of several (Qwen's
             temporal patches), the first of them is shown. None draws on grey.
-        sample: which one of the batch.
+        sample: which one of the batch (of a sparse attention: all share a mask, unless it has one each).
         which: which of the sample's images and videos, counted through the prompt; needed where it has
             several.
-        panels: draw at most so many stages, evenly chosen, the last one among them.
+        panels: draw at most so many stages (or different masks), evenly chosen, the last one among them.
         size: pixels per side of a panel; None is 288 for a picture and 112 for a frame.
         columns: frames beside each other.
         show_input: begin with a panel of the picture itself (where there is one).
@@ -64,13 +71,13 @@ def draw(
         return what.picture()
     trace = getattr(what, "trace", what)
     stages: list[StageRecord] = list(getattr(trace, "stages", ()))
-    if not stages:
-        raise ValueError("nothing to draw: no reduction took place (call the wrapped model first)")
-    if not 0 <= sample < stages[0].total.batch:
-        raise ValueError(f"sample must be in 0..{stages[0].total.batch - 1}, got {sample}")
     for name, value in (("panels", panels), ("size", size), ("columns", columns)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
+    if not stages:
+        return _masks(getattr(trace, "notes", {}).get("attention", {}), sample, panels, size or 288)
+    if not 0 <= sample < stages[0].total.batch:
+        raise ValueError(f"sample must be in 0..{stages[0].total.batch - 1}, got {sample}")
     frames = _frames(image)
     wants = None if image is None else "image" if frames is None else "video"
     if any(stage.frames is not None for stage in stages):
@@ -79,7 +86,15 @@ def draw(
             raise ValueError(f"sample must be in 0..{samples - 1}, got {sample}")
         if which is not None:
             stages = [stage for stage in stages if stage.frames is not None]
-    pictures = [(stage, _pictures(stage, sample, which, wants)) for stage in stages]
+    if isinstance(image, Tensor) and image.dim() == 4 and frames is None:
+        if image.shape[0] != stages[0].total.batch:
+            raise ValueError(
+                f"image is a batch of {image.shape[0]}, the call had {stages[0].total.batch} samples: "
+                "give the one picture"
+            )
+        image = image[sample]
+    shape = None if image is None or frames is not None else _pixels(image).shape
+    pictures = [(stage, pictures_of(stage, sample, which, wants, shape)) for stage in stages]
     if any(len(p[0].cells) > 1 for _, p in pictures):
         # What a tower did before is counted in frames, which stand in no order with samples.
         pictures = [(stage, p) for stage, p in pictures if len(p[0].cells) > 1]
@@ -87,33 +102,17 @@ def draw(
     if len(pictures[0][1][0].cells) > 1 or frames is not None:
         return _sheet(pictures, frames, sample, size or 112, columns, show_input)
     size = size or 288
-    if isinstance(image, Tensor) and image.dim() == 4:
-        if image.shape[0] != stages[0].total.batch:
-            raise ValueError(
-                f"image is a batch of {image.shape[0]}, the call had {stages[0].total.batch} samples: "
-                "give the one picture"
-            )
-        image = image[sample]
-    pixels = _canvas(image, size)
+    pixels, grey = _canvas(image, size), _canvas(None, size)
     drawn = []
     for stage, parts in pictures:
         for part in parts:
-            panel, alive = _paint(stage, sample, part.cells[0], part.grid, pixels)
-            title = f"{stage.method}, {stage.site} {stage.layer}: {alive} of {part.cells.shape[1]}"
+            on = pixels if part.whole else grey
+            panel, alive = _paint(stage, sample, part.cells[0], part.grid, on)
+            title = f"{stage.method}, {stage.site} {stage.layer}: {alive} of {part.tokens}"
             drawn.append(_titled(panel, f"{part.name}, {title}" if part.name else title))
     if image is not None and show_input:
         drawn.insert(0, _titled(pixels, "input"))
     return row(drawn)
-
-
-class _Picture(NamedTuple):
-    """A picture, or the frames of a video: ``cells`` (T, rows * columns) int64, the token of each cell
-    among the stage's input tokens, -1 for none."""
-
-    name: str
-    grid: tuple[int, int]
-    cells: Tensor
-    times: tuple[float, ...] | None
 
 
 def _frames(image: Any) -> np.ndarray | None:
@@ -139,61 +138,34 @@ def _chosen(stages: list[Any], number: int) -> list[Any]:
     return [stages[i] for i in order]
 
 
-def _pictures(
-    stage: StageRecord, sample: int, which: int | None, wants: str | None
-) -> list[_Picture]:
-    """What can be drawn of a sample at a stage: one picture or video, or several views of an image."""
-    known = None if stage.frames is None else stage.frames.videos[sample]
-    where = f"of sample {sample} at {stage.site}[{stage.layer}]"
-    if known is None:
-        grid = stage.grid_of(sample)
-        if which is not None or grid is None or len(grid) not in (2, 3):
-            raise ValueError(
-                f"the grid of {stage.total.n_in} tokens {where} is not a known rectangle; draw needs "
-                "height x width tokens (in a vision-language model: one image in the prompt)"
-                if which is None
-                else f"which={which}: the tokens {where} are not those of a prompt"
-            )
-        grid = (1, *grid) if len(grid) == 2 else grid
-        cells = torch.arange(grid[0] * grid[1] * grid[2]).reshape(grid[0], -1)
-        return [_Picture("", (grid[1], grid[2]), cells, None)]
-    if which is None:
-        fits = [i for i, span in enumerate(known) if wants in (None, span.kind)]
-        if len(fits) != 1:
-            kinds = ", ".join(f"{i}: {span.kind}" for i, span in enumerate(known))
-            what = wants or "picture"
-            found = f"{len(fits)} {what}s: choose with which=" if fits else f"no {what}"
-            raise ValueError(f"the prompt {where} has {found} ({kinds or 'nothing'})")
-        which = fits[0]
-    if not 0 <= which < len(known):
-        raise ValueError(f"which must be in 0..{len(known) - 1} {where}, got {which}")
-    span = known[which]
-    assert stage.frames is not None
-    if span.grid is not None:
-        mine = (stage.frames.video[sample] == which) & (stage.frames.frame[sample] >= 0)
-        tokens = mine.nonzero().flatten().cpu()
-        frame = stage.frames.frame[sample].cpu()[tokens]
-        place = stage.frames.place[sample].cpu()[tokens]
-        first = sum(s.frames for s in known[:which])
-        cells = torch.full((span.frames, span.grid[0] * span.grid[1]), -1)
-        cells[frame - first, place] = tokens
-        return [_Picture("", span.grid, cells, span.times)]
-    out = []
-    for view in span.views:
-        rows, cols = view.grid
-        grid_cells = torch.arange(rows)[:, None] * view.stride + torch.arange(cols)
-        cells = (span.start + view.start + grid_cells).reshape(1, -1)
-        out.append(_Picture(view.name, view.grid, cells, None))
-    if not out:
-        raise ValueError(
-            f"the grid of the {span.length} tokens of {span.kind} {which} {where} is not a known "
-            "rectangle: none of its parts shows the whole picture"
-        )
-    return out
+def _masks(layers: dict[int, dict[str, Any]], sample: int, panels: int, size: int) -> Image.Image:
+    """The masks of sparse attention, one panel for all layers that share one."""
+    from PIL import Image
+
+    groups: dict[int, tuple[Any, float, list[int]]] = {}
+    for layer, note in layers.items():
+        if (mask := note.get("mask")) is not None:
+            density = float(note.get("density", 1.0))
+            groups.setdefault(id(mask), (mask, density, []))[2].append(layer)
+    if not groups:
+        what = "no attention layer kept a mask" if layers else "no reduction took place"
+        raise ValueError(f"nothing to draw: {what} (call the wrapped model first)")
+    drawn = []
+    for mask, density, names in _chosen(list(groups.values()), panels):
+        own = mask.pattern.shape[0]
+        if own > 1 and not 0 <= sample < own:
+            raise ValueError(f"sample must be in 0..{own - 1}, got {sample}")
+        picture = mask.picture(sample=sample if own > 1 else 0, size=size)
+        side = (size, max(1, round(size * picture.height / picture.width)))
+        run = len(names) > 1 and names == [*range(names[0], names[-1] + 1)]
+        where = f"{names[0]}..{names[-1]}" if run else ", ".join(map(str, names))
+        title = f"attention {where}: {100 * density:.1f} % of the pairs"
+        drawn.append(_titled(picture.resize(side, Image.Resampling.BOX), title))
+    return row(drawn)
 
 
 def _sheet(
-    pictures: list[tuple[StageRecord, list[_Picture]]],
+    pictures: list[tuple[StageRecord, list[Picture]]],
     frames: np.ndarray | None,
     sample: int,
     size: int,
@@ -291,11 +263,19 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 
 def _canvas(image: Any, size: int) -> np.ndarray:
-    """(size, size, 3) float in [0, 1]."""
+    """(size, size, 3) float in [0, 1]; grey for None."""
     from PIL import Image
 
     if image is None:
         return np.full((size, size, 3), 0.7)
+    picture = Image.fromarray((_pixels(image) * 255).clip(0, 255).astype(np.uint8))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) / 255.0
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """(H, W, 3) float in [0, 1] of a picture of any kind."""
+    from PIL import Image
+
     if isinstance(image, Tensor):
         pixels = image.detach().cpu()
         pixels = pixels.float() if pixels.is_floating_point() else pixels
@@ -316,8 +296,7 @@ def _canvas(image: Any, size: int) -> np.ndarray:
         array = array / 255.0
     elif array.min() < 0 or array.max() > 1:
         array = (array - array.min()) / max(float(array.max() - array.min()), 1e-6)
-    picture = Image.fromarray((array * 255).clip(0, 255).astype(np.uint8))
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) / 255.0
+    return np.asarray(array)
 
 
 def _colour(group: int) -> tuple[float, float, float]:

@@ -215,15 +215,26 @@ class Site:
 
 
 class View(NamedTuple):
-    """A part of an image's tokens that shows the whole image as a grid.
+    """A part of an image's tokens that is a grid, or several grids of the same size (tiles).
 
-    The token at (row, column) is the ``start + row * stride + column``-th of the image's tokens.
+    The token at (row, column) is the ``start + row * stride + column``-th of the image's tokens; of
+    tile t there come ``t * rows * stride`` before it.
+
+    Attributes:
+        name: for titles.
+        grid: (rows, columns) of it, or of each tile.
+        start, stride: where its tokens stand.
+        tiles: number of tiles.
+        raster: whether they show the whole image together, row by row of tiles. How many make a row is
+            decided by processors from the image's size, and models are not told.
     """
 
     name: str
     grid: tuple[int, int]
     start: int
     stride: int
+    tiles: int = 1
+    raster: bool = True
 
 
 class VisualSpan(NamedTuple):
@@ -237,7 +248,7 @@ class VisualSpan(NamedTuple):
         grid: (rows, columns) of each frame, None where it is no plain grid (packed crops).
         times: seconds of each frame in the video, where the model is told them; else None.
         views: for an image without a grid, parts of it that have one (its base crop, its crops put
-            together, a thumbnail).
+            together, tiles, a thumbnail).
     """
 
     start: int

@@ -553,6 +553,21 @@ def test_the_trace_can_be_drawn() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_drawn(name: str) -> None:
+    """Grids, packed crops, and tiles; with a picture and without."""
+    model, inputs = FAMILIES[name](1)
+    with vtr.apply(model, PROMPT) as handle:
+        model(**inputs)
+        (stage,) = handle.trace.stages
+        assert stage.frames is not None
+        views = {span.views for span in stage.frames.videos[0]}
+        for image in (None, torch.rand(3, 20, 40)):
+            picture = vtr.draw(handle, image, size=64, show_input=False)
+            parts = max(1, *(len(v) for v in views))
+            assert picture.width == parts * 64 + (parts - 1) * 8
+
+
 def test_a_family_that_cannot_work_is_refused_with_its_reason() -> None:
     config = transformers.Gemma3Config(
         text_config={**TEXT, "head_dim": 16, "sliding_window": 8},

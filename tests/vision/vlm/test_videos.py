@@ -228,8 +228,11 @@ def test_images_are_frames() -> None:
     model, inputs = FAMILIES["internvl"](2)  # three tiles, and two
     site = seen(model, inputs, video=True)
     assert site.videos == [
-        [VisualSpan(0, 12, "image", 1, None, None, (View("thumbnail", (2, 2), 8, 2),))],
-        [VisualSpan(0, 8, "image", 1, None, None, (View("thumbnail", (2, 2), 4, 2),))],
+        [VisualSpan(0, 4 * n, "image", 1, None, None, views)]
+        for n, views in (
+            (3, (View("tiles", (2, 2), 0, 2, 2), View("thumbnail", (2, 2), 8, 2))),
+            (2, (View("tiles", (2, 2), 0, 2, 1), View("thumbnail", (2, 2), 4, 2))),
+        )
     ]
     assert site.frame[0].tolist() == [0] * 12 and bool((site.place == -1).all())
 

@@ -132,11 +132,7 @@ def frames_of(
                     seen - first,
                     None if group.tiles else head.grid,
                     head.times,
-                    head.views
-                    if not group.tiles
-                    else ()
-                    if scattered
-                    else _thumbnail(group.pieces),
+                    _tiles(group.pieces, scattered) if group.tiles else head.views,
                 )
             )
         videos.append(spans)
@@ -144,13 +140,21 @@ def frames_of(
     return Frames(frame.to(device), place.to(device), video.to(device), videos)
 
 
-def _thumbnail(tiles: list[Piece]) -> tuple[View, ...]:
-    """The last of several tiles, which processors make of the whole image."""
-    last = tiles[-1]
-    if last.grid is None:
+def _tiles(tiles: list[Piece], scattered: bool) -> tuple[View, ...]:
+    """Tiles of an image, of which the last is a thumbnail of the whole, as processors make them.
+
+    Scattered ones may be several images: what each shows is not known.
+    """
+    grid = tiles[0].grid
+    if grid is None or any(tile.grid != grid for tile in tiles):
         return ()
-    start = sum(tile.length for tile in tiles[:-1])
-    return (View("thumbnail", last.grid, start, last.grid[1]),)
+    if scattered:
+        return (View("tiles", grid, 0, grid[1], len(tiles), False),)
+    rest = len(tiles) - 1
+    return (
+        View("tiles", grid, 0, grid[1], rest),
+        View("thumbnail", grid, rest * tiles[0].length, grid[1]),
+    )
 
 
 def _groups(
