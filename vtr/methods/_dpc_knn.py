@@ -14,12 +14,14 @@ def distances(x: Tensor) -> Tensor:
     """Euclidean distances over sqrt(C): (F, M, C) -> (F, M, M) float32.
 
     By a matrix product, on features without their mean (which no distance contains), so that little of
-    the float32 is lost to the difference of squares.
+    the float32 is lost to the difference of squares. Symmetric to the bit: two tokens that are each
+    other's nearest have one density.
     """
     x = x.float()
     x = x - x.mean(1, keepdim=True)
     square = x.square().sum(-1)
-    gap = square[:, :, None] + square[:, None] - 2 * (x @ x.mT)
+    product = x @ x.mT
+    gap = square[:, :, None] + square[:, None] - (product + product.mT)
     gap.diagonal(dim1=1, dim2=2).zero_()
     return (gap.clamp(min=0) / x.shape[-1]).sqrt()
 

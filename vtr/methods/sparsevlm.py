@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vtr.budget import Keep, check_layers, check_schedule, fit_layers
 from vtr.method import Reduction, Stage, register
-from vtr.methods._merge import by_representative, dpc_knn
+from vtr.methods._dpc_knn import cluster
+from vtr.methods._merge import by_representative
 from vtr.methods._vlm import (
     TextScored,
     check_count,
@@ -223,6 +224,8 @@ def recycle(hidden: Tensor, score: Tensor, kept: Tensor) -> TokenMap:
             continue
         best = torch.sort(score[row, rest], descending=True, stable=True).indices[:recycled]
         chosen = rest[best].sort().values
-        _, assigned = dpc_knn(hidden[row, chosen], clusters)
+        every = torch.ones(1, recycled, dtype=torch.bool, device=hidden.device)
+        number = torch.tensor([clusters], device=hidden.device)
+        assigned = cluster(hidden[row, chosen][None], every, number, k=clusters)[0]
         representative[row, chosen] = chosen[assigned]
     return by_representative(representative)
