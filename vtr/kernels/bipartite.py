@@ -17,11 +17,13 @@ _TILE = 1 << 18
 # Fewer rows than this make a matrix product slow; above it the tile grows with Nb alone, so the
 # own memory stays linear in the number of tokens.
 _MIN_ROWS = 64
-# Below this many columns or elements the two-level reduction costs more calls than it saves.
-_TWO_LEVEL_COLUMNS = 120
-_TWO_LEVEL_ELEMENTS = 1 << 15
-# Short rows are compared whole, this many elements at a time.
-_DIRECT = 1 << 20
+# Shorter rows, or fewer scores than this, are searched by torch's own maximum: its scalar search
+# for the index costs less there than three more passes.
+_SHORT_ROW = 64
+_FEW = 1 << 14
+# Reductions are vectorised in steps of this many elements; more than a few over are slow.
+_VECTOR = 32
+_OVER = 4
 
 
 def bipartite_match(
@@ -68,43 +70,30 @@ def bipartite_match(
 
 
 def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, rows, _ = a.shape
-    columns = b.shape[1]
     if a.dtype != torch.float32:
         a, b = a.float(), b.float()
-    if batch * rows * columns < _TWO_LEVEL_ELEMENTS:
-        return _max_direct(a, b, b_mask)
-    if columns < _TWO_LEVEL_COLUMNS and rows * columns <= _DIRECT:
-        samples = max(1, _DIRECT // (rows * columns))
-        own = b_mask is not None and b_mask.ndim == 2 and b_mask.shape[0] == batch
-        parts = [
-            _max_direct(a[these], b[these], b_mask[these] if own and b_mask is not None else b_mask)
-            for these in (slice(i, i + samples) for i in range(0, batch, samples))
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    if columns < _TWO_LEVEL_COLUMNS:
-        width = columns
-    else:
-        width = _group_width(columns)
-        pad = -columns % width
-        if pad:
-            # Copies of the last row: their scores never beat an equal score of a lower index, so
-            # they cannot change a result, and every group has the same width.
+    batch, rows, _ = a.shape
+    columns = b.shape[1]
+    if batch * rows * columns < _FEW:
+        return _search(a, b, b_mask)
+    # Tiles of equal height: a last tile of a row or two would run at a vector product's speed,
+    # and with its order of summation.
+    samples = -(-batch // -(-batch // max(1, _TILE // (rows * columns))))
+    tiles = 1 if samples > 1 else max(1, rows // max(_MIN_ROWS, _TILE // columns))
+    search = _search
+    if columns >= _SHORT_ROW:
+        search = functools.partial(_compare, columns=columns)
+        pad = -columns % _VECTOR
+        if 0 < pad < _VECTOR - _OVER:
+            # Copies of the last row: their ranks are below its own.
             b = torch.cat([b, b[:, -1:].expand(batch, pad, b.shape[2])], dim=1)
             if b_mask is not None:
                 b_mask = torch.cat([b_mask, b_mask[..., -1:].expand(*b_mask.shape[:-1], pad)], -1)
-    if b_mask is not None and b_mask.ndim == 1:
-        b_mask = b_mask.expand(batch, -1)
-
-    # Tiles of equal height: a last tile of a row or two would run at a vector product's speed,
-    # and with its order of summation.
-    samples = min(batch, max(1, _TILE // (rows * columns)))
-    tiles = 1 if samples > 1 else max(1, rows // max(_MIN_ROWS, _TILE // columns))
-    height = -(-rows // tiles)
     if samples == batch and tiles == 1:
-        return _max_two_level(a, b, b_mask, columns, width)
+        return search(a, b, b_mask)
+    if b_mask is not None:
+        b_mask = b_mask.expand(batch, -1)
+    height = -(-rows // tiles)
     score = a.new_empty(batch, rows)
     index = torch.empty(batch, rows, dtype=torch.int64, device=a.device)
     for i in range(0, batch, samples):
@@ -112,9 +101,7 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
         mask = None if b_mask is None else b_mask[these]
         for start in range(0, rows, height):
             part = slice(start, start + height)
-            score[these, part], index[these, part] = _max_two_level(
-                a[these, part], b[these], mask, columns, width
-            )
+            score[these, part], index[these, part] = search(a[these, part], b[these], mask)
     return score, index
 
 
@@ -125,34 +112,23 @@ def _scores(a: Tensor, b: Tensor, b_mask: Tensor | None) -> Tensor:
     return scores
 
 
-def _max_direct(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     score, index = _scores(a, b, b_mask).max(2)
     return score, index
 
 
-@functools.lru_cache(maxsize=1024)
-def _group_width(columns: int) -> int:
-    """Columns per group. The maximum is vectorised in steps of 32 (columns over are slow, so two at
-    most); of these widths the one that pads least, and the wider where the rows are long."""
-    widths = (64, 65, 66, 32, 33, 34) if columns >= 1024 else (32, 33, 34, 64, 65, 66)
-    return min(widths, key=lambda width: -columns % width)
-
-
-def _max_two_level(
-    a: Tensor, b: Tensor, b_mask: Tensor | None, columns: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """Row maximum and its first index: a vectorised maximum finds the group of columns, the slow
-    search for the index then looks at that one group."""
-    batch, rows, padded = a.shape[0], a.shape[1], b.shape[1]
-    groups = padded // width
-    scores = _scores(a, b, b_mask).view(batch * rows * groups, width)
-    best, group = scores.amax(1).view(batch * rows, groups).max(1)
-    first = torch.arange(0, batch * rows * groups, groups, device=a.device)
-    index = scores.index_select(0, first.add_(group)).argmax(1).add_(group, alpha=width)
-    if padded > columns:
-        # A copy of the last row may round up where its original did not.
-        index.clamp_(max=columns - 1)
-    return best.view(batch, rows), index.view(batch, rows)
+def _compare(a: Tensor, b: Tensor, b_mask: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
+    """Row maximum and its first index by vectorised passes alone: the scores that equal the maximum
+    are marked with falling ranks, whose maximum is that of the first."""
+    scores = _scores(a, b, b_mask)
+    padded = scores.shape[2]
+    best = scores.amax(2, keepdim=True)
+    ranks = torch.arange(padded, 0, -1, dtype=torch.float32, device=scores.device)
+    marks = torch.ge(scores, best, out=scores).mul_(ranks)
+    # A copy of the last row may round up where its original did not, and a row with a NaN equals
+    # nothing; the index must be one of a B row all the same.
+    index = marks.amax(2).neg_().add_(padded).clamp_(max=columns - 1).long()
+    return best.squeeze(2), index
 
 
 def _validate(a: Tensor, b: Tensor, a_bias: Tensor | None, b_mask: Tensor | None) -> None:
