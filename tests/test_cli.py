@@ -92,6 +92,47 @@ def test_draw_writes_a_picture(run, photo, tmp_path):
     assert len(json.loads(out)["stages"]) == 2
 
 
+def test_a_vision_language_model_is_asked_profiled_and_drawn(run, tmp_path):
+    """By its name and, as any saved model, by its folder; the picture shows what it saw."""
+    pytest.importorskip("transformers")
+    from vtr.zoo import vlm_path
+    from vtr.zoo.questions import vqa
+
+    asked = vqa(1, seed=1)[0]
+    scene, out_file = tmp_path / "scene.png", tmp_path / "tokens.png"
+    asked.image.save(scene)
+    options = ["-k", "fastv:keep=40", "-o", out_file, "--json"]
+    status, out, _ = run("draw", scene, "-m", "digits-llava", "-q", asked.question, *options)
+    shown = json.loads(out)
+    assert status == 0 and shown["answer"] == asked.answer
+    assert shown["stages"] == ["decoder[1] fastv: 144 -> 40 tokens"]
+    with Image.open(out_file) as picture:
+        assert picture.width == 2 * 288 + 8
+    arguments = ["profile", vlm_path("digits-llava"), "-k", "fastv:keep=40", "--repeats", "1"]
+    status, out, _ = run(*arguments, "--batch", "1", "--batch", "2", "--json")
+    rows = json.loads(out)["rows"]
+    assert status == 0
+    assert [(r["batch"], r["tokens"]) for r in rows] == [(1, None), (1, 40), (2, None), (2, 40)]
+    assert rows[1]["flops"] < rows[0]["flops"] and rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
+
+
+def test_a_video_is_drawn_frame_by_frame(run, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("av")
+    from vtr.zoo.clips import write
+    from vtr.zoo.video_questions import video_qa
+
+    clip, out_file = tmp_path / "clip.mp4", tmp_path / "tokens.png"
+    write(clip, video_qa(1, seed=5, per_second=8)[0].frames)
+    options = ["-k", "random:keep=0.2", "-o", out_file, "--frames", "4"]
+    status, out, _ = run("draw", clip, "-m", "digits-video", *options)
+    assert status == 0 and "answer: " in out
+    with Image.open(out_file) as picture:
+        assert picture.width == 4 * 112 + 3 * 4
+    status, out, err = run("draw", clip, "-m", "digits-llava", *options)
+    assert status == 2 and "digits-llava takes no videos" in err
+
+
 def test_no_arguments_and_version(run):
     status, out, _ = run()
     assert status == 0 and "profile" in out and "draw" in out
@@ -120,6 +161,11 @@ def test_no_arguments_and_version(run):
         (["profile", "timm:resnet18", "-k", "evit", "--size", "64"], "cannot make"),
         (["draw", "missing.png", "-k", "evit", "-m", MODEL], "no such file"),
         (["draw", __file__, "-k", "evit", "-m", MODEL], "not a picture"),
+        (["draw", "missing.png", "-k", "fastv", "-m", "digits-llava"], "no such file"),
+        (["draw", __file__, "-k", "fastv", "-m", "digits-llava"], "neither a picture nor a video"),
+        (["draw", __file__, "-k", "evit", "-m", MODEL, "-q", "what?"], "--question is for"),
+        (["profile", MODEL, "-k", "evit", "--image", "x.png"], "--image is for"),
+        (["profile", "digits-llava", "-k", "fastv", "--batch", "0"], "--batch must be >= 1"),
         (["demo", "nope"], "no demo 'nope'"),
         (["plot", "nope"], "no plot 'nope'"),
     ],

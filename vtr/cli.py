@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vtr import loading
 from vtr.errors import VtrError
 from vtr.evaluate.command import evaluate
 
@@ -25,17 +27,17 @@ console = Console()
 # click's UsageError; typer carries its own click since 0.20 or so, and both are reached like this.
 _USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
 
-ModelArgument = Annotated[
-    str, typer.Argument(help="a built-in model (digits-vit) or timm:NAME, open_clip:NAME")
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="digits-vit, timm:NAME or open_clip:NAME")
-]
+ModelArgument = Annotated[str, typer.Argument(help=loading.NAMES)]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=loading.NAMES)]
 MethodOption = Annotated[
     list[str],
     typer.Option(
         "--method", "-k", help="NAME or NAME:option=value,option=value (repeat for several)"
     ),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda")]
+QuestionOption = Annotated[
+    str | None, typer.Option("--question", "-q", help="to a vision-language model")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
@@ -99,12 +101,7 @@ def supported(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Say which methods work on a model, and why the others do not."""
     import vtr
 
-    if model in ("digits-llava", "digits-video"):
-        from vtr.zoo import load_vlm
-
-        net = load_vlm(model)[0]
-    else:
-        net = load_model(model)
+    net = loading.vlm_skeleton(model) if loading.is_vlm(model) else loading.load_model(model)
     rows = vtr.supported(net)
     if as_json:
         print(json.dumps([vars(r) for r in rows], indent=2))
@@ -124,36 +121,52 @@ def profile(
     batch: Annotated[list[int] | None, typer.Option(help="default 1 (repeat for several)")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     size: Annotated[
-        int | None, typer.Option(min=1, help="pixels per side; default: the model's own")
+        int | None, typer.Option(min=1, help="pixels per side; default: the model's own, VLMs 672")
     ] = None,
     pretrained: Annotated[
-        bool, typer.Option(help="load pretrained weights (needs a network)")
+        bool, typer.Option(help="load pretrained weights of an encoder (needs a network)")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    image: Annotated[
+        Path | None, typer.Option(help="a picture or video for a VLM; default: noise")
+    ] = None,
+    question: QuestionOption = None,
+    device: DeviceOption = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Latency, FLOPs and memory of a model, dense and with each method, side by side."""
+    """Latency, FLOPs and memory of a model, dense and with each method, side by side.
+
+    Of a vision-language model up to its first token.
+    """
     import torch
 
     import vtr
 
     chosen = [parse_method(m) for m in method]
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here")
+    _check_device(device)
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    kind = getattr(torch, dtype)
-    net = load_model(model, pretrained, size).to(device, kind)
-    side = image_size(net)
-    if size is not None and side != size:
-        raise ValueError(f"--size: {model} takes {side} x {side} pixels, got {size}")
-    images = torch.randn(1, 3, side, side, device=device, dtype=kind)
-    result = vtr.profile(
-        net, images, chosen, batch=batch or [1], repeats=repeats, progress=not as_json
-    )
+    options: dict[str, Any] = {"repeats": repeats, "progress": not as_json}
+    if loading.is_vlm(model):
+        picture = loading.noise(size or 672) if image is None else loading.read_media(image)
+        net, processor = loading.load_vlm(model, device, dtype)
+        options |= loading.positions(model)
+        parts = []
+        for number in batch or [1]:
+            _at_least_one(number)
+            inputs = loading.vlm_inputs(model, net, processor, picture, question, number)
+            inputs |= {"logits_to_keep": 1, "use_cache": True}
+            parts.append(vtr.profile(net, inputs, chosen, **options))
+        result = replace(parts[0], rows=tuple(row for part in parts for row in part.rows))
+    else:
+        _only_for_vlms(model, question=question, image=image)
+        kind = getattr(torch, dtype)
+        net = loading.load_model(model, pretrained, size).to(device, kind)
+        side = loading.image_size(net)
+        if size is not None and side != size:
+            raise ValueError(f"--size: {model} takes {side} x {side} pixels, got {size}")
+        images = torch.randn(1, 3, side, side, device=device, dtype=kind)
+        result = vtr.profile(net, images, chosen, batch=batch or [1], **options)
     if as_json:
         print(result.to_json())
     else:
@@ -162,34 +175,72 @@ def profile(
 
 @app.command()
 def draw(
-    image: Annotated[Path, typer.Argument(help="a picture file")],
+    image: Annotated[Path, typer.Argument(help="a picture file; for a VLM also a video")],
     method: MethodOption,
     model: ModelOption = "digits-vit",
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("tokens.png"),
     pretrained: Annotated[
-        bool, typer.Option(help="load pretrained weights (needs a network)")
+        bool, typer.Option(help="load pretrained weights of an encoder (needs a network)")
     ] = False,
+    question: QuestionOption = None,
+    frames: Annotated[int, typer.Option(min=1, help="of a video")] = 8,
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw which tokens of a picture live, stage by stage."""
+    """Draw which tokens of a picture live, stage by stage; a VLM answers a question about it."""
     import torch
 
     import vtr
 
     chosen = [parse_method(m) for m in method]
-    picture = read_image(image)
-    net = load_model(model, pretrained)
-    pixels = preprocess(net, model, picture)
-    with torch.inference_mode(), vtr.apply(net, chosen) as handle:
-        net(pixels)
-        drawn = vtr.draw(handle, picture)
-        summary = handle.trace.summary()
+    _check_device(device)
+    said: dict[str, str] = {}
+    if loading.is_vlm(model):
+        seen = loading.read_media(image, frames)
+        net, processor = loading.load_vlm(model, device)
+        inputs = loading.vlm_inputs(model, net, processor, seen, question)
+        with torch.inference_mode(), vtr.apply(net, chosen, **loading.positions(model)) as handle:
+            made = net.generate(**inputs, max_new_tokens=64, do_sample=False)
+            drawn = vtr.draw(handle, loading.vlm_canvas(inputs, seen))
+        new = made[0, inputs["input_ids"].shape[1] :]
+        said = {"answer": processor.decode(new, skip_special_tokens=True).strip()}
+    else:
+        _only_for_vlms(model, question=question)
+        picture = loading.read_image(image)
+        net = loading.load_model(model, pretrained).to(device)
+        pixels = loading.preprocess(net, model, picture).to(device)
+        with torch.inference_mode(), vtr.apply(net, chosen) as handle:
+            net(pixels)
+            drawn = vtr.draw(handle, picture)
+    summary = handle.trace.summary()
     drawn.save(out)
     if as_json:
-        print(json.dumps({"out": str(out), "stages": summary.splitlines()}, indent=2))
+        print(json.dumps({"out": str(out), "stages": summary.splitlines(), **said}, indent=2))
     else:
         console.print(summary, highlight=False)
+        for text in said.values():
+            console.print(f"answer: {escape(text)}", highlight=False)
         console.print(f"wrote {out}")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+
+
+def _at_least_one(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"--batch must be >= 1, got {batch}")
+
+
+def _only_for_vlms(model: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name} is for vision-language models; {model} is an encoder")
 
 
 @app.command()
@@ -273,100 +324,6 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def load_model(name: str, pretrained: bool = False, size: int | None = None) -> Any:
-    """A built-in model, ``timm:NAME`` or ``open_clip:NAME`` (random weights unless ``pretrained``).
-
-    ``size`` makes a model of a library for images of that side; built-in models have their own.
-    """
-    library, colon, rest = name.partition(":")
-    if not colon:
-        from vtr import zoo
-
-        return zoo.load(name)
-    make = {"timm": _timm_model, "open_clip": _open_clip_model}.get(library)
-    if make is None:
-        raise ValueError(
-            f"model must be a built-in name, timm:NAME or open_clip:NAME, got {name!r}"
-        )
-    try:
-        return make(rest, pretrained, size).eval()
-    except (OSError, RuntimeError, TypeError) as error:
-        what = "load pretrained weights of" if pretrained else "make"
-        raise ValueError(f"cannot {what} {name}: {error}") from error
-
-
-def _timm_model(name: str, pretrained: bool, size: int | None) -> Any:
-    from vtr.errors import missing
-
-    try:
-        import timm
-    except ImportError as error:
-        raise missing("timm", "vision", "timm models") from error
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}")
-    options = {} if size is None else {"img_size": size}
-    return timm.create_model(name, pretrained=pretrained, **options)
-
-
-def _open_clip_model(name: str, pretrained: bool, size: int | None) -> Any:
-    from vtr.errors import missing
-
-    try:
-        import open_clip
-    except ImportError as error:
-        raise missing("open_clip_torch", "vision", "open_clip models") from error
-    if name not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {name!r}")
-    tag = None
-    if pretrained:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if not tags:
-            raise ValueError(f"open_clip has no pretrained weights of {name!r}")
-        tag = tags[0]
-    return open_clip.create_model(name, pretrained=tag, force_image_size=size).visual
-
-
-def image_size(model: Any) -> int:
-    """Pixels per side that a model expects."""
-    for owner in (getattr(model, "patch_embed", None), model):
-        for attribute in ("img_size", "image_size"):
-            size = getattr(owner, attribute, None)
-            if size is not None:
-                return int(size[0] if isinstance(size, (tuple, list)) else size)
-    return 224
-
-
-def read_image(path: Path) -> Any:
-    """A picture file as an RGB PIL image; a clear error for anything else."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, IsADirectoryError, OSError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error})") from error
-
-
-def preprocess(model: Any, name: str, picture: Any) -> Any:
-    """(1, 3, S, S): resized to the model's square and normalised as it was trained."""
-    import numpy as np
-    import torch
-
-    side = image_size(model)
-    array = np.asarray(picture.resize((side, side), 3), dtype=np.float32) / 255.0
-    pixels = torch.from_numpy(array).permute(2, 0, 1)[None]
-    if ":" not in name:
-        from vtr.zoo import data
-
-        return data.normalise(pixels)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    mean = torch.tensor(config.get("mean", (0.4815, 0.4578, 0.4082))).view(1, 3, 1, 1)
-    std = torch.tensor(config.get("std", (0.2686, 0.2613, 0.2758))).view(1, 3, 1, 1)
-    return (pixels - mean) / std
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 DIM = 0.22  # brightness of a dropped token
 HATCHED = 0.5
+NOTHING = "no reduction took place (call the wrapped model first)"
+KEPT_NO_MASK = (
+    "no attention layer kept a mask: all of them were dense in the last call, or the method makes its "
+    "masks anew in every call (handle.trace.summary() has the density of each layer)"
+)
 MERGED, TINT = 0.5, 0.28  # merged tokens stand back behind those that are still themselves
 
 
@@ -148,8 +153,8 @@ def _masks(layers: dict[int, dict[str, Any]], sample: int, panels: int, size: in
             density = float(note.get("density", 1.0))
             groups.setdefault(id(mask), (mask, density, []))[2].append(layer)
     if not groups:
-        what = "no attention layer kept a mask" if layers else "no reduction took place"
-        raise ValueError(f"nothing to draw: {what} (call the wrapped model first)")
+        what = KEPT_NO_MASK if layers else NOTHING
+        raise ValueError(f"nothing to draw: {what}")
     drawn = []
     for mask, density, names in _chosen(list(groups.values()), panels):
         own = mask.pattern.shape[0]
