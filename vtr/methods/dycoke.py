@@ -41,17 +41,19 @@ class DyCoke(Method):
     first choice stays. This part acts in ``generate``; a forward without a cache has nothing to choose
     from. With beams, the cosine is taken to the beam that stood in the row before.
 
-    Other differences from the authors' code: they choose first in the first decoding step; tokens stay
-    in raster order (theirs are ordered by dissimilarity inside a frame, which gives them other positions
-    than their places have); a fraction is rounded up as everywhere here (at K = 0.7 and 196 tokens 59
-    instead of 58).
+    Other differences from the authors' code: it leaves frame 2 of the last window whole, and a frame
+    after the last pair out; they choose first in the first decoding step, and go back to the whole cache
+    in steps whose attention is as before (here the choice stays); tokens stay in raster order (theirs are
+    ordered by dissimilarity inside a frame, which gives them other positions than their places have); a
+    fraction is rounded up as everywhere here (at K = 0.7 and 196 tokens 59 instead of 58).
 
     Args:
         keep: budget per thinned frame, three of every four: 1 - K of the paper. An int is a number of
             tokens per thinned frame.
         kv: budget of the video's tokens in the later layers' cache, 1 - P of the paper; an int is a number
             per sample. None leaves the cache whole.
-        layer: L, 0-based, the layer whose attention chooses; None is the published 3 of 28, scaled.
+        layer: 0-based, the layer whose attention chooses; None is the third of 28 (the published L = 3:
+            fewer from the fourth on), scaled.
         similarity: cosine of the attention below which is chosen anew.
         evicted: ``"cpu"`` or ``"drop"``.
     """
@@ -96,7 +98,7 @@ class DyCoke(Method):
         if self.kv is None:
             return (Stage("prompt", 0),)
         depth = info.depth["decoder"]
-        layer = 3 * depth // 28 if self.layer is None else self.layer
+        layer = max(0, 3 * depth // 28 - 1) if self.layer is None else self.layer
         if layer > depth - 2:
             raise ValueError(f"layer must be in 0..{depth - 2} for {depth} layers, got {layer}")
         place = "follow" if self.evicted == "cpu" else "from"

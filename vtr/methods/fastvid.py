@@ -28,9 +28,9 @@ class FastVID(Method):
     highest attention are salient and stay. The others of a segment are merged into anchors: every
     ``step``-th frame of the segment, counted from its last one back, has anchors, its tokens of highest
     density peaks (k = 4 neighbours, among the tokens that are not salient); of every anchor frame each
-    other token of the segment is given to its most similar anchor (cosine), so that it counts once
-    for each anchor frame; an anchor becomes w times itself plus 1 - w times the mean of its tokens,
-    w = max(1 / (their number + 1), ``beta``).
+    token of the segment that is not salient, anchors too, is given to its most similar anchor (cosine),
+    so that it counts once for each anchor frame; an anchor becomes w times itself plus 1 - w times the
+    mean of its tokens, w = max(1 / (their number + 1), ``beta``).
 
     The signal follows the tower: the attention of its pooling head, whose output also is a frame's
     global feature, where it has one (SigLIP: the authors add it to models that come without); else
@@ -46,7 +46,9 @@ class FastVID(Method):
     where anchors do not fit into the frames that have any, more frames get some (theirs fail, from
     about half of the tokens on); no noise in densities (ties go to the first token); segments of more
     than ``longest`` frames are divided evenly, so that the cost stays linear in the number of frames
-    (theirs is quadratic in a segment's length). In a :class:`vtr.TokenMap` a merged token belongs to
+    (theirs is quadratic in a segment's length). Their code for LLaVA-Video and Qwen2.5-VL differs from
+    that for LLaVA-OneVision, which this follows: an anchor is not given to its own frame's anchors, and
+    for Qwen2.5-VL frames alike to 0.95 count as one. In a :class:`vtr.TokenMap` a merged token belongs to
     the anchor most similar to it. Still images and separators stay whole.
 
     Args:
@@ -178,21 +180,21 @@ class FastVID(Method):
         """Write a segment's anchors to ``merged`` and its tokens' nearest anchors to ``stands``."""
         p = salient.shape[1]
         span = slice(start * p, stop * p)
-        rest = (~salient & ~anchor).flatten()[span].nonzero()[:, 0] + start * p
+        rest = (~salient).flatten()[span].nonzero()[:, 0] + start * p
         at = anchor.flatten()[span].nonzero()[:, 0] + start * p
-        if not len(at) or not len(rest):
+        if not len(at):
             return
         unit = F.normalize(values[rest], dim=-1)
         cosine = unit @ F.normalize(values[at], dim=-1).T  # (rest, anchors)
-        stands[rest] = at[cosine.argmax(1)]
+        moved = ~anchor.flatten()[rest]
+        stands[rest[moved]] = at[cosine[moved].argmax(1)]
         frame = at // p
         for f in frame.unique().tolist():
             mine = (frame == f).nonzero()[:, 0]
             given = F.one_hot(cosine[:, mine].argmax(1), len(mine)).float()  # (rest, anchors of f)
             number = given.sum(0)
             mean = (given.T @ values[rest]) / number.clamp(min=1)[:, None]
-            weight = (1 / (number + 1)).clamp(min=self.beta)
-            weight = torch.where(number > 0, weight, torch.ones_like(weight))[:, None]
+            weight = (1 / (number + 1)).clamp(min=self.beta)[:, None]
             merged[at[mine]] = weight * values[at[mine]] + (1 - weight) * mean
 
 

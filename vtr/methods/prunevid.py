@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -28,11 +28,11 @@ class PruneVid(Method):
     """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
 
     Frames are clustered by density peaks (k = 7) on the mean of their embeddings into 0.25 T clusters, which
-    are then made contiguous: a cluster keeps its longest run, the others join their longer neighbour. In
-    such a segment a place is static where the mean cosine over all pairs of its frames is above
-    ``threshold``; its tokens are averaged over time. Static tokens of a segment and the other tokens of
-    each frame are clustered in space by density peaks to ``ratio`` of their number (where there are more
-    than 14), plain means.
+    are then made contiguous: a cluster keeps its longest runs, where they are longer than one frame, and
+    what lies between such runs joins the longer one (the earlier of equals). In such a segment a place is
+    static where the mean cosine over all pairs of its frames is above ``threshold``; its tokens are
+    averaged over time. Static tokens of a segment and the other tokens of each frame are clustered in
+    space by density peaks to ``ratio`` of their number (where there are more than 14), plain means.
 
     Inside the language model, after layer ``layer - 1``: of every such group the ``inner`` share stays
     that a text token after the video attends to most in any head (maximum over heads and text tokens).
@@ -208,36 +208,35 @@ def frame_segments(frames: Tensor, share: float) -> list[tuple[int, int]]:
 
 
 def contiguous(labels: list[int]) -> list[tuple[int, int]]:
-    """Runs of labels, such that every label has one run.
+    """(start, stop) of runs of labels, of which only the longest of each label stay.
 
-    A label keeps its longest run (the first of equals). The shortest of the others (the first of
-    equals) joins its longer neighbour (the earlier of equals), and so on.
+    Those of one frame go. What has gone joins the neighbour with the longer run (the earlier of equals),
+    from the first to the last; where no run stays, all frames are one.
     """
     runs = [(label, len(list(group))) for label, group in groupby(labels)]
-    while True:
-        longest: dict[int, int] = {}
-        for i, (label, length) in enumerate(runs):
-            if label not in longest or length > runs[longest[label]][1]:
-                longest[label] = i
-        stray = [i for i, (label, _) in enumerate(runs) if longest[label] != i]
-        if not stray:
-            break
-        i = min(stray, key=lambda i: (runs[i][1], i))
-        near = [j for j in (i - 1, i + 1) if 0 <= j < len(runs)]
-        label = runs[max(near, key=lambda j: (runs[j][1], -j))][0]
-        runs[i] = (label, runs[i][1])
-        joined: list[tuple[int, int]] = []
-        for label, length in runs:
-            if joined and joined[-1][0] == label:
-                joined[-1] = (label, joined[-1][1] + length)
-            else:
-                joined.append((label, length))
-        runs = joined
-    out, start = [], 0
-    for _, length in runs:
-        out.append((start, start + length))
-        start += length
-    return out
+    longest: dict[int, int] = {}
+    for label, length in runs:
+        longest[label] = max(length, longest.get(label, 2))
+    stays = [length == longest[label] for label, length in runs]
+    out: list[tuple[int, int]] = []  # label and length
+    gap = 0
+    for (label, length), stay in zip(runs, stays, strict=True):
+        if not stay:
+            gap += length
+            continue
+        if out and out[-1][1] >= length:
+            out[-1] = (out[-1][0], out[-1][1] + gap)
+            gap = 0
+        if out and not gap and out[-1][0] == label:
+            out[-1] = (label, out[-1][1] + length)
+        else:
+            out.append((label, gap + length))
+        gap = 0
+    if not out:
+        return [(0, len(labels))]
+    out[-1] = (out[-1][0], out[-1][1] + gap)
+    ends = list(accumulate(length for _, length in out))
+    return list(pairwise([0, *ends]))
 
 
 def best_of_groups(score: Tensor, groups: Tensor, keep: Keep) -> Tensor:

@@ -245,6 +245,9 @@ def test_a_new_prompt_forgets_the_old_one() -> None:
         cache = out.past_key_values
         assert ATTRIBUTE in cache.__dict__
         cache.reset()
+        for layer in cache.layers:  # older versions of transformers leave zeros there
+            if layer.keys is not None:
+                layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         text = {k: v[:, :3] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         model(**text, past_key_values=cache)
         assert ATTRIBUTE not in cache.__dict__

@@ -236,17 +236,16 @@ def test_fastvid(seed: int, keep: float) -> None:
             if number:
                 anchors[f] = [(f, mine[i]) for i in order]
         chosen = {a for row in anchors.values() for a in row}
-        rest = [(f, j) for f in range(start, stop) for j in range(p)]
-        rest = [s for s in rest if s not in salient and s not in chosen]
+        others = [(f, j) for f in range(start, stop) for j in range(p)]
+        others = [s for s in others if s not in salient]
+        rest = [s for s in others if s not in chosen]
         for row in anchors.values():
             given: dict[tuple[int, int], list[Tensor]] = {a: [] for a in row}
-            for s in rest:
+            for s in others:  # anchors too, in their own frame to themselves
                 given[max(row, key=lambda a: cos(x[a], x[s]))].append(x[s].double())
             for a, tokens in given.items():
-                w = max(1 / (len(tokens) + 1), 0.6) if tokens else 1.0
-                kept[a] = w * x[a].double()
-                if tokens:
-                    kept[a] = kept[a] + (1 - w) * torch.stack(tokens).mean(0)
+                w = max(1 / (len(tokens) + 1), 0.6)
+                kept[a] = w * x[a].double() + (1 - w) * torch.stack(tokens).mean(0)
         for s in rest:
             if chosen:
                 near = max(sorted(chosen), key=lambda a: cos(x[a], x[s]))
@@ -390,14 +389,47 @@ def test_mean_cosine_over_pairs(seed: int) -> None:
     ("labels", "runs"),
     [
         ([0, 0, 0, 1, 1], [(0, 3), (3, 5)]),
-        ([0, 0, 1, 0, 0, 0], [(0, 3), (3, 6)]),  # the first two have no neighbour but the 1
-        ([0, 0, 0, 1, 0, 2, 2], [(0, 3), (3, 4), (4, 7)]),
+        ([0, 0, 1, 0, 0, 0], [(0, 6)]),  # one frame is no run, the shorter one has gone
+        ([0, 0, 1, 0, 0], [(0, 5)]),  # both stay, and what is between them becomes theirs
+        ([0, 0, 0, 1, 0, 2, 2], [(0, 5), (5, 7)]),
         ([2, 0, 0, 2, 2, 2], [(0, 3), (3, 6)]),
+        ([0, 0, 1, 2, 2], [(0, 3), (3, 5)]),  # of equals the earlier
+        ([0, 0, 1, 2, 2, 3, 4, 4, 4, 4], [(0, 3), (3, 5), (5, 10)]),
+        ([0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 4], [(0, 2), (2, 7), (7, 11)]),  # grown by what has joined
+        ([0, 1, 2], [(0, 3)]),
         ([1], [(0, 1)]),
     ],
 )
 def test_clusters_become_runs(labels: list[int], runs: list[tuple[int, int]]) -> None:
     assert contiguous(labels) == runs
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_clusters_become_runs_frame_by_frame(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    t = int(torch.randint(1, 14, (1,), generator=g))
+    labels = torch.randint(0, 3, (t,), generator=g).tolist()
+
+    def run(i: int, of: list[int]) -> int:
+        """Frames in a row with frame i's label."""
+        a, b = i, i
+        while a > 0 and of[a - 1] == of[i]:
+            a -= 1
+        while b + 1 < t and of[b + 1] == of[i]:
+            b += 1
+        return b - a + 1
+
+    most = {k: max(run(i, labels) for i in range(t) if labels[i] == k) for k in labels}
+    out = [k if run(i, labels) == most[k] > 1 else -1 for i, k in enumerate(labels)]
+    while -1 in out:
+        a = b = out.index(-1)
+        while b < t and out[b] == -1:
+            b += 1
+        left, right = run(a - 1, out) if a else 0, run(b, out) if b < t else 0
+        fill = 99 if not left and not right else out[a - 1] if left >= right else out[b]
+        out[a:b] = [fill] * (b - a)
+    bounds = [0, *(i for i in range(1, t) if out[i] != out[i - 1]), t]
+    assert contiguous(labels) == list(itertools.pairwise(bounds))
 
 
 def test_segments_of_prunevid() -> None:
