@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image
 
 from tests.diffusion.models import CASES
 
@@ -49,6 +50,45 @@ def wan(experts: int = 1) -> Any:
     )  # fmt: skip
 
 
+def _wan_from_image(every_token: bool) -> Any:
+    """Wan from a first image: beside the latents (2.1), or with a timestep per token (2.2 TI2V)."""
+    from diffusers import (
+        AutoencoderKLWan,
+        FlowMatchEulerDiscreteScheduler,
+        WanImageToVideoPipeline,
+        WanTransformer3DModel,
+    )
+
+    model, looks = CASES["wan-ti2v"].build(), {}
+    torch.manual_seed(0)
+    if not every_token:
+        from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+        config = {**CASES["wan-i2v"].make().config, "in_channels": 12}
+        model = WanTransformer3DModel.from_config(config).eval()
+        seen = CLIPVisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            image_size=28, patch_size=14,
+        )  # fmt: skip
+        size = {"height": 28, "width": 28}
+        looks["image_processor"] = CLIPImageProcessor(size=size, do_center_crop=False)
+        looks["image_encoder"] = CLIPVisionModel(seen).eval()
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=vae.eval(), transformer=model,
+        scheduler=FlowMatchEulerDiscreteScheduler(), expand_timesteps=every_token, **looks,
+    )  # fmt: skip
+
+
+def _image_and_text(tokens: int) -> dict[str, Any]:
+    torch.manual_seed(2)
+    text = {f"{n}prompt_embeds": torch.randn(1, tokens, 16) for n in ("", "negative_")}
+    return {**_VIDEO, **text, "image": Image.new("RGB", (80, 48), (200, 90, 30))}
+
+
 def _hunyuan_video() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
 
@@ -63,6 +103,15 @@ def _cogvideox() -> Any:
 
     return CogVideoXPipeline(
         tokenizer=None, text_encoder=None, vae=None, transformer=CASES["cogvideox"].build(),
+        scheduler=CogVideoXDDIMScheduler(),
+    )  # fmt: skip
+
+
+def _cogvideox_15() -> Any:
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    return CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=CASES["cogvideox-1.5"].build(),
         scheduler=CogVideoXDDIMScheduler(),
     )  # fmt: skip
 
@@ -113,6 +162,55 @@ def _pixart() -> Any:
     )  # fmt: skip
 
 
+def _pixart_sigma() -> Any:
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
+
+    return PixArtSigmaPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=CASES["pixart"].build(),
+        scheduler=DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+
+
+def _qwen() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=None,
+        text_encoder=None, tokenizer=None, transformer=CASES["qwen-image"].build(),
+    )  # fmt: skip
+
+
+def _qwen_text() -> dict[str, Any]:
+    torch.manual_seed(2)
+    mask = torch.ones(1, 6, dtype=torch.long)
+    mask[:, 4:] = 0
+    return {
+        "prompt_embeds": torch.randn(1, 6, 16), "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": torch.randn(1, 6, 16), "negative_prompt_embeds_mask": mask,
+        "true_cfg_scale": 2.0,
+    }  # fmt: skip
+
+
+def _hunyuan_dit() -> Any:
+    from diffusers import DDPMScheduler, HunyuanDiTPipeline
+
+    return HunyuanDiTPipeline(
+        vae=None, text_encoder=None, tokenizer=None, transformer=CASES["hunyuan-dit"].build(),
+        scheduler=DDPMScheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def _hunyuan_dit_text() -> dict[str, Any]:
+    torch.manual_seed(2)
+    given: dict[str, Any] = {}
+    for start in ("", "negative_"):
+        for end, tokens in (("", 4), ("_2", 3)):
+            given[f"{start}prompt_embeds{end}"] = torch.randn(1, tokens, 16)
+            given[f"{start}prompt_attention_mask{end}"] = torch.ones(1, tokens, dtype=torch.bool)
+    return {**given, "use_resolution_binning": False}
+
+
 def _dit() -> Any:
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
@@ -129,10 +227,17 @@ def _dit() -> Any:
 PIPES: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[str, ...]]] = {
     "wan": (wan, {**_text(), **_VIDEO}, ("cond", "uncond")),
     "wan2.2": (lambda: wan(2), {**_text(), **_VIDEO}, ("cond", "uncond")),
+    "wan-i2v": (
+        lambda: _wan_from_image(False), _image_and_text(512), ("cond", "uncond")
+    ),
+    "wan-ti2v": (lambda: _wan_from_image(True), _image_and_text(7), ("cond", "uncond")),
     "hunyuan-video": (
         _hunyuan_video, {**_text(negative=False, mask=True, pooled=True), **_VIDEO}, ("cond",)
     ),
     "cogvideox": (_cogvideox, {**_text(), **_VIDEO}, ("cond_uncond",)),
+    "cogvideox-1.5": (
+        _cogvideox_15, {**_text(), **_VIDEO, "num_frames": 13}, ("cond_uncond",)
+    ),
     "mochi": (
         _mochi, {**_text(mask=True), **_VIDEO, "num_frames": 13},
         ("cond_uncond/0", "cond_uncond/1"),
@@ -147,6 +252,12 @@ PIPES: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[str, ...]]] = {
         _pixart, {**_text(mask=True), "negative_prompt": None, "use_resolution_binning": False,
                   **_IMAGE}, ("0",),
     ),
+    "pixart-sigma": (
+        _pixart_sigma, {**_text(mask=True), "negative_prompt": None,
+                        "use_resolution_binning": False, **_IMAGE}, ("0",),
+    ),
+    "qwen-image": (_qwen, {**_qwen_text(), **_IMAGE}, ("cond", "uncond")),
+    "hunyuan-dit": (_hunyuan_dit, {**_hunyuan_dit_text(), **_IMAGE}, ("0",)),
     "dit": (_dit, {"class_labels": [1], "output_type": "np"}, ("0",)),
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ model equal a calculation that does not know of vtr."""
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
@@ -54,6 +54,49 @@ def test_a_mask_gives_what_eager_attention_gives(model: Any, case: Case) -> None
     with vtr.apply(model, Fixed()) as handle:
         assert torch.allclose(run(model, case), want, atol=2e-6)
         assert sorted(handle.trace.notes["attention"]) == list(range(len(case.attention)))
+
+
+@dataclass(frozen=True)
+class Look(Fixed):
+    """Keeps the sites of its calls."""
+
+    seen: list[Any] = field(default_factory=list, compare=False)
+
+    def attend(self, site: Any) -> Tensor:
+        self.seen.append(site)
+        return super().attend(site)
+
+
+def test_a_site_says_where_tokens_and_text_are(model: Any, case: Case) -> None:
+    """A change of one patch of the latents changes the query of its token, and of no other."""
+    given, look = case.call(batch=1), Look()
+    place = tuple(n // 2 for n in case.grid)
+    _, height, width = case.grid
+    number = (place[0] * height + place[1]) * width + place[2]
+    latents = given["hidden_states"].clone()
+    if latents.ndim == 3:  # tokens already, in raster order
+        latents[:, number] += 1.0
+    else:
+        # (B, C, F, H, W), CogVideoX (B, F, C, H, W), images (B, C, H, W)
+        axes = {4: (None, 2, 3), 5: (1, 3, 4) if case.text_first else (2, 3, 4)}[latents.ndim]
+        index = [slice(None)] * latents.ndim
+        for axis, at, count in zip(axes, place, case.grid, strict=True):
+            if axis is not None:
+                patch = latents.shape[axis] // count
+                index[axis] = slice(at * patch, (at + 1) * patch)
+        latents[tuple(index)] += 1.0
+    with torch.no_grad(), vtr.apply(model, look):
+        model(**given)
+        model(**{**given, "hidden_states": latents})
+    one, two = (s for s in look.seen if s.layer == 0)
+    assert one.grid == case.grid and (one.text_first, one.layers) == (
+        case.text_first, len(case.attention),
+    )  # fmt: skip
+    words = case.text if case is not CASES["mochi"] else 3  # the valid ones of a sample
+    assert one.text == words and one.q.shape[2] == case.tokens + one.text
+    assert one.q.shape[:2] == (1, model.get_submodule(case.attention[0]).heads)
+    changed = (one.q != two.q).any(3).any(1)[0].nonzero().flatten().tolist()
+    assert changed == [number + one.first]
 
 
 def test_only_the_layers_that_are_not_dense_change(model: Any, case: Case) -> None:

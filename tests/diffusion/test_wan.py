@@ -135,6 +135,16 @@ def test_another_attention_processor_is_refused() -> None:
         vtr.apply(model, Fixed())
 
 
+@pytest.mark.parametrize(("name", "shape"), [("wan", (2, 4, 3, 7, 10)), ("sd3", (2, 4, 10, 13)),
+                                             ("cogvideox-1.5", (2, 3, 4, 6, 10))])  # fmt: skip
+def test_latents_that_do_not_divide_into_patches_are_refused(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    model, given = CASES[name].build(), CASES[name].call()
+    with vtr.apply(model, Fixed()), pytest.raises(ValueError, match="do not divide into patches"):
+        model(**{**given, "hidden_states": torch.randn(shape)})
+
+
 def test_tokens_of_other_things_in_the_sequence_are_refused() -> None:
     model, given = CASES["ltx"].build(), CASES["ltx"].call()
     with vtr.apply(model, Fixed()):

@@ -145,6 +145,33 @@ def test_steps_are_right_where_a_cache_skips_layers(pipe: Any) -> None:
     assert len([s for layer, s in seen if layer == 2]) < 8
 
 
+@pytest.mark.parametrize("name", ["broadcast", "taylor", "mag"])
+def test_other_caches(pipe: Any, name: str) -> None:
+    """A sparse method under a cache is that cache around sparse attention."""
+    import diffusers
+
+    config: Any = {
+        "broadcast": lambda: diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 2000),
+            spatial_attention_block_identifiers=["blocks.*attn1"],
+            current_timestep_callback=lambda: pipe.current_timestep,
+        ),
+        "taylor": lambda: diffusers.TaylorSeerCacheConfig(
+            cache_interval=2, disable_cache_before_step=2, taylor_factors_dtype=torch.float32,
+            cache_identifiers=[r"blocks\.\d+\.attn1"],
+        ),
+        "mag": lambda: diffusers.MagCacheConfig(
+            threshold=0.5, num_inference_steps=6, retention_ratio=0.2, mag_ratios=[1.0] * 6
+        ),
+    }[name]()  # fmt: skip
+    uncached = reference(pipe, 6)
+    pipe.transformer.enable_cache(config)
+    want = reference(pipe, 6)
+    assert not torch.allclose(want, uncached, atol=1e-4), "the cache skips something"
+    with vtr.apply(pipe, Fixed()):
+        assert torch.allclose(pipes.call(pipe, "wan", 6), want, atol=1e-5)
+
+
 def test_cpu_offload(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hooks that accelerate puts on modules, with the CPU as the device to go to."""
     pytest.importorskip("accelerate")

@@ -260,6 +260,27 @@ def test_bad_options(options):
         RectifiedSparse(**options)
 
 
+def test_the_authors_settings():
+    """Blocks of 128, p of 0.3, a curve, neighbours; per model: drop, dense layers and steps."""
+    want = {
+        "hunyuanvideo": (0.8, 0, 0), "wan2.1-t2v": (0.75, 2, 5), "wan2.1-i2v": (0.75, 2, 0),
+        "wan2.2-t2v-a14b": (0.85, 2, 3), "wan2.2-i2v-a14b": (0.85, 2, 0), "wan2.2-ti2v": (0.75, 2, 5),
+        "cogvideox1.5-t2v": (0.85, 0, 5), "cogvideox1.5-i2v": (0.75, 0, 5),
+        "flux": (0.9, tuple(range(37, 57)), 0),
+    }  # fmt: skip
+    for name in RectifiedSparse.PRESETS:
+        method = RectifiedSparse.preset(name)
+        assert (method.drop, method.dense_layers, method.dense_steps) == want.pop(name)
+        assert (method.p, method.block, method.order, method.neighbours) == (
+            0.3,
+            128,
+            "hilbert",
+            True,
+        )
+        assert method.first_frame == name.startswith("wan")
+    assert not want
+
+
 def test_is_written_and_read():
     for name in RectifiedSparse.PRESETS:
         method = RectifiedSparse.preset(name, order=(4, 4, 8))

@@ -207,6 +207,45 @@ def test_memory_of_published_models():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("preset", "steps", "first"),
+    [("pixart-alpha", 20, 5), ("pixart-sigma", 20, 5), ("hunyuan-dit", 50, 10), ("cogvideox", 50, 15)],
+)  # fmt: skip
+def test_the_schedules_of_the_authors(preset, steps, first):
+    """Dense steps, then a dense refresh every five steps: 12 of PixArt's 20 steps are sparse and 28
+    of CogVideoX's 50."""
+    run = Run(Rettention.preset(preset, density=0.3, block=16, residual=False), IMAGE, steps=steps)
+    qkv, measured = tensors(IMAGE, batch=1, heads=1), []
+    for step in range(steps):
+        run(qkv, step)
+        known = run.state.get("measured")
+        measured.append(None if known is None else known.step)
+    assert measured[:first] == [None] * first
+    assert measured[first:] == [first + (n // 5) * 5 for n in range(steps - first)]
+    sparse = sum(m is not None and m != step for step, m in enumerate(measured))
+    assert sparse == {20: 12, 50: 32 if first == 10 else 28}[steps]
+
+
+@pytest.mark.parametrize(
+    ("grid", "text", "half"), [((1, 64, 64), 0, 64), ((2, 30, 45), 226, 21)], ids=["image", "video"]
+)
+def test_the_bands_of_the_authors(grid, text, half):
+    """1/32 of 4096 tokens is 128, 64 on either side; of CogVideoX's 1350 places, 42 and 21."""
+    site = Run(Rettention(), grid, text_first=True).site(
+        [torch.zeros(1, 1, torch.Size(grid).numel() + text, 1)] * 3
+    )
+    mask = Rettention().make_layout(site).mask.to_dense()
+    places, row = grid[1] * grid[2], 700
+    band = torch.zeros(places, dtype=torch.bool)
+    band[row - half : row + half + 1] = True
+    want = torch.cat([torch.ones(text, dtype=torch.bool), band.repeat(grid[0])])
+    assert torch.equal(mask[text + row], want)
+    want[text:] = False  # not clamped at the border: a row there has fewer keys
+    want[text:].view(grid[0], -1)[:, : half + 1] = True
+    assert torch.equal(mask[text], want)
+    assert mask[:text].all()
+
+
 def test_skipped_steps_neither_drift_nor_count():
     """A cache of the pipeline skipped steps 1 and 2 and the refresh at 5: by step, not by call."""
     method = Rettention(density=0.3, block=16, refresh=5, drift=0.1, residual=False)

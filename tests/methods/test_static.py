@@ -180,6 +180,23 @@ def test_a_window_of_a_share(counts, share):
     assert abs(math.log(found / share)) < (0.05 if math.prod(counts) > 1000 else 0.3)
 
 
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [
+        (SlidingTile.preset("hunyuanvideo"), 5**3 / (5 * 6 * 10)),
+        (SlidingTile.preset("hunyuanvideo-tuned"), 3**3 / (5 * 6 * 10)),
+        (NeighborhoodAttention.preset("hunyuanvideo"), 18 * 24 * 24 / (30 * 48 * 80)),
+    ],
+    ids=["tiles", "tuned", "neighborhood"],
+)
+def test_the_settings_of_the_papers_have_whole_blocks(method, share):
+    """On 30 x 48 x 80 tokens: as much work as the window holds, and not one partial block."""
+    q = torch.zeros(1, 1, 30 * 48 * 80, 1)
+    mask = method.make_layout(Run(method, (30, 48, 80)).site([q, q, q])).mask
+    assert mask.density == pytest.approx(share, abs=1e-6)
+    assert not bool((mask.tile >= 0).any())
+
+
 def test_windows_and_tiles_fit_the_grid():
     assert fit_window(3, (1, 8, 8)) == (1, 3, 3)
     assert fit_window((4, 5), (1, 8, 8)) == (1, 4, 5)

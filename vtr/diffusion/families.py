@@ -6,7 +6,7 @@ place of the text, which text is padding, the timestep.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,13 +74,24 @@ def layers_of(family: Family, model: Any) -> list[tuple[int, nn.Module]]:
     ]
 
 
+def _grid(size: Sequence[int], patch: Sequence[int]) -> Grid:
+    """Tokens of latents (frames, height, width) in patches."""
+    if any(n % p for n, p in zip(size, patch, strict=True)):
+        raise ValueError(
+            f"latents of {size[0]} x {size[1]} x {size[2]} (frames, height, width) do not divide "
+            f"into patches of {patch[0]} x {patch[1]} x {patch[2]}: choose a size or number of frames "
+            "that does, as the pipeline's own defaults do"
+        )
+    frames, height, width = (n // p for n, p in zip(size, patch, strict=True))
+    return frames, height, width
+
+
 def _latent(model: Any, given: dict[str, Any]) -> View:
     """(B, C, F, H, W) and a patch size with or without time."""
-    frames, height, width = given["hidden_states"].shape[-3:]
     patch = model.config.patch_size
     if isinstance(patch, int):
         patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
-    return View((frames // patch[0], height // patch[1], width // patch[2]))
+    return View(_grid(given["hidden_states"].shape[-3:], patch))
 
 
 def _hunyuan_video(model: Any, given: dict[str, Any]) -> View:
@@ -92,15 +103,13 @@ def _hunyuan_video(model: Any, given: dict[str, Any]) -> View:
 
 
 def _cogvideox(model: Any, given: dict[str, Any]) -> View:
-    frames, height, width = (given["hidden_states"].shape[i] for i in (1, 3, 4))
-    side, deep = model.config.patch_size, model.config.patch_size_t or 1
-    return View((-(-frames // deep), height // side, width // side))
+    shape, side = given["hidden_states"].shape, model.config.patch_size
+    return View(_grid((shape[1], *shape[3:]), (model.config.patch_size_t or 1, side, side)))
 
 
 def _image(model: Any, given: dict[str, Any]) -> View:
-    height, width = given["hidden_states"].shape[-2:]
     side = model.config.patch_size
-    return View((1, height // side, width // side))
+    return View(_grid((1, *given["hidden_states"].shape[-2:]), (1, side, side)))
 
 
 def _ltx(model: Any, given: dict[str, Any]) -> View:
