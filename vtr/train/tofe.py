@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from vtr.api import apply
 from vtr.methods.tofe import ToFe, ToFeModules
-from vtr.vision.encoder import BlockRunner, EncoderSession, linear_flops
+from vtr.vision.blocks import BlockRunner, linear_flops
+from vtr.vision.encoder import EncoderSession
 
 
 @dataclass(frozen=True)

@@ -13,114 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtr.errors import UnsupportedMethodError, UnsupportedModelError
+from vtr.errors import UnsupportedMethodError
 from vtr.method import Reduction
 from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, take
+from vtr.tokens import TokenMap
 from vtr.trace import StageRecord, Trace
 from vtr.vision.attention import Probe
+from vtr.vision.blocks import BlockRunner, Run, place_forward
 from vtr.vision.pooling import Pooling, has_pooling
 from vtr.wrapping import Bound, Entry, Wrapping
 
 ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
-
-
-class BlockRunner:
-    """Runs one block in two halves. Subclasses know one block class."""
-
-    #: whether the block can be cut between attention and MLP, and shows q, k, v
-    split = True
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-
-    def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
-        """x plus its attention branch; through ``probe`` where one is given."""
-        raise NotImplementedError
-
-    def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """x plus its MLP branch."""
-        raise NotImplementedError
-
-    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
-        """The block's keyword arguments for the tokens that are left (positions, masks)."""
-        return kwargs
-
-    def returned(self, x: Tensor) -> Any:
-        """What the block's ``forward`` returns for its output x."""
-        return x
-
-    def keys_of(self, x: Tensor, index: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Keys (B, H, M, D) of features x (B, M, C) with positions ``index`` (B, M) in the input.
-
-        ``kwargs`` are the block's own, before narrowing.
-        """
-        raise NotImplementedError
-
-    def flops(self, before: int, after: int) -> int:
-        """FLOPs of one sample with ``before`` tokens in the attention and ``after`` in the MLP."""
-        raise NotImplementedError
-
-    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The block's keyword arguments, where its model gives ``args`` by position."""
-        raise TypeError(f"vtr passes block arguments by name; got {len(args)} more by position")
-
-    def install(self, owner: Wrapping) -> None:
-        """Set patches inside the block that the runner needs (through ``owner``)."""
-
-    def checkpointed(self) -> bool:
-        """Whether the next pass through the block would be run again in the backward pass."""
-        return False
-
-
-class WholeBlock(BlockRunner):
-    """A block that cannot be opened: its own forward, cuts at its end, hidden states only."""
-
-    split = False
-
-    def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
-        return type(self.block).forward(self.block, x, **kwargs)
-
-    def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return x
-
-    def flops(self, before: int, after: int) -> int:
-        return before * linear_flops(self.block)
-
-
-class Run:
-    """The state of one forward pass."""
-
-    def __init__(self, batch: int, tokens: int, prefix: int) -> None:
-        self.batch = batch
-        self.tokens = tokens
-        self.prefix = prefix
-        self.map: TokenMap | None = None
-        self.merged = False
-        self.policy: Tensor | None = None
-        self.memory: dict[int, dict[str, Any]] = {}
-        self.short: Tensor | None = None
-        self.base: Tensor | None = None
-        self._narrowed: tuple[Any, TokenMap | None, Any] | None = None
-
-    def narrowed(self, key: Any, make: Callable[[TokenMap], Any]) -> Any:
-        """``make(map)`` for an argument that all blocks share, computed once per map."""
-        if key is None or self.map is None:
-            return key
-        if (
-            self._narrowed is None
-            or self._narrowed[0] is not key
-            or self._narrowed[1] is not self.map
-        ):
-            self._narrowed = (key, self.map, make(self.map))
-        return self._narrowed[2]
-
-    def full(self, x: Tensor) -> Tensor:
-        """x at full length; tokens that are gone have the value they had when they went."""
-        if self.map is None:
-            return x
-        whole = self.map.with_prefix(self.prefix)
-        return whole.restore(x, "copy" if self.base is None else self.base)
 
 
 class EncoderSession:
@@ -413,24 +316,6 @@ class EncoderSession:
         return dense, reduced
 
 
-def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
-    """Put ``forward`` in place of a module's own, inside accelerate's device hook where it has one.
-
-    Raises ``UnsupportedModelError`` where the instance carries another ``forward`` already.
-    """
-    held = vars(module)
-    if "_hf_hook" in held and "_old_forward" in held:  # accelerate's forward calls _old_forward
-        owner.patch(module, "_old_forward", forward)
-    elif "forward" in held:
-        raise UnsupportedModelError(
-            f"a {type(module).__name__} of {owner.info.family} carries a forward of its own "
-            f"({held['forward']!r}): another library, or another vtr.apply on a part of this model, has "
-            "patched it; take that off first"
-        )
-    else:
-        owner.patch(module, "forward", forward)
-
-
 def encoder_info(
     family: str,
     runners: Sequence[BlockRunner],
@@ -459,48 +344,6 @@ def encoder_info(
         dim=dim,
         heads=heads,
         tokens=tokens,
-    )
-
-
-def narrow_rope(rope: Tensor, kept: Tensor) -> Tensor:
-    """Rotary rows of the tokens ``kept`` (B, N'): (N, D), (H, N, D) or (B, H, N, D) rows give
-    (B, 1 or H, N', D). A merged token rotates by its representative's position."""
-    kept = kept.clamp(min=0)
-    if rope.dim() == 2:
-        return rope[kept][:, None]
-    if rope.dim() == 3:
-        return rope[:, kept].transpose(0, 1)
-    return take(rope.transpose(1, 2).expand(kept.shape[0], -1, -1, -1), kept).transpose(1, 2)
-
-
-def narrow_bias(bias: Tensor, now: TokenMap, prefix: int) -> Tensor:
-    """Rows and columns of the kept tokens of a (B or 1, H, T or 1, T) bias or mask."""
-    kept = now.with_prefix(prefix).kept.clamp(min=0)
-    while bias.dim() < 4:
-        bias = bias[None]
-    batch, heads, rows, columns = kept.shape[0], *bias.shape[1:]
-    bias = bias.expand(batch, heads, rows, columns)
-    if rows == columns:
-        index = kept[:, None, :, None].expand(batch, heads, kept.shape[1], columns)
-        bias = bias.gather(2, index)
-    index = kept[:, None, None, :].expand(batch, heads, bias.shape[2], kept.shape[1])
-    return bias.gather(3, index)
-
-
-def linear_flops(module: nn.Module) -> int:
-    """FLOPs per token of all linear layers inside a module (two per multiply-add)."""
-    return sum(
-        2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear)
-    )
-
-
-def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
-    """Mean of x (B, N, C) over tokens, each counted ``sizes`` (B, N) times; summed in float32."""
-    weights = (sizes / sizes.sum(1, keepdim=True))[..., None]
-    return (
-        (x.float() * weights).sum(1).to(x.dtype)
-        if x.dtype != torch.float64
-        else (x * weights).sum(1)
     )
 
 

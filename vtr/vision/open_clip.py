@@ -20,17 +20,9 @@ from torch import Tensor, nn
 
 from vtr.errors import UnsupportedModelError
 from vtr.vision.attention import Probe
-from vtr.vision.encoder import (
-    BlockRunner,
-    EncoderSession,
-    Run,
-    encoder_info,
-    linear_flops,
-    narrow_bias,
-    place_forward,
-    square_grid,
-    weighted_mean,
-)
+from vtr.vision.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
+from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
+from vtr.vision.pooling import weighted_mean
 from vtr.wrapping import Bound, Wrapping
 
 FAMILIES = (

@@ -1,9 +1,10 @@
-"""Pooling heads of vision towers: a learned probe that attends to all patches (SigLIP)."""
+"""Pooling: the mean over merged tokens, and the learned probe of a tower (SigLIP)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,3 +32,13 @@ class Pooling:
         out, weights = head.attention(probe, x, x, need_weights=True)
         out = out + head.mlp(head.layernorm(out))
         return weights[:, 0].float(), out[:, 0]
+
+
+def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
+    """Mean of x (B, N, C) over tokens, each counted ``sizes`` (B, N) times; summed in float32."""
+    weights = (sizes / sizes.sum(1, keepdim=True))[..., None]
+    return (
+        (x.float() * weights).sum(1).to(x.dtype)
+        if x.dtype != torch.float64
+        else (x * weights).sum(1)
+    )

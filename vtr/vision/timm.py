@@ -13,18 +13,9 @@ from torch import Tensor, nn
 
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.attention import Probe
-from vtr.vision.encoder import (
-    BlockRunner,
-    EncoderSession,
-    Run,
-    WholeBlock,
-    encoder_info,
-    linear_flops,
-    narrow_bias,
-    narrow_rope,
-    square_grid,
-    weighted_mean,
-)
+from vtr.vision.blocks import BlockRunner, Run, WholeBlock, linear_flops, narrow_bias, narrow_rope
+from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
+from vtr.vision.pooling import weighted_mean
 from vtr.wrapping import Bound, Wrapping
 
 FAMILIES = (

@@ -18,14 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.vision.encoder import (
-    BlockRunner,
-    EncoderSession,
-    encoder_info,
-    place_forward,
-    square_grid,
-    weighted_mean,
-)
+from vtr.vision.blocks import BlockRunner, place_forward
+from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
+from vtr.vision.pooling import weighted_mean
 from vtr.vision.transformers_layers import LAYERS, LayerRunner
 from vtr.wrapping import Bound, Wrapping
 

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.attention import Probe
-from vtr.vision.encoder import BlockRunner, Run, linear_flops, narrow_bias, place_forward
+from vtr.vision.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
 from vtr.wrapping import Bound, Wrapping
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.vision.encoder import EncoderSession, encoder_info, weighted_mean
+from vtr.vision.encoder import EncoderSession, encoder_info
+from vtr.vision.pooling import weighted_mean
 from vtr.vision.transformers import _named
 from vtr.vision.transformers_layers import LAYERS, LayerRunner
 from vtr.wrapping import Bound, Wrapping

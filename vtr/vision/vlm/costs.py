@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vtr.vision.encoder import linear_flops
+from vtr.vision.blocks import linear_flops
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.language import Last
