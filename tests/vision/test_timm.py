@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import vtr
 from tests.tiny import images, ours, spread, vit
+from tests.vision.looks import Look, check_keys
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, take, top_indices
+from vtr.tokens import TokenMap, top_indices
 from vtr.vision.timm import TimmBlock
 from vtr.wrapping import wrapping_of
 
@@ -62,6 +63,7 @@ FAMILIES: list[tuple[str, dict[str, Any], int, set[str]]] = [
     ("eva02_tiny_patch14_224", {}, 1, CLS),
     ("eva02_base_patch16_clip_224", {}, 1, CLS),
     ("eva_giant_patch14_224", {}, 1, CLS),
+    ("eva02_enormous_patch14_clip_224", {}, 1, CLS),
     ("vit_small_patch16_dinov3", {}, 5, CLS),
     ("vit_small_patch16_dinov3_qkvb", {}, 5, CLS),
     ("vit_small_patch16_rope_224", {}, 1, CLS),
@@ -101,6 +103,31 @@ def works(model: Any) -> list[str]:
 
 # ---- every family, every method -------------------------------------------------------------
 
+# Modules of timm whose models are sequences; what the others are is refused (below).
+SEQUENCES = ("beit", "deit", "eva", "naflexvit", "vision_transformer", "vision_transformer_relpos")
+
+
+def form(model: Any) -> tuple[str, ...]:
+    """What an adapter must know: the classes of model, block and attention."""
+    block = model.blocks[0]
+    return tuple(type(x).__name__ for x in (model, block, getattr(block, "attn", None)))
+
+
+@pytest.mark.slow
+def test_no_form_in_the_registry_is_missing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model that timm lists in those modules is of a form that the tests below run."""
+    known = {form(build(name, more)) for name, more, _, _ in FAMILIES}
+    for name in ("trunc_normal_", "normal_", "xavier_uniform_", "zeros_", "ones_", "constant_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    names = [name for module in SEQUENCES for name in timm.list_models(module=module)]
+    assert len(names) > 250
+    for name in names:
+        more = {"num_kv_heads": (1, 3, 1, 3)} if "sapiens2" in name else {}
+        with torch.device("meta"):
+            model = timm.create_model(name, **SMALL, **more)
+        assert form(model) in known, name
+        assert "random" in works(model), name
+
 
 def test_every_supported_method_runs_by_the_laws(family: tuple[Any, int, set[str]]) -> None:
     model, prefix, expected = family
@@ -137,23 +164,6 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[Any, int, set[str
     assert list(model.state_dict()) == keys and ours(model) == []
     with torch.no_grad():
         assert torch.equal(model(x), dense)
-
-
-@dataclass(frozen=True)
-class Look(Method):
-    """Opens the attention of every layer and changes nothing."""
-
-    name: ClassVar[str] = "look"
-    sites: ClassVar[tuple[str, ...]] = ("encoder",)
-    needs: ClassVar = {"encoder": frozenset({"keys"})}
-
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("encoder", i) for i in range(info.depth["encoder"]))
-
-    def reduce(self, site: Site) -> Reduction | None:
-        q, k, v = site.qkv
-        assert q.shape == k.shape == v.shape
-        return None
 
 
 def test_the_opened_attention_equals_the_native_one(family: tuple[Any, int, set[str]]) -> None:
@@ -535,37 +545,11 @@ def test_methods_that_need_a_class_token_are_refused_without_one() -> None:
 # ---- details --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Keys(Look):
-    """Remembers, at layer 1, the keys of some tokens: the call's own, and those made from features."""
-
-    inputs: dict[int, Tensor] = field(default_factory=dict, hash=False, compare=False)
-    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list, hash=False, compare=False)
-
-    def reduce(self, site: Site) -> Reduction | None:
-        if site.layer == 1:
-            index = torch.tensor([[3, 9, 60], [0, 63, 5]])
-            assert site.keys_of is not None
-            got = site.keys_of(take(self.inputs[1][:, site.prefix :], index), index)
-            want = take(site.keys.transpose(1, 2), index).transpose(1, 2)
-            self.seen.append((got, want))
-        return None
-
-
 def test_keys_of_equals_the_keys_of_the_call(family: tuple[Any, int, set[str]]) -> None:
     """Keys made from features alone are those that the block's own attention has."""
     model, _, expected = family
-    if expected == ENDS:
-        return
-    method = Keys()
-    hook = model.blocks[1].register_forward_pre_hook(
-        lambda m, a: method.inputs.__setitem__(1, a[0])
-    )
-    with vtr.apply(model, method), torch.no_grad():
-        model(images())
-    hook.remove()
-    ((got, want),) = method.seen
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    if expected != ENDS:
+        check_keys(model, model.blocks, lambda: model(images()))
 
 
 @pytest.mark.parametrize(
