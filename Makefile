@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RESULTS := benchmarks/results
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m
 
 .PHONY: demo test lint types gpu docs clean
@@ -30,8 +31,13 @@ types: $(VENV)/.installed
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
 	PYTHONPATH=. $(PYTHON) benchmarks/vit.py
-	PYTHONPATH=. $(PYTHON) benchmarks/attention.py
+	PYTHONPATH=. $(PYTHON) benchmarks/attention.py gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/vlm.py
+	PYTHONPATH=. $(PYTHON) benchmarks/diffusion.py
+	PYTHONPATH=. $(PYTHON) benchmarks/diffusion_methods.py --device cuda
+	PYTHONPATH=. $(PYTHON) benchmarks/video.py decode --out $(RESULTS)/video-decode-cuda-host.csv
+	PYTHONPATH=. $(PYTHON) benchmarks/video_models.py reduction --out $(RESULTS)/video-reduction-cuda.csv
+	PYTHONPATH=. $(PYTHON) benchmarks/video_models.py prefill --out $(RESULTS)/video-prefill-cuda.csv
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -19,7 +19,6 @@ import csv
 import dataclasses
 import datetime
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention import fastest  # the script beside this one
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -190,23 +190,9 @@ def best(
     calls: dict[str, Callable[[], object]], device: str, seconds: float, rounds: int
 ) -> dict[str, float]:
     """Milliseconds of each call, the least of alternating rounds after one to warm up."""
-    clock = time.perf_counter
-    times = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()
-    started = clock()
-    for i in range(rounds):
-        for name, call in calls.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            before = clock()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name] = min(times[name], (clock() - before) * 1e3)
-        if i >= 2 and clock() - started > seconds:
-            break
-    return times
+    return fastest(calls, device, seconds, rounds)
 
 
 def mask_of(handle: Any) -> Any:

@@ -402,34 +402,45 @@ class Fixed(AttentionMethod):
 
 
 @contextlib.contextmanager
-def eager(model: Any, names: tuple[str, ...], density: float) -> Iterator[None]:
-    """Attention of the modules ``names`` under :func:`token_mask`, by an additive mask."""
+def replaced(model: Any, names: tuple[str, ...], formula: Callable[..., Tensor]) -> Iterator[None]:
+    """Self- or joint attention of the modules ``names`` by ``formula(name, q, k, v, seen)``; seen
+    (B or 1, 1, 1, S) bool."""
     plain = torch.nn.functional.scaled_dot_product_attention
     running: list[str] = []
+    handles: list[Any] = []
 
-    def masked(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-        is_causal: bool = False, **more: Any,
-    ) -> Tensor:  # fmt: skip
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if running and query.shape[-2] == key.shape[-2]:
-            seen = token_mask(query.shape[-2], density).expand(query.shape[0], 1, -1, -1)
+            seen = torch.ones(1, 1, 1, key.shape[-2], dtype=torch.bool)
             if attn_mask is not None:
-                seen = seen & attn_mask
-            attn_mask = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, -float("inf"))
-        return plain(query, key, value, attn_mask, dropout_p, is_causal, **more)
+                seen = attn_mask.bool()
+            return formula(running[-1], query, key, value, seen).to(query.dtype)
+        return plain(query, key, value, attn_mask, *args, **kwargs)
 
-    def leave(module: Any, args: Any, output: Any) -> None:
-        running.pop()
-
-    handles = []
     for name in names:
         module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(lambda m, a: running.append("")))
-        handles.append(module.register_forward_hook(leave))
-    torch.nn.functional.scaled_dot_product_attention = masked  # type: ignore[assignment]
+        handles.append(module.register_forward_pre_hook(lambda m, a, n=name: running.append(n)))
+        handles.append(module.register_forward_hook(lambda m, a, o: running.pop() and None))
+    torch.nn.functional.scaled_dot_product_attention = call  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention = plain
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def eager(model: Any, names: tuple[str, ...], density: float) -> Iterator[None]:
+    """Attention of the modules ``names`` under :func:`token_mask`, by an additive mask."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def masked(name: str, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        seen = token_mask(q.shape[-2], density) & seen
+        mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -float("inf"))
+        return plain(q, k, v, mask)
+
+    with replaced(model, names, masked):
+        yield

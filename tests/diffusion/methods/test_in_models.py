@@ -3,13 +3,11 @@ torch's attention function from outside."""
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
 import vtr
-from tests.diffusion.models import CASES
+from tests.diffusion.models import CASES, replaced
 from tests.methods.sites import attention
 from tests.methods.test_rettention import _band
 from tests.methods.test_tomesd import _by_loops
@@ -32,33 +30,6 @@ METHODS = [
     vtr.RectifiedSparse(drop=0.5, p=0.1, neighbours=False, block=16),
     vtr.ToMeSD(ratio=0.5),
 ]
-
-
-@contextlib.contextmanager
-def replaced(model, names, formula):
-    """Attention of the modules ``names`` by ``formula(name, q, k, v, seen)``; seen (B, 1, 1, S)."""
-    plain = torch.nn.functional.scaled_dot_product_attention
-    running, handles = [], []
-
-    def call(query, key, value, attn_mask=None, *args, **kwargs):
-        if running and query.shape[-2] == key.shape[-2]:
-            seen = torch.ones(1, 1, 1, key.shape[-2], dtype=torch.bool)
-            if attn_mask is not None:
-                seen = attn_mask.bool()
-            return formula(running[-1], query, key, value, seen).to(query.dtype)
-        return plain(query, key, value, attn_mask, *args, **kwargs)
-
-    for name in names:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(lambda m, a, n=name: running.append(n)))
-        handles.append(module.register_forward_hook(lambda m, a, o: running.pop() and None))
-    torch.nn.functional.scaled_dot_product_attention = call
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = plain
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
