@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
 from tests.tiny import images, ours, spread
-from vtr.method import Method, Reduction, Stage
-from vtr.signals import ModelInfo, Site
+from tests.vision.looks import check_keys
 from vtr.vision.timm import TimmWrapping
 from vtr.wrapping import wrapping_of
 
@@ -142,49 +140,10 @@ def test_all_tokens_kept(family: tuple[str, Any]) -> None:
                 torch.testing.assert_close(out, dense, atol=2e-6, rtol=2e-6)
 
 
-@dataclass(frozen=True)
-class Look(Method):
-    """Opens the attention of every layer and changes nothing."""
-
-    name: ClassVar[str] = "look"
-    sites: ClassVar[tuple[str, ...]] = ("encoder",)
-    needs: ClassVar = {"encoder": frozenset({"keys"})}
-
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("encoder", i) for i in range(info.depth["encoder"]))
-
-    def reduce(self, site: Site) -> Reduction | None:
-        return None
-
-
 @pytest.mark.parametrize("name", ["tok", "custom"])
 def test_keys_of_equals_the_keys_of_the_call(name: str) -> None:
     model = build(name)
-    inputs: dict[int, Tensor] = {}
-    seen: list[int] = []
-    index = torch.tensor([[3, 9, 60], [0, 63, 5]])
-
-    @dataclass(frozen=True)
-    class Keys(Look):
-        def reduce(self, site: Site) -> Reduction | None:
-            rows = inputs[site.layer][:, site.prefix :]
-            rows = rows.gather(1, index[..., None].expand(-1, -1, 48))
-            assert site.keys_of is not None
-            got = site.keys_of(rows, index)
-            want = site.keys.gather(2, index[:, None, :, None].expand(-1, 4, -1, 12))
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-            seen.append(site.layer)
-            return None
-
-    hooks = [
-        block.register_forward_pre_hook(lambda m, a, i=i: inputs.__setitem__(i, a[0]))
-        for i, block in enumerate(model.visual.transformer.resblocks)
-    ]
-    with vtr.apply(model, Keys()), torch.no_grad():
-        pooled(model, pixels())
-    for hook in hooks:
-        hook.remove()
-    assert seen == [0, 1, 2, 3]
+    check_keys(model, model.visual.transformer.resblocks, lambda: pooled(model, pixels()))
 
 
 # ---- exactness -----------------------------------------------------------------------------------
@@ -397,20 +356,38 @@ def test_reported_flops_are_those_of_the_operators(name: str) -> None:
 # ---- other towers ----------------------------------------------------------------------------------------
 
 
-def test_a_timm_trunk_is_wrapped_by_the_timm_adapter() -> None:
-    model = spread(
-        CustomTextCLIP(
-            24, timm_tower("vit_tiny_patch16_224", timm_pool="avg", image_size=224), TEXT
-        )
-    )
-    x = images(1, size=224)
+@pytest.mark.parametrize(
+    ("name", "pool", "prefix", "methods"),
+    [
+        ("test_vit", "avg", 1, CLS),
+        ("test_vit3", "", 1, {"flowcut", "random", "tome"}),  # a learned probe pools
+        ("test_vit4", "token", 1, CLS),
+        ("test_beit", "avg", 1, CLS),
+        ("test_eva", "avg", 1, CLS),
+    ],
+)
+def test_a_timm_trunk_is_wrapped_by_the_timm_adapter(
+    name: str, pool: str, prefix: int, methods: set[str]
+) -> None:
+    tower = timm_tower(name, timm_pool=pool, image_size=160)
+    model = spread(CustomTextCLIP(24, tower, TEXT))
+    x = images(2, size=160)
+    supported = {s.name for s in vtr.supported(model) if s.supported}
+    assert methods <= supported
     with torch.no_grad():
         dense = pooled(model, x)
-        with vtr.apply(model, vtr.ToMe(r=8)) as handle:
-            assert isinstance(wrapping_of(model.visual.trunk), TimmWrapping)
-            assert not torch.equal(pooled(model, x), dense)
-            assert handle.trace.stages[-1].tokens_out == 196 - 12 * 8
-            assert all(found.startswith("visual.trunk.") for found in ours(model))
+        for method in sorted(supported):
+            torch.manual_seed(0)
+            with vtr.apply(model, method) as handle:
+                trunk = model.visual.trunk
+                assert isinstance(wrapping_of(trunk), TimmWrapping)
+                out = pooled(model, x)
+                last = handle.trace.stages[-1]
+                assert last.total.n_in == 100 and last.tokens_out < 100
+                torch.manual_seed(0)
+                assert trunk.forward_features(x).shape[1] == last.tokens_out + prefix
+                assert all(found.startswith("visual.trunk.") for found in ours(model))
+            assert out.shape == dense.shape and not torch.equal(out, dense), method
         assert torch.equal(pooled(model, x), dense)
 
 

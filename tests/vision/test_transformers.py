@@ -6,8 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +17,8 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 import vtr
 from tests.tiny import images, ours, spread
-from vtr.method import Method, Reduction, Stage
-from vtr.signals import ModelInfo, Site
+from tests.vision.looks import check_keys
+from vtr.method import Method
 from vtr.vision.transformers import TOWERS, tower_parts
 from vtr.wrapping import wrapping_of
 
@@ -213,49 +212,9 @@ def test_all_tokens_kept_changes_no_bit(family: tuple[str, Any, int, set[str]]) 
                 assert torch.equal(result(model(x)), dense), name
 
 
-@dataclass(frozen=True)
-class Look(Method):
-    """Opens the attention of every layer and changes nothing."""
-
-    name: ClassVar[str] = "look"
-    sites: ClassVar[tuple[str, ...]] = ("encoder",)
-    needs: ClassVar = {"encoder": frozenset({"keys"})}
-    biased: bool = False
-
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("encoder", i) for i in range(info.depth["encoder"]))
-
-    def reduce(self, site: Site) -> Reduction | None:
-        return None
-
-
 def test_keys_of_equals_the_keys_of_the_call(family: tuple[str, Any, int, set[str]]) -> None:
     _, model, _, _ = family
-    inputs: dict[int, Tensor] = {}
-    seen: list[int] = []
-    index = torch.tensor([[3, 9, 60], [0, 63, 5]])
-
-    @dataclass(frozen=True)
-    class Keys(Look):
-        def reduce(self, site: Site) -> Reduction | None:
-            rows = inputs[site.layer][:, site.prefix :]
-            rows = rows.gather(1, index[..., None].expand(-1, -1, 48))
-            assert site.keys_of is not None
-            got = site.keys_of(rows, index)
-            want = site.keys.gather(2, index[:, None, :, None].expand(-1, 3, -1, 16))
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-            seen.append(site.layer)
-            return None
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, a, i=i: inputs.__setitem__(i, a[0]))
-        for i, layer in enumerate(layers_of(model))
-    ]
-    with vtr.apply(model, Keys()), torch.no_grad():
-        model(pixels())
-    for hook in hooks:
-        hook.remove()
-    assert seen == [0, 1, 2, 3]
+    check_keys(model, layers_of(model), lambda: model(pixels()))
 
 
 # ---- exactness -----------------------------------------------------------------------------------

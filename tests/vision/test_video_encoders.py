@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
 from tests.tiny import ours, spread
+from tests.vision.looks import check_keys
 from vtr.flops import _missing_formulas
-from vtr.method import Method, Reduction, Stage
-from vtr.signals import ModelInfo, Site
+from vtr.method import Method
 from vtr.vision.video_encoders import TOWERS
 
 SIZE: dict[str, Any] = {
@@ -175,50 +174,11 @@ def test_all_tokens_kept_changes_no_bit(family: tuple[str, Any, int, set[str]]) 
                     assert torch.equal(out.last_hidden_state, dense.last_hidden_state), name
 
 
-@dataclass(frozen=True)
-class Look(Method):
-    """Opens the attention of every layer and changes nothing."""
-
-    name: ClassVar[str] = "look"
-    sites: ClassVar[tuple[str, ...]] = ("encoder",)
-    needs: ClassVar = {"encoder": frozenset({"keys"})}
-
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("encoder", i) for i in range(info.depth["encoder"]))
-
-    def reduce(self, site: Site) -> Reduction | None:
-        return None
-
-
 def test_keys_of_equals_the_keys_of_the_call(family: tuple[str, Any, int, set[str]]) -> None:
     _, model, _, _ = family
-    inputs: dict[int, Tensor] = {}
-    seen: list[int] = []
-    index = torch.tensor([[3, 9, 60], [0, 63, 5]])
-
-    @dataclass(frozen=True)
-    class Keys(Look):
-        def reduce(self, site: Site) -> Reduction | None:
-            rows = inputs[site.layer][:, site.prefix :]
-            rows = rows.gather(1, index[..., None].expand(-1, -1, 48))
-            assert site.keys_of is not None
-            got = site.keys_of(rows, index)
-            want = site.keys.gather(2, index[:, None, :, None].expand(-1, 3, -1, 16))
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-            seen.append(site.layer)
-            return None
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, a, i=i: inputs.__setitem__(i, a[0]))
-        for i, layer in enumerate(layers_of(model))
-    ]
     with torch.no_grad():
         dense = result(run(model, clips()))
-        with vtr.apply(model, Keys()):
-            opened = result(run(model, clips()))
-    for hook in hooks:
-        hook.remove()
-    assert seen == [0, 1, 2, 3]
+    opened = check_keys(model, layers_of(model), lambda: result(run(model, clips())))
     torch.testing.assert_close(opened, dense, atol=1e-4, rtol=1e-4)
 
 
