@@ -167,15 +167,14 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
     """
     with media.open() as container:
         stream = video_stream(container, media.name)
-        rows, trouble = _packets(container, stream, media, deadline)
+        look = FirstFrame(stream)
+        rows, trouble = _packets(container, stream, look, deadline)
         trouble = trouble or _truncated(container, stream, rows, media, deadline)
         if trouble and damaged == "error":
             raise VideoError(media.name, f"{trouble}. damaged='keep' reads what can be read")
         if not rows:
             raise VideoError(media.name, trouble or "its video stream holds no frames")
-    with media.open() as container:
-        stream = video_stream(container, media.name)
-        first = first_frame(container, stream, media.name, deadline)
+        first = look.found(media.name)
         base = _facts(container, stream, first, media, trouble)
         single = sum(s.type == "video" for s in container.streams) == 1
         unit = float(stream.time_base or 1e-6)
@@ -283,21 +282,35 @@ def timed(base: VideoMetadata, times: np.ndarray, last: float, rate: float) -> V
     )
 
 
-def first_frame(container: Any, stream: Any, name: str, deadline: Deadline) -> Any:
-    """The first frame that decodes, for the picture's size and rotation."""
-    av = av_module()
-    reason = "no frame can be decoded"
-    stream.thread_count = 1  # one frame is there sooner without the delay of frame threads
-    for tried, packet in enumerate(container.demux(stream)):
-        deadline.check()
+class FirstFrame:
+    """Looks for the first frame that decodes, for the picture's size and rotation."""
+
+    TRIES = 1000
+
+    def __init__(self, stream: Any) -> None:
+        stream.thread_count = 1  # one frame is there sooner without the delay of frame threads
+        self.codec = stream.codec_context.name
+        self.frame: Any = None
+        self.reason = "no frame can be decoded"
+        self.tried = 0
+
+    @property
+    def looking(self) -> bool:
+        return self.frame is None and self.tried <= self.TRIES
+
+    def see(self, packet: Any) -> None:
+        """Decode a packet of the stream, the next in order."""
+        self.tried += 1
         try:
-            for frame in packet.decode():
-                return frame
-        except av.FFmpegError as error:
-            reason = f"no frame can be decoded ({short(error)})"
-        if tried > 1000:
-            break
-    raise VideoError(name, f"{reason}; its codec is {stream.codec_context.name}")
+            self.frame = next(iter(packet.decode()), None)
+        except av_module().FFmpegError as error:
+            self.reason = f"no frame can be decoded ({short(error)})"
+
+    def found(self, name: str) -> Any:
+        """The frame. Raises :class:`VideoError` where there is none."""
+        if self.frame is None:
+            raise VideoError(name, f"{self.reason}; its codec is {self.codec}")
+        return self.frame
 
 
 def turned(frame: Any) -> tuple[int, bool]:
@@ -332,7 +345,7 @@ def _facts(container: Any, stream: Any, frame: Any, media: Media, trouble: str) 
 
 
 def _packets(
-    container: Any, stream: Any, media: Media, deadline: Deadline
+    container: Any, stream: Any, look: FirstFrame, deadline: Deadline
 ) -> tuple[list[tuple[Any, Any, bool, bool, int]], str]:
     """(pts, dts, key, discard, duration) of every packet in decode order, and what is wrong."""
     av = av_module()
@@ -340,8 +353,10 @@ def _packets(
     trouble = ""
     try:
         for n, packet in enumerate(container.demux(stream)):
-            if n % 1024 == 0:
+            if look.looking or n % 1024 == 0:
                 deadline.check()
+            if look.looking:
+                look.see(packet)
             if not packet.size:
                 continue
             dts = packet.pts if packet.dts is None else packet.dts

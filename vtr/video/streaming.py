@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
-from vtr.video.index import Media, Source, first_frame, turned, video_stream
+from vtr.video.index import FirstFrame, Media, Source, av_module, turned, video_stream
 from vtr.video.pyav import decode_all, shown
 from vtr.video.reading import Size, _check, picture_size
 from vtr.video.sampling import SLACK
@@ -55,9 +56,16 @@ def stream(
     media = Media.of(source)
     deadline = Deadline(media.name, time_limit)
     with media.open() as container:
-        first = first_frame(
-            container, video_stream(container, media.name), media.name, Deadline(media.name, 600.0)
-        )
+        stream = video_stream(container, media.name)
+        look = FirstFrame(stream)
+        limit = Deadline(media.name, 600.0)
+        with contextlib.suppress(av_module().FFmpegError):  # then what came so far has no frame
+            for packet in container.demux(stream):
+                limit.check()
+                look.see(packet)
+                if not look.looking:
+                    break
+    first = look.found(media.name)
     return _frames(media, first, fps, start, end, size, damaged, threads, deadline)
 
 
