@@ -14,23 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from generate_video import compare, in_blocks, load  # the script beside this one
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 import vtr
-
-
-def load(name: str | None) -> Any:
-    """The built-in pipeline, or that of a hub id or folder."""
-    if name is None:
-        return vtr.zoo.load_pipeline("digits-wan")
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=torch.bfloat16)
-    if torch.cuda.is_available():
-        pipe.enable_model_cpu_offload()
-    return pipe
 
 
 def generate(
@@ -78,33 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
         options["num_frames"] = 1
     early = args.dense_steps if args.dense_steps < 1 else int(args.dense_steps)
     block = args.block or (128 if args.model else 16)
-    method = vtr.create(args.method, dense_steps=early, block=block)
-    args.out.mkdir(parents=True, exist_ok=True)
+    method = vtr.create(args.method, dense_steps=early, **in_blocks(args.method, block))
 
-    dense, dense_seconds = generate(pipe, args.prompt, options, args.seed)
-    with vtr.apply(pipe, method) as handle:
-        reduced, seconds = generate(pipe, args.prompt, options, args.seed)
-        report = handle.report()
-        notes = handle.trace.notes["attention"].values()
-        mask = next((note["mask"] for note in notes if "mask" in note), None)
+    def run() -> tuple[np.ndarray, float]:
+        return generate(pipe, args.prompt, options, args.seed)
 
-    save(args.out / "dense.png", dense)
-    save(args.out / f"{args.method}.png", reduced)
-    error = float(((dense - reduced) ** 2).mean())
-    table = Table(title=f"{args.model or 'digits-wan'}: {args.prompt}")
-    for column in ("attention", "seconds", "PSNR to dense", "file"):
-        table.add_column(column)
-    table.add_row("dense", f"{dense_seconds:.2f}", "", str(args.out / "dense.png"))
-    psnr = f"{-10 * np.log10(max(error, 1e-10)):.1f} dB"
-    table.add_row(str(method), f"{seconds:.2f}", psnr, str(args.out / f"{args.method}.png"))
-    console = Console()
-    console.print(table)
-    console.print(report)
-    if mask is None:
-        console.print(f"no picture of the mask: {args.method} makes it anew in every call")
-    else:
-        vtr.draw(mask).save(args.out / "mask.png")
-        console.print(f"the mask: {args.out / 'mask.png'}")
+    title = f"{args.model or 'digits-wan'}: {args.prompt}"
+    compare(pipe, method, run, save, args.out, "png", title)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def load(name: str | None) -> Any:
     if torch.cuda.is_available():
         pipe.enable_model_cpu_offload()
     return pipe
+
+
+def in_blocks(name: str, block: int) -> dict[str, Any]:
+    """The option for the tokens of a mask's block, of methods that have masks."""
+    known = vtr.create(name).to_dict()
+    return {"block": block} if "block" in known else {}
 
 
 def generate(
@@ -72,6 +79,47 @@ def write_mp4(path: Path, frames: np.ndarray, rate: int) -> None:
             file.mux(packet)
 
 
+def compare(
+    pipe: Any,
+    method: vtr.Method,
+    run: Callable[[], tuple[np.ndarray, float]],
+    write: Callable[[Path, np.ndarray], None],
+    folder: Path,
+    ending: str,
+    title: str,
+) -> None:
+    """Generate dense and with the method; write both, the picture of the mask, and a table.
+
+    ``run()`` gives what was made, with values in [0, 1], and the seconds; ``write(path, made)`` puts it
+    into a file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.{ending}" for name in ("dense", method.name)]
+    dense, dense_seconds = run()
+    with vtr.apply(pipe, method) as handle:
+        reduced, seconds = run()
+        report = handle.report()
+        notes = handle.trace.notes["attention"].values()
+        mask = next((note["mask"] for note in notes if "mask" in note), None)
+    for path, made in zip(files, (dense, reduced), strict=True):
+        write(path, made)
+    table = Table(title=title)
+    for column in ("attention", "seconds", "PSNR to dense", "file"):
+        table.add_column(column)
+    table.add_row("dense", f"{dense_seconds:.2f}", "", str(files[0]))
+    error = float(((dense - reduced) ** 2).mean())
+    psnr = f"{-10 * np.log10(max(error, 1e-10)):.1f} dB"
+    table.add_row(str(method), f"{seconds:.2f}", psnr, str(files[1]))
+    console = Console()
+    console.print(table)
+    console.print(report)
+    if mask is None:
+        console.print(f"no picture of the mask: {method.name} makes it anew in every call")
+    else:
+        vtr.draw(mask).save(folder / "mask.png")
+        console.print(f"the mask: {folder / 'mask.png'}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -100,36 +148,18 @@ def main(arguments: list[str] | None = None) -> None:
     early = args.dense_steps if args.dense_steps < 1 else int(args.dense_steps)
     settings: dict[str, Any] = {"dense_steps": early}
     if args.model is None:
-        settings |= {"block": BLOCK, **BUILT_IN.get(args.method, {})}
+        settings |= {**in_blocks(args.method, BLOCK), **BUILT_IN.get(args.method, {})}
     settings |= {key: json.loads(value) for key, value in (pair.split("=") for pair in args.set)}
     method = vtr.create(args.method, **settings)
-    args.out.mkdir(parents=True, exist_ok=True)
 
-    dense, dense_seconds = generate(pipe, args.prompt, options, args.seed)
-    with vtr.apply(pipe, method) as handle:
-        reduced, seconds = generate(pipe, args.prompt, options, args.seed)
-        report = handle.report()
-        notes = handle.trace.notes["attention"].values()
-        mask = next((note["mask"] for note in notes if "mask" in note), None)
+    def run() -> tuple[np.ndarray, float]:
+        return generate(pipe, args.prompt, options, args.seed)
 
     rate = args.rate or (16 if args.model else 4)
-    write_mp4(args.out / "dense.mp4", enlarge(dense), rate)
-    write_mp4(args.out / f"{args.method}.mp4", enlarge(reduced), rate)
-    error = float(((dense - reduced) ** 2).mean())
-    table = Table(title=f"{args.model or 'digits-wan'}: {args.prompt}")
-    for column in ("attention", "seconds", "PSNR to dense", "file"):
-        table.add_column(column)
-    table.add_row("dense", f"{dense_seconds:.2f}", "", str(args.out / "dense.mp4"))
-    psnr = f"{-10 * np.log10(max(error, 1e-10)):.1f} dB"
-    table.add_row(str(method), f"{seconds:.2f}", psnr, str(args.out / f"{args.method}.mp4"))
-    console = Console()
-    console.print(table)
-    console.print(report)
-    if mask is None:
-        console.print(f"no picture of the mask: {args.method} makes it anew in every call")
-    else:
-        vtr.draw(mask).save(args.out / "mask.png")
-        console.print(f"the mask: {args.out / 'mask.png'}")
+    compare(
+        pipe, method, run, lambda name, frames: write_mp4(name, enlarge(frames), rate),
+        args.out, "mp4", f"{args.model or 'digits-wan'}: {args.prompt}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
