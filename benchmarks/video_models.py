@@ -23,7 +23,6 @@ import argparse
 import csv
 import datetime
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -31,9 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
+from video import show  # the script beside this one
 
 import vtr
 from vtr.signals import Frames, LanguageSite, ModelInfo, VisualSpan
@@ -312,15 +310,6 @@ def prefill(args: argparse.Namespace) -> list[dict[str, object]]:
             }
         )
     return rows
-
-
-def show(rows: list[dict[str, object]], title: str) -> None:
-    table = Table(title=title)
-    for key in rows[0]:
-        table.add_column(key.replace("_", " "), justify="right")
-    for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
-    Console(width=None if os.isatty(1) else 200).print(table)
 
 
 def main() -> None:
