@@ -98,20 +98,11 @@ def _hunyuan_video() -> Any:
     )  # fmt: skip
 
 
-def _cogvideox() -> Any:
+def _cogvideox(case: str = "cogvideox") -> Any:
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
     return CogVideoXPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=CASES["cogvideox"].build(),
-        scheduler=CogVideoXDDIMScheduler(),
-    )  # fmt: skip
-
-
-def _cogvideox_15() -> Any:
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
-
-    return CogVideoXPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=CASES["cogvideox-1.5"].build(),
+        tokenizer=None, text_encoder=None, vae=None, transformer=CASES[case].build(),
         scheduler=CogVideoXDDIMScheduler(),
     )  # fmt: skip
 
@@ -153,21 +144,12 @@ def _sd3() -> Any:
     )  # fmt: skip
 
 
-def _pixart() -> Any:
-    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
+def _pixart(kind: str = "PixArtAlphaPipeline") -> Any:
+    import diffusers
 
-    return PixArtAlphaPipeline(
+    return getattr(diffusers, kind)(
         tokenizer=None, text_encoder=None, vae=None, transformer=CASES["pixart"].build(),
-        scheduler=DPMSolverMultistepScheduler(),
-    )  # fmt: skip
-
-
-def _pixart_sigma() -> Any:
-    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
-
-    return PixArtSigmaPipeline(
-        tokenizer=None, text_encoder=None, vae=None, transformer=CASES["pixart"].build(),
-        scheduler=DPMSolverMultistepScheduler(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
     )  # fmt: skip
 
 
@@ -236,7 +218,7 @@ PIPES: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[str, ...]]] = {
     ),
     "cogvideox": (_cogvideox, {**_text(), **_VIDEO}, ("cond_uncond",)),
     "cogvideox-1.5": (
-        _cogvideox_15, {**_text(), **_VIDEO, "num_frames": 13}, ("cond_uncond",)
+        lambda: _cogvideox("cogvideox-1.5"), {**_text(), **_VIDEO, "num_frames": 13}, ("cond_uncond",)
     ),
     "mochi": (
         _mochi, {**_text(mask=True), **_VIDEO, "num_frames": 13},
@@ -253,8 +235,9 @@ PIPES: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[str, ...]]] = {
                   **_IMAGE}, ("0",),
     ),
     "pixart-sigma": (
-        _pixart_sigma, {**_text(mask=True), "negative_prompt": None,
-                        "use_resolution_binning": False, **_IMAGE}, ("0",),
+        lambda: _pixart("PixArtSigmaPipeline"),
+        {**_text(mask=True), "negative_prompt": None, "use_resolution_binning": False, **_IMAGE},
+        ("0",),
     ),
     "qwen-image": (_qwen, {**_qwen_text(), **_IMAGE}, ("cond", "uncond")),
     "hunyuan-dit": (_hunyuan_dit, {**_hunyuan_dit_text(), **_IMAGE}, ("0",)),
