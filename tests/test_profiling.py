@@ -13,7 +13,7 @@ from torch import nn
 import vtr
 from vtr.flops import count_flops
 from vtr.memory import PeakMemory
-from vtr.profiling import verdict
+from vtr.profile_rows import verdict
 
 
 def small_vit(**options):

@@ -1,0 +1,30 @@
+"""Signals of a site, against loops over its tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap
+
+
+def test_value_norms_and_mean_keys_leave_the_prefix_out() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 1 + 5, 4)  # a class token in front of five
+    site = Site(
+        site="encoder",
+        layer=0,
+        info=ModelInfo("test", {"encoder": 1}, {}),
+        hidden=torch.zeros(2, 5, 12),
+        map=TokenMap.identity(2, 5),
+        memory={},
+        qkv=lambda: (q, k, v),
+        prefix=1,
+    )
+    norms, keys = site.value_norm(), site.key_mean()
+    for b in range(2):
+        for j in range(5):
+            value = torch.cat([v[b, h, 1 + j] for h in range(3)])  # heads side by side
+            torch.testing.assert_close(norms[b, j], value.square().sum().sqrt())
+            mean = sum(k[b, h, 1 + j] for h in range(3)) / 3
+            torch.testing.assert_close(keys[b, j], mean)
