@@ -109,8 +109,10 @@ def test_failures_have_an_exit_status(run, monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setattr(answering.Answerer, "_generate", broken)
-    status, out, err = run("--limit", "3")
+    status, out, err = run("--limit", "3", "--out", "found")
     assert status == 1 and "FAILED: dense" in err and "failed" in out
+    # There is nothing to plot, which must not hide the failure.
+    assert sorted(p.name for p in Path("found").iterdir()) == ["evaluation.csv", "evaluation.md"]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,10 @@ def test_a_store_of_another_kind_is_refused(run, tmp_path):
     assert status == 2 and "not a results store" in err
 
 
-def test_published_numbers_need_a_published_model(run):
+def test_published_numbers_need_a_published_model(run, monkeypatch):
+    from vtr.evaluate import loading
+
+    monkeypatch.setattr(loading, "find", lambda name: pytest.fail("it was not said at once"))
     status, _, err = run("--compare", "published", "--limit", "2")
     assert status == 2 and "no published numbers of builtin" in err
 

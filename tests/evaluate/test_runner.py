@@ -12,7 +12,7 @@ import vtr
 from tests.evaluate.conftest import QUESTIONS
 from vtr.evaluate import loading
 from vtr.evaluate.cells import Cell
-from vtr.evaluate.store import Store
+from vtr.evaluate.store import Row, Store, cell_id
 from vtr.evaluate.tasks import SEED
 
 pytest.importorskip("lmms_eval")
@@ -208,6 +208,54 @@ def test_batches_are_halved_when_memory_runs_out(monkeypatch):
     assert outcome.errors == 0 and sizes == [5, 1, 1, 1, 1, 1] * 2  # a given size is kept
 
 
+def test_few_pictures_are_held_at_a_time(monkeypatch):
+    """The prompts of a whole task would fill the memory: they are made as they are asked."""
+    from vtr.evaluate import answering
+    from vtr.evaluate.runner import evaluate
+
+    held: list[int] = []
+    answers = answering.Answerer.answers
+
+    def counted(self, works, cell):
+        held.append(len(works))
+        return answers(self, works, cell)
+
+    monkeypatch.setattr(answering.Answerer, "answers", counted)
+    with Store() as store:
+        (outcome,) = evaluate(limit=21, batch_size=2, store=store).outcomes
+        assert held == [8, 8, 5] and outcome.new == outcome.samples == 21
+        assert sorted(doc for doc, _ in store.rows(outcome.name, TASK)) == list(range(21))
+
+
+def test_answers_without_a_word_are_counted(monkeypatch):
+    from vtr.evaluate import answering
+    from vtr.evaluate.runner import evaluate
+
+    monkeypatch.setattr(
+        answering.Answerer,
+        "_generate",
+        lambda self, works, handle: [
+            Row(w.doc, 0, w.prompt.key, "" if w.doc in (1, 3) else "7", tokens_in=144)
+            for w in works
+        ],
+    )
+    results = evaluate(limit=5)
+    assert (results.outcomes[0].empty, results.lines()[0].empty) == (2, 2) and not results.failed
+    assert "| empty |" in results.markdown() and "answers without a word" in results.markdown()
+
+
+def test_trained_modules_of_a_method_are_part_of_the_cell(tmp_path):
+    from vtr.evaluate.model import VTRChat
+
+    lm = VTRChat()
+    path = tmp_path / "modules.safetensors"
+    names = []
+    for content in (b"one", b"two", b"one"):
+        path.write_bytes(content)
+        names.append(cell_id(lm.describe(Cell((vtr.ToFe(weights=str(path)),)))))
+    assert names[0] == names[2] != names[1]
+
+
 def test_padding_is_not_answered_and_both_layouts_are():
     from vtr.evaluate.model import VTRChat
     from vtr.evaluate.simple import VTRSimple
@@ -298,6 +346,8 @@ def _prompt(sample):
         ({"tasks": "gqaa"}, r"no task 'gqaa'\. Near it: .*gqa"),
         ({"tasks": "mmbench_en_dev"}, "mmbench_en_dev_static"),
         ({"tasks": "mmvet"}, "--judge"),
+        ({"tasks": "mmbench_en"}, r"mmbench_en_dev \(of mmbench_en\) .* use mmbench_en_dev_static"),
+        ({"tasks": "hallusion_bench_image"}, "--judge"),  # only its source tells
         ({"tasks": "mme", "limit": 3}, "even limit"),
         ({"tasks": ""}, "at least one task"),
         ({"methods": "flowkut"}, "Did you mean 'flowcut'"),

@@ -13,7 +13,7 @@ from vtr.evaluate.cells import Cell
 from vtr.evaluate.official import headline, plain_metrics
 from vtr.evaluate.results import Outcome, Results, costs
 from vtr.evaluate.store import Row
-from vtr.evaluate.table import pareto, plot, score_text
+from vtr.evaluate.table import BEGIN, END, pareto, plot, score_text, styles
 
 DENSE = {
     "tokens_in": 100,
@@ -112,3 +112,26 @@ def test_plots(tmp_path):
     with pytest.raises(ValueError, match="nothing to plot"):
         plot(Results("model", "abc", None, outcomes()[-1:]), tmp_path / "c.png")
     assert [p.name for p in RESULTS.save(tmp_path / "all", "x")] == ["x.csv", "x.md", "x.png"]
+
+
+def test_methods_in_a_plot_are_told_apart():
+    looks = styles([str(i) for i in range(84)])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 84
+    assert len({(look["color"], look["ls"]) for look in list(looks.values())[:28]}) == 28
+
+
+def test_a_page_keeps_its_text_around_the_table(tmp_path):
+    page = tmp_path / "x.md"
+    page.write_text(f"# Title\n\nBefore.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    RESULTS.save(tmp_path, "x")
+    text = page.read_text()
+    assert text.startswith(f"# Title\n\nBefore.\n\n{BEGIN}\n\n| method |")
+    assert text.endswith(f"\n{END}\n\nAfter.\n") and "old" not in text
+    RESULTS.save(tmp_path, "x")
+    assert page.read_text() == text
+    page.write_text(f"{END}\n{BEGIN}\n")
+    with pytest.raises(ValueError, match="one line"):
+        RESULTS.save(tmp_path, "x")
+    page.write_text("an older table alone")
+    RESULTS.save(tmp_path, "x")
+    assert page.read_text().startswith("| method |")

@@ -222,8 +222,12 @@ class Answerer:
     # ---- costs ------------------------------------------------------------------------------
 
     def _dense_cost(self, prompt: Prompt, length: int, visual: int) -> Cost | None:
-        """FLOPs and cache of the dense prefill, counted once for prompts of one shape."""
-        key = (length, visual, tuple(p.size for p in prompt.images), len(prompt.videos))
+        """FLOPs and cache of the dense prefill, counted once for prompts of one length.
+
+        The number of visual tokens stands for the size of the pictures: a key with their sizes would
+        run nearly every sample of a task with photographs a second time.
+        """
+        key = (length, visual, len(prompt.images), len(prompt.videos))
         if key not in self._dense:
             self._dense[key] = self._counted(prompt)
         return self._dense[key]

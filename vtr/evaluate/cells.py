@@ -99,8 +99,7 @@ def with_keep(method: Method, keep: Keep) -> Method:
             f"{method.name} has no budget 'keep'; its options are: {', '.join(sorted(names))}. Give "
             "it with its options and without keep"
         )
-    changed = method.replace(keep=keep)
-    return changed
+    return method.replace(keep=keep)
 
 
 def parse_keeps(text: str | Keep | Iterable[Any] | None) -> tuple[Keep, ...]:
@@ -216,8 +215,8 @@ def sweep(
     return list(dict.fromkeys(cells))
 
 
-def all_methods(model: Any, positions: str | None = None) -> list[tuple[Method, ...]]:
-    """Every registered method with a budget that works on a vision-language model, and debiased FastV."""
+def all_methods(model: Any) -> list[tuple[Method, ...]]:
+    """Every registered method with a budget that works on a vision-language model without training."""
     from vtr import api
 
     out: list[tuple[Method, ...]] = []

@@ -68,6 +68,10 @@ def evaluate(
 
     if compare not in (None, "published"):
         raise ValueError(f"--compare knows 'published', got {compare!r}")
+    if compare:
+        from vtr.evaluate.compare import compared, matching
+
+        matching(model)  # raises where nothing was published
     rank, world = launch.ranks()
     if processes is not None and processes != world:
         raise ValueError(
@@ -108,8 +112,6 @@ def evaluate(
     else:
         _print(results)
     if compare:
-        from vtr.evaluate.compare import compared
-
         for comparison in compared(results):
             if not as_json:
                 _print(comparison)

@@ -157,3 +157,12 @@ def fingerprint(model: Any, processor: Any = None) -> str:
             if backend is not None:
                 digest.update(backend.to_str().encode())
     return digest.hexdigest()[:20]
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

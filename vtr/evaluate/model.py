@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 
 from vtr.evaluate import loading
 from vtr.evaluate.answering import Answerer, Work, explain
-from vtr.evaluate.cells import Cell, as_methods, parse_keeps, sweep
+from vtr.evaluate.cells import DRAWS, Cell, as_methods, parse_keeps, sweep
 from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.prompts import prompt_of
 from vtr.evaluate.store import Row, Store
@@ -156,6 +156,10 @@ class VTRChat(lmms):
         }
         if cell.methods:
             described["positions"] = self.positions
+        trained = [str(path) for m in cell.methods if (path := getattr(m, "weights", None))]
+        files = {path: loading.file_hash(path) for path in trained if Path(path).is_file()}
+        if files:  # modules that a method brings: a path does not say what lies there
+            described["weights"] = files
         return described
 
     # ---- what lmms-eval calls ---------------------------------------------------------------
@@ -167,36 +171,57 @@ class VTRChat(lmms):
         recorded with its error and answered with an empty text.
         """
         results: list[Any] = [GenerationResult("", None)] * len(requests)
-        works: list[Work] = []
-        tasks: dict[str, dict[tuple[int, int], Row]] = {}
+        stored: dict[str, dict[tuple[int, int], Row]] = {}
+        waiting: list[Work] = []
         for slot, request in enumerate(requests):
             if (request.metadata or {}).get("__padding_only__"):
                 continue
-            doc, task, _ = request.args[-3:]
-            known = tasks.setdefault(task, {}) or self.store.rows(self._cell_name, task)
-            tasks[task] = known
-            idx = int(request.idx or 0)
-            try:
-                prompt = prompt_of(request, self.task_dict, self._answerer.frames)
-            except Exception as error:
-                row = Row(doc, idx, "", "", error=explain(error))
-                self.store.put(self._cell_name, task, [row])
-                self.new += 1
-                continue
-            row = known.get((doc, idx))  # type: ignore[assignment]
-            usable = row is not None and row.prompt == prompt.key
-            if usable and not (row.error and self.retry_errors):
-                self.reused += 1
-                results[slot] = _result(row)
-            else:
-                works.append(Work(slot, task, doc, idx, prompt))
+            work = self._work(slot, request, stored, results)
+            if work is not None:
+                waiting.append(work)
+            if len(waiting) >= self._window:
+                self._answer(waiting, results)
+                waiting = []
+        self._answer(waiting, results)
+        return results
+
+    @property
+    def _window(self) -> int:
+        """Prompts held at a time: whole batches of every draw, and not the pictures of a whole task."""
+        return self._answerer.size * (DRAWS if self._cell.seed is not None else 4)
+
+    def _work(
+        self,
+        slot: int,
+        request: Any,
+        stored: dict[str, dict[tuple[int, int], Row]],
+        results: list[Any],
+    ) -> Work | None:
+        """What is to be asked; None where the answer is known, or the question cannot be put."""
+        doc, task, _ = request.args[-3:]
+        if task not in stored:
+            stored[task] = self.store.rows(self._cell_name, task)
+        idx = int(request.idx or 0)
+        try:
+            prompt = prompt_of(request, self.task_dict, self._answerer.frames)
+        except Exception as error:
+            self.store.put(self._cell_name, task, [Row(doc, idx, "", "", error=explain(error))])
+            self.new += 1
+            return None
+        row = stored[task].get((doc, idx))
+        if row is None or row.prompt != prompt.key or (row.error and self.retry_errors):
+            return Work(slot, task, doc, idx, prompt)
+        self.reused += 1
+        results[slot] = _result(row)
+        return None
+
+    def _answer(self, works: list[Work], results: list[Any]) -> None:
         for done in self._answerer.answers(works, self._cell):
             for task in dict.fromkeys(work.task for work, _ in done):
                 self.store.put(self._cell_name, task, [r for w, r in done if w.task == task])
             for work, row in done:
                 results[work.slot] = _result(row)
             self.new += len(done)
-        return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         raise NotImplementedError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from vtr.errors import missing
+from vtr.evaluate.judges import asks_judge, leaves
 from vtr.evaluate.tasks import BUILTIN
 from vtr.evaluate.tasks.video import VIDEO
 
@@ -26,8 +26,6 @@ HEADLINE = {
 
 STATIC = {"mmbench_en_dev": "mmbench_en_dev_static"}
 """Tasks that ask a judge where rules do not suffice, and those that use the rules alone."""
-
-_JUDGE = re.compile(r"metric:\s*[\"']?gpt_eval_score|gpt_eval_model|llm_(as_)?judge")
 
 
 def require() -> None:
@@ -104,31 +102,18 @@ def check(
             )
         if judge:
             continue
-        if name in STATIC:
-            raise ValueError(
-                f"{name} asks a model of an outside provider to read answers: use {STATIC[name]}, which "
-                "does not, or allow it with --judge"
-            )
-        if _asks_judge(name, manager):
-            raise ValueError(
-                f"{name} asks a model of an outside provider to judge answers, which costs money, and "
-                "sends them there: allow it with --judge"
-            )
-
-
-def _asks_judge(name: str, manager: Any) -> bool:
-    if name.endswith("_static"):
-        return False
-    path = manager.task_index[name].get("yaml_path", -1)
-    if path == -1:
-        return False
-    file = Path(path)
-    texts = [file.read_text(encoding="utf-8")]
-    for line in texts[0].splitlines():
-        if line.startswith("include:"):
-            base = file.parent / line.partition(":")[2].strip()
-            texts += [base.read_text(encoding="utf-8")] if base.is_file() else []
-    return any(_JUDGE.search(text) for text in texts)
+        for leaf in leaves(name, manager):
+            within = "" if leaf == name else f" (of {name})"
+            if leaf in STATIC:
+                raise ValueError(
+                    f"{leaf}{within} asks a model of an outside provider to read answers: use "
+                    f"{STATIC[leaf]}, which does not, or allow it with --judge"
+                )
+            if asks_judge(leaf, manager):
+                raise ValueError(
+                    f"{leaf}{within} asks a model or a server of an outside provider to judge answers, "
+                    "which sends them there and may cost money: allow it with --judge"
+                )
 
 
 def headline(task: str, metrics: dict[str, float]) -> tuple[str, float | None]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vtr.evaluate.loading import file_hash
+
 GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
 DEFAULT_NEW_TOKENS = 128
 
@@ -93,7 +95,7 @@ def make_prompt(
                         "can be read"
                     )
                 videos.append(path)
-                digest.update(_file(path) + f"{frames} frames".encode())
+                digest.update(f"{file_hash(path)} {frames} frames".encode())
                 kept.append({"type": "video"})
             else:
                 raise ValueError(f"a prompt with {kind} in it cannot be given to this model")
@@ -125,21 +127,6 @@ def _picture(source: Any) -> Any:
     if not isinstance(source, Image.Image):
         raise ValueError(f"a picture must be a PIL image or a path, got {type(source).__name__}")
     return source if source.mode == "RGB" else source.convert("RGB")
-
-
-def _file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest() if _HAS_DIGEST else _digest(file)
-
-
-_HAS_DIGEST = hasattr(hashlib, "file_digest")  # since Python 3.11
-
-
-def _digest(file: Any) -> bytes:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.digest()
 
 
 def _generation(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -24,6 +24,7 @@ class Outcome:
         metrics: as lmms-eval computed them.
         samples: how many were scored.
         errors: how many of them raised.
+        empty: how many were answered with nothing.
         new, reused: answers made by this process, and taken from the store.
         costs: means over samples: ``tokens_in``, ``tokens_out``, ``mean_tokens``, ``flops``,
             ``flops_dense``, ``kv``, ``kv_dense``; the median ``seconds`` of a sample and ``batch``.
@@ -36,6 +37,7 @@ class Outcome:
     metrics: dict[str, float]
     samples: int
     errors: int = 0
+    empty: int = 0
     new: int = 0
     reused: int = 0
     costs: dict[str, float] = field(default_factory=dict)
@@ -81,6 +83,7 @@ def outcome_of(
     store.scored(name, task, scores)
     rows = list(store.rows(name, task, docs).values())
     errors = sum(r.error is not None for r in rows)
+    empty = sum(r.error is None and not r.answer for r in rows)
     metrics = plain_metrics(found["results"][task])
     failure = None
     if errors == len(docs):
@@ -88,7 +91,7 @@ def outcome_of(
     elif not metrics:
         failure = "lmms-eval returned no metric"
     store.finish(name, task, limit or 0, metrics, len(docs), failure)
-    return Outcome(cell, name, task, metrics, len(docs), errors, *made, costs(rows), failure)
+    return Outcome(cell, name, task, metrics, len(docs), errors, empty, *made, costs(rows), failure)
 
 
 def costs(rows: Sequence[Row]) -> dict[str, float]:
@@ -123,7 +126,8 @@ class Line:
         kv, of_kv: bytes of the cache after the prefill.
         ms: median milliseconds per sample.
         batch: samples per call of that median.
-        samples, errors: over all tasks, of one seed on average; how many raised, over all seeds.
+        samples: over all tasks, of one seed on average.
+        errors, empty: how many raised, and how many answers hold nothing, over all seeds.
         seeds: how many.
         failures: of tasks, why.
     """
@@ -144,6 +148,7 @@ class Line:
     batch: int | None
     samples: int
     errors: int
+    empty: int
     seeds: int
     failures: dict[str, str]
 
@@ -243,6 +248,7 @@ def _line(name: str, group: list[Outcome], dense: dict[str, float]) -> Line:
         None if batch is None else round(batch),
         sum(o.samples for o in group) // seeds,
         sum(o.errors for o in group),
+        sum(o.empty for o in group),
         seeds,
         {o.task: o.failure for o in group if o.failure},
     )

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -279,8 +279,3 @@ class Store:
             (cell, task),
         )
         return {doc: json.loads(score) for doc, score in found}
-
-
-def as_dict(row: Row) -> dict[str, Any]:
-    """A row as plain values."""
-    return asdict(row)

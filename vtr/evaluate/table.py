@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,8 @@ def columns(results: Results) -> list[tuple[str, Callable[[Line], str]]]:
     ]
     if any(x.errors for x in results.lines()):
         out.append(("raised", lambda x: str(x.errors)))
+    if any(x.empty for x in results.lines()):
+        out.append(("empty", lambda x: str(x.empty)))
     return out
 
 
@@ -91,6 +93,8 @@ def notes(results: Results) -> list[str]:
     raised = [f"{line.method} {line.errors}" for line in lines if line.errors]
     if raised:
         out.append(f"Samples that raised count as wrong answers: {', '.join(raised)}.")
+    if any(line.empty for line in lines):
+        out.append("empty: answers without a word, scored as they are.")
     return out
 
 
@@ -128,14 +132,24 @@ def csv_text(results: Results) -> str:
     """One row per cell and task: every metric of lmms-eval, every cost, unrounded."""
     metrics = list(dict.fromkeys(k for o in results.outcomes for k in o.metrics))
     costs = list(dict.fromkeys(k for o in results.outcomes for k in o.costs))
-    head = ["model", "fingerprint", "task", "method", "seed", "samples", "errors", "failure"]
+    head = [
+        "model",
+        "fingerprint",
+        "task",
+        "method",
+        "seed",
+        "samples",
+        "errors",
+        "empty",
+        "failure",
+    ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*head, *costs, *metrics])
     for o in results.outcomes:
         seed = "" if o.cell.seed is None else o.cell.seed
         facts = [results.model, results.fingerprint, o.task, str(o.cell), seed]
-        facts += [o.samples, o.errors, o.failure or ""]
+        facts += [o.samples, o.errors, o.empty, o.failure or ""]
         numbers = [o.costs.get(k, "") for k in costs] + [o.metrics.get(k, "") for k in metrics]
         writer.writerow([*facts, *numbers])
     return out.getvalue()
@@ -157,28 +171,17 @@ def plot(results: Results, path: str | Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise missing("matplotlib", "ui", "the plot") from error
-    lines = results.lines()
-    relative = any(line.share is not None for line in lines)
-    points: dict[str, list[tuple[float, float]]] = {}
-    for line in lines:
-        high = line.share if relative else _mean_score(line)
-        wide = line.of_flops
-        if high is not None and wide is not None:
-            points.setdefault(line.label, []).append((100 * wide, 100 * high))
+    relative, points = _points(results)
     if not points:
         raise ValueError("there is nothing to plot: no configuration has a score and FLOPs")
-    figure, axes = pyplot.subplots(figsize=(8.5, 5.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9.5, 5.6), layout="constrained")
     dense = points.pop("dense", None)
     if dense:
-        axes.axhline(dense[0][1], color="0.6", lw=1, ls="--", label="dense")
-    marks = "osD^v<>PX*hp"
-    # The dark colours first, then the light ones: neighbours in the legend stay apart.
-    colours = [*range(0, 20, 2), *range(1, 20, 2)]
-    for i, (name, found) in enumerate(points.items()):
+        axes.axhline(dense[0][1], color="0.6", lw=1, label="dense")
+    looks = styles(list(points))
+    for name, found in points.items():
         xs, ys = zip(*sorted(found), strict=True)
-        colour = pyplot.get_cmap("tab20")(colours[i % 20])
-        mark = marks[i % len(marks)]
-        axes.plot(xs, ys, marker=mark, ms=4.5, lw=1.3, label=name, alpha=0.9, color=colour)
+        axes.plot(xs, ys, ms=4.5, lw=1.3, label=name, alpha=0.9, **looks[name])
     best = pareto([p for found in points.values() for p in found])
     if len(best) > 1:
         axes.plot(*zip(*best, strict=True), color="k", lw=4, alpha=0.12, label="best trade-offs")
@@ -188,9 +191,40 @@ def plot(results: Results, path: str | Path) -> None:
         title=f"{results.model}: {', '.join(results.tasks)}",
     )
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _points(results: Results) -> tuple[bool, dict[str, list[tuple[float, float]]]]:
+    """Whether scores are shares of dense, and (FLOPs, score) in percent of each method."""
+    lines = results.lines()
+    relative = any(line.share is not None for line in lines)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        high = line.share if relative else _mean_score(line)
+        wide = line.of_flops
+        if high is not None and wide is not None:
+            points.setdefault(line.label, []).append((100 * wide, 100 * high))
+    return relative, points
+
+
+# Seven colours that people with any colour vision tell apart (Okabe and Ito's, without yellow).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKS = "osD^v<>PX*hp"
+
+
+def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each method: no two are alike in both, up to 84 of them."""
+    lines = ("-", "--", ":", "-.")
+    return {
+        name: {
+            "color": _COLOURS[i % 7],
+            "marker": _MARKS[i % 12],  # 7 and 12 share no factor: a pair comes again after 84
+            "ls": lines[i // 7 % 4],
+        }
+        for i, name in enumerate(names)
+    }
 
 
 def _mean_score(line: Line) -> float | None:
@@ -206,12 +240,40 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
+BEGIN, END = "<!-- vtr eval: table -->", "<!-- vtr eval: end -->"
+
+
 def save(results: Results, folder: str | Path, name: str = "evaluation") -> list[Path]:
-    """Write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` into a folder."""
+    """Write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` into a folder.
+
+    A ``NAME.md`` that is there and holds the two comment lines :data:`BEGIN` and :data:`END` keeps its
+    text: only what stands between them is replaced.
+
+    Where nothing has a score there is no plot. Returns the paths of what was written.
+
+    Raises:
+        ValueError: of the two lines one is missing, or they stand in the wrong order.
+    """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     paths = [target / f"{name}.{end}" for end in ("csv", "md", "png")]
+    page = markdown(results)
+    if paths[1].is_file():
+        page = _within(paths[1].read_text(encoding="utf-8"), page, paths[1])
     paths[0].write_text(csv_text(results), encoding="utf-8")
-    paths[1].write_text(markdown(results), encoding="utf-8")
+    paths[1].write_text(page, encoding="utf-8")
+    if not _points(results)[1]:
+        return paths[:2]
     plot(results, paths[2])
     return paths
+
+
+def _within(text: str, table: str, path: Path) -> str:
+    """A page with its table replaced; the table alone where the page has no place for one."""
+    found = [text.count(line) for line in (BEGIN, END)]
+    if found == [0, 0]:
+        return table
+    if found != [1, 1] or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} must hold one line {BEGIN} and after it one line {END}")
+    head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
+    return f"{head}{BEGIN}\n\n{table}\n{END}{tail}"
