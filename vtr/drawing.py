@@ -81,28 +81,21 @@ def draw(
             raise ValueError(f"{name} must be >= 1, got {value}")
     if not stages:
         return _masks(getattr(trace, "notes", {}).get("attention", {}), sample, panels, size or 288)
-    if not 0 <= sample < stages[0].total.batch:
-        raise ValueError(f"sample must be in 0..{stages[0].total.batch - 1}, got {sample}")
     frames = _frames(image)
     wants = None if image is None else "image" if frames is None else "video"
-    if any(stage.frames is not None for stage in stages):
-        samples = max(stage.total.batch for stage in stages if stage.frames is not None)
-        if sample >= samples:
-            raise ValueError(f"sample must be in 0..{samples - 1}, got {sample}")
-        if which is not None:
-            stages = [stage for stage in stages if stage.frames is not None]
+    stages = _of_prompts(stages, which)
+    samples = max(stage.total.batch for stage in stages)
+    if not 0 <= sample < samples:
+        raise ValueError(f"sample must be in 0..{samples - 1}, got {sample}")
     if isinstance(image, Tensor) and image.dim() == 4 and frames is None:
-        if image.shape[0] != stages[0].total.batch:
+        if image.shape[0] != samples:
             raise ValueError(
-                f"image is a batch of {image.shape[0]}, the call had {stages[0].total.batch} samples: "
+                f"image is a batch of {image.shape[0]}, the call had {samples} samples: "
                 "give the one picture"
             )
         image = image[sample]
     shape = None if image is None or frames is not None else _pixels(image).shape
     pictures = [(stage, pictures_of(stage, sample, which, wants, shape)) for stage in stages]
-    if any(len(p[0].cells) > 1 for _, p in pictures):
-        # What a tower did before is counted in frames, which stand in no order with samples.
-        pictures = [(stage, p) for stage, p in pictures if len(p[0].cells) > 1]
     pictures = _chosen(pictures, panels)
     if len(pictures[0][1][0].cells) > 1 or frames is not None:
         return _sheet(pictures, frames, sample, size or 112, columns, show_input)
@@ -118,6 +111,20 @@ def draw(
     if image is not None and show_input:
         drawn.insert(0, _titled(pixels, "input"))
     return row(drawn)
+
+
+def _of_prompts(stages: list[StageRecord], which: int | None) -> list[StageRecord]:
+    """Stages whose samples are those of the prompt.
+
+    A tower counts crops or frames. They are the samples where each has one image of one crop; else the
+    first stage in the prompt shows what the tower has cut.
+    """
+    known = [stage for stage in stages if stage.frames is not None]
+    if not known or which is not None:
+        return known or stages
+    samples, spans = known[0].total.batch, known[0].frames.videos  # type: ignore[union-attr]
+    plain = all(len(s) == 1 and s[0].grid is not None and s[0].frames == 1 for s in spans)
+    return [s for s in stages if s.frames is not None or (plain and s.total.batch == samples)]
 
 
 def _frames(image: Any) -> np.ndarray | None:

@@ -568,6 +568,21 @@ def test_every_family_can_be_drawn(name: str) -> None:
             assert picture.width == parts * 64 + (parts - 1) * 8
 
 
+def test_crops_of_a_tower_are_not_taken_for_samples() -> None:
+    """LLaVA-NeXT's tower counts crops: its own stages say nothing of a sample, the prompt's do."""
+    model, inputs = FAMILIES["llava_next"](2)
+    with vtr.apply(model, vtr.CLSAttention(keep=0.5, layers=(1,), site="encoder")) as handle:
+        model(**inputs)
+        tower, prompt = handle.trace.stages
+        assert tower.total.batch > prompt.total.batch == 2
+        for sample in (0, 1):  # the base crop, and the crops put together
+            assert vtr.draw(handle, sample=sample, size=64, show_input=False).width == 2 * 64 + 8
+    model, inputs = FAMILIES["llava"](1)
+    with vtr.apply(model, vtr.CLSAttention(keep=0.5, layers=(1,), site="encoder")) as handle:
+        model(**inputs)
+        assert vtr.draw(handle, size=64).width == 2 * 64 + 8  # the tower's stage, the prompt's
+
+
 def test_a_family_that_cannot_work_is_refused_with_its_reason() -> None:
     config = transformers.Gemma3Config(
         text_config={**TEXT, "head_dim": 16, "sliding_window": 8},
