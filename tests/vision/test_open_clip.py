@@ -361,9 +361,8 @@ def test_reported_flops_are_those_of_the_operators(name: str) -> None:
     [
         ("test_vit", "avg", 1, CLS),
         ("test_vit3", "", 1, {"flowcut", "random", "tome"}),  # a learned probe pools
-        ("test_vit4", "token", 1, CLS),
-        ("test_beit", "avg", 1, CLS),
-        ("test_eva", "avg", 1, CLS),
+        ("test_vit4", "avg", 1, {"flowcut", "random", "tome"}),  # a register, no class token
+        ("test_vit_relpos", "avg", 0, {"flowcut", "random", "tome"}),
     ],
 )
 def test_a_timm_trunk_is_wrapped_by_the_timm_adapter(
@@ -383,7 +382,8 @@ def test_a_timm_trunk_is_wrapped_by_the_timm_adapter(
                 assert isinstance(wrapping_of(trunk), TimmWrapping)
                 out = pooled(model, x)
                 last = handle.trace.stages[-1]
-                assert last.total.n_in == 100 and last.tokens_out < 100
+                assert last.total.n_in == 100
+                assert min(stage.tokens_out for stage in handle.trace.stages) < 100
                 torch.manual_seed(0)
                 assert trunk.forward_features(x).shape[1] == last.tokens_out + prefix
                 assert all(found.startswith("visual.trunk.") for found in ours(model))
