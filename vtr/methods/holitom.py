@@ -59,8 +59,9 @@ class HoliTom(Method):
 
     Differences from the authors' code: the budget is spread over the parts so that its sum is exact
     (theirs is rounded up in every part); k is 7 also for fewer clusters than that; the newline after
-    every row that they put back is a token that transformers' models do not have. The published threshold is 0.65 for 10 % and 0.8 for 15 to
-    25 %; their layer is 18 of 28, which is scaled to the model's depth.
+    every row that they put back is a token that transformers' models do not have. The published
+    threshold is 0.65 for 10 % and 0.8 for 15 to 25 %; their layer is 18 of 28, which is scaled to the
+    model's depth.
 
     Args:
         keep: budget per video at the entry of the language model.
