@@ -156,7 +156,7 @@ def csv_text(results: Results) -> str:
 
 
 def plot(results: Results, path: str | Path) -> None:
-    """Score against FLOPs, one line per method, the best trade-offs marked.
+    """Score against FLOPs and against tokens, one line per method, the best trade-offs marked.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -174,38 +174,49 @@ def plot(results: Results, path: str | Path) -> None:
     relative, points = _points(results)
     if not points:
         raise ValueError("there is nothing to plot: no configuration has a score and FLOPs")
-    figure, axes = pyplot.subplots(figsize=(9.5, 5.6), layout="constrained")
-    dense = points.pop("dense", None)
-    if dense:
-        axes.axhline(dense[0][1], color="0.6", lw=1, label="dense")
-    looks = styles(list(points))
-    for name, found in points.items():
-        xs, ys = zip(*sorted(found), strict=True)
-        axes.plot(xs, ys, ms=4.5, lw=1.3, label=name, alpha=0.9, **looks[name])
-    best = pareto([p for found in points.values() for p in found])
-    if len(best) > 1:
-        axes.plot(*zip(*best, strict=True), color="k", lw=4, alpha=0.12, label="best trade-offs")
-    axes.set(
-        xlabel="FLOPs of tower and prefill (% of dense)",
-        ylabel="score (% of dense)" if relative else "score",
-        title=f"{results.model}: {', '.join(results.tasks)}",
+    figure, (whole, near) = pyplot.subplots(
+        1, 2, figsize=(13, 5.4), layout="constrained", width_ratios=(5, 4)
     )
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=130)
+    dense = points.pop("dense", [])
+    looks = styles(list(points))
+    for axes, cost in ((whole, 0), (near, 2)):
+        for point in dense:
+            axes.axhline(point[1], color="0.6", lw=1, label="dense")
+        for name, found in points.items():
+            xs, ys = zip(*sorted((p[cost], p[1]) for p in found), strict=True)
+            axes.plot(xs, ys, ms=4.5, lw=1.3, label=name, alpha=0.9, **looks[name])
+        best = pareto([(p[cost], p[1]) for found in points.values() for p in found])
+        if len(best) > 1:
+            axes.plot(
+                *zip(*best, strict=True), color="k", lw=4, alpha=0.12, label="best trade-offs"
+            )
+        axes.grid(alpha=0.25)
+    unit = "score (% of dense)" if relative else "score"
+    title = f"{results.model}: {', '.join(results.tasks)}"
+    whole.set(xlabel="FLOPs of tower and prefill (% of dense)", ylabel=unit, title=title)
+    near.set(xlabel="visual tokens, mean over layers", ylabel=unit, xscale="log")
+    highest = max(p[1] for found in (*points.values(), dense) for p in found)
+    lowest = min(p[1] for found in (*points.values(), dense) for p in found)
+    if relative and lowest < highest - NEAR:
+        near.set(ylim=(highest - NEAR, highest + 1), title=f"the best {NEAR} points alone")
+    near.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _points(results: Results) -> tuple[bool, dict[str, list[tuple[float, float]]]]:
-    """Whether scores are shares of dense, and (FLOPs, score) in percent of each method."""
+NEAR = 12  # points that the second half of the plot shows: methods lie close there
+
+
+def _points(results: Results) -> tuple[bool, dict[str, list[tuple[float, float, float]]]]:
+    """Whether scores are shares of dense; per method FLOPs in percent, score, mean tokens."""
     lines = results.lines()
     relative = any(line.share is not None for line in lines)
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[tuple[float, float, float]]] = {}
     for line in lines:
-        high = line.share if relative else _mean_score(line)
-        wide = line.of_flops
-        if high is not None and wide is not None:
-            points.setdefault(line.label, []).append((100 * wide, 100 * high))
+        high = _mean_score(line) if not relative else line.share and 100 * line.share
+        if high is not None and line.of_flops is not None and line.mean_tokens:
+            point = (100 * line.of_flops, high, line.mean_tokens)
+            points.setdefault(line.label, []).append(point)
     return relative, points
 
 
