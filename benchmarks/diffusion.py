@@ -15,6 +15,7 @@ are random: time does not depend on what a model knows. Writes
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import dataclasses
 import datetime
@@ -195,6 +196,12 @@ def best(
     return fastest(calls, device, seconds, rounds)
 
 
+def twin(transformer: torch.nn.Module) -> torch.nn.Module:
+    """A copy with the same weights in memory, so that methods do not share a model."""
+    shared = [*transformer.parameters(), *transformer.buffers()]
+    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in shared})
+
+
 def mask_of(handle: Any) -> Any:
     """The mask of a static method, after a call."""
     return next(n["mask"] for n in handle.trace.notes["attention"].values() if "mask" in n)
@@ -216,32 +223,19 @@ def measure(
         if part not in parts and not (part == "block" and "attention" in parts):
             continue
         transformer = build(model, part, device, dtype)
-        handles = {key: vtr.apply(transformer, method) for key, method in variants.items()}
-        for handle in handles.values():
-            handle.pause()
-
-        def call(key: str | None, handles: Any = handles, transformer: Any = transformer) -> None:
-            if key is not None:
-                handles[key].resume()
-            try:
-                transformer(**inputs, return_dict=False)
-            finally:
-                if key is not None:
-                    handles[key].pause()
-
-        handles[kernel].resume()
-        transformer(**inputs, return_dict=False)
+        twins = {key: twin(transformer) for key in variants}
+        handles = {key: vtr.apply(twins[key], method) for key, method in variants.items()}
+        twins[kernel](**inputs, return_dict=False)
         mask = mask_of(handles[kernel])
-        handles[kernel].pause()
         if part == "block" and "attention" in parts:
             rows += attention(name, model, mask, device, dtype, seconds, variants, rounds)
         if part in parts:
-            calls: dict[str, Callable[[], object]] = {"dense": lambda call=call: call(None)}
-            calls |= {key: lambda call=call, key=key: call(key) for key in variants}
+            calls: dict[str, Callable[[], object]] = {
+                key: lambda run=run: run(**inputs, return_dict=False)
+                for key, run in {"dense": transformer, **twins}.items()
+            }
             rows += table_rows(name, part, mask, best(calls, device, seconds, rounds), model)
-        for handle in reversed(list(handles.values())):
-            handle.remove()
-        del transformer, handles, call
+        del transformer, twins, handles
         if device == "cuda":
             torch.cuda.empty_cache()
     return rows

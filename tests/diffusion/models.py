@@ -394,10 +394,10 @@ class Fixed(AttentionMethod):
     def attend(self, site: Any) -> Tensor:
         length = site.q.shape[2]
 
-        def build() -> BlockMask:
-            return BlockMask.from_dense(token_mask(length, self.density), block=self.block)
-
-        out: Tensor = site.sparse(self.masked(site, build, length))
+        if length not in site.shared:
+            seen = token_mask(length, self.density)
+            site.shared[length] = BlockMask.from_dense(seen, block=self.block)
+        out: Tensor = site.sparse(site.shared[length])
         return out
 
 

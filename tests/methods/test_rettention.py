@@ -185,6 +185,16 @@ def test_precisions_of_the_residual(precision, offload):
     assert run.notes["kept_bytes"] == size["ratio"] + size["residual"]
 
 
+def test_double_precision_is_kept_as_it_is():
+    method = Rettention(density=0.2, block=16, drift=0.0, backend="reference")
+    qkv = tensors(VIDEO, dtype=torch.float64)
+    run = Run(method, VIDEO)
+    dense = run(qkv, 0)
+    torch.testing.assert_close(run(qkv, 1), dense, atol=1e-6, rtol=1e-6)
+    rows = 4 * 2 * 2 * 120
+    assert run.notes["rettention_bytes"]["residual"] == 8 * 16 * rows
+
+
 def test_float8_of_rows_without_values_and_with_large_ones():
     x = torch.tensor([[0.0, 0.0], [1e4, -3.0], [1e-6, -1e-6]])
     kept = Kept("float8", False)

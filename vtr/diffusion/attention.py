@@ -75,12 +75,7 @@ def compute(
     )  # fmt: skip
     site.notes.pop("work", None)
     method: Any = entry.method
-    if method.is_dense(site):
-        out = method.observe(site)
-        if out is None:
-            out = site.dense()
-    else:
-        out = method.attend(site)
+    out = site.dense() if method.is_dense(site) else method.attend(site)
     if out.shape != q.shape or out.dtype != q.dtype:
         raise RuntimeError(
             f"{method.name} made {out.dtype} {tuple(out.shape)} of {q.dtype} {tuple(q.shape)}"

@@ -1,10 +1,10 @@
-"""What methods inside the attention of diffusion transformers share: where they stay out, masks."""
+"""What methods inside the attention of diffusion transformers share: their options and their place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from vtr.method import Reduction, Stage
 from vtr.methods._schedule import Scheduled
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vtr.diffusion.site import AttentionSite
-    from vtr.kernels import BlockMask
 
 BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
 
@@ -48,22 +47,5 @@ class AttentionMethod(Scheduled):
         """The attention output, (B, H, S, D) in the dtype of q. Called where it is not dense."""
         raise NotImplementedError
 
-    def observe(self, site: AttentionSite) -> Tensor | None:
-        """Look at a call that is dense; return its output if it was computed on the way.
-
-        None (the default) means that nothing was computed, and the model's own call follows.
-        """
-        return None
-
     def reduce(self, site: Site) -> Reduction | None:
         raise TypeError(f"{self.name} acts inside attention: attend() is its entry")
-
-    def masked(
-        self, site: AttentionSite, build: Callable[[], BlockMask], *key: object
-    ) -> BlockMask:
-        """``build()`` on the device of the site, made once per grid, text length and ``key``."""
-        full: Any = ("mask", site.grid, site.text, site.text_first, str(site.q.device), *key)
-        found: BlockMask | None = site.shared.get(full)
-        if found is None:
-            found = site.shared[full] = build().to(site.q.device)
-        return found

@@ -194,9 +194,10 @@ class Rettention(Presets, StaticSparse):
             min(dense, layers) if isinstance(dense, int) else len({i for i in dense if i < layers})
         )
         rows = (layers - always) * batch * heads * tokens
-        own = {v: k for k, v in PRECISIONS.items()}[dtype]
-        kept = kept_bytes(rows, head_dim, self.precision or own) if self.residual else 0
-        return {"ratio": 4 * rows, "residual": kept}
+        kept = rows * head_dim * dtype.itemsize
+        if self.precision is not None:
+            kept = kept_bytes(rows, head_dim, self.precision)
+        return {"ratio": 4 * rows, "residual": kept if self.residual else 0}
 
     def _announce(self, site: AttentionSite) -> None:
         """At the first refresh of a layer: how much this branch will keep, and whether it fits."""
