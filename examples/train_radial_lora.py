@@ -1,6 +1,6 @@
 """Fine-tune a video generator under a radial mask with LoRA, at its own length and at twice that.
 
-python examples/train_radial_lora.py                    # the built-in model, about ten minutes of a core
+python examples/train_radial_lora.py                    # the built-in model, about 40 minutes of a core
 python examples/train_radial_lora.py --frames 5 --steps 400
 
 A radial mask takes motion from a model that was trained with all of the attention. A few low-rank
@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--frames", type=int, nargs="+", default=[wan.FRAMES, 2 * wan.FRAMES])
-    parser.add_argument("--steps", type=int, default=250, help="optimiser steps per length")
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1400, help="optimiser steps per length")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--decay", type=float, default=0.05, help="of the radial mask")
     parser.add_argument("--dense-steps", type=float, default=0.2, help="when generating")
     parser.add_argument("--videos", type=int, default=100, help="to judge, per row")
