@@ -55,7 +55,7 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
         title=f"{file.name}, {seen.metadata.codec}, {len(seen)} frames; {SHARE:.0%} of tokens"
     )
     for column in ("question", "answer", *said):
-        table.add_column(column, no_wrap=column == "answer")
+        table.add_column(column)
     for i, sample in enumerate(samples):
         row = (_mark(told[i], sample.answer) for told in said.values())
         table.add_row(sample.question, sample.answer, *row)
@@ -71,7 +71,7 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
         progress=console.is_terminal,
     )
     accuracy = evaluate_video.table(
-        results, f"built-in video model, {len(held_out)} held-out questions"
+        results, f"built-in video model, {len(held_out)} held-out questions", kinds=()
     )
     console.print(accuracy)
     found = {
@@ -85,4 +85,4 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
 
 
 def _mark(said: str, right: str) -> str:
-    return "right" if said == right else f"[red]{said}[/red]"
+    return "✓" if said == right else f"[red]{said}[/red]"

@@ -178,18 +178,18 @@ def evaluate(
     return results
 
 
-def table(results: Sequence[Result], title: str) -> Table:
-    """A rich table."""
+def table(results: Sequence[Result], title: str, kinds: Sequence[str] = KINDS) -> Table:
+    """A rich table, with a column for each of the kinds of question."""
     from rich.table import Table
 
     out = Table(title=title)
     out.add_column("method", no_wrap=True)
-    for name in ("tokens", "answers", *KINDS, "FLOPs"):
+    for name in ("tokens", "answers", *kinds, "FLOPs"):
         out.add_column(name, justify="right")
     for r in results:
         cost = "100 %" if r.flops is None else f"{r.flops[1] / r.flops[0]:.0%}"
-        kinds = (f"{r.kinds[k]:.0%}" for k in KINDS)
-        out.add_row(r.name, f"{r.tokens:.0f}", f"{r.accuracy:.1%}", *kinds, cost)
+        shares = (f"{r.kinds[k]:.0%}" for k in kinds)
+        out.add_row(r.name, f"{r.tokens:.0f}", f"{r.accuracy:.1%}", *shares, cost)
     return out
 
 
