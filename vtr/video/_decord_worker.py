@@ -1,7 +1,8 @@
 """The other end of ``vtr.video.decord``: decodes files for it, in a process of its own.
 
 It is run by its path and imports only decord and numpy. A request is a line of JSON, followed by the
-file where it is given as bytes; the answer is a line of JSON, followed by the pixels.
+file where it is given as bytes. The answer are the frames some at a time, so that they travel while the
+next ones are decoded: a line of JSON, followed by the pixels. An error ends it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
+TOGETHER = 4  # frames of one part of an answer
 
-def answer(decord: Any, request: dict[str, Any], data: bytes | None) -> np.ndarray:
+
+def answer(decord: Any, request: dict[str, Any], data: bytes | None) -> Iterator[np.ndarray]:
     """The frames that were asked for; raises where decord would give others."""
     times = np.array(request["times"])
     reader = decord.VideoReader(
@@ -33,7 +37,8 @@ def answer(decord: Any, request: dict[str, Any], data: bytes | None) -> np.ndarr
     # decord keeps times in float32.
     if np.abs(starts[1:] - starts[0] - times).max() > 1e-3 + 1e-6 * times[-1]:
         raise ValueError("it puts frames at other times")
-    return reader.get_batch(wanted).asnumpy()
+    for i in range(0, len(wanted), TOGETHER):
+        yield np.ascontiguousarray(reader.get_batch(wanted[i : i + TOGETHER]).asnumpy())
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
@@ -44,13 +49,17 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         request = json.loads(line)
         data = requests.read(request["bytes"]) if request["bytes"] else None
         try:
-            frames = np.ascontiguousarray(answer(decord, request, data))
-            head: dict[str, Any] = {"shape": frames.shape}
+            for frames in answer(decord, request, data):
+                send(answers, {"shape": frames.shape})
+                answers.write(frames.reshape(-1).data)
+                answers.flush()
         except Exception as error:
-            frames, head = np.empty(0, np.uint8), {"error": str(error) or type(error).__name__}
-        answers.write(json.dumps(head).encode() + b"\n")
-        answers.write(frames.reshape(-1).data)
-        answers.flush()
+            send(answers, {"error": str(error) or type(error).__name__})
+            answers.flush()
+
+
+def send(answers: BinaryIO, head: dict[str, Any]) -> None:
+    answers.write(json.dumps(head).encode() + b"\n")
 
 
 if __name__ == "__main__":

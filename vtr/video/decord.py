@@ -45,6 +45,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            pipesize=1 << 20,  # more than 64 KiB of pixels on their way at a time
             # Ctrl-C is for the caller, which ends this process by itself.
             start_new_session=True,
         )
@@ -78,21 +79,27 @@ class Worker:
         to.write(json.dumps({**request, "bytes": len(data or b"")}).encode() + b"\n")
         to.write(data or b"")
         to.flush()
-        line = back.readline()
-        if not line:
-            raise EOFError
-        head = json.loads(line)
-        if "error" in head:
-            # decord's messages begin with times and places in its own code.
-            reason = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", head["error"].strip())
-            raise Unfit(reason.splitlines()[-1] if reason else "unknown error")
-        frames = np.empty(head["shape"], np.uint8)
-        view = frames.reshape(-1).data
-        while len(view):
-            read = back.readinto(view)  # type: ignore[attr-defined]
-            if not read:
+        frames = np.empty((0, 0, 0, 0), np.uint8)
+        done = 0
+        while done < len(request["wanted"]):
+            line = back.readline()
+            if not line:
                 raise EOFError
-            view = view[read:]
+            head = json.loads(line)
+            if "error" in head:
+                # decord's messages begin with times and places in its own code.
+                reason = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", head["error"].strip())
+                raise Unfit(reason.splitlines()[-1] if reason else "unknown error")
+            if not done:
+                frames = np.empty((len(request["wanted"]), *head["shape"][1:]), np.uint8)
+            part = frames[done : done + head["shape"][0]]
+            done += len(part)
+            view = part.reshape(-1).data
+            while len(view):
+                read = back.readinto(view)  # type: ignore[attr-defined]
+                if not read:
+                    raise EOFError
+                view = view[read:]
         return frames
 
     def end(self) -> None:
