@@ -333,13 +333,18 @@ def calibrated_context(site: Site, threshold: float, chunk: int = 256) -> Tensor
     alive = torch.ones_like(received) if site.valid is None else site.valid.float()
     mean = (received * alive).sum(1, keepdim=True) / alive.sum(1, keepdim=True)
     chosen = (received > threshold * mean).float() * alive
-    chosen = torch.where(chosen.any(1, keepdim=True), chosen, alive)
+    number = chosen.sum(1, keepdim=True)
+    # The rows of K alone are made again: first in each sample, then rows of weight 0.
+    order = chosen.sort(dim=1, descending=True, stable=True).indices
+    most = int(number.max())
     q = site.qkv[0][:, :, site.prefix :]
     total = torch.zeros_like(received)
-    for start in range(0, site.n, chunk):
-        rows = site.attention_from(q[:, :, start : start + chunk])[..., site.prefix :].mean(1)
-        total = total + (rows * chosen[:, start : start + chunk, None]).sum(1)
-    return total / chosen.sum(1, keepdim=True)
+    for start in range(0, most, chunk):
+        these = order[:, start : min(start + chunk, most)]
+        picked = q.gather(2, these[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+        rows = site.attention_from(picked)[..., site.prefix :].mean(1)
+        total = total + (rows * chosen.gather(1, these)[..., None]).sum(1)
+    return torch.where(number > 0, total / number.clamp(min=1), received)
 
 
 def recycle(importance: Tensor, cell: Tensor, target: Tensor, valid: Tensor) -> TokenMap:
