@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-# Score elements per tile: 1 MiB of float32, which stays in a core's second-level cache.
+# Score elements per tile and thread: 1 MiB of float32, which stays in a core's second-level cache.
 _TILE = 1 << 18
 # Fewer rows than this make a matrix product slow; above it the tile grows with Nb alone, so the
 # own memory stays linear in the number of tokens.
@@ -76,10 +76,11 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
     columns = b.shape[1]
     if batch * rows * columns < _FEW:
         return _search(a, b, b_mask)
+    tile = _TILE * torch.get_num_threads()
     # Tiles of equal height: a last tile of a row or two would run at a vector product's speed,
     # and with its order of summation.
-    samples = -(-batch // -(-batch // max(1, _TILE // (rows * columns))))
-    tiles = 1 if samples > 1 else max(1, rows // max(_MIN_ROWS, _TILE // columns))
+    samples = -(-batch // -(-batch // max(1, tile // (rows * columns))))
+    tiles = 1 if samples > 1 else max(1, rows // max(_MIN_ROWS, tile // columns))
     search = _search
     if columns >= _SHORT_ROW:
         search = functools.partial(_compare, columns=columns)
