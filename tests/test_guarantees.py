@@ -236,7 +236,7 @@ def _starts_at_zero(name: str) -> bool:
 def test_the_tokens_that_evit_drops_still_learn_through_the_fused_one() -> None:
     x = images(1)
     for fuse in (True, False):
-        model = vit(pos_embed="none")
+        model = vit()
         embedded = model.patch_embed(x).detach().requires_grad_()
         with vtr.apply(model, vtr.EViT(keep=0.3, layers=(0,), fuse=fuse)) as handle:
             hook = model.patch_embed.register_forward_hook(lambda m, a, y, e=embedded: e)

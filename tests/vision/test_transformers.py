@@ -18,6 +18,7 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 import vtr
 from tests.tiny import images, ours, spread
 from tests.vision.looks import check_keys
+from vtr.flops import _missing_formulas
 from vtr.method import Method
 from vtr.vision.transformers import TOWERS, tower_parts
 from vtr.wrapping import wrapping_of
@@ -580,7 +581,7 @@ def test_reported_flops_are_those_of_the_operators(family: tuple[str, Any, int, 
     _, model, _, _ = family
     path = TOWERS[type(tower_of(model)).__name__][0].rpartition(".")[2]
     with vtr.apply(model, vtr.Random(keep=0.3, layers=(1,), seed=0)) as handle:
-        with FlopCounterMode(display=False) as counted:
+        with FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counted:
             model(pixels(1))
         reported = handle.report().flops["encoder"][1]
     layers = [

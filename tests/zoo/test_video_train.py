@@ -84,7 +84,8 @@ def test_training_computes_what_the_model_computes():
         wanted = trainer.model.model.get_video_features(data.normalise(frames), return_dict=True)
         projected = trainer.model.model.multi_modal_projector(bank.features.float())
     mine = projected[:, :, video_llava.pool_order()].mean(3).flatten(1, 2)
-    off = (mine - wanted.pooler_output[:, :-1]).norm() / wanted.pooler_output[:, :-1].norm()
+    wanted = wanted.pooler_output[:, : mine.shape[1]]  # some versions add the newline here
+    off = (mine - wanted).norm() / wanted.norm()
     assert off < 0.03  # the tower ran in bfloat16
 
 
