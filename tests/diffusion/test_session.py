@@ -55,11 +55,15 @@ def test_steps_and_branches_of_a_pipeline(name: str, steps: int) -> None:
         assert all(c in (s, s - late) for _, s, _, _, _, c in method.seen)
 
 
-def test_fifty_steps() -> None:
-    pipe, method = pipes.make("sd3"), Watch()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in pipes.PIPES if name != "wan2.2"])
+def test_fifty_steps(name: str) -> None:
+    pipe, branches = pipes.make(name), pipes.PIPES[name][2]
+    method = Watch()
     with vtr.apply(pipe, method):
-        pipes.call(pipe, "sd3", 50)
-    assert [s[1] for s in method.seen if s[4] == 0] == list(range(50))
+        pipes.call(pipe, name, 50)
+    want = [step for step in range(50) for _ in branches]
+    assert [s[1] for s in method.seen if s[4] == 0] == want
     assert {s[2] for s in method.seen} == {50}
 
 
@@ -128,6 +132,24 @@ def test_an_error_inside_attention_leaves_the_model_usable(fail_at: int) -> None
         sparse = pipes.call(pipe, "wan", 4)
     with vtr.apply(pipe.transformer, Fixed()):
         assert torch.equal(pipes.call(pipe, "wan", 4), sparse)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", pipes.PIPES)
+def test_a_run_that_an_exception_ends_is_forgotten(name: str) -> None:
+    pipe = pipes.make(name)
+    dense = pipes.call(pipe, name, 3)
+    method = Watch()
+    with vtr.apply(pipe, method):
+        want = pipes.call(pipe, name, 3)
+        object.__setattr__(method, "fail_at", 1)
+        with pytest.raises(ArithmeticError, match="on purpose"):
+            pipes.call(pipe, name, 3)
+        object.__setattr__(method, "fail_at", None)
+        method.seen.clear()
+        assert torch.equal(pipes.call(pipe, name, 3), want)
+        assert method.seen[0][1] == 0 and method.seen[0][-1] == 0
+    assert torch.equal(pipes.call(pipe, name, 3), dense)
 
 
 def test_a_share_of_the_steps_needs_their_number() -> None:
