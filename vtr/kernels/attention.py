@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
+from vtr.kernels.product import has_onednn
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +22,8 @@ TRITON_DIMS = (64, 72, 96, 128)
 # Compiling FlexAttention takes half a minute, so on the CPU it must have much to gain: live
 # query-key pairs over all heads. On 2 cores this is about a second of work.
 _FLEX_PAIRS = 1 << 23
+# Query-key pairs of a query block from which on oneDNN's products beat compiled FlexAttention.
+_ONEDNN_PAIRS = 1 << 15
 
 
 def block_sparse_attention(
@@ -76,9 +79,10 @@ def block_sparse_attention(
     if name == "reference":
         from vtr.kernels.reference import block_sparse_attention_reference
 
-        out, lse = block_sparse_attention_reference(
-            q, k, v, mask, scale=scale, row_scale=row_scale, added=added
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = block_sparse_attention_reference(
+                q, k, v, mask, scale=scale, row_scale=row_scale, added=added
+            )
         return (out, lse) if return_lse else out
     # A row scale that learns, and what is added where anything learns, are applied outside, where
     # autograd sees them (the backward needs the output without what is added); else in the kernel.
@@ -111,6 +115,8 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
             return "sdpa" if flex.refuses(q, mask, need_lse) else "flex"
         # The work is judged by what is stored, so that nothing is read from a device or traced.
         pairs = mask.col.numel() // mask.patterns * mask.block[0] * mask.block[1]
+        if pairs >= _ONEDNN_PAIRS * mask.grid[0] and has_onednn(q.dtype, q.device):
+            return "sdpa"
         large = pairs * q.shape[0] * q.shape[1] >= _FLEX_PAIRS
         return "flex or sdpa" if large and not flex.refuses(q, mask, need_lse) else "sdpa"
     if backend not in BACKENDS:
@@ -204,6 +210,15 @@ def _operator(
     q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
     mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # Precision is that of q: autocast would round the products that float32 is summed from.
+    with torch.autocast(q.device.type, enabled=False):
+        return _forward(q, k, v, row_scale, added, mask, dims, scale, need_lse, backend)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if backend == "triton":
         from vtr.kernels import triton_attention
 
@@ -248,7 +263,8 @@ def _backward_operator(
         return triton_attention.backward(dout, delta, q, k, v, lse, mask, dims, scale)
     from vtr.kernels import sdpa
 
-    return sdpa.backward(dout, delta, q, k, v, lse, mask, dims, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return sdpa.backward(dout, delta, q, k, v, lse, mask, dims, scale)
 
 
 @_backward_operator.register_fake

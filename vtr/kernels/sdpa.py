@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.kernels import product
 from vtr.kernels.epilogue import finish
 
-# Between these numbers of queries the products written out beat the CPU's flash attention, which
-# works on 32 queries at a time below 192 and loses a tenth of its speed by that.
+# Where oneDNN multiplies, all steps are written out, in tiles of at most so many scores (8 MiB).
+_ONEDNN_TILE = 1 << 21
+# Else between these numbers of queries: below 192 the CPU's flash attention works on 32 queries at
+# a time and loses a tenth of its speed by that.
 _PRODUCT_ROWS = range(96, 192)
-# A score tile of this many elements (4 MiB) or more no longer profits from being written out.
+# A tile of this many scores (4 MiB) or more no longer profits from being written out then.
 _TILE = 1 << 20
 
 
@@ -128,51 +131,67 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
     return plan
 
 
-def _by_product(row: Row, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a step is two products and a softmax, or one call of the CPU's flash attention,
-    the only one of the two that accumulates a low-precision product in float32."""
-    if device.type != "cpu" or dtype == torch.float64:
-        return True
-    height = row.stop - row.start
-    return dtype == torch.float32 and height in _PRODUCT_ROWS and height * row.keys.tokens < _TILE
-
-
 class Scratch:
-    """Memory of one call, reused from step to step: it is touched once and stays in cache, while
-    allocating it anew would cost more in page faults than the gather itself."""
+    """How the steps of one call are done, and its memory, reused from step to step: it is touched
+    once and stays in cache, while allocating it anew would cost more in page faults than the
+    gather itself."""
 
     def __init__(self, plan: Plan, block: int, dim: int, dtype: torch.dtype, device: torch.device):
+        self.onednn = product.has_onednn(dtype, device)
+        self.flash = device.type == "cpu" and dtype != torch.float64 and not self.onednn
+        self.exact = dtype == torch.float32  # flash alone accumulates half products in float32
+        self.dim = dim
         rows = [row for rows in plan.rows for row in rows]
         blocks = max((r.keys.blocks.numel() for r in rows if r.keys.blocks is not None), default=0)
         scores = max(
-            ((r.stop - r.start) * r.keys.tokens for r in rows if _by_product(r, dtype, device)),
-            default=0,
+            ((r.stop - r.start) * r.keys.tokens for r in rows if self._written_into(r)), default=0
         )
         self.keys = torch.empty(blocks, block * dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.flat = torch.empty(scores, dtype=dtype, device=device)
         self.shape = (-1, block * dim)
-        self.dim = dim
         self._scores: dict[tuple[int, int], Tensor] = {}
-        self._steps: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
         self._parts: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
-    def scores(self, row: Row) -> Tensor:
-        """(queries, tokens) scores of a step."""
-        key = (row.stop - row.start, row.keys.tokens)
-        if key not in self._scores:
-            self._scores[key] = self.flat[: key[0] * key[1]].view(key)
-        return self._scores[key]
+    def by_flash(self, row: Row) -> bool:
+        """Whether a step is one call of the CPU's flash attention, or two products and a softmax."""
+        if not self.flash:
+            return False
+        height = row.stop - row.start
+        return not (self.exact and height in _PRODUCT_ROWS and height * row.keys.tokens < _TILE)
 
-    def step(self, row: Row) -> tuple[Tensor, ...]:
-        """Scores, room for key and value blocks, and those as (D, tokens) and (tokens, D)."""
-        assert row.keys.blocks is not None
-        key = (row.stop - row.start, row.keys.blocks.numel(), row.keys.tokens)
-        if key not in self._steps:
-            kept, weighed = self.keys[: key[1]], self.values[: key[1]]
-            by_key, by_value = (t.view(-1, self.dim)[: key[2]] for t in (kept, weighed))
-            self._steps[key] = (self.scores(row), kept, weighed, by_key.t(), by_value)
-        return self._steps[key]
+    def _written_into(self, row: Row) -> bool:
+        if self.onednn:
+            return (row.stop - row.start) * row.keys.tokens * self.dim < product.LEAST
+        return not self.by_flash(row)
+
+    def height(self, row: Row) -> int:
+        """Queries of a tile of scores."""
+        most = _ONEDNN_TILE // max(1, row.keys.tokens) if self.onednn else row.stop - row.start
+        return max(1, min(row.stop - row.start, most))
+
+    def times(self, a: Tensor, b: Tensor) -> Tensor:
+        """a (M, K) times the transpose of b (N, K)."""
+        if self.onednn and a.shape[0] * b.shape[0] * a.shape[1] >= product.LEAST:
+            return product.onednn(a, b)
+        return torch.mm(a, b.t())
+
+    def scores(self, query: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """(queries, tokens) scaled scores; overwrites those of the step before."""
+        shape = (query.shape[0], keys.shape[0])
+        if self.onednn and shape[0] * shape[1] * self.dim >= product.LEAST:
+            return product.onednn(query * scale, keys)
+        if shape not in self._scores:
+            self._scores[shape] = self.flat[: shape[0] * shape[1]].view(shape)
+        scores = self._scores[shape]
+        return torch.addmm(scores, query, keys.t(), beta=0, alpha=scale, out=scores)
+
+    def weigh(self, weights: Tensor, values: Tensor, out: Tensor) -> None:
+        """out = weights (queries, tokens) times values (tokens, D)."""
+        if self.onednn and weights.numel() * self.dim >= product.LEAST:
+            out.copy_(product.onednn(weights, values.t()))
+        else:
+            torch.mm(weights, values, out=out)
 
     def gather(self, keys: Keys, source: Tensor, which: int) -> Tensor:
         """(tokens, D) keys (which 0) or values (1) of one head; source is (NK bn, D)."""
@@ -188,10 +207,11 @@ class Scratch:
         return parts[2 + which]
 
 
-def _mask_partial(scores: Tensor, row: Row, plan: Plan) -> None:
-    """-inf where the partial blocks, which come first, keep nothing."""
+def _mask_partial(scores: Tensor, row: Row, plan: Plan, first: int = 0) -> None:
+    """-inf where the partial blocks, which come first, keep nothing; ``first``: query of the row
+    that the scores begin with."""
     assert row.partial is not None
-    unseen = plan.unseen[row.partial, : row.stop - row.start]
+    unseen = plan.unseen[row.partial, first : first + scores.shape[0]]
     count, _, block = unseen.shape
     scores[:, : count * block].unflatten(1, (count, block)).masked_fill_(
         unseen.transpose(0, 1), float("-inf")
@@ -216,22 +236,9 @@ def forward(
             target[start:stop] = 0
             if line is not None:
                 line[start:stop] = float("-inf")
-        blocks = keys.view(scratch.shape), values.view(scratch.shape)
         for row in plan.rows[p]:
-            if not _by_product(row, work, q.device):
-                _flash(query, keys, values, row, plan, scale, scratch, target, line)
-            elif line is not None or row.partial is not None or row.keys.blocks is None:
-                _product(query, keys, values, row, plan, scale, scratch, target, line)
-            else:
-                # The common step without a detour: at low density, where a step takes a third of a
-                # millisecond, what Python does in between counts.
-                scores, kept, weighed, by_key, by_value = scratch.step(row)
-                torch.index_select(blocks[0], 0, row.keys.blocks, out=kept)
-                part = query[row.start : row.stop]
-                torch.addmm(scores, part, by_key, beta=0, alpha=scale, out=scores)
-                torch.softmax(scores, 1, out=scores)
-                torch.index_select(blocks[1], 0, row.keys.blocks, out=weighed)
-                torch.mm(scores, by_value, out=target[row.start : row.stop])
+            step = _flash if scratch.by_flash(row) else _product
+            step(query, keys, values, row, plan, scale, scratch, target, line)
     return finish(out, row_scale, added, dims[2]).to(q.dtype), lse
 
 
@@ -256,24 +263,27 @@ def _product(
     query: Tensor, keys: Tensor, values: Tensor, row: Row, plan: Plan, scale: float,
     scratch: Scratch, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
-    """Scores, softmax and weighted sum written out, on a tile that stays in cache."""
-    scores = scratch.scores(row)
-    found = scratch.gather(row.keys, keys, 0)
-    torch.addmm(scores, query[row.start : row.stop], found.t(), beta=0, alpha=scale, out=scores)
-    if row.partial is not None:
-        _mask_partial(scores, row, plan)
-    top = scores.amax(1) if lse is not None or row.holes else None
-    torch.softmax(scores, 1, out=scores)
-    if top is not None:
-        nothing = top == float("-inf")
-        if row.holes:
-            scores[nothing] = 0
-        if lse is not None:
-            # The largest weight is exp(top - lse).
-            line = top - scores.amax(1).log_()
-            lse[row.start : row.stop] = line.masked_fill_(nothing, float("-inf"))
-    found = scratch.gather(row.keys, values, 1)
-    torch.mm(scores, found, out=out[row.start : row.stop])
+    """Scores, softmax and weighted sum written out, on tiles that stay in cache."""
+    key, value = scratch.gather(row.keys, keys, 0), None
+    height = scratch.height(row)
+    for start in range(row.start, row.stop, height):
+        here = slice(start, min(start + height, row.stop))
+        scores = scratch.scores(query[here], key, scale)
+        if row.partial is not None:
+            _mask_partial(scores, row, plan, start - row.start)
+        top = scores.amax(1) if lse is not None or row.holes else None
+        torch.softmax(scores, 1, out=scores)
+        if top is not None:
+            nothing = top == float("-inf")
+            if row.holes:
+                scores[nothing] = 0
+            if lse is not None:
+                # The largest weight is exp(top - lse).
+                line = top - scores.amax(1).log_()
+                lse[here] = line.masked_fill_(nothing, float("-inf"))
+        if value is None:
+            value = scratch.gather(row.keys, values, 1)
+        scratch.weigh(scores, value, out[here])
 
 
 def _flash(
@@ -324,7 +334,7 @@ def backward(
             rows = slice(row.start, row.stop)
             query, grad = q[b, h, rows].to(work_type), dout[b, h, rows].to(work_type)
             found = scratch.gather(row.keys, keys, 0)
-            weights = torch.mm(query, found.t()).mul_(scale)
+            weights = scratch.times(query, found).mul_(scale)
             if row.partial is not None:
                 _mask_partial(weights, row, plan)
             # A step holds all keys of its queries, so P is a softmax: on the CPU four times as
@@ -333,11 +343,11 @@ def backward(
             if row.holes:
                 weights[lse[b, h, rows] == float("-inf")] = 0
             value = scratch.gather(row.keys, values, 1)
-            slope = torch.mm(grad, value.t()).sub_(delta[b, h, rows, None])
+            slope = scratch.times(grad, value).sub_(delta[b, h, rows, None])
             slope.mul_(weights).mul_(scale)
-            torch.mm(slope, found, out=dq[b, h, rows])
-            _scatter(dvalues, row.keys, block, torch.mm(weights.t(), grad))
-            _scatter(dkeys, row.keys, block, torch.mm(slope.t(), query))
+            dq[b, h, rows] = scratch.times(slope, found.t())
+            _scatter(dvalues, row.keys, block, scratch.times(weights.t(), grad.t()))
+            _scatter(dkeys, row.keys, block, scratch.times(slope.t(), query.t()))
     cut = slice(0, dims[1])
     return dq.to(q.dtype), dk[:, :, cut].to(k.dtype), dv[:, :, cut].to(v.dtype)
 

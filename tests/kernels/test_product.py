@@ -1,0 +1,123 @@
+"""The sdpa backend on steps large enough for oneDNN's products, and with oneDNN switched off."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.cases import mask_of, qkv
+from vtr.kernels import attention as attention_module
+from vtr.kernels import (
+    block_sparse_attention,
+    block_sparse_attention_reference,
+    masks,
+    product,
+    sdpa,
+)
+from vtr.kernels import flex as flex_module
+
+CPU = torch.device("cpu")
+# Said by torch's own flags() on machines without an Intel GPU.
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
+here = pytest.mark.skipif(
+    not product.has_onednn(torch.float32, CPU), reason="needs AVX-512 and a torch with oneDNN"
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often oneDNN multiplied."""
+    count, plain = [], product.onednn
+    monkeypatch.setattr(product, "onednn", lambda a, b: (count.append(a.shape), plain(a, b))[1])
+    return count
+
+
+def _run(q, k, v, mask, **options):
+    tensors = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    if options:
+        out, lse = block_sparse_attention(*tensors, mask, return_lse=True, **options)
+    else:
+        out, lse = block_sparse_attention_reference(*tensors, mask)
+    weights = torch.linspace(-1, 1, out.shape[-1])
+    seen = torch.isfinite(lse)
+    ((out * weights).sum() + lse[seen].sum()).backward()
+    return out.detach(), lse.detach(), *(t.grad for t in tensors)
+
+
+def _check(q, k, v, mask):
+    got = _run(q, k, v, mask, backend="sdpa")
+    for a, b in zip(got, _run(q, k, v, mask), strict=True):
+        torch.testing.assert_close(a, b, atol=3e-5, rtol=3e-5)
+    alone = block_sparse_attention(q, k, v, mask, backend="sdpa")
+    torch.testing.assert_close(alone, got[0], atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "onednn", [pytest.param(True, marks=here, id="onednn"), pytest.param(False, id="mkl")]
+)
+@pytest.mark.parametrize("block", [(128, 128), (64, 128), (256, 64)], ids=str)
+@pytest.mark.parametrize("dim", [64, 72])
+def test_both_libraries_equal_the_reference(onednn, block, dim, calls):
+    """Ragged, grouped heads, partial blocks, queries and query blocks without keys."""
+    q, k, v = qkv(1, 2, 1, 600, 840, dim)
+    mask = mask_of((2, 600, 840), block)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        _check(q, k, v, mask)
+    assert bool(calls) == onednn
+
+
+@here
+def test_tiles_are_cut_where_they_would_leave_the_cache(monkeypatch, calls):
+    monkeypatch.setattr(sdpa, "_ONEDNN_TILE", 1 << 15)
+    q, k, v = qkv(1, 1, 1, 300, 840, 64)
+    mask = mask_of((300, 840), (128, 128))
+    block_sparse_attention(q, k, v, mask, backend="sdpa")
+    assert calls and max(rows for rows, _ in calls) < 128
+    _check(q, k, v, mask)
+
+
+@here
+def test_switching_onednn_off_is_heard(calls):
+    q, k, v = qkv(1, 1, 1, 256, 512, 64)
+    mask = mask_of((256, 512), (128, 128))
+    with torch.backends.mkldnn.flags(enabled=False):
+        block_sparse_attention(q, k, v, mask, backend="sdpa")
+    assert not calls
+    block_sparse_attention(q, k, v, mask, backend="sdpa")
+    assert calls
+
+
+@here
+def test_onednn_gets_float32_only():
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert not product.has_onednn(dtype, CPU)
+    assert not product.has_onednn(torch.float32, torch.device("meta"))
+
+
+@here
+def test_auto_prefers_the_faster_of_compiled_and_onednn(monkeypatch):
+    """Large tiles are multiplied by oneDNN, small ones by the compiled kernel."""
+    monkeypatch.setattr(flex_module, "refuses", lambda *_: "")
+    for block, density, name in ((128, 0.5, "sdpa"), (16, 0.125, "flex or sdpa")):
+        mask = masks.random(4096, density, block=block)
+        q = torch.empty(1, 8, 4096, 64)
+        assert attention_module._choose(q, mask, False, False, "auto") == name
+    mask = masks.random(4096, 0.5)
+    low = torch.empty(1, 8, 4096, 64, dtype=torch.bfloat16)
+    assert attention_module._choose(low, mask, False, False, "auto") == "flex or sdpa"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert attention_module._choose(low.float(), mask, False, False, "auto") == "flex or sdpa"
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_autocast_leaves_float32_as_it_is(backend):
+    """No product is rounded to bfloat16; in the operator's backward pass neither."""
+    q, k, v = qkv(1, 1, 1, 70, 90, 16)
+    mask = mask_of((70, 90), (16, 16))
+    expected = _run(q, k, v, mask, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _run(q, k, v, mask, backend=backend)
+    own = 5 if backend == "sdpa" else 2  # the reference's gradients are autograd's
+    for a, b in zip(got[:own], expected[:own], strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
