@@ -187,6 +187,40 @@ def test_a_decoder_that_died_is_replaced(tmp_path: Path) -> None:
     assert vtr.video.load(path, 4).metadata.backend == "decord"
 
 
+@pytest.mark.skipif(not installed(), reason="decord is not installed")
+def test_a_file_that_decord_opened_in_vain(tmp_path: Path) -> None:
+    """PyAV reads files of key frames, and no one truncated ones: the process goes on to the next."""
+    path, other = write(tmp_path / "a.mp4"), write(tmp_path / "b.avi", "mjpeg")
+    broken = tmp_path / "c.mp4"
+    broken.write_bytes(path.read_bytes()[:-200])
+    expected = vtr.video.load(path, 6, backend="decord").frames
+    (worker,) = backend._idle
+    for _ in range(2):
+        assert vtr.video.load(other, 4).metadata.backend == "pyav"
+        with pytest.raises(VideoError):
+            vtr.video.load(broken, 4)
+    later = vtr.video.load(path, 6, start=0.2, backend="decord")
+    same = vtr.video.load(path, 6, start=0.2, backend="pyav")
+    assert later.timestamps.tolist() == same.timestamps.tolist()
+    assert np.abs(later.frames.astype(int) - same.frames).mean() < 1
+    assert np.array_equal(vtr.video.load(path, 6, backend="decord").frames, expected)
+    assert backend._idle == [worker]
+
+
+@pytest.mark.skipif(not installed(), reason="decord is not installed")
+def test_a_decoder_that_does_not_close_its_file_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_PATIENCE", 0.1)
+    path, other = write(tmp_path / "a.mp4"), write(tmp_path / "b.avi", "mjpeg")
+    vtr.video.load(path, 4, backend="decord")
+    (worker,) = backend._idle
+    worker.process.send_signal(signal.SIGSTOP)
+    assert vtr.video.load(other, 4).metadata.backend == "pyav"
+    assert vtr.video.load(path, 4, time_limit=60).metadata.backend == "decord"
+    assert worker.process.poll() is not None and worker not in backend._idle
+
+
 def test_pictures_of_another_size_in_the_middle(tmp_path: Path) -> None:
     """decord 0.6 writes past its buffer here, which ends its process, not ours."""
     path = write(tmp_path / "a.avi", "mjpeg", frames=10)

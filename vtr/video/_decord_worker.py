@@ -1,8 +1,9 @@
 """The other end of ``vtr.video.decord``: decodes files for it, in a process of its own.
 
-It is run by its path and imports only decord and numpy. A request is a line of JSON, followed by the
-file where it is given as bytes. The answer are the frames some at a time, so that they travel while the
-next ones are decoded: a line of JSON, followed by the pixels. An error ends it.
+It is run by its path and imports only decord and numpy. A request is a line of JSON: to open a file
+(followed by it where it is given as bytes), which has no answer; to read frames of the file that is
+open, which closes it; to close it. The answer to reading are the frames one by one, so that they
+travel while the next ones are decoded: a line of JSON, followed by the pixels. An error ends it.
 """
 
 from __future__ import annotations
@@ -16,46 +17,75 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-TOGETHER = 4  # frames of one part of an answer
 
+class File:
+    """A file that is open. ``ahead``: its first frame is decoded already, as most readings begin with
+    it and wait for the file's index meanwhile."""
 
-def answer(decord: Any, request: dict[str, Any], data: bytes | None) -> Iterator[np.ndarray]:
-    """The frames that were asked for; raises where decord would give others."""
-    times = np.array(request["times"])
-    reader = decord.VideoReader(
-        request["path"] if data is None else io.BytesIO(data),
-        ctx=decord.cpu(0),
-        width=request["width"],
-        height=request["height"],
-        num_threads=request["threads"],
-        fault_tol=2,  # it repeats frames in the place of those it cannot decode: not silently
-    )
-    if len(reader) != request["frames"]:
-        raise ValueError(f"it counts {len(reader)} frames where there are {request['frames']}")
-    wanted = request["wanted"]
-    starts = reader.get_frame_timestamp([0, *wanted])[:, 0].astype(np.float64)
-    # decord keeps times in float32.
-    if np.abs(starts[1:] - starts[0] - times).max() > 1e-3 + 1e-6 * times[-1]:
-        raise ValueError("it puts frames at other times")
-    for i in range(0, len(wanted), TOGETHER):
-        yield np.ascontiguousarray(reader.get_batch(wanted[i : i + TOGETHER]).asnumpy())
+    def __init__(self, decord: Any, request: dict[str, Any], data: bytes | None) -> None:
+        self.reader = decord.VideoReader(
+            request["path"] if data is None else io.BytesIO(data),
+            ctx=decord.cpu(0),
+            width=request["width"],
+            height=request["height"],
+            num_threads=request["threads"],
+            fault_tol=2,  # it repeats frames in the place of those it cannot decode: not silently
+        )
+        self.first = self.frame(0) if request["ahead"] else None
+
+    def frame(self, number: int) -> np.ndarray:
+        return np.ascontiguousarray(
+            self.reader[number].asnumpy()[None]
+        )  # one copy less than a batch
+
+    def answer(self, request: dict[str, Any]) -> Iterator[np.ndarray]:
+        """The frames that were asked for; raises where decord would give others."""
+        times = np.array(request["times"])
+        if len(self.reader) != request["frames"]:
+            raise ValueError(
+                f"it counts {len(self.reader)} frames where there are {request['frames']}"
+            )
+        wanted = request["wanted"]
+        starts = self.reader.get_frame_timestamp([0, *wanted])[:, 0].astype(np.float64)
+        # decord keeps times in float32.
+        if np.abs(starts[1:] - starts[0] - times).max() > 1e-3 + 1e-6 * times[-1]:
+            raise ValueError("it puts frames at other times")
+        if self.first is not None and wanted[0] == 0:
+            yield self.first
+            wanted = wanted[1:]
+        yield from map(self.frame, wanted)
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
+    file: File | Exception | None = None  # or why there is none
     while line := requests.readline():
         request = json.loads(line)
-        data = requests.read(request["bytes"]) if request["bytes"] else None
+        if request["do"] == "open":
+            data = requests.read(request["bytes"]) if request["bytes"] else None
+            file = None  # one at a time
+            try:
+                file = File(decord, request, data)
+            except Exception as error:
+                file = error
+            continue
         try:
-            for frames in answer(decord, request, data):
-                send(answers, {"shape": frames.shape})
-                answers.write(frames.reshape(-1).data)
-                answers.flush()
+            if request["do"] == "close":
+                send(answers, {"closed": True})
+            elif isinstance(file, Exception):
+                raise file
+            else:
+                assert file is not None
+                for frame in file.answer(request):
+                    send(answers, {"shape": frame.shape})
+                    answers.write(frame.reshape(-1).data)
+                    answers.flush()
         except Exception as error:
             send(answers, {"error": str(error) or type(error).__name__})
-            answers.flush()
+        answers.flush()
+        file = None
 
 
 def send(answers: BinaryIO, head: dict[str, Any]) -> None:

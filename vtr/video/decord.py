@@ -1,7 +1,8 @@
 """Decoding with decord, for files that it numbers as PyAV does, in a process of its own.
 
 A damaged picture can make decord write past its buffers, which ends the process: so it gets one that
-may end. The process is started once (about a quarter of a second) and kept for the next file.
+may end. The process is started once (about a quarter of a second) and kept for the next file. It opens
+a file while its index is read here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ from vtr.video.index import Media, VideoIndex
 
 WORKER = Path(__file__).with_name("_decord_worker.py")
 KEPT = 4  #: idle processes kept for later files
+_PATIENCE = 1.0  # seconds for a file to be closed when its process is needed again
 
 
 class Unfit(Exception):
@@ -49,10 +52,20 @@ class Worker:
             # Ctrl-C is for the caller, which ends this process by itself.
             start_new_session=True,
         )
+        self.closing = False
 
-    def ask(self, request: dict[str, Any], data: bytes | None, deadline: Deadline) -> np.ndarray:
-        """The frames; raises :class:`Unfit`, ``VideoError`` for the time limit, or ``EOFError``
-        where the process has ended."""
+    def send(self, request: dict[str, Any], data: bytes | None = None) -> None:
+        to = self.process.stdin
+        assert to is not None
+        to.write(json.dumps(request).encode() + b"\n")
+        to.write(data or b"")
+        to.flush()
+
+    def read(
+        self, requests: list[tuple[dict[str, Any], bytes | None]], deadline: Deadline
+    ) -> np.ndarray:
+        """The frames that the last request asks for; raises :class:`Unfit`, ``VideoError`` for the
+        time limit, or ``EOFError`` where the process has ended."""
         late = threading.Event()
 
         def stop() -> None:
@@ -64,7 +77,9 @@ class Worker:
             clock.daemon = True
             clock.start()
         try:
-            return self._ask(request, data)
+            for request, data in requests:
+                self.send(request, data)
+            return self._frames(requests[-1][0])
         except (EOFError, OSError):
             if late.is_set():
                 raise deadline.error() from None
@@ -73,12 +88,9 @@ class Worker:
             if clock is not None:
                 clock.cancel()
 
-    def _ask(self, request: dict[str, Any], data: bytes | None) -> np.ndarray:
-        to, back = self.process.stdin, self.process.stdout
-        assert to is not None and back is not None
-        to.write(json.dumps({**request, "bytes": len(data or b"")}).encode() + b"\n")
-        to.write(data or b"")
-        to.flush()
+    def _frames(self, request: dict[str, Any]) -> np.ndarray:
+        back = self.process.stdout
+        assert back is not None
         frames = np.empty((0, 0, 0, 0), np.uint8)
         done = 0
         while done < len(request["wanted"]):
@@ -101,6 +113,24 @@ class Worker:
                     raise EOFError
                 view = view[read:]
         return frames
+
+    def close(self) -> None:
+        """Have it close what it has opened, without waiting for it."""
+        self.closing = True
+        with contextlib.suppress(OSError):  # it has ended: seen when it is needed
+            self.send({"do": "close"})
+
+    def ready(self) -> bool:
+        """Whether it lives and waits for a request."""
+        if self.process.poll() is not None:
+            return False
+        if self.closing:
+            back = self.process.stdout
+            assert back is not None
+            if sys.platform == "win32" or not select.select([back], [], [], _PATIENCE)[0]:
+                return False  # Windows cannot wait for a pipe
+            self.closing = not back.readline()
+        return not self.closing
 
     def end(self) -> None:
         self.process.kill()
@@ -132,65 +162,99 @@ def installed() -> bool:
     return bool(sys.executable) and importlib.util.find_spec("decord") is not None
 
 
-def decode(
-    media: Media,
-    index: VideoIndex,
-    wanted: np.ndarray,
-    size: tuple[int, int] | None,
-    deadline: Deadline,
-    threads: int,
-) -> np.ndarray:
-    """The frames ``wanted`` (T, H, W, 3) uint8.
+class Decord:
+    """Reads one file: ``open`` early, then ``frames`` once; a context, because an opened file has to
+    be closed where no frames are asked for."""
 
-    Raises:
-        Unfit: with the reason; PyAV may read it.
-        VideoError: the time limit.
-        MissingDependencyError: decord is not installed.
-    """
-    if not installed():
-        raise missing("decord", "video", "backend='decord'")
-    if not index.plain:
-        raise Unfit(
-            "it is rotated, trimmed, damaged, has open groups, or is no MP4, MKV, WebM or AVI"
-        )
-    height, width = (-1, -1) if size is None else size
-    request = {
-        "path": None if media.path is None else os.path.abspath(media.path),
-        "width": width,
-        "height": height,
-        "threads": threads,
-        "frames": len(index.times),
-        "wanted": wanted.tolist(),
-        "times": index.times[wanted].tolist(),
-    }
-    height, width = (index.metadata.height, index.metadata.width) if size is None else size
-    frames = _ask(request, media.data, deadline)
-    if frames.shape != (len(wanted), height, width, 3):
-        raise Unfit(f"it gave an array of shape {frames.shape}")
-    return frames
+    def __init__(self, media: Media, deadline: Deadline, threads: int) -> None:
+        self.media = media
+        self.deadline = deadline
+        self.threads = threads
+        self._worker: Worker | None = None
+        self._size: tuple[int, int] | None = None
 
+    def __enter__(self) -> Decord:
+        return self
 
-def _ask(request: dict[str, Any], data: bytes | None, deadline: Deadline) -> np.ndarray:
-    worker = _worker()
-    try:
-        frames = worker.ask(request, data, deadline)
-    except Unfit:
+    def __exit__(self, *_: object) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+            _keep(worker)
+
+    def _opening(
+        self, size: tuple[int, int] | None, ahead: bool = False
+    ) -> tuple[dict[str, Any], bytes | None]:
+        height, width = (-1, -1) if size is None else size
+        request = {
+            "do": "open",
+            "path": None if self.media.path is None else os.path.abspath(self.media.path),
+            "bytes": len(self.media.data or b""),
+            "width": width,
+            "height": height,
+            "threads": self.threads,
+            "ahead": ahead,
+        }
+        return request, self.media.data
+
+    def open(self, size: tuple[int, int] | None, ahead: bool) -> None:
+        """Let decord's process begin, for pictures of (height, width), and go on here; ``ahead``
+        where the first frame will be wanted. Nothing happens without decord, and for bytes, whose
+        way there would have to be waited for."""
+        if self.media.data is not None or not installed():
+            return
+        self._worker, self._size = _worker(), size
+        with contextlib.suppress(OSError):  # it has ended: seen when frames are asked for
+            self._worker.send(*self._opening(size, ahead))
+
+    def frames(
+        self, index: VideoIndex, wanted: np.ndarray, size: tuple[int, int] | None
+    ) -> np.ndarray:
+        """The frames ``wanted`` (T, H, W, 3) uint8.
+
+        Raises:
+            Unfit: with the reason; PyAV may read it.
+            VideoError: the time limit.
+            MissingDependencyError: decord is not installed.
+        """
+        if not installed():
+            raise missing("decord", "video", "backend='decord'")
+        if not index.plain:
+            raise Unfit(
+                "it is rotated, trimmed, damaged, has open groups, or is no MP4, MKV, WebM or AVI"
+            )
+        request = {
+            "do": "read",
+            "frames": len(index.times),
+            "wanted": wanted.tolist(),
+            "times": index.times[wanted].tolist(),
+        }
+        requests: list[tuple[dict[str, Any], bytes | None]] = [(request, None)]
+        if self._worker is None or self._size != size:
+            requests.insert(0, self._opening(size))
+        worker, self._worker = self._worker or _worker(), None
+        try:
+            frames = worker.read(requests, self.deadline)
+        except Unfit:
+            _keep(worker)
+            raise
+        except EOFError:
+            worker.end()
+            raise Unfit(f"its process ended with code {worker.process.returncode}") from None
+        except BaseException:  # the time limit, Ctrl-C: what it does now is of no use
+            worker.end()
+            raise
         _keep(worker)
-        raise
-    except EOFError:
-        worker.end()
-        raise Unfit(f"its process ended with code {worker.process.returncode}") from None
-    except BaseException:  # the time limit, Ctrl-C: what it does now is of no use
-        worker.end()
-        raise
-    _keep(worker)
-    return frames
+        height, width = (index.metadata.height, index.metadata.width) if size is None else size
+        if frames.shape != (len(wanted), height, width, 3):
+            raise Unfit(f"it gave an array of shape {frames.shape}")
+        return frames
 
 
 def _worker() -> Worker:
     while _idle:
         worker = _idle.pop()
-        if worker.process.poll() is None:
+        if worker.ready():
             return worker
         worker.end()
     return Worker()

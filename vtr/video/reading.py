@@ -9,9 +9,8 @@ from typing import Literal
 import numpy as np
 
 from vtr.errors import MissingDependencyError
-from vtr.video import decord as decord_backend
 from vtr.video import sampling as choose
-from vtr.video.decord import Unfit
+from vtr.video.decord import Decord, Unfit
 from vtr.video.errors import Deadline, VideoError
 from vtr.video.index import Media, Source, VideoIndex, counted_index, read_index
 from vtr.video.pyav import Chosen, Missing, picture
@@ -71,38 +70,41 @@ def load(
     _check(start, end, size, backend, damaged, scene_threshold, threads, time_limit)
     media = Media.of(source)
     deadline = Deadline(media.name, time_limit)
-    index = read_index(media, deadline, damaged)
+    with Decord(media, deadline, threads) as decord:
+        if backend != "pyav" and not isinstance(size, int):  # else the picture's size is not known
+            decord.open(size, ahead=start == 0)
+        index = read_index(media, deadline, damaged)
 
-    def numbers(index: VideoIndex) -> np.ndarray:
-        return _numbers(
-            media,
-            index,
-            frames,
-            fps,
-            kind,
-            start,
-            end,
-            scene_threshold,
-            threads,
-            deadline,
-            damaged,
-        )
+        def numbers(index: VideoIndex) -> np.ndarray:
+            return _numbers(
+                media,
+                index,
+                frames,
+                fps,
+                kind,
+                start,
+                end,
+                scene_threshold,
+                threads,
+                deadline,
+                damaged,
+            )
 
-    wanted = numbers(index)
-    target = picture_size(index.metadata, size)
-    _fits(media, index, wanted, target, memory_limit)
-    used, pixels = "decord", None
-    # decord goes through every frame between two wanted ones, which files of key frames spare.
-    if backend == "decord" or (backend == "auto" and not index.intra):
-        try:
-            pixels = decord_backend.decode(media, index, wanted, target, deadline, threads)
-        except (Unfit, MissingDependencyError) as error:
-            if backend == "decord" and isinstance(error, MissingDependencyError):
-                raise
-            if backend == "decord":
-                raise VideoError(
-                    media.name, f"decord cannot read it ({error}); use backend='pyav'"
-                ) from None
+        wanted = numbers(index)
+        target = picture_size(index.metadata, size)
+        _fits(media, index, wanted, target, memory_limit)
+        used, pixels = "decord", None
+        # decord goes through every frame between two wanted ones, which files of key frames spare.
+        if backend == "decord" or (backend == "auto" and not index.intra):
+            try:
+                pixels = decord.frames(index, wanted, target)
+            except (Unfit, MissingDependencyError) as error:
+                if backend == "decord" and isinstance(error, MissingDependencyError):
+                    raise
+                if backend == "decord":
+                    raise VideoError(
+                        media.name, f"decord cannot read it ({error}); use backend='pyav'"
+                    ) from None
     if pixels is None:
         used = "pyav"
         try:
