@@ -88,25 +88,48 @@ def test_switching_onednn_off_is_heard(calls):
 
 
 @here
-def test_onednn_gets_float32_only():
-    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+def test_what_onednn_is_for(monkeypatch):
+    assert product.gains(torch.float32, CPU)
+    for dtype in (torch.bfloat16, torch.float16):
         assert not product.has_onednn(dtype, CPU)
-    assert not product.has_onednn(torch.float32, torch.device("meta"))
+        monkeypatch.setattr(product, "_has_tiles", lambda: False)
+        assert product.gains(dtype, CPU)
+        monkeypatch.setattr(product, "_has_tiles", lambda: True)
+        assert not product.gains(dtype, CPU)
+    assert not product.gains(torch.float64, CPU)
+    assert not product.gains(torch.float32, torch.device("meta"))
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tiles", [False, True])
+def test_low_precision_by_either_way(dtype, tiles, monkeypatch, calls):
+    monkeypatch.setattr(product, "_has_tiles", lambda: tiles)
+    q, k, v = qkv(1, 2, 1, 300, 840, 64, dtype)
+    mask = mask_of((2, 300, 840), (128, 128))
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="sdpa")
+    assert bool(calls) != tiles
+    expected, expected_lse = block_sparse_attention_reference(q, k, v, mask)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    limit = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(out, expected, atol=limit, rtol=limit)
+    torch.testing.assert_close(lse, expected_lse, atol=limit, rtol=1e-3)
 
 
 @here
 def test_auto_prefers_the_faster_of_compiled_and_onednn(monkeypatch):
     """Large tiles are multiplied by oneDNN, small ones by the compiled kernel."""
     monkeypatch.setattr(flex_module, "refuses", lambda *_: "")
+    monkeypatch.setattr(product, "_has_tiles", lambda: True)
     for block, density, name in ((128, 0.5, "sdpa"), (16, 0.125, "flex or sdpa")):
         mask = masks.random(4096, density, block=block)
         q = torch.empty(1, 8, 4096, 64)
         assert attention_module._choose(q, mask, False, False, "auto") == name
     mask = masks.random(4096, 0.5)
-    low = torch.empty(1, 8, 4096, 64, dtype=torch.bfloat16)
-    assert attention_module._choose(low, mask, False, False, "auto") == "flex or sdpa"
+    q = torch.empty(1, 8, 4096, 64)
+    assert attention_module._choose(q.bfloat16(), mask, False, False, "auto") == "flex or sdpa"
     with torch.backends.mkldnn.flags(enabled=False):
-        assert attention_module._choose(low.float(), mask, False, False, "auto") == "flex or sdpa"
+        assert attention_module._choose(q, mask, False, False, "auto") == "flex or sdpa"
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

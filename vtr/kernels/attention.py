@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
-from vtr.kernels.product import has_onednn
+from vtr.kernels.product import gains
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,7 +115,7 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
             return "sdpa" if flex.refuses(q, mask, need_lse) else "flex"
         # The work is judged by what is stored, so that nothing is read from a device or traced.
         pairs = mask.col.numel() // mask.patterns * mask.block[0] * mask.block[1]
-        if pairs >= _ONEDNN_PAIRS * mask.grid[0] and has_onednn(q.dtype, q.device):
+        if pairs >= _ONEDNN_PAIRS * mask.grid[0] and gains(q.dtype, q.device):
             return "sdpa"
         large = pairs * q.shape[0] * q.shape[1] >= _FLEX_PAIRS
         return "flex or sdpa" if large and not flex.refuses(q, mask, need_lse) else "sdpa"

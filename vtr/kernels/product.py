@@ -2,7 +2,8 @@
 
 ``torch.mm`` is MKL's, which does not use AVX-512 on processors of other makers than its own: on an
 AMD EPYC (Zen 5) half the speed of oneDNN, which does. torch has oneDNN for float32 behind one
-operator, the one that its compiler uses for linear layers.
+operator, the one that its compiler uses for linear layers. It is ahead of what torch does in bfloat16
+and float16 as well, unless the processor has tiles for that (AMX).
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def _built() -> bool:
     )
 
 
+@lru_cache(maxsize=1)
+def _has_tiles() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether :func:`onednn` takes such tensors here: float32, AVX-512, oneDNN not switched off."""
     return (
@@ -34,6 +40,13 @@ def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
         and _built()
         and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def gains(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention on such tensors is soonest computed by :func:`onednn` in float32."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return not _has_tiles() and has_onednn(torch.float32, device)
+    return has_onednn(dtype, device)
 
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:

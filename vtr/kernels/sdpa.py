@@ -224,8 +224,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
     plan = plan_of(mask, dims)
-    work = q.dtype if q.device.type == "cpu" else torch.promote_types(q.dtype, torch.float32)
     lse_type = torch.promote_types(q.dtype, torch.float32)
+    flash = q.device.type == "cpu" and not product.gains(q.dtype, q.device)
+    work = q.dtype if flash else lse_type
     out = torch.empty(q.shape, dtype=work, device=q.device)
     lse = torch.empty(q.shape[:3] if need_lse else (0,), dtype=lse_type, device=q.device)
     scratch = Scratch(plan, dims[3], q.shape[3], work, q.device)
