@@ -118,18 +118,30 @@ def test_low_precision_by_either_way(dtype, tiles, monkeypatch, calls):
 
 @here
 def test_auto_prefers_the_faster_of_compiled_and_onednn(monkeypatch):
-    """Large tiles are multiplied by oneDNN, small ones by the compiled kernel."""
+    """Large tiles are multiplied by oneDNN, small ones, or many threads', by the compiled kernel."""
+    threads, tiles, compiled = 1, True, []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(product, "_has_tiles", lambda: tiles)
     monkeypatch.setattr(flex_module, "refuses", lambda *_: "")
-    monkeypatch.setattr(product, "_has_tiles", lambda: True)
-    for block, density, name in ((128, 0.5, "sdpa"), (16, 0.125, "flex or sdpa")):
-        mask = masks.random(4096, density, block=block)
-        q = torch.empty(1, 8, 4096, 64)
-        assert attention_module._choose(q, mask, False, False, "auto") == name
-    mask = masks.random(4096, 0.5)
-    q = torch.empty(1, 8, 4096, 64)
-    assert attention_module._choose(q.bfloat16(), mask, False, False, "auto") == "flex or sdpa"
+    monkeypatch.setattr(attention_module, "_FLEX_PAIRS", 0)
+    monkeypatch.setattr(
+        flex_module, "forward", lambda q, *_: compiled.append(1) or (q.clone(), q.new_empty(0))
+    )
+
+    def compiles(block, dtype=torch.float32):
+        compiled.clear()
+        q, k, v = qkv(1, 1, 1, 1024, 1024, 64, dtype)
+        block_sparse_attention(q, k, v, masks.random(1024, 0.5, block=block))
+        return bool(compiled)
+
+    assert not compiles(128) and compiles(16)
+    assert compiles(128, torch.bfloat16)
+    tiles = False
+    assert not compiles(128, torch.bfloat16)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert attention_module._choose(q, mask, False, False, "auto") == "flex or sdpa"
+        assert compiles(128)
+    threads = 64
+    assert compiles(128)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

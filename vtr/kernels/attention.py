@@ -22,7 +22,8 @@ TRITON_DIMS = (64, 72, 96, 128)
 # Compiling FlexAttention takes half a minute, so on the CPU it must have much to gain: live
 # query-key pairs over all heads. On 2 cores this is about a second of work.
 _FLEX_PAIRS = 1 << 23
-# Query-key pairs of a query block from which on oneDNN's products beat compiled FlexAttention.
+# Query-key pairs of a query block and thread from which on oneDNN's products, which threads share,
+# beat compiled FlexAttention, whose threads have query blocks of their own.
 _ONEDNN_PAIRS = 1 << 15
 
 
@@ -115,8 +116,6 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
             return "sdpa" if flex.refuses(q, mask, need_lse) else "flex"
         # The work is judged by what is stored, so that nothing is read from a device or traced.
         pairs = mask.col.numel() // mask.patterns * mask.block[0] * mask.block[1]
-        if pairs >= _ONEDNN_PAIRS * mask.grid[0] and gains(q.dtype, q.device):
-            return "sdpa"
         large = pairs * q.shape[0] * q.shape[1] >= _FLEX_PAIRS
         return "flex or sdpa" if large and not flex.refuses(q, mask, need_lse) else "sdpa"
     if backend not in BACKENDS:
@@ -223,7 +222,7 @@ def _forward(
         from vtr.kernels import triton_attention
 
         return triton_attention.forward(q, k, v, row_scale, added, mask, dims, scale)
-    if backend in ("flex", "flex or sdpa"):
+    if backend == "flex" or (backend == "flex or sdpa" and not _sooner_by_onednn(q, mask, dims)):
         from vtr.kernels import flex
 
         try:
@@ -235,6 +234,13 @@ def _forward(
     from vtr.kernels import sdpa
 
     return sdpa.forward(q, k, v, row_scale, added, mask, dims, scale, need_lse)
+
+
+def _sooner_by_onednn(q: Tensor, mask: list[Tensor], dims: list[int]) -> bool:
+    """Whether ``sdpa`` beats compiled FlexAttention: asked at run time, as it hangs on the threads."""
+    rows, columns = mask[2].numel(), mask[3].numel()
+    pairs = columns / max(1, rows) * dims[2] * dims[3]
+    return pairs >= _ONEDNN_PAIRS * torch.get_num_threads() and gains(q.dtype, q.device)
 
 
 @_operator.register_fake
