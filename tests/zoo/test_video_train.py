@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -161,13 +163,15 @@ def test_the_bank_is_a_function_of_the_seed():
     assert (one.clips.number[:1] == 2).all()
 
 
-def test_tower_is_that_of_the_built_in_llava():
+@pytest.mark.parametrize("name", ["digits-video", "digits-llava"])
+def test_tower_is_that_of_a_built_in_model(name):
     from vtr.zoo import load_vlm
 
-    tower = Trainer(SMALL).tower
-    llava, _ = load_vlm("digits-llava")
+    tower = Trainer(dataclasses.replace(SMALL, tower=name)).tower
+    model, _ = load_vlm(name)
     pixels = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
-        states = llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         mine = video_llava.features(tower, pixels)
-    torch.testing.assert_close(mine, states[-2][:, 1:], atol=1e-4, rtol=1e-4)
+    read = states[model.config.vision_feature_layer]
+    torch.testing.assert_close(mine, read[:, 1:], atol=1e-4, rtol=1e-4)

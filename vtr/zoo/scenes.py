@@ -17,6 +17,7 @@ from vtr.zoo import data
 COLOURS = ("red", "green", "blue", "yellow")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 MOST = 3  # digits in a picture
+BOX = (17.0, 25.0)  # pixels, side of a digit's box
 NO_DIGIT = 10  # class of a patch without ink
 NO_COLOUR = 4
 UNCLEAR = -100  # a patch that a digit barely touches; what torch's cross-entropy ignores
@@ -74,7 +75,7 @@ def scenes(
     split: data.Split = "train",
     *,
     most: int = MOST,
-    box: tuple[float, float] = (24.0, 32.0),
+    box: tuple[float, float] = BOX,
 ) -> Scenes:
     """Pictures with one to ``most`` digits each.
 

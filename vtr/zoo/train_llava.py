@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vtr.zoo import data, llava, weights_path
 from vtr.zoo.llava import DIM, PATCHES, TOWER_LAYERS
 from vtr.zoo.questions import KINDS, VOCABULARY, ask
-from vtr.zoo.scenes import NO_COLOUR, NO_DIGIT, UNCLEAR, Scenes, scenes
+from vtr.zoo.scenes import BOX, NO_COLOUR, NO_DIGIT, UNCLEAR, Scenes, scenes
 from vtr.zoo.state import load_moments, moments, part
 
 _UNSEEN = -1e4
@@ -44,16 +44,18 @@ class Recipe:
         pictures: pictures whose features the second stage draws from.
         seed: of the weights, the pictures, the questions and the choice of patches.
         tower_rate, language_rate: peak learning rates, warmed up over 100 steps.
+        box: smallest and largest side of a digit's box in pixels.
         tower_dropping: share of the first stage, from its start, that drops patches.
     """
 
-    tower_steps: int = 2400
+    tower_steps: int = 3400
     language_steps: int = 2000
     batch: int = 48
     pictures: int = 14000
     seed: int = 31
     tower_rate: float = 1.2e-3
     language_rate: float = 1.5e-3
+    box: tuple[float, float] = BOX
     tower_dropping: float = 0.8
 
     @property
@@ -149,7 +151,7 @@ class Trainer:
 
     def _tower_loss(self, at: float, generator: torch.Generator) -> tuple[Tensor, float]:
         recipe = self.recipe
-        batch = scenes(recipe.batch, generator)
+        batch = scenes(recipe.batch, generator, box=recipe.box)
         digit, colour = batch.patch_digits, batch.patch_colours
         quadrant = torch.where((digit >= 0) & (digit < NO_DIGIT), patch_quadrants(), UNCLEAR)
         kept = None
@@ -188,7 +190,7 @@ class Trainer:
             for start in range(0, self.recipe.pictures, 100):
                 # The first quarter has at most two digits, for the start.
                 few = start < self.recipe.pictures // 4
-                batch = scenes(100, generator, most=2 if few else 3)
+                batch = scenes(100, generator, most=2 if few else 3, box=self.recipe.box)
                 with torch.autocast("cpu", torch.bfloat16):
                     states = llava.tower_states(self.tower, batch.images, None, TOWER_LAYERS - 1)
                 features.append(states[-1][:, 1:].bfloat16())
