@@ -313,7 +313,8 @@ def test_likelihoods_are_those_of_the_whole_text():
         return lm.loglikelihood([SimpleNamespace(args=args, metadata={})])[0]
 
     right, greedy = ask(sample.answer)
-    assert greedy and right > ask("no no")[0]
+    wrong, _ = ask("no no")
+    assert greedy and right > wrong
     inputs = lm._answerer.encode([_prompt(sample)])
     tokens = lm.processor.tokenizer(sample.answer, return_tensors="pt", add_special_tokens=False)
     ids = torch.cat([inputs["input_ids"], tokens.input_ids], 1)
@@ -327,7 +328,7 @@ def test_likelihoods_are_those_of_the_whole_text():
     lm.use(Cell((vtr.FastV(keep=144),)))
     assert ask(sample.answer)[0] == pytest.approx(right, abs=1e-4)
     lm.use(Cell((vtr.FastV(keep=1, layer=1),)))
-    assert abs(ask(sample.answer)[0] - right) > 1e-3
+    assert abs(ask("no no")[0] - wrong) > 1e-2
     with pytest.raises(ValueError, match="empty"):
         ask("")
 
