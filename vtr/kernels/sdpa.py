@@ -152,6 +152,7 @@ class Scratch:
         self.shape = (-1, block * dim)
         self._scores: dict[tuple[int, int], Tensor] = {}
         self._parts: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._steps: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
 
     def by_flash(self, row: Row) -> bool:
         """Whether a step is one call of the CPU's flash attention, or two products and a softmax."""
@@ -170,6 +171,16 @@ class Scratch:
         most = _ONEDNN_TILE // max(1, row.keys.tokens) if self.onednn else row.stop - row.start
         return max(1, min(row.stop - row.start, most))
 
+    def step(self, row: Row) -> tuple[Tensor, ...]:
+        """Of a step with gathered keys: room for its scores and its key and value blocks, and those
+        as (D, tokens) and (tokens, D)."""
+        assert row.keys.blocks is not None
+        key = (row.stop - row.start, row.keys.blocks.numel(), row.keys.tokens)
+        if key not in self._steps:
+            kept, weighed, by_key, by_value = self._part(row.keys)
+            self._steps[key] = (self._room(key[0], key[2]), kept, weighed, by_key.t(), by_value)
+        return self._steps[key]
+
     def times(self, a: Tensor, b: Tensor) -> Tensor:
         """a (M, K) times the transpose of b (N, K)."""
         if self.onednn and a.shape[0] * b.shape[0] * a.shape[1] >= product.LEAST:
@@ -181,9 +192,7 @@ class Scratch:
         shape = (query.shape[0], keys.shape[0])
         if self.onednn and shape[0] * shape[1] * self.dim >= product.LEAST:
             return product.onednn(query * scale, keys)
-        if shape not in self._scores:
-            self._scores[shape] = self.flat[: shape[0] * shape[1]].view(shape)
-        scores = self._scores[shape]
+        scores = self._room(*shape)
         return torch.addmm(scores, query, keys.t(), beta=0, alpha=scale, out=scores)
 
     def weigh(self, weights: Tensor, values: Tensor, out: Tensor) -> None:
@@ -198,13 +207,23 @@ class Scratch:
         if keys.blocks is None:
             assert keys.start is not None
             return source[keys.start : keys.start + keys.tokens]
+        parts = self._part(keys)
+        torch.index_select(source.view(self.shape), 0, keys.blocks, out=parts[which])
+        return parts[2 + which]
+
+    def _part(self, keys: Keys) -> tuple[Tensor, ...]:
+        """Room for key and value blocks, and those as (tokens, D)."""
+        assert keys.blocks is not None
         key = (keys.blocks.numel(), keys.tokens)
         if key not in self._parts:
             cut = [t[: key[0]] for t in (self.keys, self.values)]
             self._parts[key] = (*cut, *(t.view(-1, self.dim)[: key[1]] for t in cut))
-        parts = self._parts[key]
-        torch.index_select(source.view(self.shape), 0, keys.blocks, out=parts[which])
-        return parts[2 + which]
+        return self._parts[key]
+
+    def _room(self, queries: int, tokens: int) -> Tensor:
+        if (queries, tokens) not in self._scores:
+            self._scores[queries, tokens] = self.flat[: queries * tokens].view(queries, tokens)
+        return self._scores[queries, tokens]
 
 
 def _mask_partial(scores: Tensor, row: Row, plan: Plan, first: int = 0) -> None:
@@ -237,9 +256,23 @@ def forward(
             target[start:stop] = 0
             if line is not None:
                 line[start:stop] = float("-inf")
+        blocks = keys.view(scratch.shape), values.view(scratch.shape)
+        plain = line is None and not scratch.onednn
         for row in plan.rows[p]:
-            step = _flash if scratch.by_flash(row) else _product
-            step(query, keys, values, row, plan, scale, scratch, target, line)
+            if scratch.by_flash(row):
+                _flash(query, keys, values, row, plan, scale, scratch, target, line)
+            elif not plain or row.partial is not None or row.keys.blocks is None:
+                _product(query, keys, values, row, plan, scale, scratch, target, line)
+            else:
+                # _product without a detour: at low density, where a step takes a third of a
+                # millisecond, what Python does in between counts.
+                scores, kept, weighed, by_key, by_value = scratch.step(row)
+                torch.index_select(blocks[0], 0, row.keys.blocks, out=kept)
+                part = query[row.start : row.stop]
+                torch.addmm(scores, part, by_key, beta=0, alpha=scale, out=scores)
+                torch.softmax(scores, 1, out=scores)
+                torch.index_select(blocks[1], 0, row.keys.blocks, out=weighed)
+                torch.mm(scores, by_value, out=target[row.start : row.stop])
     return finish(out, row_scale, added, dims[2]).to(q.dtype), lse
 
 
