@@ -127,9 +127,11 @@ class Worker:
         if self.closing:
             back = self.process.stdout
             assert back is not None
-            if sys.platform == "win32" or not select.select([back], [], [], _PATIENCE)[0]:
-                return False  # Windows cannot wait for a pipe
-            self.closing = not back.readline()
+            if sys.platform == "win32":
+                return False  # which cannot wait for a pipe
+            pipe = select.poll()  # select() fails in programs with many open files
+            pipe.register(back, select.POLLIN)
+            self.closing = not (pipe.poll(1000 * _PATIENCE) and back.readline())
         return not self.closing
 
     def end(self) -> None:
