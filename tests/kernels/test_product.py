@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from tests.kernels.cases import mask_of, qkv
-from vtr.kernels import attention as attention_module
 from vtr.kernels import (
+    BlockMask,
     block_sparse_attention,
     block_sparse_attention_reference,
     masks,
     product,
     sdpa,
 )
+from vtr.kernels import attention as attention_module
 from vtr.kernels import flex as flex_module
 
 CPU = torch.device("cpu")
@@ -156,3 +157,15 @@ def test_autocast_leaves_float32_as_it_is(backend):
     for a, b in zip(got[:own], expected[:own], strict=True):
         assert a.dtype == b.dtype == torch.float32
         torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@here
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_last_tile_of_one_query(onednn, monkeypatch, calls):
+    """Neighbours that see the same keys are one step, whose last tile may be too small for oneDNN."""
+    monkeypatch.setattr(sdpa, "_ONEDNN_TILE", 256 * 513)
+    q, k, v = qkv(1, 1, 1, 513, 513, 64)
+    mask = BlockMask.from_dense(torch.ones(513, 513, dtype=torch.bool), block=128)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        _check(q, k, v, mask)
+    assert bool(calls) == onednn

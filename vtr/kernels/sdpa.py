@@ -143,9 +143,7 @@ class Scratch:
         self.dim = dim
         rows = [row for rows in plan.rows for row in rows]
         blocks = max((r.keys.blocks.numel() for r in rows if r.keys.blocks is not None), default=0)
-        scores = max(
-            ((r.stop - r.start) * r.keys.tokens for r in rows if self._written_into(r)), default=0
-        )
+        scores = max((self._written(r) for r in rows), default=0)
         self.keys = torch.empty(blocks, block * dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.flat = torch.empty(scores, dtype=dtype, device=device)
@@ -161,10 +159,13 @@ class Scratch:
         height = row.stop - row.start
         return not (self.exact and height in _PRODUCT_ROWS and height * row.keys.tokens < _TILE)
 
-    def _written_into(self, row: Row) -> bool:
+    def _written(self, row: Row) -> int:
+        """Scores of the largest tile that needs room here: oneDNN brings its own, but is not asked
+        for small tiles, and the last of any step may be one."""
+        scores = (row.stop - row.start) * row.keys.tokens
         if self.onednn:
-            return (row.stop - row.start) * row.keys.tokens * self.dim < product.LEAST
-        return not self.by_flash(row)
+            return min(scores, product.LEAST // self.dim)
+        return 0 if self.by_flash(row) else scores
 
     def height(self, row: Row) -> int:
         """Queries of a tile of scores."""

@@ -34,9 +34,8 @@ class File:
         self.first = self.frame(0) if request["ahead"] else None
 
     def frame(self, number: int) -> np.ndarray:
-        return np.ascontiguousarray(
-            self.reader[number].asnumpy()[None]
-        )  # one copy less than a batch
+        # By its number: one copy less than as a batch.
+        return np.ascontiguousarray(self.reader[number].asnumpy()[None])
 
     def answer(self, request: dict[str, Any]) -> Iterator[np.ndarray]:
         """The frames that were asked for; raises where decord would give others."""
