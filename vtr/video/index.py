@@ -79,15 +79,38 @@ class Media:
             raise VideoError(path, "may not be read (permission denied)")
         return cls(path, path, None)
 
-    def open(self) -> Any:
-        """An open PyAV container. Raises :class:`VideoError` for what FFmpeg cannot read."""
+    def open(self, packets_only: bool = False) -> Any:
+        """An open PyAV container.
+
+        FFmpeg decodes the first frames of a file when it opens it, which takes as long as opening and
+        reading all packets. What that finds out (how far frames are reordered, the format of the
+        pixels) is not needed for its packets, nor for decoding frames that stand in the order of
+        time; ``packets_only`` spares it where the container itself says the rest.
+
+        Raises:
+            VideoError: FFmpeg cannot read it.
+        """
+        if packets_only:
+            container = self._open({"codec_whitelist": "none"})
+            if container.format.name in PLAIN:
+                return container
+            container.close()
+        return self._open({})
+
+    def _open(self, options: dict[str, str]) -> Any:
         av = av_module()
         target: Any = io.BytesIO(self.data) if self.data is not None else self.path
         if self.path is not None:
             target = os.path.abspath(self.path)  # a name like "a:b.mp4" is no address
+        # Texts that are not UTF-8 are an error up to PyAV 18; 19 reads them, and has no such option.
+        texts = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
         try:
             container = av.open(
-                target, metadata_errors="ignore", options={"protocol_whitelist": "file"}
+                target,
+                **texts,
+                # Not as `options`: for streams that are found while a file is opened (FLV, MPEG-PS)
+                # PyAV up to 17 then reads past an array, which ends the process.
+                container_options={"protocol_whitelist": "file", **options},
             )
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(
@@ -135,6 +158,7 @@ class VideoIndex:
         turn: quarter turns, counter-clockwise; flip: mirror left to right before turning.
         plain: nothing about the file is unusual: any decoder numbers its frames alike.
         intra: every frame is a key frame.
+        reordered: frames are not stored in the order of time.
     """
 
     metadata: VideoMetadata
@@ -149,6 +173,7 @@ class VideoIndex:
     flip: bool
     plain: bool
     intra: bool
+    reordered: bool
 
     @property
     def counted(self) -> bool:
@@ -165,7 +190,7 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
     Raises:
         VideoError: with the reason.
     """
-    with media.open() as container:
+    with media.open(packets_only=True) as container:
         stream = video_stream(container, media.name)
         look = FirstFrame(stream)
         rows, trouble = _packets(container, stream, look, deadline)
@@ -218,6 +243,7 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
             and single
         ),
         intra=bool(key.all()),
+        reordered=bool((np.diff(pts) < 0).any()),
     )
 
 
@@ -262,6 +288,7 @@ def counted_index(
         flip,
         plain=False,
         intra=False,
+        reordered=True,
     )
 
 
@@ -301,8 +328,13 @@ class FirstFrame:
     def see(self, packet: Any) -> None:
         """Decode a packet of the stream, the next in order."""
         self.tried += 1
+        context = packet.stream.codec_context
         try:
-            self.frame = next(iter(packet.decode()), None)
+            frames = packet.decode()
+            if not frames and packet.is_keyframe:
+                frames = context.decode(None)  # now, not when frames after it have come
+                context.flush_buffers()
+            self.frame = next(iter(frames), None)
         except av_module().FFmpegError as error:
             self.reason = f"no frame can be decoded ({short(error)})"
 
@@ -315,15 +347,18 @@ class FirstFrame:
 
 def turned(frame: Any) -> tuple[int, bool]:
     """(quarter turns counter-clockwise, mirrored first) for showing a stored frame."""
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d, *_ = np.frombuffer(bytes(data), "<i4").tolist()
-            flip = a * d - b * c < 0
-            if flip:
-                a, b = -a, -b
-            angle = np.degrees(np.arctan2(-b, a))
-            return round(angle / 90) % 4, flip
-    return 0, False
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # beside it there is something that is younger than this PyAV
+        return round(frame.rotation / 90) % 4, False
+    if data is None:
+        return 0, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), "<i4").tolist()
+    flip = a * d - b * c < 0
+    if flip:
+        a, b = -a, -b
+    angle = np.degrees(np.arctan2(-b, a))
+    return round(angle / 90) % 4, flip
 
 
 def _facts(container: Any, stream: Any, frame: Any, media: Media, trouble: str) -> VideoMetadata:

@@ -101,7 +101,7 @@ class Chosen:
         Raises:
             Missing: the file is not as its packets say; count its frames instead.
         """
-        with self.media.open() as container:
+        with self.media.open(packets_only=not self.index.reordered) as container:
             stream = video_stream(container, self.media.name)
             if self.threads != 1:
                 stream.thread_type = "AUTO"
