@@ -4,9 +4,9 @@
     python benchmarks/video.py decode --file CLIP.mp4 --frames 32
 
 `decode` compares vtr.video.load with decord and PyAV used plainly, for the same frames: open the file,
-find out its frames, decode those that are wanted, as one array. Calls take turns, the best of each
-counts. Ratios are times of the plain library over ours: above 1 ours is faster. CPU time says more than
-wall time on a machine that does other things as well (give --threads 1).
+find out its frames, decode those that are wanted, as one array. Calls take turns. Times are the best of
+all rounds; ratios are medians, over the rounds, of the plain library's time over ours: above 1 ours is
+faster. `decord_over_itself` is plain decord against plain decord: the noise of the measurement.
 """
 
 from __future__ import annotations
@@ -104,24 +104,26 @@ def plain_pyav(path: str, frames: int, threads: int) -> np.ndarray:
     return np.stack(out)
 
 
-def best(fns: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Best wall and best CPU seconds of each function, called in turn so that noise hits all alike; NaN
-    where it raises. CPU time is that of this process alone."""
-    times = dict.fromkeys(fns, (float("inf"), float("inf")))
+def rounds(fns: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of each function in each round, called in turn, every other round in the opposite order,
+    so that noise hits all alike; NaN where one raises."""
+    times = {name: np.full(repeats, np.nan) for name in fns}
+    working = []
     for name, fn in fns.items():
         try:
             fn()
         except Exception as error:  # decord 0.6 gives up on some files when it has several threads
             print(f"{name} fails: {str(error).splitlines()[-1][-120:]}")
-            times[name] = (float("nan"), float("nan"))
-    for _ in range(repeats):
-        for name, fn in fns.items():
-            if times[name][0] != times[name][0]:
-                continue
-            wall, cpu = time.perf_counter(), time.process_time()
-            fn()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            times[name] = (min(times[name][0], wall), min(times[name][1], cpu))
+        else:
+            working.append(name)
+    for turn in range(repeats):
+        for name in working[:: 1 if turn % 2 else -1]:
+            fns[
+                name
+            ]()  # each has its processes and caches warm, as where files are read one by one
+            began = time.perf_counter()
+            fns[name]()
+            times[name][turn] = time.perf_counter() - began
     return times
 
 
@@ -134,37 +136,41 @@ def decode(args: argparse.Namespace) -> list[dict[str, object]]:
             make(path, name)
             files[name] = str(path)
         for name, file in files.items():
-            for frames in map(int, args.frames.split(",")):
-                rows.append(_compare(name, file, frames, args))
+            for threads in map(int, args.threads.split(",")):
+                for frames in map(int, args.frames.split(",")):
+                    rows.append(_compare(name, file, frames, threads, args.repeats))
     return rows
 
 
-def _compare(name: str, path: str, frames: int, args: argparse.Namespace) -> dict[str, object]:
+def _compare(name: str, path: str, frames: int, threads: int, repeats: int) -> dict[str, object]:
     def ours(backend: str) -> Callable[[], object]:
-        return lambda: vtr.video.load(path, frames, backend=backend, threads=args.threads)  # type: ignore[arg-type]
+        return lambda: vtr.video.load(path, frames, backend=backend, threads=threads)  # type: ignore[arg-type]
 
     frames = min(frames, vtr.video.probe(path).frames)
-    used = vtr.video.load(path, frames, threads=args.threads).metadata.backend
+    used = vtr.video.load(path, frames, threads=threads).metadata.backend
     fns: dict[str, Callable[[], object]] = {
         "auto": ours("auto"),
         "ours_pyav": ours("pyav"),
-        "plain_decord": lambda: plain_decord(path, frames, args.threads),
-        "plain_pyav": lambda: plain_pyav(path, frames, args.threads),
+        "plain_decord": lambda: plain_decord(path, frames, threads),
+        "plain_pyav": lambda: plain_pyav(path, frames, threads),
+        "plain_decord_again": lambda: plain_decord(path, frames, threads),  # how noisy it is
     }
-    times = best(fns, args.repeats)
-    wall = {k: w for k, (w, _) in times.items()}
-    cpu = {k: c for k, (_, c) in times.items() if k != "auto"}  # part of it is in decord's process
+    times = rounds(fns, repeats)
+
+    def ratio(plain: str, other: str) -> float:
+        return round(float(np.median(times[plain] / times[other])), 2)
+
     return {
         "clip": name,
         "frames": frames,
-        "threads": args.threads,
+        "threads": threads,
         "auto_is": used,
-        **{f"{k}_ms": round(v * 1e3, 1) for k, v in wall.items()},
-        **{f"{k}_cpu_ms": round(v * 1e3, 1) for k, v in cpu.items()},
-        "decord_over_auto": round(wall["plain_decord"] / wall["auto"], 2),
-        "pyav_over_auto": round(wall["plain_pyav"] / wall["auto"], 2),
-        "decord_over_ours_pyav_cpu": round(cpu["plain_decord"] / cpu["ours_pyav"], 2),
-        "pyav_over_ours_pyav_cpu": round(cpu["plain_pyav"] / cpu["ours_pyav"], 2),
+        **{f"{k}_ms": round(v.min() * 1e3, 1) for k, v in list(times.items())[:4]},
+        "decord_over_auto": ratio("plain_decord", "auto"),
+        "pyav_over_auto": ratio("plain_pyav", "auto"),
+        "decord_over_ours_pyav": ratio("plain_decord", "ours_pyav"),
+        "pyav_over_ours_pyav": ratio("plain_pyav", "ours_pyav"),
+        "decord_over_itself": ratio("plain_decord", "plain_decord_again"),
     }
 
 
@@ -200,9 +206,9 @@ def main() -> None:
     )
     sub.add_argument("--frames", default="8,32,10000", help="how many; more than there are is all")
     sub.add_argument(
-        "--threads", type=int, default=0, help="of the decoders; 0 is their own choice"
+        "--threads", default="1,0", help="of the decoders; 0 is their own choice (default: 1,0)"
     )
-    sub.add_argument("--repeats", type=int, default=3)
+    sub.add_argument("--repeats", type=int, default=15)
     sub.add_argument("--out", type=Path, help="CSV file")
     sub.set_defaults(run=decode)
     args = parser.parse_args()

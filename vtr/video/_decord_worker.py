@@ -2,8 +2,8 @@
 
 It is run by its path and imports only decord and numpy. A request is a line of JSON: to open a file
 (followed by it where it is given as bytes), which has no answer; to read frames of the file that is
-open, which closes it; to close it. The answer to reading are the frames one by one, so that they
-travel while the next ones are decoded: a line of JSON, followed by the pixels. An error ends it.
+open, which closes it; to close it. The answer to reading are the frames one by one, which travel
+while the next ones are decoded: a line of JSON, followed by the pixels. An error ends it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -90,14 +92,33 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
                 raise file
             else:
                 assert file is not None
-                for frame in file.answer(request):
-                    send(answers, {"shape": frame.shape})
-                    answers.write(frame.reshape(-1).data)
-                    answers.flush()
+                send_frames(answers, file.answer(request))
         except Exception as error:
             send(answers, {"error": str(error) or type(error).__name__})
         answers.flush()
         file = None
+
+
+def send_frames(answers: BinaryIO, frames: Iterator[np.ndarray]) -> None:
+    waiting: queue.Queue[np.ndarray | None] = queue.Queue(4)
+
+    def work() -> None:
+        try:
+            while (frame := waiting.get()) is not None:
+                send(answers, {"shape": frame.shape})
+                answers.write(frame.reshape(-1).data)
+                answers.flush()
+        except OSError:  # nobody is at the other end
+            os._exit(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for frame in frames:
+            waiting.put(frame)
+    finally:
+        waiting.put(None)
+        thread.join()
 
 
 def send(answers: BinaryIO, head: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -161,7 +162,12 @@ def installed() -> bool:
     """Whether decord can be imported, without doing so."""
     if "decord" in sys.modules:
         return sys.modules["decord"] is not None
-    return bool(sys.executable) and importlib.util.find_spec("decord") is not None
+    return bool(sys.executable) and _found()
+
+
+@functools.cache
+def _found() -> bool:
+    return importlib.util.find_spec("decord") is not None
 
 
 class Decord:
@@ -208,6 +214,10 @@ class Decord:
         self._worker, self._size = _worker(), size
         with contextlib.suppress(OSError):  # it has ended: seen when frames are asked for
             self._worker.send(*self._opening(size, ahead))
+            if hasattr(os, "sched_yield"):
+                # Who writes to a pipe is expected to wait: its reader would be put on this core,
+                # and begin some milliseconds later, when it is seen that nobody waits.
+                os.sched_yield()
 
     def frames(
         self, index: VideoIndex, wanted: np.ndarray, size: tuple[int, int] | None
