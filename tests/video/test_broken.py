@@ -73,6 +73,13 @@ def test_audio_only(tmp_path: Path) -> None:
     refused(write_audio(tmp_path / "a.mp4"), "no video stream", "audio")
 
 
+def test_a_stream_of_no_known_kind(tmp_path: Path) -> None:
+    """PyAV ends the process where it is asked for the kind."""
+    path = write(tmp_path / "a.avi", "mpeg4", frames=5)
+    path.write_bytes(path.read_bytes().replace(b"strf", b"xtrf"))  # nothing says what it is
+    refused(path, "no video stream")
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -125,6 +132,9 @@ def test_any_bytes_give_a_video_or_a_reason(tmp_path: Path) -> None:
         write(tmp_path / "a.mp4", frames=20, mux={"movflags": "faststart"}).read_bytes(),
         write(tmp_path / "a.mkv", frames=20).read_bytes(),
         write(tmp_path / "a.avi", "mjpeg", frames=20).read_bytes(),
+        write(tmp_path / "a.ts", frames=20).read_bytes(),
+        write(tmp_path / "a.flv", frames=20).read_bytes(),
+        write(tmp_path / "a.mpg", "mpeg2video", frames=20, rate=25).read_bytes(),
     ]
     outcomes = set()
     for data in clips:

@@ -129,7 +129,12 @@ def video_stream(container: Any, name: str) -> Any:
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
-        kinds = sorted({s.type for s in container.streams if s.type != "video"})
+        # Not by the streams' own `type`: where it is unknown (damage), PyAV ends the process.
+        kinds = [
+            kind
+            for kind in ("attachments", "audio", "data", "subtitles")
+            if getattr(container.streams, kind)
+        ]
         has = f"it holds: {', '.join(kinds)}" if kinds else "it holds no stream at all"
         raise VideoError(name, f"has no video stream ({has})")
     if streams[0].codec_context is None:
@@ -201,7 +206,7 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
             raise VideoError(media.name, trouble or "its video stream holds no frames")
         first = look.found(media.name)
         base = _facts(container, stream, first, media, trouble)
-        single = sum(s.type == "video" for s in container.streams) == 1
+        single = len(container.streams.video) == 1
         unit = float(stream.time_base or 1e-6)
         rate = stream.average_rate or stream.guessed_rate or 0
         container_name = container.format.name
@@ -268,8 +273,9 @@ def counted_index(
                 keys.append(n)
         if first is None:
             raise VideoError(media.name, "holds no frame that can be decoded")
-        if base is None or trouble:
-            base = _facts(container, stream, first, media, "; ".join(trouble[:1]))
+        base = base or _facts(container, stream, first, media, "")
+    if trouble and not base.damaged:
+        base = replace(base, damaged=trouble[0])
     known = np.array([np.nan if t is None else t for t in times])
     at = known - known[0]
     if np.isnan(at).any() or (np.diff(at) <= 0).any():
@@ -419,7 +425,7 @@ def _truncated(container: Any, stream: Any, rows: list, media: Media, deadline: 
     if end >= announced - max(1.0, 0.05 * announced):
         return ""
     # Another stream may be longer than the pictures; then it reaches to the end.
-    for other in [s for s in container.streams if s.type in ("audio", "subtitle")]:
+    for other in (*container.streams.audio, *container.streams.subtitles):
         if other.duration and float(other.duration * other.time_base) >= announced - 1.0:
             return ""
         with media.open() as again:

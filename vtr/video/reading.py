@@ -112,7 +112,7 @@ def load(
         except Missing:
             # The packets promise what the decoder does not give (hidden frames, damage in the
             # middle): decode everything and count what really comes.
-            index = counted_index(media, deadline, damaged)
+            index = counted_index(media, deadline, damaged, index.metadata)
             wanted = numbers(index)
             target = picture_size(index.metadata, size)
             _fits(media, index, wanted, target, memory_limit)
