@@ -23,6 +23,8 @@ SHORTER = {
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs_on_what_ships_with_the_package(script, tmp_path):
+    if script.name == "evaluate_vqa.py":
+        pytest.importorskip("lmms_eval")  # the extra "eval", which wants an older PyAV than "video"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(script), *SHORTER.get(script.name, [])]
