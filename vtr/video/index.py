@@ -109,7 +109,7 @@ class Media:
                 target,
                 **texts,
                 # Not as `options`: for streams that are found while a file is opened (FLV, MPEG-PS)
-                # PyAV up to 17 then reads past an array, which ends the process.
+                # PyAV up to 17.0 then reads past an array, which ends the process.
                 container_options={"protocol_whitelist": "file", **options},
             )
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -129,7 +129,7 @@ def video_stream(container: Any, name: str) -> Any:
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
-        # Not by the streams' own `type`: where it is unknown (damage), PyAV ends the process.
+        # Not by the streams' own `type`: where damage hides it, older PyAV ends the process.
         kinds = [
             kind
             for kind in ("attachments", "audio", "data", "subtitles")
