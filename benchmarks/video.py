@@ -118,9 +118,8 @@ def rounds(fns: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.n
             working.append(name)
     for turn in range(repeats):
         for name in working[:: 1 if turn % 2 else -1]:
-            fns[
-                name
-            ]()  # each has its processes and caches warm, as where files are read one by one
+            # Warm processes and caches for all, as where files are read one after the other.
+            fns[name]()
             began = time.perf_counter()
             fns[name]()
             times[name][turn] = time.perf_counter() - began

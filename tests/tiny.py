@@ -100,3 +100,27 @@ def site(
         scale=dim**-0.5,
         prefix=prefix,
     )
+
+
+class Watch:
+    """Remembers a model, and checks that it is exactly as it was."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        self.model, self.x = model, x
+        self.keys = list(model.state_dict())
+        self.attributes = {n: sorted(m.__dict__) for n, m in model.named_modules()}
+        self.classes = {n: type(m) for n, m in model.named_modules()}
+        with torch.no_grad():
+            self.out = model(x)
+
+    def check(self) -> None:
+        assert list(self.model.state_dict()) == self.keys
+        assert ours(self.model) == []
+        assert {n: sorted(m.__dict__) for n, m in self.model.named_modules()} == self.attributes
+        with torch.no_grad():
+            assert torch.equal(self.model(self.x), self.out)
+
+    def check_wrapped(self) -> None:
+        """State and classes are untouched while wrapped, too."""
+        assert list(self.model.state_dict()) == self.keys
+        assert {n: type(m) for n, m in self.model.named_modules()} == self.classes

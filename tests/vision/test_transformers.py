@@ -3,160 +3,31 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 import vtr
-from tests.tiny import images, ours, spread
+from tests.tiny import ours
 from tests.vision.looks import check_keys
+from tests.vision.towers import (
+    MLP,
+    MODELS,
+    attention_of,
+    build,
+    layers_of,
+    masked,
+    pixels,
+    result,
+    tower_of,
+)
 from vtr.flops import _missing_formulas
 from vtr.method import Method
-from vtr.vision.transformers import TOWERS, tower_parts
-from vtr.wrapping import wrapping_of
-
-SIZE: dict[str, Any] = {
-    "hidden_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "image_size": 32,
-    "patch_size": 4,
-}
-MLP: dict[str, Any] = {**SIZE, "intermediate_size": 96}
-TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 50,
-    "projection_size": 48,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-DINO: dict[str, Any] = {**SIZE, "mlp_ratio": 2, "num_labels": 5}
-CLS = {"cls-attention", "evit", "flowcut", "random", "tofe", "tome"}
-NO_CLS = {"flowcut", "random", "tome"}
-
-
-def internvl() -> nn.Module:
-    sizes = {"image_size": [32, 32], "patch_size": [4, 4], "use_qk_norm": True}
-    return InternVLVisionModel(hf.InternVLVisionConfig(**{**MLP, **sizes}))
-
-
-def registers(**more: Any) -> hf.Dinov2WithRegistersConfig:
-    return hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=3, **more)
-
-
-# name -> (builder, protected tokens, methods that must be supported)
-MODELS: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
-    "clip": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**MLP)), 1, CLS),
-    "clip-projection": (
-        lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**MLP, projection_dim=16)),
-        1,
-        CLS,
-    ),
-    "clip-classes": (
-        lambda: hf.CLIPForImageClassification(
-            hf.CLIPConfig(vision_config=MLP, text_config=TEXT, num_labels=5)
-        ),
-        1,
-        CLS,
-    ),
-    "metaclip2": (lambda: hf.MetaClip2VisionModel(hf.MetaClip2VisionConfig(**MLP)), 1, CLS),
-    "siglip": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**MLP)), 0, NO_CLS),
-    "siglip-classes": (
-        lambda: hf.SiglipForImageClassification(
-            hf.SiglipConfig(vision_config=MLP, text_config=TEXT, num_labels=5)
-        ),
-        0,
-        NO_CLS,
-    ),
-    "vit": (lambda: hf.ViTModel(hf.ViTConfig(**MLP)), 1, CLS),
-    "vit-classes": (
-        lambda: hf.ViTForImageClassification(hf.ViTConfig(**MLP, num_labels=5)),
-        1,
-        CLS,
-    ),
-    "deit": (lambda: hf.DeiTModel(hf.DeiTConfig(**MLP)), 2, CLS),
-    "deit-teacher": (
-        lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**MLP, num_labels=5)),
-        2,
-        CLS,
-    ),
-    "ijepa": (lambda: hf.IJepaModel(hf.IJepaConfig(**MLP)), 0, NO_CLS),
-    "ijepa-classes": (
-        lambda: hf.IJepaForImageClassification(hf.IJepaConfig(**MLP, num_labels=5)),
-        0,
-        NO_CLS,
-    ),
-    "msn": (lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**MLP)), 1, CLS),
-    "msn-classes": (
-        lambda: hf.ViTMSNForImageClassification(hf.ViTMSNConfig(**MLP, num_labels=5)),
-        1,
-        CLS,
-    ),
-    "dinov2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**DINO)), 1, CLS),
-    "dinov2-classes": (
-        lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**DINO, use_swiglu_ffn=True)),
-        1,
-        CLS,
-    ),
-    "registers": (lambda: hf.Dinov2WithRegistersModel(registers()), 4, CLS),
-    "registers-classes": (
-        lambda: hf.Dinov2WithRegistersForImageClassification(registers()),
-        4,
-        CLS,
-    ),
-    "dinov3": (
-        lambda: hf.DINOv3ViTModel(
-            hf.DINOv3ViTConfig(**MLP, num_register_tokens=2, use_gated_mlp=True)
-        ),
-        3,
-        CLS,
-    ),
-    "internvl": (internvl, 1, CLS),
-}
-MEANS = ["clip-classes", "siglip-classes", "ijepa-classes", "dinov2-classes", "registers-classes"]
-
-
-def build(name: str) -> Any:
-    return spread(MODELS[name][0]())
-
-
-def pixels(batch: int = 2) -> Tensor:
-    return images(batch, size=32)
-
-
-def result(output: Any) -> Tensor:
-    """What a user reads: logits, embedding, pooled output, else the first token."""
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if getattr(output, name, None) is not None:
-            return getattr(output, name)
-    return output.last_hidden_state[:, 0]
-
-
-def tower_of(model: Any) -> Any:
-    for module in model.modules():
-        if type(module).__name__ in TOWERS:
-            return module
-    raise AssertionError("no tower")
-
-
-def layers_of(model: Any) -> Any:
-    return tower_of(model).get_submodule(TOWERS[type(tower_of(model)).__name__][0])
-
-
-def attention_of(layer: Any) -> Any:
-    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+from vtr.vision.transformers import TOWERS
 
 
 @pytest.fixture(params=MODELS, scope="module")
@@ -165,7 +36,7 @@ def family(request: pytest.FixtureRequest) -> tuple[str, Any, int, set[str]]:
     return request.param, build(request.param), prefix, methods
 
 
-# ---- every tower, every method -----------------------------------------------------------------
+# ---- every tower, every method -------------------------------------------------------------------
 
 
 def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any, int, set[str]]) -> None:
@@ -218,270 +89,7 @@ def test_keys_of_equals_the_keys_of_the_call(family: tuple[str, Any, int, set[st
     check_keys(model, layers_of(model), lambda: model(pixels()))
 
 
-# ---- exactness -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def masked(model: Any, after: int, alive: Tensor) -> Iterator[None]:
-    """The unwrapped model with the keys that are not ``alive`` (B, T) masked in layers > after."""
-    mask = alive[:, None, None, :]
-
-    def give(module: Any, args: Any, kwargs: Any) -> Any:
-        kwargs = {**kwargs, "attention_mask": mask}
-        hidden = kwargs.pop("hidden_states", None)
-        return (args[0] if args else hidden,), kwargs
-
-    hooks = [
-        attention_of(layer).register_forward_pre_hook(give, with_kwargs=True)
-        for layer in layers_of(model)[after + 1 :]
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def test_pruning_equals_masking(family: tuple[str, Any, int, set[str]]) -> None:
-    """Physically short equals the full sequence with the others masked, in float64."""
-    name, model, prefix, methods = family
-    attention = type(attention_of(layers_of(model)[0]))
-    if "attention_mask" not in inspect.signature(attention.forward).parameters:
-        pytest.skip(
-            f"{attention.__name__} of this transformers version takes no mask to compare with"
-        )
-    model = copy.deepcopy(model).double()
-    x = pixels().double()
-    method: Method
-    if "cls-attention" in methods:
-        method = vtr.CLSAttention(keep=20, layers=(1,))
-    else:
-        method = vtr.Random(keep=20, layers=(1,), seed=3)
-    with vtr.apply(model, method) as handle, torch.no_grad():
-        short = tower_of(model)(x)
-        answer = result(model(x))
-    record = handle.trace.stages[-1]
-    assert record.tokens_out == 20 and record.layer == 1
-    whole = record.total.with_prefix(prefix)
-    with torch.no_grad(), masked(model, 1, whole.source >= 0):
-        full, reference = tower_of(model)(x), result(model(x))
-    torch.testing.assert_close(
-        short.last_hidden_state, whole.gather(full.last_hidden_state), atol=1e-9, rtol=1e-9
-    )
-    if prefix and name not in MEANS:  # what the class token says
-        torch.testing.assert_close(answer, reference, atol=1e-9, rtol=1e-9)
-    if "cls-attention" in methods:  # the choice itself, from the model's own eager attention
-        eager = copy.deepcopy(model)
-        eager.set_attn_implementation("eager")
-        with torch.no_grad():
-            maps = tower_of(eager)(x, output_attentions=True).attentions
-        row = maps[1][:, :, 0, prefix:].mean(1)
-        assert torch.equal(row.topk(20, 1).indices.sort(1).values, record.total.kept)
-
-
-def level_positions(model: Any) -> None:
-    """Give all patches one position, so that equal patches are equal tokens."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("position_embedding.weight"):
-                p[-64:] = p[-64:].mean(0, keepdim=True)
-            elif name.endswith("position_embeddings"):
-                p[:, -64:] = p[:, -64:].mean(1, keepdim=True)
-
-
-def twins() -> Tensor:
-    """Images whose patches 4i and 4i + 1 are equal, all others different: 16 pairs."""
-    patches = torch.randn(2, 64, 3, 4, 4)
-    patches[:, 1::4] = patches[:, 0::4]
-    return patches.reshape(2, 8, 8, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 32, 32)
-
-
-MERGED = [(n, "sdpa") for n in MODELS if n != "dinov3"]  # whose rotation tells all patches apart
-MERGED += [(n, "eager") for n in ("clip", "siglip", "dinov2-classes", "internvl")]
-
-
-@pytest.mark.parametrize(("name", "implementation"), MERGED)
-def test_merging_equal_tokens_changes_nothing(name: str, implementation: str) -> None:
-    """Sizes in attention and pooling: 16 merged pairs count like the 32 tokens they were."""
-    model, x = build(name).double(), twins().double()
-    level_positions(model)
-    model.set_attn_implementation(implementation)
-    with torch.no_grad():
-        dense = model(x)
-        with vtr.apply(model, vtr.ToMe(r=(16, 0, 0, 0))) as handle:
-            short = model(x)
-        assert handle.trace.stages[-1].tokens_out == 48
-        assert set(handle.trace.stages[-1].total.size.unique().tolist()) == {1.0, 2.0}
-        with vtr.apply(model, vtr.ToMe(r=(16, 0, 0, 0), prop_attn=False)):
-            wrong = model(x)
-        with vtr.apply(model, vtr.ToMe(r=(16, 0, 0, 0)), output="restored"):
-            restored = model(x)
-    # Sizes enter as float32 logarithms, which bounds the agreement of float64 models.
-    torch.testing.assert_close(result(short), result(dense), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(
-        restored.last_hidden_state if hasattr(restored, "last_hidden_state") else result(restored),
-        dense.last_hidden_state if hasattr(dense, "last_hidden_state") else result(dense),
-        atol=1e-6,
-        rtol=1e-6,
-    )
-    assert (result(wrong) - result(dense)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", MEANS)
-def test_classifiers_weigh_the_mean_of_merged_tokens(name: str) -> None:
-    model, x = build(name), pixels()
-    caught: list[Tensor] = []
-    hook = model.classifier.register_forward_hook(lambda m, a, o: caught.append(a[0]))
-    prefix = MODELS[name][1]
-    with vtr.apply(model, vtr.ToMe(r=12)) as handle, torch.no_grad():
-        model(x)
-        short = tower_of(model)(x).last_hidden_state[:, prefix:]
-        size = handle.trace.stages[-1].total.size[..., None]
-    hook.remove()
-    mean = (short * size).sum(1) / 64
-    torch.testing.assert_close(caught[0][:, -48:], mean, atol=1e-5, rtol=1e-5)
-    assert (short.mean(1) - mean).abs().max() > 1e-3
-    assert wrapping_of(model) is None and ours(model) == []
-
-
-# ---- outputs beside the last ----------------------------------------------------------------------
-
-
-def test_hidden_states_and_attentions() -> None:
-    model, x = build("clip"), pixels()
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        dense = model(x, output_hidden_states=True, output_attentions=True)
-        with vtr.apply(model, vtr.EViT(keep=(32, 16), layers=(0, 2))):
-            short = model(x, output_hidden_states=True, output_attentions=True)
-        assert [h.shape[1] for h in short.hidden_states] == [65, 34, 34, 18, 18]
-        assert [a.shape[-1] for a in short.attentions] == [65, 34, 34, 18]
-        assert torch.equal(short.hidden_states[0], dense.hidden_states[0])
-        torch.testing.assert_close(short.attentions[0], dense.attentions[0])
-        with vtr.apply(model, vtr.ToMe(r=4)):
-            merged = model(x, output_attentions=True)
-        assert len(merged.attentions) == 4
-        torch.testing.assert_close(merged.attentions[3].sum(-1), torch.ones(2, 3, 53))
-        with vtr.apply(model, vtr.EViT(keep=16, layers=(1,)), output="restored"):
-            full = model(x, output_hidden_states=True)
-        assert [h.shape[1] for h in full.hidden_states] == [65] * 5
-        with vtr.apply(model, "tome"):
-            assert isinstance(model(x, return_dict=False), tuple)
-
-
-@pytest.mark.parametrize("name", ["Dinov2", "Dinov2WithRegisters", "DINOv3ViT"])
-def test_backbones_give_full_feature_maps(name: str) -> None:
-    more = {"num_register_tokens": 2} if name != "Dinov2" else {}
-    size = DINO if name != "DINOv3ViT" else MLP
-    config = getattr(hf, f"{name}Config")(**size, **more, out_features=["stage1", "stage4"])
-    model, x = spread(getattr(hf, f"{name}Backbone")(config)), pixels()
-    with torch.no_grad():
-        dense = model(x).feature_maps
-        with vtr.apply(model, vtr.CLSAttention(keep=0.25, layers=(1,))) as handle:
-            maps = model(x).feature_maps
-    assert [tuple(m.shape) for m in maps] == [(2, 48, 8, 8)] * 2
-    assert handle.trace.tokens["encoder"][3] == (16, 16), "the layers really ran on fewer tokens"
-    assert torch.equal(maps[0], dense[0]) and not torch.equal(maps[1], dense[1])
-
-
-def test_masked_image_modelling_needs_the_grid_and_gets_it() -> None:
-    model = spread(hf.ViTForMaskedImageModeling(hf.ViTConfig(**MLP, encoder_stride=4)))
-    with vtr.apply(model, vtr.EViT(keep=0.5)) as handle, torch.no_grad():
-        assert model(pixels()).reconstruction.shape == (2, 3, 32, 32)
-    assert handle.trace.stages[-1].tokens_out < 30
-
-
-def test_other_resolutions() -> None:
-    model, x = build("clip"), torch.randn(1, 3, 24, 48)
-    with vtr.apply(model, vtr.CLSAttention(keep=9, layers=(0,))) as handle, torch.no_grad():
-        model(x, interpolate_pos_encoding=True)
-    assert handle.trace.stages[0].grid == (6, 12) and handle.trace.stages[0].tokens_in == 72
-
-
-# ---- models around a tower ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
-def test_the_text_side_is_untouched(name: str) -> None:
-    config = getattr(hf, f"{name}Config")(text_config=TEXT, vision_config=MLP)
-    model = spread(getattr(hf, f"{name}Model")(config))
-    ids, x = torch.randint(3, 49, (2, 7)), pixels()
-    ids[:, -1] = 2
-    with torch.no_grad():
-        text = model.get_text_features(input_ids=ids)
-        dense = model(input_ids=ids, pixel_values=x).logits_per_image
-        with vtr.apply(model, vtr.ToMe(r=8)) as handle:
-            assert torch.equal(
-                model.get_text_features(input_ids=ids).pooler_output, text.pooler_output
-            )
-            assert ours(model.text_model) == [] and ours(model) != []
-            assert not torch.equal(model(input_ids=ids, pixel_values=x).logits_per_image, dense)
-            assert handle.trace.stages[-1].tokens_out == 32
-            assert torch.equal(
-                model.get_image_features(pixel_values=x).pooler_output,
-                model.get_image_features(pixel_values=x).pooler_output,
-            )
-        assert torch.equal(model(input_ids=ids, pixel_values=x).logits_per_image, dense)
-
-
-def test_siglip2_without_padding() -> None:
-    config = {k: v for k, v in MLP.items() if k != "image_size"}
-    model = spread(hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**config, num_patches=64)))
-    inputs = {
-        "pixel_values": torch.randn(2, 24, 48),
-        "pixel_attention_mask": torch.ones(2, 24, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[4, 6], [4, 6]]),
-    }
-    for implementation in ("sdpa", "eager"):
-        model.set_attn_implementation(implementation)
-        with torch.no_grad():
-            dense = model(**inputs).pooler_output
-            with vtr.apply(model, vtr.ToMe(keep=1.0)):
-                assert torch.equal(model(**inputs).pooler_output, dense)
-            with vtr.apply(model, vtr.ToMe(r=3)) as handle:
-                short = model(**inputs)
-        assert short.last_hidden_state.shape[1] == 12 and short.pooler_output.isfinite().all()
-        assert handle.trace.stages[0].grid == (4, 6)
-    inputs["pixel_attention_mask"][1, 20:] = 0
-    with (
-        vtr.apply(model, "tome"),
-        pytest.raises(vtr.UnsupportedMethodError, match="padded patches"),
-    ):
-        model(**inputs)
-
-
-def test_a_timm_model_inside_is_wrapped_by_the_timm_adapter() -> None:
-    from transformers.models.timm_wrapper.modeling_timm_wrapper import (
-        TimmWrapperForImageClassification,
-    )
-
-    config = hf.TimmWrapperConfig(architecture="test_vit", num_labels=5, do_pooling=True)
-    model, x = spread(TimmWrapperForImageClassification(config)), images(1, size=160)
-    with torch.no_grad():
-        dense = model(x).logits
-        with vtr.apply(model, vtr.ToMe(keep=40)) as handle:
-            assert not torch.equal(model(x).logits, dense)
-            assert handle.trace.stages[-1].tokens_out == 40
-            assert all(found.startswith("timm_model.") for found in ours(model))
-        assert torch.equal(model(x).logits, dense)
-    conv = hf.TimmWrapperConfig(architecture="test_convnext", num_labels=5)
-    with pytest.raises(
-        vtr.UnsupportedModelError, match="the timm ConvNeXt inside is not supported"
-    ):
-        vtr.apply(TimmWrapperForImageClassification(conv), "tome")
-
-
-def test_tower_parts() -> None:
-    for name, (_, prefix, methods) in MODELS.items():
-        parts = tower_parts(tower_of(build(name)))
-        assert len(parts.runners) == 4 and parts.prefix == prefix
-        assert parts.has_cls == (methods == CLS)
-        assert (parts.dim, parts.heads, parts.tokens) == (48, 3, 64)
-    with pytest.raises(vtr.UnsupportedModelError, match="not a vision tower"):
-        tower_parts(nn.Linear(2, 2))
-
-
-# ---- how it runs ------------------------------------------------------------------------------------
+# ---- how it runs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -592,7 +200,8 @@ def test_reported_flops_are_those_of_the_operators(family: tuple[str, Any, int, 
     assert len(layers) == 4 and sum(layers) == reported
 
 
-# ---- what is refused ----------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
+
 
 REFUSED = [
     (lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[1])), "windows need"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -314,3 +315,9 @@ FAMILIES: dict[str, Callable[[int], tuple[Any, Inputs]]] = {
     "idefics3": idefics3,
     "smolvlm": smolvlm,
 }
+
+
+@cache
+def made(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
+    """One model and its inputs for all tests that leave them as they are."""
+    return FAMILIES[name](batch)

@@ -16,6 +16,7 @@ from vtr.vision.vlm.wrapping import language_of
 
 STEPS = 4
 ALL = 10**6
+CLOSE = 3e-5  # float32, two orders of the same sums
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import vtr
 from tests.vision.vlm.models import ENCODES_FIRST, FAMILIES, visual
 from tests.vision.vlm.picks import (
     BOTH,
+    CLOSE,
     DECODER,
     KEEP_ALL,
     MIDDLE,
@@ -26,7 +27,6 @@ from tests.vision.vlm.picks import (
 )
 from tests.vision.vlm.videos import VIDEOS
 
-CLOSE = 3e-5
 ALL = FAMILIES | VIDEOS
 family = pytest.mark.parametrize("name", ALL)
 
@@ -36,10 +36,7 @@ def made(name: str, batch: int) -> tuple[Any, dict[str, Any]]:
     return ALL[name](batch)
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def cuts(output: Any, inputs: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,42 +9,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
+from tests.vision.vlm.looks import Look, look
 from tests.vision.vlm.models import FAMILIES, IMAGE, visual
 from tests.vision.vlm.picks import PROMPT, STEPS, Pick, generate, same
 from tests.vision.vlm.videos import VIDEOS
-from vtr.method import Reduction, Stage
-from vtr.signals import ModelInfo
+from vtr.method import Reduction
 from vtr.tokens import TokenMap, take
 
 CLOSE = 2e-6
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@dataclass(frozen=True)
-class Look(Pick):
-    """Hands every site to a function."""
-
-    see: Callable[[Any], Any] = print
-    cuts: bool = True
-
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage(*a, cuts=self.cuts) for a in self.at)
-
-    def reduce(self, site: Any) -> Any:
-        return self.see(site)
-
-
-def look(
-    model: Any, at: tuple[Any, ...], see: Callable[[Any], Any], inputs: Any, **options: Any
-) -> Any:
-    with vtr.apply(model, Look(at, see=see, cuts=False)) as handle:
-        model(**inputs, **options)
-        return handle.trace
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def eager(name: str, batch: int = 2) -> tuple[Any, dict[str, Any], Any]:

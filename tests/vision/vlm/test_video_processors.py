@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import vtr
 from tests.vision.vlm import models
+from tests.vision.vlm.looks import Look
 from tests.vision.vlm.models import END, IMAGE, START, VIDEO
 from tests.vision.vlm.picks import BOTH, KEEP_ALL, generate, same
-from tests.vision.vlm.test_signals import Look
 from tests.vision.vlm.videos import VIDEOS
 
 transformers = pytest.importorskip("transformers")
@@ -22,10 +21,7 @@ pytest.importorskip("torchvision")
 SPECIAL = {"<image>": IMAGE, "<video>": VIDEO, "<start>": START, "<end>": END}
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def tokenizer(**named: str) -> Any:
