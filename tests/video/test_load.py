@@ -16,8 +16,9 @@ from tests.video.clips import number, picture, turned, write
 from vtr.video import VideoError
 from vtr.video.decord import installed
 from vtr.video.errors import Deadline
-from vtr.video.index import Media, VideoIndex, read_index
-from vtr.video.index import turned as turned_as_said
+from vtr.video.index import VideoIndex, read_index
+from vtr.video.media import Media
+from vtr.video.media import turned as turned_as_said
 
 BACKENDS = ["decord", "pyav"] if installed() else ["pyav"]
 

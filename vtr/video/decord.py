@@ -25,7 +25,8 @@ import numpy as np
 
 from vtr.errors import missing
 from vtr.video.errors import Deadline
-from vtr.video.index import Media, VideoIndex
+from vtr.video.index import VideoIndex
+from vtr.video.media import Media
 
 WORKER = Path(__file__).with_name("_decord_worker.py")
 KEPT = 4  #: idle processes kept for later files

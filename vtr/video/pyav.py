@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
-from vtr.video.index import Media, VideoIndex, av_module, short, video_stream
+from vtr.video.index import VideoIndex
+from vtr.video.media import Media, av_module, short, video_stream
 
 #: Numbers of colour matrices that are not BT.601, which swscale takes where it is told nothing.
 BT601, MATRICES = 5, (1, 4, 7, 9, 10)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
-from vtr.video.index import FirstFrame, Media, Source, av_module, turned, video_stream
+from vtr.video.media import FirstFrame, Media, Source, av_module, turned, video_stream
 from vtr.video.pyav import decode_all, shown
 from vtr.video.reading import Size, _check, picture_size
 from vtr.video.sampling import SLACK
