@@ -117,6 +117,14 @@ def methods(keep: float) -> dict[str, vtr.Method]:
     }
 
 
+def named(args: argparse.Namespace, known: dict[str, vtr.Method]) -> list[str]:
+    """The methods that --methods asks for, or all."""
+    names = args.methods.split(",") if args.methods else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--methods: no {', '.join(unknown)}; there are {', '.join(known)}")
+    return names
+
+
 class Clock:
     """CPU seconds of this process, or seconds on a GPU."""
 
@@ -143,8 +151,7 @@ class Clock:
 def reduction(args: argparse.Namespace) -> list[dict[str, object]]:
     clock = Clock(args.device)
     chosen = methods(args.keep) | {"dycoke": vtr.DyCoke(kv=None)}
-    if args.methods:
-        chosen = {k: chosen[k] for k in args.methods.split(",")}
+    chosen = {name: chosen[name] for name in named(args, chosen)}
     numbers = [int(n) for n in args.frames.split(",")]
     seconds: dict[str, dict[int, float]] = {k: {} for k in chosen}
     for t in numbers:
@@ -276,8 +283,7 @@ def prefill(args: argparse.Namespace) -> list[dict[str, object]]:
     cases: list[tuple[float, str, vtr.Method | None]] = [(1.0, "dense", None)]
     for keep in map(float, args.keep_shares.split(",")):
         found = methods(keep)
-        names = args.methods.split(",") if args.methods else list(found)
-        cases += [(keep, k, found[k]) for k in names]
+        cases += [(keep, name, found[name]) for name in named(args, found)]
     best: dict[int, float] = {}
     flops: dict[int, tuple[int, int]] = {}
     tokens: dict[int, float] = {}
