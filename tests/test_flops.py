@@ -64,6 +64,30 @@ def test_attention_is_counted_in_every_implementation(fused):
     assert count_flops(attend, q, k, k) == 4 * 2 * 3 * 10 * 24 * 16
 
 
+def test_attention_modules_of_torch_are_counted_in_eval_mode_too():
+    x = torch.randn(2, 10, 64)
+    attention = 2 * 2 * 10 * 64 * 64 * 4 + 4 * 2 * 10 * 10 * 64
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 3).eval()
+    padded = torch.zeros(2, 10, dtype=torch.bool)
+    padded[1, 7:] = True
+    for module, cost in ((layer.self_attn, attention), (layer, attention + 4 * 2 * 10 * 64 * 128)):
+        args = (x, x, x) if module is layer.self_attn else (x,)
+        assert count_flops(module.eval(), *args) == count_flops(module.train(), *args) == cost
+    assert count_flops(encoder, x, src_key_padding_mask=padded) == 3 * cost
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_open_clip_model_costs_what_the_formula_says():
+    open_clip = pytest.importorskip("open_clip")
+    sizes = {"image_size": 64, "patch_size": 16, "width": 64, "layers": 3, "head_width": 32}
+    with torch.device("meta"):
+        model = open_clip.model.CLIP(32, sizes, {"width": 32, "heads": 2, "layers": 1}).visual
+    model = model.to_empty(device="cpu").eval()
+    macs = vit_macs(dense(17, 3), 64, patches=16, classes=32)
+    assert count_flops(model, torch.zeros(1, 3, 64, 64)) == 2 * macs
+
+
 def test_llama_prefill_and_cache_of_llava_7b():
     sizes = {"dim": 4096, "kv_dim": 4096, "ff_dim": 11008}
     for visual, tflops, mebibytes in ((576, 8.1776, 308), (144, 2.4012, 92), (64, 1.3529, 52)):

@@ -10,7 +10,8 @@ One multiply-add (MAC) is two FLOPs. Papers on vision transformers print MACs an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,21 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
     return {} if op in flop_registry else {op: _attention_flops}
 
 
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """``nn.MultiheadAttention`` by the operations that the counter knows.
+
+    In eval mode it is one operation (``_native_multi_head_attention``, and a whole
+    ``nn.TransformerEncoderLayer`` another), which counts as nothing: of open_clip's ViTs a third.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """FLOPs of one call ``fn(*args, **kwargs)``, without gradients.
 
@@ -44,6 +60,7 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """
     with (
         torch.no_grad(),
+        _without_fast_path(),
         FlopCounterMode(display=False, custom_mapping=_missing_formulas()) as counter,
     ):
         fn(*args, **kwargs)
