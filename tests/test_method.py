@@ -77,6 +77,8 @@ def test_create_by_name() -> None:
         keep=(0.5, 0.25), layers=(1, 2)
     )
     assert vtr.create("clsattention") == vtr.CLSAttention()
+    for cls in registry().values():  # as the tables of the documentation name it
+        assert type(vtr.create(cls.__name__)) is cls
     with pytest.raises(ValueError, match=r"no method 'flowcat'\. Did you mean 'flowcut'"):
         vtr.create("flowcat")
     with pytest.raises(ValueError, match=r"Known: cls-attention, .*evit"):

@@ -188,14 +188,23 @@ def registry() -> dict[str, type[Method]]:
     return dict(sorted(_REGISTRY.items()))
 
 
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
 def create(name: str, **options: Any) -> Method:
-    """Make a method by its name: ``create("evit", keep=0.7)``. Lists are taken as tuples."""
+    """Make a method by its name: ``create("evit", keep=0.7)``. Lists are taken as tuples.
+
+    Capitals, hyphens and underscores do not count, and the name of the class is one of the method's.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option, or not with this value.
+    """
     known = registry()
-    key = name.lower().replace("_", "-") if isinstance(name, str) else name
-    aliases = {k.replace("-", ""): k for k in known}
-    cls = known.get(key) or known.get(aliases.get(str(key).replace("-", ""), ""))
+    aliases = {_plain(alias): cls for k, cls in known.items() for alias in (cls.__name__, k)}
+    cls = aliases.get(_plain(name)) if isinstance(name, str) else None
     if cls is None:
-        near = difflib.get_close_matches(str(key), known, n=1)
+        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"there is no method {name!r}.{hint} Known: {', '.join(known)}")
     fields = [f.name for f in dataclasses.fields(cls) if f.init]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ class Plan:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        methods = (self.methods,) if isinstance(self.methods, Method) else tuple(self.methods)
+        given: Any = self.methods
+        methods = (given,) if isinstance(given, Method) else given
+        methods = tuple(methods) if isinstance(methods, Iterable) else ()
         if not methods or not all(isinstance(m, Method) for m in methods):
             raise ValueError("methods must be a method or a non-empty sequence of methods")
+        if not isinstance(self.notes, Mapping):
+            raise ValueError(f"notes must be a mapping, got {self.notes!r}")
         object.__setattr__(self, "methods", methods)
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,10 +43,18 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Take back what :meth:`to_dict` made. Raises ``ValueError`` for anything else."""
         if data.get("vtr_plan") != VERSION:
             raise ValueError(f"not a plan of version {VERSION}: vtr_plan={data.get('vtr_plan')!r}")
-        methods: Iterable[dict[str, Any]] = data.get("methods", ())
-        return cls(tuple(create(**m) for m in methods), dict(data.get("notes", {})))
+        methods, notes = data.get("methods"), data.get("notes", {})
+        if not isinstance(methods, Sequence) or isinstance(methods, str):
+            raise ValueError(f"methods must be a list, got {methods!r}")
+        for m in methods:
+            if not isinstance(m, Mapping) or "name" not in m:
+                raise ValueError(f"a method must be an object with its name and options, got {m!r}")
+        if not isinstance(notes, Mapping):
+            raise ValueError(f"notes must be an object, got {notes!r}")
+        return cls(tuple(create(**m) for m in methods), dict(notes))
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

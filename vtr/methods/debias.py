@@ -65,7 +65,7 @@ class Debias(Method):
     padding: float | None = None
 
     def validate(self) -> None:
-        if isinstance(self.method, Mapping):  # from JSON
+        if isinstance(self.method, Mapping) and "name" in self.method:  # from JSON
             self._set("method", create(**self.method))
         if not isinstance(self.method, TextScored):
             raise ValueError(
