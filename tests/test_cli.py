@@ -166,6 +166,11 @@ def test_no_arguments_and_version(run):
         (["draw", __file__, "-k", "evit", "-m", MODEL, "-q", "what?"], "--question is for"),
         (["profile", MODEL, "-k", "evit", "--image", "x.png"], "--image is for"),
         (["profile", "digits-llava", "-k", "fastv", "--batch", "0"], "--batch must be >= 1"),
+        (["profile", "nope", "-k", "evit"], "digits-llava"),
+        (["draw", "x.png", "-k", "evit", "-o", "no/such/folder.png"], "there is no folder no/such"),
+        (["draw", "x.png", "-k", "evit", "-o", "picture"], "name a picture file"),
+        (["draw", "x.png", "-k", "evit", "-o", "picture.txt"], "name a picture file"),
+        (["plot", "-o", __file__], "File exists"),
         (["demo", "nope"], "no demo 'nope'"),
         (["plot", "nope"], "no plot 'nope'"),
     ],
@@ -183,3 +188,17 @@ def test_methods_are_read_from_text():
         keep=0.5, layers=(1, 2), fuse=False
     )
     assert cli.parse_method("evit:keep=12,layers=none") == vtr.EViT(keep=12)
+    fastv = vtr.FastV(keep=9, layer=3)
+    assert cli.parse_method("debias(fastv:keep=9,layer=3)") == vtr.Debias(fastv)
+    assert cli.parse_method("debias(fastv:keep=9,layer=3):strength=2,padding=0.5") == vtr.Debias(
+        fastv, strength=2, padding=0.5
+    )
+
+
+def test_a_plan_is_a_method_on_the_command_line(run, tmp_path):
+    plan = vtr.Plan((vtr.EViT(keep=0.5, layers=(3,)), vtr.CLSAttention(keep=4, layers=(8,))))
+    plan.save(tmp_path / "plan.json")
+    file = str(tmp_path / "plan.json")
+    status, out, _ = run("profile", MODEL, "-k", file, "--size", "64", "--repeats", "1", "--json")
+    assert status == 0
+    assert json.loads(out)["rows"][1]["name"] == " + ".join(map(str, plan.methods))

@@ -109,6 +109,7 @@ def test_the_report_in_three_forms(model):
         (1.02, 2.0, "not worth it at batch size 4: no faster"),
         (1.2, 2.0, "60% of what"),
         (1.9, 2.0, "worth it: 1.90x faster"),
+        (1.3, 1.0, "not worth it at batch size 4: nothing was saved"),
     ],
 )
 def test_verdicts(speedup, ideal, words):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sqlite3
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,9 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help=loading.NAMES)]
 MethodOption = Annotated[
     list[str],
     typer.Option(
-        "--method", "-k", help="NAME or NAME:option=value,option=value (repeat for several)"
+        "--method",
+        "-k",
+        help="NAME, NAME:option=value,option=value, debias(NAME:...) or PLAN.json (repeat for several)",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda")]
@@ -50,6 +54,8 @@ def main() -> None:
         _fail(f"{error.format_message()} ({' '.join(['vtr', *_command(), '--help'])})")
     except (VtrError, ValueError, OSError) as error:
         _fail(str(error))
+    except sqlite3.Error as error:
+        _fail(f"the results store cannot be written: {error} (what is in it is safe)")
 
 
 def _command() -> list[str]:
@@ -194,6 +200,7 @@ def draw(
 
     chosen = [parse_method(m) for m in method]
     _check_device(device)
+    _check_picture(out)
     said: dict[str, str] = {}
     if loading.is_vlm(model):
         seen = loading.read_media(image, frames)
@@ -230,6 +237,17 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
+
+
+def _check_picture(out: Path) -> None:
+    """Refuse a place where no picture can be written before a model is loaded for it."""
+    from PIL import Image
+
+    Image.init()
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {out}: name a picture file such as tokens.png")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
 
 
 def _at_least_one(batch: int) -> None:
@@ -270,6 +288,7 @@ def plot(
     from vtr.evaluate import digits
     from vtr.zoo import load, samples
 
+    out.mkdir(parents=True, exist_ok=True)  # before the work of minutes
     model = load("digits-vit")
     pixels, labels = samples("digits-vit", images, seed=321)
     sweep = digits.sweep_methods()
@@ -277,7 +296,6 @@ def plot(
     results = digits.evaluate(model, flat, pixels, labels, passes=1, progress=not as_json)
     dense, rest = results[0], iter(results[1:])
     groups = {name: [next(rest) for _ in group] for name, group in sweep.items()}
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "vit-accuracy-flops.png"
     digits.plot(groups, dense, str(path))
     # One pass per setting: enough for accuracy and FLOPs, no measurement of time.
@@ -300,17 +318,28 @@ app.command("eval")(evaluate)
 
 
 def parse_method(text: str) -> Any:
-    """``evit:keep=0.5,layers=1+2+3`` -> EViT(keep=0.5, layers=(1, 2, 3)). A '+' joins a tuple."""
-    from vtr.method import create
+    """``evit:keep=0.5,layers=1+2+3`` -> EViT(keep=0.5, layers=(1, 2, 3)). A '+' joins a tuple.
 
-    name, _, rest = text.partition(":")
+    ``debias(fastv:keep=64):strength=2`` wraps a method; a file ``plan.json`` is a plan.
+    """
+    from vtr.method import create
+    from vtr.plan import Plan
+
+    if text.endswith(".json"):
+        return Plan.load(text)
     options: dict[str, Any] = {}
+    wrapped = re.fullmatch(r"([^(:]*)\((.*)\)(?::([^()]*))?", text)
+    if wrapped:
+        name, rest = wrapped[1], wrapped[3] or ""
+        options["method"] = parse_method(wrapped[2])
+    else:
+        name, _, rest = text.partition(":")
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"--method {text!r}: write options as name=value, got {part!r}")
         options[key.strip()] = _value(value.strip())
-    return create(name, **options)
+    return create(name.strip(), **options)
 
 
 def _value(text: str) -> Any:

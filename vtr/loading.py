@@ -88,7 +88,10 @@ def load_model(name: str, pretrained: bool = False, size: int | None = None) -> 
     if not colon:
         from vtr import zoo
 
-        return zoo.load(name)
+        try:
+            return zoo.load(name)
+        except ValueError as error:
+            raise ValueError(f"{error}. A model is one of: {NAMES}") from error
     make = {"timm": _timm_model, "open_clip": _open_clip_model}.get(library)
     if make is None:
         raise ValueError(

@@ -75,7 +75,7 @@ class Profile:
         lines = []
         for batch in dict.fromkeys(r.batch for r in self.rows):
             reduced = [r for r in self.rows if r.batch == batch][1:]
-            good = [r for r in reduced if r.speedup >= WORTH_IT]
+            good = [r for r in reduced if r.speedup >= WORTH_IT and r.ideal > 1]
             if good:
                 top = max(good, key=lambda r: r.speedup)
                 lines.append(f"fastest at batch size {batch}: {top.name}, {top.speedup:.2f}x dense")
@@ -153,6 +153,8 @@ def verdict(speedup: float, ideal: float, batch: int) -> str:
         return f"not worth it {where}: {1 / speedup:.2f}x slower than dense"
     if speedup < WORTH_IT:
         return f"not worth it {where}: no faster than dense"
+    if ideal <= 1:  # the noise of a small model or of few repeats
+        return f"not worth it {where}: nothing was saved, so that {speedup:.2f}x is chance"
     if speedup < 0.8 * ideal:
         return f"{speedup:.2f}x faster, {speedup / ideal:.0%} of what the saved FLOPs promise"
     return f"worth it: {speedup:.2f}x faster"

@@ -92,6 +92,15 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(run, tmp_path, monkeypatch):
     assert dense["kv_bytes"] > fastv["kv_bytes"] > divprune["kv_bytes"] > 0
 
 
+def test_spaces_between_names_and_numbers(run):
+    arguments = ("--method", "debias(fastv:keep=9):strength=2 , random , all", "--seed", "0, 1")
+    status, out, err = run(*arguments, "--dry-run", "--json")
+    assert status == 0, err
+    cells = [(c["method"], c["seed"]) for c in json.loads(out)["cells"]]
+    assert ("Debias(FastV(keep=9), strength=2)", None) in cells
+    assert {("Random(keep=0.5)", 0), ("Random(keep=0.5)", 1), ("ToMe(keep=0.5)", None)} < set(cells)
+
+
 def test_estimates_of_a_dry_run_are_near_what_runs(run):
     status, out, _ = run("--method", "divprune", "--keep", "36", "--dry-run", "--json")
     planned = json.loads(out)["cells"]
@@ -124,6 +133,9 @@ def test_failures_have_an_exit_status(run, monkeypatch):
         (("--processes", "2"), "1 take part"),
         (("--compare", "mine"), "--compare knows"),
         (("--seed", "one"), "seeds must be whole numbers"),
+        (("--store", "."), "the results store . cannot be opened"),
+        (("--out", __file__), "is a file: name a folder"),
+        (("--out", "found", "--name", "a/b"), "--name must be the name of a file"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(run, arguments, message, tmp_path):

@@ -119,6 +119,20 @@ def test_files_of_other_kinds_and_versions_are_refused_and_left_alone(tmp_path):
         Store(later)
 
 
+def test_a_store_that_cannot_be_opened_or_written_is_named(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be opened"):
+        Store(tmp_path)
+    path = tmp_path / "full.sqlite"
+    with Store(path) as store:
+        cell = store.cell({})
+        store.put(cell, "gqa", [row(0)])
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages}")  # a full disk
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            store.put(cell, "gqa", [row(i) for i in range(1, 1000)])
+        assert list(store.rows(cell, "gqa")) == [(0, 0)]
+
+
 WRITER = """
 import sys
 from vtr.evaluate.store import Row, Store

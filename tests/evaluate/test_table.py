@@ -81,6 +81,22 @@ def test_scores_as_text():
     assert score_text("mmbench", 64.3, 0.25) == "64.3 ± 0.2" and score_text("gqa", None) == "failed"
 
 
+def test_a_score_below_one_out_of_a_hundred_is_no_share():
+    cells = Cell(), Cell((vtr.FastV(keep=1),)), Cell((vtr.FastV(keep=2),))
+    found = zip(cells, (64.3, 0.8, 0.0), strict=True)
+    outcomes = tuple(Outcome(c, "n", "mmbench", {"gpt_eval_score": s}, 9) for c, s in found)
+    rows = Results("model", "abc", None, outcomes).markdown().splitlines()[2:5]
+    assert [row.split(" | ")[1] for row in rows] == ["64.3", "0.8", "0.0"]
+
+
+def test_a_method_that_cut_nothing_is_named():
+    idle = Outcome(Cell((vtr.FastVID(keep=25),)), "v", "gqa", {"exact_match": 0.8}, 9, costs=DENSE)
+    text = Results("model", "abc", 10, (*outcomes(), idle)).markdown()
+    (note,) = [line for line in text.splitlines() if "Cut nothing" in line]
+    assert note.rstrip().endswith(": FastVID(keep=25).")
+    assert "Cut nothing" not in RESULTS.markdown()
+
+
 def test_headlines():
     assert headline("mme", {"mme_perception_score": 1500.0, "mme_cognition_score": 300.0}) == (
         "mme_perception_score + mme_cognition_score",

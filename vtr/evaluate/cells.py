@@ -148,18 +148,10 @@ def parse_methods(text: str) -> list[Any]:
 
 
 def parse_method(text: str) -> Any:
-    """A method, ``None`` for ``dense``, a tuple of methods for a plan file (``plan.json``)."""
+    """A method, ``None`` for ``dense``, a plan for a file (``plan.json``)."""
     from vtr.cli import parse_method as plain
-    from vtr.plan import Plan
 
-    if text == "dense":
-        return None
-    if text.endswith(".json"):
-        return Plan.load(text).methods
-    if text.endswith(")") and "(" in text:
-        outer, _, inner = text[:-1].partition("(")
-        return create(outer, method=plain(inner))
-    return plain(text)
+    return None if text == "dense" else plain(text)
 
 
 def as_methods(given: Any) -> list[tuple[Method, ...]]:

@@ -66,6 +66,8 @@ def evaluate(
     _quiet()
     from vtr.evaluate import launch, runner
 
+    if out is not None:
+        _check_out(out, name)
     if compare not in (None, "published"):
         raise ValueError(f"--compare knows 'published', got {compare!r}")
     if compare:
@@ -123,6 +125,14 @@ def evaluate(
     for failed in results.failed:
         _log(f"FAILED: {failed.line()}")
     return 1 if results.failed else 0
+
+
+def _check_out(out: Path, name: str) -> None:
+    """Refuse a place that nothing can be written to before a sweep of hours."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    if not name or Path(name).name != name:
+        raise ValueError(f"--name must be the name of a file without its ending, got {name!r}")
 
 
 def _log(line: str) -> None:

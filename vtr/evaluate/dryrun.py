@@ -89,6 +89,8 @@ def estimate(job: Job) -> DryRun:
     notes = [
         f"Weights: {parameters / 1e6:.1f} million parameters, {parameters * itemsize / 2**20:.0f} MiB.",
         f"Estimates for one image and {TEXT} words; cuts inside the tower are not taken off its FLOPs.",
+        "Tokens are those that keep names: a rate for each of several stages (EViT) leaves fewer, tokens "
+        "that come back (ToFe) and methods for videos on single pictures leave all.",
     ]
     if visual is None:
         notes.append("The number of visual tokens depends on the picture: nothing to estimate.")

@@ -155,9 +155,10 @@ def _all(methods: Any) -> tuple[bool, Any]:
     if not isinstance(methods, str):
         return False, methods
     parts = methods.split(",")
-    if "all" not in parts:
+    rest = [p for p in parts if p.strip() != "all"]
+    if len(rest) == len(parts):
         return False, methods
-    return True, ",".join(p for p in parts if p != "all") or None
+    return True, ",".join(rest) or None
 
 
 def _names(tasks: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -173,7 +174,7 @@ def _names(tasks: str | Iterable[str] | None) -> tuple[str, ...]:
 def _integers(values: Iterable[Any], name: str, least: int) -> tuple[int, ...]:
     out = []
     for value in values:
-        if isinstance(value, str) and value.lstrip("-").isdigit():
+        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
             value = int(value)
         if type(value) is not int or value < least:
             raise ValueError(f"{name} must be whole numbers >= {least}, got {value!r}")

@@ -101,6 +101,7 @@ class Store:
 
     Raises:
         ValueError: the file is no results store, or one of another version.
+        OSError: it cannot be opened or written.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -108,18 +109,21 @@ class Store:
         if self.path is not None and self.path.parent.name:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         # Autocommit: transactions are begun by hand, where they start is then plain to see.
-        self._db = sqlite3.connect(
-            ":memory:" if self.path is None else self.path,
-            timeout=BUSY,
-            isolation_level=None,
-            check_same_thread=False,
-        )
+        try:
+            self._db = sqlite3.connect(
+                ":memory:" if self.path is None else self.path,
+                timeout=BUSY,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+        except sqlite3.OperationalError as error:
+            raise OSError(f"the results store {self.path} cannot be opened: {error}") from error
         try:
             self._open()
         except sqlite3.DatabaseError as error:
             self._db.close()
             if isinstance(error, sqlite3.OperationalError):
-                raise
+                raise OSError(f"the results store {self.path} cannot be used: {error}") from error
             raise ValueError(f"{self.path} is not a results store of vtr ({error})") from error
         except BaseException:
             self._db.close()
@@ -163,10 +167,11 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # on a full disk SQLite has rolled back itself
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     def __enter__(self) -> Store:
         return self

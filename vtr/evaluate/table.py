@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from vtr.evaluate.results import Line, Results
 
 
-def score_text(task: str, value: float | None, spread: float | None = None) -> str:
-    """``93.4``, ``93.4 ± 0.3``, ``1510``: shares are shown in percent."""
+def score_text(
+    task: str, value: float | None, spread: float | None = None, scale: float | None = None
+) -> str:
+    """``93.4``, ``93.4 ± 0.3``, ``1510``: shares are shown in percent.
+
+    ``scale`` is that of the task's column; None takes a value up to 1 for a share.
+    """
     if value is None:
         return "failed"
-    scale = 100.0 if abs(value) <= 1 else 1.0
+    if scale is None:
+        scale = 100.0 if abs(value) <= 1 else 1.0
     digits = 0 if abs(value) > 200 else 1
     text = f"{scale * value:.{digits}f}"
     return text if spread is None else f"{text} ± {scale * spread:.{digits}f}"
@@ -39,7 +45,10 @@ def columns(results: Results) -> list[tuple[str, Callable[[Line], str]]]:
     """Headings of the table and what stands below them."""
 
     def score(task: str) -> Callable[[Line], str]:
-        return lambda line: score_text(task, line.scores.get(task), line.spread.get(task))
+        # One for the whole column: below 1 a score out of 100 is no share.
+        found = [abs(line.scores[task]) for line in results.lines() if task in line.scores]
+        factor = 100.0 if max(found, default=0.0) <= 1 else 1.0
+        return lambda line: score_text(task, line.scores.get(task), line.spread.get(task), factor)
 
     scale, unit = _flops_unit(results)
     out: list[tuple[str, Callable[[Line], str]]] = [("method", lambda x: x.method)]
@@ -93,9 +102,18 @@ def notes(results: Results) -> list[str]:
     raised = [f"{line.method} {line.errors}" for line in lines if line.errors]
     if raised:
         out.append(f"Samples that raised count as wrong answers: {', '.join(raised)}.")
+    idle = [line.method for line in lines if line.label != "dense" and _cut_nothing(line)]
+    if idle:
+        out.append(
+            f"Cut nothing in any sample (methods for videos do not act on pictures): {', '.join(idle)}."
+        )
     if any(line.empty for line in lines):
         out.append("empty: answers without a word, scored as they are.")
     return out
+
+
+def _cut_nothing(line: Line) -> bool:
+    return line.of_tokens == 1 and line.of_flops == 1
 
 
 def rich_table(results: Results) -> Any:
