@@ -35,13 +35,15 @@ class RadialAttention(Presets, StaticSparse):
     PRESETS: ClassVar = {
         "wan2.1-14b": {"dense_layers": 1, "dense_steps": 0.24, "decay": 0.2, "rule": "released"},
         "wan2.1-1.3b": {"dense_layers": 1, "dense_steps": 0.24, "decay": 0.2, "rule": "released"},
-        "wan2.2": {"dense_layers": 1, "dense_steps": 0.275, "decay": 0.8, "rule": "released"},
+        "wan2.2": {
+            "dense_layers": 1, "dense_steps": 0.275, "decay": 0.8, "rule": "released", "block": 64,
+        },
         "hunyuanvideo": {"dense_steps": 0.24, "decay": 0.95, "sink": False, "rule": "released"},
         "mochi": {"dense_steps": 12, "sink": False, "rule": "released"},
-    }
+    }  # fmt: skip
     """What the authors' scripts run, dense steps (12 of 50; 11 of 40 for Wan 2.2) as a share so that
-    they hold for other numbers of steps. The authors ship nothing for 1.3B, which has the 14B's, and
-    for Mochi 12 steps alone."""
+    they hold for other numbers of steps, and blocks of 64 for Wan 2.2, of 128 else. The authors ship
+    nothing for 1.3B, which has the 14B's, and for Mochi 12 steps alone."""
 
     decay: float = 1.0
     sink: bool = True
