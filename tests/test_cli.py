@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -90,6 +91,18 @@ def test_draw_writes_a_picture(run, photo, tmp_path):
         assert picture.width == 3 * 288 + 2 * 8  # the input and two stages
     status, out, _ = run("draw", photo, *options, "--json")
     assert len(json.loads(out)["stages"]) == 2
+
+
+def test_a_picture_of_sixteen_bits_is_not_white(tmp_path):
+    from vtr.loading import read_image
+
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey * 257).save(tmp_path / "deep.png")
+    read = np.asarray(read_image(tmp_path / "deep.png"))
+    assert np.array_equal(read, grey.astype(np.uint8)[..., None].repeat(3, -1))
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "floats.tiff")
+    with pytest.raises(ValueError, match="picture of floats"):
+        read_image(tmp_path / "floats.tiff")
 
 
 def test_a_vision_language_model_is_asked_profiled_and_drawn(run, tmp_path):

@@ -105,6 +105,14 @@ def test_many_stages_are_thinned_and_the_last_one_stays():
     assert np.array_equal(drawn[-1], last[0])
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pictures_of_more_than_eight_bits_are_not_cut_off(dtype):
+    grey = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE)
+    deep = grey / np.float32(255) if dtype == np.float32 else grey.astype(dtype) * 257
+    first, _ = panels(vtr.draw(trace_of(TokenMap.identity(1, 4)), Image.fromarray(deep), size=SIZE))
+    assert first == pytest.approx(grey[..., None].repeat(3, -1) / 255, abs=0.01)
+
+
 @pytest.mark.parametrize("kind", ["pil", "array", "uint8 tensor", "grey", "wide range"])
 def test_pictures_of_every_kind(kind):
     generator = np.random.default_rng(0)
@@ -189,6 +197,13 @@ def test_what_is_no_picture_is_refused():
     for bad in ("x.png", 3, torch.zeros(5), torch.zeros(2, 5, 8, 8)[0]):
         with pytest.raises(ValueError, match="image must be a PIL image"):
             vtr.draw(trace, bad)
+    with pytest.raises(ValueError, match="not finite"):
+        vtr.draw(trace, torch.full((3, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match="image must be a PIL image"):
+        vtr.draw(trace, torch.zeros(0, 0, 3))
+    for what in (None, torch.nn.Linear(1, 1), "handle"):
+        with pytest.raises(ValueError, match="draw takes a handle, a trace or a block mask"):
+            vtr.draw(what)
     with pytest.raises(ValueError, match="image is a batch of 2, the call had 1 samples"):
         vtr.draw(trace, torch.zeros(2, 3, 8, 8))
     for option in ({"panels": 0}, {"size": 0}):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtr.drawing_cells import Picture, pictures_of
-from vtr.trace import StageRecord
+from vtr.trace import StageRecord, Trace
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,12 +75,16 @@ def draw(
     if hasattr(what, "picture"):
         return what.picture()
     trace = getattr(what, "trace", what)
-    stages: list[StageRecord] = list(getattr(trace, "stages", ()))
+    if not isinstance(trace, Trace):
+        raise ValueError(
+            f"draw takes a handle, a trace or a block mask, got a {type(what).__name__}"
+        )
+    stages = list(trace.stages)
     for name, value in (("panels", panels), ("size", size), ("columns", columns)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     if not stages:
-        return _masks(getattr(trace, "notes", {}).get("attention", {}), sample, panels, size or 288)
+        return _masks(trace.notes.get("attention", {}), sample, panels, size or 288)
     frames = _frames(image)
     wants = None if image is None else "image" if frames is None else "video"
     stages = _of_prompts(stages, which)
@@ -292,11 +296,15 @@ def _pixels(image: Any) -> np.ndarray:
         pixels = image.detach().cpu()
         pixels = pixels.float() if pixels.is_floating_point() else pixels
         array = pixels.permute(1, 2, 0).numpy() if pixels.shape[0] in (1, 3) else pixels.numpy()
+    elif isinstance(image, Image.Image) and (image.mode == "F" or image.mode.startswith("I")):
+        array = np.asarray(image)  # convert would cut everything above 255 off
+        array = array / 65535.0 if array.dtype.kind in "ui" else array
     else:
         array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if array.ndim == 2:
         array = array[..., None]
-    if array.ndim != 3 or array.dtype.kind not in "buif" or array.shape[-1] not in (1, 3, 4):
+    known = array.ndim == 3 and array.dtype.kind in "buif" and array.shape[-1] in (1, 3, 4)
+    if not known or not array.size:
         raise ValueError(
             "image must be a PIL image, an (H, W, 3) array or a (3, H, W) tensor, got "
             + (f"shape {tuple(array.shape)}" if array.ndim else repr(image))
@@ -304,6 +312,8 @@ def _pixels(image: Any) -> np.ndarray:
     if array.shape[-1] == 1:
         array = array.repeat(3, -1)
     array = array[..., :3]
+    if not np.isfinite(array).all():
+        raise ValueError("image holds numbers that are not finite")
     if array.dtype == np.uint8:
         array = array / 255.0
     elif array.min() < 0 or array.max() > 1:

@@ -151,11 +151,25 @@ def read_image(path: Path) -> Any:
 
     try:
         with Image.open(path) as file:
+            if file.mode.startswith("I"):  # convert would cut the upper 8 of 16 bits off
+                return _eight_bits(file).convert("RGB")
+            if file.mode == "F":
+                raise ValueError(
+                    f"{path}: a picture of floats, whose white is not known: save it in 8 bits"
+                )
             return file.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (UnidentifiedImageError, IsADirectoryError, OSError) as error:
         raise ValueError(f"{path}: not a picture that can be read ({error})") from error
+
+
+def _eight_bits(picture: Any) -> Any:
+    """A grey picture of 16 bits, which Pillow also opens as 32."""
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
 
 
 def read_media(path: Path, frames: int = 8) -> Any:
