@@ -13,6 +13,7 @@ from torch import nn
 
 import vtr
 from tests.tiny import Watch, images, ours, vit
+from tests.vision.towers import build, pixels, tower_of
 from vtr.method import Method, registry
 
 MODEL = vit()
@@ -244,3 +245,62 @@ def test_two_models_in_two_threads() -> None:
     for i in range(2):
         assert len(got[i]) == 10 and all(torch.equal(y, expected[i]) for y in got[i])
         assert len(set(kept[i])) == 1
+
+
+def interrupted(model: nn.Module, inside: nn.Module, x: torch.Tensor, other: Any) -> Any:
+    """``model(x)``, while whose pass through ``inside`` another thread calls ``other()``."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                other()
+        except BaseException as error:
+            errors.append(error)
+
+    def give_way(module: nn.Module, args: Any) -> None:
+        hook.remove()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    hook = inside.register_forward_pre_hook(give_way)
+    with torch.no_grad():
+        out = model(x)
+    assert not errors, errors
+    return out
+
+
+@pytest.mark.parametrize(
+    "method", [vtr.ToMe(keep=0.4), vtr.EViT(keep=0.5), vtr.ToFe(keep=0.4)], ids=lambda m: m.name
+)
+def test_one_model_in_two_threads(method: Method) -> None:
+    """A call that another one interrupts, of other images, another size or at full length."""
+    model = vit(dynamic_img_size=True, global_pool="avg")
+    first, second = images(2, seed=1), images(3, seed=2)[..., :40]
+    with vtr.apply(model, method) as handle:
+        with torch.no_grad():
+            expected, other = model(first), model(second)
+            stages = len(handle.trace.stages)
+        for inside in (model.blocks[1], model.blocks[4], model.norm, model.fc_norm):
+            got: list[torch.Tensor] = []
+            assert torch.equal(
+                interrupted(model, inside, first, lambda got=got: got.append(model(second))),
+                expected,
+            )
+            assert torch.equal(got[0], other)
+            assert len(handle.trace.stages) == stages
+            grids = lambda: model.forward_intermediates(first)  # noqa: E731
+            assert torch.equal(interrupted(model, inside, first, grids), expected)
+
+
+def test_a_classifier_in_two_threads() -> None:
+    """What one hook of a call leaves for the next is not another thread's."""
+    model = build("dinov2-classes")
+    first, second = pixels(2), pixels(2).flip(0) * 0.5
+    with vtr.apply(model, vtr.ToMe(keep=0.4)):
+        with torch.no_grad():
+            expected = model(first).logits
+        for inside in (tower_of(model).layernorm, model.classifier):
+            got = interrupted(model, inside, first, lambda: model(second))
+            assert torch.equal(got.logits, expected)

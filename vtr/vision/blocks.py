@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vtr.errors import UnsupportedModelError
 from vtr.tokens import TokenMap, take
+from vtr.trace import Trace
 from vtr.vision.attention import Probe
 from vtr.wrapping import Wrapping
 
@@ -80,10 +81,30 @@ class WholeBlock(BlockRunner):
         return before * linear_flops(self.block)
 
 
+class PerThread:
+    """An attribute of a session with a value of its own in every thread, so that threads may call one
+    model at a time each, as they may without a method. Lives in the owner's ``own``, a
+    ``threading.local``."""
+
+    def __init__(self, default: Any = None) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        return getattr(owner.own, self.name, self.default)
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        setattr(owner.own, self.name, value)
+
+
 class Run:
     """The state of one forward pass."""
 
-    def __init__(self, batch: int, tokens: int, prefix: int) -> None:
+    def __init__(self, batch: int, tokens: int, prefix: int, restoring: bool = False) -> None:
+        self.trace = Trace(batch=batch)
+        self.restoring = restoring
         self.batch = batch
         self.tokens = tokens
         self.prefix = prefix

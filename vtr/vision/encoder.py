@@ -7,6 +7,7 @@ stay as they are), keeps the token map of the running call, and calls the method
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,9 +18,9 @@ from vtr.errors import UnsupportedMethodError
 from vtr.method import Reduction
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap
-from vtr.trace import StageRecord, Trace
+from vtr.trace import StageRecord
 from vtr.vision.attention import Probe
-from vtr.vision.blocks import BlockRunner, Run, place_forward
+from vtr.vision.blocks import BlockRunner, PerThread, Run, place_forward
 from vtr.vision.pooling import Pooling, has_pooling
 from vtr.wrapping import Bound, Entry, Wrapping
 
@@ -35,7 +36,19 @@ class EncoderSession:
         prefix: number of protected tokens in front.
         grid: tokens -> (height, width) or None.
         tower: the module that is given the images, where methods may look at them.
+
+    Attributes:
+        restoring: whether block outputs have full length, in every call.
+        whole: the same for the running call of this thread.
+        shape: the grid of the running call of this thread, where its adapter has noted it.
+        mean: what an adapter hands from one hook of the running call to the next.
     """
+
+    run: Run | None = PerThread()  # type: ignore[assignment]
+    pixels: Tensor | None = PerThread()  # type: ignore[assignment]
+    whole: bool = PerThread(False)  # type: ignore[assignment]
+    shape: tuple[int, ...] | None = PerThread()  # type: ignore[assignment]
+    mean: Tensor | None = PerThread()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -50,8 +63,7 @@ class EncoderSession:
         self.prefix = prefix
         self.grid = grid
         self.tower = tower
-        self.pixels: Tensor | None = None
-        self.run: Run | None = None
+        self.own = threading.local()
         self.restoring = False
         self.visits: dict[tuple[int, str], list[Entry]] = {}
         self.probed: frozenset[int] = frozenset()
@@ -59,12 +71,16 @@ class EncoderSession:
 
     def __getstate__(self) -> dict[str, Any]:
         # The running call belongs to this model; its tensors may be part of an autograd graph.
-        return {**self.__dict__, "run": None, "pixels": None}
+        return {k: v for k, v in self.__dict__.items() if k != "own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.own = threading.local()
 
     def install(self) -> None:
         """Plan the visits and put the runners in place."""
         owner = self.owner
-        self.visits, self.run, self.pixels = {}, None, None
+        self.visits, self.own = {}, threading.local()
         probed: set[int] = set()
         biased: set[int] = set()
         looks = False
@@ -118,10 +134,10 @@ class EncoderSession:
         after = x.shape[1] - self.prefix
         x = runner.feed(x, kwargs)
         x = self._visit(run, layer, "end", x, probe, given)
-        self.owner.trace.count("encoder", layer, before, after)
+        run.trace.count("encoder", layer, before, after)
         if layer == len(self.runners) - 1:
             self._finish(run)
-        if self.restoring and run.map is not None:
+        if run.restoring and run.map is not None:
             run.short = None if layer == len(self.runners) - 1 else x
             x = run.full(x)
         return runner.returned(x)
@@ -143,11 +159,12 @@ class EncoderSession:
                 "model.set_grad_checkpointing(False) (transformers: gradient_checkpointing_disable()); "
                 "a reduced sequence needs less memory already"
             )
-        run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix)
+        whole = self.restoring or self.whole
+        run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix, whole)
         if run.tokens < 1:
             raise ValueError(f"the sequence has {x.shape[1]} tokens, {self.prefix} of them prefix")
         self.run = run
-        self.owner.trace = Trace(batch=run.batch)
+        self.owner.trace = run.trace
         return run
 
     def _expect(self, run: Run, x: Tensor, layer: int) -> None:
@@ -241,7 +258,7 @@ class EncoderSession:
             training=self.owner.root.training,
             modules=entry.modules_like(x),
             keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
-            notes=self.owner.trace.notes,
+            notes=run.trace.notes,
             extra=self._extra(),
         )
 
@@ -259,7 +276,7 @@ class EncoderSession:
             run.policy = reduction.policy
             return x if reduction.tokens is None else torch.cat([x[:, :p], reduction.tokens], 1)
         step = reduction.map
-        if self.restoring:
+        if run.restoring:
             run.base = run.full(x)
         before = x.shape[1] - p
         whole = step.with_prefix(p)
@@ -276,7 +293,7 @@ class EncoderSession:
             raise RuntimeError(
                 f"{entry.method.name} returned {x.shape[1] - p} tokens for {run.map!r}"
             )
-        self.owner.trace.stages.append(
+        run.trace.stages.append(
             StageRecord(
                 "encoder",
                 layer,
@@ -304,7 +321,7 @@ class EncoderSession:
     def flops(self) -> tuple[int, int]:
         """Dense and reduced FLOPs of the blocks for the last call, per sample."""
         counted = self.owner.trace.tokens.get("encoder", {})
-        tokens = 0 if self.run is None else self.run.tokens
+        tokens = counted.get(0, (0, 0))[0]
         dense = reduced = 0
         for layer, runner in enumerate(self.runners):
             before, after = counted.get(layer, (tokens, tokens))

@@ -197,12 +197,12 @@ class OpenClipWrapping(Wrapping):
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Intermediate features at full length: they are reshaped to grids by the model."""
-        before, self.session.restoring = self.session.restoring, True
+        self.session.whole = True
         try:
             model: Any = self.root
             return type(model).forward_intermediates(model, *args, **kwargs)
         finally:
-            self.session.restoring = before
+            self.session.whole = False
 
     # ---- pooling: merged tokens count by their size --------------------------------------------
 

@@ -248,10 +248,9 @@ class TimmWrapping(Wrapping):
         )
         super().__init__(model, info)
         self.session = EncoderSession(self, runners, prefix, self.grid)
-        self.shape: tuple[int, ...] | None = None
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
-        size = self.shape
+        size = self.session.shape
         if size is None:
             size = getattr(getattr(self.root, "patch_embed", None), "grid_size", None)
         if size is None:
@@ -260,10 +259,10 @@ class TimmWrapping(Wrapping):
 
     def look(self, module: Any, args: tuple[Any, ...]) -> None:
         """Note the grid of the call: models with dynamic_img_size take images of any shape."""
-        self.shape = None
+        self.session.shape = None
         if args and args[0].dim() == 4:
             high, wide = args[0].shape[-2:]
-            self.shape = tuple(module.dynamic_feat_size((int(high), int(wide))))
+            self.session.shape = tuple(module.dynamic_feat_size((int(high), int(wide))))
 
     def check(self, method: Any, options: dict[str, Any]) -> None:
         if options.get("output", "reduced") not in ("reduced", "restored"):
@@ -288,12 +287,12 @@ class TimmWrapping(Wrapping):
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Intermediate features at full length: they are reshaped to grids by the model."""
-        before, self.session.restoring = self.session.restoring, True
+        self.session.whole = True
         try:
             model: Any = self.root
             return type(model).forward_intermediates(model, *args, **kwargs)
         finally:
-            self.session.restoring = before
+            self.session.whole = False
 
     def forward_naflex(self, *args: Any, **kwargs: Any) -> Any:
         valid = kwargs.get("patch_valid")
@@ -306,10 +305,10 @@ class TimmWrapping(Wrapping):
             kwargs = {**kwargs, "patch_valid": None}
         model: Any = self.root
         given = args[0] if args else kwargs.get("patches")
-        self.shape = None
+        self.session.shape = None
         if isinstance(given, Tensor) and given.dim() == 4:  # an image; patches tell no grid
             high, wide = given.shape[-2:]
-            self.shape = tuple(model.embeds.dynamic_feat_size((int(high), int(wide))))
+            self.session.shape = tuple(model.embeds.dynamic_feat_size((int(high), int(wide))))
         return type(model).forward_features(model, *args, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None, **kwargs: Any) -> Tensor:

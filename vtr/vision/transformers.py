@@ -161,15 +161,11 @@ class TransformersWrapping(Wrapping):
         )
         super().__init__(root, info)
         self.session = EncoderSession(self, parts.runners, parts.prefix, self.grid, self.tower)
-        self.shape: tuple[int, ...] | None = None
-        self.mean: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "mean": None}
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
-        if self.shape is not None and self.shape[0] * self.shape[1] == tokens:
-            return self.shape
+        shape = self.session.shape
+        if shape is not None and shape[0] * shape[1] == tokens:
+            return shape
         return square_grid(tokens)
 
     def check(self, method: Any, options: dict[str, Any]) -> None:
@@ -200,7 +196,7 @@ class TransformersWrapping(Wrapping):
         """Note the grid of the call; refuse padded patches."""
         pixels = args[0] if args else kwargs.get("pixel_values")
         sizes = kwargs.get("spatial_shapes")
-        self.shape = None
+        self.session.shape = None
         if sizes is not None:  # SigLIP 2: patches in rows
             mask = kwargs.get("pixel_attention_mask")
             if mask is not None and not bool(mask.bool().all()):
@@ -209,12 +205,12 @@ class TransformersWrapping(Wrapping):
                     "one size per batch and max_num_patches equal to their patches"
                 )
             if bool((sizes == sizes[:1]).all()):
-                self.shape = tuple(sizes[0].tolist())
+                self.session.shape = tuple(sizes[0].tolist())
         elif isinstance(pixels, Tensor) and pixels.dim() == 4:
             patch = getattr(self.tower.config, "patch_size", None)
             if patch is not None:
                 high, wide = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-                self.shape = (pixels.shape[2] // high, pixels.shape[3] // wide)
+                self.session.shape = (pixels.shape[2] // high, pixels.shape[3] // wide)
 
     # ---- pooling: merged tokens count by their size --------------------------------------------
 
@@ -236,12 +232,14 @@ class TransformersWrapping(Wrapping):
     def take_mean(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         sequence = output[0]
         sizes = self.session.pool_sizes(sequence)
-        self.mean = None if sizes is None else weighted_mean(sequence[:, self.info.prefix :], sizes)
+        self.session.mean = (
+            None if sizes is None else weighted_mean(sequence[:, self.info.prefix :], sizes)
+        )
 
     def give_mean(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.mean is None:
+        if self.session.mean is None:
             return None
-        mean, self.mean = self.mean, None
+        mean, self.session.mean = self.session.mean, None
         return (torch.cat([args[0][:, : -mean.shape[1]], mean], 1),)
 
     def costs(self) -> dict[str, Any] | None:

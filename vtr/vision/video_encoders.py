@@ -85,11 +85,10 @@ class VideoWrapping(Wrapping):
         )
         super().__init__(root, info)
         self.session = EncoderSession(self, runners, self.prefix, self.grid)
-        self.shape: tuple[int, int, int] | None = None
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
         """(frames, rows, columns) of the call; None where the caller has masked tokens."""
-        shape = self.shape
+        shape = self.session.shape
         return shape if shape is not None and shape[0] * shape[1] * shape[2] == tokens else None
 
     def check(self, method: Any, options: dict[str, Any]) -> None:
@@ -112,11 +111,6 @@ class VideoWrapping(Wrapping):
                     attention.register_forward_pre_hook(Bound(self, "weigh_keys"), with_kwargs=True)
                 )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "mean": None}
-
-    mean: Tensor | None = None
-
     # ---- the input --------------------------------------------------------------------------
 
     def look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,32 +119,32 @@ class VideoWrapping(Wrapping):
         named = dict(given.arguments)
         named.update(named.pop("kwargs", {}))
         pixels, config = named.get(self.pixels), self.tower.config
-        self.shape = None
+        self.session.shape = None
         if isinstance(pixels, Tensor) and pixels.dim() == 5:
             _, frames, _, height, width = pixels.shape
             tube, high, wide = _tube(config)
             if frames < tube:  # V-JEPA 2 repeats a single frame
                 frames *= tube
-            self.shape = (frames // tube, height // high, width // wide)
+            self.session.shape = (frames // tube, height // high, width // wide)
         whole = self.use == "first" or any(
             e.options.get("output") == "restored" for e in self.active
         )
         if hasattr(self.tower, "predictor"):
             masks = named.get("context_mask") is not None or named.get("target_mask") is not None
             whole = whole or masks or not named.get("skip_predictor", False)
-        self.session.restoring = whole
+        self.session.whole = whole
 
     # ---- pooling: merged tokens count by their size --------------------------------------------
 
     def take_mean(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         sequence = output[0]
         sizes = self.session.pool_sizes(sequence)
-        self.mean = None if sizes is None else weighted_mean(sequence, sizes)
+        self.session.mean = None if sizes is None else weighted_mean(sequence, sizes)
 
     def give_mean(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.mean is None:
+        if self.session.mean is None:
             return None
-        mean, self.mean = self.mean, None
+        mean, self.session.mean = self.session.mean, None
         return (mean.to(args[0].dtype),)
 
     def weigh_keys(

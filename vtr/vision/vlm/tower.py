@@ -39,7 +39,7 @@ class TowerSession(EncoderSession):
                     "crops in one call"
                 )
             trace.batch = run.batch
-            self.owner.trace = trace
+            self.owner.trace = run.trace = trace
             self.capture.crops = run.batch
         return run
 
