@@ -155,6 +155,20 @@ def test_the_mask_is_made_once_per_size():
     assert Counting.made == 2
 
 
+def test_masks_of_sizes_that_are_gone_are_let_go():
+    """Where the text is as long as its prompt, every prompt has a mask of its own."""
+    run = Run(OwnFrame(block=16), GRID)
+    for text in range(20):
+        run.method.layout(run.site(tensors(GRID, text, batch=1, heads=1)))
+    held = run.shared["vtr.size"]
+    assert len(held) == 20, "in one run (prompts of a batch) every one comes again"
+    for text in range(20, 23):
+        site = run.site(tensors(GRID, text, batch=1, heads=1))
+        site.call.run = text
+        run.method.layout(site)
+        assert len(held) == 16
+
+
 @pytest.mark.parametrize(
     ("grid", "block"),
     [((21, 30, 52), 128), ((30, 48, 80), 128), ((1, 64, 64), 128), ((13, 30, 45), 64), GRID_16],

@@ -133,12 +133,13 @@ class AttentionSite:
         if not return_lse:
             self.count(1.0)
             return self._dense()
-        key = ("vtr.full", self.q.shape[2], self.k.shape[2], str(self.q.device))
-        full = self.shared.get(key)
-        if full is None:
-            blocks = torch.ones(-(-key[1] // 128), -(-key[2] // 128), dtype=torch.bool)
-            full = BlockMask.from_blocks(blocks, q_len=key[1], k_len=key[2]).to(self.q.device)
-            self.shared[key] = full
+
+        def make() -> BlockMask:
+            rows, columns = self.q.shape[2], self.k.shape[2]
+            blocks = torch.ones(-(-rows // 128), -(-columns // 128), dtype=torch.bool)
+            return BlockMask.from_blocks(blocks, q_len=rows, k_len=columns).to(self.q.device)
+
+        full: BlockMask = self.for_size("vtr.full", make)
         return self._attend(full, None, True)
 
     def sparse(
@@ -171,6 +172,24 @@ class AttentionSite:
                 "of text; build it from site.grid and site.text"
             )
         return self._attend(mask, row_scale, return_lse, **more)
+
+    def for_size(self, key: object, make: Callable[[], Any]) -> Any:
+        """``make()``, made once per ``key``, grid, place and number of text tokens, and device.
+
+        What belongs to the sizes of this run and, up to sixteen in all, of runs before is kept: in
+        some families the text is as long as its prompt, so that a size may never come again.
+        """
+        held: dict[Any, tuple[int, dict[Any, Any]]] = self.shared.setdefault("vtr.size", {})
+        call = self.call
+        size = (call.grid, self.text, call.text_first, self.k.shape[2], str(self.q.device))
+        of_size = held.pop(size, (call.run, {}))[1]
+        if key not in of_size:
+            of_size[key] = make()
+        held[size] = (call.run, of_size)
+        for old in list(held)[: max(0, len(held) - 16)]:
+            if held[old][0] != call.run:
+                del held[old]
+        return of_size[key]
 
     def for_text(self, key: object, make: Callable[[], Any]) -> Any:
         """``make()``, made once per ``key`` and padding of the text; the last sixteen are kept."""

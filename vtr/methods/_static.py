@@ -48,17 +48,17 @@ class StaticSparse(AttentionMethod):
 
     def layout(self, site: AttentionSite) -> Layout:
         """The mask on the device of ``site.q``, made at the first call."""
-        sizes = (site.grid, site.text, site.text_first, str(site.q.device))
-        key = ("layout", *sizes, *self.layout_key(site))
-        found: Layout | None = site.shared.get(key)
-        if found is None:
+
+        def make() -> Layout:
             mask, arranged, _ = self.make_layout(site)
             device = site.q.device
             if arranged is not None:
                 arranged = Arranged(*(t.to(device) for t in arranged))
             # Of the model's pairs of tokens: places that are filled up are work, not gain.
             share = mask.density * mask.q_len * mask.k_len / (site.q.shape[2] * site.k.shape[2])
-            found = site.shared[key] = Layout(mask.to(device), arranged, share)
+            return Layout(mask.to(device), arranged, share)
+
+        found: Layout = site.for_size(("layout", *self.layout_key(site)), make)
         return found
 
     def attend(self, site: AttentionSite) -> Tensor:

@@ -100,11 +100,11 @@ class RectifiedSparse(Presets, AttentionMethod):
 
     def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor | None]:
         """The order of the tokens and the blocks that always see each other, once per grid."""
-        key = ("places", site.grid, site.text, site.text_first, str(site.q.device))
-        if key not in site.shared:
-            order = grid_order(site.grid, self.order)
-            site.shared[key] = self._make_places(order, site)
-        found: tuple[Arranged | None, Tensor | None] = site.shared[key]
+
+        def make() -> tuple[Arranged | None, Tensor | None]:
+            return self._make_places(grid_order(site.grid, self.order), site)
+
+        found: tuple[Arranged | None, Tensor | None] = site.for_size("places", make)
         return found
 
     def _make_places(
