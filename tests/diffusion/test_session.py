@@ -100,7 +100,7 @@ def test_an_interrupted_run_leaves_nothing_behind(name: str, stop: int) -> None:
     assert all(count == 0 for *_, step, _, _, _, count in method.seen if step == 0)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan2.2"])
+@pytest.mark.parametrize("name", ["wan", "wan2.2", "sd3", "pixart"])
 def test_states_are_let_go(name: str) -> None:
     """They may be gigabytes: an expert's end with its part of the run, all with the run."""
     pipe = pipes.make(name)
@@ -150,6 +150,65 @@ def test_a_run_that_an_exception_ends_is_forgotten(name: str) -> None:
         assert torch.equal(pipes.call(pipe, name, 3), want)
         assert method.seen[0][1] == 0 and method.seen[0][-1] == 0
     assert torch.equal(pipes.call(pipe, name, 3), dense)
+
+
+def image_to_image(pipe: Any, **changes: Any) -> Any:
+    """A pipeline of SD3's transformer that begins in the midst of its schedule."""
+    from diffusers import AutoencoderKL, StableDiffusion3Img2ImgPipeline
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    other = StableDiffusion3Img2ImgPipeline(**{**pipe.components, "vae": vae, **changes})
+    given = {k: v for k, v in pipes.PIPES["sd3"][1].items() if k not in ("height", "width")}
+
+    def run(steps: int) -> None:
+        other.set_progress_bar_config(disable=True)
+        other(image=torch.zeros(1, 4, 10, 14), strength=0.5, num_inference_steps=steps, **given)
+
+    return run
+
+
+def test_another_pipeline_of_the_same_transformer_has_its_own_steps() -> None:
+    pipe = pipes.make("sd3")
+    method = Watch(dense_steps=0.5)
+    with vtr.apply(pipe, method):
+        pipes.call(pipe, "sd3", 2)
+        method.seen.clear()
+        image_to_image(pipe)(8)
+    assert {s[1:3] for s in method.seen} == {(2, 4), (3, 4)}
+
+
+def test_the_steps_of_a_pipeline_that_is_not_known_are_not_guessed() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = pipes.make("sd3")
+    run = image_to_image(pipe, scheduler=FlowMatchEulerDiscreteScheduler())
+    with (
+        vtr.apply(pipe, Watch(dense_steps=0.5)),
+        pytest.raises(RuntimeError, match="their number is not known"),
+    ):
+        run(8)
+
+
+def test_the_schedule_says_which_way_its_timesteps_go() -> None:
+    from diffusers import FlowMatchLCMScheduler
+
+    pipe, method = pipes.make("mochi"), Watch()
+    pipe.scheduler = FlowMatchLCMScheduler()  # falling; Mochi's own rises
+    with vtr.apply(pipe, method):
+        pipes.call(pipe, "mochi", 3)
+    assert list(dict.fromkeys(s[:3] for s in method.seen)) == [(0, 0, 3), (0, 1, 3), (0, 2, 3)]
+
+
+@pytest.mark.parametrize(("name", "steps"), [("cogvideox", 5), ("pixart", 3)])
+def test_second_order_schedules(name: str, steps: int) -> None:
+    """Timesteps that come twice: steps of their own where branches have names, else branches."""
+    from diffusers import HeunDiscreteScheduler
+
+    pipe, method = pipes.make(name), Watch()
+    pipe.scheduler = HeunDiscreteScheduler()
+    with vtr.apply(pipe, method):
+        pipes.call(pipe, name, 3)
+    assert list(dict.fromkeys(s[1:3] for s in method.seen)) == [(i, steps) for i in range(steps)]
 
 
 def test_a_share_of_the_steps_needs_their_number() -> None:

@@ -67,6 +67,7 @@ class DiffusionWrapping(Wrapping):
         """No run has begun."""
         self.session = Session()
         self.call: Call | None = None
+        self.steps: int | None = None
         self.batch = 0
         self.sample: dict[int, int] = {}
         self.visited: dict[int, int] = {}  # transformer -> its last step
@@ -243,13 +244,14 @@ class DiffusionWrapping(Wrapping):
             self.state.clear()
             self.visited.clear()
             self.costed = [0.0, 0.0]
+            self.steps = self.pipeline.steps(value, self.family.scale, name is not None)
         self.visited[index] = step
         for other, last in self.visited.items():
             if last < step - 1:  # an expert whose part of the run is over
                 for key in [k for k in self.state if k[1] == other]:
                     del self.state[key]
         said = [e.options["steps"] for e in self.active if e.options.get("steps")]
-        steps = said[0] if said else facts.get("num_inference_steps") or self.pipeline.steps
+        steps = said[0] if said else facts.get("num_inference_steps") or self.steps
         self.call = Call(
             run, step, steps, value, branch, view.grid, self.family.text_first, text_valid,
             model.training,
@@ -323,6 +325,10 @@ class DiffusionWrapping(Wrapping):
             notes=self._trace.notes["attention"].setdefault(layer, {}),
             modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
         )  # fmt: skip
+
+    def release(self, index: int, layer: int, entry: Entry, call: Call) -> None:
+        """Let go of what :meth:`site` gave as the state of this method, layer and branch."""
+        self.state.pop((self.entries.index(entry), index, call.branch, layer), None)
 
     def record(self, layer: int, q: Tensor, k: Tensor, notes: dict[str, Any]) -> None:
         """Count a call: per sample, dense against what was computed."""

@@ -80,6 +80,9 @@ def compute(
         raise RuntimeError(
             f"{method.name} made {out.dtype} {tuple(out.shape)} of {q.dtype} {tuple(q.shape)}"
         )
+    if call.steps is not None and call.step == call.steps - 1:
+        # The run is over for this layer and branch, and not every pipeline says so at its end.
+        wrapping.release(index, layer, entry, call)
     wrapping.record(layer, q, k, site.notes)
     if ulysses is not None:
         out = ulysses.scatter(out)

@@ -40,6 +40,7 @@ class Family:
         joint: text stands in the same sequence.
         text_first: before the image or video.
         rising: timesteps rise during a run.
+        scale: the scheduler's timesteps over those that its pipelines give the transformer.
         masked: the attention function gets a mask, of the padded text alone.
         loops: the processor calls attention once per sample (with its valid text only).
     """
@@ -55,6 +56,7 @@ class Family:
     joint: bool = False
     text_first: bool = False
     rising: bool = False
+    scale: float = 1.0
     masked: bool = False
     loops: bool = False
 
@@ -176,11 +178,12 @@ FAMILIES = (
     ),
     Family(
         "Flux", ("FluxTransformer2DModel",), _DUAL_SINGLE, _flux, attention=("attn",),
-        rope="image_rotary_emb", joint=True, text_first=True,
+        rope="image_rotary_emb", joint=True, text_first=True, scale=1000.0,
     ),
     Family(
         "Qwen-Image", ("QwenImageTransformer2DModel",), _BLOCKS, _qwen, attention=("attn",),
         mlp="img_mlp", rope="image_rotary_emb", split_rope=True, joint=True, text_first=True, masked=True,
+        scale=1000.0,
     ),
     Family(
         "SD3", ("SD3Transformer2DModel",), _BLOCKS, _image, attention=("attn", "attn2"), mlp="ff",

@@ -6,7 +6,6 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -41,15 +40,32 @@ class PipelineRef:
         found = getattr(getattr(self(), "scheduler", None), "timesteps", None)
         return found if isinstance(found, Tensor) else None
 
-    @property
-    def steps(self) -> int | None:
-        """Denoising steps of the current run."""
+    def steps(self, time: float, scale: float, named: bool) -> int | None:
+        """Denoising steps of a run that begins at ``time``, or None where this pipeline does not
+        say: its schedule was never set, or has no such timestep (another pipeline runs).
+
+        Counted in the schedule from there on, since image-to-image begins in its midst.
+
+        Args:
+            scale: the schedule's timesteps over the model's.
+            named: whether calls have names of branches. Then a timestep that comes again
+                (second-order schedulers) is a step of its own, as it is for :class:`Session`.
+        """
         times = self.timesteps
-        if times is None:
+        scheduler = getattr(self(), "scheduler", None)
+        unset = getattr(scheduler, "num_inference_steps", None) is None
+        if times is None or (unset and not getattr(scheduler, "custom_timesteps", False)):
             return None
-        distinct = int(torch.unique(times).numel())
-        said = getattr(self(), "_num_timesteps", None)
-        return min(int(said), distinct) if said else distinct
+        entries = times.flatten().tolist()
+        apart = [abs(entry - time * scale) for entry in entries]
+        if not apart or min(apart) > _ROUNDING * max(1.0, abs(time * scale)):
+            return None
+        rest = entries[apart.index(min(apart)) :]
+        return len(rest) if named else len(set(rest))
+
+
+_ROUNDING = 2.0**-8
+"""Relative rounding of a timestep in bfloat16, in which some pipelines pass it."""
 
 
 @dataclass
@@ -68,6 +84,7 @@ class Session:
     step: int = 0
     time: float = 0.0
     times: Tensor | None = None
+    rising: bool = False
     seen: set[tuple[int, str]] = field(default_factory=set)
 
     def enter(
@@ -89,17 +106,21 @@ class Session:
             name: of the branch, None where it has none.
             index: the pipeline's own 0-based step.
             times: the pipeline's schedule.
-            rising: whether timesteps rise during a run.
+            rising: whether timesteps rise during a run, where no schedule tells.
             training: each call is a run of its own.
         """
         again = name is not None and (member, name) in self.seen
+        if times is None:
+            self.rising = rising
+        elif times is not self.times:
+            self.rising = bool(times.flatten()[-1] > times.flatten()[0])
         if self.run < 0 or training or (times is not None and times is not self.times):
             fresh, step = True, index or 0
         elif index is not None:
             fresh = index < self.step or (index == self.step and again)
             step = index
         elif time != self.time:
-            fresh = (time > self.time) != rising
+            fresh = (time > self.time) != self.rising
             step = 0 if fresh else self.step + 1
         else:
             fresh = again and self.step == 0
