@@ -48,6 +48,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of 
 
 def main() -> None:
     """Entry point: bad input ends with status 2 and one line that says what is wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not every terminal can show a ± or a file's name
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except _USAGE_ERROR as error:

@@ -76,6 +76,31 @@ def test_a_sweep_writes_its_table_and_plot(run, tmp_path):
     assert table["rows"][1]["of_tokens"] == 0.25 and table["rows"][0]["share"] == 1.0
 
 
+def test_a_terminal_without_unicode_shows_the_table(tmp_path):
+    arguments = ("--method", "random", "--seed", "0,1", "--limit", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", "vtr.cli", "eval", *arguments],
+        cwd=tmp_path,
+        env=environment(PYTHONIOENCODING="ascii"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and " ? " in done.stdout, done.stderr
+
+
+def test_a_closed_pipe_loses_no_file(run, monkeypatch):
+    from vtr.evaluate import command
+
+    def closed(what):
+        raise BrokenPipeError("Broken pipe")
+
+    monkeypatch.setattr(command, "_print", closed)
+    status, _, err = run("--limit", "2", "--out", "found")
+    assert status == 2 and "Broken pipe" in err
+    assert Path("found/evaluation.csv").is_file()
+
+
 def test_a_dry_run_loads_nothing_and_writes_nothing(run, tmp_path, monkeypatch):
     from vtr.evaluate import loading
 

@@ -108,20 +108,16 @@ def evaluate(
     results = runner.run(job, store, log, out)
     if rank != 0:
         return 0
+    comparisons = compared(results) if compare else []
+    if out is not None:  # before anything is printed: a pipe may be closed by then
+        for path in [*results.save(out, name), *(c.save(out) for c in comparisons)]:
+            _log(f"wrote {path}")
     if as_json:
         lines = [asdict(line) for line in results.lines()]
         _print(json.dumps({"model": results.model, "rows": lines}, indent=2))
     else:
-        _print(results)
-    if compare:
-        for comparison in compared(results):
-            if not as_json:
-                _print(comparison)
-            if out is not None:
-                comparison.save(out)
-    if out is not None:
-        for path in results.save(out, name):
-            _log(f"wrote {path}")
+        for part in (results, *comparisons):
+            _print(part)
     for failed in results.failed:
         _log(f"FAILED: {failed.line()}")
     return 1 if results.failed else 0
