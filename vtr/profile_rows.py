@@ -110,7 +110,7 @@ class Profile:
             padding=(0, 1, 0, 0),
         )
         cache = any(r.kv_bytes is not None for r in self.rows)
-        table.add_column("method", overflow="fold", min_width=8)
+        table.add_column("method", overflow="fold")
         heads = ["batch", "tokens", "GFLOPs", "ms", "per s", "peak\nMiB", "KV\nMiB", "speed\n-up"]
         for head in (*heads, "ideal", "of\nideal"):
             if head != "KV\nMiB" or cache:  # two-line heads: the table fits 80 columns
