@@ -93,3 +93,28 @@ def test_columns_name_tasks_that_lmms_eval_has():
 
     known = manager(["gqa"]).task_index
     assert {task for task, _, _ in COLUMNS.values()} <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", True),
+        ("llava-hf/llava-1.5-13b-hf", False),
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", True),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", False),  # another language model: other numbers
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", True),
+        ("llava-hf/llava-onevision-qwen2-7b-si-hf", False),  # before its last stage of training
+        ("llava-hf/llava-onevision-qwen2-7b-ov-chat-hf", False),
+        ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", False),
+        ("Qwen/Qwen2-VL-7B-Instruct", True),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", False),
+        ("/models/Qwen3-VL-8B-Instruct", True),
+        ("Qwen/Qwen3-VL-8B-Thinking", False),
+    ],
+)
+def test_a_model_is_compared_with_its_own_numbers_alone(name, known):
+    if known:
+        assert matching(name)
+        return
+    with pytest.raises(ValueError, match="no published numbers"):
+        matching(name)
