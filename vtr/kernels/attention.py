@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from vtr.kernels.blockmask import BlockMask
@@ -69,10 +70,14 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or the mask's size do not fit together.
-        RuntimeError: the backend asked for cannot do it here; the message says what would.
+        RuntimeError: the backend asked for cannot do it here (the message says what would), or the
+            call is inside ``torch.func`` or forward-mode AD, or is differentiated twice: only
+            ``"reference"`` is made of differentiable parts.
     """
     _validate(q, k, v, mask, row_scale, added)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if backend != "reference":
+        _refuse_transforms([t for t in (q, k, v, row_scale, added) if t is not None])
     grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, row_scale, added)
     )
@@ -80,10 +85,9 @@ def block_sparse_attention(
     if name == "reference":
         from vtr.kernels.reference import block_sparse_attention_reference
 
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = block_sparse_attention_reference(
-                q, k, v, mask, scale=scale, row_scale=row_scale, added=added
-            )
+        out, lse = block_sparse_attention_reference(
+            q, k, v, mask, scale=scale, row_scale=row_scale, added=added
+        )
         return (out, lse) if return_lse else out
     # A row scale that learns, and what is added where anything learns, are applied outside, where
     # autograd sees them (the backward needs the output without what is added); else in the kernel.
@@ -97,12 +101,31 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+def _refuse_transforms(tensors: list[Tensor]) -> None:
+    """Raises under torch.func and forward-mode AD, where the operator would give no tangent at all."""
+    if torch.compiler.is_compiling():
+        return
+    functorch: Any = torch._C._functorch
+    if any(
+        functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t) for t in tensors
+    ) or (
+        forward_ad._current_level >= 0
+        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
+        raise RuntimeError(
+            "block_sparse_attention has reverse-mode autograd (backward(), torch.autograd.grad) "
+            'alone; for torch.func (grad, vmap, jvp) and forward-mode AD use backend="reference"'
+        )
+
+
 def available_backends(device: torch.device | str) -> dict[str, str]:
     """Which backends run on this device: name to "" or to why it does not run."""
     from vtr.kernels import flex
 
     kind = torch.device(device).type
     triton = "" if kind == "cuda" else f"Triton kernels need a CUDA device, not {kind}"
+    if not flex.HAS_TRITON:
+        triton = "the Triton kernels need the triton package, which is not installed"
     return {"triton": triton, "flex": flex.unavailable(kind), "sdpa": "", "reference": ""}
 
 
@@ -111,9 +134,9 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
 
     if backend == "auto":
         if q.is_cuda:
-            if not _triton_refuses(q, mask):
+            if not _triton_refuses(q, mask.block):
                 return "triton"
-            return "sdpa" if flex.refuses(q, mask, need_lse) else "flex"
+            return "sdpa" if flex.refuses(q, mask, need_lse) else "flex or sdpa"
         # The work is judged by what is stored, so that nothing is read from a device or traced.
         pairs = mask.col.numel() // mask.patterns * mask.block[0] * mask.block[1]
         large = pairs * q.shape[0] * q.shape[1] >= _FLEX_PAIRS
@@ -122,7 +145,7 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
         raise ValueError(f'backend {backend!r} is none of "auto", {", ".join(BACKENDS)}')
     why = ""
     if backend == "triton":
-        why = _triton_refuses(q, mask)
+        why = _triton_refuses(q, mask.block)
     elif backend == "flex":
         why = flex.refuses(q, mask, need_lse)
     if why:
@@ -130,14 +153,16 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
     return backend
 
 
-def _triton_refuses(q: Tensor, mask: BlockMask) -> str:
+def _triton_refuses(q: Tensor, block: Sequence[int]) -> str:
+    from vtr.kernels import flex
+
     if q.shape[-1] not in TRITON_DIMS:
         return f"the Triton kernels have head dims {TRITON_DIMS}, not {q.shape[-1]}"
-    if any(n not in (16, 32, 64, 128) for n in mask.block):
-        return f"the Triton kernels have blocks of 16, 32, 64 or 128 tokens, not {mask.block}"
+    if any(n not in (16, 32, 64, 128) for n in block):
+        return f"the Triton kernels have blocks of 16, 32, 64 or 128 tokens, not {tuple(block)}"
     if q.dtype not in DTYPES:
         return f"the Triton kernels compute in float32, bfloat16 and float16, not {q.dtype}"
-    if importlib.util.find_spec("triton") is None:
+    if not flex.HAS_TRITON:
         return "the Triton kernels need the triton package, which is not installed"
     if not q.is_cuda:
         from vtr.kernels import triton_common
@@ -260,10 +285,13 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
-        delta = delta - dlse
+        # What a loss makes of the LSE -inf of a row without keys may be NaN; it has no weights.
+        delta = (delta - dlse).masked_fill(lse == float("-inf"), 0.0)
     if row_scale is not None:
         dout = (dout * row_scale.unsqueeze(-1)).to(dout.dtype)
-    if backend == "triton" or (q.is_cuda and backend == "flex"):
+    # Compiled FlexAttention has no operator for its backward; the Triton one serves it where it can.
+    by_flex = q.is_cuda and backend.startswith("flex")
+    if backend == "triton" or (by_flex and not _triton_refuses(q, dims[2:])):
         from vtr.kernels import triton_attention
 
         return triton_attention.backward(dout, delta, q, k, v, lse, mask, dims, scale)
@@ -303,6 +331,16 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 
 
 torch.library.register_autograd("vtr::block_sparse_attention", _gradient, setup_context=_setup)
+
+
+def _no_second_order(*_: Any) -> Any:
+    raise RuntimeError(
+        "block_sparse_attention has no second derivative (create_graph=True was followed through "
+        'its backward); backend="reference" is differentiable to any order'
+    )
+
+
+torch.library.register_autograd("vtr::block_sparse_attention_backward", _no_second_order)
 
 
 def _flops(q: Tensor, mask: list[Tensor], dims: list[int], products: int) -> int:

@@ -35,7 +35,7 @@ def bipartite_match(
 ) -> tuple[Tensor, Tensor]:
     """For every A row the best score ``a . b`` over all B rows, and which row that is.
 
-    Products and comparison are in float32; among equal scores the lowest index wins. No gradient
+    Products and comparison are in float32, under ``torch.autocast`` too; among equal scores the lowest index wins. No gradient
     flows (a choice of partners is not differentiable).
 
     Args:
@@ -63,7 +63,13 @@ def bipartite_match(
 
         score, index = match(metric_a, metric_b, b_mask)
     else:
-        score, index = _match_tiles(metric_a, metric_b, b_mask)
+        kind = metric_a.device.type
+        if torch.is_autocast_enabled(kind):
+            # It would round the products, and with them the ranks that say which index is first.
+            with torch.autocast(kind, enabled=False):
+                score, index = _match_tiles(metric_a, metric_b, b_mask)
+        else:
+            score, index = _match_tiles(metric_a, metric_b, b_mask)
     if a_bias is not None:
         score.add_(a_bias)
     return score, index

@@ -53,7 +53,22 @@ class BlockMask:
     tiles: Tensor
     # Names this mask in caches of what kernels derive from it; a tensor, so that a compiled graph
     # carries it as data and does not specialise on it.
-    ident: Tensor = field(default_factory=lambda: torch.tensor(next(_serial), dtype=torch.int64))
+    # On the CPU whatever the default device is: it is read at every call.
+    ident: Tensor = field(
+        default_factory=lambda: torch.tensor(next(_serial), dtype=torch.int64, device="cpu")
+    )
+
+    def __post_init__(self) -> None:
+        # A mask made in inference mode (a validation step) has to serve training too, which may
+        # not save inference tensors for the backward.
+        if any(t.is_inference() for t in self.tensors()):
+            with torch.inference_mode(False):
+                for name in ("pattern", "row_ptr", "split", "col", "tile", "tiles", "ident"):
+                    object.__setattr__(self, name, getattr(self, name).clone())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without ``ident``: what another process named so here would be taken for another mask.
+        return BlockMask, (self.q_len, self.k_len, self.block, *self.tensors()[:-1])
 
     # ---- construction ---------------------------------------------------------------------
 
@@ -238,8 +253,11 @@ class BlockMask:
         return [self.pattern, self.row_ptr, self.split, self.col, self.tile, self.tiles, self.ident]
 
     def to(self, device: torch.device | str) -> BlockMask:
-        """The same mask on another device."""
-        moved = [t.to(device) for t in self.tensors()[:-1]]
+        """The same mask on another device; itself if it is there already."""
+        here = self.tensors()[:-1]
+        moved = [t.to(device) for t in here]
+        if all(a is b for a, b in zip(here, moved, strict=True)):
+            return self
         return BlockMask(self.q_len, self.k_len, self.block, *moved)
 
     def __repr__(self) -> str:
@@ -357,7 +375,7 @@ class BlockMask:
         which = int(self.pattern[sample, head])
         row = _csr.row_of(self.csr)
         mine = row // nq == which
-        canvas = torch.zeros(nq, nk, dtype=torch.int64)
+        canvas = torch.zeros(nq, nk, dtype=torch.int64, device="cpu")
         canvas[(row[mine] % nq).cpu(), self.col[mine].long().cpu()] = torch.where(
             self.tile[mine] < 0, 1, 2
         ).cpu()

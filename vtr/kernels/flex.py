@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import shutil
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from vtr.kernels import csr as _csr
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
 
+# Asked once, here: a compiled function may not search for packages.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Signatures whose compilation failed here: tried once, reported, not tried again.
 _failed: dict[tuple[Any, ...], str] = {}
 _masks: dict[int, Any] = {}
@@ -79,7 +82,13 @@ def _compiler() -> str:
 
 def unavailable(kind: str) -> str:
     """Why compiled FlexAttention does not run on this kind of device, "" if it does."""
-    return _compiler() if kind == "cpu" else ""
+    if kind == "cpu":
+        return _compiler()
+    if kind != "cuda":
+        return f"FlexAttention is compiled here for CUDA and the CPU, not for {kind}"
+    if not HAS_TRITON:
+        return "compiling FlexAttention for CUDA needs the triton package, which is not installed"
+    return ""
 
 
 def refuses(q: Tensor, mask: BlockMask, need_lse: bool) -> str:
@@ -129,6 +138,8 @@ def forward(
     with dynamo.patch(limits), torch.no_grad():
         try:
             made = _compiled()(q, k, v, block_mask=block_mask, return_lse=need_lse, **kwargs)
+        except torch.OutOfMemoryError:
+            raise  # of this call alone: the next one may have room
         except Exception as error:
             why = f"compiling FlexAttention failed here ({type(error).__name__}: {error})"
             _failed[_signature(q, mask, (dims[2], dims[3]))] = why[:2000]

@@ -48,7 +48,7 @@ def pooled_block_scores(
     ``p_ab = softmax_b(scale mean(q_a) . mean(k_b) + log n_b)`` with n_b the tokens of key block b:
     a mean stands for all its tokens, so a ragged last block counts for less. This is the estimate
     of SLA (arXiv 2509.24006) and, with its weighting by size, of Rectified SpaAttn
-    (arXiv 2511.19835). O(NQ NK) memory.
+    (arXiv 2511.19835). O(NQ NK) memory; ``torch.autocast`` does not lower the precision.
 
     Args:
         q: (B, H, Sq, D). k: (B, Hk, Sk, D), H a multiple of Hk.
@@ -69,7 +69,8 @@ def pooled_block_scores(
     rows, columns = pool_blocks(q, bm), pool_blocks(k, bn)
     group = q.shape[1] // k.shape[1]
     rows = rows.unflatten(1, (k.shape[1], group)) * scale
-    logits = (rows @ columns.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (rows @ columns.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     start = torch.arange(columns.shape[2], device=k.device) * bn
     logits = logits + (k.shape[2] - start).clamp(max=bn).to(logits.dtype).log()
     return torch.softmax(logits, dim=-1) if softmax else logits

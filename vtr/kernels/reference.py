@@ -31,11 +31,19 @@ def block_sparse_attention_reference(
     """The definition, with the whole map in memory; differentiable to any order.
 
     Args and shapes as :func:`vtr.kernels.block_sparse_attention`. Computes in float32, or in
-    float64 for float64 input.
+    float64 for float64 input, under ``torch.autocast`` too.
 
     Returns:
         ``(out, lse)``: (B, H, Sq, D) in the dtype of q, and (B, H, Sq) float32 (float64).
     """
+    with torch.autocast(q.device.type, enabled=False):
+        return _reference(q, k, v, mask, scale, row_scale, added)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None,
+    row_scale: Tensor | None, added: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     work = torch.promote_types(q.dtype, torch.float32)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = q.shape[1] // k.shape[1]

@@ -17,7 +17,7 @@ def attention_rows(
 ) -> Tensor:
     """Attention probabilities of a few query rows over all keys, softmax in float32.
 
-    Costs O(R N) memory for R query rows; differentiable. Used for signals such as the attention
+    Costs O(R N) memory for R query rows; differentiable. ``torch.autocast`` does not lower it. Used for signals such as the attention
     of CLS or of the last text token, where only those rows of the map are needed.
 
     Args:
@@ -41,8 +41,8 @@ def attention_rows(
             f"attention_rows needs q (B, H, R, D) and k (B, Hk, N, D); got {tuple(q.shape)} and "
             f"{tuple(k.shape)}. Add the missing axes with unsqueeze."
         )
-    batch, heads, rows, dim = q.shape
-    key_heads, keys = k.shape[1], k.shape[2]
+    batch, heads, dim = q.shape[0], q.shape[1], q.shape[3]
+    key_heads = k.shape[1]
     if k.shape[0] != batch or k.shape[3] != dim:
         raise ValueError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension"
@@ -56,7 +56,14 @@ def attention_rows(
     if not q.is_floating_point():
         raise ValueError(f"attention_rows needs floating-point q and k, got {q.dtype}")
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
+    # Autocast would round the product to its low precision, whatever the inputs are converted to.
+    with torch.autocast(q.device.type, enabled=False):
+        return _rows(q, k, bias, scale)
 
+
+def _rows(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    batch, heads, rows, dim = q.shape
+    key_heads, keys = k.shape[1], k.shape[2]
     work = torch.promote_types(q.dtype, torch.float32)
     # Query heads of one key head become rows of one product, so k is read once per group.
     grouped = q.to(work).reshape(batch, key_heads, heads // key_heads * rows, dim) * scale

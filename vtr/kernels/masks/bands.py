@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from vtr.kernels.blockmask import BlockMask
-from vtr.kernels.masks.build import exact, not_negative, positive, spans
+from vtr.kernels.masks.build import exact, not_negative, on_cpu, positive, spans
 
 
+@on_cpu
 def band(tokens: int, width: int, *, block: int = 128) -> BlockMask:
     """Keys at most ``width // 2`` tokens away: the mask of Re-ttention's image models
     (arXiv 2505.22918; there ``width = int(tokens / 32)``). Not shifted at the borders."""
     return frame_band(1, tokens, width, block=block)
 
 
+@on_cpu
 def frame_band(
     frames: int,
     tokens_per_frame: int,
@@ -63,6 +65,7 @@ def frame_band(
     return exact(rule, total, total, block=block, maybe=maybe, surely=surely, alike=alike)
 
 
+@on_cpu
 def spatial(
     frames: int, tokens_per_frame: int, width: int, *, text: int = 0, block: int = 128
 ) -> BlockMask:
@@ -74,6 +77,7 @@ def spatial(
     return _positions(position, position < tokens_per_frame, width, text, block)
 
 
+@on_cpu
 def temporal(
     frames: int, tokens_per_frame: int, width: int, *, text: int = 0, block: int = 128
 ) -> BlockMask:
@@ -89,6 +93,7 @@ def temporal(
     return _positions(place * frames + frame, frame == 0, width, text, block)
 
 
+@on_cpu
 def temporal_order(frames: int, tokens_per_frame: int) -> Tensor:
     """The raster indices of tokens in the order of :func:`temporal`, (frames * s,) int64: the
     first frame, which everyone sees, then place by place the tokens of the other frames."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +13,25 @@ from vtr.kernels import csr as _csr
 from vtr.kernels.blockmask import BlockMask, _block_pair
 
 Rule = Callable[[Tensor, Tensor], Tensor]
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 # Token pairs evaluated at a time (16 MiB of bool, some such tensors at once).
 _CHUNK = 1 << 22
 
 
+def on_cpu(make: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+    """Masks and orders are made on the CPU, whatever ``torch.set_default_device`` says: they are
+    full of small steps and look-ups."""
+
+    @functools.wraps(make)
+    def made(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+        with torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return made
+
+
+@on_cpu
 def exact(
     rule: Rule,
     q_len: int,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from vtr.kernels.blockmask import BlockMask, _block_pair
-from vtr.kernels.masks.build import positive
+from vtr.kernels.masks.build import on_cpu, positive
 
 
+@on_cpu
 def random(
     tokens: int,
     density: float,

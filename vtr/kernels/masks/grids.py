@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vtr.kernels.blockmask import BlockMask
-from vtr.kernels.masks.build import exact, not_negative, positive
+from vtr.kernels.masks.build import exact, not_negative, on_cpu, positive
 
 
+@on_cpu
 def neighborhood(
     shape: Sequence[int],
     window: int | Sequence[int],
@@ -83,6 +84,7 @@ def _window(size: int, window: int, stride: int, dilation: int, causal: bool) ->
     return seen
 
 
+@on_cpu
 def sliding_tile(
     shape: Sequence[int],
     tile: Sequence[int],
@@ -122,6 +124,7 @@ def sliding_tile(
     return _grid(coordinates.flatten(1)[:, order], axes, text, block)
 
 
+@on_cpu
 def tile_order(shape: Sequence[int], tile: Sequence[int]) -> Tensor:
     """The raster indices of grid tokens tile by tile, (prod(shape),) int64; inside a tile and
     among tiles in raster order."""

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from vtr.kernels.blockmask import BlockMask
-from vtr.kernels.masks.build import not_negative, positive
+from vtr.kernels.masks.build import not_negative, on_cpu, positive
 
 # The released code compares with this number, whatever its block size.
 _RELEASED_SPLIT = 128
 
 
+@on_cpu
 def radial(
     frames: int,
     tokens_per_frame: int,
