@@ -31,7 +31,7 @@ TYPES = {
 ELEMENTS = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV", "A", "B"}
 
 
-def _compile(kernel, element, constants, warps, stages):
+def _compile(kernel, element, constants, warps, stages, aligned=False):
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -44,8 +44,8 @@ def _compile(kernel, element, constants, warps, stages):
             signature[name] = "*i32"
         else:
             signature[name] = "i32"
-        # As at a launch: pointers and row strides are multiples of 16.
-        if signature[name].startswith("*") or name.startswith("stride_"):
+        # As at a launch: pointers are multiples of 16, strides where their unit does not stand for it.
+        if signature[name].startswith("*") or (aligned and name.startswith("stride_")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(
@@ -58,7 +58,7 @@ def _compile(kernel, element, constants, warps, stages):
 def _constants(dim, config, bm, bn):
     main, rest = split_dim(dim)
     return {
-        "D": dim, "D0": main, "D1": rest, "MASK_M": bm, "MASK_N": bn, "BLOCK_M": config.block_m,
+        "D": dim, "D0": main, "D1": rest, "UNIT": 8, "MASK_M": bm, "MASK_N": bn, "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "PRECISION": "ieee", "UPCAST": False,
     }  # fmt: skip
 
@@ -68,7 +68,7 @@ CASES = [("bf16", 128, 128, 128), ("fp16", 72, 128, 64), ("fp32", 64, 64, 64), (
 
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES)
 def test_forward(element, dim, bm, bn):
-    config = triton_attention._configs(dim, bm, bn)[0]
+    config = triton_attention._configs(dim, bm, bn, element == "fp32")[0]
     constants = {**_constants(dim, config, bm, bn), "HAS_ROW_SCALE": True, "HAS_ADDED": True}
     made = _compile(
         triton_attention._forward_kernel, element, constants, config.warps, config.stages
@@ -80,7 +80,7 @@ def test_forward(element, dim, bm, bn):
 @pytest.mark.parametrize("kernel", ["_dq_kernel", "_dkv_kernel"])
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES[:2])
 def test_backward(kernel, element, dim, bm, bn):
-    config = triton_backward._configs(dim, bm, bn)[0]
+    config = triton_backward._configs(dim, bm, bn, element == "fp32")[0]
     constants = _constants(dim, config, bm, bn)
     made = _compile(
         getattr(triton_backward, kernel), element, constants, config.warps, config.stages
@@ -90,7 +90,7 @@ def test_backward(kernel, element, dim, bm, bn):
 
 def test_bipartite():
     constants = {"D": 72, "CHUNK": 64, "BLOCK_M": 64, "BLOCK_N": 64, "HAS_MASK": True}
-    constants["UPCAST"] = False
+    constants |= {"UNIT": 8, "UPCAST": False}
     made = _compile(triton_bipartite._match_kernel, "fp32", constants, 4, 3)
     assert made.metadata.shared <= SHARED
 

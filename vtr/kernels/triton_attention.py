@@ -30,17 +30,20 @@ import triton.language as tl
 from torch import Tensor
 
 from vtr.kernels import csr as _csr
-from vtr.kernels import triton_backward
+from vtr.kernels import triton_backward, triton_join
 from vtr.kernels.csr import Csr
 from vtr.kernels.triton_common import (
     Config,
     dot,
+    exact_float32,
     load_row,
     load_rows,
     precision,
+    refuse_capture,
     split_dim,
     store_rows,
     tuned,
+    unit_strides,
     upcast,
 )
 
@@ -55,15 +58,15 @@ _HEAVY_BLOCKS = 32
 @triton.jit
 def _step(
     q0, q1, m, total, acc0, acc1, k_base, v_base, stride_k, stride_v, key, k_len, seen, scale_log2,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: scores, running maximum and sum, weighted values."""
-    k0 = load_rows(k_base, key, stride_k, k_len, 0, D0, D, MASKED)
+    k0 = load_rows(k_base, key, stride_k, k_len, 0, D0, D, UNIT, MASKED)
     scores = tl.zeros([q0.shape[0], k0.shape[0]], dtype=tl.float32)
     scores = dot(q0, tl.trans(k0), scores, PRECISION, UPCAST)
     if D1 > 0:
-        k1 = load_rows(k_base, key, stride_k, k_len, D0, D1, D, MASKED)
+        k1 = load_rows(k_base, key, stride_k, k_len, D0, D1, D, UNIT, MASKED)
         scores = dot(q1, tl.trans(k1), scores, PRECISION, UPCAST)
     scores = scores * scale_log2
     if MASKED:
@@ -74,17 +77,18 @@ def _step(
     weights = tl.exp2(scores - m_safe[:, None])
     keep = tl.exp2(m - m_safe)
     total = total * keep + tl.sum(weights, 1)
-    v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, MASKED)
+    v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, UNIT, MASKED)
     if not UPCAST:
         weights = weights.to(v0.dtype)
     acc0 = dot(weights, v0, acc0 * keep[:, None], PRECISION, UPCAST)
     if D1 > 0:
-        v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, MASKED)
+        v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, UNIT, MASKED)
         acc1 = dot(weights, v1, acc1 * keep[:, None], PRECISION, UPCAST)
     return m_new, total, acc0, acc1
 
 
-@triton.jit
+# How long the lists are differs from mask to mask; nothing is gained by knowing it.
+@triton.jit(do_not_specialize=["items", "parts"])
 def _forward_kernel(
     Q, K, V, ROW_SCALE, ADDED, OUT, LSE, PART_OUT, PART_LSE,
     ITEMS, PATTERN, COL, TILE, TILES,
@@ -92,16 +96,18 @@ def _forward_kernel(
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph,
     heads, group, items, parts, q_len, k_len, scale_log2,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr, HAS_ADDED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
-    item = tl.program_id(0) // SUB_M
+    # One axis of programs, the heads outermost: the others end at 65,535.
+    lane = tl.program_id(0) // (items * SUB_M)
+    item = tl.program_id(0) % (items * SUB_M) // SUB_M
     sub = tl.program_id(0) % SUB_M
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
+    b = (lane // heads).to(tl.int64)
+    h = (lane % heads).to(tl.int64)
     pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
     entry = ITEMS + (pattern.to(tl.int64) * items + item) * 5
     row_block = tl.load(entry)
@@ -112,13 +118,13 @@ def _forward_kernel(
     if row_block >= 0:
         offset = tl.arange(0, BLOCK_M)
         row = row_block * MASK_M + sub * BLOCK_M + offset
-        q_base = Q + b * stride_qb + h * stride_qh
-        k_base = K + b * stride_kb + (h // group) * stride_kh
-        v_base = V + b * stride_vb + (h // group) * stride_vh
-        q0 = load_rows(q_base, row.to(tl.int64), stride_qs, q_len, 0, D0, D, True)
+        q_base = Q + b * stride_qb * UNIT + h * stride_qh * UNIT
+        k_base = K + b * stride_kb * UNIT + (h // group) * stride_kh * UNIT
+        v_base = V + b * stride_vb * UNIT + (h // group) * stride_vh * UNIT
+        q0 = load_rows(q_base, row.to(tl.int64), stride_qs, q_len, 0, D0, D, UNIT, True)
         q1 = q0
         if D1 > 0:
-            q1 = load_rows(q_base, row.to(tl.int64), stride_qs, q_len, D0, D1, D, True)
+            q1 = load_rows(q_base, row.to(tl.int64), stride_qs, q_len, D0, D1, D, UNIT, True)
         m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         acc0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
@@ -130,7 +136,7 @@ def _forward_kernel(
             key = start.to(tl.int64) + inner
             m, total, acc0, acc1 = _step(
                 q0, q1, m, total, acc0, acc1, k_base, v_base, stride_ks, stride_vs, key, k_len, True,
-                scale_log2, D, D0, D1, False, PRECISION, UPCAST,
+                scale_log2, D, D0, D1, UNIT, False, PRECISION, UPCAST,
             )  # fmt: skip
         for step in range(middle * SUB_N, last * SUB_N):
             column = (step % SUB_N) * BLOCK_N + inner
@@ -140,7 +146,7 @@ def _forward_kernel(
             seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
             m, total, acc0, acc1 = _step(
                 q0, q1, m, total, acc0, acc1, k_base, v_base, stride_ks, stride_vs, key, k_len, seen,
-                scale_log2, D, D0, D1, True, PRECISION, UPCAST,
+                scale_log2, D, D0, D1, UNIT, True, PRECISION, UPCAST,
             )  # fmt: skip
 
         # ---- epilogue ----
@@ -149,29 +155,29 @@ def _forward_kernel(
         lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
         if part >= 0:
             # A part of a heavy row: kept apart in float32, joined after the launch.
-            at = (tl.program_id(1).to(tl.int64) * parts + part) * MASK_M
+            at = (lane.to(tl.int64) * parts + part) * MASK_M
             local = at + sub * BLOCK_M + offset
             end = at + MASK_M
-            store_rows(PART_OUT, local, D, end, acc0 * factor[:, None], 0, D0, D)
+            store_rows(PART_OUT, local, D, end, acc0 * factor[:, None], 0, D0, D, 1)
             if D1 > 0:
-                store_rows(PART_OUT, local, D, end, acc1 * factor[:, None], D0, D1, D)
+                store_rows(PART_OUT, local, D, end, acc1 * factor[:, None], D0, D1, D, 1)
             tl.store(PART_LSE + local, lse)
         else:
-            at = tl.program_id(1).to(tl.int64) * q_len
+            at = lane.to(tl.int64) * q_len
             if HAS_ROW_SCALE:
                 factor *= tl.load(ROW_SCALE + at + row, row < q_len, other=0.0).to(tl.float32)
             out0 = acc0 * factor[:, None]
             out1 = acc1 * factor[:, None]
             if HAS_ADDED:
-                line = tl.program_id(1).to(tl.int64) * tl.cdiv(q_len, MASK_M) + row_block
+                line = lane.to(tl.int64) * tl.cdiv(q_len, MASK_M) + row_block
                 out0 += load_row(ADDED + line * D, 0, D0, D)[None, :]
                 if D1 > 0:
                     out1 += load_row(ADDED + line * D, D0, D1, D)[None, :]
-            o_base = OUT + b * stride_ob + h * stride_oh
+            o_base = OUT + b * stride_ob * UNIT + h * stride_oh * UNIT
             row64 = row.to(tl.int64)
-            store_rows(o_base, row64, stride_os, q_len, out0, 0, D0, D)
+            store_rows(o_base, row64, stride_os, q_len, out0, 0, D0, D, UNIT)
             if D1 > 0:
-                store_rows(o_base, row64, stride_os, q_len, out1, D0, D1, D)
+                store_rows(o_base, row64, stride_os, q_len, out1, D0, D1, D, UNIT)
             tl.store(LSE + at + row, lse, row < q_len)
 
 
@@ -213,6 +219,7 @@ _lists: dict[int, Lists] = {}
 def lists_of(mask: list[Tensor], dims: list[int]) -> Lists:
     key = int(mask[6])
     if key not in _lists:
+        refuse_capture(mask[3].device, "work lists are made")
         _lists[key] = _make_lists(mask, dims)
         weakref.finalize(mask[6], _lists.pop, key, None)
     return _lists[key]
@@ -254,11 +261,17 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
     return Lists(items, heavy, pieces, Csr(row_ptr, split, col, tile), (patterns, nq, nk))
 
 
-def _configs(dim: int, bm: int, bn: int) -> list[Config]:
-    """Candidates, the safest first. Tiles divide the mask's blocks."""
-    tries = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 4, 3)]
+def _configs(dim: int, bm: int, bn: int, exact: bool) -> list[Config]:
+    """Candidates, one that fits every device first. Tiles divide the mask's blocks."""
+    if exact:
+        tries = [(32, 16, 8, 2), (64, 16, 8, 2), (32, 32, 8, 2)]
+        if dim <= 96:
+            tries = [(32, 32, 8, 2), (64, 32, 8, 2)]
+        found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
+        return list(dict.fromkeys(found))
+    tries = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 128, 4, 3)]
     if dim <= 64:
-        tries = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 4)]
+        tries = [(64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
     if min(bm, bn) < 64:
         found += [Config(min(64, bm), min(64, bn), w, s) for w in (1, 2, 4) for s in (2, 4)]
@@ -286,49 +299,31 @@ def forward(
     bits = tiles.view(torch.uint8)
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
 
+    unit, strides = unit_strides(q, k, v, out)
+    made = precision(q.dtype)
+
     def launch(config: Config) -> None:
-        grid = (items * (dims[2] // config.block_m), batch * heads)
-        _forward_kernel[grid](
+        _forward_kernel[(items * (dims[2] // config.block_m) * batch * heads,)](
             q, k, v, scales, rows, out, lse, part_out, part_lse,
             lists.items, pattern, col, tile, bits,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *steps,
+            *strides, *steps,
             heads, heads // k.shape[1], items, parts, q_len, k.shape[2], scale * _LOG2E,
-            D=dim, D0=main, D1=rest, MASK_M=dims[2], MASK_N=dims[3],
+            D=dim, D0=main, D1=rest, UNIT=unit, MASK_M=dims[2], MASK_N=dims[3],
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_ROW_SCALE=row_scale is not None,
-            HAS_ADDED=added is not None, PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
+            HAS_ADDED=added is not None, PRECISION=made, UPCAST=upcast(q.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    key = ("forward", q.device, q.dtype, dim, *dims[2:], lists.items.shape[1] > 512)
-    tuned(key, _configs(dim, dims[2], dims[3]), launch)
-    if parts:
-        _join(out, lse, part_out, part_lse, row_scale, added, pattern, lists, dims)
+    key = ("forward", q.device, q.dtype, made, dim, *dims[2:], lists.items.shape[1] > 512)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
+        tuned(key, _configs(dim, dims[2], dims[3], exact_float32(q.dtype)), launch)
+        if parts:
+            triton_join.join(
+                out, lse, part_out, part_lse,
+                None if row_scale is None else scales, None if added is None else rows,
+                pattern, lists.heavy, dims[2],
+            )  # fmt: skip
     return out, lse
-
-
-def _join(
-    out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, row_scale: Tensor | None,
-    added: Tensor | None, pattern: Tensor, lists: Lists, dims: list[int],
-) -> None:  # fmt: skip
-    """Heavy rows from their parts: lse = log sum_p exp(lse_p), out = sum_p exp(lse_p - lse) out_p."""
-    batch, heads, q_len, dim = out.shape
-    most, pieces, bm = lists.heavy.shape[1], lists.pieces, dims[2]
-    lines = part_lse.view(batch, heads, most, pieces, bm)
-    total = torch.logsumexp(lines, 3)
-    base = total.masked_fill(total == float("-inf"), 0.0)
-    share = torch.exp(lines - base.unsqueeze(3)).unsqueeze(-1)
-    joined = (part_out.view(batch, heads, most, pieces, bm, dim) * share).sum(3)
-    row = lists.heavy[pattern.long()].expand(batch, heads, most)
-    token = row.unsqueeze(-1) * bm + torch.arange(bm, device=out.device)
-    b, h, r, i = ((row >= 0).unsqueeze(-1) & (token < q_len)).nonzero(as_tuple=True)
-    at = (b, h, token[b, h, r, i])
-    found = joined[b, h, r, i]
-    if row_scale is not None:
-        found = found * row_scale[at].unsqueeze(-1)
-    if added is not None:
-        found = found + added[b, h, at[2] // bm]
-    out[at] = found.to(out.dtype)
-    lse[at] = total[b, h, r, i]
 
 
 def backward(

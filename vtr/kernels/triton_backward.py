@@ -25,11 +25,14 @@ from torch import Tensor
 from vtr.kernels.triton_common import (
     Config,
     dot,
+    exact_float32,
     load_rows,
     precision,
+    refuse_capture,
     split_dim,
     store_rows,
     tuned,
+    unit_strides,
     upcast,
 )
 
@@ -42,17 +45,17 @@ _LOG2E = math.log2(math.e)
 @triton.jit
 def _dq_step(
     q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_k, stride_v, key, k_len, seen,
-    scale_log2, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    scale_log2, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    k0 = load_rows(k_base, key, stride_k, k_len, 0, D0, D, MASKED)
-    v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, MASKED)
+    k0 = load_rows(k_base, key, stride_k, k_len, 0, D0, D, UNIT, MASKED)
+    v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, UNIT, MASKED)
     zero = tl.zeros([q0.shape[0], k0.shape[0]], dtype=tl.float32)
     scores = dot(q0, tl.trans(k0), zero, PRECISION, UPCAST)
     inner = dot(g0, tl.trans(v0), zero, PRECISION, UPCAST)
     if D1 > 0:
-        k1 = load_rows(k_base, key, stride_k, k_len, D0, D1, D, MASKED)
-        v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, MASKED)
+        k1 = load_rows(k_base, key, stride_k, k_len, D0, D1, D, UNIT, MASKED)
+        v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, UNIT, MASKED)
         scores = dot(q1, tl.trans(k1), scores, PRECISION, UPCAST)
         inner = dot(g1, tl.trans(v1), inner, PRECISION, UPCAST)
     weights = tl.exp2(scores * scale_log2 - line[:, None])
@@ -74,16 +77,17 @@ def _dq_kernel(
     stride_vb, stride_vh, stride_vs, stride_gb, stride_gh, stride_gs,
     stride_ob, stride_oh, stride_os, stride_pb, stride_ph,
     heads, group, items, q_len, k_len, scale, scale_log2,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
-    item = tl.program_id(0) // SUB_M
+    lane = tl.program_id(0) // (items * SUB_M)
+    item = tl.program_id(0) % (items * SUB_M) // SUB_M
     sub = tl.program_id(0) % SUB_M
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = (tl.program_id(1) % heads).to(tl.int64)
+    b = (lane // heads).to(tl.int64)
+    h = (lane % heads).to(tl.int64)
     pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
     entry = ITEMS + (pattern.to(tl.int64) * items + item) * 4
     row_block = tl.load(entry)
@@ -93,18 +97,18 @@ def _dq_kernel(
     offset = tl.arange(0, BLOCK_M)
     row = row_block * MASK_M + sub * BLOCK_M + offset
     row64 = row.to(tl.int64)
-    q_base = Q + b * stride_qb + h * stride_qh
-    g_base = DOUT + b * stride_gb + h * stride_gh
-    k_base = K + b * stride_kb + (h // group) * stride_kh
-    v_base = V + b * stride_vb + (h // group) * stride_vh
-    q0 = load_rows(q_base, row64, stride_qs, q_len, 0, D0, D, True)
-    g0 = load_rows(g_base, row64, stride_gs, q_len, 0, D0, D, True)
+    q_base = Q + b * stride_qb * UNIT + h * stride_qh * UNIT
+    g_base = DOUT + b * stride_gb * UNIT + h * stride_gh * UNIT
+    k_base = K + b * stride_kb * UNIT + (h // group) * stride_kh * UNIT
+    v_base = V + b * stride_vb * UNIT + (h // group) * stride_vh * UNIT
+    q0 = load_rows(q_base, row64, stride_qs, q_len, 0, D0, D, UNIT, True)
+    g0 = load_rows(g_base, row64, stride_gs, q_len, 0, D0, D, UNIT, True)
     q1 = q0
     g1 = g0
     if D1 > 0:
-        q1 = load_rows(q_base, row64, stride_qs, q_len, D0, D1, D, True)
-        g1 = load_rows(g_base, row64, stride_gs, q_len, D0, D1, D, True)
-    at = tl.program_id(1).to(tl.int64) * q_len
+        q1 = load_rows(q_base, row64, stride_qs, q_len, D0, D1, D, UNIT, True)
+        g1 = load_rows(g_base, row64, stride_gs, q_len, D0, D1, D, UNIT, True)
+    at = lane.to(tl.int64) * q_len
     line = tl.load(LSE + at + row, row < q_len, other=float("inf"))
     # exp2(t - inf) = 0: a row without keys has no weights.
     line = tl.where(line == float("-inf"), float("inf"), line * 1.4426950408889634)
@@ -117,7 +121,7 @@ def _dq_kernel(
         key = start.to(tl.int64) + inner
         dq0, dq1 = _dq_step(
             q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_ks, stride_vs, key,
-            k_len, True, scale_log2, D, D0, D1, False, PRECISION, UPCAST,
+            k_len, True, scale_log2, D, D0, D1, UNIT, False, PRECISION, UPCAST,
         )  # fmt: skip
     for step in range(middle * SUB_N, last * SUB_N):
         column = (step % SUB_N) * BLOCK_N + inner
@@ -127,29 +131,29 @@ def _dq_kernel(
         seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
         dq0, dq1 = _dq_step(
             q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_ks, stride_vs, key,
-            k_len, seen, scale_log2, D, D0, D1, True, PRECISION, UPCAST,
+            k_len, seen, scale_log2, D, D0, D1, UNIT, True, PRECISION, UPCAST,
         )  # fmt: skip
-    o_base = DQ + b * stride_ob + h * stride_oh
-    store_rows(o_base, row64, stride_os, q_len, dq0 * scale, 0, D0, D)
+    o_base = DQ + b * stride_ob * UNIT + h * stride_oh * UNIT
+    store_rows(o_base, row64, stride_os, q_len, dq0 * scale, 0, D0, D, UNIT)
     if D1 > 0:
-        store_rows(o_base, row64, stride_os, q_len, dq1 * scale, D0, D1, D)
+        store_rows(o_base, row64, stride_os, q_len, dq1 * scale, D0, D1, D, UNIT)
 
 
 @triton.jit
 def _dkv_step(
     k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_q, stride_g, line_base, delta_base,
     row, q_len, seen, scale_log2, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries; scores are kept as keys x queries."""
-    q0 = load_rows(q_base, row, stride_q, q_len, 0, D0, D, True)
-    g0 = load_rows(g_base, row, stride_g, q_len, 0, D0, D, True)
+    q0 = load_rows(q_base, row, stride_q, q_len, 0, D0, D, UNIT, True)
+    g0 = load_rows(g_base, row, stride_g, q_len, 0, D0, D, UNIT, True)
     zero = tl.zeros([k0.shape[0], q0.shape[0]], dtype=tl.float32)
     scores = dot(k0, tl.trans(q0), zero, PRECISION, UPCAST)
     inner = dot(v0, tl.trans(g0), zero, PRECISION, UPCAST)
     if D1 > 0:
-        q1 = load_rows(q_base, row, stride_q, q_len, D0, D1, D, True)
-        g1 = load_rows(g_base, row, stride_g, q_len, D0, D1, D, True)
+        q1 = load_rows(q_base, row, stride_q, q_len, D0, D1, D, UNIT, True)
+        g1 = load_rows(g_base, row, stride_g, q_len, D0, D1, D, UNIT, True)
         scores = dot(k1, tl.trans(q1), scores, PRECISION, UPCAST)
         inner = dot(v1, tl.trans(g1), inner, PRECISION, UPCAST)
     line = tl.load(line_base + row, row < q_len, other=float("inf"))
@@ -177,30 +181,32 @@ def _dkv_kernel(
     stride_vb, stride_vh, stride_vs, stride_gb, stride_gh, stride_gs,
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_pb, stride_ph,
     heads, key_heads, group, columns, q_len, k_len, scale, scale_log2,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
+    lane = tl.program_id(0) // (columns * SUB_N)
+    place = tl.program_id(0) % (columns * SUB_N) // SUB_N
     sub = tl.program_id(0) % SUB_N
-    b = (tl.program_id(1) // key_heads).to(tl.int64)
-    kh = (tl.program_id(1) % key_heads).to(tl.int64)
+    b = (lane // key_heads).to(tl.int64)
+    kh = (lane % key_heads).to(tl.int64)
     # Heads of a group may differ in pattern; the order of the first one's is as good as any.
     leader = tl.load(PATTERN + b * stride_pb + kh * group * stride_ph).to(tl.int64)
-    block = tl.load(ORDER + leader * columns + tl.program_id(0) // SUB_N)
+    block = tl.load(ORDER + leader * columns + place)
     offset = tl.arange(0, BLOCK_N)
     column = sub * BLOCK_N + offset
     key = block.to(tl.int64) * MASK_N + column
-    k_base = K + b * stride_kb + kh * stride_kh
-    v_base = V + b * stride_vb + kh * stride_vh
-    k0 = load_rows(k_base, key, stride_ks, k_len, 0, D0, D, True)
-    v0 = load_rows(v_base, key, stride_vs, k_len, 0, D0, D, True)
+    k_base = K + b * stride_kb * UNIT + kh * stride_kh * UNIT
+    v_base = V + b * stride_vb * UNIT + kh * stride_vh * UNIT
+    k0 = load_rows(k_base, key, stride_ks, k_len, 0, D0, D, UNIT, True)
+    v0 = load_rows(v_base, key, stride_vs, k_len, 0, D0, D, UNIT, True)
     k1 = k0
     v1 = v0
     if D1 > 0:
-        k1 = load_rows(k_base, key, stride_ks, k_len, D0, D1, D, True)
-        v1 = load_rows(v_base, key, stride_vs, k_len, D0, D1, D, True)
+        k1 = load_rows(k_base, key, stride_ks, k_len, D0, D1, D, UNIT, True)
+        v1 = load_rows(v_base, key, stride_vs, k_len, D0, D1, D, UNIT, True)
     dk0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
     dv0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
     dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], dtype=tl.float32)
@@ -209,8 +215,8 @@ def _dkv_kernel(
     for member in range(0, group):
         h = kh * group + member
         pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph).to(tl.int64)
-        q_base = Q + b * stride_qb + h * stride_qh
-        g_base = DOUT + b * stride_gb + h * stride_gh
+        q_base = Q + b * stride_qb * UNIT + h * stride_qh * UNIT
+        g_base = DOUT + b * stride_gb * UNIT + h * stride_gh * UNIT
         at = (b * heads + h) * q_len
         entry = pattern * columns + block
         first = tl.load(ROW_PTR + entry)
@@ -222,7 +228,7 @@ def _dkv_kernel(
             dk0, dk1, dv0, dv1 = _dkv_step(
                 k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_qs, stride_gs,
                 LSE + at, DELTA + at, row, q_len, True, scale_log2,
-                D, D0, D1, False, PRECISION, UPCAST,
+                D, D0, D1, UNIT, False, PRECISION, UPCAST,
             )  # fmt: skip
         for step in range(middle * SUB_M, last * SUB_M):
             line = (step % SUB_M) * BLOCK_M + inner
@@ -233,22 +239,26 @@ def _dkv_kernel(
             dk0, dk1, dv0, dv1 = _dkv_step(
                 k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_qs, stride_gs,
                 LSE + at, DELTA + at, row, q_len, seen, scale_log2,
-                D, D0, D1, True, PRECISION, UPCAST,
+                D, D0, D1, UNIT, True, PRECISION, UPCAST,
             )  # fmt: skip
-    dk_base = DK + b * stride_dkb + kh * stride_dkh
-    dv_base = DV + b * stride_dvb + kh * stride_dvh
-    store_rows(dk_base, key, stride_dks, k_len, dk0 * scale, 0, D0, D)
-    store_rows(dv_base, key, stride_dvs, k_len, dv0, 0, D0, D)
+    dk_base = DK + b * stride_dkb * UNIT + kh * stride_dkh * UNIT
+    dv_base = DV + b * stride_dvb * UNIT + kh * stride_dvh * UNIT
+    store_rows(dk_base, key, stride_dks, k_len, dk0 * scale, 0, D0, D, UNIT)
+    store_rows(dv_base, key, stride_dvs, k_len, dv0, 0, D0, D, UNIT)
     if D1 > 0:
-        store_rows(dk_base, key, stride_dks, k_len, dk1 * scale, D0, D1, D)
-        store_rows(dv_base, key, stride_dvs, k_len, dv1, D0, D1, D)
+        store_rows(dk_base, key, stride_dks, k_len, dk1 * scale, D0, D1, D, UNIT)
+        store_rows(dv_base, key, stride_dvs, k_len, dv1, D0, D1, D, UNIT)
 
 
-def _configs(dim: int, bm: int, bn: int) -> list[Config]:
-    """Candidates, the safest first: the backward holds two products more than the forward."""
-    tries = [(64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2)]
-    if dim <= 64:
+def _configs(dim: int, bm: int, bn: int, exact: bool) -> list[Config]:
+    """Candidates, one that fits every device first: the backward holds two products more than the
+    forward."""
+    if exact:
+        tries = [(16, 16, 8, 1), (32, 32, 8, 1)] if dim > 64 else [(32, 32, 8, 1), (32, 32, 8, 2)]
+    elif dim <= 64:
         tries = [(64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)]
+    else:
+        tries = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
     return list(dict.fromkeys(found))
 
@@ -273,34 +283,39 @@ def backward(
     items = torch.stack(
         [order.int(), *(t.gather(1, order) for t in (first, split.view(-1, rows), last))], -1
     ).contiguous()
+    # One unit for both kernels: dq, dk and dv are contiguous, as long as q, k and v.
+    unit, strides = unit_strides(q, k, v, dout, dq, dk, dv)
+    inputs, of_dq, of_dkv = strides[:12], strides[12:15], strides[15:]
     shared = {
-        "D": dim, "D0": main, "D1": rest, "MASK_M": dims[2], "MASK_N": dims[3],
+        "D": dim, "D0": main, "D1": rest, "UNIT": unit, "MASK_M": dims[2], "MASK_N": dims[3],
         "PRECISION": precision(q.dtype), "UPCAST": upcast(q.dtype),
     }  # fmt: skip
+    if "columns" not in vars(lists) or "order" not in vars(lists):
+        refuse_capture(q.device, "the columns of a mask are sorted")
+    by, by_use = lists.columns, lists.order
 
     def launch_dq(config: Config) -> None:
-        _dq_kernel[(rows * (dims[2] // config.block_m), batch * heads)](
+        _dq_kernel[(rows * (dims[2] // config.block_m) * batch * heads,)](
             q, k, v, dout, lse, delta, dq, items, pattern, col, tile, bits,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
-            *dq.stride()[:3], *steps,
+            *inputs, *of_dq, *steps,
             heads, heads // key_heads, rows, q_len, k_len, scale, scale * _LOG2E,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shared,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     def launch_dkv(config: Config) -> None:
-        by = lists.columns
-        _dkv_kernel[(columns * (dims[3] // config.block_n), batch * key_heads)](
-            q, k, v, dout, lse, delta, dk, dv, lists.order,
+        _dkv_kernel[(columns * (dims[3] // config.block_n) * batch * key_heads,)](
+            q, k, v, dout, lse, delta, dk, dv, by_use,
             by.row_ptr, by.split, by.col, by.tile, pattern, bits,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
-            *dk.stride()[:3], *dv.stride()[:3], *steps,
+            *inputs, *of_dkv, *steps,
             heads, key_heads, heads // key_heads, columns, q_len, k_len, scale, scale * _LOG2E,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shared,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    key = (q.device, q.dtype, dim, *dims[2:])
-    tuned(("dq", *key), _configs(dim, dims[2], dims[3]), launch_dq)
-    tuned(("dkv", *key), _configs(dim, dims[2], dims[3]), launch_dkv)
+    key = (q.device, q.dtype, shared["PRECISION"], dim, *dims[2:])
+    configs = _configs(dim, dims[2], dims[3], exact_float32(q.dtype))
+    with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
+        tuned(("dq", *key), configs, launch_dq)
+        tuned(("dkv", *key), configs, launch_dkv)
     return dq, dk, dv

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtr.kernels.triton_common import dot, upcast
+from vtr.kernels.triton_common import dot, unit_strides, upcast
 
 
 @triton.jit
@@ -18,10 +18,12 @@ def _match_kernel(
     A, B, MASK, SCORE, INDEX, stride_ab, stride_an, stride_bb, stride_bn, stride_mb,
     rows, columns,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, HAS_MASK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # One axis of programs: the others end at 65,535, fewer than the samples of windowed attention.
+    tiles = tl.cdiv(rows, BLOCK_M)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row64 = row.to(tl.int64)
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     index = tl.zeros([BLOCK_M], dtype=tl.int32)
@@ -32,11 +34,12 @@ def _match_kernel(
         for at in range(0, D, CHUNK):
             d = at + inner
             a = tl.load(
-                A + b * stride_ab + row64[:, None] * stride_an + d[None, :],
+                A + b * stride_ab * UNIT + row64[:, None] * stride_an * UNIT + d[None, :],
                 (row[:, None] < rows) & (d[None, :] < D), other=0.0,
             )  # fmt: skip
             other = tl.load(
-                B + b * stride_bb + column.to(tl.int64)[None, :] * stride_bn + d[:, None],
+                B + b * stride_bb * UNIT
+                + column.to(tl.int64)[None, :] * stride_bn * UNIT + d[:, None],
                 (column[None, :] < columns) & (d[:, None] < D), other=0.0,
             )  # fmt: skip
             scores = dot(a, other, scores, "ieee", UPCAST)
@@ -64,12 +67,13 @@ def match(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     bits = a if b_mask is None else b_mask.contiguous().view(torch.uint8)
     own = b_mask is not None and b_mask.ndim == 2 and b_mask.shape[0] > 1
     block = 64 if rows > 16 else 16
-    _match_kernel[(triton.cdiv(rows, block), batch)](
-        a, b, bits, score, index, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
-        b.shape[1] if own else 0, rows, b.shape[1],
-        D=dim, CHUNK=min(64, max(16, triton.next_power_of_2(dim))), BLOCK_M=block, BLOCK_N=64,
-        HAS_MASK=b_mask is not None, UPCAST=upcast(a.dtype), num_warps=4,
-    )  # fmt: skip
+    unit, strides = unit_strides(a, b)
+    with torch.cuda.device_of(a):  # Triton launches on the current device, wherever the tensors are
+        _match_kernel[(triton.cdiv(rows, block) * batch,)](
+            a, b, bits, score, index, *strides, b.shape[1] if own else 0, rows, b.shape[1],
+            D=dim, CHUNK=min(64, max(16, triton.next_power_of_2(dim))), BLOCK_M=block, BLOCK_N=64,
+            UNIT=unit, HAS_MASK=b_mask is not None, UPCAST=upcast(a.dtype), num_warps=4,
+        )  # fmt: skip
     return score, index
 
 

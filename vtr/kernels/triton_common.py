@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -45,8 +46,8 @@ def tuned(
     """Launches with the fastest of the configurations, measured on the first call of a key.
 
     Triton's own autotuner needs a GPU even to be asked, so it cannot be used in the interpreter;
-    there, and while a CUDA graph is captured, the first configuration runs. ``launch`` must give
-    the same result however often it runs.
+    there, and while a CUDA graph is captured, the first configuration runs, which must therefore
+    fit any device. ``launch`` must give the same result however often it runs.
     """
     chosen = _best.get(key)
     if chosen is None:
@@ -86,9 +87,34 @@ def split_dim(dim: int) -> tuple[int, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are made: exactly, unless the user allowed TF32 in torch."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    # Not ``allow_tf32``, which raises once the user has chosen through the newer setting.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+def exact_float32(dtype: torch.dtype) -> bool:
+    """Whether products are made without tensor cores, by every thread from its own registers: tiles
+    for tensor cores would spill them by the thousand and take a minute to compile."""
+    return dtype == torch.float32 and precision(dtype) == "ieee"
+
+
+def unit_strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """The strides of all axes but the last, in units of as many elements as the kernels may take for
+    granted: Triton itself knows only multiples of 16, and a row of 72 elements is none, without
+    which it would move them one by one."""
+    strides = [n for t in tensors for n in t.stride()[:-1]]
+    unit = 8 if all(n % 8 == 0 for n in strides) else 1
+    return unit, [n // unit for n in strides]
+
+
+def refuse_capture(device: torch.device, what: str) -> None:
+    """Raises where a CUDA graph is being captured, which what follows would break."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} at the first call with a mask, which reads from the device and cannot be "
+            "captured in a CUDA graph: call once with this mask before the capture"
+        )
 
 
 def upcast(dtype: torch.dtype) -> bool:
@@ -107,11 +133,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def load_rows(
     base, row, stride, limit, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-    BOUND: tl.constexpr,
+    UNIT: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """Columns START.. of some rows, zero past the head dim and, with BOUND, past the last row."""
+    """Columns START.. of some rows (``stride`` in UNIT elements), zero past the head dim and, with
+    BOUND, past the last row."""
     column = START + tl.arange(0, WIDTH)
-    pointer = base + row[:, None] * stride + column[None, :]
+    pointer = base + row[:, None] * stride * UNIT + column[None, :]
     if BOUND:
         if START + WIDTH > D:
             return tl.load(pointer, (row[:, None] < limit) & (column[None, :] < D), other=0.0)
@@ -130,9 +157,10 @@ def load_row(base, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def store_rows(
-    base, row, stride, limit, value, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr
-):
+    base, row, stride, limit, value, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
     column = START + tl.arange(0, WIDTH)
-    pointer = base + row[:, None] * stride + column[None, :]
+    pointer = base + row[:, None] * stride * UNIT + column[None, :]
     inside = (row[:, None] < limit) & (column[None, :] < D)
     tl.store(pointer, value.to(base.dtype.element_ty), inside)
