@@ -63,6 +63,8 @@ class Site:
         keys_of: (features (B, M, C) at the layer's input, their indices (B, M) in the model's input)
             -> keys (B, H, M, D) of this layer, for tokens that did not go through it; or None.
         notes: a dict that ends in ``trace.notes``.
+        mask: () -> mask or bias that this layer's attention adds for the model's input, (B or 1, H or 1,
+            T or 1, T) with T prefix and visual tokens, additive or bool (True is seen); or None.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Site:
         keys_of: Callable[[Tensor, Tensor], Tensor] | None = None,
         notes: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
+        mask: Callable[[], Tensor | None] | None = None,
     ) -> None:
         self.site = site
         self.layer = layer
@@ -103,6 +106,7 @@ class Site:
         self.notes = {} if notes is None else notes
         self.extra = extra or {}
         self._make_qkv = qkv
+        self._make_mask = mask
         self._qkv: QKV | None = None
 
     @property
@@ -147,14 +151,46 @@ class Site:
         """(B, H, N, D) values of the visual tokens."""
         return self.qkv[2][:, :, self.prefix :]
 
-    def attention_from(self, queries: Tensor) -> Tensor:
-        """Softmax rows of ``queries`` (B, H, R, D) over all keys: (B, H, R, prefix + N) float32."""
+    def attention_from(self, queries: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax rows of ``queries`` (B, H, R, D) over all keys: (B, H, R, prefix + N) float32.
+
+        ``mask``: what the layer adds to these rows, from :meth:`mask_rows`.
+        """
         from vtr.kernels import attention_rows
 
-        bias, mask = self.key_bias, self.padding_bias
+        bias, padding = self.key_bias, self.padding_bias
+        if padding is not None:
+            bias = padding if bias is None else bias + padding
         if mask is not None:
-            bias = mask if bias is None else bias + mask
+            bias = mask if bias is None else mask + bias[:, None, None]
         return attention_rows(queries, self.qkv[1], scale=self.scale, bias=bias)
+
+    def mask_rows(self, rows: Tensor, index: Tensor | None = None) -> Tensor | None:
+        """What the layer's attention adds to the logits of some rows: relative positions, or a mask of
+        the caller's.
+
+        Args:
+            rows: (B, R) int64, the queries' places in the model's input, prefix included.
+            index: (B, M) int64, visual tokens of the input as keys behind the prefix; None is those here.
+
+        Returns:
+            (B, H or 1, R, prefix + M) float32, -inf where a key is not seen; None where nothing is added.
+        """
+        mask = None if self._make_mask is None else self._make_mask()
+        if mask is None:
+            return None
+        index = self.index if index is None else index
+        head = torch.arange(self.prefix, device=self.device).expand(self.batch, -1)
+        columns = torch.cat([head, index.clamp(min=0) + self.prefix], 1)[:, None, None]
+        heads, places = mask.shape[1], mask.shape[3]
+        mask = mask.expand(self.batch, -1, -1, -1)
+        if mask.shape[2] > 1:
+            picked = rows.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, places)
+            mask = mask.gather(2, picked)
+        mask = mask.gather(3, columns.expand(-1, heads, mask.shape[2], -1))
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -float("inf"))
+        return mask.float().expand(-1, -1, rows.shape[1], -1)
 
     @property
     def padding_bias(self) -> Tensor | None:
@@ -172,7 +208,9 @@ class Site:
         The row is normalised over all keys, the class token's own included (EViT, section 3.1 of
         arXiv 2202.07800); it is not normalised again. One row per head: O(N).
         """
-        row = self.attention_from(self.qkv[0][:, :, :1])[:, :, 0, self.prefix :]
+        first = torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
+        row = self.attention_from(self.qkv[0][:, :, :1], self.mask_rows(first))
+        row = row[:, :, 0, self.prefix :]
         return row if per_head else row.mean(1)
 
     def attention_received(self, chunk: int = 256) -> Tensor:
@@ -188,7 +226,9 @@ class Site:
             else self.valid.sum(1, keepdim=True).float()
         )
         for start in range(0, self.n, chunk):
-            rows = self.attention_from(q[:, :, start : start + chunk])[..., self.prefix :].mean(1)
+            mask = self.mask_rows(self.index[:, start : start + chunk] + self.prefix)
+            rows = self.attention_from(q[:, :, start : start + chunk], mask)
+            rows = rows[..., self.prefix :].mean(1)
             if self.valid is not None:
                 rows = rows * self.valid[:, start : start + chunk, None]
             total = total + rows.sum(1)

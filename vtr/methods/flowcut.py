@@ -190,7 +190,13 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
     alive = None if site.valid is None else site.valid.float()
     if site.info.has_cls:
         r = _share(site.cls_attention(), alive)
-        s = attention_rows(v[:, :, :1], v, scale=1.0, bias=site.padding_bias)[:, :, 0, p:].mean(1)
+        seen = site.padding_bias
+        rows = site.mask_rows(torch.zeros_like(site.index[:, :1]))
+        if rows is not None:  # a token hidden from the class token shares nothing with it
+            hidden = (rows[:, :, 0] == -float("inf")).all(1)
+            seen = hidden.new_zeros(hidden.shape, dtype=torch.float32) if seen is None else seen
+            seen = seen.masked_fill(hidden, -float("inf"))
+        s = attention_rows(v[:, :, :1], v, scale=1.0, bias=seen)[:, :, 0, p:].mean(1)
         relevance = r + _share(s, alive)
     else:
         if alive is None:
@@ -198,7 +204,13 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
         else:
             weights = (alive / alive.sum(1, keepdim=True))[:, None, :, None]
             mean = (q[:, :, p:].float() * weights).sum(2, keepdim=True)
-        r = _share(site.attention_from(mean.to(q.dtype))[:, :, 0, p:].mean(1), alive)
+        rows = site.mask_rows(site.index + p)
+        if rows is not None:  # the mean query's logits are the mean of the logits
+            if site.valid is not None:
+                rows = rows.masked_fill(~site.valid[:, None, :, None], 0.0)
+            number = site.n if alive is None else alive.sum(1)[:, None, None, None]
+            rows = rows.sum(2, keepdim=True) / number
+        r = _share(site.attention_from(mean.to(q.dtype), rows)[:, :, 0, p:].mean(1), alive)
         relevance = r
     strength = site.values.float().mean(1).abs().sum(-1)
     return r, relevance * strength

@@ -180,9 +180,11 @@ class ToFe(Method):
         frozen = torch.sort((site.map.source >= 0).int(), dim=1, stable=True).indices
         frozen = frozen[:, : site.map.n_in - site.map.n_out]
         stale = site.keys_of(take(buffer, frozen).to(site.hidden.dtype), frozen)
-        row = attention_rows(q[:, :, :1], torch.cat([k, stale.to(k.dtype)], 2), scale=site.scale)
-        row = row[:, :, 0, site.prefix :].mean(1)
         index = torch.cat([site.index, frozen], 1)
+        mask = site.mask_rows(torch.zeros_like(index[:, :1]), index)
+        keys = torch.cat([k, stale.to(k.dtype)], 2)
+        row = attention_rows(q[:, :, :1], keys, scale=site.scale, bias=mask)
+        row = row[:, :, 0, site.prefix :].mean(1)
         return torch.empty_like(row).scatter(1, index, row)
 
     def _train(self, site: Site, modules: ToFeModules, stage: int, last: bool) -> Reduction:

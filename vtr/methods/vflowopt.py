@@ -342,7 +342,8 @@ def calibrated_context(site: Site, threshold: float, chunk: int = 256) -> Tensor
     for start in range(0, most, chunk):
         these = order[:, start : min(start + chunk, most)]
         picked = q.gather(2, these[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-        rows = site.attention_from(picked)[..., site.prefix :].mean(1)
+        mask = site.mask_rows(site.index.gather(1, these) + site.prefix)
+        rows = site.attention_from(picked, mask)[..., site.prefix :].mean(1)
         total = total + (rows * chosen.gather(1, these)[..., None]).sum(1)
     return torch.where(number > 0, total / number.clamp(min=1), received)
 

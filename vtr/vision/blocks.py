@@ -50,6 +50,11 @@ class BlockRunner:
         """
         raise NotImplementedError
 
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the attention adds to its logits at full length, (B or 1, H or 1, T or 1, T) additive or
+        bool (True is seen), or None. ``kwargs`` are the block's own, before narrowing."""
+        return None
+
     def flops(self, before: int, after: int) -> int:
         """FLOPs of one sample with ``before`` tokens in the attention and ``after`` in the MLP."""
         raise NotImplementedError

@@ -260,6 +260,7 @@ class EncoderSession:
             keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
             notes=run.trace.notes,
             extra=self._extra(),
+            mask=lambda: self.runners[layer].mask(kwargs),
         )
 
     def _extra(self) -> dict[str, Any]:

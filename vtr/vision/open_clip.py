@@ -83,11 +83,7 @@ class ClipBlock(BlockRunner):
         """The attention with the block's own weights, its q, k, v shown and its keys weighed."""
         attn: Any = self.block.attn
         q, k, v = self._heads(h, slice(0, 3))
-        if mask is not None:
-            mask = mask.reshape(-1, attn.num_heads, *mask.shape[1:]) if mask.dim() == 3 else mask
-            if mask.dtype == torch.bool:  # True means "not seen" in both attentions
-                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -float("inf"))
-            mask = mask.to(q.dtype)
+        mask = _additive(mask, attn.num_heads, q.dtype)
         dropout = attn.attn_drop.p if self.custom else attn.dropout
         out = probe.attend(q, k, v, mask=mask, dropout_p=dropout if attn.training else 0.0)
         if self.custom and attn.head_scale is not None:
@@ -124,11 +120,28 @@ class ClipBlock(BlockRunner):
 
         return {**kwargs, "attn_mask": run.narrowed(mask, make)}
 
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        attn: Any = self.block.attn
+        mask = _additive(kwargs.get("attn_mask"), attn.num_heads, attn.in_proj_weight.dtype)
+        while mask is not None and mask.dim() < 4:
+            mask = mask[None]
+        return mask
+
     def flops(self, before: int, after: int) -> int:
         block: Any = self.block
         width = block.attn.in_proj_weight.shape[1]
         attention = before * 8 * width * width + 4 * before * before * width
         return attention + after * linear_flops(block.mlp)
+
+
+def _additive(mask: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """A mask (T, T), (B * H, T, T) or (B, H, T, T) as what is added to the logits."""
+    if mask is None:
+        return None
+    mask = mask.reshape(-1, heads, *mask.shape[1:]) if mask.dim() == 3 else mask
+    if mask.dtype == torch.bool:  # True means "not seen" in both attentions
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -float("inf"))
+    return mask.to(dtype)
 
 
 def _heads_of(mask: Tensor | None, attn: Any) -> Tensor | None:

@@ -115,6 +115,13 @@ class TimmBlock(BlockRunner):
             rope = narrow_rope(rope, index)
         return _qkv(block.attn, h, rope, prefix=0)[1]
 
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        bias = _relative_bias(self.block.attn, kwargs)
+        mask = kwargs.get("attn_mask") if bias is None else bias
+        while mask is not None and mask.dim() < 4:
+            mask = mask[None]
+        return mask
+
     def flops(self, before: int, after: int) -> int:
         attn: Any = self.block.attn
         width = getattr(attn, "attn_dim", None) or attn.proj.in_features

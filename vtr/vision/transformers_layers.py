@@ -148,12 +148,7 @@ class LayerRunner(BlockRunner):
                 positions, lambda now: _rows(positions, now.kept)
             )
         if mask is not None:
-            if not isinstance(mask, Tensor):
-                raise UnsupportedMethodError(
-                    f"an attention mask of type {type(mask).__name__} cannot follow the tokens that are "
-                    "left: call model.set_attn_implementation('sdpa')"
-                )
-            if mask.dim() == 2:
+            if _tensor(mask).dim() == 2:
                 whole = run.map.with_prefix(self.prefix).kept.clamp(min=0)
                 kwargs["attention_mask"] = mask.expand(run.batch, -1).gather(1, whole)
             else:
@@ -161,6 +156,13 @@ class LayerRunner(BlockRunner):
                     mask, lambda now: narrow_bias(mask, now, self.prefix)
                 )
         return kwargs
+
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            return None
+        mask = _tensor(mask)
+        return mask if mask.dim() == 4 else mask[:, None, None, :].bool()
 
     def flops(self, before: int, after: int) -> int:
         block: Any = self.block
@@ -245,6 +247,9 @@ class VJEPA2Layer(LayerRunner):
             return BlockRunner.named(self, args, kwargs)
         return {"position_mask": args[0], **kwargs}
 
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        return None  # as in narrow: the attention is given no mask
+
     def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
         # The layer gives its attention the numbers of the tokens and nothing else.
         kwargs = {"position_mask": kwargs.get("position_mask")}
@@ -302,6 +307,15 @@ def _rotate(x: Tensor, positions: tuple[Tensor, Tensor], prefix: int) -> Tensor:
     half = rest.shape[-1] // 2
     turned = torch.cat([-rest[..., half:], rest[..., :half]], -1)
     return torch.cat([head, rest * cos + turned * sin], 2)
+
+
+def _tensor(mask: Any) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise UnsupportedMethodError(
+            f"an attention mask of type {type(mask).__name__} cannot follow the tokens that are left: "
+            "call model.set_attn_implementation('sdpa')"
+        )
+    return mask
 
 
 def _dropout(core: Any) -> float:
