@@ -39,7 +39,8 @@ class DyCoke(Method):
     chosen entries are copied out of it in every step). What is not chosen goes to CPU memory
     (``evicted="cpu"``), from which a new choice takes it, or is dropped (``evicted="drop"``): then the
     first choice stays. This part acts in ``generate``; a forward without a cache has nothing to choose
-    from. With beams, the cosine is taken to the beam that stood in the row before.
+    from. Where one call brings several tokens (a later turn, assisted decoding) the last of them chooses
+    for all: with ``evicted="cpu"`` assisted decoding need not give the answer that unassisted gives.
 
     Other differences from the authors' code: it leaves frame 2 of the last window whole, and a frame
     after the last pair out; they choose first in the first decoding step, and go back to the whole cache
@@ -127,13 +128,11 @@ class DyCoke(Method):
         before: Tensor | None = site.state.get("row")
         site.state["row"] = row
         number = counts(self.kv, moving.sum(1))
-        if bool((number == moving.sum(1)).all()):
-            return None
         alike = torch.zeros(site.batch, dtype=torch.bool, device=row.device)
         if before is not None:
             alike = F.cosine_similarity(row, before, dim=1) >= self.similarity
-            if bool(alike.all()):
-                return None
+        if bool(((number == moving.sum(1)).all() | alike.all())):  # one look at the device per step
+            return None
         stays = best(row, number, moving) | (valid_of(site) & ~moving)
         kept, padded = top_indices(stays.float(), stays.sum(1), stays)
         if site.kept is not None:

@@ -222,6 +222,90 @@ def test_beams(evicted: str) -> None:
         assert (kept == kept[:, :1]).all()
 
 
+class MaskedRows:
+    """As :class:`Masked`, for rows that each choose anew in every step."""
+
+    def __init__(self, model: Any, columns: range, number: int) -> None:
+        self.columns, self.number = torch.tensor(columns), number
+        layers = model.model.language_model.layers
+        self.hooks = [layers[LAYER].self_attn.register_forward_hook(self.choose)]
+        for layer in layers[LAYER + 1 :]:
+            self.hooks.append(layer.register_forward_pre_hook(self.hide, with_kwargs=True))
+
+    def choose(self, module: Any, args: Any, output: Any) -> None:
+        self.prompt = output[1].shape[2] > 1
+        rows = output[1][:, :, -1].mean(1)[:, self.columns]
+        self.gone = torch.ones_like(rows, dtype=torch.bool)
+        self.gone.scatter_(1, rows.topk(self.number, 1).indices, False)
+
+    def hide(self, module: Any, args: Any, kwargs: Any) -> Any:
+        if self.prompt:
+            return None
+        past = kwargs["past_key_values"].get_seq_length(0)
+        mask = torch.zeros(len(self.gone), 1, 1, past)
+        mask[:, 0, 0, self.columns] = self.gone * torch.finfo(mask.dtype).min
+        return args, {**kwargs, "attention_mask": mask}
+
+
+def test_beams_have_choices_of_their_own() -> None:
+    """What was chosen goes with the beam when rows are exchanged."""
+    number = 1
+    model, inputs = VIDEOS["llava_next_video"](1)
+    model.set_attn_implementation("eager")
+    more = {"num_beams": 4, "num_return_sequences": 4}
+    method = vtr.DyCoke(keep=0.5, kv=number, layer=LAYER, similarity=1.0)
+    with vtr.apply(model, method) as handle:
+        out, trace = generate(model, inputs, **more), handle.trace
+    start = int((inputs["input_ids"][0] > START - 3).nonzero()[0])
+    with vtr.apply(model, vtr.DyCoke(keep=0.5, kv=None, layer=LAYER)):
+        masked = MaskedRows(model, range(start, start + trace.stages[0].tokens_out), number)
+        full = generate(model, inputs, **more)
+        for hook in masked.hooks:
+            hook.remove()
+    assert torch.equal(out.sequences, full.sequences)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(full.logits))
+
+
+@pytest.mark.parametrize(
+    "method", [vtr.FastV(layer=2), vtr.EVS(keep=0.5), vtr.DyCoke(kv=3, layer=LAYER, similarity=1.0)]
+)
+def test_rows_of_a_cut_cache_are_repeated_and_chosen(method: vtr.Method) -> None:
+    """One prompt, several continuations: each as if it were the only one."""
+    model, inputs = VIDEOS["llava_next_video"](1)
+    n = inputs["input_ids"].shape[1]
+
+    def step(cache: Any, ids: list[list[int]], number: int) -> Tensor:
+        mask = torch.ones(len(ids), n + number, dtype=torch.long)
+        return model(input_ids=torch.tensor(ids), attention_mask=mask, past_key_values=cache).logits
+
+    with torch.no_grad(), vtr.apply(model, method):
+        alone = []
+        for first, second in ((7, 11), (8, 12), (9, 10)):
+            cache = model(**inputs, use_cache=True).past_key_values
+            alone.append([step(cache, [[first]], 1), step(cache, [[second]], 2)])
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(3)
+        both = step(cache, [[7], [8], [9]], 1)
+        torch.testing.assert_close(both, torch.cat([a[0] for a in alone]), atol=1e-5, rtol=0)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        both = step(cache, [[10], [11]], 2)
+        want = torch.cat([alone[2][1], alone[0][1]])
+        torch.testing.assert_close(both, want, atol=1e-5, rtol=0)
+
+
+def test_a_cache_made_in_inference_mode_is_followed_outside_it() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    ids, mask = torch.tensor([[7]]), torch.ones(1, inputs["input_ids"].shape[1] + 1).long()
+    with vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER, similarity=1.0)):
+        with torch.inference_mode():
+            first = model(**inputs, use_cache=True).past_key_values
+            want = model(input_ids=ids, attention_mask=mask, past_key_values=first).logits
+            cache = model(**inputs, use_cache=True).past_key_values
+        with torch.no_grad():
+            got = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    assert torch.equal(got, want)
+
+
 def test_a_copy_of_the_cache_goes_on_by_itself() -> None:
     model, inputs = VIDEOS["llava_next_video"](1)
     with torch.no_grad(), vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER, similarity=1.0)):

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtr.tokens import TokenMap
+
 ATTRIBUTE = "_vtr_cuts"
+FOLLOW = "_vtr_follow"
+# Methods of a cache that repeat, choose or exchange its rows.
+ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
 
 class Group:
@@ -59,6 +64,66 @@ class Cuts:
             )
         return tail
 
+    def take(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was."""
+        self.groups = [
+            Group(
+                g.first,
+                g.mask[rows.to(g.mask.device)],
+                None if g.shift is None else g.shift[rows.to(g.shift.device)],
+            )
+            for g in self.groups
+        ]
+
+
+class Follow:
+    """What a cache carries for a method that chooses again.
+
+    Attributes:
+        method: the method.
+        first: 0-based layer from which tokens are chosen.
+        map: to the N tokens of the first visit, and from them to those chosen then.
+        look: (B, N) columns of the N tokens in layer ``first - 1``, -1 for padding.
+        held: per group of layers (its first layer), (B, K) columns of the chosen tokens.
+        kept: (B, K) the tokens chosen last.
+        keys, values: per layer from ``first`` on, (B0, Hk, N, D) of all N tokens in CPU memory.
+        rows: (B,) int64 on the CPU, the row of ``keys`` and ``values`` that each row began as.
+        state, step: of the method's site.
+    """
+
+    def __init__(self, method: Any, first: int, map: TokenMap, look: Tensor, kept: Tensor) -> None:
+        self.method, self.first, self.map, self.look, self.kept = method, first, map, look, kept
+        self.held: dict[int, Tensor] = {}
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.rows = torch.arange(look.shape[0])
+        self.state: dict[str, Any] = {}
+        self.step = 0
+
+    @property
+    def bytes(self) -> int:
+        """CPU memory of what is offloaded."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def take(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was."""
+        batch, here = len(self.rows), rows.to(self.look.device)
+        self.rows = self.rows[rows.cpu()]
+        self.look, self.kept = self.look[here], self.kept[here]
+        self.held = {first: columns[here] for first, columns in self.held.items()}
+        old = self.map
+        self.map = TokenMap(
+            old.source[here],
+            old.kept[here],
+            old.size[here],
+            None if old.frozen is None else old.frozen[here],
+            old.padded,
+        )
+        self.state = {
+            name: x[here] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x
+            for name, x in self.state.items()
+        }
+
 
 class SeenTokens:
     """``cache.get_seq_length`` of a cache whose first layer is shorter than the sequence it stands for.
@@ -95,6 +160,31 @@ class Guard:
         return type(self.cache).update(self.cache, *args, **kwargs)
 
 
+class Rows:
+    """A method of a cache that moves its rows (beam search, several continuations of one prompt): the
+    records move with them.
+
+    Args:
+        name: one of :data:`ROWS`.
+    """
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self.cache, self.name = cache, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        (given,) = (*args, *kwargs.values())
+        cuts, follow = cuts_of(self.cache), self.cache.__dict__.get(FOLLOW)
+        out = getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
+        if cuts is None:
+            return out
+        rows = torch.arange(cuts.groups[0].mask.shape[0])
+        rows = rows[given.cpu()] if isinstance(given, Tensor) else rows.repeat_interleave(given)
+        cuts.take(rows)
+        if follow is not None:
+            follow.take(rows)
+        return out
+
+
 def cuts_of(cache: Any) -> Cuts | None:
     """The record that a cache carries."""
     found = None if cache is None else cache.__dict__.get(ATTRIBUTE)
@@ -105,12 +195,15 @@ def remember(cache: Any, cuts: Cuts) -> None:
     cuts.open = False
     cache.__dict__[ATTRIBUTE] = cuts
     cache.__dict__["update"] = Guard(cache)
+    for name in ROWS:
+        if hasattr(type(cache), name):
+            cache.__dict__[name] = Rows(cache, name)
     if cuts.offset:
         cache.__dict__["get_seq_length"] = SeenTokens(cache)
 
 
 def forget(cache: Any) -> None:
-    for name in (ATTRIBUTE, "update", "get_seq_length", "_vtr_follow"):
+    for name in (ATTRIBUTE, FOLLOW, "update", "get_seq_length", *ROWS):
         cache.__dict__.pop(name, None)
 
 

@@ -28,7 +28,7 @@ from vtr.signals import CacheSite
 from vtr.tokens import TokenMap, take
 from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project
-from vtr.vision.vlm.cache import Cuts, Group, cached, remember
+from vtr.vision.vlm.cache import FOLLOW, Cuts, Follow, Group, cached, remember
 from vtr.vision.vlm.sequence import Layout, mark, members
 from vtr.wrapping import Bound, Entry
 
@@ -37,36 +37,8 @@ if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 PLACES = ("from", "before", "follow")
-ATTRIBUTE = "_vtr_follow"
+ATTRIBUTE = FOLLOW
 STATE = -1  # of a call's memories, the one that goes on with the cache
-
-
-class Follow:
-    """What a cache carries for a method that chooses again.
-
-    Attributes:
-        method: the method.
-        first: 0-based layer from which tokens are chosen.
-        map: to the N tokens of the first visit, and from them to those chosen then.
-        look: (B, N) columns of the N tokens in layer ``first - 1``, -1 for padding.
-        held: per group of layers (its first layer), (B, K) columns of the chosen tokens.
-        kept: (B, K) the tokens chosen last.
-        keys, values: per layer from ``first`` on, (B, Hk, N, D) of all N tokens in CPU memory.
-        state, step: of the method's site.
-    """
-
-    def __init__(self, method: Any, first: int, map: TokenMap, look: Tensor, kept: Tensor) -> None:
-        self.method, self.first, self.map, self.look, self.kept = method, first, map, look, kept
-        self.held: dict[int, Tensor] = {}
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.state: dict[str, Any] = {}
-        self.step = 0
-
-    @property
-    def bytes(self) -> int:
-        """CPU memory of what is offloaded."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
 
 class CacheSession:
@@ -324,13 +296,17 @@ def exchange(cache: Any, follow: Follow, kept: Tensor) -> None:
     if not bool(changed.any()):
         return
     row, slot = ((kept >= 0) & changed[:, None]).nonzero(as_tuple=True)
-    source = kept[row, slot].cpu()
+    source, origin = kept[row, slot].cpu(), follow.rows[row.cpu()]
     firsts = sorted(follow.held)
     for i, (keys, values) in enumerate(zip(follow.keys, follow.values, strict=True), follow.first):
         layer = cache.layers[i]
         column = follow.held[[f for f in firsts if f <= i][-1]][row, slot]
-        for held, stored in ((layer.keys, keys), (layer.values, values)):
-            chosen = stored[row.cpu(), :, source].to(held.device, non_blocking=True)
+        for name, stored in (("keys", keys), ("values", values)):
+            held = getattr(layer, name)
+            if held.is_inference() and not torch.is_inference_mode_enabled():
+                held = held.clone()  # made in inference mode: it can only be written to there
+                setattr(layer, name, held)
+            chosen = stored[origin, :, source].to(held.device, non_blocking=True)
             held[row.to(held.device), :, column.to(held.device)] = chosen
     follow.kept = kept
 
