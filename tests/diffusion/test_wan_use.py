@@ -248,3 +248,43 @@ def test_gradient_checkpointing() -> None:
             model(**case.call())[0].square().mean().backward()
         grads.append(model.blocks[0].attn1.to_q.weight.grad)
     assert torch.allclose(*grads, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [Fixed(), vtr.RectifiedSparse(block=16)], ids=str)
+@pytest.mark.parametrize("name", ["hunyuan-video", "qwen-image"])
+def test_checkpointing_of_two_calls_with_texts_of_their_own(name: str, method: Any) -> None:
+    """The backward pass runs the layers of the first call again, after the second."""
+    case, grads = CASES[name], []
+    for checkpointing in (False, True):
+        model = case.build().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        one, other = case.call(), case.call(time=200.0)
+        mask = next(k for k in other if k.startswith("encoder_") and k.endswith("_mask"))
+        other[mask] = torch.ones_like(other[mask])
+        other[mask][:, -1] = 0
+        with vtr.apply(model, method):
+            loss = sum(model(**given)[0].square().mean() for given in (one, other))
+            loss.backward()
+        grads.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    assert torch.allclose(*grads, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_checkpointing_of_two_calls_of_two_sizes_is_refused(name: str) -> None:
+    case, model = CASES[name], CASES[name].build().train()
+    model.enable_gradient_checkpointing()
+    other = case.call(time=200.0)
+    if name == "wan":
+        other["hidden_states"] = other["hidden_states"][:, :, :2]
+    else:
+        rest = other["img_ids"][:, 1] < other["img_ids"][:, 1].max()
+        other["img_ids"], other["hidden_states"] = (
+            other["img_ids"][rest], other["hidden_states"][:, rest],
+        )  # fmt: skip
+    with vtr.apply(model, Fixed()):
+        loss = model(**case.call())[0].mean() + model(**other)[0].mean()
+        with pytest.raises(RuntimeError, match="go backward after each call"):
+            loss.backward()

@@ -72,6 +72,7 @@ class DiffusionWrapping(Wrapping):
         self.sample: dict[int, int] = {}
         self.visited: dict[int, int] = {}  # transformer -> its last step
         self.reduced: dict[int, Reduction] = {}
+        self.text: int | None = None
         self.texts: list[Tensor] = []
         self.state: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
@@ -226,7 +227,7 @@ class DiffusionWrapping(Wrapping):
         """At the start of a forward call of a transformer."""
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         view = self.family.view(model, given)
-        text_valid = self._same_text(view.text_valid)
+        text_valid = self.same_text(view.text_valid)
         name, facts = self.contexts[-1] if self.contexts else (None, {})
         time = given["timestep"]
         value = float(time.max()) if isinstance(time, Tensor) else float(time)
@@ -256,6 +257,7 @@ class DiffusionWrapping(Wrapping):
             run, step, steps, value, branch, view.grid, self.family.text_first, text_valid,
             model.training,
         )  # fmt: skip
+        self.text = None
         self.sample.clear()
         self.memory.clear()
         self.reduced.clear()
@@ -263,7 +265,7 @@ class DiffusionWrapping(Wrapping):
         self._trace = Trace(batch=self.batch, notes={"attention": {}})
         self._adopt(index, model)
 
-    def _same_text(self, valid: Tensor | None) -> Tensor | None:
+    def same_text(self, valid: Tensor | None) -> Tensor | None:
         """The padding of an earlier call if it is the same: what is made for it is kept by object."""
         if valid is None:
             return None
@@ -381,4 +383,5 @@ class DiffusionWrapping(Wrapping):
 def _heads(attention: Any) -> tuple[int, int]:
     """Number of heads and their dimension."""
     heads = int(attention.heads)
-    return heads, int(attention.to_q.weight.shape[0]) // heads
+    # Quantised weights are packed: their shape is not the layer's.
+    return heads, int(attention.to_q.out_features) // heads

@@ -52,6 +52,8 @@ def compute(
         ulysses = Ulysses(parallel, frames * height * width, q.shape[2], wrapping.family.text_first)
         q, k, v = (ulysses.gather(t) for t in (q, k, v))
     _check(wrapping, layer, call, q, given)
+    if call.training and ulysses is None and given.get("attn_mask") is not None:
+        call = _own_text(wrapping, call, given["attn_mask"])
     if wrapping.family.loops:
         number = wrapping.sample.get(layer, 0)
         wrapping.sample[layer] = number + 1
@@ -89,6 +91,20 @@ def compute(
     return out if heads_first else out.transpose(1, 2)
 
 
+def _own_text(wrapping: DiffusionWrapping, call: Call, mask: Tensor) -> Call:
+    """The call with the padded text of ``mask`` (B, 1, 1, S), which this layer was given.
+
+    Activation checkpointing runs a layer again in the backward pass; by then the transformer may have
+    been called with another text.
+    """
+    frames, height, width = call.grid
+    text = mask.shape[-1] - frames * height * width
+    valid: Tensor | None = mask[:, 0, 0, :text] if call.text_first else mask[:, 0, 0, -text:]
+    if text <= 0 or bool(mask.all()):
+        valid = None
+    return dataclasses.replace(call, text_valid=wrapping.same_text(valid))
+
+
 def _padding(call: Call, q: Tensor) -> Tensor:
     """(B, 1, 1, S) bool: which keys are not padded text."""
     seen = q.new_ones(q.shape[0], 1, 1, q.shape[2], dtype=torch.bool)
@@ -106,6 +122,16 @@ def _check(
     family = wrapping.family
     frames, height, width = call.grid
     text = q.shape[2] - frames * height * width
+    if text > 0 and family.joint and not family.loops:
+        wrapping.text = text if wrapping.text is None else wrapping.text
+    other = wrapping.text is not None and text not in (0, wrapping.text)
+    if call.training and (other or text < 0 or (text and not family.joint)):
+        raise RuntimeError(
+            f"attention layer {layer} of {family.name} has {q.shape[2]} tokens, which are not those of "
+            f"the last call of the transformer ({frames} x {height} x {width}). Under activation "
+            "checkpointing a layer runs again in the backward pass: go backward after each call, or "
+            "give all calls before it one size"
+        )
     if text < 0 or (text and not family.joint):
         raise RuntimeError(
             f"attention layer {layer} of {family.name} has {q.shape[2]} tokens, and the grid is "
