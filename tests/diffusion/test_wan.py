@@ -98,8 +98,51 @@ def test_a_method_that_changes_shape_or_dtype_is_refused() -> None:
         model(**CASES["wan"].call())
 
 
+def modular() -> Any:
+    """The denoising part of diffusers' modular pipeline for Wan, without components."""
+    from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
+
+    return WanBlocks().sub_blocks["denoise"].init_pipeline()
+
+
+def test_a_modular_pipeline() -> None:
+    """Its guider calls the transformer once per condition, without names."""
+    from diffusers import ClassifierFreeGuidance, FlowMatchEulerDiscreteScheduler
+    from diffusers import WanTransformer3DModel as Wan
+
+    seen = []
+
+    class Watch(Fixed):
+        def attend(self, site: Any) -> torch.Tensor:
+            seen.append((site.run, site.step, site.steps, site.branch))
+            return super().attend(site)
+
+    pipe = modular()
+    config = {**CASES["wan"].build().config, "in_channels": 16, "out_channels": 16}
+    pipe.update_components(
+        transformer=Wan.from_config(config).eval(), scheduler=FlowMatchEulerDiscreteScheduler(),
+        guider=ClassifierFreeGuidance(guidance_scale=3.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    text = {f"{n}prompt_embeds": torch.randn(1, 7, 16) for n in ("", "negative_")}
+    with vtr.apply(pipe, Watch()):
+        for steps in (3, 2):
+            pipe(**text, height=48, width=80, num_frames=9, num_inference_steps=steps)
+    want = [(r, s, n, b) for r, n in ((0, 3), (1, 2)) for s in range(n) for b in "01"]
+    assert list(dict.fromkeys(seen)) == want
+
+
+def test_quantised_projections_do_not_hide_the_head_dim() -> None:
+    model = CASES["wan"].build()
+    for block in model.blocks:
+        weight = block.attn1.to_q.weight
+        block.attn1.to_q.weight = torch.nn.Parameter(weight.detach().view(-1, 1))  # as 4 bits are
+    with vtr.apply(model, Fixed()) as handle:
+        assert handle._wrapping.info.extra["head_dim"] == 12
+
+
 def test_unknown_objects_are_refused_with_a_reason() -> None:
-    from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel, WanPipeline
 
     unet = UNet2DModel(
         block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",),
@@ -107,8 +150,10 @@ def test_unknown_objects_are_refused_with_a_reason() -> None:
     )  # fmt: skip
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     for target, message in (
-        (DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), "no transformer"),
+        (DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), "a UNet has no one grid"),
         (vae, "AutoencoderKL is not supported.*Supported families: Wan"),
+        (WanPipeline(None, None, None, None), "it has no transformer"),
+        (modular(), r"no transformer yet: load_components\(\)"),
     ):
         with pytest.raises(vtr.UnsupportedModelError, match=message):
             vtr.apply(target, Fixed())

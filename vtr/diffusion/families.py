@@ -197,6 +197,9 @@ FAMILIES = (
     ),
 )  # fmt: skip
 
+_LINEAR = "its attention is linear: there is no map to thin out"
+_UNET = "a UNet has no one grid of tokens; the adapters are for diffusion transformers"
+
 # Transformers of diffusers that are near to a family, and why they are not of it.
 REFUSED = {
     "HunyuanVideo15Transformer3DModel": "it attends under a token-level (N x N) mask made of three "
@@ -209,9 +212,13 @@ REFUSED = {
     "WanAnimateTransformer3DModel": "it puts reference and pose frames into the sequence",
     "SkyReelsV2Transformer3DModel": "each frame may have a noise level of its own, so that there is "
     "no step",
-    "SanaTransformer2DModel": "its attention is linear: there is no map to thin out",
-    "UNet2DConditionModel": "a UNet has no one grid of tokens; the adapters are for diffusion "
-    "transformers",
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "UNet2DConditionModel": _UNET,
+    "UNet2DModel": _UNET,
+    "UNet3DConditionModel": _UNET,
+    "UNetMotionModel": _UNET,
+    "UNetSpatioTemporalConditionModel": _UNET,
 }
 
 

@@ -27,9 +27,9 @@ def locate(target: Any) -> nn.Module | None:
     Raises:
         UnsupportedModelError: an object of diffusers that cannot be wrapped, with the reason.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModularPipeline
 
-    if not isinstance(target, DiffusionPipeline):
+    if not isinstance(target, (DiffusionPipeline, ModularPipeline)):
         if not isinstance(target, nn.Module):
             return None
         model = _inner(target)
@@ -43,6 +43,8 @@ def locate(target: Any) -> nn.Module | None:
     if not found:
         unet = getattr(target, "unet", None)
         why = refusal_of(unet) or "it has no transformer"
+        if isinstance(target, ModularPipeline):
+            why = "it has no transformer yet: load_components() or update_components() first"
         raise UnsupportedModelError(_refuse(type(target).__name__, why))
     for model in found.values():
         supported(model)
