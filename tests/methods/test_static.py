@@ -139,6 +139,20 @@ def test_a_batch_is_its_samples():
         torch.testing.assert_close(both[i : i + 1], one)
 
 
+def test_one_dilation_is_for_the_axes_that_have_a_window():
+    image = (1, 8, 8)
+    method = NeighborhoodAttention(window=3, dilation=2, block=16)
+    qkv = tensors(image)
+    want = NeighborhoodAttention(window=3, dilation=(1, 2, 2), block=16)
+    torch.testing.assert_close(Run(method, image)(qkv), Run(want, image)(qkv), rtol=0, atol=0)
+
+
+def test_a_window_of_more_tiles_than_the_grid_has_is_refused():
+    run = Run(SlidingTile.preset("hunyuanvideo", dense_steps=0), (1, 8, 16))
+    with pytest.raises(ValueError, match=r"\(1, 1, 2\) tiles. Give window as a share"):
+        run(tensors((1, 8, 16)))
+
+
 def test_the_mask_is_made_once_per_size():
     class Counting(OwnFrame):
         made = 0

@@ -71,11 +71,12 @@ class NeighborhoodAttention(Presets, StaticSparse):
     def make_layout(self, site: AttentionSite) -> Layout:
         grid = site.grid
         tile = compact_tile(grid, self.block) if self.tile is None else fit_window(self.tile, grid)
+        window = fit_window(self.window, grid)
         mask = masks.neighborhood(
             grid,
-            fit_window(self.window, grid),
+            window,
             stride=fit_window(self.stride, grid),
-            dilation=_per_axis(self.dilation),
+            dilation=_dilation(self.dilation, window),
             tile=tile,
             text=site.text,
             block=self.block,
@@ -83,5 +84,8 @@ class NeighborhoodAttention(Presets, StaticSparse):
         return Layout(mask, arrange(grid_order(grid, tile), site.text, site.text_first))
 
 
-def _per_axis(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    return value if isinstance(value, int) else (1,) * (3 - len(value)) + value
+def _dilation(dilation: int | tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ...]:
+    """Per axis; one int holds where there is more than one key (an image has one frame)."""
+    if isinstance(dilation, int):
+        return tuple(dilation if keys > 1 else 1 for keys in window)
+    return (1,) * (len(window) - len(dilation)) + dilation

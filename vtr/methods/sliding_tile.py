@@ -67,9 +67,14 @@ class SlidingTile(Presets, StaticSparse):
             return self._filled(site)
         tile = fit_window(self.tile, site.grid)
         tiles = tuple(-(-n // t) for n, t in zip(site.grid, tile, strict=True))
-        mask = masks.sliding_tile(
-            site.grid, tile, fit_window(self.window, tiles), text=site.text, block=self.block
-        )
+        window = fit_window(self.window, tiles)
+        if any(w > n for w, n in zip(window, tiles, strict=True)):
+            raise ValueError(
+                f"window={self.window} of tiles {tile} is for a larger grid: {site.grid} tokens "
+                f"(frames, height, width) are {tiles} tiles. Give window as a share of the grid "
+                "(window=0.25), and tile=None for a tile that fits it"
+            )
+        mask = masks.sliding_tile(site.grid, tile, window, text=site.text, block=self.block)
         return Layout(mask, arrange(grid_order(site.grid, tile), site.text, site.text_first))
 
     def _filled(self, site: AttentionSite) -> Layout:
