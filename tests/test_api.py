@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +140,7 @@ def test_report() -> None:
     rich = pytest.importorskip("rich.console").Console(width=100, record=True)
     rich.print(report)
     assert "tokens encoder[1]" in rich.export_text()
+    assert "tokens encoder[1]" in str(report) and "GFLOPs encoder" in str(report)
 
 
 def test_the_flops_of_the_paper() -> None:
@@ -213,6 +216,17 @@ def test_public_names_resolve() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         vtr.nothing  # noqa: B018
     assert "apply" in dir(vtr)
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    source = Path(str(vtr.__file__)).read_text()
+    (written,) = [
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    ]
+    names = ast.literal_eval(written)  # a checker reads a list of strings and nothing else
+    assert sorted(names) == sorted([*vtr._PUBLIC, "__version__"])
 
 
 def test_methods_stays_a_function_after_the_package_is_imported() -> None:

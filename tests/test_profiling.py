@@ -100,6 +100,7 @@ def test_the_report_in_three_forms(model):
     with console.capture() as text:
         console.print(result)
     assert "Random()" in text.get() and "dense" in text.get()
+    assert "of ideal" not in str(result) and "GFLOPs" in str(result).splitlines()[3]
 
 
 @pytest.mark.parametrize(

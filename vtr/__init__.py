@@ -69,9 +69,68 @@ _PUBLIC = {
 
 _PACKAGES = frozenset({"evaluate", "kernels", "train", "video", "zoo"})
 
-__all__ = [*_PUBLIC, "__version__"]
+# Written out: a type checker reads nothing else.
+__all__ = [
+    "EVS",
+    "VTCCLS",
+    "CLSAttention",
+    "Debias",
+    "DivPrune",
+    "DyCoke",
+    "EViT",
+    "FastV",
+    "FastVID",
+    "FlowCut",
+    "FrameFusion",
+    "Handle",
+    "HoliTom",
+    "Method",
+    "MissingDependencyError",
+    "ModelInfo",
+    "NeighborhoodAttention",
+    "OwnFrame",
+    "Plan",
+    "PruneVid",
+    "PyramidDrop",
+    "RadialAttention",
+    "Random",
+    "RandomSparse",
+    "RectifiedSparse",
+    "Reduction",
+    "Rettention",
+    "Site",
+    "SlidingTile",
+    "SparseVLM",
+    "Stage",
+    "ToFe",
+    "ToMe",
+    "ToMeSD",
+    "TokenMap",
+    "Trace",
+    "UniformFrames",
+    "UnsupportedMethodError",
+    "UnsupportedModelError",
+    "VFlowOpt",
+    "VideoToMe",
+    "VisionZip",
+    "VtrError",
+    "__version__",
+    "apply",
+    "create",
+    "draw",
+    "handles",
+    "methods",
+    "profile",
+    "register",
+    "supported",
+]
 
 if TYPE_CHECKING:
+    from vtr import evaluate as evaluate
+    from vtr import kernels as kernels
+    from vtr import train as train
+    from vtr import video as video
+    from vtr import zoo as zoo
     from vtr.api import Handle, apply, handles, methods, supported
     from vtr.drawing import draw
     from vtr.errors import (

@@ -134,6 +134,11 @@ class Profile:
     def __rich__(self) -> Table:
         return self.table()
 
+    def __str__(self) -> str:
+        from vtr.report import as_text
+
+        return as_text(self)
+
 
 def _short(value: float) -> str:
     """Three significant digits without an exponent: 0.0123, 1.23, 123, 12345."""

@@ -93,3 +93,17 @@ class Report:
 
     def __rich__(self) -> Table:
         return self.table()
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def as_text(shown: Any, width: int = 120) -> str:
+    """What a rich console shows, for ``print``: no colours, at most ``width`` columns."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    out = StringIO()
+    Console(file=out, width=width, color_system=None).print(shown)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -195,6 +195,9 @@ class Results:
     def __rich__(self) -> Any:
         return self.table()
 
+    def __str__(self) -> str:
+        return self.markdown()
+
     def markdown(self) -> str:
         """The table in Markdown."""
         from vtr.evaluate.table import markdown
