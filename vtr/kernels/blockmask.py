@@ -198,11 +198,12 @@ class BlockMask:
         nq, nk = -(-q_len // bm), -(-k_len // bn)
         rows, cols = q_len - (nq - 1) * bm, k_len - (nk - 1) * bn
         last_row, last_col = row % nq == nq - 1, col == nk - 1
-        for at_row, height in ((last_row, rows), (~last_row, bm)):
-            for at_col, width in ((last_col, cols), (~last_col, bn)):
-                here = (at_row & at_col & (tile >= 0)).nonzero().squeeze(1)
-                whole = tiles[:, :height, :width].flatten(1).all(1)
-                tile[here[whole[tile[here]]]] = -1
+        if tiles.shape[0]:
+            # By (last row, last column): whether a tile is whole as far as blocks reach there.
+            reach = [(h, w) for h in (bm, rows) for w in (bn, cols)]
+            whole = torch.stack([tiles[:, :h, :w].flatten(1).all(1) for h, w in reach])
+            found = whole[last_row.long() * 2 + last_col.long(), tile.clamp(min=0)]
+            tile = torch.where(found, -1, tile)
         if cols < bn:
             ends = torch.zeros(2, bm, bn, dtype=torch.bool, device=device)
             ends[0, :, :cols] = True
@@ -210,11 +211,16 @@ class BlockMask:
             full = last_col & (tile < 0)
             tile = torch.where(full, tiles.shape[0] + (last_row & (rows < bm)).long(), tile)
             tiles = torch.cat([tiles, ends])
-        used, tile_of = tile[tile >= 0].unique(return_inverse=True)
-        tile = tile.clone()
-        tile[tile >= 0] = tile_of
-        made = _csr.build(patterns * nq, row, col, tile)
-        return cls(q_len, k_len, block, pattern.to(torch.int32), *made, tiles[used].contiguous())
+        # Tiles that nothing points at go; the one look at the device.
+        number = tiles.shape[0]
+        live = torch.zeros(number + 1, dtype=torch.bool, device=device)
+        live = live.scatter(0, torch.where(tile < 0, number, tile), True)[:number]
+        if number:
+            place = live.long().cumsum(0) - 1
+            tile = torch.where(tile < 0, -1, place[tile.clamp(min=0)])
+        made = _csr.build(patterns * nq, nk, row, col, tile)
+        kept = tiles[live.nonzero().squeeze(1)].contiguous()
+        return cls(q_len, k_len, block, pattern.to(torch.int32), *made, kept)
 
     # ---- what it is -----------------------------------------------------------------------
 
@@ -255,7 +261,7 @@ class BlockMask:
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device; itself if it is there already."""
         here = self.tensors()[:-1]
-        moved = [t.to(device) for t in here]
+        moved = [t.to(device, non_blocking=torch.device(device).type == "cuda") for t in here]
         if all(a is b for a, b in zip(here, moved, strict=True)):
             return self
         return BlockMask(self.q_len, self.k_len, self.block, *moved)

@@ -23,16 +23,18 @@ class Csr(NamedTuple):
     tile: Tensor
 
 
-def build(rows: int, row: Tensor, col: Tensor, tile: Tensor) -> Csr:
-    """Sort entries (row, col, tile), given in any order, into compressed rows."""
+def build(rows: int, columns: int, row: Tensor, col: Tensor, tile: Tensor) -> Csr:
+    """Sort entries (row, col, tile), given in any order, into compressed rows; asks the device for
+    nothing. ``rows`` and ``columns`` are above every ``row`` and ``col``."""
     row, col, tile = row.long(), col.long(), tile.long()
-    span = int(col.max()) + 1 if col.numel() else 1
     partial = tile >= 0
-    order = torch.argsort((row * 2 + partial) * span + col)
-    counts = torch.bincount(row, minlength=rows)
-    full = torch.bincount(row, weights=(~partial).double(), minlength=rows).long()
+    order = torch.argsort((row * 2 + partial) * columns + col)
+    counts = torch.zeros(2, rows, dtype=torch.int64, device=row.device)
+    # Not ``bincount``, which on a GPU waits for the largest row.
+    counts[0].scatter_add_(0, row, torch.ones_like(row))
+    full = counts[1].scatter_add_(0, row, (~partial).long())
     row_ptr = torch.zeros(rows + 1, dtype=torch.int64, device=row.device)
-    torch.cumsum(counts, 0, out=row_ptr[1:])
+    torch.cumsum(counts[0], 0, out=row_ptr[1:])
     return Csr(row_ptr.int(), (row_ptr[:-1] + full).int(), col[order].int(), tile[order].int())
 
 
@@ -48,7 +50,7 @@ def transpose(csr: Csr, patterns: int, query_blocks: int, key_blocks: int) -> Cs
     """The same entries by (pattern, key block); ``col`` then holds query blocks."""
     row = row_of(csr)
     new_row = row // query_blocks * key_blocks + csr.col
-    return build(patterns * key_blocks, new_row, row % query_blocks, csr.tile)
+    return build(patterns * key_blocks, query_blocks, new_row, row % query_blocks, csr.tile)
 
 
 def unique_rows(flat: Tensor) -> tuple[Tensor, Tensor]:

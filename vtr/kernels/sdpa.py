@@ -38,12 +38,12 @@ class Keys:
     blocks: Tensor | None
 
     @classmethod
-    def of(cls, columns: list[int], block: int, short: int, device: torch.device) -> Keys:
+    def of(cls, columns: list[int], block: int, short: int) -> Keys:
         """``short``: how many tokens the last of these blocks lacks."""
         tokens = len(columns) * block - short
         if all(b - a == 1 for a, b in itertools.pairwise(columns)):
             return cls(tokens, columns[0] * block if columns else 0, None)
-        return cls(tokens, None, torch.tensor(columns, dtype=torch.int64, device=device))
+        return cls(tokens, None, torch.tensor(columns, dtype=torch.int64, device="cpu"))
 
 
 @dataclass
@@ -84,14 +84,16 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
     pattern, row_ptr, split, col, tile, tiles = mask[:6]
     q_len, k_len, bm, bn = dims
     nq, nk = -(-q_len // bm), -(-k_len // bn)
-    ptr, mid, cols, ids = (t.tolist() for t in (row_ptr, split, col, tile))
+    # Two looks at the device and, at the end, one copy to it, however many rows there are.
+    index = (row_ptr, split, col, tile)
+    sizes = [t.numel() for t in index]
+    ptr, mid, cols, ids = (t.tolist() for t in torch.cat(index).cpu().split(sizes))
     ends = (q_len - (nq - 1) * bm, k_len - (nk - 1) * bn)
     # Partial only because the keys end there: full as far as it goes.
-    short = {
-        last: tiles[:, : ends[0] if last else bm, : ends[1]].flatten(1).all(1).tolist()
-        for last in (False, True)
-    }
-    some_key = tiles.any(2)
+    reach = [tiles[:, :height, : ends[1]].flatten(1).all(1) for height in (bm, ends[0])]
+    facts = torch.cat([torch.stack(reach, 1), tiles.any(2)], 1).cpu()
+    short = {last: facts[:, int(last)].tolist() for last in (False, True)}
+    some_key = facts[:, 2:]
 
     def split_row(at: int) -> tuple[list[int], list[int], list[int]]:
         full, part, which = cols[ptr[at] : mid[at]], [], []
@@ -106,9 +108,9 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
     def make(first: int, last: int, full: list[int], part: list[int], which: list[int]) -> Row:
         start, stop = first * bm, min(last * bm, q_len)
         short = bn - ends[1] if full and full[-1] == nk - 1 else 0
-        tiles_of = torch.tensor(which, dtype=torch.int64, device=tiles.device)
+        tiles_of = torch.tensor(which, dtype=torch.int64, device="cpu")
         holes = not full and not bool(some_key[tiles_of, : stop - start].any(0).all())
-        keys = Keys.of(part + full, bn, short, col.device)
+        keys = Keys.of(part + full, bn, short)
         return Row(start, stop, keys, tiles_of if part else None, holes)
 
     plan = Plan(pattern.tolist(), [], [], ~tiles)
@@ -128,7 +130,23 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
             r = after
         plan.rows.append(rows)
         plan.empty.append(empty)
+    _move([row for rows in plan.rows for row in rows], col.device)
     return plan
+
+
+def _move(rows: list[Row], device: torch.device) -> None:
+    """The rows' indices to the device, all in one copy."""
+    places: list[tuple[Row | Keys, str, Tensor]] = []
+    for row in rows:
+        if row.partial is not None:
+            places.append((row, "partial", row.partial))
+        if row.keys.blocks is not None:
+            places.append((row.keys, "blocks", row.keys.blocks))
+    if places and device.type != "cpu":
+        held = [index for *_, index in places]
+        moved = torch.cat(held).to(device).split([len(index) for index in held])
+        for (owner, name, _), index in zip(places, moved, strict=True):
+            setattr(owner, name, index)
 
 
 class Scratch:

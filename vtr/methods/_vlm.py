@@ -113,10 +113,11 @@ def nothing_to_cut(site: Site, number: Tensor) -> bool:
 
 def prune(site: Site, score: Tensor, number: Tensor) -> Reduction | None:
     """Keep the ``number[b]`` best tokens of each sample by ``score`` (B, N); None if that is all."""
-    if nothing_to_cut(site, number):
+    wanted, here = torch.stack([number, alive(site)]).tolist()  # one look at the device
+    if all(n >= most for n, most in zip(wanted, here, strict=True)):
         return None
-    if site.valid is None and bool((number == number[0]).all()):
-        kept, padded = top_indices(score, int(number[0]))
+    if site.valid is None and len(set(wanted)) == 1:
+        kept, padded = top_indices(score, wanted[0])
     else:
         kept, padded = top_indices(score, number, site.valid)
     return Reduction(TokenMap.keep(kept, site.n, padded))

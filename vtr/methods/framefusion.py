@@ -94,15 +94,16 @@ class FrameFusion(Method):
             similar = chain_cosine(here.hidden[b, index], here.place[b, index])
             joins = similar >= self.similarity
             over = len(index) - left  # tokens that must go
+            found = int(joins.sum())
             if over <= 0:
-                joins, state.done = torch.zeros_like(joins), True
-            elif int(joins.sum()) >= over:
-                number = torch.tensor([over], device=joins.device)
-                joins = best(similar[None], number, similar[None].isfinite())[0]
+                joins, found, state.done = torch.zeros_like(joins), 0, True
+            elif found >= over:
+                number = torch.full((1,), over, device=joins.device)
+                joins, found = best(similar[None], number, similar[None].isfinite())[0], over
                 state.done = True
-            elif int(joins.sum()) < self.least * len(index):
+            elif found < self.least * len(index):
                 state.merging = False
-            after = len(index) - int(joins.sum())
+            after = len(index) - found
             if not state.done and not state.affords(after, site.info.depth["decoder"]):
                 # What merging leaves would spend more than there is: the cut cannot wait.
                 if received is None:
@@ -130,7 +131,7 @@ class FrameFusion(Method):
     def _prune(
         self, stands: Tensor, received: Tensor, sample: int, index: Tensor, left: int
     ) -> Tensor:
-        number = torch.tensor([min(left, len(index))], device=index.device)
+        number = torch.full((1,), min(left, len(index)), device=index.device)
         every = torch.ones(1, len(index), dtype=torch.bool, device=index.device)
         stays = best(received[None, index], number, every)[0]
         out = stands.clone()

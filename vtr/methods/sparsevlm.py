@@ -225,7 +225,7 @@ def recycle(hidden: Tensor, score: Tensor, kept: Tensor) -> TokenMap:
         best = torch.sort(score[row, rest], descending=True, stable=True).indices[:recycled]
         chosen = rest[best].sort().values
         every = torch.ones(1, recycled, dtype=torch.bool, device=hidden.device)
-        number = torch.tensor([clusters], device=hidden.device)
+        number = torch.full((1,), clusters, device=hidden.device)
         assigned = cluster(hidden[row, chosen][None], every, number, k=clusters)[0]
         representative[row, chosen] = chosen[assigned]
     return by_representative(representative)

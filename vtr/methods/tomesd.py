@@ -120,7 +120,8 @@ def merge_map(
     merged = min(int(ratio * number), source.numel())
     if merged == 0:
         return None
-    source, target = source.to(device), target.to(device)
+    # Without waiting: what is copied from ordinary memory is taken before the call returns.
+    source, target = (t.to(device, non_blocking=True) for t in (source, target))
     metric = F.normalize(hidden.float(), dim=-1)
     score, partner = bipartite_match(metric[:, source], metric[:, target])
     rank = torch.sort(score, dim=1, descending=True, stable=True).indices
@@ -129,7 +130,10 @@ def merge_map(
     stays = torch.ones(hidden.shape[:2], dtype=torch.bool, device=device).scatter_(1, gone, False)
     slot = stays.long().cumsum(1) - 1
     index = torch.arange(number, device=device).expand_as(slot)
-    kept = index[stays].view(hidden.shape[0], number - merged)
+    # Not ``index[stays]``, which would wait for the device to count them.
+    kept = torch.empty(hidden.shape[0], number - merged + 1, dtype=torch.int64, device=device)
+    kept = kept.scatter_(1, torch.where(stays, slot, number - merged), index)
+    kept = kept[:, :-1].contiguous()
     return TokenMap.merged(kept, slot.scatter(1, gone, slot.gather(1, to)))
 
 

@@ -145,6 +145,8 @@ class Qwen(Family):
         seconds: Any = given.get("second_per_grid_ts")
         if capture.kind != "video" or seconds is None:
             return
+        if isinstance(seconds, Tensor):
+            seconds = seconds.tolist()
         # generate repeats them for beams, and not the videos, which it has encoded before.
         steps = seconds[:: max(1, len(seconds) // len(capture.pieces))]
         capture.pieces = [

@@ -103,7 +103,7 @@ class PackedSession:
     def permute(self, x: Tensor, window_index: Tensor, seq_len: int) -> Tensor:
         """Remember how windows were put together."""
         unit = self.tower.spatial_merge_unit
-        groups = torch.argsort(window_index)
+        groups = torch.argsort(window_index.to(x.device))
         self.order = (groups[:, None] * unit + torch.arange(unit, device=groups.device)).reshape(-1)
         return type(self.tower).permute_input_for_window_attn(self.tower, x, window_index, seq_len)
 
@@ -118,10 +118,10 @@ class PackedSession:
             return
         rows = Rows(self, module, entered, kwargs["position_embeddings"])
         number = torch.tensor(self.lengths, device=output.device)
-        width = int(number.max())
+        width = max(self.lengths)
         index = torch.arange(width, device=output.device).expand(len(self.lengths), width)
         valid = index < number[:, None]
-        padded = not bool(valid.all())
+        padded = min(self.lengths) < width
         owner = self.owner
         self.capture.crops = len(self.lengths)
         self.capture.patches = list(self.lengths)
@@ -147,7 +147,7 @@ class PackedSession:
     def split(self, x: Tensor) -> Tensor:
         """(patches, ...) -> (images, largest, ...), padded with zeros."""
         if self.order is not None:
-            x = x[self.order.to(x.device)]
+            x = x[self.order]
         return nn.utils.rnn.pad_sequence(list(x.split(self.lengths)), batch_first=True)
 
 
