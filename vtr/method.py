@@ -116,6 +116,10 @@ class Method:
         """Decide the cut at ``site``, or look and return None."""
         raise NotImplementedError
 
+    def positions_at(self, site: str) -> str:
+        """:attr:`positions` after a cut at ``site``, for methods whose papers treat their cuts differently."""
+        return self.positions
+
     def cuts_at(self, stage: Stage) -> bool:
         """Whether the visit may shorten the sequence (False: it only looks)."""
         return stage.cuts

@@ -53,6 +53,7 @@ class HoliTom(Method):
     Inside the language model, once: after layer ``layer - 1`` the ``inner`` share of the video's tokens that
     the last prompt token attends to most stays; each other one is averaged into its most similar kept
     token by cosine of the hidden states, one after the other (x + y) / 2, in the order of the prompt.
+    Positions are numbered anew at the entry, and kept at this cut.
 
     At most ``keep`` of a video's tokens enter the language model; fewer where merging in time alone
     leaves fewer (that depends on the content). Still images and separators stay whole.
@@ -61,7 +62,8 @@ class HoliTom(Method):
     (theirs is rounded up in every part); k is 7 also for fewer clusters than that; the newline after
     every row that they put back is a token that transformers' models do not have. The published
     threshold is 0.65 for 10 % and 0.8 for 15 to 25 %; their layer is 18 of 28, which is scaled to the
-    model's depth.
+    model's depth. Tokens are in raster order; for LLaVA-OneVision theirs has a window's static tokens
+    before its first frame's others, and in a frame clusters after the tokens kept as they are.
 
     Args:
         keep: budget per video at the entry of the language model.
@@ -124,6 +126,9 @@ class HoliTom(Method):
             return None
         here = language(site)
         return self._outer(here) if site.site == "prompt" else self._inner(here)
+
+    def positions_at(self, site: str) -> str:
+        return "original" if site == "decoder" else self.positions
 
     def _outer(self, site: LanguageSite) -> Reduction | None:
         score = site.spread(stored(site, "score"))
@@ -211,7 +216,7 @@ def windows(steady: Tensor) -> list[tuple[int, int]]:
         long = torch.bincount(run, minlength=j + 1).flip(0).cumsum(0).flip(0)
         length = torch.arange(j, -1, -1)  # j - i for i = 0..j
         gain = value[: j + 1] + long[length] * length
-        begin[j + 1] = i = int(gain.argmax())
+        begin[j + 1] = i = j - int(gain.flip(0).argmax())  # of equals the shortest
         value[j + 1] = gain[i]
     out, stop = [], t
     while stop:

@@ -37,6 +37,7 @@ class PruneVid(Method):
     Inside the language model, after layer ``layer - 1``: of every such group the ``inner`` share stays
     that a text token after the video attends to most in any head (maximum over heads and text tokens).
     The keys and values of the others are also freed in the layers before, when the prompt is done.
+    Positions are numbered anew at the entry, and kept at this cut.
 
     How many tokens are left depends on the content, unless ``keep`` gives a budget.
 
@@ -52,7 +53,8 @@ class PruneVid(Method):
         segments: clusters of frames, as a share of the frames.
         inner: budget of every group inside the language model, of its tokens there; an int is a number
             per group; None leaves the cut out.
-        layer: its first layer with fewer tokens, 0-based, >= 1; None is 10 of 28, scaled.
+        layer: its first layer with fewer tokens, 0-based, >= 1; None is 11 of 28, scaled (the published
+            10 is the layer, counted from 0, whose attention ranks).
         trim: whether the layers before free their keys and values of tokens that were cut.
     """
 
@@ -95,7 +97,7 @@ class PruneVid(Method):
         if self.inner is None:
             return (Stage("prompt", 0),)
         depth = info.depth["decoder"]
-        layer = max(1, 10 * depth // 28) if self.layer is None else self.layer
+        layer = max(1, 11 * depth // 28) if self.layer is None else self.layer
         if layer >= depth:
             raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
         inside = Stage("prompt", 0), Stage("decoder", layer - 1, "end")
@@ -106,6 +108,9 @@ class PruneVid(Method):
             return Reduction(TokenMap.identity(site.batch, site.n, site.device))
         here = language(site)
         return self._outer(here) if site.site == "prompt" else self._inner(here)
+
+    def positions_at(self, site: str) -> str:
+        return "original" if site == "decoder" else self.positions
 
     def _outer(self, site: LanguageSite) -> Reduction | None:
         cutting = Cutting(site)

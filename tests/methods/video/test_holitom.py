@@ -39,6 +39,13 @@ def test_windows_save_the_most(seed: int) -> None:
     assert saved(got) == max(map(saved, partitions(7)))
 
 
+def test_of_windows_that_save_as_much_the_last_is_the_shortest() -> None:
+    """One place static through three frames saves as much as two through the last two."""
+    steady = torch.tensor([[True, False, False], [True, True, False]])
+    assert windows(steady) == [(0, 1), (1, 3)]
+    assert windows(torch.zeros(3, 2, dtype=torch.bool)) == [(i, i + 1) for i in range(4)]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("keep", "merged", "beta"), [(0.2, 0.0, 0.6), (0.35, 0.5, 0.6), (0.3, 1.0, None)]

@@ -195,6 +195,42 @@ def test_positions_of_evs_are_those_of_the_survivors(name: str) -> None:
     torch.testing.assert_close(rope[0][0], cos[0][stays])
 
 
+@pytest.mark.parametrize(
+    "method", [INNER["holitom"], vtr.PruneVid(keep=0.7, layer=2, trim=False)], ids=str
+)
+def test_inner_cuts_keep_the_positions_of_the_entry(method: vtr.Method) -> None:
+    """Numbered anew before the language model, kept in it, as the authors do; in later steps too."""
+    model, inputs = built("llava_next_video", 1)
+    lm = model.model.language_model
+    calls: list[list[torch.Tensor]] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        if module is lm.layers[0]:
+            calls.append([])
+        calls[-1].append(kwargs["position_embeddings"][0][0].clone())
+
+    with torch.no_grad(), vtr.apply(model, method) as handle:
+        hooks = [x.register_forward_pre_hook(look, with_kwargs=True) for x in lm.layers]
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        for hook in hooks:
+            hook.remove()
+        outer, inner = handle.trace.stages[:2]
+    prompt, step = calls
+    n = len(prompt[0])
+    with torch.no_grad():
+        table, _ = lm.rotary_emb(torch.zeros(1, n + 1, 1), torch.arange(n + 1)[None])
+    torch.testing.assert_close(prompt[0], table[0, :n])  # anew at the entry
+    ids = inputs["input_ids"][0]
+    start = int(((ids == IMAGE) | (ids == VIDEO)).nonzero()[0])
+    stays = torch.ones(n, dtype=torch.bool)
+    stays[start : start + outer.tokens_out] = False
+    stays[start + inner.map.kept[0]] = True
+    assert 0 < int((~stays).sum()) == inner.tokens_in - inner.tokens_out
+    torch.testing.assert_close(prompt[2], table[0, :n][stays])
+    for seen in step:
+        torch.testing.assert_close(seen, table[0, n:])
+
+
 def test_framefusion_spends_its_budget() -> None:
     """The mean over layers of the tokens that enter their attention is the cost; early merges count."""
     for keep, noise in ((0.3, 0.0), (0.5, 1.0), (0.7, 0.0), (0.9, 1.0), (4, 1.0)):

@@ -149,3 +149,10 @@ def test_best_of_every_group() -> None:
         True,
         True,
     ]
+
+
+def test_the_default_layer_comes_after_the_one_that_ranks() -> None:
+    """Layer 10 of 28, counted from 0, ranks; the next is the first with fewer tokens."""
+    info = vtr.ModelInfo("", {"decoder": 28}, {})
+    stages = vtr.PruneVid().stages(info)
+    assert stages[1:] == (vtr.Stage("decoder", 10, "end"), vtr.Stage("cache", 11, "before"))

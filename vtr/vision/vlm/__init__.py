@@ -40,7 +40,7 @@ the same grid that follow one another are the frames of one video.
 
 ``reduce`` returns a :class:`vtr.method.Reduction` over the visual tokens (``map``, and ``weights`` or
 ``tokens`` for merging); text is never touched. A merged token takes the place and the position of its
-representative. ``Method.positions`` says whether kept tokens keep their positions; the option
+representative. ``Method.positions_at(site)`` says whether kept tokens keep their positions; the option
 ``positions=`` of ``vtr.apply`` overrides it. With m-RoPE (Qwen) positions are two-dimensional and are
 always kept: the option ``"compact"`` is refused there, a method's own preference gives way.
 

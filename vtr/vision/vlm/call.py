@@ -244,7 +244,7 @@ class Call:
             taken = step.kept.clamp(min=0)
             slots = layout.slots.gather(1, taken).masked_fill(step.kept < 0, -1)
             hidden = put(hidden, slots, values)
-        compact = self.owner.compact(entry)
+        compact = self.owner.compact(entry, name)
         self.layout, index, pad = layout.cut(step.kept, self.rank, compact)
         before = self.map
         self.map = before.then(step)

@@ -158,12 +158,12 @@ class VLMWrapping(Wrapping):
     def scale(self, layer: int) -> float:
         return float(self.layers[layer].self_attn.scaling)
 
-    def compact(self, entry: Entry) -> bool:
-        """Whether a method's cut numbers positions anew."""
+    def compact(self, entry: Entry, site: str) -> bool:
+        """Whether a method's cut at a site numbers positions anew."""
         if self.mrope:
             return False
         chosen = entry.options.get("positions")
-        return (entry.method.positions if chosen is None else chosen) == "compact"
+        return (entry.method.positions_at(site) if chosen is None else chosen) == "compact"
 
     def check(self, method: Method, options: dict[str, Any]) -> None:
         positions = options.get("positions")
