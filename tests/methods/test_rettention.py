@@ -271,12 +271,21 @@ def test_skipped_steps_neither_drift_nor_count():
     assert once.state["measured"].step == 7
 
 
+def test_another_batch_is_measured_anew():
+    """Guidance that is switched off in the midst of a run halves the batch."""
+    method = Rettention(density=0.3, block=16)
+    run, fresh = Run(method, VIDEO), Run(method, VIDEO)
+    run(tensors(VIDEO), 0)
+    half = tensors(VIDEO, batch=1, seed=1)
+    for step in (1, 2, 3):
+        assert torch.equal(run(half, step), fresh(half, step))
+    assert run.state["measured"].step == 1
+
+
 def test_a_changed_size_or_mask_is_refused():
     method = Rettention(density=0.3, block=16)
     run = Run(method, VIDEO)
     run(tensors(VIDEO), 0)
-    with pytest.raises(RuntimeError, match="batch and size must stay"):
-        run(tensors(VIDEO, batch=1), 1)
     run.grid = (4, 4, 10)
     with pytest.raises(RuntimeError, match="mask has changed"):
         run(tensors((4, 4, 10)), 1)

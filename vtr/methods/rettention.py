@@ -147,6 +147,8 @@ class Rettention(Presets, StaticSparse):
         known: Measured | None = site.state.get("measured")
         if known is None or not 0 <= site.step - known.step < self.refresh:
             return self._refresh(site, layout, known)
+        if known.ratio.shape[:2] != site.q.shape[:2]:  # guidance was switched off, say
+            return self._refresh(site, layout, known)
         known.check(site, layout)
         site.notes["kept_bytes"] = known.bytes
         ratio = known.ratio + self.drift * max(0, site.step - known.step - 1)
@@ -241,15 +243,9 @@ class Measured:
         return self.ratio.numel() * self.ratio.element_size() + residual
 
     def check(self, site: AttentionSite, layout: Layout) -> None:
-        """Raises where the ratio is not one of this mask and these tokens."""
+        """Raises where the ratio is not one of this mask."""
         if self.ident != int(layout.mask.ident):
             raise RuntimeError(
                 f"layer {site.layer}: the mask has changed since step {self.step}, when Re-ttention "
                 "measured its ratio; the size must stay the same for a whole run"
-            )
-        if self.ratio.shape != site.q.shape[:3]:
-            raise RuntimeError(
-                f"layer {site.layer}: Re-ttention measured its ratio on (batch, heads, tokens) = "
-                f"{tuple(self.ratio.shape)} at step {self.step}, this call has "
-                f"{tuple(site.q.shape[:3])}; batch and size must stay the same for a whole run"
             )
