@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 import vtr
 from tests.tiny import images, site, vit
+from vtr.method import Reduction
 from vtr.signals import Site
+from vtr.tokens import TokenMap, top_indices
 
 
 def scores(s: Site, b: int) -> list[float]:
@@ -120,3 +124,33 @@ def test_gradients_reach_the_scores() -> None:
     assert got is not None and got.map is not None
     got.map.merge(s.hidden, got.weights, got.normalize).sum().backward()
     assert q.grad is not None and q.grad[:, :, 0].abs().sum() > 0 and k.grad is not None
+
+
+@dataclass(frozen=True)
+class Uneven(vtr.CLSAttention):
+    """Keeps what gets more than the mean attention: a number of each image's own."""
+
+    def reduce(self, site: Site) -> Reduction | None:
+        score = site.cls_attention()
+        number = (score > score.mean(1, keepdim=True)).sum(1)
+        kept, padded = top_indices(score, number)
+        return Reduction(TokenMap.keep(kept, site.n, padded))
+
+
+@pytest.mark.parametrize("keep", [0.5, (0.7, 5), 6])
+def test_a_rate_is_of_the_samples_own_tokens(keep: Any) -> None:
+    model, x = vit(), images(4)
+    chain = [Uneven(layers=(0,)), vtr.EViT(keep=keep, layers=(2, 4), fuse=False)]
+    with vtr.apply(model, chain) as handle, torch.no_grad():
+        together, numbers = model(x), []
+        assert handle.trace.stages[0].map.padded
+        valid = handle.trace.stages[-1].total.valid.sum(1).tolist()
+        for b in range(4):
+            torch.testing.assert_close(
+                model(x[b : b + 1]), together[b : b + 1], atol=1e-4, rtol=1e-4
+            )
+            numbers.append(handle.trace.stages[-1].tokens_out)
+    assert numbers == valid
+    fusing = [chain[0], vtr.EViT(keep=0.5, layers=(2,))]
+    with vtr.apply(model, fusing), pytest.raises(ValueError, match="different numbers of tokens"):
+        model(x)

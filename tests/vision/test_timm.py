@@ -368,3 +368,18 @@ def test_reported_flops_are_those_of_the_operators() -> None:
         blocks = counted.get_total_flops() - rest.get_total_flops()
         # The class attention row itself is the method's own: well under a hundredth.
         assert reported <= blocks <= 1.01 * reported
+
+
+def test_a_batch_without_images() -> None:
+    model, x = vit(), images(0)
+    for method in (vtr.EViT(keep=0.5), vtr.ToMe(keep=0.5), vtr.FlowCut(keep=0.5), vtr.ToFe()):
+        with vtr.apply(model, method), torch.no_grad():
+            assert model(x).shape == (0, 10)
+
+
+def test_a_block_in_two_places_is_refused() -> None:
+    model = vit()
+    model.blocks[3] = model.blocks[2]
+    with pytest.raises(vtr.UnsupportedModelError, match="stands in several places"):
+        vtr.apply(model, "evit")
+    assert ours(model) == []

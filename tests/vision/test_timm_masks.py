@@ -160,3 +160,19 @@ def test_naflex_dictionaries() -> None:
             inputs["patch_valid"][1, 9:] = False
             with pytest.raises(vtr.UnsupportedMethodError, match="padded patches"):
                 model(inputs)
+            with pytest.raises(vtr.UnsupportedMethodError, match="padded patches"):
+                model.forward_features(*inputs.values())
+            with pytest.raises(vtr.UnsupportedMethodError, match="padded patches"):
+                model.forward_intermediates(inputs, output_fmt="NLC")
+            by_place = (None, False, False, False, "NLC", False, False, *list(inputs.values())[1:])
+            with pytest.raises(vtr.UnsupportedMethodError, match="padded patches"):
+                model.forward_intermediates(patches, *by_place)
+
+
+def test_naflex_intermediates_of_another_image() -> None:
+    model = build("naflexvit_base_patch16_gap")
+    with torch.no_grad(), vtr.apply(model, vtr.Random(keep=2)) as handle:
+        model(torch.randn(1, 3, 32, 32))
+        assert handle.trace.stages[0].grid == (4, 4)
+        maps = model.forward_intermediates(torch.randn(1, 3, 16, 64), intermediates_only=True)
+        assert maps[-1].shape[-2:] == handle.trace.stages[0].grid == (2, 8)

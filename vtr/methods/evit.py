@@ -13,6 +13,7 @@ from vtr.budget import (
     check_layers,
     check_schedule,
     count,
+    counts,
     fit_layers,
     geometric,
     third_points,
@@ -35,7 +36,8 @@ class EViT(Method):
     Differences from the authors' code: every prefix token is protected, not only the first (a
     distilled DeiT's second token would otherwise be scored as a patch), and tokens stay in raster
     order, the fused one in the place of its most attended member (outputs do not depend on the
-    order where positions are added before the first block).
+    order where positions are added before the first block). One inattentive token alone is left as it
+    is: theirs would be multiplied by its score.
 
     Args:
         keep: a float is the rate of *each* stage, as in the paper (0.7 leaves 34 % after three); an
@@ -77,28 +79,26 @@ class EViT(Method):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return tuple(Stage("encoder", layer) for layer in self._layers(info))
 
-    def _count(self, site: Site) -> int:
+    def _rate(self, site: Site) -> Keep:
+        """What this stage leaves: a share of the tokens here, or a number."""
         layers = self._layers(site.info)
         stage = layers.index(site.layer)
         if isinstance(self.keep, tuple):
-            return count(self.keep[stage], site.n)
+            return self.keep[stage]
         if isinstance(self.keep, int):
-            return min(geometric(self.keep, len(layers), site.map.n_in)[stage], site.n)
-        return count(self.keep, site.n)
+            return geometric(self.keep, len(layers), site.map.n_in)[stage]
+        return self.keep
 
     def reduce(self, site: Site) -> Reduction | None:
-        k = self._count(site)
+        rate = self._rate(site)
+        if site.valid is not None:
+            return self._reduce_padded(site, rate)
+        k = count(rate, site.n)
         if k == site.n:
             return None
         s = site.cls_attention()
         if not self.fuse:
-            kept, padded = top_indices(s, k, site.valid)
-            return Reduction(TokenMap.keep(kept, site.n, padded))
-        if site.valid is not None:
-            raise ValueError(
-                "evit cannot fuse after a method that left the samples of a batch with different "
-                "numbers of tokens: use fuse=False, or batch size 1"
-            )
+            return Reduction(TokenMap.keep(top_indices(s, k)[0], site.n))
         if k == site.n - 1:  # fusing one token would only rescale it
             return None
         # The fused slot's representative is the best of the inattentive: the (k+1)-th of the ranking.
@@ -111,3 +111,17 @@ class EViT(Method):
         step = TokenMap.merged(kept, source)
         weights = torch.where(source == fused, s, 1.0)
         return Reduction(step, weights, normalize=False)
+
+    def _reduce_padded(self, site: Site, rate: Keep) -> Reduction | None:
+        """After a method that left the samples with different numbers of tokens: a rate is of its own."""
+        here = site.valid.sum(1)  # type: ignore[union-attr]
+        k = counts(rate, here)
+        if bool((k == here).all()):
+            return None
+        if self.fuse:
+            raise ValueError(
+                "evit cannot fuse after a method that left the samples of a batch with different "
+                "numbers of tokens: use fuse=False, or batch size 1"
+            )
+        kept, padded = top_indices(site.cls_attention(), k, site.valid)
+        return Reduction(TokenMap.keep(kept, site.n, padded))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtr.errors import UnsupportedMethodError
+from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Reduction
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap
@@ -60,6 +60,11 @@ class EncoderSession:
     ) -> None:
         self.owner = owner
         self.runners = list(runners)
+        if len({id(r.block) for r in self.runners}) < len(self.runners):
+            raise UnsupportedModelError(
+                f"{owner.info.family}: one block stands in several places (shared weights), where methods "
+                "cannot tell the layers apart"
+            )
         self.prefix = prefix
         self.grid = grid
         self.tower = tower

@@ -73,7 +73,7 @@ class ClipBlock(BlockRunner):
         y = F.linear(x, attn.in_proj_weight[rows], bias)
         out = []
         for i, piece in zip(range(part.start, part.stop), y.split(width, -1), strict=True):
-            piece = piece.reshape(x.shape[0], x.shape[1], attn.num_heads, -1).transpose(1, 2)
+            piece = piece.unflatten(2, (attn.num_heads, width // attn.num_heads)).transpose(1, 2)
             if self.custom and i < 2:
                 piece = (attn.ln_q, attn.ln_k)[i](piece)
             out.append(piece)

@@ -52,6 +52,12 @@ _ATTENTIONS = (
     beit.Attention,
     vision_transformer_relpos.RelPosAttention,
 )
+# arguments of NaFlexVit's forward_features, and the first of its forward_intermediates
+_NAFLEX = ("patches", "patch_coord", "patch_valid", "attn_mask")
+_INTERMEDIATES = (
+    *("x", "indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt"),
+    *("intermediates_only", "output_dict", *_NAFLEX[1:]),
+)
 _REFUSED = {
     "SwinTransformer": "its windows need the full grid of tokens",
     "SwinTransformerV2": "its windows need the full grid of tokens",
@@ -171,8 +177,8 @@ def _qkv(
     attn: Any, x: Tensor, rope: Tensor | None, prefix: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, T, D) as the module's own forward makes them."""
-    batch, tokens, _ = x.shape
     heads = attn.num_heads
+    kv_heads = getattr(attn, "num_kv_heads", heads)
     if getattr(attn, "qkv", None) is not None:
         if getattr(attn, "q_bias", None) is None:
             qkv = attn.qkv(x)
@@ -182,12 +188,17 @@ def _qkv(
                 qkv = attn.qkv(x) + bias
             else:
                 qkv = F.linear(x, weight=attn.qkv.weight, bias=bias)
-        q, k, v = qkv.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = qkv.unflatten(2, (3, heads, qkv.shape[2] // (3 * heads)))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     else:
-        kv_heads = getattr(attn, "num_kv_heads", heads)
-        q = attn.q_proj(x).reshape(batch, tokens, heads, -1).transpose(1, 2)
-        k = attn.k_proj(x).reshape(batch, tokens, kv_heads, -1).transpose(1, 2)
-        v = attn.v_proj(x).reshape(batch, tokens, kv_heads, -1).transpose(1, 2)
+        q, k, v = (
+            y.unflatten(2, (n, y.shape[2] // n)).transpose(1, 2)
+            for y, n in (
+                (attn.q_proj(x), heads),
+                (attn.k_proj(x), kv_heads),
+                (attn.v_proj(x), kv_heads),
+            )
+        )
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
@@ -220,7 +231,7 @@ def _open_attention(attn: Any, x: Tensor, probe: Probe, kwargs: dict[str, Any]) 
         is_causal=kwargs.get("is_causal", False),
         fused=attn.fused_attn,
     )
-    out = out.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
+    out = out.transpose(1, 2).flatten(2)
     norm = getattr(attn, "norm", None)
     if norm is not None:
         out = norm(out)
@@ -294,29 +305,38 @@ class TimmWrapping(Wrapping):
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Intermediate features at full length: they are reshaped to grids by the model."""
+        model: Any = self.root
+        if isinstance(model, naflexvit.NaFlexVit):
+            kwargs = {**dict(zip(_INTERMEDIATES, args, strict=False)), **kwargs}
+            given = kwargs.get("x")
+            self._look_naflex(given if isinstance(given, dict) else {**kwargs, "patches": given})
+            args = ()
         self.session.whole = True
         try:
-            model: Any = self.root
             return type(model).forward_intermediates(model, *args, **kwargs)
         finally:
             self.session.whole = False
 
     def forward_naflex(self, *args: Any, **kwargs: Any) -> Any:
-        valid = kwargs.get("patch_valid")
-        if (valid is not None and not bool(valid.all())) or kwargs.get("attn_mask") is not None:
+        model: Any = self.root
+        kwargs = {**dict(zip(_NAFLEX, args, strict=False)), **kwargs}
+        self._look_naflex(kwargs)
+        return type(model).forward_features(model, **{**kwargs, "patch_valid": None})
+
+    def _look_naflex(self, given: dict[str, Any]) -> None:
+        """Refuse padded patches, and note the grid of an image (patches tell none)."""
+        valid = given.get("patch_valid")
+        if (valid is not None and not bool(valid.all())) or given.get("attn_mask") is not None:
             raise UnsupportedMethodError(
                 "NaFlexVit with padded patches is not supported: pass images of one size per batch, "
                 "or patches without padding (patch_valid all True)"
             )
-        if valid is not None:
-            kwargs = {**kwargs, "patch_valid": None}
         model: Any = self.root
-        given = args[0] if args else kwargs.get("patches")
+        patches = given.get("patches")
         self.session.shape = None
-        if isinstance(given, Tensor) and given.dim() == 4:  # an image; patches tell no grid
-            high, wide = given.shape[-2:]
+        if isinstance(patches, Tensor) and patches.dim() == 4:
+            high, wide = patches.shape[-2:]
             self.session.shape = tuple(model.embeds.dynamic_feat_size((int(high), int(wide))))
-        return type(model).forward_features(model, *args, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None, **kwargs: Any) -> Tensor:
         """The model's pooling with merged tokens weighed by their size."""
