@@ -143,9 +143,9 @@ class TokenMap:
             part = take(wide, travel) * (take(w, travel) * live)[..., None]
             row = torch.arange(batch, device=x.device)[:, None] * n_out + slot
             out = (
-                out.reshape(batch * n_out, -1)
-                .index_add(0, row.reshape(-1), part.reshape(batch * moved, -1))
-                .reshape(batch, n_out, *x.shape[2:])
+                out.flatten(0, 1)
+                .index_add(0, row.flatten(), part.flatten(0, 1))
+                .unflatten(0, (batch, n_out))
             )
         return out.to(x.dtype)
 
