@@ -64,6 +64,17 @@ def test_attention_is_counted_in_every_implementation(fused):
     assert count_flops(attend, q, k, k) == 4 * 2 * 3 * 10 * 24 * 16
 
 
+@pytest.mark.parametrize("method", [vtr.EViT(keep=0.5), vtr.ToMe(r=8), vtr.Random()], ids=str)
+def test_reduced_models_are_counted_without_weights(method):
+    costs = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4).eval()
+            with vtr.apply(model, method):
+                costs.append(count_flops(model, torch.empty(1, 3, 64, 64).normal_()))
+    assert costs[0] == costs[1] > 0
+
+
 def test_attention_modules_of_torch_are_counted_in_eval_mode_too():
     x = torch.randn(2, 10, 64)
     attention = 2 * 2 * 10 * 64 * 64 * 4 + 4 * 2 * 10 * 10 * 64

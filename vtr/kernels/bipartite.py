@@ -64,7 +64,7 @@ def bipartite_match(
         score, index = match(metric_a, metric_b, b_mask)
     else:
         kind = metric_a.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             # It would round the products, and with them the ranks that say which index is first.
             with torch.autocast(kind, enabled=False):
                 score, index = _match_tiles(metric_a, metric_b, b_mask)
@@ -82,7 +82,8 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
     columns = b.shape[1]
     if batch * rows * columns < _FEW:
         return _search(a, b, b_mask)
-    tile = _TILE * torch.get_num_threads()
+    # A compiled function cannot ask for the threads, and may run with others.
+    tile = _TILE * (1 if torch.compiler.is_compiling() else torch.get_num_threads())
     # Tiles of equal height: a last tile of a row or two would run at a vector product's speed,
     # and with its order of summation.
     samples = -(-batch // -(-batch // max(1, tile // (rows * columns))))
