@@ -67,11 +67,19 @@ the same result in every row that repeats it (beams): their caches are exchanged
 What is where
 -------------
 
-``wrapping`` (facts, loss, costs), ``families`` (what differs between models), ``tower`` and ``packed``
+``wrapping`` (facts, hooks), ``arguments``, ``loss`` and ``costs`` (of a call), ``gate`` (threads and
+compiled code), ``families`` (what differs between models), ``tower`` and ``packed``
 (methods inside vision towers), ``features`` and ``spreads`` (from patches to visual tokens),
 ``frames`` (which frame and place each has), ``language`` (hooks on the language model), ``call`` (one
 call of it: sites and cuts), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
-``cache`` (what a KV cache remembers of its cuts).
+``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``.
+
+Threads may call a wrapped model at the same time: one forward call runs while the others wait. A model
+that ``torch.compile`` has compiled before ``apply`` is compiled again (code compiled without hooks would
+not see them). Image features that the caller gives (``mm_encoder_outputs``, ``image_hidden_states``)
+are cut like others, but methods that look into the tower refuse them, and which image a token belongs to
+is not known: a budget per image is then one of the sample. Embeddings in which the caller has put the
+features, without pixels, show no visual tokens: such a call is dense.
 
 A KV cache that was cut can only be continued while a method is applied. Its ``get_seq_length()`` counts
 the tokens that were given, ``get_seq_length(layer)`` those that a layer holds.

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Arguments by which a language model runs its layers.
+_GIVEN = (
+    "hidden_states",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "position_embeddings",
+)
+
+
+def runs_otherwise(layer: Any) -> str:
+    """Why a decoder layer cannot be given a shorter sequence from outside; empty if it can."""
+    names = inspect.signature(type(layer).forward).parameters
+    lacking = [name for name in _GIVEN if name not in names]
+    return f"{type(layer).__name__} takes no {', '.join(lacking)}" if lacking else ""
+
+
+# Parts of an attention module that :func:`project` knows what to do with, or need not know of.
+_PARTS = frozenset(
+    {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "dense", "q_norm", "k_norm", "rotary_emb"}
+)
 
 
 def opens(layer: Any) -> str:
@@ -14,10 +38,44 @@ def opens(layer: Any) -> str:
     attn = getattr(layer, "self_attn", None)
     if attn is None or not hasattr(layer, "input_layernorm"):
         return f"{type(layer).__name__} is no pre-norm layer with self_attn and input_layernorm"
+    title = type(attn).__name__
     for name in ("q_proj", "k_proj", "v_proj", "head_dim", "scaling"):
         if not hasattr(attn, name):
-            return f"{type(attn).__name__} has no {name}"
+            return f"{title} has no {name}"
+    known = (nn.Dropout, nn.Identity)
+    odd = [n for n, m in attn.named_children() if n not in _PARTS and not isinstance(m, known)]
+    odd += [name for name, _ in attn.named_parameters(recurse=False)]  # attention sinks
+    if getattr(getattr(attn, "config", None), "clip_qkv", None) is not None:
+        odd.append("clip_qkv")
+    for name in ("q_norm", "k_norm"):
+        weight = getattr(getattr(attn, name, None), "weight", None)
+        if weight is not None and weight.shape != (attn.head_dim,):
+            odd.append(f"{name} over all heads")
+    if odd:
+        return f"{title} has {', '.join(odd)}, which are not known here"
+    if not getattr(attn, "use_rope", True):
+        return f"{title} has no rotary embedding in this layer"
+    if not _halves_turn(attn):
+        return f"{title} has another rotary embedding than that of halves"
     return ""
+
+
+def _halves_turn(attn: Any) -> bool:
+    """Whether the rotary embedding of an attention module is :func:`rotate`: tried on a few numbers."""
+    for cls in type(attn).__mro__:
+        turn = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
+        if turn is not None:
+            break
+    else:
+        return False
+    x, cos, sin = torch.linspace(-1, 2, 24, device="cpu").reshape(3, 1, 8).unbind()
+    q, k = x.reshape(1, 1, 1, 8), x.reshape(1, 1, 1, 8) + 1
+    try:
+        made = turn(q, k, cos[None], sin[None])
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    wanted = rotate(q, cos[None], sin[None]), rotate(k, cos[None], sin[None])
+    return all(torch.allclose(a, b) for a, b in zip(made, wanted, strict=True))
 
 
 # Layers of the form x + attention(norm(x)), then x + mlp(norm(x)).

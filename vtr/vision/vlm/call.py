@@ -15,6 +15,7 @@ from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
+from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
 from vtr.wrapping import Entry
 
@@ -84,11 +85,19 @@ class Call:
             self.rank = (live.long().cumsum(1) - 1).clamp(min=0)
             self.entry = self.layout.valid.sum(1)
             place = torch.arange(slots.shape[1], device=live.device).expand_as(slots)
-            kept, padded = torch.where(slots < 0, -1, place), bool((slots < 0).any())
-            self.map = TokenMap.keep(kept, slots.shape[1], padded)
+            kept = torch.where(slots < 0, -1, place)
+            self.map = TokenMap.keep(kept, slots.shape[1], self.layout.ragged)
         self.memory: dict[int, dict[str, Any]] = {}
         self.changed = False
         self._frames: dict[bool, Frames] = {}
+        self._counts: list[list[int]] | None = None
+
+    def counts(self, kind: str) -> list[int]:
+        """How many visual tokens of a modality each sample has; the device is asked once."""
+        if self._counts is None:
+            found = torch.stack([(self.kinds == number).sum(1) for number in KINDS.values()])
+            self._counts = found.tolist()
+        return self._counts[list(KINDS).index(kind)]
 
     # ---- what earlier calls left ------------------------------------------------------------
 
@@ -185,7 +194,7 @@ class Call:
         key = owner.entries.index(entry)
         captures = owner.captures
         signals: dict[str, Any] = {"rows": None, "qkv": None}
-        if name == "decoder":
+        if name == "decoder" and not owner.closed:
             where = self.seen
             if place == "start" and self.rope is not None:
                 where = Seen(layer, hidden, self.rope, layout, False)

@@ -42,9 +42,9 @@ def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
 
 def _flops(owner: VLMWrapping, lengths: Lengths, past: Tensor) -> float:
     total = 0.0
+    width = owner.info.extra["lm_heads"] * owner.info.extra["lm_head_dim"]
     for layer, (n, m) in zip(owner.layers, lengths, strict=True):
         number = n.double()
-        width = layer.self_attn.q_proj.out_features
         square = 4 * number * (number + past.to(number)) * width
         mlp = linear_flops(layer.mlp)
         linear = (linear_flops(layer) - mlp) * number + mlp * m.double()
@@ -53,9 +53,8 @@ def _flops(owner: VLMWrapping, lengths: Lengths, past: Tensor) -> float:
 
 
 def _bytes(owner: VLMWrapping, lengths: Lengths) -> float:
-    total = 0.0
-    for layer, (n, _) in zip(owner.layers, lengths, strict=True):
-        attn = layer.self_attn
-        per_token = attn.k_proj.out_features + attn.v_proj.out_features
-        total += float(n.double().mean()) * per_token * attn.k_proj.weight.element_size()
-    return total
+    extra = owner.info.extra
+    # Of the embedding, whose dtype is that of the keys also where linear layers are quantised.
+    size = owner.lm.get_input_embeddings().weight.element_size()
+    per_token = 2 * extra["lm_kv_heads"] * extra["lm_head_dim"] * size
+    return sum(float(n.double().mean()) * per_token for n, _ in lengths)

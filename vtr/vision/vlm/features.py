@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtr.signals import Frames
+from vtr.trace import Trace
 from vtr.vision.vlm.frames import KINDS, Piece, frames_of
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Captures:
 
     def __init__(self) -> None:
         self.of: dict[str, Capture] = {}
+        self.trace = Trace()  # of the towers
 
     def made(self, outputs: dict[str, Any]) -> bool:
         """Whether these are the features that were captured (generate makes them before the forward)."""
@@ -87,7 +89,7 @@ class Captures:
 
         Beam search and several returned sequences repeat samples after the tower has run.
         """
-        counts = (call.kinds == KINDS[kind]).sum(1).tolist()
+        counts = call.counts(kind)
         total = sum(piece.length for piece in self.pieces(kind))
         times, rest = divmod(sum(counts), total) if total else (0, 1)
         if rest or any(len(set(counts[i : i + times])) > 1 for i in range(0, len(counts), times)):
@@ -187,8 +189,8 @@ class Spread:
 
     def __call__(self, scores: Tensor, newline: float | None) -> Tensor:
         of, call = self.captures.of, self.call
-        for kind, number in KINDS.items():
-            if kind not in of and bool((call.kinds == number).any()):
+        for kind in KINDS:
+            if kind not in of and any(call.counts(kind)):
                 raise RuntimeError(
                     f"spread: the vision tower did not run for the {kind}s of this call"
                 )
@@ -225,6 +227,11 @@ class Spread:
             )
         if capture.stays is not None:
             flat = flat[capture.stays.to(flat.device)]
+        # Each sample's tokens in their order, counted on the device: writing to a mask would wait.
         kinds = call.kinds.gather(1, call.arrived.clamp(min=0)).masked_fill(call.arrived < 0, 0)
-        for b, (start, stop) in enumerate(self.captures.rows(call, kind)):
-            out[b, kinds[b] == KINDS[kind]] = flat[start:stop]
+        here = kinds == KINDS[kind]
+        first = torch.tensor([start for start, _ in self.captures.rows(call, kind)])
+        first = first.to(out.device, non_blocking=True)
+        place = (here.long().cumsum(1) - 1 + first[:, None]).clamp(0, len(flat) - 1)
+        here = here.reshape(*here.shape, *(1,) * (out.dim() - 2))
+        out.copy_(torch.where(here, flat[place].to(out.dtype), out))

@@ -35,10 +35,12 @@ class Last:
         halved: the same for the second half (MLP) of layers that were cut in the middle.
         held: per layer whose cache was freed of tokens, (B,) tokens of this call that it holds.
         layout: the sequence at the end, None where nothing was cut.
+        captures: what the towers did for it.
     """
 
     def __init__(self, call: Call) -> None:
         self.live = call.live
+        self.captures = call.owner.captures
         self.past = call.columns_before(0).sum(1)
         self.entered: list[Tensor] = []
         self.halved: dict[int, Tensor] = {}
@@ -80,6 +82,7 @@ class LanguageSession:
         module = self.module
         owner.hook(module.register_forward_pre_hook(Bound(self, "before"), with_kwargs=True))
         owner.hook(module.register_forward_hook(Bound(self, "after")))
+        owner.hook(module.register_forward_hook(Bound(self, "end"), always_call=True))
         for i, layer in enumerate(self.layers):
             owner.hook(
                 layer.register_forward_pre_hook(Bound(self, "before_layer", i), with_kwargs=True)
@@ -186,9 +189,9 @@ class LanguageSession:
     def _begin(self, call: Call) -> None:
         """A new trace, with what the tower has done already."""
         self.owner.enter()
-        stages = [s for s in self.owner.trace.stages if s.site == "encoder"]
-        tokens = {k: v for k, v in self.owner.trace.tokens.items() if k == "encoder"}
-        self.owner.trace = Trace(stages, tokens, call.live.shape[0], self.owner.trace.notes)
+        towers = self.owner.captures.trace
+        stages, tokens = list(towers.stages), dict(towers.tokens)
+        self.owner.trace = Trace(stages, tokens, call.live.shape[0], towers.notes)
         self.last = Last(call)
 
     def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
@@ -226,6 +229,12 @@ class LanguageSession:
         self.owner.cache.after(call)
         if call.changed and self.last is not None:
             self.last.layout = call.layout
+
+    def end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Also after an exception: nothing of the call is left."""
+        call, self.call = self.call, None
+        if call is not None and call.cuts is not None:
+            call.cuts.open = False
 
     # ---- its layers -------------------------------------------------------------------------
 

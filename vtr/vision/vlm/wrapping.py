@@ -1,11 +1,11 @@
-"""The wrapping of a vision-language model: its facts, its towers, its loss and its costs."""
+"""The wrapping of a vision-language model: its facts, its towers and its costs."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method
@@ -13,20 +13,28 @@ from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.pooling import has_pooling
-from vtr.vision.vlm.attention import has_halves, opens
+from vtr.vision.vlm.arguments import ENCODED, PIXELS, has_any, has_features, named
+from vtr.vision.vlm.attention import has_halves, opens, runs_otherwise
 from vtr.vision.vlm.cache_site import PLACES, CacheSession
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import FORWARDED, Family, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
+from vtr.vision.vlm.gate import (
+    FEATURES,
+    INNER,
+    LANGUAGE,
+    ROOT,
+    Gate,
+    PerThread,
+    forget_compiled,
+)
 from vtr.vision.vlm.language import LanguageSession
+from vtr.vision.vlm.loss import Loss
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
-from vtr.vision.vlm.sequence import follow
 from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, Wrapping
 
-PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
-FEATURES = (*PIXELS, "mm_encoder_outputs")
 TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
 MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
 
@@ -48,19 +56,33 @@ class VLMWrapping(Wrapping):
         self.family = family
         self.lm: Any = language_of(inner)
         self.layers: Any = self.lm.layers
-        self.captures = Captures()
+        self.here = PerThread()
+        self.gate = Gate(Bound(self, "inside"))
         self.running: dict[str, Any] | None = None
-        self.labels: Tensor | None = None
         self.towers: dict[str, TowerSession | PackedSession] = {}
         self.forwarded: dict[str, Any] = {}
         super().__init__(root, self._info())
         self.language = LanguageSession(self, self.lm)
         self.cache = CacheSession(self)
+        self.loss = Loss(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
-        state = {**super().__getstate__(), "captures": Captures()}
-        return {**state, "running": None, "labels": None, "forwarded": {}}
+        state = {**super().__getstate__(), "running": None, "forwarded": {}}
+        return {**state, "here": PerThread()}
+
+    @property
+    def captures(self) -> Captures:
+        """What the towers did for the coming call of the language model, in this thread."""
+        return self.here.captures
+
+    @captures.setter
+    def captures(self, made: Captures) -> None:
+        self.here.captures = made
+
+    def inside(self) -> tuple[Any, ...]:
+        """What stands as ``self`` on the stack of a thread that runs the model."""
+        return self, self.root, self.inner, self.lm
 
     # ---- what the model is ------------------------------------------------------------------
 
@@ -70,13 +92,16 @@ class VLMWrapping(Wrapping):
         depth = {"prompt": 1, "projector": 1, "decoder": layers, "cache": layers}
         look = frozenset({"hidden", "text"})
         decoder = look
-        if not opens(self.layers[0]):
+        self.closed = next(filter(None, map(opens, self.layers)), "")
+        if not self.closed:
             decoder = look | {"queries", "keys", "values", "text_attention", "attention_received"}
         extra: dict[str, Any] = {
             "mrope": self.mrope,
             "lm_dim": config.hidden_size,
             "lm_heads": config.num_attention_heads,
             "lm_kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+            "lm_head_dim": getattr(config, "head_dim", None)
+            or config.hidden_size // config.num_attention_heads,
             "tower_cuts": not self.family.cuts,
             "decoder_middle": has_halves(self.layers[0]),
         }
@@ -92,7 +117,7 @@ class VLMWrapping(Wrapping):
         signals = {} if facts is None else dict(facts.signals)
         if facts is not None and all(map(has_pooling, (s.tower for s in self.towers.values()))):
             signals["encoder"] |= {"pooling"}
-        cache = frozenset() if opens(self.layers[0]) else frozenset({"newest_attention"})
+        cache = frozenset() if self.closed else frozenset({"newest_attention"})
         signals |= {"prompt": look, "projector": look, "decoder": decoder, "cache": cache}
         return ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
 
@@ -155,8 +180,9 @@ class VLMWrapping(Wrapping):
                 "or pass flash_attention=True to use it all the same"
             )
 
-    def scale(self, layer: int) -> float:
-        return float(self.layers[layer].self_attn.scaling)
+    def scale(self, layer: int) -> float | None:
+        """The factor of a layer's attention logits, None where its attention is not opened."""
+        return None if self.closed else float(self.layers[layer].self_attn.scaling)
 
     def compact(self, entry: Entry, site: str) -> bool:
         """Whether a method's cut at a site numbers positions anew."""
@@ -174,14 +200,27 @@ class VLMWrapping(Wrapping):
                 f"positions='compact' is not defined for {self.info.family}: its positions are "
                 "two-dimensional (m-RoPE); use positions='original'"
             )
-        super().check(method, options)
+        try:
+            super().check(method, options)
+        except UnsupportedMethodError as error:
+            if self.closed and "'decoder'" in str(error):
+                raise UnsupportedMethodError(f"{error} ({self.closed})") from None
+            raise
         self.check_flash(options)
-        if self.sliding and any(stage.site != "encoder" for stage in method.stages(self.info)):
+        # What a tower cuts is taken out of the prompt as well.
+        stages = method.stages(self.info)
+        shortens = any(stage.site != "encoder" or method.cuts_at(stage) for stage in stages)
+        odd = runs_otherwise(self.layers[0])
+        if odd and shortens:
+            raise UnsupportedMethodError(
+                f"{method.name} cannot cut for this language model: {odd}, by which a cut is carried out"
+            )
+        if self.sliding and shortens:
             raise UnsupportedMethodError(
                 f"{method.name} cannot cut for a language model with sliding-window layers: their "
                 "windows count tokens, and would reach further back after a cut"
             )
-        for stage in method.stages(self.info):
+        for stage in stages:
             if stage.site == "encoder" and self.family.cuts and method.cuts_at(stage):
                 raise UnsupportedMethodError(
                     f"{method.name} cuts inside the vision tower, which {self.info.family} does not "
@@ -211,17 +250,19 @@ class VLMWrapping(Wrapping):
 
     def install(self) -> None:
         inner: Any = self.inner
+        forget_compiled()
+        levels = [(self.root, ROOT), (inner, INNER), (self.lm, LANGUAGE)]
+        levels = levels[self.root is inner :]
+        for module, level in levels:
+            enter = Bound(self.gate, "enter", level)
+            self.hook(module.register_forward_pre_hook(enter))
         if any(stage.site == "encoder" for _, stage in self.stages()):
             for session in dict.fromkeys(self.towers.values()):
                 session.install()
         self.language.install()
         self.cache.install()
         if self.root is not inner:
-            before = self.root.register_forward_pre_hook(
-                Bound(self, "before_root"), with_kwargs=True
-            )
-            self.hook(before)
-            self.hook(self.root.register_forward_hook(Bound(self, "after_root"), with_kwargs=True))
+            self.loss.install()
         self.hook(inner.register_forward_pre_hook(Bound(self, "before_inner"), with_kwargs=True))
         for name, modality in MODALITIES.items():
             if hasattr(inner, name):
@@ -236,6 +277,9 @@ class VLMWrapping(Wrapping):
             self.patch(self.root, "_valid_auto_compile_criteria", Bound(self, "never"))
         if hasattr(type(self.root), "_get_candidate_generator"):
             self.patch(self.root, "_get_candidate_generator", Bound(self, "drafts"))
+        for module, level in levels:
+            leave = Bound(self.gate, "leave", level)
+            self.hook(module.register_forward_hook(leave, always_call=True))
 
     def drafts(self, *args: Any, **kwargs: Any) -> DraftsAfterPrompt:
         """generate asks for its candidate generator: assisted decoding begins."""
@@ -251,12 +295,22 @@ class VLMWrapping(Wrapping):
     def features(self, name: str, modality: str, *args: Any, **kwargs: Any) -> Any:
         """``get_image_features``: remember what becomes of the tower's tokens."""
         method = getattr(type(self.inner), name)
-        if self.running is not None:  # one modality made by way of the other
-            return method(self.inner, *args, **kwargs)
+        self.gate.enter(FEATURES)
+        try:
+            if self.running is not None:  # one modality made by way of the other
+                return method(self.inner, *args, **kwargs)
+            return self._capture(method, modality, args, kwargs)
+        finally:
+            self.gate.leave(FEATURES)
+
+    def _capture(
+        self, method: Any, modality: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if modality in self.captures.of:
             self.captures = Captures()
         if not self.captures.of:
-            self.trace = Trace()
+            self.captures.trace = Trace()
+        self.trace = self.captures.trace
         capture = Capture(modality)
         self.running = {}
         tower = self.towers.get(modality)
@@ -297,48 +351,15 @@ class VLMWrapping(Wrapping):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.language.pending = None
-        if any(kwargs.get(name) is not None for name in PIXELS):
-            self.captures = Captures()  # the towers run inside this call
-        elif isinstance(made := kwargs.get("mm_encoder_outputs"), dict) and not self.captures.made(
-            made
-        ):
-            self.captures = Captures()  # features from elsewhere
-        if has_features(kwargs):
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            found = find(module, ids, kwargs.get("inputs_embeds"))
-            self.forwarded = {name: kwargs[name] for name in FORWARDED if name in kwargs}
+        given = named(module, args, kwargs)
+        made = given.get("mm_encoder_outputs")
+        elsewhere = made is not None and not (isinstance(made, dict) and self.captures.made(made))
+        if elsewhere or has_any(given, (*PIXELS, *ENCODED)):
+            self.captures = Captures()  # the towers run inside this call, or the caller ran them
+        if has_features(given):
+            found = find(module, given.get("input_ids"), given.get("inputs_embeds"))
+            self.forwarded = {name: given[name] for name in FORWARDED if name in given}
             self.language.pending = found if found is not None and bool(found.any()) else None
-
-    def before_root(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.labels = None
-        if kwargs.get("labels") is None or not has_features(kwargs):
-            return None
-        self.labels = kwargs["labels"]
-        return args, {**kwargs, "labels": None}
-
-    def after_root(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """The loss of the tokens that were left."""
-        labels, self.labels = self.labels, None
-        if labels is None:
-            return None
-        logits = output[0] if isinstance(output, tuple) else output.logits
-        last = self.language.last
-        if last is not None and last.layout is not None:
-            labels = follow(labels, last.layout.index, ~last.layout.live, -100)
-        if logits.shape[1] != labels.shape[1]:
-            raise ValueError(
-                f"labels cannot be combined with logits_to_keep: {logits.shape[1]} logits for "
-                f"{labels.shape[1]} tokens"
-            )
-        extra = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
-        vocab = module.config.get_text_config().vocab_size
-        loss = module.loss_function(logits=logits, labels=labels, vocab_size=vocab, **extra)
-        if isinstance(output, tuple):
-            return (loss, *output)
-        output["loss"] = loss
-        return output
 
     # ---- costs ------------------------------------------------------------------------------
 
@@ -348,10 +369,11 @@ class VLMWrapping(Wrapping):
             return None
         costs: dict[str, Any] = {}
         batch = last.live.shape[0]
-        if "encoder" in self.trace.tokens and self.captures.of:
-            tower = self.towers[next(iter(self.captures.of))]
+        made = last.captures.of
+        if "encoder" in self.trace.tokens and made:
+            tower = self.towers[next(iter(made))]
             if isinstance(tower, TowerSession):
-                crops = sum(c.crops for c in self.captures.of.values())
+                crops = sum(c.crops for c in made.values())
                 costs["encoder"] = tuple(round(f * crops / batch) for f in tower.flops())
         return costs | language_costs(self, last)
 
@@ -361,9 +383,3 @@ def language_of(inner: Any) -> nn.Module:
     module = inner._modules.get("language_model", inner._modules.get("text_model"))
     assert isinstance(module, nn.Module)
     return module
-
-
-def has_features(kwargs: dict[str, Any]) -> bool:
-    """Whether a call of the model brings images or videos."""
-    values = [kwargs.get(name) for name in FEATURES]
-    return any(isinstance(v, Tensor) or bool(v) for v in values)

@@ -1,0 +1,233 @@
+"""Ways to call a wrapped model: by position, with features, from threads, compiled before."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import vtr
+from tests.vision.vlm.models import (
+    FAMILIES,
+    IMAGE,
+    TEXT,
+    build,
+    clip,
+    llava,
+    made,
+    noise,
+    prompts,
+    transformers,
+)
+from tests.vision.vlm.picks import BOTH, DECODER, PROMPT, Pick, generate
+from vtr.vision.vlm.gate import forget_compiled
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+def test_arguments_by_position(name: str) -> None:
+    model, inputs = made(name, 2)
+    ids = inputs["input_ids"]
+    labels = torch.where(ids == IMAGE, -100, ids)
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "pixel_values")}
+    with vtr.apply(model, PROMPT) as handle:
+        inner = model.model(**inputs).last_hidden_state
+        assert torch.equal(inner, model.model(ids, inputs["pixel_values"], **rest)[0])
+        assert handle.trace.stages[0].tokens_out == 5
+        whole = model(**inputs, labels=labels)
+        other = model(ids, inputs["pixel_values"], **rest, labels=labels)
+    assert torch.equal(whole.logits, other.logits) and torch.equal(whole.loss, other.loss)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_features_that_the_caller_made(name: str) -> None:
+    model, inputs = made(name, 1)
+    text = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    features = model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    if "image_hidden_states" not in inspect.signature(type(model.model).forward).parameters:
+        pytest.skip("this version of transformers takes no such features")
+    with vtr.apply(model, PROMPT) as handle:
+        wanted = model(**inputs).logits
+        model.model.get_image_features(-inputs["pixel_values"])  # of another image
+        assert torch.equal(wanted, model(**text, image_hidden_states=features).logits)
+        assert handle.trace.stages[0].tokens_out == 5
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+def asked(i: int) -> dict[str, Any]:
+    """Prompts of one image, or of three in two samples."""
+    images = noise(8, 3, 28, 28)[i % 5 :]
+    if i % 2:
+        return {"pixel_values": images[:1], **prompts([[16]])}
+    return {"pixel_values": images[:3], **prompts([[16], [16, 16]])}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [DECODER, vtr.FlowCut(keep=6), vtr.VTCCLS(keep=4)],
+    ids=["decoder", "flowcut", "vtc-cls"],
+)
+def test_threads_get_what_they_get_alone(method: vtr.Method) -> None:
+    model, _ = llava(1)
+
+    def answer(i: int) -> Any:
+        with torch.no_grad():
+            return model.generate(**asked(i), max_new_tokens=4, do_sample=False)
+
+    with vtr.apply(model, method) as handle:
+        alone = [answer(i) for i in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(answer, [i % 4 for i in range(12)]))
+        report = handle.report().to_dict()  # of a call in another thread
+    for i, ids in enumerate(together):
+        assert torch.equal(ids, alone[i % 4])
+    assert report["flops"]["language"]["reduced"] < report["flops"]["language"]["dense"]
+
+
+def test_a_call_that_was_interrupted_keeps_nobody_waiting() -> None:
+    """A KeyboardInterrupt runs no hooks."""
+
+    class Interrupted(Pick):
+        def reduce(self, site: Any) -> Any:
+            if stop:
+                raise KeyboardInterrupt
+            return super().reduce(site)
+
+    model, inputs = llava(1)
+    out: list[Any] = []
+    with vtr.apply(model, Interrupted(DECODER.at, DECODER.keep)):
+        stop = False
+        wanted = generate(model, inputs).sequences
+        stop = True
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, inputs)
+        stop = False
+        thread = threading.Thread(target=lambda: out.append(generate(model, inputs)), daemon=True)
+        thread.start()
+        thread.join(60)
+    assert torch.equal(out[0].sequences, wanted)
+
+
+def test_nothing_of_a_call_is_left_after_an_exception() -> None:
+    class Broken(Pick):
+        def reduce(self, site: Any) -> Any:
+            raise ZeroDivisionError
+
+    model, inputs = llava(1)
+    with vtr.apply(model, Broken(DECODER.at, DECODER.keep)) as handle:
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        session = handle._wrapping
+        assert session.language.call is None and session.gate.thread is None
+        copy.deepcopy(model)
+
+
+# ---- compiled before -----------------------------------------------------------------------------
+
+
+def test_compiled_code_is_forgotten_by_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that was compiled for modules without hooks does not look for hooks."""
+    torch._dynamo.reset()
+    layer = torch.nn.Linear(2, 2)
+    compiled, x = torch.compile(layer, backend="eager"), torch.ones(1, 2)
+    before = compiled(x)
+    hook = layer.register_forward_hook(lambda module, args, output: output * 0)
+    forget_compiled()
+    assert float(compiled(x).abs().sum()) == 0
+    hook.remove()
+    assert torch.equal(compiled(x), before)
+    model, _ = made("llava", 1)
+    assert torch._dynamo.convert_frame.FRAME_COUNTER > 0
+    vtr.apply(model, PROMPT).remove()
+    assert torch._dynamo.convert_frame.FRAME_COUNTER == 0
+
+
+# ---- other language models -----------------------------------------------------------------------
+
+
+def with_text(text: Any) -> Any:
+    config = transformers.LlavaConfig(
+        vision_config=clip(),
+        text_config=text,
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        vision_feature_layer=-2,
+    )
+    return build(transformers.LlavaForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "reason"),
+    [
+        ("GlmConfig", {"head_dim": 16}, "another rotary embedding"),
+        ("CohereConfig", {}, "another rotary embedding"),
+        ("Ernie4_5Config", {}, "another rotary embedding"),
+        ("SmolLM3Config", {}, "no rotary embedding in this layer"),
+        ("PhiConfig", {"qk_layernorm": True}, "q_layernorm, k_layernorm"),
+        ("OlmoConfig", {"clip_qkv": 1.0}, "clip_qkv"),
+        ("Phi3Config", {}, "no q_proj"),
+    ],
+)
+def test_attention_of_another_form_is_not_shown(
+    config: str, options: dict[str, Any], reason: str
+) -> None:
+    """Rows made as LLaMA makes them would be those of another attention."""
+    model = with_text(getattr(transformers, config)(**TEXT, **options))
+    with pytest.raises(vtr.UnsupportedMethodError, match=f"text_attention.*{reason}.*divprune"):
+        vtr.apply(model, vtr.FastV(keep=4))
+    inputs = llava(2)[1]
+    with vtr.apply(
+        model, [vtr.DivPrune(keep=8), vtr.Random(keep=4, site="decoder", layers=(1,))]
+    ) as h:
+        generate(model, inputs)
+        report = h.report().to_dict()
+    assert report["kv_bytes"]["reduced"] < report["kv_bytes"]["dense"]
+    assert report["flops"]["language"]["reduced"] < report["flops"]["language"]["dense"]
+
+
+def test_language_models_that_run_their_layers_otherwise_are_refused() -> None:
+    text = transformers.GPTNeoXConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    model = with_text(text)
+    for method in (PROMPT, BOTH, vtr.FlowCut(keep=4)):  # a cut in the tower is one of the prompt
+        with pytest.raises(vtr.UnsupportedMethodError, match=r"takes no .*past_key_values"):
+            vtr.apply(model, method)
+
+
+def test_cuts_in_a_tower_are_refused_before_sliding_windows() -> None:
+    model = with_text(transformers.MistralConfig(**TEXT, sliding_window=8))
+    with pytest.raises(vtr.UnsupportedMethodError, match="sliding-window layers"):
+        vtr.apply(model, vtr.FlowCut(keep=4))
+
+
+def test_bytes_of_keys_are_not_those_of_quantised_weights() -> None:
+    model, inputs = llava(1)
+    with vtr.apply(model, PROMPT) as handle:
+        model(**inputs)
+        plain = handle.report().to_dict()["kv_bytes"]
+        for layer in model.model.language_model.layers:
+            layer.self_attn.k_proj.weight.requires_grad_(False)
+            layer.self_attn.k_proj.weight.data = layer.self_attn.k_proj.weight.data.to(torch.int8)
+        assert handle.report().to_dict()["kv_bytes"] == plain
+
+
+def test_every_family_shows_the_attention_of_its_text() -> None:
+    for name in FAMILIES:
+        model, _ = made(name, 1)
+        assert {s.name: s.supported for s in vtr.supported(model)}["fastv"], name

@@ -1,0 +1,30 @@
+"""Arguments of a model's forward: by their names, and those that bring images or videos."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+ENCODED = ("image_hidden_states",)  # features that the caller made (older Idefics3 and SmolVLM)
+FEATURES = (*PIXELS, *ENCODED, "mm_encoder_outputs")
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of a module by their names."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def has_any(given: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return any(given.get(name) is not None for name in names)
+
+
+def has_features(given: dict[str, Any]) -> bool:
+    """Whether a call of the model brings images or videos."""
+    values = [given.get(name) for name in FEATURES]
+    return any(isinstance(v, Tensor) or bool(v) for v in values)

@@ -1,0 +1,92 @@
+"""Threads and compiled code: who may be inside a wrapped model, and what was compiled without its hooks."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from vtr.vision.vlm.features import Captures
+
+ROOT, INNER, LANGUAGE, FEATURES = range(4)  # levels of a call, from the outside in
+
+
+class Gate:
+    """Lets one thread at a time run a wrapped model; others wait for the end of its forward call.
+
+    What methods see of a call lives on the wrapping while the call runs. A thread holds the gate from
+    its outermost level (the model, the inner model, the language model, whatever is called) to that
+    level's end. A call that was interrupted (``KeyboardInterrupt`` runs no hooks) does not hold it: what
+    counts is whether the thread's stack has one of the modules on it.
+
+    Args:
+        inside: gives what stands as ``self`` on the stack of a thread that runs the model.
+    """
+
+    def __init__(self, inside: Callable[[], tuple[Any, ...]]) -> None:
+        self.inside = inside
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self.changed = threading.Condition()
+        self.thread: int | None = None
+        self.level = ROOT
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"inside": self.inside}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fresh()
+
+    def enter(self, level: int, *_: Any) -> None:
+        """At the start of a level; a pre-hook of its module, before all others."""
+        me = threading.get_ident()
+        with self.changed:
+            while self.thread not in (None, me) and self._runs():
+                self.changed.wait(0.05)
+            if self.thread != me:
+                self.thread, self.level = me, level
+            self.level = min(self.level, level)
+
+    def leave(self, level: int, *_: Any) -> None:
+        """At the end of a level, also after an exception; a hook of its module, after all others."""
+        with self.changed:
+            if self.thread == threading.get_ident() and level <= self.level:
+                self.thread = None
+                self.changed.notify()
+
+    def _runs(self) -> bool:
+        """Whether the thread that entered is inside still."""
+        frame = sys._current_frames().get(self.thread or 0)
+        inside = self.inside()
+        while frame is not None:
+            if any(frame.f_locals.get("self") is module for module in inside):
+                return True
+            frame = frame.f_back
+        return False
+
+
+class PerThread(threading.local):
+    """What the towers found for the coming call of the language model: generate lets a thread's towers
+    run before the model, and other threads may come in between."""
+
+    def __init__(self) -> None:
+        self.captures = Captures()
+
+    def __reduce__(self) -> Any:
+        return PerThread, ()
+
+
+def forget_compiled() -> None:
+    """Drop what ``torch.compile`` made before hooks were set.
+
+    Code that was compiled for a module without hooks does not look for hooks afterwards
+    (``torch._dynamo.config.skip_nnmodule_hook_guards``): a model that had run compiled would go on
+    without any cut. It is compiled again at its next call.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    convert: Any = sys.modules.get("torch._dynamo.convert_frame")
+    if dynamo is not None and convert is not None and convert.FRAME_COUNTER:
+        dynamo.reset()

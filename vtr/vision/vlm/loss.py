@@ -1,0 +1,60 @@
+"""The loss of a wrapped model: that of the tokens that were left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vtr.vision.vlm.arguments import has_features, named
+from vtr.vision.vlm.sequence import follow
+from vtr.wrapping import Bound
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+
+class Loss:
+    """Takes the labels out of a call, and computes the loss where the logits are shorter."""
+
+    def __init__(self, owner: VLMWrapping) -> None:
+        self.owner = owner
+        self.labels: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "labels": None}
+
+    def install(self) -> None:
+        root = self.owner.root
+        before = root.register_forward_pre_hook(Bound(self, "before"), with_kwargs=True)
+        self.owner.hook(before)
+        self.owner.hook(root.register_forward_hook(Bound(self, "after"), with_kwargs=True))
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.labels = None
+        given = named(module, args, kwargs)
+        if given.get("labels") is None or not has_features(given):
+            return None
+        self.labels = given["labels"]
+        return (), {**given, "labels": None}
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        labels, self.labels = self.labels, None
+        if labels is None:
+            return None
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        last = self.owner.language.last
+        if last is not None and last.layout is not None:
+            labels = follow(labels, last.layout.index, ~last.layout.live, -100)
+        if logits.shape[1] != labels.shape[1]:
+            raise ValueError(
+                f"labels cannot be combined with logits_to_keep: {logits.shape[1]} logits for "
+                f"{labels.shape[1]} tokens"
+            )
+        extra = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
+        vocab = module.config.get_text_config().vocab_size
+        loss = module.loss_function(logits=logits, labels=labels, vocab_size=vocab, **extra)
+        if isinstance(output, tuple):
+            return (loss, *output)
+        output["loss"] = loss
+        return output
