@@ -35,6 +35,28 @@ class Clip(NamedTuple):
         return x[self.sample][self.tokens]
 
 
+def has_video(site: LanguageSite, method: str) -> bool:
+    """Whether a prompt of the batch holds a video; the trace notes that none does.
+
+    Raises:
+        ValueError: a video whose frames the model does not tell.
+    """
+    videos = [span for spans in site.videos for span in spans if span.kind == "video"]
+    if any(not span.frames for span in videos):
+        raise ValueError(
+            f"{method} must know of which frame a token is, but the vision tower did not run for this "
+            "prompt while the method was applied: give the model pixels, not features made before"
+        )
+    if not videos:
+        several = any(len(spans) > 1 for spans in site.videos)
+        site.notes[method] = "no video in the prompt: still images are left whole" + (
+            "; where they are the frames of one, apply the method with video=True"
+            if several
+            else ""
+        )
+    return bool(videos)
+
+
 def clips(site: LanguageSite, method: str) -> list[Clip]:
     """The videos of a prompt. Still images are none; separators are no part of one.
 
@@ -43,14 +65,7 @@ def clips(site: LanguageSite, method: str) -> list[Clip]:
             processor took some out, or the model does not say which frame a token is of.
     """
     found: list[Clip] = []
-    kinds = [[span.kind for span in spans] for spans in site.videos]
-    if not any("video" in row for row in kinds):
-        several = any(len(row) > 1 for row in kinds)
-        site.notes[method] = "no video in the prompt: still images are left whole" + (
-            "; where they are the frames of one, apply the method with video=True"
-            if several
-            else ""
-        )
+    if not has_video(site, method):
         return found
     frame, place, video = site.frame, site.place, site.video
     for b, spans in enumerate(site.videos):

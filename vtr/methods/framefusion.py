@@ -12,7 +12,7 @@ from torch import Tensor
 from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
-from vtr.methods._temporal import best, in_videos
+from vtr.methods._temporal import best, has_video, in_videos
 from vtr.methods._vlm import check_number, language, valid_of
 from vtr.signals import LanguageSite, ModelInfo, Site
 
@@ -33,12 +33,13 @@ class FrameFusion(Method):
     knows the share s that would spend what is left of it evenly: merging stops there, and the cut by
     attention goes there.
 
-    Differences from the authors' code: the number of layers is the model's (theirs is always 28);
-    several samples and videos work, each with its own budget; where what merging left would spend more
-    than the budget, the cut follows at once (theirs raises an error later); layers that cannot be
-    opened between attention and MLP are cut at their end, which costs the MLP of one layer more than
-    counted. Positions of survivors are kept. Still images and separators stay whole. Data-dependent
-    is where tokens go, not what it costs.
+    Differences from the authors' code: theirs takes the mean over queries too, but is given the row
+    of the last token alone (the paper speaks of cumulative attention); the number of layers is the
+    model's (theirs is always 28); several samples and videos work, each with its own budget; where
+    what merging left would spend more than the budget, the cut follows at once (theirs raises an error
+    later); layers that cannot be opened between attention and MLP are cut at their end, which costs the
+    MLP of one layer more than counted. Positions of survivors are kept. Still images and separators
+    stay whole. Data-dependent is where tokens go, not what it costs.
 
     Args:
         keep: budget per video: mean over layers of the share of its tokens, the paper's cost. An int is
@@ -119,7 +120,10 @@ class FrameFusion(Method):
         return Reduction(by_representative(stands), torch.ones_like(stands, dtype=torch.float32))
 
     def _begin(self, site: LanguageSite) -> dict[tuple[int, int], _State]:
-        moving, found = in_videos(site), {}
+        found: dict[tuple[int, int], _State] = {}
+        if not has_video(site, self.name):
+            return found
+        moving = in_videos(site)
         for b, spans in enumerate(site.videos):
             for v, span in enumerate(spans):
                 number = int((moving[b] & (site.video[b] == v)).sum())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vtr
-from tests.vision.vlm.models import IMAGE, VIDEO, Inputs, llava
+from tests.vision.vlm.models import ENCODES_FIRST, IMAGE, VIDEO, Inputs, llava
 from tests.vision.vlm.videos import VIDEOS, compressed
 from vtr.budget import count
 
@@ -143,8 +143,22 @@ def test_prompts_of_images_are_left_whole_and_say_so(name: str) -> None:
         native = model(**inputs).logits
         with vtr.apply(model, make(name, 0.5)) as handle:
             assert torch.equal(model(**inputs).logits, native)
-    if name != "framefusion":
-        assert "still images are left whole" in handle.trace.notes[name]
+    assert "still images are left whole" in handle.trace.notes[name]
+
+
+@pytest.mark.skipif(not ENCODES_FIRST, reason="this version takes no features from elsewhere")
+@pytest.mark.parametrize("name", ALL)
+def test_frames_that_nobody_tells_are_refused(name: str) -> None:
+    """Features made before the method was applied say nothing of their frames."""
+    model, inputs = built("llava_onevision_video", 1)
+    inputs = dict(inputs)
+    with torch.no_grad():
+        made = model.model.get_video_features(inputs.pop("pixel_values_videos"), return_dict=True)
+        with (
+            vtr.apply(model, make(name, 0.5)),
+            pytest.raises((ValueError, RuntimeError), match="the vision tower did not run"),
+        ):
+            model(**inputs, mm_encoder_outputs={"video": made})
 
 
 def test_images_that_are_frames_need_to_be_called_so() -> None:
