@@ -3,6 +3,7 @@ TRITON_INTERPRET=1 set before triton is imported."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -88,7 +89,7 @@ def test_gradients(name, dim, dtype):
             lambda *t: block_sparse_attention_reference(*t, mask, row_scale=row_scale),
         )
     )
-    limit = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    limit = {torch.float32: 2e-5, torch.float16: 9e-3, torch.bfloat16: 6e-2}[dtype]
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=limit, rtol=limit)
 
@@ -110,6 +111,62 @@ def test_heavy_rows_are_cut_and_joined(monkeypatch):
     q, k, v = qkv(2, 2, 2, n, n, 72)
     _compare(q, k, v, mask, torch.float32, torch.rand(2, 2, n))
     _compare(q, k, v, mask, torch.float32, torch.rand(2, 2, n), added_rows(q, mask))
+
+
+@pytest.mark.parametrize("dim", [72, 64])
+def test_strides_that_are_no_multiple_of_8(dim):
+    """Every third element of a row of tokens: nothing may be taken for granted."""
+    q, k, v, mask = make("ragged", dim)
+    wide = torch.zeros(2, 2, 75, dim + 3)
+    wide[..., :dim] = q
+    _compare(wide[..., :dim], k, v, mask, torch.float32)
+
+
+class _Launches:
+    """Stands for a kernel: notes the grid, and whether the tensors' device was made current."""
+
+    def __init__(self, kernel, entered, notes):
+        self.kernel, self.entered, self.notes = kernel, entered, notes
+
+    def __getitem__(self, grid):
+        self.notes.append((grid, bool(self.entered)))
+        return self.kernel[grid]
+
+
+def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch):
+    """Triton launches on the current device; axes but the first end at 65,535 programs."""
+    from vtr.kernels import triton_attention, triton_backward, triton_bipartite, triton_join
+
+    monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
+    monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
+    entered, notes = [], {}
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        assert isinstance(tensor, torch.Tensor)
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, names in (
+        (triton_attention, ["_forward_kernel"]),
+        (triton_backward, ["_dq_kernel", "_dkv_kernel"]),
+        (triton_bipartite, ["_match_kernel"]),
+        (triton_join, ["_join_kernel"]),
+    ):
+        for name in names:
+            noted = _Launches(getattr(module, name), entered, notes.setdefault(name, []))
+            monkeypatch.setattr(module, name, noted)
+    live = torch.eye(18, dtype=torch.bool)
+    live[4] = True
+    mask = BlockMask.from_blocks(live, q_len=288, k_len=288, block=16)
+    q, k, v = (t.requires_grad_() for t in qkv(1, 1, 1, 288, 288, 64))
+    block_sparse_attention(q, k, v, mask, backend="triton").sum().backward()
+    triton_bipartite.match(*(torch.randn(3, 40, 16) for _ in range(2)), None)
+    for name, launches in notes.items():
+        assert launches, name
+        assert all(len(grid) == 1 and inside for grid, inside in launches), name
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 70, 131, 72)], ids=str)

@@ -18,11 +18,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vtr.kernels import BlockMask, triton_attention, triton_backward, triton_bipartite
+from vtr.kernels import (
+    BlockMask,
+    triton_attention,
+    triton_backward,
+    triton_bipartite,
+    triton_common,
+    triton_join,
+)
 from vtr.kernels.triton_common import split_dim
 
-# Bytes of shared memory that one program may use on an H100 or H200.
-SHARED = 227 * 1024
+# Bytes of shared memory that one program may use on an RTX 30 or 40; an H100 or H200 has 227 KiB.
+SHARED = 99 * 1024
 TYPES = {
     "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "ADDED": "*fp32", "PART_OUT": "*fp32",
     "PART_LSE": "*fp32", "TILES": "*u8", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
@@ -64,28 +71,81 @@ def _constants(dim, config, bm, bn):
 
 
 CASES = [("bf16", 128, 128, 128), ("fp16", 72, 128, 64), ("fp32", 64, 64, 64), ("bf16", 96, 16, 16)]
+KINDS = {"bf16": "half", "fp16": "half", "fp32": "exact"}
 
 
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES)
 def test_forward(element, dim, bm, bn):
-    config = triton_attention._configs(dim, bm, bn, element == "fp32")[0]
+    config = triton_attention._configs(dim, bm, bn, KINDS[element])[0]
     constants = {**_constants(dim, config, bm, bn), "HAS_ROW_SCALE": True, "HAS_ADDED": True}
     made = _compile(
         triton_attention._forward_kernel, element, constants, config.warps, config.stages
     )
     assert made.metadata.shared <= SHARED
     assert ("wgmma" in made.asm["ptx"]) == (element != "fp32" and min(bm, bn) >= 64)
+    # Rows of 72 elements are moved 16 bytes at a time as well (of small tiles the bits are read so).
+    assert min(bm, bn) < 64 or "ld.global.b16" not in made.asm["ptx"]
 
 
 @pytest.mark.parametrize("kernel", ["_dq_kernel", "_dkv_kernel"])
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES[:2])
 def test_backward(kernel, element, dim, bm, bn):
-    config = triton_backward._configs(dim, bm, bn, element == "fp32")[0]
+    config = triton_backward._configs(dim, bm, bn, KINDS[element])[0]
     constants = _constants(dim, config, bm, bn)
     made = _compile(
         getattr(triton_backward, kernel), element, constants, config.warps, config.stages
     )
     assert made.metadata.shared <= SHARED
+    assert min(bm, bn) < 64 or "ld.global.b16" not in made.asm["ptx"]
+
+
+def test_float32_where_the_user_allows_tf32():
+    """Twice the bytes of bfloat16 in the same memory, on tensor cores."""
+    config = triton_attention._configs(128, 128, 128, "tf32")[0]
+    constants = {**_constants(128, config, 128, 128), "PRECISION": "tf32"}
+    constants |= {"HAS_ROW_SCALE": False, "HAS_ADDED": False}
+    made = _compile(
+        triton_attention._forward_kernel, "fp32", constants, config.warps, config.stages
+    )
+    assert made.metadata.shared <= SHARED
+    assert "wgmma" in made.asm["ptx"]
+
+
+def test_joining_heavy_rows():
+    main, rest = split_dim(72)
+    constants = {"D": 72, "D0": main, "D1": rest, "MASK_M": 128, "ROWS": 16}
+    constants |= {"HAS_ROW_SCALE": True, "HAS_ADDED": True}
+    made = _compile(triton_join._join_kernel, "bf16", constants, 4, 3)
+    assert made.metadata.shared <= SHARED
+
+
+@pytest.mark.parametrize(
+    ("choose", "kind"),
+    [
+        (lambda: None, "exact"),
+        (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+    ],
+    ids=["default", "high", "allow_tf32", "fp32_precision"],
+)
+def test_tf32_is_what_the_user_chose_by_any_setting(choose, kind):
+    """torch refuses to be asked through one setting what was chosen through the other."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        choose()
+        assert triton_common.products(torch.float32) == kind
+        assert triton_common.products(torch.bfloat16) == "half"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_work_lists_are_not_made_in_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call once with this mask before the capture"):
+        triton_common.refuse_capture(torch.device("cuda"), "work lists are made")
+    triton_common.refuse_capture(torch.device("cpu"), "work lists are made")
 
 
 def test_bipartite():

@@ -35,10 +35,10 @@ from vtr.kernels.csr import Csr
 from vtr.kernels.triton_common import (
     Config,
     dot,
-    exact_float32,
     load_row,
     load_rows,
     precision,
+    products,
     refuse_capture,
     split_dim,
     store_rows,
@@ -78,8 +78,7 @@ def _step(
     keep = tl.exp2(m - m_safe)
     total = total * keep + tl.sum(weights, 1)
     v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, UNIT, MASKED)
-    if not UPCAST:
-        weights = weights.to(v0.dtype)
+    weights = weights.to(v0.dtype)
     acc0 = dot(weights, v0, acc0 * keep[:, None], PRECISION, UPCAST)
     if D1 > 0:
         v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, UNIT, MASKED)
@@ -233,11 +232,12 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
     first, last = row_ptr[:-1].view(-1, nq), row_ptr[1:].view(-1, nq)
     middle = split.view(-1, nq)
     count = last - first
-    mean = float(count.float().mean())
-    chunk = max(_HEAVY_BLOCKS, math.ceil(2 * mean))
-    is_heavy = count > max(_HEAVY * mean, 2 * _HEAVY_BLOCKS)
-    most = int(is_heavy.sum(1).max())
-    pieces = -(-int(count.max()) // chunk) if most else 0
+    mean = count.float().mean().double()
+    is_heavy = count > (_HEAVY * mean).clamp(min=2 * _HEAVY_BLOCKS)
+    facts = torch.stack([mean, is_heavy.sum(1).max().double(), count.max().double()])
+    average, most, longest = facts.tolist()  # one look at the device
+    most, chunk = int(most), max(_HEAVY_BLOCKS, math.ceil(2 * average))
+    pieces = -(-int(longest) // chunk) if most else 0
 
     row = torch.arange(nq, dtype=torch.int32, device=col.device).expand(patterns, nq)
     whole = torch.stack([row, first, middle, last, torch.full_like(row, -1)], -1)
@@ -261,9 +261,10 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
     return Lists(items, heavy, pieces, Csr(row_ptr, split, col, tile), (patterns, nq, nk))
 
 
-def _configs(dim: int, bm: int, bn: int, exact: bool) -> list[Config]:
-    """Candidates, one that fits every device first. Tiles divide the mask's blocks."""
-    if exact:
+def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
+    """Candidates, one that fits every device first (99 KiB of shared memory). Tiles divide the mask's
+    blocks; ``kind`` is that of :func:`vtr.kernels.triton_common.products`."""
+    if kind == "exact":
         tries = [(32, 16, 8, 2), (64, 16, 8, 2), (32, 32, 8, 2)]
         if dim <= 96:
             tries = [(32, 32, 8, 2), (64, 32, 8, 2)]
@@ -272,6 +273,8 @@ def _configs(dim: int, bm: int, bn: int, exact: bool) -> list[Config]:
     tries = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 128, 4, 3)]
     if dim <= 64:
         tries = [(64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)]
+    if kind == "tf32":
+        tries = [(64, 32, 4, 2), *tries]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
     if min(bm, bn) < 64:
         found += [Config(min(64, bm), min(64, bn), w, s) for w in (1, 2, 4) for s in (2, 4)]
@@ -300,7 +303,6 @@ def forward(
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
 
     unit, strides = unit_strides(q, k, v, out)
-    made = precision(q.dtype)
 
     def launch(config: Config) -> None:
         _forward_kernel[(items * (dims[2] // config.block_m) * batch * heads,)](
@@ -310,13 +312,14 @@ def forward(
             heads, heads // k.shape[1], items, parts, q_len, k.shape[2], scale * _LOG2E,
             D=dim, D0=main, D1=rest, UNIT=unit, MASK_M=dims[2], MASK_N=dims[3],
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_ROW_SCALE=row_scale is not None,
-            HAS_ADDED=added is not None, PRECISION=made, UPCAST=upcast(q.dtype),
+            HAS_ADDED=added is not None, PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    key = ("forward", q.device, q.dtype, made, dim, *dims[2:], lists.items.shape[1] > 512)
+    kind = products(q.dtype)
+    key = ("forward", q.device, q.dtype, kind, dim, *dims[2:], lists.items.shape[1] > 512)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
-        tuned(key, _configs(dim, dims[2], dims[3], exact_float32(q.dtype)), launch)
+        tuned(key, _configs(dim, dims[2], dims[3], kind), launch)
         if parts:
             triton_join.join(
                 out, lse, part_out, part_lse,

@@ -25,9 +25,9 @@ from torch import Tensor
 from vtr.kernels.triton_common import (
     Config,
     dot,
-    exact_float32,
     load_rows,
     precision,
+    products,
     refuse_capture,
     split_dim,
     store_rows,
@@ -62,8 +62,7 @@ def _dq_step(
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
     slope = weights * (inner - delta[:, None])
-    if not UPCAST:
-        slope = slope.to(k0.dtype)
+    slope = slope.to(k0.dtype)
     dq0 = dot(slope, k0, dq0, PRECISION, UPCAST)
     if D1 > 0:
         dq1 = dot(slope, k1, dq1, PRECISION, UPCAST)
@@ -163,9 +162,8 @@ def _dkv_step(
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
     slope = weights * (inner - delta[None, :])
-    if not UPCAST:
-        weights = weights.to(g0.dtype)
-        slope = slope.to(q0.dtype)
+    weights = weights.to(g0.dtype)
+    slope = slope.to(q0.dtype)
     dv0 = dot(weights, g0, dv0, PRECISION, UPCAST)
     dk0 = dot(slope, q0, dk0, PRECISION, UPCAST)
     if D1 > 0:
@@ -250,15 +248,16 @@ def _dkv_kernel(
         store_rows(dv_base, key, stride_dvs, k_len, dv1, D0, D1, D, UNIT)
 
 
-def _configs(dim: int, bm: int, bn: int, exact: bool) -> list[Config]:
-    """Candidates, one that fits every device first: the backward holds two products more than the
-    forward."""
-    if exact:
+def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
+    """Candidates as of the forward, but smaller: the backward holds two products more."""
+    if kind == "exact":
         tries = [(16, 16, 8, 1), (32, 32, 8, 1)] if dim > 64 else [(32, 32, 8, 1), (32, 32, 8, 2)]
     elif dim <= 64:
         tries = [(64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)]
     else:
         tries = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)]
+    if kind == "tf32":
+        tries = [(32, 32, 4, 2), *tries]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
     return list(dict.fromkeys(found))
 
@@ -313,8 +312,9 @@ def backward(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    key = (q.device, q.dtype, shared["PRECISION"], dim, *dims[2:])
-    configs = _configs(dim, dims[2], dims[3], exact_float32(q.dtype))
+    kind = products(q.dtype)
+    key = (q.device, q.dtype, kind, dim, *dims[2:])
+    configs = _configs(dim, dims[2], dims[3], kind)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
         tuned(("dq", *key), configs, launch_dq)
         tuned(("dkv", *key), configs, launch_dkv)

@@ -93,10 +93,13 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def exact_float32(dtype: torch.dtype) -> bool:
-    """Whether products are made without tensor cores, by every thread from its own registers: tiles
-    for tensor cores would spill them by the thousand and take a minute to compile."""
-    return dtype == torch.float32 and precision(dtype) == "ieee"
+def products(dtype: torch.dtype) -> str:
+    """What tiles have to be made for: ``"half"`` (bfloat16 and float16) and ``"tf32"`` on tensor
+    cores, the second with twice the bytes, and ``"exact"`` without, by every thread from its own
+    registers, which larger tiles would spill by the thousand, and take a minute to compile."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if precision(dtype) == "tf32" else "exact"
 
 
 def unit_strides(*tensors: Tensor) -> tuple[int, list[int]]:
