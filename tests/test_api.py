@@ -26,6 +26,22 @@ def test_an_unknown_model() -> None:
     assert issubclass(vtr.UnsupportedModelError, (vtr.VtrError, TypeError))
 
 
+def test_an_unknown_model_around_a_known_one() -> None:
+    model = vit()
+    holder = type("Pipeline", (), {"model": model})()
+    for target, name in (
+        (torch.compile(model), "_orig_mod"),
+        (nn.DataParallel(model), "module"),
+        (nn.ModuleDict({"head": nn.Linear(2, 2), "tower": nn.Sequential(model)}), r"tower\.0"),
+        (holder, "model"),
+    ):
+        with pytest.raises(
+            vtr.UnsupportedModelError, match=f"Its part {name}, a VisionTransformer"
+        ):
+            vtr.apply(target, "evit")
+    assert ours(model) == []
+
+
 def test_unknown_options_and_methods() -> None:
     model = vit()
     keys = sorted(model.__dict__)

@@ -285,9 +285,34 @@ def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
         families = [f for path in tried for f in importlib.import_module(path).FAMILIES]
         known = ", ".join(families)
     raise UnsupportedModelError(
-        f"no adapter for {type(target).__module__}.{type(target).__qualname__}. Supported: {known}. "
-        "A model of your own: see 'Add an adapter' in CONTRIBUTING.md"
+        f"no adapter for {type(target).__module__}.{type(target).__qualname__}. {_part(target)}"
+        f"Supported: {known}. A model of your own: see 'Add an adapter' in CONTRIBUTING.md"
     )
+
+
+def _part(target: Any) -> str:
+    """A sentence about the outermost part of ``target`` that an adapter knows, or nothing."""
+    inner = target if isinstance(target, nn.Module) else getattr(target, "model", None)
+    if not isinstance(inner, nn.Module):
+        return ""
+    for name, module in inner.named_modules(prefix="" if inner is target else "model"):
+        packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
+        if module is target or not packages & ADAPTERS.keys():
+            continue
+        paths = [path for package in packages & ADAPTERS.keys() for path in ADAPTERS[package]]
+        for path in paths:
+            try:
+                if importlib.import_module(path).locate(module) is None:
+                    continue
+            except UnsupportedModelError:
+                continue
+            whole = " (with output='restored' where what follows it needs every token)"
+            encoder = path.startswith("vtr.vision.") and path != "vtr.vision.vlm"
+            return (
+                f"Its part {name}, a {type(module).__name__}, is supported: apply to that"
+                f"{whole if encoder else ''}. "
+            )
+    return ""
 
 
 def _wrapping(target: Any) -> Wrapping:
