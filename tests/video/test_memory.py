@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,6 +180,31 @@ def test_recent_frames_stay() -> None:
     memory = TokenMemory(12, similarity=2.0, evict=lambda m: -m.frame.float(), recent=2)
     memory.add(frames)
     assert memory.frame.tolist() == [0] * 4 + [7] * 4 + [8] * 4
+
+
+def test_times_may_be_an_array() -> None:
+    """As a loaded video's timestamps are."""
+    frames = stream(3)
+    for time in (np.array([0.5, 1.0, 2.5]), torch.tensor([0.5, 1.0, 2.5]), (0.5, 1, 2.5)):
+        memory = TokenMemory(100, similarity=2.0)
+        memory.add(frames, time)
+        assert memory.time.unique().tolist() == [0.5, 1.0, 2.5]
+        memory.add(frames[0], time[2])
+        assert float(memory.time[-1]) == 2.5
+    with pytest.raises(ValueError, match="2 times were given for 3 frames"):
+        memory.add(frames, np.zeros(2))
+
+
+@pytest.mark.parametrize("evict", ["given", "novelty", "own"])
+def test_what_has_no_score_goes_first(evict: str) -> None:
+    frames, scores = torch.randn(2, 4, 8), torch.rand(2, 4)
+    if evict == "novelty":
+        frames[1, 1] = float("nan")
+    scores[1, 1] = float("nan")
+    by: Any = (lambda m: m.score) if evict == "own" else evict
+    memory = TokenMemory(7, similarity=2.0, evict=by, recent=0)
+    memory.add(frames, scores=scores)
+    assert (memory.frame * 4 + memory.place).tolist() == [0, 1, 2, 3, 4, 6, 7]
 
 
 def test_deep_copies_are_independent() -> None:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 import vtr
-from tests.vision.vlm.models import VIDEO
+from tests.vision.vlm.models import IMAGE, VIDEO
 from tests.vision.vlm.videos import VIDEOS
 from vtr.video import TokenMemory, encode_frames, question
 
@@ -146,6 +146,12 @@ def test_refusals() -> None:
         question(model, memory, ids[ids != VIDEO][None])
     with pytest.raises(ValueError, match=r"\(1, L\)"):
         question(model, memory, ids.repeat(2, 1))
+    with pytest.raises(ValueError, match="placeholder of an image"):
+        question(model, memory, torch.cat([torch.tensor([[IMAGE]]), ids], 1))
+    narrow = TokenMemory(100)
+    narrow.add(torch.randn(8, 32), grid=(2, 4))
+    with pytest.raises(ValueError, match="of width 32, Qwen2VLModel's have 64"):
+        question(model, narrow, ids)
     with pytest.raises(ValueError, match="video_grid_thw"):
         encode_frames(model, inputs["pixel_values_videos"])
     other, _ = VIDEOS["qwen3_vl_video"](1)

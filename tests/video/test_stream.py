@@ -34,6 +34,8 @@ def test_every_frame_in_order(tmp_path: Path) -> None:
         {"fps": 1.0},
         {"fps": 3.0, "start": 0.55},
         {"fps": 2.0, "start": 1.0, "end": 3.0},
+        {"fps": 0.3, "end": 2.87},  # an instant after the end, in a frame that begins before it
+        {"fps": 7.0, "end": 2.56},
         {"fps": 25.0},
         {"fps": 0.1},
         {"fps": 4.0, "size": (20, 24)},

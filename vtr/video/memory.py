@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.tokens import top_indices
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Names for ``evict=``: what the score of a token is; the lowest go first.
 SCORES = ("oldest", "size", "novelty", "random", "given")
@@ -37,7 +40,7 @@ class TokenMemory:
             tokens), ``"novelty"`` (was least new when it came: 1 - cosine to its match), ``"random"``
             (a reservoir: every token of the stream that was not merged is as likely to stay),
             ``"given"`` (by the scores that :meth:`add` is given), or a function of this memory that
-            returns (M,) scores.
+            returns (M,) scores. NaN goes first.
         recent: newest frames whose tokens are not evicted, as far as they fit.
         seed: of ``evict="random"``.
 
@@ -123,7 +126,7 @@ class TokenMemory:
     def add(
         self,
         tokens: Tensor,
-        time: float | Sequence[float] | None = None,
+        time: float | Sequence[float] | np.ndarray | Tensor | None = None,
         *,
         grid: tuple[int, int] | None = None,
         scores: Tensor | None = None,
@@ -131,7 +134,7 @@ class TokenMemory:
         """See one frame (N, C), or several in order (F, N, C).
 
         Args:
-            time: seconds of each frame; its number where it is None.
+            time: seconds of each frame, or of all; its number where it is None.
             grid: (rows, columns) of a frame's tokens, for models that number positions by them.
             scores: (N,) or (F, N), for ``evict="given"`` or a function: higher stays longer.
 
@@ -139,19 +142,14 @@ class TokenMemory:
             ValueError: frames of another number of tokens, width or grid than before; a frame that is
                 larger than the capacity; scores missing or of another shape.
         """
-        times: list[float | None]
         if tokens.dim() == 2:
             tokens = tokens[None]
             scores = None if scores is None else scores[None]
-            times = list(time) if isinstance(time, Sequence) else [time]
-        else:
-            times = list(time) if isinstance(time, Sequence) else [time] * len(tokens)
         if tokens.dim() != 3 or tokens.shape[1] == 0 or not tokens.is_floating_point():
             raise ValueError(
                 f"tokens must be floats (N, C) or (F, N, C), got {tokens.dtype} {tuple(tokens.shape)}"
             )
-        if len(times) != len(tokens):
-            raise ValueError(f"{len(times)} times were given for {len(tokens)} frames")
+        times = self._times(time, len(tokens))
         if scores is not None and scores.shape != tokens.shape[:2]:
             raise ValueError(
                 f"scores must have shape {tuple(tokens.shape[:2])}, got {tuple(scores.shape)}"
@@ -160,9 +158,18 @@ class TokenMemory:
             raise ValueError("evict='given' needs scores=")
         self._fits(tokens, grid)
         for i, frame in enumerate(tokens.detach()):
-            at = times[i]
-            at = float(self.frames) if at is None else float(at)
-            self._see(frame, at, None if scores is None else scores[i])
+            self._see(frame, times[i], None if scores is None else scores[i])
+
+    def _times(self, time: Any, number: int) -> list[float]:
+        """Seconds of each of ``number`` frames."""
+        if time is None:
+            return [float(self.frames + i) for i in range(number)]
+        if hasattr(time, "tolist"):  # arrays, and their numbers
+            time = time.tolist()
+        times = [float(t) for t in time] if isinstance(time, Sequence) else [float(time)] * number
+        if len(times) != number:
+            raise ValueError(f"{len(times)} times were given for {number} frames")
+        return times
 
     def _fits(self, tokens: Tensor, grid: tuple[int, int] | None) -> None:
         _, n, width = tokens.shape
@@ -266,6 +273,8 @@ class TokenMemory:
                 self.evict, self.evict
             )
             score = s[key].double()
+        # NaN is the worst, as everywhere; a sort would put it last.
+        score = score.masked_fill(score.isnan(), -float("inf"))
         # Ranks, not scores: recent frames stand above all, and differences of any size stay.
         rank = torch.argsort(torch.argsort(score, stable=True), stable=True)
         newest = s["seen"] >= self.frames - self.recent

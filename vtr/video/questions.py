@@ -131,7 +131,8 @@ def question(
 
     Raises:
         UnsupportedModelError: another model, with the reason.
-        ValueError: no placeholder, several, or an empty memory.
+        ValueError: no placeholder, several, one of an image, or a memory that is empty or another
+            model's.
     """
     inner, kind = _inner(model)
     if len(memory) == 0:
@@ -147,8 +148,19 @@ def question(
             f"the prompt must hold one placeholder of a video (token id {video}), or one run of them; "
             f"it holds {len(where)}"
         )
+    image: int | None = getattr(inner.config, "image_token_id", None)
+    if image is not None and bool(input_ids.eq(image).any()):
+        raise ValueError(
+            f"the prompt holds a placeholder of an image (token id {image}), which the memory has no "
+            "tokens for: ask about the video alone, or show the image as a frame"
+        )
     before, after = input_ids[:, : where[0]], input_ids[:, where[-1] + 1 :]
     table = inner.get_input_embeddings()
+    if memory.tokens.shape[1] != table.weight.shape[1]:
+        raise ValueError(
+            f"the memory holds tokens of width {memory.tokens.shape[1]}, {type(inner).__name__}'s have "
+            f"{table.weight.shape[1]}: fill it with what encode_frames makes with this model"
+        )
     visual = memory.tokens.to(table.weight)
     if kind == "newline":
         visual = torch.cat([visual, inner.image_newline[None].to(visual)])

@@ -143,8 +143,9 @@ def _due(
         return False, tick
     if fps is None:
         return True, tick
-    # The tick's instant lies in [begins, until), with the slack of sampling.shown_at.
-    due = start + tick / fps < until - SLACK
+    # The tick's instant lies in [begins, until), with the slack of sampling.shown_at, and before end.
+    instant = start + tick / fps
+    due = instant < until - SLACK and (tick == 0 or end is None or instant < end - SLACK)
     while start + tick / fps < until - SLACK:
         tick = max(tick + 1, math.ceil((until - SLACK - start) * fps))
     return due, tick
