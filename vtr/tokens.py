@@ -254,7 +254,7 @@ def top_indices(
     # Two stable sorts: by score, then the forbidden to the end, whatever their score.
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     order = order.gather(1, torch.sort((~valid).gather(1, order).int(), dim=1, stable=True).indices)
-    width, least = int(number.max()), int(number.min())
+    least, width = torch.stack(torch.aminmax(number)).tolist()  # one look at the device
     order = order[:, :width]
     live = torch.arange(width, device=scores.device) < number[:, None]
     kept = torch.where(live, order, n).sort(1).values

@@ -85,9 +85,10 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
     q_len, k_len, bm, bn = dims
     nq, nk = -(-q_len // bm), -(-k_len // bn)
     # Two looks at the device and, at the end, one copy to it, however many rows there are.
-    index = (row_ptr, split, col, tile)
+    index = (row_ptr, split, col, tile, pattern.flatten())
     sizes = [t.numel() for t in index]
-    ptr, mid, cols, ids = (t.tolist() for t in torch.cat(index).cpu().split(sizes))
+    ptr, mid, cols, ids, of = (t.tolist() for t in torch.cat(index).cpu().split(sizes))
+    heads = pattern.shape[1]
     ends = (q_len - (nq - 1) * bm, k_len - (nk - 1) * bn)
     # Partial only because the keys end there: full as far as it goes.
     reach = [tiles[:, :height, : ends[1]].flatten(1).all(1) for height in (bm, ends[0])]
@@ -113,7 +114,7 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
         keys = Keys.of(part + full, bn, short)
         return Row(start, stop, keys, tiles_of if part else None, holes)
 
-    plan = Plan(pattern.tolist(), [], [], ~tiles)
+    plan = Plan([of[i : i + heads] for i in range(0, len(of), heads)], [], [], ~tiles)
     for p in range(split.numel() // nq):
         rows: list[Row] = []
         empty: list[tuple[int, int]] = []

@@ -184,19 +184,22 @@ def grid_and_text_mask(
     keys = key_places(tokens, text, block)
     columns = -(-keys // block)
     samples = batch if text_valid is not None else 1
-    seen = torch.zeros(samples, columns * block, dtype=torch.bool, device=device)
+    # Without padding the sizes alone say what there is: nothing is asked of the device.
+    place = device if text_valid is not None else torch.device("cpu")
+    seen = torch.zeros(samples, columns * block, dtype=torch.bool, device=place)
     seen[:, :tokens] = True
     if text:
         seen[:, keys - text : keys] = True if text_valid is None else text_valid
     seen = seen.view(samples, columns, block)
     some, whole = seen.any(2), seen.all(2)
+    partial = some & ~whole
+    tiles = seen[partial].to(device, non_blocking=True)[:, None].expand(-1, block, -1)
+    some, partial = (t.to(device, non_blocking=True) for t in (some, partial))
     words = torch.ones(batch, heads, blocks, columns - blocks, dtype=torch.bool, device=device)
     live = torch.cat([live, words], -1) & some[:, None, None]
-    partial = some & ~whole
     number = partial.flatten().long().cumsum(0).view_as(partial) - 1
     number = torch.where(partial, number, -1).expand(batch, columns)
     b, h, r, c = live.nonzero(as_tuple=True)
-    tiles = seen[partial][:, None].expand(-1, block, -1)
     pattern = torch.arange(batch * heads, device=device).view(batch, heads)
     return BlockMask._finish(
         tokens, keys, (block, block), pattern, batch * heads,

@@ -95,7 +95,8 @@ def frames_of(
         scattered: tiles are, also with text between them; unless they are ``joined``.
         joined: still images of the same grid that follow one another are the frames of one video.
     """
-    slots, kinds = call.arrived.cpu(), call.kinds.cpu()
+    width = [call.arrived.shape[1], call.kinds.shape[1]]
+    slots, kinds = torch.cat([call.arrived, call.kinds], 1).cpu().split(width, 1)
     frame = torch.full(slots.shape, -1)
     place, video = frame.clone(), frame.clone()
     videos: list[list[VisualSpan]] = []
@@ -136,8 +137,8 @@ def frames_of(
                 )
             )
         videos.append(spans)
-    device = call.live.device
-    return Frames(frame.to(device), place.to(device), video.to(device), videos)
+    found = torch.stack([frame, place, video]).to(call.live.device, non_blocking=True)
+    return Frames(*found.unbind(), videos)
 
 
 def _tiles(tiles: list[Piece], scattered: bool) -> tuple[View, ...]:

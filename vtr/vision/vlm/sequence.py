@@ -20,10 +20,11 @@ class Layout:
         adjust: (B, L) int64, by how much the token's position was moved down (compact positions), or
             None where nothing was.
         tail: (B,) int64, the same for tokens that come later.
+        ragged: whether there may be padding among the slots.
         right: whether padding stands at the end of the rows.
     """
 
-    __slots__ = ("adjust", "index", "live", "right", "slots", "tail")
+    __slots__ = ("adjust", "index", "live", "ragged", "right", "slots", "tail")
 
     def __init__(self, live: Tensor, visual: Tensor | None) -> None:
         """``visual`` (B, L) bool; None (a decoding step) asks the device nothing."""
@@ -34,10 +35,12 @@ class Layout:
         self.tail: Tensor | None = None
         if visual is None:
             self.slots = self.index[:, :0]
-            self.right = False
+            self.right = self.ragged = False
         else:
-            self.slots = members(visual & live)
-            self.right = bool(live[:, 0].all()) and not bool(live[:, -1].all())
+            mask = visual & live
+            self.slots, self.ragged = top_indices(mask.float(), mask.sum(1), mask)
+            first, last = torch.stack([live[:, 0].all(), live[:, -1].all()]).tolist()
+            self.right = first and not last
 
     @property
     def valid(self) -> Tensor:
@@ -74,7 +77,7 @@ class Layout:
         index = order[:, :width] if self.right else order[:, length - width :]
         pad = ~keep.gather(1, index)
         new = object.__new__(Layout)
-        new.right = self.right
+        new.right, new.ragged = self.right, True
         new.live = ~pad
         new.index = self.index.gather(1, index)
         # Where the visual tokens went: the inverse of ``index``.
