@@ -203,7 +203,8 @@ class VTRChat(lmms):
             stored[task] = self.store.rows(self._cell_name, task)
         idx = int(request.idx or 0)
         try:
-            prompt = prompt_of(request, self.task_dict, self._answerer.frames)
+            answerer = self._answerer
+            prompt = prompt_of(request, self.task_dict, answerer.frames).drawn_with(answerer.seed)
         except Exception as error:
             self.store.put(self._cell_name, task, [Row(doc, idx, "", "", error=explain(error))])
             self.new += 1

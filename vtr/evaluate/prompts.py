@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtr.evaluate.loading import file_hash
@@ -38,6 +38,13 @@ class Prompt:
     def samples(self) -> bool:
         """Whether the answer is drawn by chance."""
         return bool(self.generation["do_sample"])
+
+    def drawn_with(self, seed: int) -> Prompt:
+        """The same question for answers drawn with this seed: another key, where chance has a part."""
+        if not self.samples:
+            return self
+        key = hashlib.sha256(f"{self.key} seed {seed}".encode()).hexdigest()[:32]
+        return replace(self, key=key)
 
 
 def prompt_of(request: Any, datasets: Mapping[str, Any], frames: int = 8) -> Prompt:

@@ -23,7 +23,7 @@ class Outcome:
         task: of lmms-eval.
         metrics: as lmms-eval computed them.
         samples: how many were scored.
-        errors: how many of them raised.
+        errors: how many questions raised (a sample may be asked several times).
         empty: how many were answered with nothing.
         new, reused: answers made by this process, and taken from the store.
         costs: means over samples: ``tokens_in``, ``tokens_out``, ``mean_tokens``, ``flops``,
@@ -86,7 +86,7 @@ def outcome_of(
     empty = sum(r.error is None and not r.answer for r in rows)
     metrics = plain_metrics(found["results"][task])
     failure = None
-    if errors == len(docs):
+    if rows and errors == len(rows):
         failure = f"every sample raised; the first: {rows[0].error}"
     elif not metrics:
         failure = "lmms-eval returned no metric"

@@ -253,6 +253,9 @@ def run(
                 outcome = _one(job, lm, cell, name, task, data[task], files)
                 if not main:
                     continue
+                # A task may be asked for by its name and by those of groups that hold it.
+                done = {o.task for o in outcomes if o.cell == cell}
+                outcome = [o for o in outcome if o.task not in done]
                 outcomes += outcome
                 for one in outcome:
                     say(f"[{number}/{len(job.cells)}] {one.line()}")

@@ -1,0 +1,79 @@
+"""Tasks of a user's own, in a folder: groups, repeated questions, drawn answers."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from vtr.evaluate.cells import Cell
+from vtr.evaluate.results import outcome_of
+from vtr.evaluate.store import Row, Store
+
+pytest.importorskip("lmms_eval")
+
+YAML = """
+task: {name}
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: digits_vqa.parquet
+test_split: test
+output_type: generate_until
+doc_to_visual: !function digits_vqa_utils.doc_to_visual
+doc_to_text: !function digits_vqa_utils.doc_to_text
+doc_to_target: answer
+{options}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+GREEDY = "generation_kwargs: {max_new_tokens: 5, do_sample: false}"
+DRAWN = "generation_kwargs: {max_new_tokens: 5, do_sample: true, temperature: 2.0}"
+
+
+@pytest.fixture
+def folder(cache, tmp_path):
+    """An include folder with the tasks ``one``, ``two``, ``drawn``, and the group ``both``."""
+    from vtr.evaluate.tasks import write
+
+    for name in ("digits_vqa.parquet", "digits_vqa_utils.py"):
+        shutil.copy(write() / name, tmp_path)
+    for name, options in (("one", GREEDY), ("two", GREEDY), ("drawn", DRAWN)):
+        (tmp_path / f"{name}.yaml").write_text(YAML.format(name=name, options=options))
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [one, two]\n")
+    return tmp_path
+
+
+def test_a_task_named_by_itself_and_in_a_group_counts_once(folder):
+    from vtr.evaluate.runner import evaluate
+
+    results = evaluate(tasks="both,one", include=[folder], limit=3)
+    (line,) = results.lines()
+    assert [o.task for o in results.outcomes] == ["one", "two"]
+    assert line.samples == 6 and not line.spread
+
+
+def test_answers_drawn_with_another_seed_are_asked_anew(folder):
+    from vtr.evaluate.runner import evaluate
+
+    with Store() as store:
+        found = [
+            evaluate(tasks=task, include=[folder], limit=3, seeds=(seed,), store=store)
+            for task, seed in (("drawn", 0), ("drawn", 0), ("drawn", 1), ("one", 0), ("one", 1))
+        ]
+    assert [r.outcomes[0].reused for r in found] == [0, 3, 0, 0, 3]
+
+
+def test_repeated_questions_that_all_raised_are_a_failure():
+    samples = [{"doc_id": 0}, {"doc_id": 1}]
+    found = {"samples": {"own": samples}, "results": {"own": {"exact_match,none": 0.0}}}
+    with Store() as store:
+        name = store.cell({})
+        for idx in (0, 1):
+            store.put(name, "own", [Row(doc, idx, "", "", error="no") for doc in (0, 1)])
+        outcome = outcome_of(store, Cell(), name, "own", found, None)
+        assert outcome.errors == 4 and "every sample raised" in str(outcome.failure)
+        store.put(name, "own", [Row(0, 0, "p", "3")])
+        assert outcome_of(store, Cell(), name, "own", found, None).failure is None
