@@ -211,6 +211,25 @@ def test_second_order_schedules(name: str, steps: int) -> None:
     assert list(dict.fromkeys(s[1:3] for s in method.seen)) == [(i, steps) for i in range(steps)]
 
 
+def test_a_cache_that_leaves_out_half_of_the_batch() -> None:
+    """FasterCache guesses the unconditional half of some calls: what is left keeps its branch."""
+    from diffusers import FasterCacheConfig
+
+    pipe, method = pipes.make("mochi"), Watch()
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=1, unconditional_batch_skip_range=3,
+        spatial_attention_timestep_skip_range=(-1, 2000), attention_weight_callback=lambda _: 0.5,
+        unconditional_batch_timestep_skip_range=(-1, 2000),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    )  # fmt: skip
+    pipe.transformer.enable_cache(config)
+    with vtr.apply(pipe, method):
+        pipes.call(pipe, "mochi", 4)
+    branches = {step: [s[3][-1] for s in method.seen if s[1] == step] for step in range(4)}
+    assert set(branches[0]) == {"0", "1"}
+    assert set(branches[1]) == set(branches[2]) == {"1"}
+
+
 def test_a_share_of_the_steps_needs_their_number() -> None:
     case, model = CASES["sd3"], CASES["sd3"].build()
     with (

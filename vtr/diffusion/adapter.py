@@ -68,7 +68,7 @@ class DiffusionWrapping(Wrapping):
         self.session = Session()
         self.call: Call | None = None
         self.steps: int | None = None
-        self.batch = 0
+        self.batch = self.rows = 0
         self.sample: dict[int, int] = {}
         self.visited: dict[int, int] = {}  # transformer -> its last step
         self.reduced: dict[int, Reduction] = {}
@@ -157,6 +157,9 @@ class DiffusionWrapping(Wrapping):
         return site_processor(current, Bound(self, "attention", index, layer), around)
 
     def _install_blocks(self, index: int, member: Any) -> None:
+        if self.family.loops:
+            first = blocks_of(self.family, member)[0]
+            self.hook(first.register_forward_pre_hook(Bound(self, "count_rows"), with_kwargs=True))
         for number, block in enumerate(blocks_of(self.family, member)):
             entry = self.by_block.get(number)
             if entry is None:
@@ -261,7 +264,7 @@ class DiffusionWrapping(Wrapping):
         self.sample.clear()
         self.memory.clear()
         self.reduced.clear()
-        self.batch = given["hidden_states"].shape[0]
+        self.batch = self.rows = given["hidden_states"].shape[0]
         self._trace = Trace(batch=self.batch, notes={"attention": {}})
         self._adopt(index, model)
 
@@ -289,6 +292,12 @@ class DiffusionWrapping(Wrapping):
     ) -> Tensor:
         """In place of the attention function of a processor."""
         return compute(self, index, layer, function, args, kwargs)
+
+    @torch.compiler.disable
+    def count_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """At the first block: a cache may have left out the first half of the batch (FasterCache)."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.rows = hidden.shape[0]
 
     @torch.compiler.disable
     def block(

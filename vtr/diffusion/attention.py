@@ -57,7 +57,7 @@ def compute(
     if wrapping.family.loops:
         number = wrapping.sample.get(layer, 0)
         wrapping.sample[layer] = number + 1
-        sample = number % max(wrapping.batch, 1)
+        sample = wrapping.batch - wrapping.rows + number % max(wrapping.rows, 1)
         call = dataclasses.replace(call, branch=f"{call.branch}/{sample}", text_valid=None)
 
     def dense() -> Tensor:
