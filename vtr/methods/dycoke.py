@@ -131,7 +131,7 @@ class DyCoke(Method):
         alike = torch.zeros(site.batch, dtype=torch.bool, device=row.device)
         if before is not None:
             alike = F.cosine_similarity(row, before, dim=1) >= self.similarity
-        if bool(((number == moving.sum(1)).all() | alike.all())):  # one look at the device per step
+        if bool((number == moving.sum(1)).all() | alike.all()):  # one look at the device per step
             return None
         stays = best(row, number, moving) | (valid_of(site) & ~moving)
         kept, padded = top_indices(stays.float(), stays.sum(1), stays)
