@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -175,7 +176,10 @@ def contextual_groups(keys: Tensor, rest: Tensor, number: Tensor) -> tuple[Tenso
     )
     unit = F.normalize(keys.float(), dim=-1)
     targets, _ = top_indices(is_target.float(), is_target.sum(1), is_target)
-    likeness = unit @ take(unit, targets.clamp(min=0)).transpose(1, 2)
+    kind = keys.device.type
+    knows = torch.amp.is_autocast_available(kind)  # the meta device does not
+    with torch.autocast(kind, enabled=False) if knows else nullcontext():
+        likeness = unit @ take(unit, targets.clamp(min=0)).transpose(1, 2)
     nearest = likeness.masked_fill((targets < 0)[:, None], -float("inf"))
     if targets.shape[1] == 0:
         return torch.full_like(rank, -1), is_target

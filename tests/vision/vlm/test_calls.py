@@ -231,3 +231,35 @@ def test_every_family_shows_the_attention_of_its_text() -> None:
     for name in FAMILIES:
         model, _ = made(name, 1)
         assert {s.name: s.supported for s in vtr.supported(model)}["fastv"], name
+
+
+# ---- autocast ------------------------------------------------------------------------------------
+
+
+def test_autocast_does_not_lower_what_methods_compute() -> None:
+    """Their scores are float32; q, k and v are made as the model makes them."""
+    seen: list[Any] = []
+
+    class Look(Pick):
+        def reduce(self, site: Any) -> Any:
+            x = site.hidden.float()
+            kinds = [(x @ x.mT).dtype]
+            if site.site == "decoder":
+                kinds += [site.values.dtype, site.attention_rows_from_text().dtype]
+            seen.append(kinds)
+            return super().reduce(site)
+
+    low, high = torch.bfloat16, torch.float32
+    model, inputs = made("llava", 2)
+    with torch.autocast("cpu", dtype=low):
+        with vtr.apply(model, Look(DECODER.at, DECODER.keep)):
+            model(**inputs)
+        with vtr.apply(model, Look(PROMPT.at, PROMPT.keep)):
+            model(**inputs)
+        with vtr.apply(model, vtr.DivPrune(keep=4)):
+            assert bool(torch.isfinite(generate(model, inputs).logits[0]).all())
+    assert seen == [[high, low, high], [high, low, high], [high]]
+    seen.clear()
+    with vtr.apply(model, Look(DECODER.at, DECODER.keep)):
+        model(**inputs)
+    assert seen == [[high, high, high]] * 2

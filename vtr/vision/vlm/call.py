@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vtr.kernels import attention_rows
 from vtr.method import Reduction
 from vtr.signals import QKV, Frames, LanguageSite, VisualSpan
-from vtr.tokens import TokenMap, take
+from vtr.tokens import TokenMap
 from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.frames import KINDS
+from vtr.vision.vlm.rows import Rows, Seen, Tokens
 from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
 from vtr.wrapping import Entry
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
-
-
-class Seen:
-    """What enters a layer: ``hidden`` (B, L, C), rotary tables, and whether the layer has run since."""
-
-    __slots__ = ("done", "hidden", "layer", "layout", "rope")
-
-    def __init__(
-        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], layout: Layout, done: bool
-    ) -> None:
-        self.layer = layer
-        self.hidden = hidden
-        self.rope = rope
-        self.layout = layout
-        self.done = done
 
 
 class Call:
@@ -88,6 +75,7 @@ class Call:
             kept = torch.where(slots < 0, -1, place)
             self.map = TokenMap.keep(kept, slots.shape[1], self.layout.ragged)
         self.memory: dict[int, dict[str, Any]] = {}
+        self.casts = casts_of(live.device.type)
         self.changed = False
         self._frames: dict[bool, Frames] = {}
         self._counts: list[list[int]] | None = None
@@ -182,8 +170,23 @@ class Call:
 
     def visit(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> Tensor:
         """Call a method; returns the hidden states, shortened where it cuts."""
-        reduction = entry.method.reduce(self.site(entry, name, layer, place, hidden))
+        site = self.site(entry, name, layer, place, hidden)
+        with self.casting(False):  # scores are float32: autocast would round their products
+            reduction = entry.method.reduce(site)
         return hidden if reduction is None else self.commit(entry, name, layer, hidden, reduction)
+
+    def casting(self, on: bool) -> AbstractContextManager[Any]:
+        """``torch.autocast`` as the model runs under it, or without it; nothing where it does not."""
+        if self.casts is None:
+            return nullcontext()
+        return torch.autocast(self.live.device.type, self.casts, enabled=on)
+
+    def project(
+        self, where: Seen, tokens: Tensor, rope: tuple[Tensor, Tensor], which: Sequence[str]
+    ) -> QKV:
+        """q, k, v of tokens (B, R, C) that enter a layer, under the model's autocast."""
+        with self.casting(True):
+            return project(self.owner.layers[where.layer], tokens, rope, which)
 
     def site(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> LanguageSite:
         layout, owner = self.layout, self.owner
@@ -279,13 +282,13 @@ class Call:
 
     def keys(self, where: Seen) -> Tensor:
         """(B, Hk, past + L, D): all keys that a layer sees, from the cache where it has them."""
-        layer, module = where.layer, self.owner.layers[where.layer]
+        layer = where.layer
         past = length_of(self.cache, layer)
         if where.done:
             found = cached(self.cache, layer, past)
             if found is not None and past >= where.hidden.shape[1]:
                 return found[0]
-        _, k, _ = project(module, where.hidden, where.rope, ("k",))
+        _, k, _ = self.project(where, where.hidden, where.rope, ("k",))
         earlier = 0 if self.cache is None else past - (where.hidden.shape[1] if where.done else 0)
         if earlier > 0:
             found = cached(self.cache, layer, earlier)
@@ -308,81 +311,11 @@ class Moments:
         return self.call.frames(self.joined)
 
 
-class Tokens:
-    """q, k, v of the visual tokens at a decoder site."""
-
-    def __init__(self, call: Call, where: Seen | None) -> None:
-        self.call, self.where = call, where
-
-    def __call__(self) -> QKV:
-        call, where = self.call, checked(self.call, self.where)
-        slots = call.layout.slots.clamp(min=0)
-        cos, sin = where.rope
-        rope = (along(cos, slots), along(sin, slots))
-        q, k, v = project(
-            call.owner.layers[where.layer], take(where.hidden, slots), rope, ("q", "k", "v")
-        )
-        groups = q.shape[1] // k.shape[1]
-        return q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-
-
-class Rows:
-    """Attention of text rows at a decoder site."""
-
-    def __init__(self, call: Call, where: Seen | None, text: Tensor) -> None:
-        self.call, self.where, self.text = call, where, text
-
-    def __call__(self, rows: Tensor) -> tuple[QKV, Tensor]:
-        call, where = self.call, checked(self.call, self.where)
-        wanted = self.text.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
-        slots = wanted.clamp(min=0)
-        cos, sin = where.rope
-        module = call.owner.layers[where.layer]
-        q, own, v = project(
-            module,
-            take(where.hidden, slots),
-            (along(cos, slots), along(sin, slots)),
-            ("q", "k", "v"),
-        )
-        keys = call.keys(where)
-        before = call.columns_before(where.layer)
-        column = torch.arange(where.hidden.shape[1], device=slots.device)
-        sees = call.layout.live[:, None] & (column <= wanted[..., None])
-        earlier = before[:, None].expand(-1, slots.shape[1], -1) & (wanted >= 0)[..., None]
-        allowed = torch.cat([earlier, sees], 2)[:, None]
-        weights = attention_rows(q, keys.to(q), scale=module.self_attn.scaling, bias=allowed)
-        target = call.layout.slots + before.shape[1]
-        index = target.clamp(min=0)[:, None, None].expand(
-            -1, weights.shape[1], weights.shape[2], -1
-        )
-        seen = weights.gather(3, index).masked_fill((call.layout.slots < 0)[:, None, None], 0)
-        groups = q.shape[1] // own.shape[1]
-        return (q, own.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)), seen
-
-    def received(self, chunk: int) -> Tensor:
-        """(B, N): mean attention over heads and all queries of this call."""
-        call, where = self.call, checked(self.call, self.where)
-        layout, module = call.layout, call.owner.layers[where.layer]
-        batch, length = layout.live.shape
-        keys, before = call.keys(where), call.columns_before(where.layer)
-        column = torch.arange(length, device=keys.device)
-        target = layout.slots.clamp(min=0) + before.shape[1]
-        total = torch.zeros(layout.slots.shape, device=keys.device)
-        for start in range(0, length, chunk):
-            rows = column[start : start + chunk].expand(batch, -1)
-            real = layout.live.gather(1, rows)
-            cos, sin = where.rope
-            rope = (along(cos, rows), along(sin, rows))
-            q, _, _ = project(module, take(where.hidden, rows), rope, ("q",))
-            sees = layout.live[:, None] & (column <= rows[..., None])
-            earlier = before[:, None].expand(-1, rows.shape[1], -1)
-            allowed = torch.cat([earlier, sees], 2) & real[..., None]
-            weights = attention_rows(
-                q, keys.to(q), scale=module.self_attn.scaling, bias=allowed[:, None]
-            )
-            paid = weights.mean(1).masked_fill(~real[..., None], 0).sum(1)
-            total = total + paid.gather(1, target)
-        return (total / layout.live.sum(1, keepdim=True)).masked_fill(layout.slots < 0, 0)
+def casts_of(kind: str) -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` computes in on a kind of device; None where it is off."""
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def grid_of(span: VisualSpan) -> Grid:
@@ -390,19 +323,3 @@ def grid_of(span: VisualSpan) -> Grid:
     if span.grid is None or span.frames * span.grid[0] * span.grid[1] != span.length:
         return None
     return span.grid if span.frames == 1 else (span.frames, *span.grid)
-
-
-def checked(call: Call, where: Seen | None) -> Seen:
-    if where is None:
-        raise RuntimeError("the layer's input was not seen: a method looked before the model ran")
-    if where.layout is not call.layout:
-        raise RuntimeError(
-            f"a method looks at the attention of layer {where.layer}, which another method has "
-            "shortened before: give them different layers"
-        )
-    return where
-
-
-def along(x: Tensor, slots: Tensor) -> Tensor:
-    """Rows ``slots`` (B, K) of rotary tables (B or 1, L, D)."""
-    return take(x.expand(slots.shape[0], -1, -1), slots)

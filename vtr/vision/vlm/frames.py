@@ -137,8 +137,8 @@ def frames_of(
                 )
             )
         videos.append(spans)
-    found = torch.stack([frame, place, video]).to(call.live.device, non_blocking=True)
-    return Frames(*found.unbind(), videos)
+    three = torch.stack([frame, place, video]).to(call.live.device, non_blocking=True)
+    return Frames(*three.unbind(), videos)
 
 
 def _tiles(tiles: list[Piece], scattered: bool) -> tuple[View, ...]:

@@ -17,7 +17,8 @@ from vtr.method import Reduction
 from vtr.tokens import TokenMap, top_indices
 from vtr.trace import Trace
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
-from vtr.vision.vlm.call import Call, Seen
+from vtr.vision.vlm.call import Call
+from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
 from vtr.wrapping import Bound, Entry
 
