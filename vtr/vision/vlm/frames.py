@@ -138,7 +138,7 @@ def frames_of(
             )
         videos.append(spans)
     three = torch.stack([frame, place, video]).to(call.live.device, non_blocking=True)
-    return Frames(*three.unbind(), videos)
+    return Frames(three[0], three[1], three[2], videos)
 
 
 def _tiles(tiles: list[Piece], scattered: bool) -> tuple[View, ...]:
