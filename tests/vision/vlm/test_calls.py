@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vtr
+from tests.vision.vlm.looks import seen
 from tests.vision.vlm.models import (
     FAMILIES,
     IMAGE,
@@ -24,7 +25,17 @@ from tests.vision.vlm.models import (
     prompts,
     transformers,
 )
-from tests.vision.vlm.picks import BOTH, DECODER, PROMPT, Pick, generate
+from tests.vision.vlm.picks import (
+    BOTH,
+    CLOSE,
+    DECODER,
+    PROMPT,
+    Masked,
+    Pick,
+    generate,
+    gone_of,
+    same,
+)
 from vtr.vision.vlm.gate import forget_compiled
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -233,12 +244,73 @@ def test_every_family_shows_the_attention_of_its_text() -> None:
         assert {s.name: s.supported for s in vtr.supported(model)}["fastv"], name
 
 
+def test_pixtral_towers_have_grids_of_their_images() -> None:
+    """4 x 9 patches are no 6 x 6."""
+    tower = transformers.PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=63,
+        patch_size=7,
+        head_dim=8,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=tower,
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = build(transformers.LlavaForConditionalGeneration, config)
+    inputs = {
+        "pixel_values": noise(3, 3, 42, 63),
+        "image_sizes": torch.tensor([[42, 63], [28, 63], [28, 35]]),
+        **prompts([[54], [36, 20]]),
+    }
+    images = seen(model, inputs).images
+    assert images == [[(0, 54, (6, 9))], [(0, 36, (4, 9)), (36, 20, (4, 5))]]
+    with vtr.apply(model, BOTH) as handle:
+        reduced = generate(model, inputs)
+        gone = gone_of(handle, inputs["input_ids"])
+    with Masked(model, gone):
+        same(generate(model, inputs), reduced, CLOSE)
+
+
+def test_families_that_cannot_work_say_why() -> None:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+        "projection_dim": 64,
+    }
+    config = transformers.PaliGemmaConfig(
+        vision_config={**vision, "model_type": "siglip_vision_model"},
+        text_config={**TEXT, "model_type": "gemma", "head_dim": 16},
+        image_token_index=IMAGE,
+    )
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    with pytest.raises(vtr.UnsupportedModelError, match=r"both directions.*Supported: LLaVA-1\.5"):
+        vtr.apply(model, PROMPT)
+
+
+def test_visual_tokens_that_the_mask_hides_are_refused() -> None:
+    model, inputs = made("llava", 1)
+    mask = inputs["attention_mask"].clone()
+    mask[0, 5] = 0
+    with vtr.apply(model, PROMPT), pytest.raises(RuntimeError, match="hide none of them"):
+        model(**{**inputs, "attention_mask": mask})
+
+
 # ---- autocast ------------------------------------------------------------------------------------
 
 
 def test_autocast_does_not_lower_what_methods_compute() -> None:
     """Their scores are float32; q, k and v are made as the model makes them."""
-    seen: list[Any] = []
+    found: list[Any] = []
 
     class Look(Pick):
         def reduce(self, site: Any) -> Any:
@@ -246,7 +318,7 @@ def test_autocast_does_not_lower_what_methods_compute() -> None:
             kinds = [(x @ x.mT).dtype]
             if site.site == "decoder":
                 kinds += [site.values.dtype, site.attention_rows_from_text().dtype]
-            seen.append(kinds)
+            found.append(kinds)
             return super().reduce(site)
 
     low, high = torch.bfloat16, torch.float32
@@ -258,8 +330,8 @@ def test_autocast_does_not_lower_what_methods_compute() -> None:
             model(**inputs)
         with vtr.apply(model, vtr.DivPrune(keep=4)):
             assert bool(torch.isfinite(generate(model, inputs).logits[0]).all())
-    assert seen == [[high, low, high], [high, low, high], [high]]
-    seen.clear()
+    assert found == [[high, low, high], [high, low, high], [high]]
+    found.clear()
     with vtr.apply(model, Look(DECODER.at, DECODER.keep)):
         model(**inputs)
-    assert seen == [[high, high, high]] * 2
+    assert found == [[high, high, high]] * 2

@@ -44,6 +44,12 @@ class Family:
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         """Fill ``capture`` after the features were made; ``given`` are the arguments by name."""
         capture.pieces = [still(n) for n in capture.lengths]
+        sizes, tower = given.get("image_sizes"), self.tower(inner, capture.kind)
+        if sizes is not None:  # a Pixtral tower: every image at its own resolution
+            side = int(getattr(tower, "patch_size", 1))
+            grids = [(h // side, w // side) for h, w in torch.as_tensor(sizes).tolist()]
+            if [h * w for h, w in grids] == capture.lengths:
+                capture.pieces = [plain("image", 1, grid) for grid in grids]
         capture.spread = rows
 
     def watch(self, inner: Any) -> str | None:
@@ -258,6 +264,9 @@ SUPPORTED: dict[str, Callable[[], Family]] = {
 }
 
 REFUSED = {
+    "PaliGemmaModel": "its image and prompt tokens see each other in both directions, under a mask that a "
+    "cut would have to rebuild",
+    "MllamaModel": "its language model reads images by cross-attention: the prompt has no visual tokens",
     "Gemma3Model": "its image tokens see each other in both directions, under masks of its own per layer "
     "type (sliding and full), which a cut would have to rebuild",
 }

@@ -95,7 +95,8 @@ class Captures:
         if rest or any(len(set(counts[i : i + times])) > 1 for i in range(0, len(counts), times)):
             raise RuntimeError(
                 f"the prompt has {sum(counts)} visual tokens, the vision tower made {total}: give the "
-                "language model all of an image's tokens in one call (no chunked prefill)"
+                "language model all of an image's tokens in one call (no chunked prefill), and hide "
+                "none of them by attention_mask"
             )
         out, start = [], 0
         for i in range(0, len(counts), times):
