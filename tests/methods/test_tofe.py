@@ -243,6 +243,36 @@ def test_training_and_evaluation_agree_on_the_class_token() -> None:
     torch.testing.assert_close(short, expected, atol=3e-4, rtol=3e-4)
 
 
+@pytest.mark.parametrize("rejoin", [True, False])
+@pytest.mark.parametrize("pool", ["token", "avg", "max", "map"])
+def test_training_and_evaluation_agree_on_the_classes(
+    pool: str, rejoin: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With decisions by the likelier side in both, also where the head pools over tokens."""
+    model, x = vit(global_pool=pool, class_token=pool == "token"), images(3)
+    modules: Any = spread(ToFeModules(48, 3), 5)
+    with torch.no_grad():  # decisions that are not all the same
+        for layer in modules.predictors.modules():
+            if isinstance(layer, nn.Linear):
+                layer.bias.zero_()
+    monkeypatch.setattr(
+        F,
+        "gumbel_softmax",
+        lambda logits, **_: F.one_hot(logits.argmax(-1), 2).float() + logits * 0,
+    )
+    method = vtr.ToFe(trained=True, adaptive=True, final_rejoin=rejoin)
+    with vtr.apply(model, method, modules=modules) as handle:
+        with torch.no_grad():
+            expected = model(x)
+            numbers = handle.trace.stages[2].total.valid.sum(1)
+        assert len(set(numbers.tolist())) > 1
+        got = model.train()(x)
+        assert torch.equal(handle.trace.notes["tofe_masks"][2].sum(1), numbers)
+        torch.testing.assert_close(got, expected, atol=3e-4, rtol=3e-4)
+        got.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in modules.parameters())
+
+
 def test_decisions_in_training_are_drawn_and_may_bring_tokens_back() -> None:
     model, x = vit().train(), images(4)
     with vtr.apply(model, vtr.ToFe(trained=True)) as handle:

@@ -7,6 +7,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import vtr
+from tests.tiny import ours
+from tests.vision import towers
 from vtr.methods.tofe import ToFeModules
 from vtr.train.tofe import ToFeLoss, ToFeTrainer, expected_cost
 
@@ -86,3 +88,10 @@ def test_untrained_method_and_bad_target_are_refused():
         ToFeTrainer(tiny(), vtr.ToFe())
     with pytest.raises(ValueError, match=r"target must be in \(0, 1\]"):
         ToFeLoss(target=0.0)
+
+
+def test_a_model_that_is_no_timm_classifier_is_refused_before_it_is_touched():
+    model = towers.build("vit-classes")
+    with pytest.raises(TypeError, match="must be a timm classifier"):
+        ToFeTrainer(model, vtr.ToFe(trained=True))
+    assert ours(model) == [] and all(p.requires_grad for p in model.parameters())

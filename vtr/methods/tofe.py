@@ -197,7 +197,8 @@ class ToFe(Method):
                 x.dtype
             )
         if last:
-            return Reduction(None, tokens=x)
+            # What does not rejoin has no part in a pooling over tokens, here as in inference.
+            return Reduction(None, tokens=x, policy=None if self.final_rejoin else masks[-1])
         active = masks[-1] if masks else torch.ones(x.shape[:2], device=x.device)
         chances = modules.predictors[stage](x, active)
         keep = F.gumbel_softmax(chances.clamp_min(1e-6).log(), tau=1.0, hard=True)[..., 0]

@@ -111,6 +111,12 @@ class ToFeTrainer:
             raise ValueError(
                 "method must be ToFe(trained=True): there is nothing to train otherwise"
             )
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise TypeError(
+                "model must be a timm classifier (its forward_features and forward_head are trained "
+                f"through), got {type(model).__name__}: for another one write the loop from ToFeLoss, "
+                "expected_cost and handle.trace.notes['tofe_masks']"
+            )
         self.loss = loss or ToFeLoss()
         self.teacher: Any = copy.deepcopy(model).eval().requires_grad_(False)
         self.model: Any = model

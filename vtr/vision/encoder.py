@@ -318,6 +318,9 @@ class EncoderSession:
     def pool_sizes(self, x: Tensor) -> Tensor | None:
         """(B, N) sizes by which the pooling must weigh the visual tokens of x, or None."""
         run = self.run
+        if run is not None and run.policy is not None:  # training: as if they were gone
+            none = run.policy.sum(1, keepdim=True) == 0
+            return run.policy + none if x.shape[1] == run.tokens + self.prefix else None
         if run is None or run.map is None or x.shape[1] != run.map.n_out + self.prefix:
             return None  # nothing happened, or a restored sequence, which is pooled as it is
         if run.merged:

@@ -22,7 +22,7 @@ from vtr.errors import UnsupportedModelError
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
-from vtr.vision.pooling import weighted_mean
+from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.wrapping import Bound, Wrapping
 
 FAMILIES = (
@@ -234,7 +234,7 @@ class OpenClipWrapping(Wrapping):
         sizes = self.session.pool_sizes(key)
         if sizes is not None:
             ones = sizes.new_ones(sizes.shape[0], self.info.prefix)
-            kwargs["key_padding_mask"] = torch.cat([ones, sizes], 1).log().to(query.dtype)
+            kwargs["key_padding_mask"] = log_sizes(torch.cat([ones, sizes], 1)).to(query.dtype)
         return type(attn).forward(attn, query, key, value, **kwargs)
 
     def costs(self) -> dict[str, Any] | None:

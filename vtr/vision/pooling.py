@@ -34,6 +34,12 @@ class Pooling:
         return weights[:, 0].float(), out[:, 0]
 
 
+def log_sizes(sizes: Tensor) -> Tensor:
+    """Logarithm of (B, N) sizes, -inf for those of 0, with a gradient of 0 there."""
+    tiny = torch.finfo(sizes.dtype).tiny
+    return torch.where(sizes > 0, sizes.clamp_min(tiny).log(), -float("inf"))
+
+
 def weighted_mean(x: Tensor, sizes: Tensor) -> Tensor:
     """Mean of x (B, N, C) over tokens, each counted ``sizes`` (B, N) times; summed in float32."""
     weights = (sizes / sizes.sum(1, keepdim=True))[..., None]

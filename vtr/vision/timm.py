@@ -15,7 +15,7 @@ from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, WholeBlock, linear_flops, narrow_bias, narrow_rope
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
-from vtr.vision.pooling import weighted_mean
+from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.wrapping import Bound, Wrapping
 
 FAMILIES = (
@@ -354,7 +354,7 @@ class TimmWrapping(Wrapping):
         else:
             x = x[:, p:]
         if isinstance(attn_pool, AttentionPoolLatent):
-            return attn_pool(x, attn_mask=sizes.log()[:, None, None, :].to(x.dtype))
+            return attn_pool(x, attn_mask=log_sizes(sizes)[:, None, None, :].to(x.dtype))
         if attn_pool is not None:
             raise UnsupportedMethodError(
                 f"{type(attn_pool).__name__} cannot count tokens by their size: use "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner, place_forward
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
-from vtr.vision.pooling import weighted_mean
+from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.vision.transformers_layers import LAYERS, LayerRunner
 from vtr.wrapping import Bound, Wrapping
 
@@ -226,7 +226,7 @@ class TransformersWrapping(Wrapping):
         attention: Any = self.tower.head.attention  # type: ignore[union-attr]
         sizes = self.session.pool_sizes(key)
         if sizes is not None:
-            kwargs["key_padding_mask"] = sizes.log().to(query.dtype)
+            kwargs["key_padding_mask"] = log_sizes(sizes).to(query.dtype)
         return type(attention).forward(attention, query, key, value, **kwargs)
 
     def take_mean(self, module: Any, args: tuple[Any, ...], output: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoder import EncoderSession, encoder_info
-from vtr.vision.pooling import weighted_mean
+from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.vision.transformers import _named
 from vtr.vision.transformers_layers import LAYERS, LayerRunner
 from vtr.wrapping import Bound, Wrapping
@@ -164,7 +164,7 @@ class VideoWrapping(Wrapping):
                 "model.set_attn_implementation('sdpa')"
             )
         queries = args[0] if args else keys
-        bias = sizes.log()[:, None, None, :].to(queries.dtype)
+        bias = log_sizes(sizes)[:, None, None, :].to(queries.dtype)
         return args, {**kwargs, "attention_mask": bias.expand(-1, 1, queries.shape[1], -1)}
 
     def costs(self) -> dict[str, Any] | None:
