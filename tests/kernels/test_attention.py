@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.cases import SHAPES, added_rows, make, mask_of, qkv, token_mask
 from vtr.kernels import (
     BlockMask,
+    available_backends,
     block_sparse_attention,
     block_sparse_attention_reference,
     merge_states,
@@ -293,6 +295,48 @@ def test_a_failed_compilation_is_reported_and_auto_goes_on(monkeypatch):
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=2e-6)
     with pytest.raises(RuntimeError, match="broken toolchain"):
         block_sparse_attention(q, k, v, mask, backend="flex")
+
+
+def test_memory_that_ran_out_is_no_failed_compilation(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(flex_module, "_compiled", lambda: full)
+    monkeypatch.setattr(flex_module, "_failed", {})
+    monkeypatch.setattr(flex_module, "_compiler", lambda: "")
+    q, k, v, mask = make("ragged")
+    with pytest.raises(torch.OutOfMemoryError):
+        block_sparse_attention(q, k, v, mask, backend="flex")
+    assert not flex_module.refuses(q, mask, False)
+
+
+@pytest.mark.parametrize(
+    ("dim", "block", "triton", "expected"),
+    [
+        (64, 128, True, "triton"),
+        (80, 128, True, "flex or sdpa"),
+        (64, 256, True, "flex or sdpa"),
+        (64, 128, False, "sdpa"),
+    ],
+)
+@pytest.mark.parametrize("learns", [False, True])
+def test_auto_on_cuda(dim, block, triton, expected, learns, monkeypatch):
+    """Chosen for tensors without values: no device is needed to ask."""
+    monkeypatch.setattr(flex_module, "HAS_TRITON", triton)
+    mask = BlockMask.from_blocks(torch.eye(2).bool(), q_len=2 * block, k_len=2 * block, block=block)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(1, 4, 2 * block, dim, device="cuda", requires_grad=learns)
+        there = mask.to("cuda")
+        assert attention_module._choose(q, there, learns, learns, "auto") == expected
+        out, lse = block_sparse_attention(q, q, q, there, return_lse=True)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+
+
+def test_devices_and_packages_that_backends_need(monkeypatch):
+    assert "not for mps" in available_backends("mps")["flex"]
+    monkeypatch.setattr(flex_module, "HAS_TRITON", False)
+    for name in ("triton", "flex"):
+        assert "triton package" in available_backends("cuda")[name]
 
 
 def test_flex_format_in_eager_flex_attention():

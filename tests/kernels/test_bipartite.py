@@ -37,6 +37,14 @@ def test_same_choice_as_the_plain_implementation(size):
     torch.testing.assert_close(score, expected, atol=2e-7, rtol=0)
 
 
+@pytest.mark.parametrize("rows", [30, 400])
+def test_compiles_whole(rows):
+    a, b, seen = _unit(2, rows, 64), _unit(2, rows, 64), torch.rand(2, rows) > 0.3
+    compiled = torch.compile(bipartite_match, fullgraph=True, backend="eager")
+    for got, expected in zip(compiled(a, b, b_mask=seen), _plain(a, b, None, seen), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-7, rtol=0)
+
+
 @pytest.mark.parametrize("columns", [40, 400, 3000])
 def test_ties_go_to_the_lowest_index(columns):
     # Integer-valued metrics: products are exact, so equal scores are truly equal.

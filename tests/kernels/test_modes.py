@@ -47,6 +47,22 @@ def test_autocast_does_not_lower_what_is_float32(name):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["match", "few", "rows", "pooled", "attention"])
+def test_shapes_on_the_meta_device(name):
+    """Which knows no autocast; models are counted there."""
+    q, k, v = (t.to("meta") for t in (_Q, _K, _V))
+    a, b = (t.to("meta") for t in _LONG)
+    calls = {
+        "match": lambda: bipartite_match(a, b)[1],
+        "few": lambda: bipartite_match(a[:, :60], b[:, :60])[1],
+        "rows": lambda: attention_rows(q, k),
+        "pooled": lambda: pooled_block_scores(q, k, block=16),
+        "attention": lambda: block_sparse_attention(q, k, v, _MASK.to("meta")),
+    }
+    shapes = {"match": (2, 700), "few": (2, 60), "rows": (2, 2, 75, 59), "pooled": (2, 2, 5, 4)}
+    assert calls[name]().shape == shapes.get(name, q.shape)
+
+
 def test_a_mask_made_in_inference_mode_serves_training():
     with torch.inference_mode():
         mask = BlockMask.from_dense(token_mask((2, 75, 59), (32, 16)), block=(32, 16))

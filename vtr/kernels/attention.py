@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
+from vtr.kernels.precision import full_precision
 from vtr.kernels.product import gains
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
@@ -235,7 +236,7 @@ def _operator(
     mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Precision is that of q: autocast would round the products that float32 is summed from.
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         return _forward(q, k, v, row_scale, added, mask, dims, scale, need_lse, backend)
 
 
@@ -297,7 +298,7 @@ def _backward_operator(
         return triton_attention.backward(dout, delta, q, k, v, lse, mask, dims, scale)
     from vtr.kernels import sdpa
 
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         return sdpa.backward(dout, delta, q, k, v, lse, mask, dims, scale)
 
 

@@ -8,9 +8,12 @@ cache, so the memory of its own is O(Na + Nb) and the reduction costs a fraction
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+from vtr.kernels.precision import full_precision, lowers
 
 # Score elements per tile and thread: 1 MiB of float32, which stays in a core's second-level cache.
 _TILE = 1 << 18
@@ -63,12 +66,8 @@ def bipartite_match(
 
         score, index = match(metric_a, metric_b, b_mask)
     else:
-        kind = metric_a.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # It would round the products, and with them the ranks that say which index is first.
-            with torch.autocast(kind, enabled=False):
-                score, index = _match_tiles(metric_a, metric_b, b_mask)
-        else:
+        # Autocast would round the products, and with them the ranks that say which index is first.
+        with full_precision(metric_a.device) if lowers(metric_a.device) else nullcontext():
             score, index = _match_tiles(metric_a, metric_b, b_mask)
     if a_bias is not None:
         score.add_(a_bias)

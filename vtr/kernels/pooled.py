@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from vtr.kernels.precision import full_precision
+
 
 def pool_blocks(x: Tensor, block: int) -> Tensor:
     """Mean of each block of tokens, a ragged last block over the tokens it has.
@@ -69,7 +71,7 @@ def pooled_block_scores(
     rows, columns = pool_blocks(q, bm), pool_blocks(k, bn)
     group = q.shape[1] // k.shape[1]
     rows = rows.unflatten(1, (k.shape[1], group)) * scale
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         logits = (rows @ columns.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     start = torch.arange(columns.shape[2], device=k.device) * bn
     logits = logits + (k.shape[2] - start).clamp(max=bn).to(logits.dtype).log()

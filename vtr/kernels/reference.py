@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.precision import full_precision
 
 
 def block_sparse_attention_reference(
@@ -36,7 +37,7 @@ def block_sparse_attention_reference(
     Returns:
         ``(out, lse)``: (B, H, Sq, D) in the dtype of q, and (B, H, Sq) float32 (float64).
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         return _reference(q, k, v, mask, scale, row_scale, added)
 
 

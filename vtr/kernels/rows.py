@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+from vtr.kernels.precision import full_precision
 
 
 def attention_rows(
@@ -58,9 +59,7 @@ def attention_rows(
         raise ValueError(f"attention_rows needs floating-point q and k, got {q.dtype}")
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
     # Autocast would round the product to its low precision, whatever the inputs are converted to.
-    kind = q.device.type
-    knows = torch.amp.is_autocast_available(kind)  # the meta device does not
-    with torch.autocast(kind, enabled=False) if knows else nullcontext():
+    with full_precision(q.device):
         return _rows(q, k, bias, scale)
 
 

@@ -82,3 +82,8 @@ def _(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape[:2], dtype=torch.float32), a.new_empty(
         a.shape[:2], dtype=torch.int64
     )
+
+
+@register_flop_formula(torch.ops.vtr.bipartite_match)
+def _flops(a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1] * a[2]
