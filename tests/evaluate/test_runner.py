@@ -65,6 +65,10 @@ def test_scores_equal_those_of_a_plain_loop(swept):
         found = ours[name]
         assert found.score == pytest.approx(expected.accuracy, abs=1e-12)
         assert 0 < found.score <= 1 and found.samples == QUESTIONS
+        if expected.flops is not None:  # of the tower too; a method's own work is in one of them
+            share = expected.flops[1] / expected.flops[0]
+            ours_share = found.costs["flops"] / found.costs["flops_dense"]
+            assert -0.005 < share - ours_share < 0.03
         for kind, value in expected.kinds.items():
             assert found.metrics[kind.replace(" ", "_")] == pytest.approx(value, abs=1e-12)
 
