@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vtr.kernels.triton_common import dot, unit_strides, upcast
 
