@@ -171,6 +171,13 @@ def test_other_methods_are_refused_and_these_elsewhere() -> None:
     assert {"radial", "rettention", "tomesd"} <= names and "evit" not in names
 
 
+def test_blocks_that_were_replaced_are_refused() -> None:
+    model = CASES["wan"].build()
+    model.blocks = torch.nn.ModuleList([torch.nn.Identity()])  # as some caches do
+    with pytest.raises(vtr.UnsupportedModelError, match=r"hold no attention \(attn1\)"):
+        vtr.apply(model, Fixed())
+
+
 def test_another_attention_processor_is_refused() -> None:
     from diffusers.models.attention_processor import AttnProcessor
 

@@ -238,6 +238,17 @@ def test_saving_and_loading(pipe: Any, tmp_path: Path) -> None:
         assert torch.equal(pipes.call(pipe, "wan", 2), sparse)
 
 
+def test_a_wrapped_model_can_be_pickled(pipe: Any, tmp_path: Path) -> None:
+    with vtr.apply(pipe, Fixed()):
+        sparse = pipes.call(pipe, "wan", 2)
+        torch.save(pipe.transformer, tmp_path / "wrapped.pt")
+    pipe.transformer = torch.load(tmp_path / "wrapped.pt", weights_only=False)
+    assert torch.equal(pipes.call(pipe, "wan", 2), sparse)
+    (handle,) = vtr.handles(pipe)
+    handle.remove()
+    assert not torch.allclose(pipes.call(pipe, "wan", 2), sparse, atol=1e-4)
+
+
 def test_gradient_checkpointing() -> None:
     case, grads = CASES["wan"], []
     for checkpointing in (False, True):

@@ -83,6 +83,10 @@ class SiteProcessor:
         else:
             setattr(self.vtr_original, name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time: it is found again by that of the original.
+        return _blank, (type(self.vtr_original),), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         # The rebuilt function refers to this very object: a copy builds its own.
         return {**self.__dict__, "vtr_run": None}
@@ -145,6 +149,11 @@ def _class_for(kind: Any) -> type[SiteProcessor]:
     traced = rebuilt(kind, compiled.intercept)
     __call__.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
     return type(f"Site{kind.__name__}", (SiteProcessor,), {"__call__": __call__})
+
+
+def _blank(kind: Any) -> SiteProcessor:
+    made = _class_for(kind)
+    return made.__new__(made)
 
 
 def site_processor(original: Any, attend: Any, around: Any = None) -> SiteProcessor:

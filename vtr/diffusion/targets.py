@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vtr.diffusion.families import FAMILIES, Family, family_of, refusal_of
+from vtr.diffusion.families import FAMILIES, Family, family_of, layers_of, refusal_of
 from vtr.errors import UnsupportedModelError
 
 _EXPERTS = "_vtr_experts"
@@ -69,6 +69,12 @@ def supported(model: Any) -> Family:
     family = family_of(model)
     if family is None:
         raise UnsupportedModelError(_refuse(type(model).__name__, refusal_of(model)))
+    if not layers_of(family, model):
+        raise UnsupportedModelError(
+            f"the blocks of this {type(model).__name__} ({', '.join(family.blocks)}) hold no attention "
+            f"({', '.join(family.attention)}): if something has put other modules in their place (a "
+            "cache that is not diffusers' own), apply the method before that"
+        )
     return family
 
 
