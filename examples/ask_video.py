@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="a hub id or a folder; without it the built-in model")
     parser.add_argument("--frames", type=int, default=8, help="frames that the model sees")
     parser.add_argument("--method", default="fastvid")
-    parser.add_argument("--keep", type=float, default=0.25, help="share of visual tokens left")
+    parser.add_argument("--keep", type=float, default=0.25, help="the method's budget, as a share")
     parser.add_argument("--length", type=int, help="longest answer in tokens")
     parser.add_argument(
         "--picture", type=Path, help="where to save the tokens that lived, over time"
@@ -84,14 +84,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     console = Console()
     console.print(video)
-    few = f"{args.keep:.0%} of them ({args.method})"
+    method = vtr.create(args.method, keep=args.keep)
     table = Table(title=args.model or "digits-video")
-    for column in ("question", "right", "all tokens", few):
+    for column in ("question", "right", "all tokens", f"{args.method}, keep={args.keep}"):
         table.add_column(column)
-    # Where an object was, and when, is in the positions of its tokens: they stay as they were.
+    # Where an object was, and when, is in the positions of its tokens: they stay as they were. Frames
+    # that a processor gives as images (InternVL's) are a video here.
+    options = {"positions": "original", "video": True}
     for question, right in asked:
         dense, full = answer(model, processor, video, question, length)
-        with vtr.apply(model, vtr.create(args.method, keep=args.keep), positions="original") as h:
+        with vtr.apply(model, method, **options) as h:
             reduced, less = answer(model, processor, video, question, length)
             report = h.report()
             if args.picture:
