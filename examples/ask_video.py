@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import vtr
@@ -98,7 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
             report = h.report()
             if args.picture:
                 vtr.draw(h, video).save(args.picture)
-        table.add_row(question, right, f"{dense} ({full:.2f} s)", f"{reduced} ({less:.2f} s)")
+        said = (f"{dense} ({full:.2f} s)", f"{reduced} ({less:.2f} s)")
+        table.add_row(*map(escape, (question, right, *said)))
     console.print(table)
     console.print(report)
     if args.picture:

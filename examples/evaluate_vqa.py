@@ -28,5 +28,7 @@ results = evaluate(
     progress=print,
 )
 Console(width=160).print(results)
-best = max(results.lines()[1:], key=lambda line: (line.share or 0, -(line.of_flops or 1)))
-print(f"{best.method}: {best.share:.1%} of the dense score at {best.of_flops:.0%} of its FLOPs")
+scored = [line for line in results.lines() if line.label != "dense" and line.share is not None]
+best = max(scored, key=lambda line: (line.share, -line.of_flops), default=None)
+if best is not None:
+    print(f"{best.method}: {best.share:.1%} of the dense score at {best.of_flops:.0%} of its FLOPs")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import vtr
@@ -96,7 +97,7 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
         with vtr.apply(model, chosen, positions=args.positions) as handle:
             reduced = answer(model, processor, image, question, length)
             report = handle.report()
-        table.add_row(question, truth, dense, reduced)
+        table.add_row(*map(escape, (question, truth, dense, reduced)))
     console.print(table)
     console.print(report)
     if args.picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -33,6 +34,23 @@ def test_example_runs_on_what_ships_with_the_package(script, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "dense" in done.stdout.lower() or "all" in done.stdout.lower()
+
+
+@pytest.mark.parametrize("script", ["wrap_llava", "ask_video"])
+def test_answers_are_shown_as_the_model_wrote_them(script, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module(script)
+    first, written = module.answer, "[/INST] [red]3"
+
+    def answer(*arguments):
+        said = first(*arguments)
+        return written if isinstance(said, str) else (written, said[1])
+
+    monkeypatch.setattr(module, "answer", answer)
+    module.main(["--count", "1"] if script == "wrap_llava" else [])
+    assert written in capsys.readouterr().out
 
 
 def test_there_are_examples():
