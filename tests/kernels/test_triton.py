@@ -50,11 +50,20 @@ def test_importing_the_package_imports_no_triton():
 GPU_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+@pytest.fixture
+def untuned(monkeypatch):
+    """The first configuration of each kernel: to time all of them for 60 kinds of call takes an hour."""
+    from vtr.kernels import triton_common
+
+    monkeypatch.setattr(triton_common, "_best", {})
+    monkeypatch.setattr(triton_common, "_measure", lambda configs, launch: configs[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 72, 96, 128])
 @pytest.mark.parametrize("dtype", GPU_TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_gpu_forward_and_backward(name, dtype, dim):
+def test_gpu_forward_and_backward(name, dtype, dim, untuned):
     q, k, v, mask = make(name, dim, dtype, device="cuda")
     weights = torch.randn(q.shape, device="cuda")
     results = []
@@ -84,6 +93,143 @@ def test_gpu_backends_agree_on_a_long_ragged_mask(backend):
     out = block_sparse_attention(q, k, v, mask, backend=backend)
     expected, _ = block_sparse_attention_reference(q, k, v, mask)
     torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.float16), (72, torch.bfloat16)], ids=str)
+def test_gpu_every_configuration_is_right(dim, dtype, which, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from vtr.kernels import triton_common
+
+    monkeypatch.setattr(triton_common, "_best", {})
+    monkeypatch.setattr(
+        triton_common, "_measure", lambda configs, launch: configs[which % len(configs)]
+    )
+    n = 128 * 3 + 40
+    dense = torch.rand(n, n) > 0.5
+    dense[:128, 128:256] = True
+    mask = BlockMask.from_dense(dense).to("cuda")
+    q, k, v = qkv(1, 2, 1, n, n, dim, dtype, device="cuda")
+    results = []
+    for backend in ("triton", "reference"):
+        tensors = [t.clone().requires_grad_() for t in (q, k, v)]
+        try:
+            out = block_sparse_attention(*tensors, mask, backend=backend)
+            out.float().pow(2).sum().backward()
+        except OutOfResources as error:
+            pytest.skip(f"not for this device: {error}")
+        results.append([out, *(t.grad for t in tensors)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=6e-2, rtol=6e-2)
+
+
+def _text_mask(blocks=100, block=64):
+    """A band, and one row that sees everything: it is cut into parts."""
+    i = torch.arange(blocks)
+    live = (i[:, None] - i).abs() <= 1
+    live[-1], live[:, -1] = True, True
+    n = blocks * block - 5
+    return BlockMask.from_blocks(live, q_len=n, k_len=n, block=block).to("cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture():
+    """Heavy rows, row scale and matching: nothing waits for the device once it ran."""
+    mask = _text_mask()
+    q, k, v = qkv(1, 2, 2, mask.q_len, mask.k_len, 64, torch.bfloat16, device="cuda")
+    row_scale = torch.rand(q.shape[:3], device="cuda")
+
+    def step():
+        out = block_sparse_attention(q, k, v, mask, row_scale=row_scale, backend="triton")
+        return out, *bipartite_match(q[:, 0, ::2], q[:, 0, 1::2])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    other = qkv(1, 2, 2, mask.q_len, mask.k_len, 64, torch.bfloat16, seed=1, device="cuda")
+    for old, new in zip((q, k, v), other, strict=True):
+        old.copy_(new)
+    graph.replay()
+    expected, _ = block_sparse_attention_reference(q, k, v, mask, row_scale=row_scale)
+    torch.testing.assert_close(made[0], expected, atol=2e-2, rtol=2e-2)
+    for got, want in zip(made[1:], step()[1:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+def test_gpu_a_capture_with_a_new_mask_says_what_to_do():
+    mask = _text_mask(8)
+    q, k, v = qkv(1, 1, 1, mask.q_len, mask.k_len, 64, torch.bfloat16, device="cuda")
+    graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(RuntimeError, match="before the capture"), graph:
+        block_sparse_attention(q, k, v, mask, backend="triton")
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_gpu_more_samples_than_a_grid_axis_holds(untuned):
+    q, k, v, mask = make("tiny", 64, torch.float16, device="cuda")
+    q, k, v = (t.repeat(70_000, 1, 1, 1).requires_grad_() for t in (q, k, v))
+    out = block_sparse_attention(q, k, v, mask, backend="triton")
+    out.sum().backward()
+    for t in (out, q.grad, k.grad, v.grad):
+        torch.testing.assert_close(t, t[:1].expand_as(t))
+    a = torch.randn(70_000, 20, 16, device="cuda")
+    score, index = bipartite_match(a, a)
+    torch.testing.assert_close(score, (a @ a.mT).amax(2), atol=1e-4, rtol=1e-4)
+    assert index.max() < 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [80, 64])
+def test_gpu_trains_through_flex(dim):
+    """With a head dim of the Triton backward and one without."""
+    n = 128 * 5 + 9
+    live = torch.rand(5 + 1, 5 + 1) < 0.5
+    live |= torch.eye(6, dtype=torch.bool)
+    mask = BlockMask.from_blocks(live, q_len=n, k_len=n).to("cuda")
+    q, k, v = qkv(1, 2, 2, n, n, dim, torch.bfloat16, device="cuda")
+    grads = []
+    for backend in ("flex", "reference"):
+        tensors = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = block_sparse_attention(*tensors, mask, return_lse=True, backend=backend)
+        (out.float().sin().sum() + lse.sin().sum()).backward()
+        grads.append([out, lse, *(t.grad for t in tensors)])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=6e-2, rtol=6e-2)
+
+
+@pytest.mark.gpu
+def test_gpu_tf32_by_the_newer_setting(monkeypatch, untuned):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    q, k, v, mask = make("long-keys", 128, device="cuda")
+    out = block_sparse_attention(q, k, v, mask, backend="triton")
+    expected, _ = block_sparse_attention_reference(*(t.double() for t in (q, k, v)), mask)
+    torch.testing.assert_close(out, expected.float(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_gpu_tensors_on_another_device_than_the_current_one(untuned):
+    q, k, v, mask = make("grouped", 64, torch.bfloat16, device="cuda:1")
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    assert torch.cuda.current_device() == 0
+    out = block_sparse_attention(*tensors, mask, backend="triton")
+    out.sum().backward()
+    score, _ = bipartite_match(q[:, 0].detach(), q[:, 1].detach())
+    assert torch.cuda.current_device() == 0
+    expected, _ = block_sparse_attention_reference(*tensors, mask)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    want = (q[:, 0].float() @ q[:, 1].float().mT).amax(2)
+    torch.testing.assert_close(score, want, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.gpu
