@@ -8,6 +8,7 @@ from torch import nn
 
 import vtr
 from tests.tiny import Watch, images, ours, vit
+from tests.vision.timm_models import build
 
 FIRST = vtr.CLSAttention(keep=0.6, layers=(1,))
 
@@ -137,3 +138,27 @@ def test_user_hooks_keep_working() -> None:
     run(model, x)
     hook.remove()
     assert seen == [33, 65]
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "beit_base_patch16_224"])
+def test_hooks_on_the_attention_fire_where_a_method_looks_inside(name: str) -> None:
+    """Its output, and the weights that it hands to its dropout where it makes them."""
+    model, x = build(name), images()
+    weights: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda m, a, y: weights.append(y))
+        block.attn.register_forward_hook(lambda m, a, y: outputs.append(y))
+    run(model, x)
+    dense, plain = list(weights), list(outputs)
+    weights.clear(), outputs.clear()
+    with vtr.apply(model, vtr.EViT(keep=0.5, layers=(1,), fuse=False)) as handle:
+        run(model, x)
+        row = dense[1][:, :, 0, 1:].mean(1)
+        assert torch.equal(row.topk(32).indices.sort().values, handle.trace.kept)
+    assert [w.shape[-1] for w in weights] == [65, 65, 33, 33]
+    assert [y.shape[1] for y in outputs] == [65, 65, 33, 33]
+    for got, whole in ((weights, dense), (outputs, plain)):
+        for i in range(2):
+            torch.testing.assert_close(got[i], whole[i], atol=1e-5, rtol=1e-4)

@@ -221,3 +221,15 @@ def test_on_a_gpu_the_flash_kernel_takes_the_bias(dtype: torch.dtype) -> None:
     with sdpa_kernel(backend):
         got = biased_attention(q, k, v, SIZES.cuda().log())
     assert (got.cpu().double() - exact).abs().max() < max(1e-4, 8 * torch.finfo(dtype).eps)
+
+
+def test_a_policy_keeps_the_models_dropout() -> None:
+    q, k, v = (torch.randn(2, 2, 40, 8) for _ in range(3))
+    probe = Probe(policy=torch.ones(2, 40))
+    torch.manual_seed(0)
+    got = probe.attend(q, k, torch.ones_like(v), dropout_p=0.5)
+    weights = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1)
+    torch.manual_seed(0)
+    expected = torch.nn.functional.dropout(weights, 0.5) @ torch.ones_like(v)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(got, torch.ones_like(got), atol=1e-2)

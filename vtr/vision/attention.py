@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 
@@ -40,22 +40,27 @@ class Probe:
         scale: float | None = None,
         is_causal: bool = False,
         fused: bool = True,
+        drop: nn.Module | None = None,
     ) -> Tensor:
-        """Attention output (B, H, T, D); remembers q, k, v."""
+        """Attention output (B, H, T, D); remembers q, k, v.
+
+        ``drop`` is the model's own dropout module, called with the weights where they are made
+        (``fused=False``), so that its hooks see them.
+        """
         self.qkv = (q, k, v)
         self.scale = scale
         if is_causal and mask is None and (self.policy is not None or self.key_bias is not None):
             tokens = q.shape[2]
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
         if self.policy is not None:
-            return policy_attention(q, k, v, self.policy, scale, mask)
+            return policy_attention(q, k, v, self.policy, scale, mask, dropout_p)
         if self.key_bias is None:
             if fused:
                 return F.scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, is_causal=is_causal
                 )
-            return _eager(q, k, v, mask, dropout_p, scale, is_causal)
-        return biased_attention(q, k, v, self.key_bias, mask, dropout_p, scale, fused)
+            return _eager(q, k, v, mask, dropout_p, scale, is_causal, drop)
+        return biased_attention(q, k, v, self.key_bias, mask, dropout_p, scale, fused, drop)
 
 
 def biased_attention(
@@ -67,6 +72,7 @@ def biased_attention(
     dropout_p: float = 0.0,
     scale: float | None = None,
     fused: bool = True,
+    drop: nn.Module | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + key_bias) v with key_bias (B, T) float32.
 
@@ -86,7 +92,7 @@ def biased_attention(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale
         )
-    return _eager(q, k, v, bias, dropout_p, scale, False)
+    return _eager(q, k, v, bias, dropout_p, scale, False, drop)
 
 
 def wide_attention(
@@ -118,7 +124,13 @@ def wide_attention(
 
 
 def policy_attention(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float | None, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    scale: float | None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """DynamicViT's masked softmax (arXiv 2106.02034, section 3.3), differentiable in the policy.
 
@@ -142,6 +154,8 @@ def policy_attention(
     gate = policy.float()[:, None, None, :] * (1 - own) + own
     weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * gate
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    if dropout_p:
+        weights = F.dropout(weights, dropout_p)
     return weights.to(v.dtype) @ v
 
 
@@ -153,6 +167,7 @@ def _eager(
     dropout_p: float,
     scale: float | None,
     is_causal: bool,
+    drop: nn.Module | None = None,
 ) -> Tensor:
     attention = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
     if is_causal:
@@ -162,6 +177,8 @@ def _eager(
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -float("inf"))
         attention = attention + mask
     attention = attention.softmax(-1)
-    if dropout_p:
+    if drop is not None:
+        attention = drop(attention)
+    elif dropout_p:
         attention = F.dropout(attention, dropout_p)
     return attention @ v

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.attention import Probe
-from vtr.vision.blocks import BlockRunner, Run, WholeBlock, linear_flops, narrow_bias, narrow_rope
+from vtr.vision.blocks import (
+    BlockRunner,
+    Run,
+    WholeBlock,
+    linear_flops,
+    narrow_bias,
+    narrow_rope,
+    place_forward,
+)
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
 from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.wrapping import Bound, Wrapping
@@ -82,14 +90,22 @@ class TimmBlock(BlockRunner):
     def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
         block: Any = self.block
         h = x if self.post_norm else block.norm1(x)
-        if probe is None and not kwargs.get("bias_gathered"):
-            plain = {k: v for k, v in kwargs.items() if k != "bias_gathered"}
-            y = block.attn(h, **plain)
-        else:
-            y = _open_attention(block.attn, h, probe or Probe(), kwargs)
+        y = block.attn(h, **(kwargs if probe is None else {**kwargs, "probe": probe}))
         if self.post_norm:
             y = block.norm1(y)
         return x + block.drop_path1(self._scaled(y, 1))
+
+    def attention(self, x: Tensor, *args: Any, probe: Probe | None = None, **kwargs: Any) -> Tensor:
+        """The attention module's forward, opened where a method looks inside or its bias is narrowed;
+        so it is still called as a module, and its hooks fire."""
+        attn: Any = self.block.attn
+        if probe is None and not kwargs.get("bias_gathered"):
+            return type(attn).forward(attn, x, *args, **kwargs)
+        return _open_attention(attn, x, probe or Probe(), kwargs)
+
+    def install(self, owner: Wrapping) -> None:
+        attn: Any = self.block.attn
+        place_forward(owner, attn, Bound(self, "attention"))
 
     def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         block: Any = self.block
@@ -228,6 +244,7 @@ def _open_attention(attn: Any, x: Tensor, probe: Probe, kwargs: dict[str, Any]) 
         v,
         mask=mask,
         dropout_p=attn.attn_drop.p if attn.training else 0.0,
+        drop=attn.attn_drop,
         is_causal=kwargs.get("is_causal", False),
         fused=attn.fused_attn,
     )
