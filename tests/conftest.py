@@ -13,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# Convolutions are rounded to TF32 there unless told otherwise, which is more than tests allow.
+torch.backends.cudnn.allow_tf32 = False
 settings.register_profile(
     "vtr",
     deadline=None,
