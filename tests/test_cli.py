@@ -91,6 +91,9 @@ def test_draw_writes_a_picture(run, photo, tmp_path):
         assert picture.width == 3 * 288 + 2 * 8  # the input and two stages
     status, out, _ = run("draw", photo, *options, "--json")
     assert len(json.loads(out)["stages"]) == 2
+    out_file = tmp_path / "a [red]picture.png"
+    status, out, _ = run("draw", photo, *options, "--out", out_file)
+    assert status == 0 and out_file.is_file() and out_file.name in out.replace("\n", "")
 
 
 def test_a_picture_of_sixteen_bits_is_not_white(tmp_path):

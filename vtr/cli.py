@@ -230,7 +230,7 @@ def draw(
         console.print(summary, highlight=False)
         for text in said.values():
             console.print(f"answer: {escape(text)}", highlight=False)
-        console.print(f"wrote {out}")
+        console.print(f"wrote {escape(str(out))}", highlight=False)
 
 
 def _check_device(device: str) -> None:
@@ -314,7 +314,7 @@ def plot(
     for r in results:
         table.add_row(escape(r.method), f"{r.accuracy:.1%}", f"{r.flops / dense.flops:.0%}")
     console.print(table)
-    console.print(f"wrote {path}")
+    console.print(f"wrote {escape(str(path))}", highlight=False)
 
 
 app.command("eval")(evaluate)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 PARTS = ("vit", "vlm", "diffusion", "video")
 IMAGES = 1000
@@ -31,7 +32,7 @@ def run(parts: Sequence[str], out: Path, console: Console) -> dict[str, Any]:
         text.append(lines)
     (out / "table.txt").write_text("\n".join(text), encoding="utf-8")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    console.print(f"wrote {out}/table.txt, {out}/results.json and the pictures")
+    console.print(escape(f"wrote {out}/table.txt, {out}/results.json and the pictures"))
     return results
 
 
