@@ -14,7 +14,7 @@ from tests.tiny import images, ours, spread, vit
 from tests.vision.looks import Look, check_keys
 from tests.vision.timm_models import SMALL, build, works
 from vtr.method import Method
-from vtr.vision.timm import TimmBlock
+from vtr.vision.timm_blocks import TimmBlock
 from vtr.wrapping import wrapping_of
 
 CLS = {"cls-attention", "evit", "flowcut", "random", "tofe", "tome"}
