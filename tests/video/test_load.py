@@ -286,6 +286,33 @@ def test_what_a_video_can_be_turned_into(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"\.frames"):
         video[0]
     assert "4 frames of 64x48" in repr(video)
+    assert "0 frames of 64x48, none" in repr(video[4:])
+
+
+@pytest.mark.parametrize(
+    ("times", "options", "rate"),
+    [
+        (None, {"frames": 8}, 2.0),  # of 4 s
+        (None, {"fps": 5.0}, 5.0),
+        (None, {"fps": 5.0, "start": 2.0, "end": 3.0}, 5.0),
+        (None, {"frames": 3, "start": 1.0, "end": 2.0}, 1 / 0.45),
+        ([0, 100, 200, 2200, 2300, 2400, 2500, 5000], {"frames": 8}, 8 / 5.34),
+        ([0, 100, 200, 2200, 2300, 2400, 2500, 5000], {"frames": 3, "end": 0.25}, 10.0),
+    ],
+)
+def test_processors_are_told_when_frames_were(
+    tmp_path: Path, times: list[int] | None, options: dict, rate: float
+) -> None:
+    """In windows and at variable rates too: transformers makes times and the rate from three numbers."""
+    frames = 40 if times is None else len(times)
+    video = load(write(tmp_path / "a.mp4", frames=frames, times_ms=times), **options)
+    (facts,) = video.for_processor()["video_metadata"]
+    told = np.array(facts["frames_indices"]) / facts["fps"]
+    assert np.abs(told - video.timestamps).max() < 1e-3
+    sampled = len(video) / facts["total_num_frames"] * facts["fps"]
+    assert sampled == pytest.approx(rate, rel=0.06)
+    if times is None and "start" not in options:
+        assert facts["total_num_frames"] == 40 and facts["frames_indices"] == list(video.indices)
 
 
 def test_probe(tmp_path: Path) -> None:

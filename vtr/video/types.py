@@ -76,7 +76,9 @@ class Video:
 
     def __repr__(self) -> str:
         _, height, width, _ = self.frames.shape
-        span = f"{self.timestamps[0]:.2f} to {self.timestamps[-1]:.2f} s"
+        span = "none"
+        if len(self):
+            span = f"{self.timestamps[0]:.2f} to {self.timestamps[-1]:.2f} s"
         return f"Video({len(self)} frames of {width}x{height}, {span}, {self.metadata.source!r})"
 
     def __getitem__(self, key: slice | list[int] | np.ndarray) -> Video:
@@ -103,19 +105,31 @@ class Video:
         """Arguments of a transformers processor that takes videos.
 
         ``processor(text=..., **video.for_processor())``: the frames as they are (the processor does
-        not sample again), and the facts that models with timestamps in the prompt write there.
+        not sample again), and the facts from which models with timestamps in the prompt write there when
+        each frame was, and Qwen2.5-VL how far apart they are.
         """
         facts = asdict(self.metadata)
+        # Processors take a frame's time for its number over fps, and the rate of the frames given for
+        # their share of all, times fps. Where the rate varies, numbers are milliseconds instead; of a part
+        # of the file, all are those of the part.
+        unit = 1000.0 if facts["variable_rate"] else facts["fps"]
+        numbers = self.indices
+        if facts["variable_rate"]:
+            numbers = np.round(self.timestamps * unit).astype(np.int64)
+        length = facts["duration"]
+        if len(self) > 1:
+            step = (self.timestamps[-1] - self.timestamps[0]) / (len(self) - 1)
+            length = min(length, len(self) * float(step))
         return {
             "videos": [self.frames],
             "video_metadata": [
                 {
-                    "total_num_frames": facts["frames"],
-                    "fps": facts["fps"],
+                    "total_num_frames": max(1, round(length * unit)),
+                    "fps": unit,
                     "duration": facts["duration"],
                     "width": self.frames.shape[2],
                     "height": self.frames.shape[1],
-                    "frames_indices": self.indices.tolist(),
+                    "frames_indices": numbers.tolist(),
                     "video_backend": facts["backend"],
                 }
             ],
