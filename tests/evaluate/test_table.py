@@ -55,6 +55,13 @@ def test_seeds_are_put_together_and_failures_are_shown():
     assert RESULTS.failed == (outcomes()[-1],) and RESULTS.tasks == ("gqa", "pope")
 
 
+def test_no_share_of_dense_over_a_part_of_the_tasks():
+    half = Outcome(Cell((vtr.FastV(keep=9),)), "h", "pope", {"pope_f1_score": 0.5}, 9)
+    lost = Outcome(half.cell, "h", "gqa", {}, 9, failure="no")
+    *_, line = Results("model", "abc", 10, (*outcomes()[:2], half, lost)).lines()
+    assert line.scores == {"pope": 0.5} and line.share is None
+
+
 def test_the_table_in_all_its_forms():
     text = RESULTS.markdown()
     lines = text.splitlines()

@@ -118,7 +118,8 @@ class Line:
         label: its name alone.
         scores: per task, mean over seeds.
         spread: per task, standard deviation over seeds where there are several.
-        share: mean over tasks of the score as a share of the dense score, None without a dense row.
+        share: mean over tasks of the score as a share of the dense score, None without a dense row, and
+            where a task failed.
         tokens: visual tokens in the last layer, mean over samples.
         mean_tokens: the same, mean over the layers.
         of_tokens: ``tokens`` as a share of the prompt's.
@@ -230,7 +231,9 @@ def _means(outcomes: Sequence[Outcome]) -> tuple[dict[str, float], dict[str, flo
 def _line(name: str, group: list[Outcome], dense: dict[str, float]) -> Line:
     good = [o for o in group if not o.failure]
     scores, spread = _means(good)
-    shares = [scores[t] / dense[t] for t in scores if dense.get(t)]
+    # A mean over other tasks than those of its neighbours would not compare.
+    whole = all(t in scores for t, value in dense.items() if value)
+    shares = [scores[t] / dense[t] for t in scores if dense.get(t)] if whole else []
     cost = {key: _mean(o.costs.get(key) for o in good) for key in (*COSTS, "seconds", "batch")}
     seeds = len({o.cell.seed for o in group})
     seconds, batch = cost["seconds"], cost["batch"]
