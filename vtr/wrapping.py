@@ -9,6 +9,7 @@ set the patches; it sets them only through :meth:`patch` and :meth:`hook`, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -170,7 +171,9 @@ class Wrapping:
         for handle in self._hooks:
             handle.remove()
         for owner, name, before in reversed(self._patched):
-            if before is _Absent:
+            if _moved(owner, name):
+                _restore_forward(owner, before)
+            elif before is _Absent:
                 owner.__dict__.pop(name, None)
             else:
                 owner.__dict__[name] = before
@@ -200,6 +203,24 @@ class Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function: Callable[..., Any] = getattr(self.owner, self.method)
         return function(*self.bound, *args, **kwargs)
+
+
+_FORWARDS = {"forward": "_old_forward", "_old_forward": "forward"}
+
+
+def _moved(owner: Any, name: str) -> bool:
+    """Whether a patched forward is elsewhere now: accelerate moves it when it sets or takes off its hooks."""
+    held, other = owner.__dict__, _FORWARDS.get(name, "")
+    return isinstance(held.get(other), Bound) and not isinstance(held.get(name), Bound)
+
+
+def _restore_forward(owner: Any, before: Any) -> None:
+    held = owner.__dict__
+    if isinstance(held.get("_old_forward"), Bound):  # hooks were set since: they call it
+        own = MethodType(type(owner).forward, owner)
+        held["_old_forward"] = own if before is _Absent else before
+    else:
+        held.pop("forward", None)
 
 
 def wrapping_of(root: Any) -> Wrapping | None:

@@ -149,7 +149,7 @@ def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
     held = vars(module)
     if "_hf_hook" in held and "_old_forward" in held:  # accelerate's forward calls _old_forward
         owner.patch(module, "_old_forward", forward)
-    elif "forward" in held:
+    elif "forward" in held and not _is_own(module, held["forward"]):
         raise UnsupportedModelError(
             f"a {type(module).__name__} of {owner.info.family} carries a forward of its own "
             f"({held['forward']!r}): another library, or another vtr.apply on a part of this model, has "
@@ -157,6 +157,14 @@ def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
         )
     else:
         owner.patch(module, "forward", forward)
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    """Whether it is the class's forward, which accelerate leaves on an instance when its hooks go."""
+    return (
+        getattr(forward, "__func__", None) is type(module).forward
+        and getattr(forward, "__self__", None) is module
+    )
 
 
 def narrow_rope(rope: Tensor, kept: Tensor) -> Tensor:

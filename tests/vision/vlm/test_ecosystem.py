@@ -131,3 +131,36 @@ def test_a_saved_model_knows_nothing_of_the_methods(tmp_path: Any) -> None:
     again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     same(dense, generate(again, inputs))
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_accelerates_hooks_come_and_go_under_a_wrapped_model() -> None:
+    """They move a module's forward, also one that a method in the tower has set."""
+    pytest.importorskip("accelerate")
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model, inputs = FAMILIES["llava"](2)
+    method = vtr.create("flowcut", keep=6)
+    parts = {"model": "cpu", "lm_head": "cpu"}
+
+    def hooked() -> list[bool]:
+        layers = model.model.vision_tower.encoder.layers
+        return ["_hf_hook" in vars(m) and "forward" in vars(m) for m in layers]
+
+    dense = generate(model, inputs)
+    handle = vtr.apply(model, method)
+    reduced = generate(model, inputs)
+    dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+    same(reduced, generate(model, inputs))
+    handle.remove()
+    assert all(hooked())
+    same(dense, generate(model, inputs))
+    with vtr.apply(model, method) as handle:
+        same(reduced, generate(model, inputs))
+        remove_hook_from_submodules(model)
+        same(reduced, generate(model, inputs))
+    assert not any(hooked())
+    same(dense, generate(model, inputs))
+    with vtr.apply(model, method):  # an own forward that the hooks left behind is no other library's
+        same(reduced, generate(model, inputs))
+    same(dense, generate(model, inputs))
