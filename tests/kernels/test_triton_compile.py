@@ -87,13 +87,17 @@ def test_forward(element, dim, bm, bn):
     assert min(bm, bn) < 64 or "ld.global.b16" not in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("kernel", ["_dq_kernel", "_dkv_kernel"])
+@pytest.mark.parametrize("kernel", ["dq", "dkv"])
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES[:2])
 def test_backward(kernel, element, dim, bm, bn):
-    config = triton_backward._configs(dim, bm, bn, KINDS[element])[0]
+    config = triton_backward._configs(kernel, dim, bm, bn, KINDS[element])[0]
     constants = _constants(dim, config, bm, bn)
     made = _compile(
-        getattr(triton_backward, kernel), element, constants, config.warps, config.stages
+        getattr(triton_backward, f"_{kernel}_kernel"),
+        element,
+        constants,
+        config.warps,
+        config.stages,
     )
     assert made.metadata.shared <= SHARED
     assert min(bm, bn) < 64 or "ld.global.b16" not in made.asm["ptx"]

@@ -248,14 +248,19 @@ def _dkv_kernel(
         store_rows(dv_base, key, stride_dvs, k_len, dv1, D0, D1, D, UNIT)
 
 
-def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
-    """Candidates as of the forward, but smaller: the backward holds two products more."""
+def _configs(kernel: str, dim: int, bm: int, bn: int, kind: str) -> list[Config]:
+    """Candidates as of the forward, but smaller: the backward holds two products more, and the kernel
+    over columns (``kernel="dkv"``) two sums, for which few queries at a time leave it registers."""
     if kind == "exact":
         tries = [(16, 16, 8, 1), (32, 32, 8, 1)] if dim > 64 else [(32, 32, 8, 1), (32, 32, 8, 2)]
     elif dim <= 64:
         tries = [(64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)]
+        if kernel == "dkv":
+            tries = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 128, 8, 2)]
     else:
         tries = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)]
+        if kernel == "dkv":
+            tries = [(32, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2)]
     if kind == "tf32":
         tries = [(32, 32, 4, 2), *tries]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
@@ -314,8 +319,7 @@ def backward(
 
     kind = products(q.dtype)
     key = (q.device, q.dtype, kind, dim, *dims[2:])
-    configs = _configs(dim, dims[2], dims[3], kind)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
-        tuned(("dq", *key), configs, launch_dq)
-        tuned(("dkv", *key), configs, launch_dkv)
+        tuned(("dq", *key), _configs("dq", dim, dims[2], dims[3], kind), launch_dq)
+        tuned(("dkv", *key), _configs("dkv", dim, dims[2], dims[3], kind), launch_dkv)
     return dq, dk, dv
