@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,18 @@ def test_deep_copies_are_independent() -> None:
     before = memory.tokens.clone()
     twin.add(stream(3, seed=2))
     assert torch.equal(memory.tokens, before) and twin.frames == 8
+
+
+def test_a_stored_memory_goes_on_where_it_was() -> None:
+    frames = stream(12)
+    memory = TokenMemory(20, evict="random", recent=0)
+    memory.add(frames[:6], grid=(2, 3))
+    twin = pickle.loads(pickle.dumps(memory))
+    for each in (memory, twin):
+        each.add(frames[6:])
+    for name in ("tokens", "size", "frame", "seen", "place", "time"):
+        assert torch.equal(getattr(twin, name), getattr(memory, name))
+    assert twin.frames == 12 and twin.grid == (2, 3)
 
 
 def test_errors() -> None:

@@ -177,6 +177,9 @@ def test_a_video_without_some_of_its_tokens_is_refused() -> None:
         pytest.raises(ValueError, match="a video has 15 tokens with a place for 3 frames"),
     ):
         model(**inputs)
+    with torch.no_grad(), vtr.apply(model, vtr.FrameFusion(keep=0.5)) as handle:
+        model(**inputs)
+    assert handle.trace.stages[0].tokens_in == 35, "compares a token with the one left at its place"
 
 
 @pytest.mark.parametrize("name", ["llava_next_video", "qwen2_vl_video"])
