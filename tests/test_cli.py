@@ -96,6 +96,15 @@ def test_draw_writes_a_picture(run, photo, tmp_path):
     assert status == 0 and out_file.is_file() and out_file.name in out.replace("\n", "")
 
 
+def test_a_photo_is_read_upright(tmp_path):
+    from vtr.loading import read_image
+
+    tags = Image.Exif()
+    tags[0x0112] = 6  # the camera was turned to the left
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "photo.jpg", exif=tags)
+    assert read_image(tmp_path / "photo.jpg").size == (20, 40)
+
+
 def test_a_picture_of_sixteen_bits_is_not_white(tmp_path):
     from vtr.loading import read_image
 

@@ -146,8 +146,8 @@ def image_size(model: Any) -> int:
 
 
 def read_image(path: Path) -> Any:
-    """A picture file as an RGB PIL image; a clear error for anything else."""
-    from PIL import Image, UnidentifiedImageError
+    """A picture file as an RGB PIL image, upright; a clear error for anything else."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
@@ -157,7 +157,8 @@ def read_image(path: Path) -> Any:
                 raise ValueError(
                     f"{path}: a picture of floats, whose white is not known: save it in 8 bits"
                 )
-            return file.convert("RGB")
+            # Cameras store pictures as the sensor lay, and write which side is up.
+            return ImageOps.exif_transpose(file).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (UnidentifiedImageError, IsADirectoryError, OSError) as error:
