@@ -249,6 +249,30 @@ def test_a_wrapped_model_can_be_pickled(pipe: Any, tmp_path: Path) -> None:
     assert not torch.allclose(pipes.call(pipe, "wan", 2), sparse, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [vtr.RadialAttention(block=16), vtr.SlidingTile(block=16), vtr.RectifiedSparse(block=16),
+     vtr.OwnFrame(block=16), vtr.ToMeSD()],
+    ids=lambda m: m.name,
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video", "qwen-image"])
+def test_training_after_inference_mode(name: str, method: Any) -> None:
+    """What was kept from a validation (masks, orders, padding) can be saved for a backward pass."""
+    case, grads = CASES[name], []
+    for validate in (False, True):
+        model = case.build()
+        with vtr.apply(model, method):
+            if validate:
+                with torch.inference_mode():
+                    model(**case.call())
+            model.train()
+            model(**case.call())[0].square().mean().backward()
+        grads.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    assert torch.equal(*grads)
+
+
 def test_gradient_checkpointing() -> None:
     case, grads = CASES["wan"], []
     for checkpointing in (False, True):

@@ -276,6 +276,8 @@ class DiffusionWrapping(Wrapping):
             same = known.shape == valid.shape and known.device == valid.device
             if same and torch.equal(known, valid):
                 return known
+        with torch.inference_mode(False):
+            valid = valid.clone()
         self.texts = [valid, *self.texts[:7]]
         return valid
 

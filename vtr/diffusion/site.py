@@ -184,7 +184,10 @@ class AttentionSite:
         size = (call.grid, self.text, call.text_first, self.k.shape[2], str(self.q.device))
         of_size = held.pop(size, (call.run, {}))[1]
         if key not in of_size:
-            of_size[key] = make()
+            with torch.inference_mode(
+                False
+            ):  # training may come next, which cannot save such tensors
+                of_size[key] = make()
         held[size] = (call.run, of_size)
         for old in list(held)[: max(0, len(held) - 16)]:
             if held[old][0] != call.run:
@@ -197,7 +200,8 @@ class AttentionSite:
         full = (key, id(self.text_valid))
         found = held.pop(full, None)
         if found is None or found[0] is not self.text_valid:
-            found = (self.text_valid, make())
+            with torch.inference_mode(False):
+                found = (self.text_valid, make())
         held[full] = found
         if len(held) > 16:
             del held[next(iter(held))]
