@@ -105,6 +105,17 @@ def test_a_photo_is_read_upright(tmp_path):
     assert read_image(tmp_path / "photo.jpg").size == (20, 40)
 
 
+def test_a_picture_too_large_to_be_true_is_one_line(run, tmp_path):
+    path = tmp_path / "bomb.bmp"
+    Image.new("RGB", (4, 4)).save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[18:26] = (60000).to_bytes(4, "little") * 2  # width and height
+    path.write_bytes(damaged)
+    for model, method in ((MODEL, "evit"), ("digits-llava", "fastv")):
+        status, _, err = run("draw", path, "-m", model, "-k", method)
+        assert status == 2 and "bomb.bmp: not a picture that can be read" in err
+
+
 def test_a_picture_of_sixteen_bits_is_not_white(tmp_path):
     from vtr.loading import read_image
 

@@ -147,22 +147,23 @@ def image_size(model: Any) -> int:
 
 def read_image(path: Path) -> Any:
     """A picture file as an RGB PIL image, upright; a clear error for anything else."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            if file.mode.startswith("I"):  # convert would cut the upper 8 of 16 bits off
-                return _eight_bits(file).convert("RGB")
-            if file.mode == "F":
-                raise ValueError(
-                    f"{path}: a picture of floats, whose white is not known: save it in 8 bits"
-                )
             # Cameras store pictures as the sensor lay, and write which side is up.
-            return ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, IsADirectoryError, OSError) as error:
+    except Exception as error:  # damaged files: decoders raise what they like
         raise ValueError(f"{path}: not a picture that can be read ({error})") from error
+    if picture.mode == "F":
+        raise ValueError(
+            f"{path}: a picture of floats, whose white is not known: save it in 8 bits"
+        )
+    # convert would cut the upper 8 of 16 bits off
+    return (_eight_bits(picture) if picture.mode.startswith("I") else picture).convert("RGB")
 
 
 def _eight_bits(picture: Any) -> Any:
@@ -186,7 +187,7 @@ def read_media(path: Path, frames: int = 8) -> Any:
             return load(path, frames)
         except VideoError as error:
             raise ValueError(f"{path}: neither a picture nor a video ({error})") from error
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         pass  # the error is read_image's to word
     return read_image(path)
 
