@@ -315,3 +315,14 @@ def test_weights_that_do_not_fit(tmp_path: Any) -> None:
     with vtr.apply(model, vtr.ToFe(trained=True), modules=good), torch.no_grad():
         assert torch.equal(model(x), loaded)
     assert math.isfinite(float(loaded.sum()))
+
+
+def test_modules_that_had_nothing_to_do_cost_nothing() -> None:
+    model, x = vit(), images()
+    with torch.no_grad():
+        for keep in (1.0, 0.5):
+            with vtr.apply(model, vtr.ToFe(keep=keep, trained=True)) as handle:
+                model(x)
+                flops = handle.report().flops["encoder"]
+                blocks = handle.trace.tokens["encoder"]
+                assert (flops[0] == flops[1]) is (keep == 1.0), blocks

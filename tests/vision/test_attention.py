@@ -233,3 +233,17 @@ def test_a_policy_keeps_the_models_dropout() -> None:
     expected = torch.nn.functional.dropout(weights, 0.5) @ torch.ones_like(v)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(got, torch.ones_like(got), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_the_cpu_does_not_round_the_bias(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, 3, 60, 16).to(dtype) for _ in range(3))
+    bias = torch.randint(1, 90, (2, 60)).float().log()
+    exact = ((q.double() @ k.double().transpose(-2, -1)) / 4 + bias[:, None, None]).softmax(-1)
+    exact = exact @ v.double()
+    rounded = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias[:, None, None].to(dtype)
+    )
+    got = biased_attention(q, k, v, bias)
+    assert got.dtype == dtype
+    assert (got - exact).abs().mean() < 0.6 * (rounded - exact).abs().mean()

@@ -79,14 +79,16 @@ def biased_attention(
     On CUDA without a mask the bias rides in extra head dimensions, because an additive mask would
     rule out the flash kernels: q' = [q, 1, 1, 0...], k' = [k, hi, lo, 0...] with hi + lo =
     key_bias / scale, split in two so that half precision keeps 16 bits of it. On the CPU the mask
-    costs nothing.
+    costs nothing, and stays in float32 beside half-precision queries.
     """
     if q.is_cuda and mask is None and fused:
         return wide_attention(q, k, v, key_bias, dropout_p, scale)
-    bias = key_bias[:, None, None, :].to(q.dtype)
+    bias = key_bias[:, None, None, :]
+    if q.device.type != "cpu" or not fused or q.dtype == torch.float64:
+        bias = bias.to(q.dtype)
     if mask is not None:
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -float("inf"))
+            mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -float("inf"))
         bias = bias + mask
     if fused:
         return F.scaled_dot_product_attention(

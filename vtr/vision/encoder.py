@@ -143,8 +143,11 @@ class EncoderSession:
         if layer == len(self.runners) - 1:
             self._finish(run)
         if run.restoring and run.map is not None:
-            run.short = None if layer == len(self.runners) - 1 else x
+            last = layer == len(self.runners) - 1
+            run.short = None if last else x
             x = run.full(x)
+            if last:
+                run.base = None
         return runner.returned(x)
 
     def _finish(self, run: Run) -> None:
@@ -329,7 +332,8 @@ class EncoderSession:
 
     def flops(self) -> tuple[int, int]:
         """Dense and reduced FLOPs of the blocks for the last call, per sample."""
-        counted = self.owner.trace.tokens.get("encoder", {})
+        root, trace = self.owner.root, self.owner.trace
+        counted = trace.tokens.get("encoder", {})
         tokens = counted.get(0, (0, 0))[0]
         dense = reduced = 0
         for layer, runner in enumerate(self.runners):
@@ -337,7 +341,8 @@ class EncoderSession:
             dense += runner.flops(tokens + self.prefix, tokens + self.prefix)
             reduced += runner.flops(before + self.prefix, after + self.prefix)
         for entry in self.owner.active:
-            if entry.modules is not None:
+            worked = root.training or any(s.method == entry.method.name for s in trace.stages)
+            if entry.modules is not None and worked:
                 reduced += entry.method.overhead(entry.modules, tokens)
         return dense, reduced
 
