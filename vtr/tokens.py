@@ -39,6 +39,12 @@ class TokenMap:
         self.frozen = frozen
         self.padded = padded
 
+    def to(self, device: torch.device | str) -> TokenMap:
+        """The same map on another device."""
+        frozen = None if self.frozen is None else self.frozen.to(device)
+        parts = (self.source.to(device), self.kept.to(device), self.size.to(device))
+        return TokenMap(*parts, frozen, self.padded)
+
     def __repr__(self) -> str:
         extra = "" if self.frozen is None else ", with frozen tokens"
         return f"TokenMap(batch={self.batch}, {self.n_in} -> {self.n_out}{extra})"

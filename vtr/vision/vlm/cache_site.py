@@ -75,11 +75,15 @@ class CacheSession:
         if call is None or (call.visual is None and _follow_of(call.cache) is None):
             return
         hidden = args[0] if args else kwargs["hidden_states"]
-        live = call.layout.live
+        # The layers of a model may be spread over several devices.
+        device = next(module.parameters(), hidden).device
+        hidden = hidden if device.type == "meta" else hidden.to(device)
+        live = call.layout.live.to(hidden.device)
         index = torch.arange(live.shape[1], device=live.device)
         last = torch.where(live, index, 0).amax(1, keepdim=True)
         cos, sin = (
-            take(x.expand(hidden.shape[0], -1, -1), last) for x in kwargs["position_embeddings"]
+            take(x.to(hidden.device).expand(hidden.shape[0], -1, -1), last)
+            for x in kwargs["position_embeddings"]
         )
         q, _, _ = project(self.owner.layers[i], take(hidden, last), (cos, sin), ("q",))
         self.query = q, call.layout
@@ -88,14 +92,15 @@ class CacheSession:
         """(B, N) attention of the newest token to cached ``columns`` (B, N) of a layer; -1 gives 0."""
         assert self.query is not None
         query, layout = self.query
-        mask = torch.cat([call.columns_before(layer), layout.live], 1)
+        device = query.device
+        mask = torch.cat([call.columns_before(layer).to(device), layout.live.to(device)], 1)
         found = cached(call.cache, layer, mask.shape[1])
         if found is None:
             raise _refused(call.cache)
         keys = found[0].to(query)
         scale = self.owner.scale(layer)
         weights = attention_rows(query, keys, scale=scale, bias=mask[:, None, None])
-        row = weights[:, :, 0].mean(1).gather(1, columns.clamp(min=0))
+        row = weights[:, :, 0].mean(1).to(columns.device).gather(1, columns.clamp(min=0))
         return row.masked_fill(columns < 0, 0)
 
     # ---- after the prompt -------------------------------------------------------------------

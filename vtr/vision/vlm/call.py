@@ -87,11 +87,40 @@ class Call:
             self._counts = found.tolist()
         return self._counts[list(KINDS).index(kind)]
 
+    # What is known of a call, all of it on one device.
+    _PLACED = (
+        *("live", "history", "positions", "visual", "kinds", "arrived", "rank", "entry", "map"),
+        *("layout", "entered", "synced", "segments", "rope", "override", "memory", "_frames"),
+    )
+
+    def to(self, device: torch.device) -> None:
+        """Follow the hidden states: the layers of a model may be spread over several devices."""
+        if device == self.live.device:
+            return
+        layouts: dict[int, tuple[Layout, Layout]] = {}  # which of them are one is asked with ``is``
+
+        def there(x: Any) -> Any:
+            if isinstance(x, Layout):
+                return layouts.setdefault(id(x), (x, x.to(device)))[1]
+            if isinstance(x, (Tensor, TokenMap)):
+                return x.to(device)
+            if isinstance(x, Frames):
+                frame, place, video = (t.to(device) for t in (x.frame, x.place, x.video))
+                return Frames(frame, place, video, x.videos)
+            if isinstance(x, dict):
+                return {key: there(value) for key, value in x.items()}
+            return type(x)(map(there, x)) if type(x) in (tuple, list) else x
+
+        for name in self._PLACED:
+            if name in self.__dict__:
+                setattr(self, name, there(getattr(self, name)))
+
     # ---- what earlier calls left ------------------------------------------------------------
 
     def shift(self, layer: int) -> Tensor | None:
         """(B,) by how much positions of this call move down in this layer because of earlier calls."""
-        return None if self.cuts is None else self.cuts.group(layer).shift
+        found = None if self.cuts is None else self.cuts.group(layer).shift
+        return None if found is None else found.to(self.live.device)
 
     def columns_before(self, layer: int) -> Tensor:
         """(B, past of this layer) bool: the cached columns that are tokens."""
@@ -106,7 +135,7 @@ class Call:
             later = torch.ones(batch, tail, dtype=torch.bool, device=self.live.device)
         else:
             later = self.history[:, self.cuts.length :]
-        return torch.cat([group.mask, later], 1)
+        return torch.cat([group.mask.to(later.device), later], 1)
 
     def boundaries(self) -> set[int]:
         """Layers >= 1 before which masks change because of earlier calls."""

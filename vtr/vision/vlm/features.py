@@ -69,8 +69,9 @@ class Captures:
     def made(self, outputs: dict[str, Any]) -> bool:
         """Whether these are the features that were captured (generate makes them before the forward)."""
         for modality, capture in self.of.items():
-            found = first_token(outputs.get(modality))
-            if found is None or capture.first is None or not torch.equal(found, capture.first):
+            found, known = first_token(outputs.get(modality)), capture.first
+            # The features may have gone to another GPU on their way.
+            if found is None or known is None or not torch.equal(found, known.to(found.device)):
                 return False
         return True
 

@@ -246,6 +246,7 @@ class LanguageSession:
         if call is None:
             return None
         given = hidden = args[0] if args else kwargs["hidden_states"]
+        call.to(hidden.device)
         if i == 0:
             call.cache = kwargs.get("past_key_values")
             call.rope, call.synced = kwargs["position_embeddings"], call.layout
@@ -254,6 +255,7 @@ class LanguageSession:
         if call.visual is not None:
             for entry, name in self.visits.get(("decoder", i - 1, "end"), ()):
                 hidden = call.visit(entry, name, i - 1, "end", hidden)
+            hidden = self._enter_device(call, i, module, hidden)
             self._sync(call, i, hidden)
             for entry, name in self.visits.get(("decoder", i, "start"), ()):
                 hidden = call.visit(entry, name, i, "start", hidden)
@@ -274,6 +276,16 @@ class LanguageSession:
             ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         )
 
+    def _enter_device(self, call: Call, i: int, module: Any, hidden: Tensor) -> Tensor:
+        """Hidden states go to the layer's device before its methods see them, not only inside of it."""
+        if all(("decoder", i, place) not in self.visits for place in ("start", "middle", "end")):
+            return hidden
+        weight = next(module.parameters(), hidden)
+        if weight.device.type != "meta":  # those of offloaded layers come when they run
+            hidden = hidden.to(weight.device)
+            call.to(weight.device)
+        return hidden
+
     # A layer adds the MLP's output to a residual that no hook can reach. So the sum of what is left is
     # made beside it, and takes the place of the layer's output.
 
@@ -282,6 +294,7 @@ class LanguageSession:
         if call is None or call.visual is None:
             return None
         hidden = args[0]
+        call.to(hidden.device)
         call.full, before = hidden.shape, call.layout.slots.shape[1]
         for entry, name in self.visits["decoder", i, "middle"]:
             hidden = call.visit(entry, name, i, "middle", hidden)
@@ -318,7 +331,8 @@ class LanguageSession:
             positions = call.moved(i)
             if self.owner.mrope:
                 positions = positions[-3:] if positions.dim() == 3 else positions.expand(3, -1, -1)
-            call.rope = self.module.rotary_emb(hidden, positions)
+            cos, sin = self.module.rotary_emb(hidden, positions)
+            call.rope = (cos.to(hidden.device), sin.to(hidden.device))
         call.synced = call.layout
         call.override = {
             "attention_mask": create_causal_mask(
@@ -332,6 +346,8 @@ class LanguageSession:
         """Qwen3-VL adds features of the tower after its first layers, for tokens that are left."""
         call = self.call
         if call is not None and call.layout is not call.entered:
+            call.to(hidden.device)
+            masks = masks.to(hidden.device)
             index, pad = _between(call.entered, call.layout)
             stays = torch.zeros_like(masks)
             b, s = (~pad).nonzero(as_tuple=True)

@@ -42,6 +42,13 @@ class Layout:
             first, last = torch.stack([live[:, 0].all(), live[:, -1].all()]).tolist()
             self.right = first and not last
 
+    def to(self, device: torch.device) -> Layout:
+        new = object.__new__(Layout)
+        for name in Layout.__slots__:
+            value = getattr(self, name)
+            setattr(new, name, value.to(device) if isinstance(value, Tensor) else value)
+        return new
+
     @property
     def valid(self) -> Tensor:
         """(B, N) bool, False for padding among the visual tokens."""
