@@ -49,8 +49,12 @@ def folder(cache, tmp_path):
 def test_a_task_named_by_itself_and_in_a_group_counts_once(folder):
     from vtr.evaluate.runner import evaluate
 
-    results = evaluate(tasks="both,one", include=[folder], limit=3)
+    with Store() as store:
+        results = evaluate(tasks="both,one", include=[folder], limit=3, store=store)
+        again = evaluate(tasks="both", include=[folder], limit=3, store=store)
     (line,) = results.lines()
+    assert [(o.new, o.reused) for o in results.outcomes] == [(3, 0), (3, 0)]
+    assert [(o.new, o.reused) for o in again.outcomes] == [(0, 3), (0, 3)]
     assert [o.task for o in results.outcomes] == ["one", "two"]
     assert line.samples == 6 and not line.spread
 

@@ -6,6 +6,7 @@ its entry point; :mod:`vtr.evaluate.runner` keeps one and changes its cell betwe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -95,7 +96,8 @@ class VTRChat(lmms):
         self.retry_errors = retry_errors
         self.accelerator = join(self._device)  # lmms-eval asks for it
         self.store = store if isinstance(store, Store) else Store(store)
-        self.new = self.reused = 0
+        self.made: Counter[str] = Counter()
+        self.taken: Counter[str] = Counter()
         self.use(cell)
 
     # ---- the cell ---------------------------------------------------------------------------
@@ -121,6 +123,16 @@ class VTRChat(lmms):
         return self._cell
 
     @property
+    def new(self) -> int:
+        """Answers made since :meth:`use`; ``made`` has them per task."""
+        return self.made.total()
+
+    @property
+    def reused(self) -> int:
+        """Answers taken from the store since :meth:`use`; ``taken`` has them per task."""
+        return self.taken.total()
+
+    @property
     def cell_name(self) -> str:
         """Name of the cell in the store."""
         return self._cell_name
@@ -134,7 +146,7 @@ class VTRChat(lmms):
         self._answerer.check(cell)
         self._cell = cell
         self._cell_name = self.store.cell(self.describe(cell))
-        self.new = self.reused = 0
+        self.made, self.taken = Counter(), Counter()
         return self._cell_name
 
     def describe(self, cell: Cell) -> dict[str, Any]:
@@ -207,12 +219,12 @@ class VTRChat(lmms):
             prompt = prompt_of(request, self.task_dict, answerer.frames).drawn_with(answerer.seed)
         except Exception as error:
             self.store.put(self._cell_name, task, [Row(doc, idx, "", "", error=explain(error))])
-            self.new += 1
+            self.made[task] += 1
             return None
         row = stored[task].get((doc, idx))
         if row is None or row.prompt != prompt.key or (row.error and self.retry_errors):
             return Work(slot, task, doc, idx, prompt)
-        self.reused += 1
+        self.taken[task] += 1
         results[slot] = _result(row)
         return None
 
@@ -222,7 +234,7 @@ class VTRChat(lmms):
                 self.store.put(self._cell_name, task, [r for w, r in done if w.task == task])
             for work, row in done:
                 results[work.slot] = _result(row)
-            self.new += len(done)
+            self.made.update(work.task for work, _ in done)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         raise NotImplementedError(

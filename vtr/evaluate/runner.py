@@ -311,7 +311,7 @@ def _one(
     """One cell on one task (or group of tasks)."""
     from lmms_eval import evaluator
 
-    new, reused = lm.new, lm.reused
+    made, taken = lm.made.copy(), lm.taken.copy()
     bar = evaluator.tqdm
     # Its bars would stand between the lines of the log; progress is told per evaluation.
     evaluator.tqdm = lambda *args, **kwargs: bar(*args, **{**kwargs, "disable": True})
@@ -340,8 +340,8 @@ def _one(
         evaluator.tqdm = bar
     if found is None:  # only rank 0 gets the samples of all
         return []
-    made = (lm.new - new, lm.reused - reused)
+    new, reused = lm.made - made, lm.taken - taken
     return [
-        outcome_of(lm.store, cell, name, leaf, found, job.limit, made)
+        outcome_of(lm.store, cell, name, leaf, found, job.limit, (new[leaf], reused[leaf]))
         for leaf in sorted(found["samples"])
     ]
