@@ -42,14 +42,16 @@ class FastVID(Method):
     The count is exact and does not depend on the content.
 
     Differences from the authors' code: numbers of tokens that do not divide evenly over frames and
-    anchors are spread (theirs are rounded down in every frame and anchor frame, so that some are lost);
-    where anchors do not fit into the frames that have any, more frames get some (theirs fail, from
-    about half of the tokens on); no noise in densities (ties go to the first token); segments of more
-    than ``longest`` frames are divided evenly, so that the cost stays linear in the number of frames
-    (theirs is quadratic in a segment's length). Their code for LLaVA-Video and Qwen2.5-VL differs from
-    that for LLaVA-OneVision, which this follows: an anchor is not given to its own frame's anchors, and
-    for Qwen2.5-VL frames alike to 0.95 count as one. In a :class:`vtr.TokenMap` a merged token belongs to
-    the anchor most similar to it. Still images and separators stay whole.
+    anchors are spread (theirs are rounded down in every frame and anchor frame, so that some are
+    lost); where anchors do not fit into the frames that have any, more frames get some (theirs fail,
+    from about half of the tokens on); no noise in densities (ties go to the first token); segments of
+    more than ``longest`` frames are divided evenly, so that the cost stays linear in the number of
+    frames (theirs is quadratic in a segment's length). Their code for LLaVA-Video and Qwen2.5-VL
+    differs from that for LLaVA-OneVision, which this follows: an anchor is not given to its own
+    frame's anchors, and for Qwen2.5-VL frames alike to 0.95 count as one, and a frame's mean query
+    ranks its tokens (their global features there are the mean embeddings, as here). In a
+    :class:`vtr.TokenMap` a merged token belongs to the anchor most similar to it. Still images and
+    separators stay whole.
 
     Args:
         keep: budget per video.
@@ -149,11 +151,11 @@ class FastVID(Method):
             torch.ones_like(score, dtype=torch.bool),
         )
         parts = segments(frames, self.segments, self.threshold, self.longest)
-        numbers = torch.zeros(t, dtype=torch.long)
+        numbers = torch.zeros(t, dtype=torch.long, device="cpu")
         for start, stop in parts:
             room = [p - n + m for n, m in zip(each, contextual, strict=True)][start:stop]
             numbers[start:stop] = torch.tensor(
-                anchors_per_frame(sum(contextual[start:stop]), room, self.step)
+                anchors_per_frame(sum(contextual[start:stop]), room, self.step), device="cpu"
             )
         anchored = numbers.nonzero()[:, 0].to(x.device)
         anchor = torch.zeros_like(salient)

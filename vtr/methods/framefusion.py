@@ -35,11 +35,12 @@ class FrameFusion(Method):
 
     Differences from the authors' code: theirs takes the mean over queries too, but is given the row
     of the last token alone (the paper speaks of cumulative attention); the number of layers is the
-    model's (theirs is always 28); several samples and videos work, each with its own budget; where
-    what merging left would spend more than the budget, the cut follows at once (theirs raises an error
-    later); layers that cannot be opened between attention and MLP are cut at their end, which costs the
-    MLP of one layer more than counted. Positions of survivors are kept. Still images and separators
-    stay whole. Data-dependent is where tokens go, not what it costs.
+    model's (theirs is always 28); numbers of tokens are rounded down, so that the cost is never more
+    than the budget; several samples and videos work, each with its own budget; where what merging
+    left would spend more than the budget, the cut follows at once (theirs raises an error later);
+    layers that cannot be opened between attention and MLP are cut at their end, which costs the MLP
+    of one layer more than counted. Positions of survivors are kept. Still images and separators stay
+    whole. Data-dependent is where tokens go, not what it costs.
 
     Args:
         keep: budget per video: mean over layers of the share of its tokens, the paper's cost. An int is
