@@ -127,7 +127,19 @@ def test_two_methods_cannot_share_a_name() -> None:
         class Nameless(Method):
             pass
 
-    assert registry()["evit"] is vtr.EViT
+    with pytest.raises(TypeError, match="Greedy: give defaults to keep"):
+
+        @register
+        @dataclasses.dataclass(frozen=True)
+        class Greedy(Method):
+            keep: float
+            name: ClassVar[str] = "greedy"
+            paper: ClassVar[str] = "none"
+            sites: ClassVar[tuple[str, ...]] = ("encoder",)
+
+    assert registry()["evit"] is vtr.EViT and "greedy" not in registry()
+    with pytest.raises(NotImplementedError, match=r"Method must define stages\(info\)"):
+        Method().stages(info(3))
 
 
 def info(depth: int) -> ModelInfo:

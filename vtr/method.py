@@ -110,11 +110,11 @@ class Method:
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         """Where :meth:`reduce` is called, in order. Raises ``ValueError`` for layers that do not exist."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define stages(info)")
 
     def reduce(self, site: Site) -> Reduction | None:
         """Decide the cut at ``site``, or look and return None."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define reduce(site)")
 
     def positions_at(self, site: str) -> str:
         """:attr:`positions` after a cut at ``site``, for methods whose papers treat their cuts differently."""
@@ -176,10 +176,18 @@ class Method:
         return {"name": self.name, **options}
 
 
+def _no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
 def register(cls: M) -> M:
     """Class decorator: make a method known to :func:`create`, the tables and the common tests."""
     if not cls.name or not cls.paper or not cls.sites:
         raise TypeError(f"{cls.__name__} must define name, paper and sites")
+    fields = dataclasses.fields(cls)
+    bare = [f.name for f in fields if f.init and _no_default(f)]
+    if bare:  # tables and "supported" make one of each method
+        raise TypeError(f"{cls.__name__}: give defaults to {', '.join(bare)}")
     if _REGISTRY.setdefault(cls.name, cls) is not cls:
         raise TypeError(f"a method named {cls.name!r} is registered already")
     return cls
