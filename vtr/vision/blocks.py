@@ -193,7 +193,11 @@ def narrow_bias(bias: Tensor, now: TokenMap, prefix: int) -> Tensor:
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs per token of all linear layers inside a module (two per multiply-add)."""
-    return sum(
-        2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear)
-    )
+    """FLOPs per token of all linear layers inside a module (two per multiply-add), also quantised ones."""
+    total = 0
+    for m in module.modules():
+        given, made = getattr(m, "in_features", None), getattr(m, "out_features", None)
+        leaf = isinstance(m, nn.Linear) or not m._modules
+        if leaf and isinstance(given, int) and isinstance(made, int):
+            total += 2 * given * made
+    return total

@@ -335,3 +335,18 @@ def test_autocast_does_not_lower_what_methods_compute() -> None:
     with vtr.apply(model, Look(DECODER.at, DECODER.keep)):
         model(**inputs)
     assert found == [[high, high, high]] * 2
+
+
+def test_a_hub_kernel_in_place_of_the_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``kernels`` package puts a module there, and may exchange it for one that runs on a GPU only."""
+    from transformers.models.llama import modeling_llama
+
+    class Kernel(torch.nn.Module):
+        def forward(self, *args: Any) -> Any:
+            raise RuntimeError("no CPU kernel")
+
+    model, _ = llava(1)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", Kernel())
+    for layer in model.model.language_model.layers:
+        layer.self_attn.add_module("apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+    vtr.apply(model, vtr.FastV(keep=4)).remove()

@@ -161,6 +161,52 @@ def test_accelerates_hooks_come_and_go_under_a_wrapped_model() -> None:
         same(reduced, generate(model, inputs))
     assert not any(hooked())
     same(dense, generate(model, inputs))
-    with vtr.apply(model, method):  # an own forward that the hooks left behind is no other library's
+    with vtr.apply(
+        model, method
+    ):  # an own forward that the hooks left behind is no other library's
         same(reduced, generate(model, inputs))
     same(dense, generate(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "visionzip"])
+def test_weights_that_come_when_a_layer_runs(name: str, method: str) -> None:
+    """Accelerate's offloading (``device_map="auto"`` where a model is too large): they are on meta else."""
+    pytest.importorskip("accelerate")
+    from accelerate import cpu_offload
+
+    model, inputs = FAMILIES[name](2)
+    with vtr.apply(model, vtr.create(method, keep=3)):
+        reduced = generate(model, inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.model.language_model.layers[1].parameters())
+    with vtr.apply(model, vtr.create(method, keep=3)) as handle:
+        same(reduced, generate(model, inputs))
+        assert handle.report().to_dict()["kv_bytes"]["reduced"] > 0
+
+
+class Packed(torch.nn.Module):
+    """A linear layer as quantisation makes them: its weights are a buffer of another name."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("qweight", layer.weight.data.clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.qweight.T
+
+
+def test_quantised_language_models() -> None:
+    model, inputs = FAMILIES["llava"](2)
+    method = vtr.create("fastv", keep=3)
+    with vtr.apply(model, method) as handle:
+        plain, report = generate(model, inputs), handle.report().to_dict()
+    for layer in model.model.language_model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(part, name, Packed(child))
+    with vtr.apply(model, method) as handle:
+        same(plain, generate(model, inputs), 1e-5)
+        assert handle.report().to_dict() == report

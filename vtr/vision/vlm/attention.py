@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ def opens(layer: Any) -> str:
     for name in ("q_proj", "k_proj", "v_proj", "head_dim", "scaling"):
         if not hasattr(attn, name):
             return f"{title} has no {name}"
-    known = (nn.Dropout, nn.Identity)
-    odd = [n for n, m in attn.named_children() if n not in _PARTS and not isinstance(m, known)]
+    # Others without weights are dropout, or functions that stand as modules (of Hub kernels).
+    children = ((n, m) for n, m in attn.named_children() if n not in _PARTS)
+    odd = [n for n, m in children if "norm" in n or next(m.parameters(), None) is not None]
     odd += [name for name, _ in attn.named_parameters(recurse=False)]  # attention sinks
     if getattr(getattr(attn, "config", None), "clip_qkv", None) is not None:
         odd.append("clip_qkv")
@@ -62,20 +64,23 @@ def opens(layer: Any) -> str:
 
 def _halves_turn(attn: Any) -> bool:
     """Whether the rotary embedding of an attention module is :func:`rotate`: tried on a few numbers."""
-    for cls in type(attn).__mro__:
-        turn = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
-        if turn is not None:
-            break
-    else:
+    homes: list[Any] = [sys.modules.get(cls.__module__) for cls in type(attn).__mro__]
+    homes = [home for home in homes if hasattr(home, "apply_rotary_pos_emb")]
+    if not homes:
         return False
-    x, cos, sin = torch.linspace(-1, 2, 24, device="cpu").reshape(3, 1, 8).unbind()
-    q, k = x.reshape(1, 1, 1, 8), x.reshape(1, 1, 1, 8) + 1
+    where = device_of(attn.q_proj) or "cpu"
+    q, cos, sin = (torch.linspace(-1, 2, 24, device=where) + i for i in range(3))
+    q, k = q.reshape(1, 1, 3, 8), q.reshape(1, 1, 3, 8) + 1
+    cos, sin = cos.reshape(1, 3, 8), sin.reshape(1, 3, 8)
+    wanted = rotate(q, cos, sin), rotate(k, cos, sin)
     try:
-        made = turn(q, k, cos[None], sin[None])
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False
-    wanted = rotate(q, cos[None], sin[None]), rotate(k, cos[None], sin[None])
-    return all(torch.allclose(a, b) for a, b in zip(made, wanted, strict=True))
+        made = homes[0].apply_rotary_pos_emb(q, k, cos, sin)
+    except Exception:  # a kernel of the Hub in its place that takes no such numbers
+        half = getattr(homes[0], "rotate_half", None)
+        if half is None:
+            return False
+        made = tuple(x * cos[:, None] + half(x) * sin[:, None] for x in (q, k))
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made, wanted, strict=True))
 
 
 # Layers of the form x + attention(norm(x)), then x + mlp(norm(x)).
@@ -109,7 +114,7 @@ def project(
         which: those of ``"q"``, ``"k"``, ``"v"`` that are wanted; the others are empty tensors.
     """
     attn = layer.self_attn
-    device = attn.q_proj.weight.device
+    device = device_of(attn.q_proj) or hidden.device
     x = layer.input_layernorm(hidden.to(device))
     empty = x.new_zeros(0)
 
@@ -124,6 +129,15 @@ def project(
         return y if name == "v" else rotate(y, rope[0].to(device), rope[1].to(device))
 
     return heads("q"), heads("k"), heads("v")
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module is, also one whose quantised weights are buffers.
+
+    None where it holds nothing, or where its weights come when it runs (accelerate's offloading).
+    """
+    held = next(chain(module.parameters(), module.buffers()), None)
+    return None if held is None or held.device.type == "meta" else held.device
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
