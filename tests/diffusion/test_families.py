@@ -152,6 +152,18 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
     assert torch.allclose(out.float(), want, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(model: Any, case: Case, dtype: torch.dtype) -> None:
+    """Norms make queries and keys float32 there, and values have the lower precision."""
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        with eager(model, case.attention, 0.4):
+            want = run(model, case)
+        with vtr.apply(model, Fixed()):
+            out = run(model, case)
+    assert out.dtype == want.dtype
+    assert torch.allclose(out.float(), want.float(), atol=3e-2, rtol=3e-2)
+
+
 def _is_state(name: str) -> bool:
     return "hidden_states" in name or name == "pooled_projections"
 

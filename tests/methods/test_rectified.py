@@ -285,3 +285,12 @@ def test_is_written_and_read():
     for name in RectifiedSparse.PRESETS:
         method = RectifiedSparse.preset(name, order=(4, 4, 8))
         assert create(**method.to_dict()) == method
+
+
+def test_autocast_does_not_change_the_choice_of_blocks():
+    grid = (3, 5, 6)
+    qkv = tensors(grid, dtype=torch.bfloat16)
+    method = RectifiedSparse(block=16, drop=0.5)
+    want = Run(method, grid)(qkv)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Run(method, grid)(qkv), want)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.diffusion.compiled import NAMES
+from vtr.diffusion.compiled import NAMES, lowered
 from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.site import Call
 
@@ -51,6 +51,7 @@ def compute(
     if parallel is not None:
         ulysses = Ulysses(parallel, frames * height * width, q.shape[2], wrapping.family.text_first)
         q, k, v = (ulysses.gather(t) for t in (q, k, v))
+    q, k, v = lowered(q, k, v)
     _check(wrapping, layer, call, q, given)
     if call.training and ulysses is None and given.get("attn_mask") is not None:
         call = _own_text(wrapping, call, given["attn_mask"])

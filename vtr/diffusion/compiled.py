@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.kernels.precision import lowers
+
 if TYPE_CHECKING:
     from vtr.diffusion.processor import SiteProcessor
 
@@ -24,6 +26,15 @@ NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"
 
 _serial = itertools.count()
 _LIVE: weakref.WeakValueDictionary[int, SiteProcessor] = weakref.WeakValueDictionary()
+
+
+def lowered(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype in which torch's own attention computes under autocast: there norms make query and
+    key float32, while the value comes from a linear layer."""
+    if not lowers(query.device) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 class _Tracing:
@@ -39,7 +50,7 @@ def number_of(processor: SiteProcessor) -> Tensor:
     """A number, () int64, by which the operator finds the processor as long as it lives."""
     number = next(_serial)
     _LIVE[number] = processor
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 def intercept(*args: Any, **kwargs: Any) -> Tensor:
@@ -50,8 +61,9 @@ def intercept(*args: Any, **kwargs: Any) -> Tensor:
             "torch.compile of a transformer under context parallelism and a sparse method is not "
             "supported: leave one of the two out"
         )
+    query, key, value = lowered(given["query"], given["key"], given["value"])
     return torch.ops.vtr.generator_attention(
-        given["query"], given["key"], given["value"], given.get("attn_mask"), given.get("scale"),
+        query, key, value, given.get("attn_mask"), given.get("scale"),
         bool(given.get("enable_gqa")), TRACING.processor.vtr_number,
     )  # fmt: skip
 

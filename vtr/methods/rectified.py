@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from vtr.kernels.precision import full_precision
 from vtr.method import register
 from vtr.methods._attention import AttentionMethod
 from vtr.methods._order import Arranged, arrange, block_neighbours, check_order, grid_order
@@ -91,11 +92,13 @@ class RectifiedSparse(Presets, AttentionMethod):
         q, k, v = site.q, site.k, site.v
         if arranged is not None:
             q, k, v = (t.index_select(2, arranged.order) for t in (q, k, v))
-        out = rectified_attention(
-            q, k, v, text=site.text, text_valid=site.text_valid, scale=site.scale,
-            block=self.block, p=self.p, drop=self.drop, always=always, rectify=self.rectify,
-            backend=site.backend, count=site.count,
-        )  # fmt: skip
+        # The choice of blocks compares close numbers: autocast would round them.
+        with full_precision(q.device):
+            out = rectified_attention(
+                q, k, v, text=site.text, text_valid=site.text_valid, scale=site.scale,
+                block=self.block, p=self.p, drop=self.drop, always=always, rectify=self.rectify,
+                backend=site.backend, count=site.count,
+            )  # fmt: skip
         return out if arranged is None else out.index_select(2, arranged.back)
 
     def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor | None]:
@@ -115,7 +118,7 @@ class RectifiedSparse(Presets, AttentionMethod):
         if arranged is not None:
             arranged = Arranged(*(t.to(device) for t in arranged))
         blocks = -(-order.numel() // self.block)
-        always = torch.eye(blocks, dtype=torch.bool)
+        always = torch.eye(blocks, dtype=torch.bool, device="cpu")
         if self.neighbours:
             always = block_neighbours(site.grid, order, self.block)
         if self.first_frame:
