@@ -51,7 +51,7 @@ def pictures_of(
                 else f"which={which}: the tokens {where} are not those of a prompt"
             )
         grid = (1, *grid) if len(grid) == 2 else grid
-        cells = torch.arange(grid[0] * grid[1] * grid[2]).reshape(grid[0], -1)
+        cells = torch.arange(grid[0] * grid[1] * grid[2], device="cpu").reshape(grid[0], -1)
         return [Picture("", (grid[1], grid[2]), cells, None)]
     if which is None:
         fits = [i for i, span in enumerate(known) if wants in (None, span.kind)]
@@ -71,7 +71,7 @@ def pictures_of(
         frame = stage.frames.frame[sample].cpu()[tokens]
         place = stage.frames.place[sample].cpu()[tokens]
         first = sum(s.frames for s in known[:which])
-        cells = torch.full((span.frames, span.grid[0] * span.grid[1]), -1)
+        cells = torch.full((span.frames, span.grid[0] * span.grid[1]), -1, device="cpu")
         cells[frame - first, place] = tokens
         return [Picture("", span.grid, cells, span.times)]
     out = [_view(view, span.start, shape) for view in span.views]
@@ -86,10 +86,15 @@ def pictures_of(
 def _view(view: View, start: int, shape: Sequence[int] | None) -> Picture:
     """Tokens of a view in a grid; of tiles, side by side."""
     rows, cols = view.grid
-    tile = torch.arange(rows)[:, None] * view.stride + torch.arange(cols) + start + view.start
+    tile = (
+        torch.arange(rows, device="cpu")[:, None] * view.stride
+        + torch.arange(cols, device="cpu")
+        + start
+        + view.start
+    )
     if view.tiles == 1:
         return Picture(view.name, view.grid, tile.reshape(1, -1), None, view.raster)
-    cells = tile + torch.arange(view.tiles)[:, None, None] * (rows * view.stride)
+    cells = tile + torch.arange(view.tiles, device="cpu")[:, None, None] * (rows * view.stride)
     if view.raster and shape is not None:
         down, across = _layout(view.tiles, shape[1] / shape[0])
         cells = cells.unflatten(0, (down, across)).transpose(1, 2)
@@ -98,7 +103,7 @@ def _view(view: View, start: int, shape: Sequence[int] | None) -> Picture:
     # A cell of nothing between them, and after the last one.
     across = math.ceil(math.sqrt(view.tiles))
     down = math.ceil(view.tiles / across)
-    spaced = torch.full((down * across, rows + 1, cols + 1), -1)
+    spaced = torch.full((down * across, rows + 1, cols + 1), -1, device="cpu")
     spaced[: view.tiles, :rows, :cols] = cells
     spaced = spaced.unflatten(0, (down, across)).transpose(1, 2)
     spaced = spaced.reshape(down * (rows + 1), across * (cols + 1))[:-1, :-1]

@@ -214,6 +214,6 @@ def preprocess(model: Any, name: str, picture: Any) -> Any:
 
         return data.normalise(pixels)
     config = getattr(model, "pretrained_cfg", None) or {}
-    mean = torch.tensor(config.get("mean", (0.4815, 0.4578, 0.4082))).view(1, 3, 1, 1)
-    std = torch.tensor(config.get("std", (0.2686, 0.2613, 0.2758))).view(1, 3, 1, 1)
+    mean = torch.tensor(config.get("mean", (0.4815, 0.4578, 0.4082)), device="cpu").view(1, 3, 1, 1)
+    std = torch.tensor(config.get("std", (0.2686, 0.2613, 0.2758)), device="cpu").view(1, 3, 1, 1)
     return (pixels - mean) / std

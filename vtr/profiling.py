@@ -252,7 +252,7 @@ def _at_batch(inputs: Any, size: int) -> Any:
             f"the tensors of inputs have the first dimensions {sorted(now)}, so that they cannot be "
             f"brought to batch size {size}: pass inputs of the size that you want, and batch=None"
         )
-    rows = torch.arange(size) % now.pop()
+    rows = torch.arange(size, device="cpu") % now.pop()
 
     def sized(leaf: Any) -> Any:
         return leaf[rows.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf

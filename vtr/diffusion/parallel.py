@@ -44,10 +44,12 @@ def order(tokens: int, text: int, world: int, text_first: bool) -> Tensor:
         tokens: image or video tokens; text: joint text tokens; both multiples of ``world``.
         world: number of processes.
     """
-    own = torch.arange(world)[:, None] * ((tokens + text) // world)
-    words = (own + (0 if text_first else tokens // world) + torch.arange(text // world)).flatten()
+    own = torch.arange(world, device="cpu")[:, None] * ((tokens + text) // world)
+    words = (
+        own + (0 if text_first else tokens // world) + torch.arange(text // world, device="cpu")
+    ).flatten()
     start = text // world if text_first else 0
-    image = (own + start + torch.arange(tokens // world)).flatten()
+    image = (own + start + torch.arange(tokens // world, device="cpu")).flatten()
     return torch.cat([words, image] if text_first else [image, words])
 
 

@@ -136,7 +136,7 @@ class AttentionSite:
 
         def make() -> BlockMask:
             rows, columns = self.q.shape[2], self.k.shape[2]
-            blocks = torch.ones(-(-rows // 128), -(-columns // 128), dtype=torch.bool)
+            blocks = torch.ones(-(-rows // 128), -(-columns // 128), dtype=torch.bool, device="cpu")
             return BlockMask.from_blocks(blocks, q_len=rows, k_len=columns).to(self.q.device)
 
         full: BlockMask = self.for_size("vtr.full", make)

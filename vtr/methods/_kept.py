@@ -43,7 +43,9 @@ class Kept:
             old = self._parts
             if [(t.shape, t.dtype) for t in old] != [(t.shape, t.dtype) for t in parts]:
                 pin = x.is_cuda
-                old = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pin) for t in parts]
+                old = [
+                    torch.empty(t.shape, dtype=t.dtype, pin_memory=pin, device="cpu") for t in parts
+                ]
             # Copies of one stream run in order, so neither waits for the other here.
             for target, part in zip(old, parts, strict=True):
                 target.copy_(part, non_blocking=True)

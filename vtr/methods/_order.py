@@ -24,9 +24,12 @@ def hilbert_order(shape: Sequence[int]) -> Tensor:
     """
     sizes = [n for n in shape if n > 1]
     if not sizes:
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
     bits = max((n - 1).bit_length() for n in sizes)
-    axes = [t.flatten() for t in torch.meshgrid(*map(torch.arange, sizes), indexing="ij")]
+    axes = [
+        t.flatten()
+        for t in torch.meshgrid(*(torch.arange(n, device="cpu") for n in sizes), indexing="ij")
+    ]
     for bit in range(bits - 1, 0, -1):
         low = (1 << bit) - 1
         for i in range(len(axes)):
@@ -53,7 +56,7 @@ def grid_order(shape: Sequence[int], order: str | Sequence[int]) -> Tensor:
     if order == "hilbert":
         return hilbert_order(shape)
     if order == "raster":
-        return torch.arange(torch.Size(shape).numel())
+        return torch.arange(torch.Size(shape).numel(), device="cpu")
     return tile_order(shape, [int(n) for n in order])
 
 
@@ -86,9 +89,9 @@ def arrange(grid: Tensor, text: int, text_first: bool) -> Arranged | None:
     """The sequence with its grid tokens in the order ``grid`` and the text behind them; None where
     it is in that order already."""
     tokens = grid.numel()
-    words = torch.arange(text) + (0 if text_first else tokens)
+    words = torch.arange(text, device="cpu") + (0 if text_first else tokens)
     order = torch.cat([grid.cpu() + (text if text_first else 0), words])
-    if torch.equal(order, torch.arange(tokens + text)):
+    if torch.equal(order, torch.arange(tokens + text, device="cpu")):
         return None
     return Arranged(order, order.argsort())
 
@@ -103,10 +106,10 @@ def block_neighbours(shape: Sequence[int], order: Tensor, block: int) -> Tensor:
         shape: grid. order: (N,) raster index of each place. block: tokens per block.
     """
     count = -(-order.numel() // block)
-    of = torch.empty(order.numel(), dtype=torch.int64)
-    of[order.cpu()] = torch.arange(order.numel()) // block
+    of = torch.empty(order.numel(), dtype=torch.int64, device="cpu")
+    of[order.cpu()] = torch.arange(order.numel(), device="cpu") // block
     of = of.view(*shape)
-    touch = torch.eye(count, dtype=torch.bool)
+    touch = torch.eye(count, dtype=torch.bool, device="cpu")
     for step in itertools.product((-1, 0, 1), repeat=len(shape)):
         if step <= (0,) * len(shape):  # each pair once; the matrix is made symmetric below
             continue

@@ -135,7 +135,7 @@ class Cutting:
 
 def in_videos(site: LanguageSite) -> Tensor:
     """(B, N) bool: tokens of a frame of a video."""
-    kinds = torch.zeros(site.batch, max(map(len, site.videos)), dtype=torch.bool)
+    kinds = torch.zeros(site.batch, max(map(len, site.videos)), dtype=torch.bool, device="cpu")
     for b, spans in enumerate(site.videos):
         for v, span in enumerate(spans):
             kinds[b, v] = span.kind == "video"

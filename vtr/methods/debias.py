@@ -140,7 +140,7 @@ def fit_recency(attention: Tensor) -> tuple[float, float]:
             f"attention must be a finite (N,) tensor with N >= 2, got shape {tuple(attention.shape)}"
         )
     a = attention.detach().double().cpu()
-    x = torch.linspace(0, 1, a.numel(), dtype=torch.float64)
+    x = torch.linspace(0, 1, a.numel(), dtype=torch.float64, device="cpu")
 
     def solve(sigma: Tensor) -> tuple[Tensor, Tensor]:
         # For a given sigma the best mu has a closed form, which leaves a search in one dimension.
@@ -150,7 +150,7 @@ def fit_recency(attention: Tensor) -> tuple[float, float]:
 
     low, high = -20.0, 20.0
     for _ in range(12):  # each round narrows the bracket around the best of 201 points 100-fold
-        grid = torch.linspace(low, high, 201, dtype=torch.float64)
+        grid = torch.linspace(low, high, 201, dtype=torch.float64, device="cpu")
         mu, error = solve(grid)
         best = int(error.argmin())
         step = (high - low) / 200

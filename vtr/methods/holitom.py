@@ -207,14 +207,16 @@ def windows(steady: Tensor) -> list[tuple[int, int]]:
     """
     steady = steady.cpu()
     t, p = steady.shape[0] + 1, steady.shape[1]
-    run = torch.zeros(p, dtype=torch.long)  # transitions up to here through which a place is static
-    value, begin = torch.zeros(t + 1, dtype=torch.long), [0] * (t + 1)
+    run = torch.zeros(
+        p, dtype=torch.long, device="cpu"
+    )  # transitions up to here through which a place is static
+    value, begin = torch.zeros(t + 1, dtype=torch.long, device="cpu"), [0] * (t + 1)
     for j in range(t):
         if j:
             run = (run + 1) * steady[j - 1]
         # places static throughout i..j: those whose run is j - i at least
         long = torch.bincount(run, minlength=j + 1).flip(0).cumsum(0).flip(0)
-        length = torch.arange(j, -1, -1)  # j - i for i = 0..j
+        length = torch.arange(j, -1, -1, device="cpu")  # j - i for i = 0..j
         gain = value[: j + 1] + long[length] * length
         begin[j + 1] = i = j - int(gain.flip(0).argmax())  # of equals the shortest
         value[j + 1] = gain[i]

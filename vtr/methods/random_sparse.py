@@ -56,13 +56,13 @@ class RandomSparse(StaticSparse):
             total = tokens + site.text
             blocks = -(-total // self.block)
             grid = -(-tokens // self.block)
-            live = torch.ones(heads, blocks, blocks, dtype=torch.bool)
+            live = torch.ones(heads, blocks, blocks, dtype=torch.bool, device="cpu")
             live[:, :grid, :grid] = mask.to_dense(blocks=True)
             words = tokens // self.block  # the first block that holds text
             live[:, words:] = True
             live[:, :, words:] = True
             mask = BlockMask.from_blocks(live, q_len=total, k_len=total, block=self.block)
-        raster = torch.arange(tokens)
+        raster = torch.arange(tokens, device="cpu")
         return Layout(mask, arrange(raster, site.text, site.text_first))
 
 
@@ -87,7 +87,7 @@ class OwnFrame(StaticSparse):
     def make_layout(self, site: AttentionSite) -> Layout:
         frames, height, width = site.grid
         tokens, total = frames * height * width, frames * height * width + site.text
-        place = torch.arange(total)
+        place = torch.arange(total, device="cpu")
         words = place >= tokens
         frame = (place // (height * width)).clamp(max=frames - 1)
 
@@ -102,4 +102,4 @@ class OwnFrame(StaticSparse):
             rule, total, total, block=self.block,
             maybe=maybe | some | some[:, None], surely=surely | every | every[:, None],
         )  # fmt: skip
-        return Layout(mask, arrange(torch.arange(tokens), site.text, site.text_first))
+        return Layout(mask, arrange(torch.arange(tokens, device="cpu"), site.text, site.text_first))

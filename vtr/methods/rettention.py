@@ -231,7 +231,7 @@ class Measured:
     """
 
     def __init__(self, precision: str | None, offload: bool, residual: bool) -> None:
-        self.ratio = torch.empty(0)
+        self.ratio = torch.empty(0, device="cpu")
         self.residual = Kept(precision, offload) if residual else None
         self.step = -1
         self.ident = -1

@@ -87,7 +87,7 @@ class SlidingTile(Presets, StaticSparse):
         )
         places = number * self.block
         blocks = number + -(-site.text // self.block)
-        live = torch.ones(blocks, blocks, dtype=torch.bool)
+        live = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
         live[:number, :number] = near.to_dense()
         total = places + site.text
         mask = BlockMask.from_blocks(live, q_len=total, k_len=total, block=self.block)
@@ -99,18 +99,18 @@ class SlidingTile(Presets, StaticSparse):
             of = of * count + axis // step
         held = torch.bincount(of, minlength=number)
         # The place of a token: its tile's block, and its number in the tile.
-        place = of * self.block + torch.arange(tokens) - (held.cumsum(0) - held)[of]
-        real = torch.zeros(total, dtype=torch.bool)
+        place = of * self.block + torch.arange(tokens, device="cpu") - (held.cumsum(0) - held)[of]
+        real = torch.zeros(total, dtype=torch.bool, device="cpu")
         real[place] = True
         real[places:] = True
         first = site.text if site.text_first else 0
-        words = torch.arange(site.text) + (0 if site.text_first else tokens)
-        source = torch.full((total,), first, dtype=torch.int64)
+        words = torch.arange(site.text, device="cpu") + (0 if site.text_first else tokens)
+        source = torch.full((total,), first, dtype=torch.int64, device="cpu")
         source[place] = order + first
         source[places:] = words
-        back = torch.empty(tokens + site.text, dtype=torch.int64)
+        back = torch.empty(tokens + site.text, dtype=torch.int64, device="cpu")
         back[order + first] = place
-        back[words] = torch.arange(places, total)
+        back[words] = torch.arange(places, total, device="cpu")
         if not bool(real.all()):
             mask = without_keys(mask, real[None])
         return Layout(mask, Arranged(source, back))

@@ -141,16 +141,18 @@ def cell_split(
     grid: tuple[int, int, int], cell: tuple[int, int, int], generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Raster indices of the sources and of the destinations, one in each cell, ascending, int64."""
-    axes = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    number = torch.zeros(grid, dtype=torch.int64)
+    axes = torch.meshgrid(*(torch.arange(n, device="cpu") for n in grid), indexing="ij")
+    number = torch.zeros(grid, dtype=torch.int64, device="cpu")
     for axis, size, step in zip(axes, grid, cell, strict=True):
         number = number * -(-size // step) + axis // step
     number = number.flatten()
     cells = int(number[-1]) + 1
     if generator is None:
-        draw = torch.arange(number.numel(), 0, -1, dtype=torch.float64)
+        draw = torch.arange(number.numel(), 0, -1, dtype=torch.float64, device="cpu")
     else:
-        draw = torch.rand(number.numel(), generator=generator, dtype=torch.float64)
-    best = torch.full((cells,), -1.0, dtype=torch.float64).scatter_reduce(0, number, draw, "amax")
+        draw = torch.rand(number.numel(), generator=generator, dtype=torch.float64, device="cpu")
+    best = torch.full((cells,), -1.0, dtype=torch.float64, device="cpu").scatter_reduce(
+        0, number, draw, "amax"
+    )
     target = draw == best[number]
     return (~target).nonzero().squeeze(1), target.nonzero().squeeze(1)

@@ -66,5 +66,5 @@ class UniformFrames(Method):
 
 def even(frames: int, number: int) -> Tensor:
     """(frames,) bool: ``number`` frames at even distances."""
-    chosen = ((torch.arange(number) + 0.5) * frames / number).long()
-    return torch.zeros(frames, dtype=torch.bool).index_fill(0, chosen, True)
+    chosen = ((torch.arange(number, device="cpu") + 0.5) * frames / number).long()
+    return torch.zeros(frames, dtype=torch.bool, device="cpu").index_fill(0, chosen, True)

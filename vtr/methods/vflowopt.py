@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -244,7 +245,7 @@ def patch_entropy(pixels: Tensor, grid: tuple[int, ...] | None) -> Tensor:
     count = torch.zeros(*patches.shape[:2], 256, device=pixels.device)
     count.scatter_add_(2, patches, torch.ones_like(patches, dtype=count.dtype))
     share = count / (high * wide)
-    return -torch.special.xlogy(share, share).sum(2) / torch.log(torch.tensor(2.0))
+    return -torch.special.xlogy(share, share).sum(2) / math.log(2)
 
 
 def coordinates(
@@ -259,7 +260,7 @@ def coordinates(
         patches: (rows, columns) of a crop in the encoder.
     """
     entry = site.map.n_in
-    group = torch.full((shape[0], entry), -1.0)
+    group = torch.full((shape[0], entry), -1.0, device="cpu")
     row, column = torch.zeros_like(group), torch.zeros_like(group)
     plain = torch.zeros_like(group, dtype=torch.bool)
     for b, images in enumerate(site.images):
@@ -267,7 +268,7 @@ def coordinates(
         for start, length, grid in images:
             if grid is None:
                 continue
-            place = torch.arange(length)
+            place = torch.arange(length, device="cpu")
             span = slice(start, start + length)
             column[b, span] = (place % grid[-1]).float()
             row[b, span] = (place // grid[-1] % grid[-2]).float()

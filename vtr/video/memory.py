@@ -244,7 +244,7 @@ class TokenMemory:
 
     def _append(self, x: Tensor, own: Tensor, time: float, given: Tensor, novelty: Tensor) -> None:
         number = torch.full_like(own, self.frames)
-        chance = torch.rand(len(own), generator=self._random).to(x.device)
+        chance = torch.rand(len(own), generator=self._random, device="cpu").to(x.device)
         new = {
             "tokens": x[own],
             "size": torch.ones_like(own),

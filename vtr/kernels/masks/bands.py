@@ -32,7 +32,7 @@ def frame_band(
     not_negative(text=text)
     total = frames * tokens_per_frame + text
     half, start = width // 2, text if text_first else 0
-    token = torch.arange(total)
+    token = torch.arange(total, device="cpu")
     video = (token >= start) & (token < start + frames * tokens_per_frame)
     place = (token - start) % tokens_per_frame
 
@@ -42,7 +42,7 @@ def frame_band(
 
     # A block of at most one frame's length wraps around at most once; with the distance taken
     # around the frame, what is far from a block's middle is far from all of it.
-    middle = place[torch.arange(0, total, block)] + block // 2
+    middle = place[torch.arange(0, total, block, device="cpu")] + block // 2
     apart = (middle[:, None] - middle[None]).abs() % tokens_per_frame
     apart = torch.minimum(apart, tokens_per_frame - apart)
     maybe = apart <= half + 2 * block
@@ -59,7 +59,7 @@ def frame_band(
     inside = whole.clone()
     if total % block:
         inside[-1] = False
-    begin = place[torch.arange(0, total, block)]
+    begin = place[torch.arange(0, total, block, device="cpu")]
     alike = begin[:, None] - begin + tokens_per_frame
     alike = alike.masked_fill(~(inside[:, None] & inside), -1)
     return exact(rule, total, total, block=block, maybe=maybe, surely=surely, alike=alike)
@@ -73,7 +73,7 @@ def spatial(
     heads of Sparse VideoGen (arXiv 2502.01776). Text, if any, stands last and is dense."""
     positive(frames=frames, tokens_per_frame=tokens_per_frame)
     total = frames * tokens_per_frame
-    position = torch.arange(total)
+    position = torch.arange(total, device="cpu")
     return _positions(position, position < tokens_per_frame, width, text, block)
 
 
@@ -97,7 +97,7 @@ def temporal(
 def temporal_order(frames: int, tokens_per_frame: int) -> Tensor:
     """The raster indices of tokens in the order of :func:`temporal`, (frames * s,) int64: the
     first frame, which everyone sees, then place by place the tokens of the other frames."""
-    index = torch.arange(frames * tokens_per_frame).view(frames, tokens_per_frame)
+    index = torch.arange(frames * tokens_per_frame, device="cpu").view(frames, tokens_per_frame)
     return torch.cat([index[0], index[1:].t().flatten()])
 
 
@@ -108,7 +108,7 @@ def _positions(position: Tensor, sink: Tensor, width: int, text: int, block: int
     total = video + text
     position = torch.cat([position, position.new_full((text,), int(position[-1]))])
     sink = torch.cat([sink, sink.new_zeros(text)])
-    words = torch.arange(total) >= video
+    words = torch.arange(total, device="cpu") >= video
 
     def rule(i: Tensor, j: Tensor) -> Tensor:
         near = (position[i] - position[j]).abs() <= width

@@ -54,17 +54,17 @@ def exact(
     """
     bm, bn = _block_pair(block)
     nq, nk = -(-q_len // bm), -(-k_len // bn)
-    unknown = torch.ones(nq, nk, dtype=torch.bool) if maybe is None else maybe.clone()
+    unknown = torch.ones(nq, nk, dtype=torch.bool, device="cpu") if maybe is None else maybe.clone()
     if surely is not None:
         unknown &= ~surely
     row, col = unknown.nonzero(as_tuple=True)
     every = row, col
-    which = torch.arange(row.numel())
+    which = torch.arange(row.numel(), device="cpu")
     if alike is not None:
         number = alike[row, col]
         number = torch.where(number < 0, -1 - which, number)
         number, which = number.unique(return_inverse=True)
-        one = torch.empty_like(number).scatter_(0, which, torch.arange(row.numel()))
+        one = torch.empty_like(number).scatter_(0, which, torch.arange(row.numel(), device="cpu"))
         row, col = row[one], col[one]
     kept: list[Tensor] = []
     ids: list[Tensor] = []
@@ -72,8 +72,14 @@ def exact(
     known: dict[bytes, int] = {}
     step = max(1, _CHUNK // (bm * bn))
     for start in range(0, row.numel(), step):
-        i = row[start : start + step, None, None] * bm + torch.arange(bm)[None, :, None]
-        j = col[start : start + step, None, None] * bn + torch.arange(bn)[None, None, :]
+        i = (
+            row[start : start + step, None, None] * bm
+            + torch.arange(bm, device="cpu")[None, :, None]
+        )
+        j = (
+            col[start : start + step, None, None] * bn
+            + torch.arange(bn, device="cpu")[None, None, :]
+        )
         # The rule may look things up, so it is not shown tokens that do not exist.
         tokens = rule(i.clamp(max=q_len - 1), j.clamp(max=k_len - 1)) & (i < q_len) & (j < k_len)
         tokens = tokens.expand(i.shape[0], bm, bn).flatten(1)
@@ -86,16 +92,20 @@ def exact(
                 known[key] = len(tiles)
                 tiles.append(tile)
             found.append(known[key])
-        ids.append(torch.tensor(found, dtype=torch.int64)[classes])
-    keep = (torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool))[which]
-    tile = (torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64))[which][keep]
+        ids.append(torch.tensor(found, dtype=torch.int64, device="cpu")[classes])
+    keep = (torch.cat(kept) if kept else torch.zeros(0, dtype=torch.bool, device="cpu"))[which]
+    tile = (torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device="cpu"))[which][keep]
     row, col = every[0][keep], every[1][keep]
     if surely is not None:
         whole_row, whole_col = surely.nonzero(as_tuple=True)
         row, col = torch.cat([row, whole_row]), torch.cat([col, whole_col])
         tile = torch.cat([tile, torch.full_like(whole_row, -1)])
-    stack = torch.stack(tiles).view(-1, bm, bn) if tiles else torch.zeros(0, bm, bn).bool()
-    pattern = torch.zeros(1, 1, dtype=torch.int32)
+    stack = (
+        torch.stack(tiles).view(-1, bm, bn)
+        if tiles
+        else torch.zeros(0, bm, bn, device="cpu").bool()
+    )
+    pattern = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
     return BlockMask._finish(q_len, k_len, (bm, bn), pattern, 1, row, col, tile, stack)
 
 

@@ -34,10 +34,10 @@ def random(
     bm, bn = _block_pair(block)
     nq, nk = -(-tokens // bm), -(-tokens // bn)
     generator = torch.Generator().manual_seed(seed)
-    rank = torch.rand(heads, nq, nk, generator=generator)
+    rank = torch.rand(heads, nq, nk, generator=generator, device="cpu")
     if diagonal:
-        row = torch.arange(nq)
+        row = torch.arange(nq, device="cpu")
         rank[:, row, (row * bm // bn).clamp(max=nk - 1)] = 2.0
     keep = rank.topk(max(1, round(density * nk)), dim=2).indices
-    live = torch.zeros(heads, nq, nk, dtype=torch.bool).scatter_(2, keep, True)
+    live = torch.zeros(heads, nq, nk, dtype=torch.bool, device="cpu").scatter_(2, keep, True)
     return BlockMask.from_blocks(live, q_len=tokens, k_len=tokens, block=block)

@@ -60,18 +60,20 @@ def neighborhood(
             )
         once = _per_axis(causal, len(sizes), "causal")[axis]
         axes.append(_window(size, w, s, d, bool(once)))
-    coordinates = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
+    coordinates = torch.stack(
+        torch.meshgrid(*(torch.arange(n, device="cpu") for n in sizes), indexing="ij")
+    )
     places = coordinates.flatten(1)
     return _grid(places if tile is None else places[:, tile_order(sizes, tile)], axes, text, block)
 
 
 def _window(size: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:
     """(size, size) bool: which keys of one axis each query sees."""
-    seen = torch.zeros(size, size, dtype=torch.bool)
+    seen = torch.zeros(size, size, dtype=torch.bool, device="cpu")
     for residue in range(dilation):
         length = -(-(size - residue) // dilation)
-        query = torch.arange(length)
-        key = torch.arange(length)
+        query = torch.arange(length, device="cpu")
+        key = torch.arange(length, device="cpu")
         leader = (query // stride * stride + stride // 2).clamp(max=length - 1)
         if causal:
             end = (query // stride * stride + stride - 1).clamp(max=length - 1)
@@ -114,13 +116,15 @@ def sliding_tile(
         count = -(-size // t)
         if w > count:
             raise ValueError(f"axis {axis} has {count} tiles, the window wants {w}")
-        centre = torch.arange(count).clamp(min=w // 2, max=count - 1 - (w - 1) // 2)
-        near = torch.arange(count)[None] - centre[:, None]
+        centre = torch.arange(count, device="cpu").clamp(min=w // 2, max=count - 1 - (w - 1) // 2)
+        near = torch.arange(count, device="cpu")[None] - centre[:, None]
         seen = (near >= -(w // 2)) & (near <= (w - 1) // 2)
-        of = torch.arange(size) // t
+        of = torch.arange(size, device="cpu") // t
         axes.append(seen[of][:, of])
     order = tile_order(shape, tile)
-    coordinates = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"))
+    coordinates = torch.stack(
+        torch.meshgrid(*(torch.arange(n, device="cpu") for n in sizes), indexing="ij")
+    )
     return _grid(coordinates.flatten(1)[:, order], axes, text, block)
 
 
@@ -130,8 +134,8 @@ def tile_order(shape: Sequence[int], tile: Sequence[int]) -> Tensor:
     among tiles in raster order."""
     sizes = _sizes(shape)
     tiles = [_per_axis(tile, len(sizes), "tile")[axis] for axis in range(len(sizes))]
-    coordinates = torch.meshgrid(*map(torch.arange, sizes), indexing="ij")
-    key = torch.zeros(sizes, dtype=torch.int64)
+    coordinates = torch.meshgrid(*(torch.arange(n, device="cpu") for n in sizes), indexing="ij")
+    key = torch.zeros(sizes, dtype=torch.int64, device="cpu")
     for c, t, size in zip(coordinates, tiles, sizes, strict=True):
         key = key * -(-size // t) + c // t
     for c, t in zip(coordinates, tiles, strict=True):
@@ -161,7 +165,7 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
     count = coordinates.shape[1]
     total = count + text
     padded = torch.cat([coordinates, coordinates[:, -1:].expand(-1, text)], 1)
-    words = torch.arange(total) >= count
+    words = torch.arange(total, device="cpu") >= count
 
     def rule(i: Tensor, j: Tensor) -> Tensor:
         seen = words[i] | words[j]
@@ -171,18 +175,18 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
         return seen | near
 
     blocks = -(-total // block)
-    which = torch.arange(total) // block
-    maybe = torch.ones(blocks, blocks, dtype=torch.bool)
-    surely = torch.ones(blocks, blocks, dtype=torch.bool)
+    which = torch.arange(total, device="cpu") // block
+    maybe = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
+    surely = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
     for line, axis in zip(padded, axes, strict=True):
         # Which coordinates of this axis occur in each block; text tokens have the last token's.
-        has = torch.zeros(blocks, axis.shape[0])
+        has = torch.zeros(blocks, axis.shape[0], device="cpu")
         has[which, line] = 1.0
         maybe &= (has @ axis.float() @ has.t()) > 0
         surely &= (has @ (~axis).float() @ has.t()) == 0
-    some_text = torch.zeros(blocks, dtype=torch.bool)
+    some_text = torch.zeros(blocks, dtype=torch.bool, device="cpu")
     some_text[which[words]] = True
-    all_text = torch.ones(blocks, dtype=torch.bool)
+    all_text = torch.ones(blocks, dtype=torch.bool, device="cpu")
     all_text[which[~words]] = False
     maybe |= some_text | some_text[:, None]
     surely |= all_text | all_text[:, None]

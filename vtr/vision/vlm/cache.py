@@ -96,7 +96,7 @@ class Follow:
         self.held: dict[int, Tensor] = {}
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.rows = torch.arange(look.shape[0])
+        self.rows = torch.arange(look.shape[0], device="cpu")
         self.state: dict[str, Any] = {}
         self.step = 0
 
@@ -177,7 +177,7 @@ class Rows:
         out = getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
         if cuts is None:
             return out
-        rows = torch.arange(cuts.groups[0].mask.shape[0])
+        rows = torch.arange(cuts.groups[0].mask.shape[0], device="cpu")
         rows = rows[given.cpu()] if isinstance(given, Tensor) else rows.repeat_interleave(given)
         cuts.take(rows)
         if follow is not None:

@@ -322,7 +322,9 @@ def _shorten(layer: Any, columns: Tensor, candidates: Tensor | None, follow: Fol
         held = getattr(layer, name)
         if follow is not None and candidates is not None:
             stored = _gather(held, candidates)
-            target = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=stored.is_cuda)
+            target = torch.empty(
+                stored.shape, dtype=stored.dtype, pin_memory=stored.is_cuda, device="cpu"
+            )
             getattr(follow, name).append(target.copy_(stored))
         setattr(layer, name, _gather(held, columns))
 

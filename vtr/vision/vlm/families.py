@@ -243,7 +243,7 @@ def still(n: int) -> Piece:
     """An image of ``n`` tokens: a square where that is possible."""
     side = math.isqrt(n)
     if side * side != n:
-        return loose("image", torch.zeros(n, dtype=torch.bool))
+        return loose("image", torch.zeros(n, dtype=torch.bool, device="cpu"))
     return plain("image", 1, (side, side))
 
 

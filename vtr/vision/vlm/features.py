@@ -232,7 +232,7 @@ class Spread:
         # Each sample's tokens in their order, counted on the device: writing to a mask would wait.
         kinds = call.kinds.gather(1, call.arrived.clamp(min=0)).masked_fill(call.arrived < 0, 0)
         here = kinds == KINDS[kind]
-        first = torch.tensor([start for start, _ in self.captures.rows(call, kind)])
+        first = torch.tensor([start for start, _ in self.captures.rows(call, kind)], device="cpu")
         first = first.to(out.device, non_blocking=True)
         place = (here.long().cumsum(1) - 1 + first[:, None]).clamp(0, len(flat) - 1)
         here = here.reshape(*here.shape, *(1,) * (out.dim() - 2))

@@ -52,8 +52,8 @@ def plain(
 ) -> Piece:
     """Frames of a grid in raster order, ``opening`` separators before each, ``closing`` after the last."""
     cells = grid[0] * grid[1]
-    frame = torch.arange(frames)[:, None].expand(frames, cells)
-    place = torch.arange(cells).expand(frames, cells)
+    frame = torch.arange(frames, device="cpu")[:, None].expand(frames, cells)
+    place = torch.arange(cells, device="cpu").expand(frames, cells)
     rows = [torch.nn.functional.pad(x, (opening, 0), value=-1).flatten() for x in (frame, place)]
     rows = [torch.nn.functional.pad(x, (0, closing), value=-1) for x in rows]
     return Piece(kind, frames, grid, rows[0], rows[1], times)
@@ -68,7 +68,7 @@ def loose(kind: str, separators: Tensor, frames: int = 1) -> Piece:
 
 def unknown(kind: str, length: int) -> Piece:
     """Tokens whose frames are not known."""
-    return loose(kind, torch.zeros(length, dtype=torch.bool), frames=0)
+    return loose(kind, torch.zeros(length, dtype=torch.bool, device="cpu"), frames=0)
 
 
 class _Group(NamedTuple):
@@ -97,7 +97,7 @@ def frames_of(
     """
     width = [call.arrived.shape[1], call.kinds.shape[1]]
     slots, kinds = torch.cat([call.arrived, call.kinds], 1).cpu().split(width, 1)
-    frame = torch.full(slots.shape, -1)
+    frame = torch.full(slots.shape, -1, device="cpu")
     place, video = frame.clone(), frame.clone()
     videos: list[list[VisualSpan]] = []
     for b in range(slots.shape[0]):

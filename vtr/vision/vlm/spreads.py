@@ -38,7 +38,7 @@ class Packing:
 
     def pieces(self) -> list[Piece]:
         """What the images are made of: the base crop, then all crops with a newline after each row."""
-        blank = self(torch.zeros(sum(self.crops), self.patches))
+        blank = self(torch.zeros(sum(self.crops), self.patches, device="cpu"))
         out = []
         side = math.isqrt(self.patches)
         for crops, row in zip(self.crops, blank, strict=True):
