@@ -360,7 +360,10 @@ def test_compiled_flex_equals_the_reference(name, dtype):
     compiling each."""
     q, k, v, mask = make(name, 72, dtype)
     last = {"row_scale": torch.rand(q.shape[:3]), "added": added_rows(q, mask)}
-    out = block_sparse_attention(q, k, v, mask, **last, backend="flex")
+    with FlopCounterMode(display=False) as counter:
+        out = block_sparse_attention(q, k, v, mask, **last, backend="flex")
+    pairs = mask.density * mask.q_len * mask.k_len * q.shape[0] * q.shape[1]
+    assert counter.get_total_flops() == pytest.approx(4 * 72 * pairs, rel=1e-6)
     expected, _ = block_sparse_attention_reference(q, k, v, mask, **last)
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     with pytest.raises(RuntimeError, match="no LSE"):
@@ -380,6 +383,7 @@ _q, _k, _v, _mask = make("whole")
         ({"k": _k.to("meta")}, r"mask.to\(device\)"),
         ({"k": _k[:, :1].repeat(1, 3, 1, 1), "v": _v[:, :1].repeat(1, 3, 1, 1)}, "multiple"),
         ({"mask": token_mask((64, 64), (16, 16))}, "from_dense"),
+        ({"mask": _mask.to_flex()}, "got torch.nn.attention"),
         ({"mask": mask_of((3, 64, 64), (16, 16))}, "match or be 1"),
         ({"row_scale": torch.ones(1, 2, 63)}, "row_scale"),
         ({"added": torch.ones(1, 2, 64, 64)}, "query blocks"),

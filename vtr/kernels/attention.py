@@ -179,8 +179,8 @@ def _validate(
 ) -> None:  # fmt: skip
     if not isinstance(mask, BlockMask):
         raise ValueError(
-            f"mask must be a BlockMask, got {type(mask).__name__}; BlockMask.from_dense or "
-            "BlockMask.from_flex makes one"
+            f"mask must be a vtr.kernels.BlockMask, got {type(mask).__module__}."
+            f"{type(mask).__name__}; BlockMask.from_dense or BlockMask.from_flex makes one"
         )
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:

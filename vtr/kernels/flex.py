@@ -23,11 +23,13 @@ _failed: dict[tuple[Any, ...], str] = {}
 _masks: dict[int, Any] = {}
 
 
-def to_flex(mask: BlockMask, *, lookup: bool = True) -> Any:
+def to_flex(mask: BlockMask, *, lookup: bool = True, columns: bool = True) -> Any:
     """The mask as FlexAttention's BlockMask, on the same device (see ``BlockMask.to_flex``).
 
     ``lookup=False`` leaves the ``mask_mod`` out where no block is partial: compiled kernels never
     ask it then, while eager FlexAttention knows the mask by its ``mask_mod`` alone.
+    ``columns=False`` leaves out what only FlexAttention's own backward reads; torch makes it under
+    vmap, which does not run where FLOPs are counted.
     """
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 
@@ -48,6 +50,8 @@ def to_flex(mask: BlockMask, *, lookup: bool = True) -> Any:
         "BLOCK_SIZE": mask.block,
         "seq_lengths": (mask.q_len, mask.k_len),
     }
+    if not columns:
+        sizes["compute_q_blocks"] = False
     if not lookup and not mask.tiles.shape[0]:
         return FlexMask.from_kv_blocks(*lists[:4], **sizes)
     tile_of = torch.full((mask.patterns * nq, nk), -2, dtype=torch.int32, device=mask.device)
@@ -116,7 +120,7 @@ def _mask_of(mask: list[Tensor], dims: list[int]) -> Any:
     key = int(mask[6])
     if key not in _masks:
         made = BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask)
-        _masks[key] = to_flex(made, lookup=False)
+        _masks[key] = to_flex(made, lookup=False, columns=False)
         weakref.finalize(mask[6], _masks.pop, key, None)
     return _masks[key]
 
