@@ -152,10 +152,9 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
     assert torch.allclose(out.float(), want, atol=3e-2, rtol=3e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(model: Any, case: Case, dtype: torch.dtype) -> None:
+def test_autocast(model: Any, case: Case) -> None:
     """Norms make queries and keys float32 there, and values have the lower precision."""
-    with torch.no_grad(), torch.autocast("cpu", dtype):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         with eager(model, case.attention, 0.4):
             want = run(model, case)
         with vtr.apply(model, Fixed()):
