@@ -369,6 +369,11 @@ def _prompt(sample):
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"device": "tpu"}, "cpu, cuda"),
         ({"include": ["/nowhere"]}, "no such folder"),
+        ({"include": "/nowhere"}, "--include-path /nowhere: there is no such folder"),
+        ({"methods": vtr.FastV}, "give names or instances"),
+        ({"methods": [3]}, "give names or instances"),
+        ({"methods": {"keep": 3}}, "give names or instances"),
+        ({"frames": 0}, "frames must be whole numbers >= 1"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(monkeypatch, options, message):
@@ -377,6 +382,25 @@ def test_mistakes_are_named_before_anything_is_loaded(monkeypatch, options, mess
     monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=message):
         evaluate(**options)
+
+
+def test_sweeps_are_described_in_several_ways():
+    from vtr.evaluate.runner import prepare
+
+    def cells(**options):
+        return [str(cell) for cell in prepare(**options).cells]
+
+    assert cells(methods=["all", "fastv:keep=7"]) == cells(methods="all,fastv:keep=7")
+    assert prepare(methods="random", seeds="0, 1") == prepare(methods="random", seeds=(0, 1))
+    assert prepare(methods="random", seeds=1).cells[1].seed == 1
+
+
+def test_a_folder_of_other_yaml_files_is_named(tmp_path):
+    from vtr.evaluate.runner import prepare
+
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=f"cannot read the tasks in .*{tmp_path}"):
+        prepare(include=tmp_path)
 
 
 def test_a_task_without_data_ends_before_the_weights(monkeypatch, tmp_path):

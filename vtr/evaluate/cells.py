@@ -162,7 +162,7 @@ def as_methods(given: Any) -> list[tuple[Method, ...]]:
         return []
     if isinstance(given, str):
         given = parse_methods(given)
-    elif isinstance(given, (Method, Plan, dict)):
+    elif isinstance(given, (Method, Plan, dict)) or not isinstance(given, Iterable):
         given = [given]
     out: list[tuple[Method, ...]] = []
     for item in given:
@@ -170,16 +170,19 @@ def as_methods(given: Any) -> list[tuple[Method, ...]]:
             out.append(tuple(item.methods))
         elif isinstance(item, str):
             out += as_methods(item)
-        elif isinstance(item, dict):
+        elif isinstance(item, dict) and "name" in item:
             out.append((create(**item),))
         elif item is None:
             out.append(())
         elif isinstance(item, Method):
             out.append((item,))
         else:
-            group = tuple(item)
+            group = tuple(item) if isinstance(item, Iterable) else ()
             if not group or not all(isinstance(m, Method) for m in group):
-                raise ValueError(f"a configuration is a method or a sequence of them, got {item!r}")
+                raise ValueError(
+                    "a configuration is a method or a sequence of methods; give names or instances, "
+                    f"and instances in a sequence, got {item!r}"
+                )
             out.append(group)
     return out
 

@@ -74,9 +74,15 @@ def _manager(folders: tuple[str, ...], defaults: bool) -> Any:
     """lmms-eval's own tasks are two thousand files: read once."""
     from lmms_eval.tasks import TaskManager
 
-    return TaskManager(
-        "ERROR", include_path=list(folders) or None, include_defaults=defaults, model_name="vtr"
-    )
+    try:
+        return TaskManager(
+            "ERROR", include_path=list(folders) or None, include_defaults=defaults, model_name="vtr"
+        )
+    except Exception as error:  # whatever its reader of YAML files meets in a folder
+        raise ValueError(
+            f"lmms-eval cannot read the tasks in {', '.join(folders) or 'its own folder'}: every YAML "
+            f"file there must be a task ({type(error).__name__}: {error})"
+        ) from error
 
 
 def check(

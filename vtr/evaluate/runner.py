@@ -54,7 +54,7 @@ def prepare(
     methods: Any = None,
     keep: Any = None,
     *,
-    seeds: Sequence[int | str] = (0,),
+    seeds: int | str | Sequence[int | str] = (0,),
     limit: int | None = None,
     batch_size: int | str = "auto",
     device: str | None = None,
@@ -64,7 +64,7 @@ def prepare(
     dense: bool = True,
     retry_errors: bool = False,
     judge: bool = False,
-    include: Sequence[str | Path] = (),
+    include: str | Path | Sequence[str | Path] = (),
 ) -> Job:
     """Check a sweep before anything is loaded.
 
@@ -100,7 +100,10 @@ def prepare(
     everything, methods = _all(methods)
     groups = as_methods(methods)
     keeps = parse_keeps(keep)
-    numbers = _integers(seeds, "seeds", 0)
+    seeds = seeds.split(",") if isinstance(seeds, str) else seeds
+    numbers = _integers([seeds] if isinstance(seeds, int) else seeds, "seeds", 0)
+    (frames,) = _integers([frames], "frames", 1)
+    include = [include] if isinstance(include, (str, Path)) else include
     if limit is not None:
         (limit,) = _integers([limit], "limit", 1)
     if batch_size != "auto":
@@ -152,13 +155,13 @@ def _check(bones: Any, cells: Iterable[Cell], positions: str | None) -> None:
 
 def _all(methods: Any) -> tuple[bool, Any]:
     """Whether ``all`` is among the methods, and the others."""
-    if not isinstance(methods, str):
+    if isinstance(methods, str):
+        found, rest = _all(methods.split(","))
+        return found, ",".join(rest) or None if found else methods
+    if not isinstance(methods, (list, tuple)):
         return False, methods
-    parts = methods.split(",")
-    rest = [p for p in parts if p.strip() != "all"]
-    if len(rest) == len(parts):
-        return False, methods
-    return True, ",".join(rest) or None
+    rest = [m for m in methods if not (isinstance(m, str) and m.strip() == "all")]
+    return len(rest) < len(methods), rest
 
 
 def _names(tasks: str | Iterable[str] | None) -> tuple[str, ...]:
