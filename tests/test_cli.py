@@ -96,6 +96,22 @@ def test_draw_writes_a_picture(run, photo, tmp_path):
     assert status == 0 and out_file.is_file() and out_file.name in out.replace("\n", "")
 
 
+def test_pictures_are_normalised_as_a_tower_was_trained():
+    from vtr.loading import preprocess
+
+    open_clip = pytest.importorskip("open_clip")
+    white = Image.new("RGB", (40, 40), "white")
+    sizes = {"image_size": 64, "patch_size": 16, "width": 64, "layers": 1, "head_width": 32}
+    text = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 8}
+    model = open_clip.model.CLIP(32, sizes, text)
+    tower = model.visual
+    clip = preprocess(tower, "open_clip:tiny", white)[0, :, 0, 0]
+    assert clip.tolist() == pytest.approx([1.930, 2.075, 2.146], abs=2e-3)  # of CLIP
+    siglip = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    open_clip.model.set_model_preprocess_cfg(model, siglip)  # as loading SigLIP's weights does
+    assert preprocess(tower, "open_clip:tiny", white).unique().tolist() == [1.0]
+
+
 def test_a_photo_is_read_upright(tmp_path):
     from vtr.loading import read_image
 

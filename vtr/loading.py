@@ -213,7 +213,8 @@ def preprocess(model: Any, name: str, picture: Any) -> Any:
         from vtr.zoo import data
 
         return data.normalise(pixels)
-    config = getattr(model, "pretrained_cfg", None) or {}
+    # open_clip's, whose towers made by timm have timm's too, and timm's.
+    config = getattr(model, "preprocess_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
     mean = torch.tensor(config.get("mean", (0.4815, 0.4578, 0.4082)), device="cpu").view(1, 3, 1, 1)
     std = torch.tensor(config.get("std", (0.2686, 0.2613, 0.2758)), device="cpu").view(1, 3, 1, 1)
     return (pixels - mean) / std
