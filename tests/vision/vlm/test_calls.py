@@ -350,3 +350,16 @@ def test_a_hub_kernel_in_place_of_the_rotary_embedding(monkeypatch: pytest.Monke
     for layer in model.model.language_model.layers:
         layer.self_attn.add_module("apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
     vtr.apply(model, vtr.FastV(keep=4)).remove()
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_tiles_of_a_batch_whose_first_sample_has_none(name: str) -> None:
+    model, _ = made(name, 2)
+    pixels = noise(9, 3, 28, 28).reshape(3, 3, 3, 28, 28)
+    pixels[0], pixels[1, 1:] = 0, 0  # padding
+    inputs = {"pixel_values": pixels, **prompts([[], [4], [4, 4, 4]])}
+    with vtr.apply(model, Pick(BOTH.at, ((9, 3, 8), (2,)))) as handle:
+        reduced = generate(model, inputs)
+        gone = gone_of(handle, inputs["input_ids"])
+    with Masked(model, gone):
+        same(generate(model, inputs), reduced, CLOSE)

@@ -140,12 +140,10 @@ class Captures:
 def first_token(output: Any) -> Tensor | None:
     """The first visual token (C,) of what a ``get_image_features`` returned."""
     found = getattr(output, "pooler_output", None)
-    if found is None or len(found) == 0:
-        return None
-    token = found[0]
-    while token.dim() > 1:
-        token = token[0]
-    return token.detach()
+    for token in () if found is None else found:
+        if token.numel():  # a sample without an image has none
+            return token.reshape(-1, token.shape[-1])[0].detach()
+    return None
 
 
 def join(values: list[Any], captures: list[Capture], name: str) -> Any:
