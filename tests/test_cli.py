@@ -132,6 +132,15 @@ def test_a_picture_too_large_to_be_true_is_one_line(run, tmp_path):
         assert status == 2 and "bomb.bmp: not a picture that can be read" in err
 
 
+def test_what_cut_nothing_is_not_drawn(run, photo):
+    for model, method, shown in (
+        (MODEL, "tome:r=0", "ToMe(r=0)"),
+        ("digits-llava", "fastvid", "FastVID()"),
+    ):
+        status, _, err = run("draw", photo, "-m", model, "-k", method)
+        assert status == 2 and f"{shown} cut nothing here" in err
+
+
 def test_a_picture_of_sixteen_bits_is_not_white(tmp_path):
     from vtr.loading import read_image
 

@@ -211,6 +211,7 @@ def draw(
         inputs = loading.vlm_inputs(model, net, processor, seen, question)
         with torch.inference_mode(), vtr.apply(net, chosen, **loading.positions(model)) as handle:
             made = net.generate(**inputs, max_new_tokens=64, do_sample=False)
+            _something_cut(handle)
             drawn = vtr.draw(handle, loading.vlm_canvas(inputs, seen))
         new = made[0, inputs["input_ids"].shape[1] :]
         said = {"answer": processor.decode(new, skip_special_tokens=True).strip()}
@@ -221,6 +222,7 @@ def draw(
         pixels = loading.preprocess(net, model, picture).to(device)
         with torch.inference_mode(), vtr.apply(net, chosen) as handle:
             net(pixels)
+            _something_cut(handle)
             drawn = vtr.draw(handle, picture)
     summary = handle.trace.summary()
     drawn.save(out)
@@ -240,6 +242,15 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
+
+
+def _something_cut(handle: Any) -> None:
+    if not handle.trace.stages:
+        names = " and ".join(map(str, handle.methods))
+        raise ValueError(
+            f"{names} cut nothing here, so that there is nothing to draw: methods for videos need a "
+            "video, others a smaller budget"
+        )
 
 
 def _check_picture(out: Path) -> None:
