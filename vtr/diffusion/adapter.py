@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.diffusion import block as _block
+from vtr.diffusion import recompute
 from vtr.diffusion.attention import compute
 from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
@@ -78,19 +79,12 @@ class DiffusionWrapping(Wrapping):
         self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
         self.memory: dict[int, dict[str, Any]] = {}
         self.costed: list[Any] = [0.0, 0.0]
+        self.again = False  # in a block that runs again for its backward pass
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without a run: tensors of one may belong to a graph, masks are made again.
-        empty: dict[str, Any] = {
-            "state": {},
-            "shared": {},
-            "memory": {},
-            "sample": {},
-            "visited": {},
-            "reduced": {},
-            "texts": [],
-            "contexts": [],
-        }
+        names = ["state", "shared", "memory", "sample", "visited", "reduced"]
+        empty: dict[str, Any] = {**{name: {} for name in names}, "texts": [], "contexts": []}
         state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
         return {**state, **empty, "_trace": Trace(), "session": Session(), "call": None}
 
@@ -202,6 +196,8 @@ class DiffusionWrapping(Wrapping):
                     before = current
                 self._patched[at] = (owner, name, before)
         super().uninstall()
+        for member in self.members:
+            recompute.release(self, member)
         self._forget()
 
     # ---- during a call --------------------------------------------------------------------------
@@ -222,6 +218,11 @@ class DiffusionWrapping(Wrapping):
         self.state.clear()
         member = self.members[index]
         type(member)._reset_stateful_cache(member, *args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def checkpointed(self, function: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of diffusers' ``function`` that checkpoints a block."""
+        return function(recompute.Again(self, block), *args, **kwargs)
 
     @torch.compiler.disable
     def enter(
@@ -282,7 +283,8 @@ class DiffusionWrapping(Wrapping):
         return valid
 
     def _adopt(self, index: int, model: nn.Module) -> None:
-        """Wrap processors that were set after apply (fused projections, IP adapters)."""
+        """Wrap processors and checkpointing that were set after apply (fused projections...)."""
+        recompute.adopt(self, model)
         for layer, (_, attention) in enumerate(layers_of(self.family, model)):
             current: Any = attention.processor
             if not isinstance(current, SiteProcessor):

@@ -79,6 +79,11 @@ def compute(
     site.notes.pop("work", None)
     method: Any = entry.method
     out = site.dense() if method.is_dense(site) else method.attend(site)
+    if wrapping.again and site.state:
+        raise RuntimeError(
+            f"{method.name} carries its state from step to step of a generation, which activation "
+            "checkpointing cannot go back to: call disable_gradient_checkpointing() on the transformer"
+        )
     if out.shape != q.shape or out.dtype != q.dtype:
         raise RuntimeError(
             f"{method.name} made {out.dtype} {tuple(out.shape)} of {q.dtype} {tuple(q.shape)}"
