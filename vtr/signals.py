@@ -189,8 +189,12 @@ class Site:
             mask = mask.gather(2, picked)
         mask = mask.gather(3, columns.expand(-1, heads, mask.shape[2], -1))
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -float("inf"))
-        return mask.float().expand(-1, -1, rows.shape[1], -1)
+            hidden = ~mask
+            mask = torch.zeros_like(mask, dtype=torch.float32)
+        else:
+            hidden = mask <= torch.finfo(mask.dtype).min  # of its own dtype, in transformers
+        mask = mask.float().masked_fill(hidden, -float("inf"))
+        return mask.expand(-1, -1, rows.shape[1], -1)
 
     @property
     def padding_bias(self) -> Tensor | None:

@@ -182,3 +182,21 @@ def test_tokens_hidden_from_the_class_token_are_not_chosen(method: Method) -> No
     assert kept is not None
     assert kept.shape[1] == 20
     assert int(kept.max()) < 29
+
+
+def test_the_mean_query_sees_what_some_query_sees() -> None:
+    """Two images in one sequence, which do not see each other, and a tail that nothing sees."""
+    model = vit(depth=4, class_token=False, global_pool="avg")
+    part = torch.arange(64) // 25
+    seen = (part[:, None] == part) & (part < 2)
+    seen[part == 2, 0] = True  # no row may be empty
+    SEEN.clear()
+    for dtype in (torch.float32, torch.float16):
+        lowest = torch.full((64, 64), torch.finfo(dtype).min).masked_fill(seen, 0.0)
+        for mask in (seen, additive(seen).to(dtype), lowest.to(dtype)):
+            with vtr.apply(model.to(dtype), Look(keep=40, layers=(0,))), torch.no_grad():
+                model.forward_features(images().to(dtype), attn_mask=mask)
+            inflow = SEEN[0][2]
+            assert bool((inflow[:, :50] > 1e-6).all())
+            assert float(inflow[:, 50:].abs().max()) == 0.0
+            assert float(inflow[:, :50].std()) > 1e-4  # logits were not lost in the mask

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
+from vtr.budget import Keep, check_flag, check_keep, count
 from vtr.kernels import attention_rows
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._vlm import budget, language, need_text_after, nothing_to_cut, prune, stored
@@ -76,6 +76,8 @@ class FlowCut(Method):
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))
+        if self.language is not None:
+            check_flag(self.language, "language")
         if self.end is not None and (
             isinstance(self.end, bool) or not isinstance(self.end, int) or self.end < 0
         ):
@@ -205,11 +207,14 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
             weights = (alive / alive.sum(1, keepdim=True))[:, None, :, None]
             mean = (q[:, :, p:].float() * weights).sum(2, keepdim=True)
         rows = site.mask_rows(site.index + p)
-        if rows is not None:  # the mean query's logits are the mean of the logits
+        if rows is not None:
+            # The mean query's logits are the mean of the logits, over the queries that see the key.
+            seen = rows > -float("inf")
             if site.valid is not None:
-                rows = rows.masked_fill(~site.valid[:, None, :, None], 0.0)
-            number = site.n if alive is None else alive.sum(1)[:, None, None, None]
-            rows = rows.sum(2, keepdim=True) / number
+                seen = seen & site.valid[:, None, :, None]
+            number = seen.sum(2, keepdim=True)
+            rows = rows.masked_fill(~seen, 0.0).sum(2, keepdim=True) / number.clamp(min=1)
+            rows = rows.masked_fill(number == 0, -float("inf"))
         r = _share(site.attention_from(mean.to(q.dtype), rows)[:, :, 0, p:].mean(1), alive)
         relevance = r
     strength = site.values.float().mean(1).abs().sum(-1)
