@@ -4,6 +4,7 @@ another process or a second derivative makes of them."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -125,7 +126,9 @@ def test_nan_from_the_lse_of_an_empty_row_stays_out_of_the_gradient():
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, copy.copy, dataclasses.replace, lambda m: pickle.loads(pickle.dumps(m))]
+)
 def test_a_copied_mask_is_a_mask_of_its_own(way):
     """A mask made in a data loader's worker is numbered there; here the number may be another's."""
     mask = BlockMask.from_dense(token_mask((75, 59), (32, 16)), block=(32, 16))

@@ -55,7 +55,8 @@ class BlockMask:
     # carries it as data and does not specialise on it.
     # On the CPU whatever the default device is: it is read at every call.
     ident: Tensor = field(
-        default_factory=lambda: torch.tensor(next(_serial), dtype=torch.int64, device="cpu")
+        init=False,
+        default_factory=lambda: torch.tensor(next(_serial), dtype=torch.int64, device="cpu"),
     )
 
     def __post_init__(self) -> None:

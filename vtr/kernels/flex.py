@@ -119,7 +119,7 @@ def _compiled() -> Callable[..., Any]:
 def _mask_of(mask: list[Tensor], dims: list[int]) -> Any:
     key = int(mask[6])
     if key not in _masks:
-        made = BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask)
+        made = BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask[:6])
         _masks[key] = to_flex(made, lookup=False, columns=False)
         weakref.finalize(mask[6], _masks.pop, key, None)
     return _masks[key]
