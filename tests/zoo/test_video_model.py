@@ -126,3 +126,19 @@ def test_results_of_something_else_are_not_mixed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate_video.main(["--out", str(tmp_path / "t"), "--clips", "1"])
     assert "something else" in capsys.readouterr().err
+
+
+def test_other_shares_are_kept_beside_those_that_are_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def measured(model, processor, samples, name, method, share=1.0):
+        text = "dense" if method is None else str(method)
+        return evaluate_video.Result(name, text, share, 9.0, 0.5, dict.fromkeys(KINDS, 0.5))
+
+    monkeypatch.setattr(evaluate_video, "measure", measured)
+    prefix = tmp_path / "run-1.5"  # no ending to cut off
+    for shares in (("0.5", "0.25"), ("0.5",)):
+        evaluate_video.main(["--out", str(prefix), "--clips", "1", "--shares", *shares])
+    found = evaluate_video.read(tmp_path / "run-1.5.json")
+    assert {r.share for r in found} == {1.0, 0.5, 0.25}
+    assert sorted(p.suffix for p in tmp_path.glob("run-1.5.*")) == [".json", ".md", ".png"]

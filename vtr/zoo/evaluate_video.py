@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
         "clips": options.clips,
         "seed": options.seed,
     }
-    store = None if options.out is None else options.out.with_suffix(".json")
+    store = None if options.out is None else Path(f"{options.out}.json")
     known: list[Result] = []
     if store is not None and store.is_file():
         content = json.loads(store.read_text())
@@ -316,18 +316,24 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{store} was measured on something else: delete it, or give another --out"
             )
         known = read(store)
+
+    def keep(done: Sequence[Result]) -> None:
+        """With what was measured at other shares, or before this run was asked to stop."""
+        if store is not None:
+            write([*done, *(r for r in known if r not in done)], store, facts)
+
     results = evaluate(
         model,
         processor,
         samples,
         options.shares,
         known=known,
-        report=lambda done: None if store is None else write(done, store, facts),
+        report=keep,
         progress=console.is_terminal,
     )
     console.print(table(results, f"{options.weights}, {len(samples)} held-out questions"))
     if store is not None:
-        write(results, store, facts)
+        keep(results)
         store.with_suffix(".md").write_text(markdown(results, len(samples)))
         plot(results, store.with_suffix(".png"))
         console.print(f"wrote {store.with_suffix('')}.json, .md and .png")
