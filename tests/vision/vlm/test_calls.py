@@ -363,3 +363,21 @@ def test_tiles_of_a_batch_whose_first_sample_has_none(name: str) -> None:
         gone = gone_of(handle, inputs["input_ids"])
     with Masked(model, gone):
         same(generate(model, inputs), reduced, CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", [PROMPT, DECODER, BOTH], ids=["prompt", "decoder", "both"])
+def test_right_padded_prompts_are_answered_like_left_padded_ones(name: str, method: Pick) -> None:
+    """generate reads the last column: which rows are padded there may change with a cut."""
+    model, inputs = made(name, 2)
+    shift = (inputs["attention_mask"] == 0).sum(1).tolist()
+    turned = dict(inputs)
+    for key in {"input_ids", "attention_mask", "mm_token_type_ids"} & inputs.keys():
+        rows = zip(inputs[key], shift, strict=True)
+        turned[key] = torch.stack([torch.roll(row, -n) for row, n in rows])
+    with vtr.apply(model, method):
+        left, right = generate(model, inputs).logits, generate(model, turned).logits
+    torch.testing.assert_close(left[0], right[0], rtol=0, atol=CLOSE)
+    row = shift.index(0)  # generate itself gives the others wrong positions from here on
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a[row], b[row], rtol=0, atol=CLOSE)

@@ -63,6 +63,7 @@ class LanguageSession:
         self.layers = module.layers
         self.visits: dict[tuple[str, int, str], list[tuple[Entry, str]]] = {}
         self.pending: Tensor | None = None
+        self.last_only = False
         self.call: Call | None = None
         self.last: Last | None = None
 
@@ -141,6 +142,8 @@ class LanguageSession:
         if kinds is not None:
             kinds = kinds.to(embeds.device)
         call = Call(self.owner, past, live, history, cuts, kinds, positions, cache)
+        if self.last_only:  # padding that a cut makes anew goes to the left: see Loss.last_only
+            call.layout.right = False
         self.call = call
         if kinds is not None:
             self._begin(call)

@@ -1,4 +1,4 @@
-"""The loss of a wrapped model: that of the tokens that were left."""
+"""The head of a wrapped model: the loss of the tokens that were left, and the last ones' logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 
 class Loss:
-    """Takes the labels out of a call, and computes the loss where the logits are shorter."""
+    """Takes the labels out of a call, and computes the loss where the logits are shorter.
+
+    Attributes:
+        last_only: whether the coming call asks for the logits of the last column alone, as generate does:
+            each sample's last token must then stand there.
+    """
 
     def __init__(self, owner: VLMWrapping) -> None:
         self.owner = owner
         self.labels: Tensor | None = None
+        self.last_only = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "labels": None}
@@ -33,6 +39,8 @@ class Loss:
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.labels = None
         given = named(module, args, kwargs)
+        wanted = given.get("logits_to_keep")
+        self.last_only = isinstance(wanted, int) and wanted == 1
         if given.get("labels") is None or not has_features(given):
             return None
         self.labels = given["labels"]

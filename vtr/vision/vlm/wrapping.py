@@ -351,6 +351,7 @@ class VLMWrapping(Wrapping):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.language.pending = None
+        self.language.last_only, self.loss.last_only = self.loss.last_only, False
         given = named(module, args, kwargs)
         made = given.get("mm_encoder_outputs")
         elsewhere = made is not None and not (isinstance(made, dict) and self.captures.made(made))
