@@ -217,11 +217,13 @@ class Site:
         row = row[:, :, 0, self.prefix :]
         return row if per_head else row.mean(1)
 
-    def attention_received(self, chunk: int = 256) -> Tensor:
+    def attention_received(self, chunk: int | None = None) -> Tensor:
         """Mean attention that each visual token receives from the visual tokens, (B, N) float32.
 
-        Exact; computed for ``chunk`` query rows at a time, so that memory stays O(N * chunk).
+        Exact; computed for ``chunk`` query rows of every sample at a time. None is 256, and fewer where
+        there are more than 16 samples (the frames of a video): memory stays O(N) beside the model's.
         """
+        chunk = chunk or min(256, max(16, 4096 // max(1, self.batch)))
         q = self.qkv[0][:, :, self.prefix :]
         total = torch.zeros(self.batch, self.n, device=self.device)
         number = (
@@ -416,15 +418,15 @@ class LanguageSite(Site):
         gone = ~self.valid if out.dim() == 2 else ~self.valid[..., None]
         return out.masked_fill(gone, -float("inf"))
 
-    def attention_received(self, chunk: int = 64) -> Tensor:
+    def attention_received(self, chunk: int | None = None) -> Tensor:
         """Mean attention that each visual token receives in this layer, (B, N) float32.
 
         Over heads, and over all tokens of the prompt as queries, text too; those before a token pay it
-        none. Softmax over all keys that a query sees. Exact; ``chunk`` query rows at a time.
+        none. Softmax over all keys that a query sees. Exact; ``chunk`` query rows at a time (64).
         """
         if self._rows is None:
             raise RuntimeError(f"site {self.site}[{self.layer}] shows no attention")
-        return self._rows.received(chunk)
+        return self._rows.received(chunk or 64)
 
     @property
     def last_text(self) -> Tensor:
