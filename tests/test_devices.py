@@ -1,0 +1,298 @@
+"""Encoders and vision-language models on a simulated GPU: the CPU's results, nothing on two devices, and
+how often the host waits."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import vtr
+from tests import tiny
+from tests.simulated import Machine, OnDevice, gpu, moved
+from tests.vision import towers
+from tests.vision.vlm import models, videos
+from tests.vision.vlm.picks import generate
+from vtr.flops import count_flops
+from vtr.kernels import bipartite_match
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+VLMS = {
+    "llava": lambda: models.llava(2),
+    "qwen2_5_vl_video": lambda: videos.VIDEOS["qwen2_5_vl_video"](2),
+    "llava_onevision_mixed": lambda: videos.VIDEOS["llava_onevision_mixed"](2),
+}
+VIDEO = ["dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "uniform-frames"]
+VIDEO += ["video-tome"]
+IMAGE = ["cls-attention", "debias", "divprune", "evit", "fastv", "flowcut", "pyramiddrop", "random"]
+IMAGE += ["sparsevlm", "tofe", "tome", "vflowopt", "visionzip", "vtc-cls"]
+
+
+def create(name: str) -> vtr.Method:
+    return vtr.create(name, **({"seed": 3} if name == "random" else {}))
+
+
+def close(found: Any, wanted: Any) -> None:
+    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert isinstance(a, OnDevice) or not a.is_cuda
+        torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-4)
+
+
+def agree(
+    model: Any, method: Any, call: Callable[[Any, Any], Any], inputs: Any, before: bool
+) -> Machine:
+    """What a wrapped model gives on the CPU, on the device, and back on the CPU."""
+    with vtr.apply(model, method) as handle:
+        wanted, kept = call(model, inputs), [s.total.kept for s in handle.trace.stages]
+        report = str(handle.report())
+    bare = tiny.ours(model)  # transformers leaves hooks of its own at a first call
+    with gpu() as machine:
+        if not before:
+            model.to("cuda")
+        with vtr.apply(model, method) as handle:
+            try:
+                model.to("cuda")
+                there = moved(inputs)
+                machine.waits.clear()
+                found = call(model, there)
+                waits = machine.waits.copy()
+                assert all(isinstance(x, OnDevice) for x in tree_leaves(found))
+                close(found, wanted)
+                stages = handle.trace.stages
+                assert [s.total.kept.tolist() for s in stages] == [k.tolist() for k in kept]
+                assert str(handle.trace)
+                numbers = re.findall(r"\d[\d.]*", report)
+                assert len(re.findall(r"\d[\d.]*", str(handle.report()))) == len(numbers)
+            finally:
+                model.to("cpu")
+            close(call(model, inputs), wanted)
+        machine.waits = waits
+    assert tiny.ours(model) == bare
+    return machine
+
+
+# ---- the simulation -------------------------------------------------------------------------
+
+
+def test_the_simulation_refuses_what_cuda_refuses() -> None:
+    with gpu() as machine:
+        here, there = torch.randn(4), torch.randn(4, device="cuda")
+        assert there.device == torch.device("cuda", 0) and there.is_cuda
+        for mixed in (
+            lambda: here + there,
+            lambda: there.gather(0, torch.zeros(2, dtype=torch.long)),
+            lambda: here[torch.ones(4, dtype=torch.bool, device="cuda")],
+            lambda: torch.cat([here, there]),
+            lambda: torch.where(there > 0, there, here),
+            lambda: torch.tensor(1.0).add_(there[0]),
+            lambda: there + torch.ones(4, device="cuda:1"),
+            lambda: torch.nn.functional.linear(there, here[None]),
+            lambda: torch.mm(torch.ones(2, 2), torch.ones(2, 2, device="cuda")),
+        ):
+            with pytest.raises(RuntimeError, match=r"on the same device|cpu"):
+                mixed()
+        with pytest.raises(RuntimeError, match="device type for generator"):
+            torch.rand(3, device="cuda", generator=torch.Generator())
+        with pytest.raises(RuntimeError, match="not implemented"):
+            torch.ones(2, 2, dtype=torch.long, device="cuda") @ torch.ones(2, 2).long().cuda()
+        with pytest.raises(TypeError, match="numpy"):
+            np.asarray(there)
+        later = torch.empty(4).copy_(there, non_blocking=True)
+        with pytest.raises(RuntimeError, match="may not have filled"):
+            later.sum()
+        torch.cuda.synchronize()
+        assert torch.equal(later, there.cpu())
+        # What it takes: numbers on the CPU, and indices from there.
+        close(there * torch.tensor(2.0), there.cpu() * 2)
+        close(there[torch.tensor([2, 0])], there.cpu()[[2, 0]])
+        machine.waits.clear()
+        float(there.sum()), there.tolist(), there[there > 0], torch.equal(there, there), here.cuda()
+        assert sorted(kind for kind, _ in machine.waits) == sorted(
+            ["item", "download", "shape", "equal", "upload"]
+        )
+        machine.waits.clear()
+        there[there > 0] = 0.0
+        here.to("cuda", non_blocking=True)
+        assert not machine.waits
+    assert not torch.cuda.is_available()
+    assert torch.ones(2).cpu().tolist() == [1, 1]
+
+
+def test_the_simulation_is_unkind_where_cuda_promises_nothing() -> None:
+    with gpu():
+        assert torch.empty(3, device="cuda").isnan().all()
+        equal = torch.tensor([1.0, 1, 1, 0], device="cuda")
+        assert equal.topk(2).indices.tolist() == [3 - 1, 1]
+        assert equal.sort(descending=True).indices.tolist() == [2, 1, 0, 3]
+        assert equal.sort(descending=True, stable=True).indices.tolist() == [0, 1, 2, 3]
+        x = torch.zeros(2, device="cuda")
+        x[torch.tensor([0, 0], device="cuda")] = torch.tensor([1.0, 2.0], device="cuda")
+        assert x.tolist() == [1, 0]
+
+
+def test_a_module_moves_as_on_cuda() -> None:
+    with gpu():
+        layer = torch.nn.Linear(3, 2)
+        weight, x = layer.weight, torch.randn(1, 3)
+        wanted = layer(x)
+        layer.cuda()
+        assert layer.weight is weight and weight.is_cuda
+        close(copy.deepcopy(layer)(x.cuda()), wanted)
+        layer.cpu()
+        assert layer.weight is weight and type(weight) is torch.nn.Parameter
+        close(layer(x), wanted)
+
+
+# ---- encoders -------------------------------------------------------------------------------
+
+# Waits of one forward call. FlowCut's numbers of tokens are read once where it cuts.
+ENCODER_WAITS = {"cls-attention": 0, "evit": 0, "random": 0, "tofe": 0, "tome": 0}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["applied first", "moved first"])
+@pytest.mark.parametrize("name", [*ENCODER_WAITS, "flowcut"])
+def test_timm(name: str, before: bool) -> None:
+    machine = agree(tiny.vit(), create(name), lambda m, x: m(x), tiny.images(), before)
+    if name in ENCODER_WAITS:
+        assert sum(machine.waits.values()) == ENCODER_WAITS[name]
+
+
+@pytest.mark.parametrize("model", ["clip", "registers-classes"])
+@pytest.mark.parametrize("name", [*ENCODER_WAITS, "flowcut"])
+def test_transformers(model: str, name: str) -> None:
+    def call(m: Any, x: Tensor) -> Tensor:
+        return towers.result(m(pixel_values=x))
+
+    agree(towers.build(model), create(name), call, towers.pixels(), True)
+
+
+def test_what_looks_at_a_run_works_on_the_device() -> None:
+    model, x = tiny.vit(), tiny.images()
+    pictures = []
+    with gpu():
+        for device in ("cpu", "cuda"):
+            model.to(device)
+            with vtr.apply(model, vtr.EViT(keep=0.5)) as handle:
+                model(x.to(device))
+                pictures.append(np.asarray(vtr.draw(handle.trace, x[0].to(device))))
+        profile = vtr.profile(model, x.cuda(), ["evit", "tome"], batch=(1, 3), repeats=1)
+        assert profile.device == "simulated" and len(profile.rows) == 6
+        with vtr.apply(model, vtr.Random(keep=0.5)) as handle:  # its own draws, from the device
+            model(x.cuda())
+            assert handle.trace.kept.is_cuda
+    assert np.array_equal(*pictures)
+
+
+def test_matching_counts_as_much_on_a_gpu() -> None:
+    a, b = torch.randn(2, 20, 8), torch.randn(2, 12, 8)
+    with gpu():
+        found = [count_flops(bipartite_match, a.to(d), b.to(d)) for d in ("cpu", "cuda")]
+    assert found == [2 * 2 * 20 * 12 * 8] * 2
+
+
+# ---- vision-language models -----------------------------------------------------------------
+
+
+def answers(model: Any, inputs: Any) -> list[Tensor]:
+    out = generate(model, inputs, max_new_tokens=3)
+    keys = [layer.keys for layer in out.past_key_values.layers]
+    return [torch.stack(out.logits), out.sequences, *keys]
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    return {name: build() for name, build in VLMS.items()}
+
+
+# Waits of ours in the prefill of a batch of two with padding.
+PREFILL_WAITS = {
+    "cls-attention": 10, "divprune": 9, "fastv": 12, "flowcut": 9, "random": 10, "tome": 9,
+    "visionzip": 7, "vtc-cls": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_images(built: dict[str, Any], name: str) -> None:
+    machine = agree(built["llava"][0], create(name), answers, built["llava"][1], name != "fastv")
+    if name in PREFILL_WAITS:
+        assert sum(machine.ours().values()) <= PREFILL_WAITS[name], machine.ours()
+
+
+@pytest.mark.parametrize("name", [*VIDEO, "visionzip", "flowcut", "vflowopt"])
+def test_videos(built: dict[str, Any], name: str) -> None:
+    agree(built["qwen2_5_vl_video"][0], create(name), answers, built["qwen2_5_vl_video"][1], True)
+
+
+@pytest.mark.parametrize("name", ["dycoke", "sparsevlm", "fastvid"])
+def test_images_and_videos_in_one_batch(built: dict[str, Any], name: str) -> None:
+    model, inputs = built["llava_onevision_mixed"]
+    agree(model, create(name), answers, inputs, True)
+
+
+@pytest.mark.parametrize("name", ["fastv", "visionzip", "dycoke"])
+def test_a_decoding_step_waits_for_nothing(built: dict[str, Any], name: str) -> None:
+    """DyCoke asks once whether to choose again, and no more where it does not."""
+    model, inputs = built["qwen2_5_vl_video"]
+    with gpu() as machine:
+        model.to("cuda")
+        found = []
+        with vtr.apply(model, create(name)):
+            for steps in (2, 5):
+                machine.waits.clear()
+                generate(model, moved(inputs), max_new_tokens=steps)
+                found.append(sum(machine.ours().values()))
+        model.to("cpu")
+    assert found[1] - found[0] <= (3 if name == "dycoke" else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(("dycoke", 1), ("dycoke", 3), ("framefusion", 1), ("fastv", 2), ("pyramiddrop", 2)),
+        *(("sparsevlm", 3), ("evs", 2)),
+    ],
+)
+def test_layers_on_two_gpus(name: str, split: int) -> None:
+    """As ``device_map="auto"`` spreads them: the tower on the second device, as are the last layers."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = VLMS["qwen2_5_vl_video"]()
+    method = create(name)
+    with vtr.apply(model, method):
+        wanted = answers(model, inputs)
+    layers = model.model.language_model.layers
+    places = {
+        f"model.language_model.layers.{i}": f"cuda:{int(i >= split)}" for i in range(len(layers))
+    }
+    for part, _ in model.model.language_model.named_children():
+        if part != "layers":
+            places[f"model.language_model.{part}"] = "cuda:0"
+    places |= {"model.visual": "cuda:1", "lm_head": "cuda:1"}
+    with gpu():
+        accelerate.dispatch_model(model, places, main_device="cuda:0", force_hooks=True)
+        with vtr.apply(model, method) as handle:
+            found = answers(model, moved(inputs))
+            assert str(handle.report())
+        assert {str(keys.device) for keys in found[2:]} == {"cuda:0", "cuda:1"}
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["holitom", "dycoke", "uniform-frames", "vflowopt"])
+def test_a_default_device_changes_nothing(built: dict[str, Any], name: str) -> None:
+    model, inputs = built["qwen2_5_vl_video"]
+    with vtr.apply(model, create(name)):
+        wanted = answers(model, inputs)
+    with gpu():
+        model.to("cuda")
+        try:
+            with torch.device("cuda"), vtr.apply(model, create(name)):
+                close(answers(model, moved(inputs)), wanted)
+        finally:
+            model.to("cpu")
