@@ -41,7 +41,13 @@ def from_hub(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
-    return model, AutoProcessor.from_pretrained(name), [Image.open(image)], [question], [""]
+    return (
+        model,
+        AutoProcessor.from_pretrained(name),
+        [Image.open(image).convert("RGB")],
+        [question],
+        [""],
+    )
 
 
 @torch.inference_mode()
@@ -71,9 +77,9 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
     parser.add_argument("--keep", type=int, default=17, help="visual tokens that are left")
     parser.add_argument(
         "--positions",
-        default="original",
         choices=("original", "compact"),
-        help="of the tokens that are left; questions about places need the original ones",
+        help="of the tokens that are left; without it as the method's authors do with --model, and "
+        "original with the built-in model, which is asked about places",
     )
     parser.add_argument("--count", type=int, default=8, help="questions to the built-in model")
     parser.add_argument("--picture", type=Path, help="where to save what the model saw")
@@ -86,6 +92,7 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
     else:
         model, processor, images, questions, right = built_in(args.count)
     length = 64 if args.model else 5
+    positions = args.positions or (None if args.model else "original")
 
     console = Console()
     table = Table(title=f"{args.model or 'digits-llava'}, {args.method}, {args.keep} tokens")
@@ -94,7 +101,7 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
     for image, question, truth in zip(images, questions, right, strict=True):
         dense = answer(model, processor, image, question, length)
         chosen = vtr.create(args.method, keep=args.keep)
-        with vtr.apply(model, chosen, positions=args.positions) as handle:
+        with vtr.apply(model, chosen, positions=positions) as handle:
             reduced = answer(model, processor, image, question, length)
             report = handle.report()
         table.add_row(*map(escape, (question, truth, dense, reduced)))
