@@ -6,9 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import vtr
+from tests.tiny import images, vit
 from vtr.flops import cache_bytes, count_flops, kv_bytes, llm_flops, vit_macs
+from vtr.vision.blocks import linear_flops
 
 PUBLISHED_EVIT = {0.9: 4.02, 0.8: 3.48, 0.7: 3.03, 0.6: 2.63, 0.5: 2.31}  # G multiply-adds, DeiT-S
 
@@ -135,3 +138,31 @@ def test_bad_sizes_are_refused():
         vit_macs([(3, 3)], 0)
     with pytest.raises(TypeError, match="not a cache"):
         cache_bytes(3)
+
+
+class Quantised(nn.Module):
+    """As PyTorch's own: no nn.Linear, with a module for its packed weights."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.packed = nn.ParameterList([layer.weight, layer.bias])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, *self.packed)
+
+
+def test_quantised_layers_count_like_those_they_replaced() -> None:
+    model, x, quantised = vit(), images(), vit()
+    for block in quantised.blocks:
+        block.attn.qkv, block.attn.proj = Quantised(block.attn.qkv), Quantised(block.attn.proj)
+        block.mlp.fc1, block.mlp.fc2 = Quantised(block.mlp.fc1), Quantised(block.mlp.fc2)
+    flops = []
+    for m in (model, quantised):
+        with vtr.apply(m, vtr.ToMe(keep=0.5)) as handle, torch.no_grad():
+            m(x)
+            flops.append(handle.report().flops)
+    assert flops[0] == flops[1]
+    lora = nn.ModuleDict({"base": nn.Linear(8, 6), "down": nn.Linear(8, 2), "up": nn.Linear(2, 6)})
+    lora.in_features, lora.out_features = 8, 6  # type: ignore[assignment]
+    assert linear_flops(lora) == 2 * (48 + 16 + 12)

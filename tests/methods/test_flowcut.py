@@ -166,3 +166,8 @@ def test_layers_between_cuts_only_look() -> None:
     second = site(n=12, layer=3, depth=8, memory=memory, seed=2)
     assert vtr.FlowCut(keep=4, end=4).reduce(second) is None
     torch.testing.assert_close(memory["score"], 0.5 * once + 0.5 * flow_scores(second)[1])
+
+
+def test_language_is_a_flag() -> None:
+    with pytest.raises(ValueError, match="language must be True or False"):
+        vtr.FlowCut(language="no")  # type: ignore[arg-type]

@@ -197,7 +197,8 @@ def linear_flops(module: nn.Module) -> int:
     total = 0
     for m in module.modules():
         given, made = getattr(m, "in_features", None), getattr(m, "out_features", None)
-        leaf = isinstance(m, nn.Linear) or not m._modules
+        # A layer around linear ones (LoRA) is counted by them; PyTorch's own quantised ones hold a module too.
+        leaf = isinstance(m, nn.Linear) or not any(isinstance(x, nn.Linear) for x in m.modules())
         if leaf and isinstance(given, int) and isinstance(made, int):
             total += 2 * given * made
     return total

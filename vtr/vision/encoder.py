@@ -180,7 +180,9 @@ class EncoderSession:
         if x.shape[1] != now + self.prefix or x.shape[0] != run.batch:
             raise RuntimeError(
                 f"block {layer} got a sequence of shape {tuple(x.shape)}, expected "
-                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks?"
+                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks, called inside "
+                "its own call, or is the block run again in the backward pass (activation checkpointing, "
+                "which a wrapped encoder cannot have)?"
             )
         if run.map is not None and run.map.kept.device != x.device:
             raise RuntimeError(
