@@ -37,7 +37,8 @@ class Report:
         costs = wrapping.costs()
         if costs is None:
             raise RuntimeError(
-                "the model has not been called since vtr.apply; call it, then report()"
+                "the model has not been called since vtr.apply, or in its last call not with a picture; "
+                "call it, then report()"
             )
         return cls(
             tuple(map(str, [e.method for e in wrapping.active] or methods)),

@@ -276,7 +276,7 @@ def _left(handle: Any, visual: Tensor) -> tuple[Tensor, Tensor]:
 
 def _saved(handle: Any) -> Cost:
     """What the last call saved, per sample."""
-    if handle is None:
+    if handle is None or handle._wrapping.language.last is None:  # prompts without a picture
         return Cost(0.0, 0.0)
     report = handle.report()
     flops = sum(dense - reduced for dense, reduced in report.flops.values())
