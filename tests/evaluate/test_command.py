@@ -101,6 +101,18 @@ def test_a_closed_pipe_loses_no_file(run, monkeypatch):
     assert Path("found/evaluation.csv").is_file()
 
 
+def test_files_that_cannot_be_written_do_not_cost_the_table(run, monkeypatch):
+    from vtr.evaluate import table
+
+    def without(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(table, "plot", without)
+    status, out, err = run("--limit", "2", "--out", "found")
+    assert status == 2 and "No space left" in err
+    assert "of dense" in out and Path("found/evaluation.csv").is_file()
+
+
 def test_a_dry_run_loads_nothing_and_writes_nothing(run, tmp_path, monkeypatch):
     from vtr.evaluate import loading
 

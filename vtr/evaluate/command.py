@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vtr.errors import VtrError
+
 
 def evaluate(
     model: Annotated[
@@ -109,15 +111,21 @@ def evaluate(
     if rank != 0:
         return 0
     comparisons = compared(results) if compare else []
+    problem: Exception | None = None
     if out is not None:  # before anything is printed: a pipe may be closed by then
-        for path in [*results.save(out, name), *(c.save(out) for c in comparisons)]:
-            _log(f"wrote {path}")
+        try:
+            for path in [*(c.save(out) for c in comparisons), *results.save(out, name)]:
+                _log(f"wrote {path}")
+        except (VtrError, ValueError, OSError) as error:
+            problem = error  # the table is shown all the same
     if as_json:
         lines = [asdict(line) for line in results.lines()]
         _print(json.dumps({"model": results.model, "rows": lines}, indent=2))
     else:
         for part in (results, *comparisons):
             _print(part)
+    if problem is not None:
+        raise problem
     for failed in results.failed:
         _log(f"FAILED: {failed.line()}")
     return 1 if results.failed else 0
