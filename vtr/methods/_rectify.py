@@ -99,7 +99,7 @@ def implicit_attention(
     rows, columns = pool_blocks(q, block) * scale, _per_head(pool_blocks(k, block), heads)
     blocks = columns.shape[2]
     count = torch.full((blocks,), float(block), dtype=columns.dtype, device=k.device)
-    count[-1] = k.shape[2] - (blocks - 1) * block
+    count[-1:].fill_(k.shape[2] - (blocks - 1) * block)
     logits = rows @ columns.transpose(-1, -2) + count.log()
     words = rows @ _per_head(text_k, heads).to(rows.dtype).transpose(-1, -2)
     if text_valid is not None:
@@ -147,7 +147,7 @@ def _density(critical: Tensor, tokens: int, text: int, block: int) -> Tensor:
     """Share of all pairs of tokens that are computed: text sees and is seen by everything."""
     blocks = critical.shape[-1]
     size = torch.full((blocks,), float(block), device=critical.device)
-    size[-1] = tokens - (blocks - 1) * block
+    size[-1:].fill_(tokens - (blocks - 1) * block)
     pairs = ((critical.float() @ size + text) @ size).mean() + text * (tokens + text)
     return pairs / (tokens + text) ** 2
 
