@@ -302,6 +302,31 @@ def test_blocks_that_hold_tokens_first() -> None:
     assert ours(other) == []
 
 
+@pytest.mark.parametrize("name", ["tok", "custom", "tokens-first"])
+def test_hooks_on_the_attention_fire_where_a_method_looks_inside(name: str) -> None:
+    model, x = build("tok" if name == "tokens-first" else name), pixels()
+    blocks = model.visual.transformer.resblocks
+    if name == "tokens-first":
+        model.visual.transformer.batch_first = False
+        for block in blocks:
+            block.attn.batch_first = False
+    seen: list[Tensor] = []
+    for block in blocks:
+        block.attn.register_forward_hook(
+            lambda m, a, y: seen.append(y[0] if isinstance(y, tuple) else y)
+        )
+    with torch.no_grad():
+        pooled(model, x)
+        dense = list(seen)
+        seen.clear()
+        with vtr.apply(model, vtr.EViT(keep=0.5, layers=(1,), fuse=False)):
+            pooled(model, x)
+    axis = 0 if name == "tokens-first" else 1
+    assert [y.shape[axis] for y in seen] == [65, 65, 33, 33]
+    for i in range(2):
+        torch.testing.assert_close(seen[i], dense[i], atol=1e-5, rtol=1e-4)
+
+
 def test_compiles_trains_and_copies() -> None:
     model, x = build("tok"), pixels()
     torch._dynamo.reset()

@@ -46,10 +46,13 @@ class ClipBlock(BlockRunner):
         block: Any = self.block
         h = block.ln_1(x)
         mask = kwargs.get("attn_mask")
-        if probe is not None:
-            y = self._open(h, probe, mask)
-        elif self.custom:
-            y = block.attn(h, attn_mask=mask)
+        if self.custom:
+            opened = {} if probe is None else {"probe": probe}
+            y = block.attn(h, attn_mask=mask, **opened)
+        elif probe is not None:
+            t = h if self.batch_first else h.transpose(0, 1)
+            y = block.attn(t, t, t, need_weights=False, attn_mask=mask, probe=probe)[0]
+            y = y if self.batch_first else y.transpose(0, 1)
         elif self.batch_first:
             y = block.attention(q_x=h, attn_mask=_heads_of(mask, block.attn))
         else:
@@ -59,6 +62,21 @@ class ClipBlock(BlockRunner):
         if self.custom:
             y = block.ln_attn(y)
         return x + block.ls_1(y)
+
+    def attention(self, x: Tensor, *args: Any, probe: Probe | None = None, **kwargs: Any) -> Any:
+        """The attention module's forward, opened for a probe; so its hooks fire in either case."""
+        attn: Any = self.block.attn
+        if probe is None:
+            return type(attn).forward(attn, x, *args, **kwargs)
+        if self.custom:
+            return self._open(x, probe, kwargs.get("attn_mask"))
+        if self.batch_first:
+            return self._open(x, probe, kwargs.get("attn_mask")), None
+        return self._open(x.transpose(0, 1), probe, kwargs.get("attn_mask")).transpose(0, 1), None
+
+    def install(self, owner: Wrapping) -> None:
+        attn: Any = self.block.attn
+        place_forward(owner, attn, Bound(self, "attention"))
 
     def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         block: Any = self.block
