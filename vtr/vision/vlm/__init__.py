@@ -74,6 +74,11 @@ compiled code), ``families`` (what differs between models), ``tower`` and ``pack
 call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
 ``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``.
 
+Logits, hidden states and attentions of a prefill have the length of what is left (``labels=`` follow, and
+give the loss of these tokens; a loss of the caller's own, such as the Trainer's label smoothing, does not
+know of the cut). Training with gradient checkpointing is refused. A cut pads anew on the side of the
+prompt's padding, and on the left for generate, which reads the last column.
+
 Threads may call a wrapped model at the same time: one forward call runs while the others wait. A model
 that ``torch.compile`` has compiled before ``apply`` is compiled again (code compiled without hooks would
 not see them). Image features that the caller gives (``mm_encoder_outputs``, ``image_hidden_states``)
