@@ -169,12 +169,14 @@ class ToFeTrainer:
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], 1.0)
         self.optimizer.step()
-        return {
-            "loss": loss.item(),
-            "accuracy": (logits.argmax(1) == labels).float().mean().item(),
-            "cost": cost.mean().item(),
-            "active": torch.stack([m.mean() for m in masks]).mean().item(),
+        facts = {
+            "loss": loss.detach(),
+            "accuracy": (logits.argmax(1) == labels).float().mean(),
+            "cost": cost.detach().mean(),
+            "active": torch.stack([m.detach().mean() for m in masks]).mean(),
         }
+        # One look at the device per step.
+        return dict(zip(facts, torch.stack(list(facts.values())).tolist(), strict=True))
 
     def close(self) -> ToFeModules:
         """Take the method off the model, give its parameters their flags back; the trained modules."""
