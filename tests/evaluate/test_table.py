@@ -112,6 +112,7 @@ def test_headlines():
     assert headline("new", {"first": 1.0, "second": 2.0}) == ("first", 1.0)
     assert headline("new", {}) == ("", None)
     raw = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "name,none": "N/A", "m,none": []}
+    raw["none,none"] = float("nan")  # the mean of nothing
     assert plain_metrics(raw) == {"acc": 0.5}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -141,7 +142,9 @@ def plain_metrics(result: dict[str, Any]) -> dict[str, float]:
         if "_stderr" in name or "," not in key or isinstance(value, (str, bool)):
             continue
         try:
-            out[name] = float(value)
+            number = float(value)
         except (TypeError, ValueError):
             continue
+        if math.isfinite(number):  # the mean of nothing is no score
+            out[name] = number
     return out
