@@ -381,3 +381,15 @@ def test_right_padded_prompts_are_answered_like_left_padded_ones(name: str, meth
     row = shift.index(0)  # generate itself gives the others wrong positions from here on
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a[row], b[row], rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("how", ["meta", "fake"])
+def test_what_is_supported_is_told_without_weights(how: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta") if how == "meta" else FakeTensorMode():
+        config = transformers.LlavaConfig(
+            vision_config=clip(), text_config=transformers.LlamaConfig(**TEXT), image_token_id=IMAGE
+        )
+        model = transformers.LlavaForConditionalGeneration(config)
+        assert {s.name: s.supported for s in vtr.supported(model)}["fastv"]

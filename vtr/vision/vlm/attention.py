@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 # Arguments by which a language model runs its layers.
 _GIVEN = (
@@ -68,15 +69,19 @@ def _halves_turn(attn: Any) -> bool:
     homes = [home for home in homes if hasattr(home, "apply_rotary_pos_emb")]
     if not homes:
         return False
-    where = device_of(attn.q_proj) or "cpu"
-    q, cos, sin = (torch.linspace(-1, 2, 24, device=where) + i for i in range(3))
+    with unset_fake_temporarily():  # numbers are needed, also for a model of fake tensors
+        return _turns_so(homes[0], device_of(attn.q_proj) or torch.device("cpu"))
+
+
+def _turns_so(home: Any, device: torch.device) -> bool:
+    q, cos, sin = (torch.linspace(-1, 2, 24, device=device) + i for i in range(3))
     q, k = q.reshape(1, 1, 3, 8), q.reshape(1, 1, 3, 8) + 1
     cos, sin = cos.reshape(1, 3, 8), sin.reshape(1, 3, 8)
     wanted = rotate(q, cos, sin), rotate(k, cos, sin)
     try:
-        made = homes[0].apply_rotary_pos_emb(q, k, cos, sin)
+        made = home.apply_rotary_pos_emb(q, k, cos, sin)
     except Exception:  # a kernel of the Hub in its place that takes no such numbers
-        half = getattr(homes[0], "rotate_half", None)
+        half = getattr(home, "rotate_half", None)
         if half is None:
             return False
         made = tuple(x * cos[:, None] + half(x) * sin[:, None] for x in (q, k))
