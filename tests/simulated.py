@@ -355,6 +355,25 @@ class _Match:
             index.held.copy_(found[1])
 
 
+class _Launch:
+    """A Triton kernel in its interpreter, which reads the CPU's memory: of tensors of the device."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if len({x.device for x in given}) > 1 or not isinstance(given[0], OnDevice):
+                raise RuntimeError(
+                    f"a kernel was given tensors of {[str(x.device) for x in given]}"
+                )
+            args, kwargs = tree_map(_held, (args, kwargs))
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
 def _flex(
     q: Tensor, k: Tensor, v: Tensor, block_mask: Any, return_lse: bool, **settings: Any
 ) -> Any:
@@ -384,10 +403,16 @@ def _kernels() -> Iterator[Any]:
     operator = vtr.kernels.attention._operator._init_fn
     yield mock.patch.object(torch.ops.vtr, "block_sparse_attention", operator)
     yield mock.patch("vtr.kernels.flex._compiled", lambda: _flex)
-    if importlib.util.find_spec("triton") is not None:
-        import vtr.kernels.triton_bipartite
+    if importlib.util.find_spec("triton") is None:
+        return
+    from vtr.kernels import triton_attention, triton_bipartite, triton_common, triton_join
 
-        yield mock.patch.object(vtr.kernels.triton_bipartite, "_match_kernel", _Match())
+    if triton_common.interpreting():
+        for module in (triton_attention, triton_bipartite, triton_join):
+            for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
+                yield mock.patch.object(module, name, _Launch(getattr(module, name)))
+    else:
+        yield mock.patch.object(triton_bipartite, "_match_kernel", _Match())
 
 
 def _of_numbers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

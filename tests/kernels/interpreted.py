@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from tests.kernels.cases import SHAPES, added_rows, make, qkv, token_mask
-from vtr.kernels import BlockMask, block_sparse_attention, block_sparse_attention_reference
+from tests.simulated import gpu, moved
+from vtr.kernels import (
+    BlockMask,
+    bipartite_match,
+    block_sparse_attention,
+    block_sparse_attention_reference,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run through test_triton.py"
@@ -184,3 +190,27 @@ def test_bipartite_match(shape, dtype, masked):
     score, index = match(a, b, mask)
     expected, choice = _match_tiles(a, b, mask)
     assert torch.equal(score, expected) and torch.equal(index, choice)
+
+
+@pytest.mark.parametrize("name", ["ragged", "grouped"])
+@torch.no_grad()
+def test_on_a_simulated_gpu(name):
+    """What surrounds the kernels: lists and outputs on the device, and one wait for a new mask."""
+    q, k, v, mask = make(name, 64, torch.float32)
+    more = {"row_scale": torch.rand(q.shape[:3]), "added": added_rows(q, mask), "return_lse": True}
+    expected = block_sparse_attention_reference(q, k, v, mask, row_scale=more["row_scale"],
+                                                added=more["added"])  # fmt: skip
+    metrics = torch.randn(2, 30, 8), torch.randn(2, 20, 8)
+    matched = bipartite_match(*metrics)
+    with gpu() as machine:
+        (q, k, v), more, mask = moved((q, k, v)), moved(more), mask.to("cuda")
+        metrics = moved(metrics)
+        machine.waits.clear()
+        out = block_sparse_attention(q, k, v, mask, **more)
+        found = bipartite_match(*metrics)
+        assert sum(machine.waits.values()) == 1
+        for a, b in zip((*out, *found), (*expected, *matched), strict=True):
+            torch.testing.assert_close(a.cpu(), b, atol=1e-5, rtol=1e-5)
+        machine.waits.clear()
+        block_sparse_attention(q, k, v, mask, **more)
+        assert not machine.waits
