@@ -139,7 +139,7 @@ def in_videos(site: LanguageSite) -> Tensor:
     for b, spans in enumerate(site.videos):
         for v, span in enumerate(spans):
             kinds[b, v] = span.kind == "video"
-    found = kinds.to(site.device).gather(1, site.video.clamp(min=0))
+    found = kinds.to(site.device, non_blocking=True).gather(1, site.video.clamp(min=0))
     return found & (site.frame >= 0)
 
 
