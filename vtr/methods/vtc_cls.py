@@ -66,6 +66,11 @@ class VTCCLS(Method):
         if site.site == "encoder":
             row = site.cls_attention()
             before = site.memory.get("score")
+            if before is not None and before.shape != row.shape:
+                raise ValueError(
+                    "another method cuts the encoder between the layers that vtc-cls sums: use one of "
+                    "the two, or a method that cuts behind the encoder"
+                )
             site.memory["score"] = row if before is None else before + row
             return None
         here = language(site)

@@ -219,6 +219,12 @@ class Spread:
         capture, call = self.captures.of[kind], self.call
         if capture.spread is None:
             raise RuntimeError("this family's visual tokens cannot be traced to the tower's")
+        if capture.alive is not None and scores.shape[1] != capture.alive.shape[1]:
+            raise ValueError(
+                f"a method has scores of {scores.shape[1]} of the {capture.alive.shape[1]} tokens of "
+                f"each crop: {', '.join(capture.cutters)} cut the tower before it looked. Methods that "
+                "look into the tower go together with cuts behind it: use one of the two"
+            )
         flat = torch.cat(capture.spread(scores.detach().float())).to(out.device)
         if flat.shape[0] != sum(capture.lengths):
             raise RuntimeError(
