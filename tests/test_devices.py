@@ -22,6 +22,7 @@ from tests.vision.vlm import models, videos
 from tests.vision.vlm.picks import generate
 from vtr.flops import count_flops
 from vtr.kernels import bipartite_match
+from vtr.video import TokenMemory, encode_frames, question
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -296,3 +297,24 @@ def test_a_default_device_changes_nothing(built: dict[str, Any], name: str) -> N
                 close(answers(model, moved(inputs)), wanted)
         finally:
             model.to("cpu")
+
+
+@pytest.mark.parametrize("name", ["llava_onevision_video", "qwen2_5_vl_video"])
+def test_a_question_about_a_memory(name: str) -> None:
+    """Ids come from a tokenizer and a memory may lie on the CPU; the arguments are on the model's device."""
+    model, inputs = videos.VIDEOS[name](1)
+    pixels = {k: inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs}
+    ids = torch.tensor([[5, 6, models.VIDEO, 7, 8]])
+
+    def answer(device: str, memory_on: str) -> Tensor:
+        found = encode_frames(model, **moved(pixels, device))
+        memory = TokenMemory(9, similarity=0.9)
+        memory.add(found.tokens.to(memory_on), grid=found.grid)
+        given = question(model, memory, ids, seconds_per_frame=0.5 if "qwen" in name else None)
+        return torch.stack(generate(model, given).logits)
+
+    wanted = answer("cpu", "cpu")
+    with gpu():
+        model.to("cuda")
+        for memory_on in ("cuda", "cpu"):
+            close(answer("cuda", memory_on), wanted)

@@ -122,7 +122,7 @@ def question(
     Args:
         model: the model that the tokens came from, see :func:`encode_frames`.
         memory: with at least one frame; Qwen needs its ``grid``.
-        input_ids: (1, L) token ids of the prompt.
+        input_ids: (1, L) token ids of the prompt, on any device.
         seconds_per_frame: for Qwen2.5-VL, seconds between frames of the memory (temporal patches).
 
     Returns:
@@ -154,8 +154,11 @@ def question(
             f"the prompt holds a placeholder of an image (token id {image}), which the memory has no "
             "tokens for: ask about the video alone, or show the image as a frame"
         )
-    before, after = input_ids[:, : where[0]], input_ids[:, where[-1] + 1 :]
     table = inner.get_input_embeddings()
+    before, after = (
+        ids.to(table.weight.device)
+        for ids in (input_ids[:, : where[0]], input_ids[:, where[-1] + 1 :])
+    )
     if memory.tokens.shape[1] != table.weight.shape[1]:
         raise ValueError(
             f"the memory holds tokens of width {memory.tokens.shape[1]}, {type(inner).__name__}'s have "
