@@ -84,6 +84,7 @@ def agree(
 
 
 def test_the_simulation_refuses_what_cuda_refuses() -> None:
+    available = torch.cuda.is_available()
     with gpu() as machine:
         here, there = torch.randn(4), torch.randn(4, device="cuda")
         assert there.device == torch.device("cuda", 0) and there.is_cuda
@@ -94,7 +95,7 @@ def test_the_simulation_refuses_what_cuda_refuses() -> None:
             lambda: torch.cat([here, there]),
             lambda: torch.where(there > 0, there, here),
             lambda: torch.tensor(1.0).add_(there[0]),
-            lambda: there + torch.ones(4, device="cuda:1"),
+            lambda: there + OnDevice(here, torch.device("cuda", 1)),
             lambda: torch.nn.functional.linear(there, here[None]),
             lambda: torch.mm(torch.ones(2, 2), torch.ones(2, 2, device="cuda")),
         ):
@@ -123,7 +124,7 @@ def test_the_simulation_refuses_what_cuda_refuses() -> None:
         there[there > 0] = 0.0
         here.to("cuda", non_blocking=True)
         assert not machine.waits
-    assert not torch.cuda.is_available()
+    assert torch.cuda.is_available() == available
     assert torch.ones(2).cpu().tolist() == [1, 1]
 
 
@@ -254,6 +255,7 @@ def test_a_decoding_step_waits_for_nothing(built: dict[str, Any], name: str) -> 
     assert found[1] - found[0] <= (3 if name == "dycoke" else 0)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="torch asks the driver for a second GPU")
 @pytest.mark.parametrize(
     ("name", "split"),
     [
