@@ -41,6 +41,7 @@ def exact(
     maybe: Tensor | None = None,
     surely: Tensor | None = None,
     alike: Tensor | None = None,
+    by_block: bool = False,
 ) -> BlockMask:
     """The mask of a rule, exact to the token.
 
@@ -51,6 +52,8 @@ def exact(
             The rule is evaluated on the blocks that are ``maybe`` and not ``surely``.
         alike: (NQ, NK) int64: blocks of the same number keep the same tokens, and the rule is
             evaluated on one of them; -1 for blocks of which nothing is known.
+        by_block: the rule gets (N,) query and key blocks instead, and returns (N, bm, bn) bool; what
+            it says of tokens that do not exist does not count.
     """
     bm, bn = _block_pair(block)
     nq, nk = -(-q_len // bm), -(-k_len // bn)
@@ -72,19 +75,21 @@ def exact(
     known: dict[bytes, int] = {}
     step = max(1, _CHUNK // (bm * bn))
     for start in range(0, row.numel(), step):
-        i = (
-            row[start : start + step, None, None] * bm
-            + torch.arange(bm, device="cpu")[None, :, None]
-        )
-        j = (
-            col[start : start + step, None, None] * bn
-            + torch.arange(bn, device="cpu")[None, None, :]
-        )
-        # The rule may look things up, so it is not shown tokens that do not exist.
-        tokens = rule(i.clamp(max=q_len - 1), j.clamp(max=k_len - 1)) & (i < q_len) & (j < k_len)
-        tokens = tokens.expand(i.shape[0], bm, bn).flatten(1)
-        kept.append(tokens.any(1))
+        one, two = row[start : start + step], col[start : start + step]
+        i = (one[:, None] * bm + torch.arange(bm, device="cpu"))[:, :, None]
+        j = (two[:, None] * bn + torch.arange(bn, device="cpu"))[:, None, :]
+        if by_block:
+            tokens = rule(one, two)
+        else:  # it may look things up, so it is not shown tokens that do not exist
+            tokens = rule(i.clamp(max=q_len - 1), j.clamp(max=k_len - 1))
+            tokens = tokens.expand(one.numel(), bm, bn).contiguous()
+        # A comparison that broadcasts costs more than a rule by blocks: only where there is an end.
+        ends = ((one + 1) * bm > q_len) | ((two + 1) * bn > k_len)
+        if ends.any():
+            tokens[ends] &= (i[ends] < q_len) & (j[ends] < k_len)
+        tokens = tokens.flatten(1)
         first, classes = _csr.unique_rows(tokens)
+        kept.append(tokens[first].any(1)[classes])
         found = []
         for tile in tokens[first]:
             key = tile.numpy().tobytes()

@@ -167,15 +167,14 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
     padded = torch.cat([coordinates, coordinates[:, -1:].expand(-1, text)], 1)
     words = torch.arange(total, device="cpu") >= count
 
-    def rule(i: Tensor, j: Tensor) -> Tensor:
-        seen = words[i] | words[j]
-        near = torch.ones_like(seen)
-        for line, axis in zip(padded, axes, strict=True):
-            near &= axis[line[i], line[j]]
-        return seen | near
-
     blocks = -(-total // block)
     which = torch.arange(total, device="cpu") // block
+    # What each coordinate of an axis sees of every block: a block of the mask is rows of these.
+    room = blocks * block - total
+    lines = torch.cat([padded, padded[:, -1:].expand(-1, room)], 1).view(-1, blocks, block)
+    sights = [axis[:, line] for line, axis in zip(lines, axes, strict=True)]
+    text_of = torch.cat([words, words.new_zeros(room)]).view(blocks, block)
+
     maybe = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
     surely = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
     for line, axis in zip(padded, axes, strict=True):
@@ -190,4 +189,13 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
     all_text[which[~words]] = False
     maybe |= some_text | some_text[:, None]
     surely |= all_text | all_text[:, None]
-    return exact(rule, total, total, block=block, maybe=maybe, surely=surely)
+
+    def tokens(row: Tensor, col: Tensor) -> Tensor:
+        near = torch.ones(row.numel(), block, block, dtype=torch.bool, device="cpu")
+        for line, sight in zip(lines, sights, strict=True):
+            near &= sight[line[row], col[:, None]]
+        some = (some_text[row] | some_text[col]).nonzero().flatten()
+        near[some] |= text_of[row[some], :, None] | text_of[col[some], None]
+        return near
+
+    return exact(tokens, total, total, block=block, maybe=maybe, surely=surely, by_block=True)
