@@ -14,7 +14,6 @@ no backward pass: the autograd engine asks the driver for a device.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -160,7 +159,7 @@ class Machine(TorchDispatchMode):
         if name == "_fused_sdp_choice":
             return int(torch.nn.attention.SDPBackend.MATH)
         back = {id(t.held): t for t in tree_leaves((args, kwargs)) if isinstance(t, OnDevice)}
-        args, kwargs = tree_map(_held, (args, kwargs))
+        args, kwargs = tree_map(held_by, (args, kwargs))
         if "device" in kwargs and kwargs["device"] is not None:
             kwargs["device"] = torch.device("cpu")
         if name in ("topk", "sort", "argsort") and not kwargs.get("stable"):
@@ -192,11 +191,11 @@ class Machine(TorchDispatchMode):
         if source.device.type != to.type and not free:
             self.wait("upload" if to.type == "cuda" else "download")
         if target is not None:
-            _held(target).copy_(_held(source))
+            held_by(target).copy_(held_by(source))
             made = target
         else:
             settings = {**kwargs, "device": torch.device("cpu"), "non_blocking": False}
-            plain = func(_held(source), **settings)
+            plain = func(held_by(source), **settings)
             made = OnDevice(plain, to) if to.type == "cuda" else plain
         if free and to.type == "cpu" and source.device.type == "cuda":
             self._on_the_way[made.untyped_storage().data_ptr()] = made
@@ -270,7 +269,7 @@ class Machine(TorchDispatchMode):
                 self.wait("shape")
 
 
-def _held(x: Any) -> Any:
+def held_by(x: Any) -> Any:
     return x.held if isinstance(x, OnDevice) else x
 
 
@@ -335,86 +334,6 @@ def _line() -> str:
     return "nowhere"
 
 
-class _Match:
-    """In the place of Triton's kernel of ``bipartite_match``: the same arguments, calculated on the CPU."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return self.launch
-
-    def launch(self, a: Tensor, b: Tensor, bits: Tensor, score: Tensor, index: Tensor,
-               *sizes: int, HAS_MASK: bool, **settings: Any) -> None:  # fmt: skip
-        from vtr.kernels import bipartite
-
-        given = (a, b, bits, score, index)
-        if any(not isinstance(t, OnDevice) or t.device != a.device for t in given):
-            raise RuntimeError(f"a kernel was given tensors of {[str(t.device) for t in given]}")
-        mask = bits.held.bool() if HAS_MASK else None
-        with torch._C._DisableTorchDispatch():
-            found = bipartite._match_tiles(a.held, b.held, mask)
-            score.held.copy_(found[0])
-            index.held.copy_(found[1])
-
-
-class _Launch:
-    """A Triton kernel in its interpreter, which reads the CPU's memory: of tensors of the device."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-            if len({x.device for x in given}) > 1 or not isinstance(given[0], OnDevice):
-                raise RuntimeError(
-                    f"a kernel was given tensors of {[str(x.device) for x in given]}"
-                )
-            args, kwargs = tree_map(_held, (args, kwargs))
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
-
-
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: Any, return_lse: bool, **settings: Any
-) -> Any:
-    """In the place of compiled FlexAttention: its mask, asked on the device, in full."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    seen = create_mask(
-        block_mask.mask_mod, *block_mask.shape[:2], q.shape[2], k.shape[2], device=str(q.device)
-    )
-    # A mask of whole blocks has no function: its lists alone say what is seen.
-    blocks = block_mask.to_dense().bool()
-    for axis, size in zip((2, 3), block_mask.BLOCK_SIZE, strict=True):
-        blocks = blocks.repeat_interleave(size, axis)
-    seen = seen & blocks[:, :, : q.shape[2], : k.shape[2]]
-    group = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(group, 1).float() for t in (k, v))
-    scores = (q.float() @ k.mT * settings["scale"]).masked_fill(~seen, -float("inf"))
-    out = (scores.softmax(-1).nan_to_num(0.0) @ v).to(q.dtype)
-    return (out, scores.logsumexp(-1)) if return_lse else out
-
-
-def _kernels() -> Iterator[Any]:
-    """What stands in for kernels that only a GPU can run."""
-    import vtr.kernels.attention
-
-    # Called outside of the dispatcher, so that what autograd and vmap do above it is done.
-    operator = vtr.kernels.attention._operator._init_fn
-    yield mock.patch.object(torch.ops.vtr, "block_sparse_attention", operator)
-    yield mock.patch("vtr.kernels.flex._compiled", lambda: _flex)
-    if importlib.util.find_spec("triton") is None:
-        return
-    from vtr.kernels import triton_attention, triton_bipartite, triton_common, triton_join
-
-    if triton_common.interpreting():
-        for module in (triton_attention, triton_bipartite, triton_join):
-            for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
-                yield mock.patch.object(module, name, _Launch(getattr(module, name)))
-    else:
-        yield mock.patch.object(triton_bipartite, "_match_kernel", _Match())
-
-
 def _of_numbers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``torch.tensor`` reads tensors inside of a list where no mode sees it: they are read before."""
 
@@ -432,6 +351,8 @@ def gpu() -> Iterator[Machine]:
 
     Modules keep their parameters' identity when they move, as on CUDA; their old values are gone.
     """
+    from tests import simulated_kernels
+
     torch._C._ensureCUDADeviceGuardSet()  # else indexing asks a driver for the current device
     machine = Machine()
     lifts = torch._C._only_lift_cpu_tensors()
@@ -449,7 +370,7 @@ def gpu() -> Iterator[Machine]:
         stack.enter_context(mock.patch.multiple(torch.cuda, **patches))
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, _of_numbers(getattr(torch, name))))
-        for stand_in in _kernels():
+        for stand_in in simulated_kernels.stand_ins():
             stack.enter_context(stand_in)
         stack.enter_context(machine)
         # torch.tensor(..., device=...) then makes its values on the CPU and moves them by an operator.
