@@ -32,6 +32,7 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
 	PYTHONPATH=. $(PYTHON) benchmarks/vit.py
 	PYTHONPATH=. $(PYTHON) benchmarks/attention.py gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/attention.py match
 	PYTHONPATH=. $(PYTHON) benchmarks/vlm.py
 	PYTHONPATH=. $(PYTHON) benchmarks/diffusion.py
 	PYTHONPATH=. $(PYTHON) benchmarks/diffusion_methods.py --device cuda

@@ -333,6 +333,9 @@ def mask_rows(seconds: float) -> list[dict[str, Any]]:
         "neighborhood 15x24x40, window 9x12x12 stride 8x4x4": lambda: masks.neighborhood(
             (15, 24, 40), (9, 12, 12), stride=(8, 4, 4)
         ),
+        "neighborhood 28x30x53 in tiles of 4x4x8, window 18x19x33": lambda: masks.neighborhood(
+            (28, 30, 53), (18, 19, 33), tile=(4, 4, 8)
+        ),
         "sliding_tile 30x48x80, tile 6x8x8, window 3x3x5": lambda: masks.sliding_tile(
             (30, 48, 80), (6, 8, 8), (3, 3, 5)
         ),

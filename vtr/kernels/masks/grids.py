@@ -164,38 +164,35 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
     not_negative(text=text)
     count = coordinates.shape[1]
     total = count + text
-    padded = torch.cat([coordinates, coordinates[:, -1:].expand(-1, text)], 1)
-    words = torch.arange(total, device="cpu") >= count
-
     blocks = -(-total // block)
-    which = torch.arange(total, device="cpu") // block
-    # What each coordinate of an axis sees of every block: a block of the mask is rows of these.
-    room = blocks * block - total
-    lines = torch.cat([padded, padded[:, -1:].expand(-1, room)], 1).view(-1, blocks, block)
-    sights = [axis[:, line] for line, axis in zip(lines, axes, strict=True)]
-    text_of = torch.cat([words, words.new_zeros(room)]).view(blocks, block)
+    # By blocks; what comes after the last token of the grid has its coordinates.
+    room = blocks * block - count
+    lines = torch.cat([coordinates, coordinates[:, -1:].expand(-1, room)], 1)
+    lines = lines.view(-1, blocks, block)
+    words = (torch.arange(blocks * block, device="cpu") >= count).view(blocks, block)
+    words &= text > 0
 
     maybe = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
     surely = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
-    for line, axis in zip(padded, axes, strict=True):
-        # Which coordinates of this axis occur in each block; text tokens have the last token's.
-        has = torch.zeros(blocks, axis.shape[0], device="cpu")
-        has[which, line] = 1.0
+    for line, axis in zip(lines, axes, strict=True):
+        # Which coordinates of this axis occur in each block.
+        has = torch.zeros(blocks, axis.shape[0], device="cpu").scatter_(1, line, 1.0)
         maybe &= (has @ axis.float() @ has.t()) > 0
         surely &= (has @ (~axis).float() @ has.t()) == 0
-    some_text = torch.zeros(blocks, dtype=torch.bool, device="cpu")
-    some_text[which[words]] = True
-    all_text = torch.ones(blocks, dtype=torch.bool, device="cpu")
-    all_text[which[~words]] = False
+    some_text, all_text = words.any(1), words.all(1)
     maybe |= some_text | some_text[:, None]
     surely |= all_text | all_text[:, None]
+
+    # What each coordinate of an axis sees of every block: a block of the mask is rows of these.
+    looked_at = (maybe & ~surely).any()
+    sights = [axis[:, line] for line, axis in zip(lines, axes, strict=True)] if looked_at else []
 
     def tokens(row: Tensor, col: Tensor) -> Tensor:
         near = torch.ones(row.numel(), block, block, dtype=torch.bool, device="cpu")
         for line, sight in zip(lines, sights, strict=True):
             near &= sight[line[row], col[:, None]]
         some = (some_text[row] | some_text[col]).nonzero().flatten()
-        near[some] |= text_of[row[some], :, None] | text_of[col[some], None]
+        near[some] |= words[row[some], :, None] | words[col[some], None]
         return near
 
     return exact(tokens, total, total, block=block, maybe=maybe, surely=surely, by_block=True)
