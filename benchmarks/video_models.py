@@ -34,7 +34,8 @@ from torch import Tensor
 from video import show  # the script beside this one
 
 import vtr
-from vtr.signals import Frames, LanguageSite, ModelInfo, VisualSpan
+from vtr.language_signals import Frames, LanguageSite, VisualSpan
+from vtr.signals import ModelInfo
 from vtr.tokens import TokenMap
 
 GRID = (14, 14)

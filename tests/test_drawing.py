@@ -10,7 +10,7 @@ from PIL import Image
 import vtr
 from tests import tiny
 from vtr.drawing import DIM, HATCHED, MERGED, stack
-from vtr.signals import Frames, View, VisualSpan
+from vtr.language_signals import Frames, View, VisualSpan
 from vtr.tokens import TokenMap
 from vtr.trace import StageRecord, Trace
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.signals import View
+from vtr.language_signals import View
 from vtr.trace import StageRecord
 
 

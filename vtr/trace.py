@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtr.signals import Frames
+from vtr.language_signals import Frames
 from vtr.tokens import TokenMap
 
 

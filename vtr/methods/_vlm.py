@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vtr.budget import Keep, counts
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
 
 

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep, count, counts
+from vtr.language_signals import CacheSite, LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._temporal import Cutting, best, clips, in_videos, neighbour_similarity
 from vtr.methods._vlm import check_count, check_number, language, valid_of
-from vtr.signals import CacheSite, LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
 
 WINDOW = 4

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep
+from vtr.language_signals import LanguageSite
 from vtr.method import Reduction, Stage, register
 from vtr.methods._vlm import (
     TextScored,
@@ -17,7 +18,7 @@ from vtr.methods._vlm import (
     nothing_to_cut,
     prune,
 )
-from vtr.signals import LanguageSite, ModelInfo
+from vtr.signals import ModelInfo
 
 
 @register

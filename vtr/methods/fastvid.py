@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep, count
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._dpc_knn import distances, peaks
 from vtr.methods._temporal import Cutting, best, clips, shares
 from vtr.methods._vlm import check_count, check_number, language, last_used, stored
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 
 
 @register

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
 from vtr.methods._temporal import best, has_video, in_videos
 from vtr.methods._vlm import check_number, language, valid_of
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 
 
 @register

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep, count, counts
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._dpc_knn import cluster, mean_weights
 from vtr.methods._merge import by_representative
@@ -31,7 +32,7 @@ from vtr.methods._vlm import (
     stored,
     valid_of,
 )
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 
 NEIGHBOURS = 7
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep, count, counts
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._dpc_knn import cluster, mean_weights
 from vtr.methods._temporal import Cutting, clips, shares
 from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
 
 NEIGHBOURS = 7

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtr.budget import Keep, check_layers, check_schedule, fit_layers, spread
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._vlm import prune, stage_budget
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
 
 

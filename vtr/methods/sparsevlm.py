@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtr.budget import Keep, check_layers, check_schedule, fit_layers
+from vtr.language_signals import LanguageSite
 from vtr.method import Reduction, Stage, register
 from vtr.methods._dpc_knn import cluster
 from vtr.methods._merge import by_representative
@@ -22,7 +23,7 @@ from vtr.methods._vlm import (
     scaled_layers,
     stage_budget,
 )
-from vtr.signals import LanguageSite, ModelInfo
+from vtr.signals import ModelInfo
 from vtr.tokens import TokenMap, take, top_indices
 
 RELEASED: Mapping[int, tuple[int, int, int]] = {

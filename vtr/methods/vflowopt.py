@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep, check_layers, fit_layers
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
 from vtr.methods._vlm import (
@@ -25,7 +26,7 @@ from vtr.methods._vlm import (
     stored,
     valid_of,
 )
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap
 
 RELEASED: Mapping[str, tuple[tuple[float, float, float], float, float]] = {

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep, count
+from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
 from vtr.methods._vlm import alive, budget, language, last_used, nothing_to_cut, stored, valid_of
-from vtr.signals import LanguageSite, ModelInfo, Site
+from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take, top_indices
 
 DROPPED = -1e6

@@ -22,7 +22,7 @@ The contract for methods
   and what is cut does not go through the MLP either; where ``info.extra["decoder_middle"]`` is True
   (LLaMA, Mistral and Qwen layers).
 
-At ``prompt`` and ``decoder`` the site is a :class:`vtr.signals.LanguageSite`: ``hidden`` (B, N, C),
+At ``prompt`` and ``decoder`` the site is a :class:`vtr.language_signals.LanguageSite`: ``hidden`` (B, N, C),
 ``valid``, ``map`` (from the visual tokens of the prompt), ``index``, ``text``, ``text_valid``,
 ``text_after``, ``images``, ``spread(scores)`` and, in the decoder, ``queries``/``keys``/``values`` of
 the visual tokens through ``qkv``, ``attention_rows_from_text(rows)`` and ``text_qkv(rows)``.
@@ -31,7 +31,7 @@ visits. ``site.extra["entry"]`` is (B,) int64, the visual tokens of each sample 
 
 Where and when a token is: ``site.frame``, ``site.place`` and ``site.video`` (B, N) int64 number its
 frame through the prompt, its cell in the frame's grid, and its image or video; ``site.videos`` lists
-per sample the images and videos as :class:`vtr.signals.VisualSpan` (kind, frames, grid, seconds). A
+per sample the images and videos as :class:`vtr.language_signals.VisualSpan` (kind, frames, grid, seconds). A
 still image is one frame. What has no cell (newlines, the class token that begins a frame of
 Video-LLaVA) has frame and place -1; packed crops and tiles have a frame and place -1. Qwen's temporal
 patches (two frames of the file) are one frame. InternVL, SmolVLM and prompts of many images give frames

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.language_signals import Frames, LanguageSite, VisualSpan
 from vtr.method import Reduction
-from vtr.signals import QKV, Frames, LanguageSite, VisualSpan
+from vtr.signals import QKV
 from vtr.tokens import TokenMap
 from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtr.signals import Frames
+from vtr.language_signals import Frames
 from vtr.trace import Trace
 from vtr.vision.vlm.frames import KINDS, Piece, frames_of
 

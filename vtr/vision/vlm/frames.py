@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.signals import Frames, View, VisualSpan
+from vtr.language_signals import Frames, View, VisualSpan
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import Call

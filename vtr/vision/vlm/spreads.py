@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtr.signals import View
+from vtr.language_signals import View
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import Piece, loose, plain
 
