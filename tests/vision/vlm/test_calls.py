@@ -23,6 +23,7 @@ from tests.vision.vlm.models import (
     made,
     noise,
     prompts,
+    qwen3_vl,
     transformers,
 )
 from tests.vision.vlm.picks import (
@@ -104,6 +105,43 @@ def test_threads_get_what_they_get_alone(method: vtr.Method) -> None:
     for i, ids in enumerate(together):
         assert torch.equal(ids, alone[i % 4])
     assert report["flops"]["language"]["reduced"] < report["flops"]["language"]["dense"]
+
+
+def test_no_other_thread_comes_in_between_features_made_by_way_of_others() -> None:
+    """Qwen3-VL's get_video_features calls get_image_features: others wait for the end of the first."""
+    model, _ = qwen3_vl(1)
+    with vtr.apply(model, DECODER) as handle:
+        wrapping = handle._wrapping
+        gate, describe, held = wrapping.gate, wrapping.family.describe, []
+
+        def look(*args: Any) -> None:
+            held.append(gate.thread)
+            describe(*args)
+
+        wrapping.family.describe = look
+        videos, grid = noise(32, 3 * 2 * 4 * 4), torch.tensor([[2, 4, 4]])
+        model.model.get_video_features(videos, grid)
+        assert held == [threading.get_ident()] and gate.thread is None
+
+
+def test_a_model_called_inside_its_own_call_is_refused() -> None:
+    """Where the inner call went on, the outer one lost its cut."""
+    model, inputs = llava(1)
+    layer, caught = model.model.language_model.layers[1], []
+
+    def hook(*_: Any) -> None:
+        for part in (model, model.model):
+            with pytest.raises(RuntimeError, match="inside its own call") as error:
+                part(**inputs)
+            caught.append(error.value)
+
+    with vtr.apply(model, DECODER) as handle:
+        wanted = model(**inputs).logits
+        handle_of_hook = layer.register_forward_pre_hook(hook)
+        assert torch.equal(model(**inputs).logits, wanted)
+        assert len(caught) == 2 and handle._wrapping.gate.thread is None
+        handle_of_hook.remove()
+        assert torch.equal(model(**inputs).logits, wanted)
 
 
 def test_a_call_that_was_interrupted_keeps_nobody_waiting() -> None:

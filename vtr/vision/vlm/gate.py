@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from vtr.vision.vlm.features import Captures
+from torch import nn
 
 ROOT, INNER, LANGUAGE, FEATURES = range(4)  # levels of a call, from the outside in
 
@@ -31,7 +31,8 @@ class Gate:
     def _fresh(self) -> None:
         self.changed = threading.Condition()
         self.thread: int | None = None
-        self.level = ROOT
+        self.levels: set[int] = set()  # where the thread is inside
+        self.refused = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"inside": self.inside}
@@ -40,22 +41,50 @@ class Gate:
         self.__dict__.update(state)
         self._fresh()
 
-    def enter(self, level: int, *_: Any) -> None:
-        """At the start of a level; a pre-hook of its module, before all others."""
+    def enter(self, level: int, module: nn.Module, *_: Any) -> None:
+        """At the start of a level; a pre-hook of its module, before all others.
+
+        Raises:
+            RuntimeError: the module is called inside its own call.
+        """
+        if self.take(level):
+            return
+        frame = sys._getframe(1)
+        while frame is not None and not _is_forward(frame, module):
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is None:  # the call before was interrupted
+            self.levels, self.refused = {level}, 0
+            return
+        self.refused += 1
+        raise RuntimeError(
+            f"a wrapped {type(module).__name__} was called inside its own call (by a hook, say), where what "
+            "methods see of the outer call would be lost: call it afterwards"
+        )
+
+    def leave(self, level: int, *_: Any) -> None:
+        """At the end of a level, also after an exception; a hook of its module, after all others."""
+        with self.changed:
+            if self.thread != threading.get_ident():
+                return
+            if self.refused:
+                self.refused -= 1
+                return
+            self.levels.discard(level)
+            if not self.levels:
+                self.thread = None
+                self.changed.notify()
+
+    def take(self, level: int) -> bool:
+        """Wait for the other threads; whether this one is not inside this level yet."""
         me = threading.get_ident()
         with self.changed:
             while self.thread not in (None, me) and self._runs():
                 self.changed.wait(0.05)
             if self.thread != me:
-                self.thread, self.level = me, level
-            self.level = min(self.level, level)
-
-    def leave(self, level: int, *_: Any) -> None:
-        """At the end of a level, also after an exception; a hook of its module, after all others."""
-        with self.changed:
-            if self.thread == threading.get_ident() and level <= self.level:
-                self.thread = None
-                self.changed.notify()
+                self.thread, self.levels, self.refused = me, set(), 0
+            outside = level not in self.levels
+            self.levels.add(level)
+            return outside
 
     def _runs(self) -> bool:
         """Whether the thread that entered is inside still."""
@@ -68,15 +97,8 @@ class Gate:
         return False
 
 
-class PerThread(threading.local):
-    """What the towers found for the coming call of the language model: generate lets a thread's towers
-    run before the model, and other threads may come in between."""
-
-    def __init__(self) -> None:
-        self.captures = Captures()
-
-    def __reduce__(self) -> Any:
-        return PerThread, ()
+def _is_forward(frame: Any, module: nn.Module) -> bool:
+    return frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module
 
 
 def forget_compiled() -> None:

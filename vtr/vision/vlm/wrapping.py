@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
+from vtr.vision.blocks import PerThread
 from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.pooling import has_pooling
 from vtr.vision.vlm.arguments import ENCODED, PIXELS, has_any, has_features, named
@@ -26,7 +28,6 @@ from vtr.vision.vlm.gate import (
     LANGUAGE,
     ROOT,
     Gate,
-    PerThread,
     forget_compiled,
 )
 from vtr.vision.vlm.language import LanguageSession
@@ -51,12 +52,16 @@ class VLMWrapping(Wrapping):
 
     options = {"positions": None, "video": False, "flash_attention": False}
 
+    # What the towers did for the coming call of the language model: generate lets a thread's towers run
+    # before the model, and other threads may come in between.
+    captures: Captures = PerThread(make=Captures)  # type: ignore[assignment]
+
     def __init__(self, root: Any, inner: Any, family: Family) -> None:
         self.inner = inner
         self.family = family
         self.lm: Any = language_of(inner)
         self.layers: Any = self.lm.layers
-        self.here = PerThread()
+        self.own = threading.local()
         self.gate = Gate(Bound(self, "inside"))
         self.running: dict[str, Any] | None = None
         self.towers: dict[str, TowerSession | PackedSession] = {}
@@ -69,16 +74,11 @@ class VLMWrapping(Wrapping):
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
         state = {**super().__getstate__(), "running": None, "forwarded": {}}
-        return {**state, "here": PerThread()}
+        return {k: v for k, v in state.items() if k != "own"}
 
-    @property
-    def captures(self) -> Captures:
-        """What the towers did for the coming call of the language model, in this thread."""
-        return self.here.captures
-
-    @captures.setter
-    def captures(self, made: Captures) -> None:
-        self.here.captures = made
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.own = threading.local()
 
     def inside(self) -> tuple[Any, ...]:
         """What stands as ``self`` on the stack of a thread that runs the model."""
@@ -295,13 +295,14 @@ class VLMWrapping(Wrapping):
     def features(self, name: str, modality: str, *args: Any, **kwargs: Any) -> Any:
         """``get_image_features``: remember what becomes of the tower's tokens."""
         method = getattr(type(self.inner), name)
-        self.gate.enter(FEATURES)
+        outside = self.gate.take(FEATURES)
         try:
             if self.running is not None:  # one modality made by way of the other
                 return method(self.inner, *args, **kwargs)
             return self._capture(method, modality, args, kwargs)
         finally:
-            self.gate.leave(FEATURES)
+            if outside:
+                self.gate.leave(FEATURES)
 
     def _capture(
         self, method: Any, modality: str, args: tuple[Any, ...], kwargs: dict[str, Any]
