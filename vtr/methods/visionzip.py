@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.budget import Keep, check_keep, count
+from vtr.kernels.precision import full_precision
 from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
@@ -177,9 +177,7 @@ def contextual_groups(keys: Tensor, rest: Tensor, number: Tensor) -> tuple[Tenso
     )
     unit = F.normalize(keys.float(), dim=-1)
     targets, _ = top_indices(is_target.float(), is_target.sum(1), is_target)
-    kind = keys.device.type
-    knows = torch.amp.is_autocast_available(kind)  # the meta device does not
-    with torch.autocast(kind, enabled=False) if knows else nullcontext():
+    with full_precision(keys.device):
         likeness = unit @ take(unit, targets.clamp(min=0)).transpose(1, 2)
     nearest = likeness.masked_fill((targets < 0)[:, None], -float("inf"))
     if targets.shape[1] == 0:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.kernels.precision import lowers
 from vtr.language_signals import Frames, LanguageSite, VisualSpan
 from vtr.method import Reduction
 from vtr.signals import QKV
@@ -76,7 +77,7 @@ class Call:
             kept = torch.where(slots < 0, -1, place)
             self.map = TokenMap.keep(kept, slots.shape[1], self.layout.ragged)
         self.memory: dict[int, dict[str, Any]] = {}
-        self.casts = casts_of(live.device.type)
+        self.casts = casts_of(live.device)
         self.changed = False
         self._frames: dict[bool, Frames] = {}
         self._counts: list[list[int]] | None = None
@@ -341,11 +342,9 @@ class Moments:
         return self.call.frames(self.joined)
 
 
-def casts_of(kind: str) -> torch.dtype | None:
-    """The dtype that ``torch.autocast`` computes in on a kind of device; None where it is off."""
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+def casts_of(device: torch.device) -> torch.dtype | None:
+    """The dtype that ``torch.autocast`` computes in on a device; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if lowers(device) else None
 
 
 def grid_of(span: VisualSpan) -> Grid:
