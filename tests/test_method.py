@@ -142,6 +142,23 @@ def test_two_methods_cannot_share_a_name() -> None:
         Method().stages(info(3))
 
 
+def test_a_class_of_another_method_does_not_take_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtr.method._REGISTRY", registry())
+
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class EViT(vtr.EViT):
+        name: ClassVar[str] = "my-evit"
+
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class Other(vtr.EViT):
+        name: ClassVar[str] = "myevit"
+
+    for name, cls in (("evit", vtr.EViT), ("EViT", vtr.EViT), ("my-evit", EViT), ("myevit", Other)):
+        assert type(vtr.create(name)) is cls
+
+
 def info(depth: int) -> ModelInfo:
     return ModelInfo("a model", {"encoder": depth}, {"encoder": frozenset()})
 

@@ -213,8 +213,10 @@ def create(name: str, **options: Any) -> Method:
         ValueError: there is no such method, or it has no such option, or not with this value.
     """
     known = registry()
-    aliases = {_plain(alias): cls for k, cls in known.items() for alias in (cls.__name__, k)}
-    cls = aliases.get(_plain(name)) if isinstance(name, str) else None
+    # A name before the class of another: a method of one's own may be ``class EViT`` as well.
+    aliases = {_plain(cls.__name__): cls for cls in known.values()}
+    aliases |= {_plain(k): cls for k, cls in known.items()}
+    cls = known.get(name) or aliases.get(_plain(name)) if isinstance(name, str) else None
     if cls is None:
         near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

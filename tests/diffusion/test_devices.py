@@ -108,6 +108,22 @@ def test_a_default_device_changes_nothing(name: str) -> None:
     agree("wan", methods("sdpa")[name], default=True)
 
 
+def test_training_with_padded_text_does_not_wait_in_every_layer() -> None:
+    case, model = CASES["qwen-image"], CASES["qwen-image"].build().train()
+    inputs = case.call()
+    inputs["encoder_hidden_states_mask"] = torch.ones_like(inputs["encoder_hidden_states_mask"])
+    inputs["encoder_hidden_states_mask"][:, -1] = 0
+    with gpu() as machine, vtr.apply(model, vtr.OwnFrame(block=16)):
+        model.to("cuda")
+        inputs = moved(inputs)
+        model(**inputs)  # makes the masks
+        machine.waits.clear()
+        model(**inputs)
+        model.to("cpu")
+    # The timestep, whether there is padding, and whether it is that of the call before.
+    assert sum(machine.ours().values()) == 3, machine.ours()
+
+
 # ---- kernels --------------------------------------------------------------------------------
 
 

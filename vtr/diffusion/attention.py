@@ -53,7 +53,9 @@ def compute(
         q, k, v = (ulysses.gather(t) for t in (q, k, v))
     q, k, v = lowered(q, k, v)
     _check(wrapping, layer, call, q, given)
-    if call.training and ulysses is None and given.get("attn_mask") is not None:
+    # Only a backward pass may have another call's text; to look at a mask waits for the device.
+    late = call.training and not wrapping.again and torch._C._current_graph_task_id() >= 0
+    if late and ulysses is None and given.get("attn_mask") is not None:
         call = _own_text(wrapping, call, given["attn_mask"])
     if wrapping.family.loops:
         number = wrapping.sample.get(layer, 0)
