@@ -37,6 +37,7 @@ from tests.vision.vlm.picks import (
     gone_of,
     same,
 )
+from tests.vision.vlm.videos import video_llama_3
 from vtr.vision.vlm.gate import forget_compiled
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -431,3 +432,22 @@ def test_what_is_supported_is_told_without_weights(how: str) -> None:
         )
         model = transformers.LlavaForConditionalGeneration(config)
         assert {s.name: s.supported for s in vtr.supported(model)}["fastv"]
+
+
+def test_generate_of_a_model_that_gives_all_logits_reads_no_padding() -> None:
+    """VideoLLaMA3 takes no logits_to_keep. Its longer prompt is cut to the shorter one."""
+    model, inputs = video_llama_3(2)
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    ids[0, 11:41], mask[0, 11:41] = 7, 1  # 47 tokens and 58, 39 of them text and 20
+    inputs = {**inputs, "input_ids": ids, "attention_mask": mask}
+    turned = dict(inputs)
+    for key, row in {"input_ids": ids, "attention_mask": mask}.items():
+        turned[key] = torch.stack([torch.roll(row[0], -11), row[1]])
+    method = Pick(keep=((8, 2),))
+    with vtr.apply(model, method) as handle:
+        left, right = generate(model, inputs).logits, generate(model, turned).logits
+        plain = model(**turned).logits  # not generate's: padding stays on its side
+        live = handle._wrapping.language.last.layout.live
+        assert live[:, 0].all() and plain.shape[:2] == live.shape
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a[1], b[1], rtol=0, atol=CLOSE)
