@@ -218,17 +218,16 @@ def fastest(calls: dict[str, Call], device: str, seconds: float, rounds: int) ->
     """Milliseconds of each call, the least of alternating rounds.
 
     On a GPU by events around each call; the write before them keeps it busy while the call is being
-    launched, so that launching is not counted. One thread on the CPU is timed by the processor time it got, which equals the time passed on an
-    idle machine and leaves out what other programs took on a busy one.
+    launched, so that launching is not counted. One thread on the CPU is timed by the processor time
+    it got, which equals the time passed on an idle machine and leaves out what other programs took
+    on a busy one.
     """
     clock = (
         time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     )
     best = dict.fromkeys(calls, float("inf"))
     if device == "cuda":
-        cache = torch.empty(
-            1 << 28, dtype=torch.uint8, device=device
-        )  # several times any such cache
+        cache = torch.empty(1 << 28, dtype=torch.uint8, device=device)  # larger than any such cache
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     started = time.perf_counter()
     for i in range(rounds):

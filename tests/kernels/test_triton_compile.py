@@ -5,7 +5,9 @@ The interpreter accepts much that the compiler does not (types, tile shapes, sha
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 import pytest
 
@@ -143,6 +145,13 @@ def test_tf32_is_what_the_user_chose_by_any_setting(choose, kind):
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_without_the_package_it_is_said_what_is_left(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "vtr.kernels.triton_common")
+    with pytest.raises(RuntimeError, match='backend="sdpa", and bipartite_match runs on the CPU'):
+        importlib.import_module("vtr.kernels.triton_common")
 
 
 def test_work_lists_are_not_made_in_a_capture(monkeypatch):

@@ -183,6 +183,15 @@ def test_masks_of_sizes_that_are_gone_are_let_go():
         assert len(held) == 16
 
 
+def test_what_a_size_has_outlives_a_failure():
+    site = Run(OwnFrame(block=16), GRID).site(tensors(GRID))
+    outer = site.for_size("outer", lambda: [site.for_size("inner", list)])
+    with pytest.raises(ZeroDivisionError):
+        site.for_size("broken", lambda: 1 / 0)
+    assert site.for_size("outer", list) is outer
+    assert site.for_size("inner", list) is outer[0]
+
+
 @pytest.mark.parametrize(
     ("grid", "block"),
     [((21, 30, 52), 128), ((30, 48, 80), 128), ((1, 64, 64), 128), ((13, 30, 45), 64), GRID_16],

@@ -183,12 +183,11 @@ class AttentionSite:
         call = self.call
         size = (call.grid, self.text, call.text_first, self.k.shape[2], str(self.q.device))
         of_size = held.pop(size, (call.run, {}))[1]
+        held[size] = (call.run, of_size)  # before ``make``, which may raise, or ask in its turn
         if key not in of_size:
-            with torch.inference_mode(
-                False
-            ):  # training may come next, which cannot save such tensors
+            # Training may come next, which cannot save tensors of inference mode.
+            with torch.inference_mode(False):
                 of_size[key] = make()
-        held[size] = (call.run, of_size)
         for old in list(held)[: max(0, len(held) - 16)]:
             if held[old][0] != call.run:
                 del held[old]

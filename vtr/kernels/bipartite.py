@@ -38,8 +38,8 @@ def bipartite_match(
 ) -> tuple[Tensor, Tensor]:
     """For every A row the best score ``a . b`` over all B rows, and which row that is.
 
-    Products and comparison are in float32, under ``torch.autocast`` too; among equal scores the lowest index wins. No gradient
-    flows (a choice of partners is not differentiable).
+    Products and comparison are in float32, under ``torch.autocast`` too; among equal scores the
+    lowest index wins. No gradient flows (a choice of partners is not differentiable).
 
     Args:
         metric_a: (B, Na, D) float32, bfloat16 or float16. For cosine similarity pass

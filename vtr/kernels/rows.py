@@ -19,8 +19,9 @@ def attention_rows(
 ) -> Tensor:
     """Attention probabilities of a few query rows over all keys, softmax in float32.
 
-    Costs O(R N) memory for R query rows; differentiable. ``torch.autocast`` does not lower it. Used for signals such as the attention
-    of CLS or of the last text token, where only those rows of the map are needed.
+    Costs O(R N) memory for R query rows; differentiable; ``torch.autocast`` does not lower the
+    precision. Used for signals such as the attention of CLS or of the last text token, where only
+    those rows of the map are needed.
 
     Args:
         q: (B, H, R, D) float32, bfloat16 or float16 (float64 is kept): the query rows.

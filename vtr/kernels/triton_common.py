@@ -18,7 +18,8 @@ try:
     import triton.language as tl
 except ImportError as error:  # torch for macOS and Windows comes without Triton
     raise RuntimeError(
-        'the Triton kernels need the triton package; use backend="flex" or "sdpa"'
+        "the Triton kernels need the triton package, which is not installed; without it attention on "
+        'CUDA has backend="sdpa", and bipartite_match runs on the CPU alone'
     ) from error
 
 
