@@ -150,6 +150,7 @@ def test_estimates_of_a_dry_run_are_near_what_runs(run):
 
 def test_failures_have_an_exit_status(run, monkeypatch):
     from vtr.evaluate import answering
+    from vtr.evaluate.results import Results
 
     def broken(self, works, handle):
         raise RuntimeError("no")
@@ -159,6 +160,13 @@ def test_failures_have_an_exit_status(run, monkeypatch):
     assert status == 1 and "FAILED: dense" in err and "failed" in out
     # There is nothing to plot, which must not hide the failure.
     assert sorted(p.name for p in Path("found").iterdir()) == ["evaluation.csv", "evaluation.md"]
+
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Results, "save", full)
+    status, _, err = run("--limit", "3", "--out", "found")
+    assert status == 2 and "FAILED: dense" in err and "No space left" in err
 
 
 @pytest.mark.parametrize(

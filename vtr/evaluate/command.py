@@ -124,10 +124,10 @@ def evaluate(
     else:
         for part in (results, *comparisons):
             _print(part)
-    if problem is not None:
-        raise problem
     for failed in results.failed:
         _log(f"FAILED: {failed.line()}")
+    if problem is not None:
+        raise problem
     return 1 if results.failed else 0
 
 
