@@ -46,6 +46,24 @@ def test_selection_beats_chance_at_few_tokens(built_in):
     assert scores["vtc-cls", 9] > scores["random", 9]
 
 
+def test_the_time_of_the_questions_is_not_that_of_counting(built_in, monkeypatch):
+    from vtr.evaluate import vlm
+
+    clock, counted = [0.0], []
+
+    def count(model, processor, sample):
+        clock[0] += 1000
+        counted.append(sample)
+        return 7
+
+    monkeypatch.setattr(vlm, "_prefill", count)
+    monkeypatch.setattr(vlm.time, "perf_counter", lambda: clock[0])
+    random = vtr.Random(keep=9, site="prompt")
+    dense, cut = vlm.evaluate(*built_in, [random], questions.vqa(1, seed=1), seeds=(0, 1))
+    assert dense.seconds == cut.seconds == 0 and cut.flops == (7, 7)
+    assert len(counted) == 2 and cut.seeds == 2
+
+
 def test_prompt_has_one_placeholder_per_patch_and_padding_changes_nothing(built_in):
     model, processor = built_in
     samples = questions.vqa(4, seed=3)
