@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention import fastest  # the script beside this one
+from attention import fastest  # beside this script, as is options
+from options import named
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -315,12 +316,9 @@ def main(arguments: list[str] | None = None) -> None:
     if device == "cpu" and not args.quick:
         parser.error("the real sizes need a CUDA device; --quick runs small shapes on the CPU")
     torch._dynamo.config.recompile_limit = 256  # every shape compiles FlexAttention anew
-    known, parts = models(args.quick), args.parts.split(",")
-    chosen = args.models.split(",") if args.models else list(known)
-    for wrong in [m for m in chosen if m not in known] + [p for p in parts if p not in PARTS]:
-        parser.error(
-            f"there is no {wrong!r}; models: {', '.join(known)}; parts: {', '.join(PARTS)}"
-        )
+    known = models(args.quick)
+    parts = named("--parts", args.parts, PARTS)
+    chosen = named("--models", args.models, known)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
     console = Console()

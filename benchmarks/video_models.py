@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import named  # beside this script, as is video
 from torch import Tensor
-from video import show  # the script beside this one
+from video import show
 
 import vtr
 from vtr.language_signals import Frames, LanguageSite, VisualSpan
@@ -118,14 +119,6 @@ def methods(keep: float) -> dict[str, vtr.Method]:
     }
 
 
-def named(args: argparse.Namespace, known: dict[str, vtr.Method]) -> list[str]:
-    """The methods that --methods asks for, or all."""
-    names = args.methods.split(",") if args.methods else list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"--methods: no {', '.join(unknown)}; there are {', '.join(known)}")
-    return names
-
-
 class Clock:
     """CPU seconds of this process, or seconds on a GPU."""
 
@@ -152,7 +145,7 @@ class Clock:
 def reduction(args: argparse.Namespace) -> list[dict[str, object]]:
     clock = Clock(args.device)
     chosen = methods(args.keep) | {"dycoke": vtr.DyCoke(kv=None)}
-    chosen = {name: chosen[name] for name in named(args, chosen)}
+    chosen = {name: chosen[name] for name in named("--methods", args.methods, chosen)}
     numbers = [int(n) for n in args.frames.split(",")]
     seconds: dict[str, dict[int, float]] = {k: {} for k in chosen}
     for t in numbers:
@@ -284,7 +277,7 @@ def prefill(args: argparse.Namespace) -> list[dict[str, object]]:
     cases: list[tuple[float, str, vtr.Method | None]] = [(1.0, "dense", None)]
     for keep in map(float, args.keep_shares.split(",")):
         found = methods(keep)
-        cases += [(keep, name, found[name]) for name in named(args, found)]
+        cases += [(keep, name, found[name]) for name in named("--methods", args.methods, found)]
     best: dict[int, float] = {}
     flops: dict[int, tuple[int, int]] = {}
     tokens: dict[int, float] = {}

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import timm
 import torch
+from options import named  # beside this script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -73,13 +74,12 @@ def best(
 @torch.inference_mode()
 def encoders(args: argparse.Namespace, device: str, dtype: torch.dtype) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for key in args.models.split(","):
+    for key in named("--models", args.models, MODELS):
         name, kwargs, size = MODELS[key]
         model = timm.create_model(name, num_classes=1000, **kwargs).eval().to(device, dtype)
         tokens, depth = model.patch_embed.num_patches, len(model.blocks)
         chosen = methods(depth, tokens)
-        if args.methods:
-            chosen = {k: chosen[k] for k in args.methods.split(",")}
+        chosen = {k: chosen[k] for k in named("--methods", args.methods, chosen)}
         for batch in map(int, args.batches.split(",")):
             x = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
             handles: dict[str, vtr.Handle] = {}

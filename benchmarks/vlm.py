@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import transformers
+from options import named  # beside this script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -230,9 +231,12 @@ def measure(
     bench = Bench(name, batch, device)
     keep = args.keep or round(bench.tokens / 9)
     known = {s.name: s for s in vtr.supported(bench.model)}
-    chosen = {k: m for k, m in methods(keep, bench.tokens).items() if known[k].supported}
-    if args.methods:
-        chosen = {k: chosen[k] for k in args.methods.split(",") if k in chosen}
+    every = methods(keep, bench.tokens)
+    names = named("--methods", args.methods, every)
+    chosen = {k: every[k] for k in names if known[k].supported}
+    for k in names:
+        if k not in chosen:
+            print(f"{name}: {k} is left out: {known[k].reason}")
     handles: dict[str, vtr.Handle] = {}
     for k, method in chosen.items():
         bench.clock.watch(method)
@@ -309,7 +313,7 @@ def main() -> None:
         f"{transformers.__version__}, bfloat16, best of {args.repeats}, {datetime.date.today()}"
     )
     rows = []
-    for name in args.models.split(","):
+    for name in named("--models", args.models, MODELS):
         for batch in map(int, args.batches.split(",")):
             rows += measure(name, batch, args, device)
     table = Table(title=f"VLMs, {where}")
