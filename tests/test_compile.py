@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtr
@@ -38,10 +39,12 @@ def test_compiles_to_one_graph(method: Method) -> None:
     with vtr.apply(model, method), torch.no_grad():
         torch.manual_seed(0)
         eager = model(x)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        counter = CompileCounter()
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
         for _ in range(2):
             torch.manual_seed(0)
             assert torch.equal(compiled(x), eager)
+        assert counter.frame_count == 1  # nothing that a call leaves behind compiles it again
     torch._dynamo.reset()
 
 

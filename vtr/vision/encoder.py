@@ -153,7 +153,10 @@ class EncoderSession:
     def _finish(self, run: Run) -> None:
         """After the last block."""
         run.memory.clear()
-        self.pixels = None
+        if (
+            self.pixels is not None
+        ):  # an attribute that is new in the next call compiles a model again
+            self.pixels = None
 
     def _begin(self, x: Tensor) -> Run:
         if x.dim() != 3:
