@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import vtr
 from tests.diffusion.models import CASES, Fixed
@@ -77,6 +78,24 @@ def test_checkpointing_by_others() -> None:
     other["hidden_states"] = other["hidden_states"][:, rest]
     loss = model(**CASES["flux"].call())[0].mean() + model(**other)[0].mean()
     with pytest.raises(RuntimeError, match="go backward after each call"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("change", ["remove", "pause", "add"])
+def test_methods_may_not_change_before_the_backward_pass(change: str, reentrant: bool) -> None:
+    """Reentrant checkpointing would make gradients of another model without a word."""
+    case, model = CASES["wan"], CASES["wan"].build().train()
+    model.enable_gradient_checkpointing(
+        lambda block, *args: checkpoint(block.__call__, *args, use_reentrant=reentrant)
+    )
+    handle = vtr.apply(model, Fixed(dense_layers=(0,)))
+    loss = model(**case.call())[0].mean()
+    if change == "add":
+        vtr.apply(model, vtr.ToMeSD(dense_layers=(1, 2)))
+    else:
+        getattr(handle, change)()
+    with pytest.raises(RuntimeError, match="go backward first"):
         loss.backward()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.trace import Trace
-from vtr.wrapping import Bound
+from vtr.wrapping import Bound, Entry
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping
@@ -53,13 +53,20 @@ class Again:
     def __init__(self, wrapping: DiffusionWrapping, block: Callable[..., Any]) -> None:
         self.wrapping, self.block = wrapping, block
         self.facts: dict[str, Any] | None = None
+        self.entries: list[Entry] = []
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = {name: getattr(self.wrapping, name) for name in _FACTS}
         if self.facts is None:
-            self.facts = now
+            self.facts, self.entries = now, self.wrapping.active
             return self.block(*args, **kwargs)
+        if self.wrapping.active != self.entries:
+            raise RuntimeError(
+                "methods were applied, paused or removed between a call of the transformer and its "
+                "backward pass, in which activation checkpointing runs its blocks again: go backward "
+                "first (inside of `with vtr.apply(...)`)"
+            )
         # Nothing of it is counted twice.
         fresh = {
             "sample": {}, "memory": {}, "reduced": {}, "costed": [0.0, 0.0], "again": True,
