@@ -42,6 +42,16 @@ def test_an_unknown_model_around_a_known_one() -> None:
     assert ours(model) == []
 
 
+def test_replicas_are_refused() -> None:
+    """What nn.DataParallel calls on every GPU."""
+    model = vit()
+    with vtr.apply(model, "evit"):
+        replica = model._replicate_for_data_parallel()
+        with pytest.raises(vtr.UnsupportedModelError, match="DistributedDataParallel"):
+            replica(images())
+    assert ours(model) == [] and not model._forward_pre_hooks
+
+
 def test_unknown_options_and_methods() -> None:
     model = vit()
     keys = sorted(model.__dict__)

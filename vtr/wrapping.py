@@ -158,6 +158,7 @@ class Wrapping:
         self.uninstall()
         if self.active:
             try:
+                self.hook(self.root.register_forward_pre_hook(_no_replica))
                 self.install()
             except BaseException:
                 self.uninstall()
@@ -221,6 +222,15 @@ def _restore_forward(owner: Any, before: Any) -> None:
         held["_old_forward"] = own if before is _Absent else before
     else:
         held.pop("forward", None)
+
+
+def _no_replica(module: nn.Module, args: Any) -> None:
+    """Refuse the replicas of ``nn.DataParallel``: their patches lead to the first one's weights."""
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(
+            f"a wrapped {type(module).__name__} cannot be replicated by nn.DataParallel (Trainer does so "
+            "where it sees several GPUs): use DistributedDataParallel, one process per GPU (torchrun)"
+        )
 
 
 def wrapping_of(root: Any) -> Wrapping | None:
