@@ -155,6 +155,7 @@ class Method:
                     f"{self.name} needs {' and '.join(lacking)} at the site '{site}', which "
                     f"{info.family} does not show"
                     + (" (it has no class token)" if "cls_attention" in lacking else "")
+                    + (" (it makes single images)" if "frames" in lacking else "")
                 )
 
     def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:

@@ -44,7 +44,7 @@ def test_the_mask_is_the_radial_mask_of_the_grid(
     assert flops["reduced"] == pytest.approx(one * (1 + 2 * mask.density), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "cogvideox", "mochi", "flux"])
+@pytest.mark.parametrize("name", ["hunyuan-video", "cogvideox", "mochi"])
 @torch.no_grad()
 def test_joint_text_is_dense_wherever_it_stands(name: str) -> None:
     case, model = CASES[name], CASES[name].build()
@@ -132,3 +132,14 @@ def test_it_trains() -> None:
     grads = [p.grad for p in model.blocks[0].attn1.parameters()]
     assert all(g is not None and bool(g.any()) for g in grads)
     copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart", "sd3"])
+def test_models_of_images_are_refused(name: str) -> None:
+    model = CASES[name].build()
+    radial = vtr.RadialAttention()
+    for method in (radial, vtr.Rettention(mask=radial)):
+        with pytest.raises(vtr.UnsupportedMethodError, match="single images"):
+            vtr.apply(model, method)
+    known = {entry.name: entry for entry in vtr.supported(model)}
+    assert not known["radial"].supported and known["sliding-tile"].supported

@@ -251,7 +251,7 @@ def test_a_wrapped_model_can_be_pickled(pipe: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [vtr.RadialAttention(block=16), vtr.SlidingTile(block=16), vtr.RectifiedSparse(block=16),
+    [vtr.RandomSparse(block=16), vtr.SlidingTile(block=16), vtr.RectifiedSparse(block=16),
      vtr.OwnFrame(block=16), vtr.ToMeSD()],
     ids=lambda m: m.name,
 )  # fmt: skip

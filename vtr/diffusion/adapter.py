@@ -54,10 +54,11 @@ class DiffusionWrapping(Wrapping):
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
         self._forget()
+        looks = {"qkv", "frames"} if self.family.video else {"qkv"}
         info = ModelInfo(
             self.family.name,
             {"attention": len(layers), "block": self.block_of[-1] + 1},
-            {"attention": frozenset({"qkv"}), "block": frozenset({"hidden"})},
+            {"attention": frozenset(looks), "block": frozenset({"hidden"})},
             dim=self.heads * self.head_dim,
             heads=self.heads,
             extra={"head_dim": self.head_dim, "experts": len(self.members)},

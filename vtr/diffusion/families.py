@@ -43,6 +43,7 @@ class Family:
         scale: the scheduler's timesteps over those that its pipelines give the transformer.
         masked: the attention function gets a mask, of the padded text alone.
         loops: the processor calls attention once per sample (with its valid text only).
+        video: it makes videos: several frames are moments, not reference images.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Family:
     scale: float = 1.0
     masked: bool = False
     loops: bool = False
+    video: bool = False
 
 
 def blocks_of(family: Family, model: Any) -> list[nn.Module]:
@@ -158,23 +160,24 @@ _DUAL_SINGLE = ("transformer_blocks", "single_transformer_blocks")
 
 FAMILIES = (
     Family(
-        "Wan", ("WanTransformer3DModel",), ("blocks",), _latent, mlp="ffn", rope="rotary_emb"
+        "Wan", ("WanTransformer3DModel",), ("blocks",), _latent, mlp="ffn", rope="rotary_emb",
+        video=True,
     ),
     Family(
         "HunyuanVideo", ("HunyuanVideoTransformer3DModel",), _DUAL_SINGLE, _hunyuan_video,
-        attention=("attn",), rope="image_rotary_emb", joint=True, masked=True,
+        attention=("attn",), rope="image_rotary_emb", joint=True, masked=True, video=True,
     ),
     Family(
         "CogVideoX", ("CogVideoXTransformer3DModel",), _BLOCKS, _cogvideox, mlp="ff",
-        rope="image_rotary_emb", joint=True, text_first=True,
+        rope="image_rotary_emb", joint=True, text_first=True, video=True,
     ),
     Family(
         "Mochi", ("MochiTransformer3DModel",), _BLOCKS, _latent, mlp="ff", rope="image_rotary_emb",
-        joint=True, rising=True, loops=True,
+        joint=True, rising=True, loops=True, video=True,
     ),
     Family(
         "LTX-Video", ("LTXVideoTransformer3DModel",), _BLOCKS, _ltx, mlp="ff",
-        rope="image_rotary_emb",
+        rope="image_rotary_emb", video=True,
     ),
     Family(
         "Flux", ("FluxTransformer2DModel",), _DUAL_SINGLE, _flux, attention=("attn",),

@@ -4,6 +4,7 @@ distance between frames."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 class RadialAttention(Presets, StaticSparse):
     """A static mask, the same for every layer, head and prompt: :func:`vtr.kernels.masks.radial`.
 
+    It thins out frames that are far apart: one frame is dense. Models of images are refused.
+
     Attributes:
         decay: factor of the widths from a distance of two frames on.
         sink: every query sees the first frame (the authors' code: Wan yes, HunyuanVideo no, where
@@ -31,6 +34,7 @@ class RadialAttention(Presets, StaticSparse):
 
     name: ClassVar[str] = "radial"
     paper: ClassVar[str] = "Radial Attention, NeurIPS 2025, arXiv 2506.19852"
+    needs: ClassVar[Mapping[str, frozenset[str]]] = {"attention": frozenset({"qkv", "frames"})}
 
     PRESETS: ClassVar = {
         "wan2.1-14b": {"dense_layers": 1, "dense_steps": 0.24, "decay": 0.2, "rule": "released"},

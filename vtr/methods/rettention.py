@@ -19,6 +19,7 @@ from vtr.methods._static import Layout, StaticSparse, sparse
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
+    from vtr.signals import ModelInfo
 
 
 @register
@@ -114,6 +115,9 @@ class Rettention(Presets, StaticSparse):
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)} or None, got {self.precision!r}"
             )
+
+    def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
+        return self.needs if self.mask is None else self.mask.requirements(info)
 
     # ---- the mask ---------------------------------------------------------------------------
 
