@@ -100,7 +100,7 @@ class Wrapping:
                 if first is not entry:
                     raise ValueError(
                         f"{first.method.name} and {entry.method.name} both reduce at "
-                        f"{stage.site}[{stage.layer}]: give them different layers"
+                        f"{stage.site}[{stage.layer}]: give them different layers, or apply one of them"
                     )
 
     def patch(self, owner: Any, name: str, value: Any) -> None:

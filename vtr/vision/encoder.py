@@ -251,7 +251,7 @@ class EncoderSession:
             if probe is None or probe.qkv is None or probe.qkv[1].shape[2] != x.shape[1]:
                 raise RuntimeError(
                     f"{entry.method.name} looks at the attention of block {layer}, which another "
-                    "method has shortened before: give them different layers"
+                    "method has shortened before: give them different layers, or apply one of them"
                 )
             return probe.qkv
 

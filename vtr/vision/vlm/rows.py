@@ -112,7 +112,7 @@ def checked(call: Call, where: Seen | None) -> Seen:
     if where.layout is not call.layout:
         raise RuntimeError(
             f"a method looks at the attention of layer {where.layer}, which another method has "
-            "shortened before: give them different layers"
+            "shortened before: give them different layers, or apply one of them"
         )
     return where
 
