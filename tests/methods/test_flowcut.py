@@ -13,7 +13,9 @@ from torch import Tensor
 
 import vtr
 from tests.tiny import images, site, vit
-from vtr.methods.flowcut import flow_scores, relative_entropy
+from vtr.methods.flowcut import _mean_mask, flow_scores, relative_entropy
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -171,3 +173,35 @@ def test_layers_between_cuts_only_look() -> None:
 def test_language_is_a_flag() -> None:
     with pytest.raises(ValueError, match="language must be True or False"):
         vtr.FlowCut(language="no")  # type: ignore[arg-type]
+
+
+def test_the_mean_querys_mask_is_made_of_a_few_queries_at_a_time() -> None:
+    """Relative positions of many images would be a map of all pairs for each of them."""
+    torch.manual_seed(0)
+    batch, heads, n = 3, 2, 150
+    bias = torch.randn(1, heads, n, n).masked_fill(torch.rand(1, heads, n, n) < 0.3, -float("inf"))
+    bias[..., 7] = -float("inf")  # seen by none
+    valid = torch.ones(batch, n, dtype=torch.bool)
+    valid[1, 100:] = False
+    site = Site(
+        site="encoder",
+        layer=0,
+        info=ModelInfo("test", {"encoder": 1}, {}),
+        hidden=torch.zeros(batch, n, 4),
+        map=TokenMap.identity(batch, n),
+        memory={},
+        valid=valid,
+        mask=lambda: bias,
+    )
+    sizes, look = [], site.mask_rows
+
+    def spy(rows: Tensor) -> Tensor | None:
+        sizes.append(rows.shape[1])
+        return look(rows)
+
+    site.mask_rows = spy  # type: ignore[method-assign, assignment]
+    got = _mean_mask(site)
+    assert got is not None and max(sizes) <= 64 and sum(sizes) == n
+    seen = (bias > -float("inf")) & valid[:, None, :, None]
+    wanted = torch.where(seen, bias, 0.0).sum(2) / seen.sum(2)
+    torch.testing.assert_close(got[:, :, 0], wanted.nan_to_num(-float("inf")))

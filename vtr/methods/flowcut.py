@@ -206,19 +206,33 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
         else:
             weights = (alive / alive.sum(1, keepdim=True))[:, None, :, None]
             mean = (q[:, :, p:].float() * weights).sum(2, keepdim=True)
-        rows = site.mask_rows(site.index + p)
-        if rows is not None:
-            # The mean query's logits are the mean of the logits, over the queries that see the key.
-            seen = rows > -float("inf")
-            if site.valid is not None:
-                seen = seen & site.valid[:, None, :, None]
-            number = seen.sum(2, keepdim=True)
-            rows = rows.masked_fill(~seen, 0.0).sum(2, keepdim=True) / number.clamp(min=1)
-            rows = rows.masked_fill(number == 0, -float("inf"))
+        rows = _mean_mask(site)
         r = _share(site.attention_from(mean.to(q.dtype), rows)[:, :, 0, p:].mean(1), alive)
         relevance = r
     strength = site.values.float().mean(1).abs().sum(-1)
     return r, relevance * strength
+
+
+def _mean_mask(site: Site, chunk: int = 64) -> Tensor | None:
+    """What the layer adds to the mean query's logits, (B, H or 1, 1, prefix + N) float32: the mean of what it
+    adds to the visual queries that see the key, -inf where none does; None where nothing is added.
+
+    Made for ``chunk`` queries at a time, so that no map of all pairs is held.
+    """
+    total = number = None
+    for start in range(0, site.n, chunk):
+        rows = site.mask_rows(site.index[:, start : start + chunk] + site.prefix)
+        if rows is None:
+            return None
+        seen = rows > -float("inf")
+        if site.valid is not None:
+            seen = seen & site.valid[:, None, start : start + chunk, None]
+        part, times = rows.masked_fill(~seen, 0.0).sum(2, keepdim=True), seen.sum(2, keepdim=True)
+        total = part if total is None else total + part
+        number = times if number is None else number + times
+    if total is None or number is None:
+        return None
+    return (total / number.clamp(min=1)).masked_fill(number == 0, -float("inf"))
 
 
 def relative_entropy(r: Tensor, n: Tensor) -> Tensor:
