@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 import vtr
 from tests.diffusion import pipes
 from tests.diffusion.models import CASES, Fixed
-from vtr.diffusion.session import Session
+from vtr.diffusion.session import PipelineRef, Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +188,18 @@ def test_the_steps_of_a_pipeline_that_is_not_known_are_not_guessed() -> None:
         pytest.raises(RuntimeError, match="their number is not known"),
     ):
         run(8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_run_may_begin_at_any_timestep_in_low_precision(scale: float, dtype: torch.dtype) -> None:
+    """Flux and Qwen-Image round it twice: they divide by 1000 in the dtype of the latents."""
+    times = torch.linspace(1000, 20, 50) - 0.4
+    scheduler = Mock(timesteps=times, num_inference_steps=50)
+    pipe = Mock(scheduler=scheduler)
+    given = times.to(dtype) / scale
+    found = [PipelineRef(pipe).steps(float(t), scale, True) for t in given]
+    assert found == list(range(50, 0, -1))
 
 
 def test_the_schedule_says_which_way_its_timesteps_go() -> None:

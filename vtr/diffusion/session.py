@@ -58,7 +58,8 @@ class PipelineRef:
             return None
         entries = times.flatten().tolist()
         apart = [abs(entry - time * scale) for entry in entries]
-        if not apart or min(apart) > _ROUNDING * max(1.0, abs(time * scale)):
+        rounded = _ROUNDING if scale == 1 else 2 * _ROUNDING  # before the division and after it
+        if not apart or min(apart) > rounded * max(1.0, abs(time * scale)):
             return None
         rest = entries[apart.index(min(apart)) :]
         return len(rest) if named else len(set(rest))
