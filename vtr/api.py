@@ -35,7 +35,10 @@ MethodLike = Method | str | dict[str, Any]
 
 
 class Handle:
-    """What :func:`apply` returns. Use it as a context manager, or call :meth:`remove`."""
+    """What :func:`apply` returns. Use it as a context manager, or call :meth:`remove`.
+
+    Pause, resume and remove while no thread is inside the model: its patches come and go with them.
+    """
 
     def __init__(self, target: Any, wrapping: Wrapping, entries: Sequence[Entry]) -> None:
         self.target = target
@@ -102,7 +105,7 @@ class Handle:
 
     @property
     def trace(self) -> Trace:
-        """What the last call did."""
+        """What the last call did; of several threads, that of the one that began last."""
         return self._wrapping.trace
 
     def report(self) -> Report:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 ROOT, INNER, LANGUAGE, FEATURES = range(4)  # levels of a call, from the outside in
@@ -17,8 +18,9 @@ class Gate:
 
     What methods see of a call lives on the wrapping while the call runs. A thread holds the gate from
     its outermost level (the model, the inner model, the language model, whatever is called) to that
-    level's end. A call that was interrupted (``KeyboardInterrupt`` runs no hooks) does not hold it: what
-    counts is whether the thread's stack has one of the modules on it.
+    level's end; it may not call a level again inside. A call that was interrupted (``KeyboardInterrupt``
+    runs no hooks) does not hold it: what counts is whether the thread's stack has one of the modules on
+    it.
 
     Args:
         inside: gives what stands as ``self`` on the stack of a thread that runs the model.
@@ -41,6 +43,7 @@ class Gate:
         self.__dict__.update(state)
         self._fresh()
 
+    @torch.compiler.disable
     def enter(self, level: int, module: nn.Module, *_: Any) -> None:
         """At the start of a level; a pre-hook of its module, before all others.
 
@@ -61,6 +64,7 @@ class Gate:
             "methods see of the outer call would be lost: call it afterwards"
         )
 
+    @torch.compiler.disable
     def leave(self, level: int, *_: Any) -> None:
         """At the end of a level, also after an exception; a hook of its module, after all others."""
         with self.changed:
@@ -74,6 +78,7 @@ class Gate:
                 self.thread = None
                 self.changed.notify()
 
+    @torch.compiler.disable
     def take(self, level: int) -> bool:
         """Wait for the other threads; whether this one is not inside this level yet."""
         me = threading.get_ident()
