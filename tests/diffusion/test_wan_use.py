@@ -77,6 +77,22 @@ def test_blocks_compiled_one_by_one_share_their_graph() -> None:
         assert torch.allclose(model(**case.call())[0], want, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mochi", "hunyuan-video"])
+def test_blocks_are_compiled_whole_before_and_after_apply(name: str) -> None:
+    case, found = CASES[name], []
+    for moment in ("never", "before", "after"):
+        model = case.build()
+        blocks = model.transformer_blocks
+        if moment == "before":
+            [block.compile(backend="eager", fullgraph=True) for block in blocks]
+        with torch.no_grad(), vtr.apply(model, Fixed()):
+            if moment == "after":
+                [block.compile(backend="eager", fullgraph=True) for block in blocks]
+            found.append(model(**case.call())[0])
+    assert torch.allclose(found[1], found[0], atol=1e-5)
+    assert torch.allclose(found[2], found[0], atol=1e-5)
+
+
 def test_gradients_of_a_compiled_transformer() -> None:
     case = CASES["wan"]
     grads = []

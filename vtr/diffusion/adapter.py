@@ -153,8 +153,8 @@ class DiffusionWrapping(Wrapping):
 
     def _install_blocks(self, index: int, member: Any) -> None:
         if self.family.loops:
-            first = blocks_of(self.family, member)[0]
-            self.hook(first.register_forward_pre_hook(Bound(self, "count_rows"), with_kwargs=True))
+            part = getattr(member, self.family.loops)
+            self.hook(part.register_forward_pre_hook(Bound(self, "count_rows")))
         for number, block in enumerate(blocks_of(self.family, member)):
             entry = self.by_block.get(number)
             if entry is None:
@@ -299,10 +299,9 @@ class DiffusionWrapping(Wrapping):
         return compute(self, index, layer, function, args, kwargs)
 
     @torch.compiler.disable
-    def count_rows(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """At the first block: a cache may have left out the first half of the batch (FasterCache)."""
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.rows = hidden.shape[0]
+    def count_rows(self, module: nn.Module, args: Any) -> None:
+        """Before the blocks, which may be compiled whole: FasterCache leaves out half of some batches."""
+        self.rows = args[0].shape[0]
 
     @torch.compiler.disable
     def block(

@@ -42,7 +42,8 @@ class Family:
         rising: timesteps rise during a run.
         scale: the scheduler's timesteps over those that its pipelines give the transformer.
         masked: the attention function gets a mask, of the padded text alone.
-        loops: the processor calls attention once per sample (with its valid text only).
+        loops: where the processor calls attention once per sample (with its valid text only), the part
+            before the blocks whose first argument has a row for each sample, else "".
         video: it makes videos: several frames are moments, not reference images.
     """
 
@@ -59,7 +60,7 @@ class Family:
     rising: bool = False
     scale: float = 1.0
     masked: bool = False
-    loops: bool = False
+    loops: str = ""
     video: bool = False
 
 
@@ -173,7 +174,7 @@ FAMILIES = (
     ),
     Family(
         "Mochi", ("MochiTransformer3DModel",), _BLOCKS, _latent, mlp="ff", rope="image_rotary_emb",
-        joint=True, rising=True, loops=True, video=True,
+        joint=True, rising=True, loops="time_embed", video=True,
     ),
     Family(
         "LTX-Video", ("LTXVideoTransformer3DModel",), _BLOCKS, _ltx, mlp="ff",
