@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,3 +101,20 @@ def test_a_pool_that_cannot_weigh_says_so() -> None:
         assert model(x).isfinite().all()
     with vtr.apply(model, vtr.Random(keep=8)):
         assert model(x).isfinite().all()
+
+
+def test_a_head_in_another_thread_than_the_blocks() -> None:
+    """There it is not known by what merged tokens are weighed; a mean over others needs no weights."""
+    model, x = vit(class_token=False, global_pool="avg"), images()
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        for method in (vtr.ToMe(r=3), vtr.Random(keep=0.5, seed=0)):
+            with vtr.apply(model, method):
+                features = model.forward_features(x)
+                wanted = model.forward_head(features)
+                if method.name == "tome":
+                    with pytest.raises(RuntimeError, match="made in another thread"):
+                        other.submit(model.forward_head, features).result()
+                else:
+                    got = other.submit(model.forward_head, features).result()
+                    torch.testing.assert_close(got, wanted)
+                assert torch.equal(other.submit(model, x).result(), wanted)

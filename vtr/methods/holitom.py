@@ -208,9 +208,8 @@ def windows(steady: Tensor) -> list[tuple[int, int]]:
     """
     steady = steady.cpu()
     t, p = steady.shape[0] + 1, steady.shape[1]
-    run = torch.zeros(
-        p, dtype=torch.long, device="cpu"
-    )  # transitions up to here through which a place is static
+    # transitions up to here through which a place is static
+    run = torch.zeros(p, dtype=torch.long, device="cpu")
     value, begin = torch.zeros(t + 1, dtype=torch.long, device="cpu"), [0] * (t + 1)
     for j in range(t):
         if j:

@@ -42,6 +42,7 @@ class EncoderSession:
         whole: the same for the running call of this thread.
         shape: the grid of the running call of this thread, where its adapter has noted it.
         mean: what an adapter hands from one hook of the running call to the next.
+        latest: the call that began last, in any thread.
     """
 
     run: Run | None = PerThread()  # type: ignore[assignment]
@@ -69,6 +70,7 @@ class EncoderSession:
         self.grid = grid
         self.tower = tower
         self.own = threading.local()
+        self.latest: Run | None = None
         self.restoring = False
         self.visits: dict[tuple[int, str], list[Entry]] = {}
         self.probed: frozenset[int] = frozenset()
@@ -76,7 +78,7 @@ class EncoderSession:
 
     def __getstate__(self) -> dict[str, Any]:
         # The running call belongs to this model; its tensors may be part of an autograd graph.
-        return {k: v for k, v in self.__dict__.items() if k != "own"}
+        return {**{k: v for k, v in self.__dict__.items() if k != "own"}, "latest": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -85,7 +87,7 @@ class EncoderSession:
     def install(self) -> None:
         """Plan the visits and put the runners in place."""
         owner = self.owner
-        self.visits, self.own = {}, threading.local()
+        self.visits, self.own, self.latest = {}, threading.local(), None
         probed: set[int] = set()
         biased: set[int] = set()
         looks = False
@@ -174,7 +176,7 @@ class EncoderSession:
         run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix, whole)
         if run.tokens < 1:
             raise ValueError(f"the sequence has {x.shape[1]} tokens, {self.prefix} of them prefix")
-        self.run = run
+        self.run = self.latest = run
         self.owner.trace = run.trace
         return run
 
@@ -183,9 +185,9 @@ class EncoderSession:
         if x.shape[1] != now + self.prefix or x.shape[0] != run.batch:
             raise RuntimeError(
                 f"block {layer} got a sequence of shape {tuple(x.shape)}, expected "
-                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks, called inside "
-                "its own call, or is the block run again in the backward pass (activation checkpointing, "
-                "which a wrapped encoder cannot have)?"
+                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks, "
+                "called inside its own call, or is the block run again in the backward pass (activation "
+                "checkpointing, which a wrapped encoder cannot have)?"
             )
         if run.map is not None and run.map.kept.device != x.device:
             raise RuntimeError(
@@ -324,12 +326,26 @@ class EncoderSession:
     # ---- after the blocks -------------------------------------------------------------------
 
     def pool_sizes(self, x: Tensor) -> Tensor | None:
-        """(B, N) sizes by which the pooling must weigh the visual tokens of x, or None."""
+        """(B, N) sizes by which the pooling must weigh the visual tokens of x, or None.
+
+        Raises:
+            RuntimeError: x is of a call in another thread, whose sizes are not known here.
+        """
         run = self.run
-        if run is not None and run.policy is not None:  # training: as if they were gone
+        if run is not None:
+            return self._sizes(run, x)
+        if self.latest is not None and self._sizes(self.latest, x) is not None:
+            raise RuntimeError(
+                "the pooling must weigh tokens by what this model's call has merged, but the call was made in "
+                "another thread: pool in the thread that runs the blocks, or use output='restored'"
+            )
+        return None
+
+    def _sizes(self, run: Run, x: Tensor) -> Tensor | None:
+        if run.policy is not None:  # training: as if they were gone
             none = run.policy.sum(1, keepdim=True) == 0
             return run.policy + none if x.shape[1] == run.tokens + self.prefix else None
-        if run is None or run.map is None or x.shape[1] != run.map.n_out + self.prefix:
+        if run.map is None or x.shape[1] != run.map.n_out + self.prefix:
             return None  # nothing happened, or a restored sequence, which is pooled as it is
         if run.merged:
             return run.map.size

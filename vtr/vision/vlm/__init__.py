@@ -71,7 +71,8 @@ What is where
 compiled code), ``families`` (what differs between models), ``tower`` and ``packed``
 (methods inside vision towers), ``features`` and ``spreads`` (from patches to visual tokens),
 ``frames`` (which frame and place each has), ``language`` (hooks on the language model), ``call`` (one
-call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
+call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequence`` (padded
+batches), ``attention`` (q, k, v of a few tokens),
 ``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``.
 
 Logits, hidden states and attentions of a prefill have the length of what is left (``labels=`` follow, and
