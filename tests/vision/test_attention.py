@@ -235,8 +235,9 @@ def test_a_policy_keeps_the_models_dropout() -> None:
     assert not torch.allclose(got, torch.ones_like(got), atol=1e-2)
 
 
+@pytest.mark.parametrize("mode", ["plain", "autocast", "autocast behind norms"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_on_the_cpu_does_not_round_the_bias(dtype: torch.dtype) -> None:
+def test_half_precision_on_the_cpu_does_not_round_the_bias(dtype: torch.dtype, mode: str) -> None:
     q, k, v = (torch.randn(2, 3, 60, 16).to(dtype) for _ in range(3))
     bias = torch.randint(1, 90, (2, 60)).float().log()
     exact = ((q.double() @ k.double().transpose(-2, -1)) / 4 + bias[:, None, None]).softmax(-1)
@@ -244,6 +245,9 @@ def test_half_precision_on_the_cpu_does_not_round_the_bias(dtype: torch.dtype) -
     rounded = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=bias[:, None, None].to(dtype)
     )
-    got = biased_attention(q, k, v, bias)
+    if mode == "autocast behind norms":  # they make queries and keys float32
+        q, k = q.float(), k.float()
+    with torch.autocast("cpu", dtype, enabled=mode != "plain"):
+        got = biased_attention(q, k, v, bias)
     assert got.dtype == dtype
     assert (got - exact).abs().mean() < 0.6 * (rounded - exact).abs().mean()

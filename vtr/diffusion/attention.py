@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.diffusion.compiled import NAMES, lowered
+from vtr.diffusion.compiled import NAMES
 from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.site import Call
+from vtr.kernels.precision import lowered
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.kernels.precision import lowers
+from vtr.kernels.precision import lowered
 
 if TYPE_CHECKING:
     from vtr.diffusion.processor import SiteProcessor
@@ -26,15 +26,6 @@ NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"
 
 _serial = itertools.count()
 _LIVE: weakref.WeakValueDictionary[int, SiteProcessor] = weakref.WeakValueDictionary()
-
-
-def lowered(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype in which torch's own attention computes under autocast: there norms make query and
-    key float32, while the value comes from a linear layer."""
-    if not lowers(query.device) or query.dtype == torch.float64:
-        return query, key, value
-    dtype = torch.get_autocast_dtype(query.device.type)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 class _Tracing:

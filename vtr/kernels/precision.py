@@ -6,6 +6,7 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 
 def lowers(device: torch.device) -> bool:
@@ -19,3 +20,12 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def lowered(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype in which torch's own attention computes under autocast: there norms make query and
+    key float32, while the value comes from a linear layer."""
+    if not lowers(query.device) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtr.kernels.precision import full_precision, lowered, lowers
+
 Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 
 
@@ -81,15 +83,19 @@ def biased_attention(
     key_bias / scale, split in two so that half precision keeps 16 bits of it. On the CPU the mask
     costs nothing, and stays in float32 beside half-precision queries.
     """
+    if fused and lowers(q.device):  # autocast would round the bias to its low precision
+        q, k, v = lowered(q, k, v)
+        with full_precision(q.device):
+            return biased_attention(q, k, v, key_bias, mask, dropout_p, scale)
     if q.is_cuda and mask is None and fused:
         return wide_attention(q, k, v, key_bias, dropout_p, scale)
     bias = key_bias[:, None, None, :]
-    if q.device.type != "cpu" or not fused or q.dtype == torch.float64:
-        bias = bias.to(q.dtype)
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -float("inf"))
         bias = bias + mask
+    if q.device.type != "cpu" or not fused or q.dtype == torch.float64:
+        bias = bias.to(q.dtype)
     if fused:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale
