@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -22,10 +22,36 @@ from vtr.signals import ModelInfo
 from vtr.trace import Trace
 
 ATTRIBUTE = "_vtr_wrapping"
+Value = TypeVar("Value")
 
 
 class _Absent:
     """Marks an attribute that was not there. A class, because copies of a class are the class itself."""
+
+
+class PerThread(Generic[Value]):
+    """An attribute with a value of its own in every thread, so that several threads may call one model
+    at a time, as they may without a method. Lives in the owner's ``own``, a ``threading.local``.
+
+    Args:
+        default: the value where none was set.
+        make: makes that value instead, once in every thread.
+    """
+
+    def __init__(self, default: Any = None, make: Callable[[], Value] | None = None) -> None:
+        self.default = default
+        self.make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Value:
+        if self.make is not None and not hasattr(owner.own, self.name):
+            setattr(owner.own, self.name, self.make())
+        return getattr(owner.own, self.name, self.default)  # type: ignore[no-any-return]
+
+    def __set__(self, owner: Any, value: Value) -> None:
+        setattr(owner.own, self.name, value)
 
 
 class Entry:

@@ -4,6 +4,7 @@ caches, fused projections, attention backends, saving."""
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -254,11 +255,11 @@ def test_saving_and_loading(pipe: Any, tmp_path: Path) -> None:
         assert torch.equal(pipes.call(pipe, "wan", 2), sparse)
 
 
-def test_a_wrapped_model_can_be_pickled(pipe: Any, tmp_path: Path) -> None:
+def test_a_wrapped_model_can_be_pickled(pipe: Any) -> None:
     with vtr.apply(pipe, Fixed()):
         sparse = pipes.call(pipe, "wan", 2)
-        torch.save(pipe.transformer, tmp_path / "wrapped.pt")
-    pipe.transformer = torch.load(tmp_path / "wrapped.pt", weights_only=False)
+        sent = pickle.dumps(pipe.transformer)  # as to a worker process
+    pipe.transformer = pickle.loads(sent)
     assert torch.equal(pipes.call(pipe, "wan", 2), sparse)
     (handle,) = vtr.handles(pipe)
     handle.remove()

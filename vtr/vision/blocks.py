@@ -86,32 +86,6 @@ class WholeBlock(BlockRunner):
         return before * linear_flops(self.block)
 
 
-class PerThread:
-    """An attribute of a session with a value of its own in every thread, so that several threads may
-    call one model at a time, as they may without a method. Lives in the owner's ``own``, a
-    ``threading.local``.
-
-    Args:
-        default: the value where none was set.
-        make: makes that value instead, once in every thread.
-    """
-
-    def __init__(self, default: Any = None, make: Callable[[], Any] | None = None) -> None:
-        self.default = default
-        self.make = make
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, owner: Any, kind: type | None = None) -> Any:
-        if self.make is not None and not hasattr(owner.own, self.name):
-            setattr(owner.own, self.name, self.make())
-        return getattr(owner.own, self.name, self.default)
-
-    def __set__(self, owner: Any, value: Any) -> None:
-        setattr(owner.own, self.name, value)
-
-
 class Run:
     """The state of one forward pass."""
 

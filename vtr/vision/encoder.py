@@ -20,9 +20,9 @@ from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap
 from vtr.trace import StageRecord
 from vtr.vision.attention import Probe
-from vtr.vision.blocks import BlockRunner, PerThread, Run, place_forward
+from vtr.vision.blocks import BlockRunner, Run, place_forward
 from vtr.vision.pooling import Pooling, has_pooling
-from vtr.wrapping import Bound, Entry, Wrapping
+from vtr.wrapping import Bound, Entry, PerThread, Wrapping
 
 ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
 
@@ -45,11 +45,11 @@ class EncoderSession:
         latest: the call that began last, in any thread.
     """
 
-    run: Run | None = PerThread()  # type: ignore[assignment]
-    pixels: Tensor | None = PerThread()  # type: ignore[assignment]
-    whole: bool = PerThread(False)  # type: ignore[assignment]
-    shape: tuple[int, ...] | None = PerThread()  # type: ignore[assignment]
-    mean: Tensor | None = PerThread()  # type: ignore[assignment]
+    run = PerThread[Run | None]()
+    pixels = PerThread[Tensor | None]()
+    whole = PerThread[bool](False)
+    shape = PerThread[tuple[int, ...] | None]()
+    mean = PerThread[Tensor | None]()
 
     def __init__(
         self,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vtr.vision.blocks import PerThread
 from vtr.vision.vlm.arguments import has_features, named
 from vtr.vision.vlm.sequence import follow
-from vtr.wrapping import Bound
+from vtr.wrapping import Bound, PerThread
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
@@ -27,7 +26,7 @@ class Loss:
             for some logits only.
     """
 
-    generating: bool = PerThread(False)  # type: ignore[assignment]
+    generating = PerThread[bool](False)
 
     def __init__(self, owner: VLMWrapping) -> None:
         self.owner = owner

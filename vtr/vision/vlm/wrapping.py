@@ -12,7 +12,6 @@ from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
-from vtr.vision.blocks import PerThread
 from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.pooling import has_pooling
 from vtr.vision.vlm.arguments import ENCODED, PIXELS, has_any, has_features, named
@@ -34,7 +33,7 @@ from vtr.vision.vlm.language import LanguageSession
 from vtr.vision.vlm.loss import Loss
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.tower import TowerSession
-from vtr.wrapping import Bound, Entry, Wrapping
+from vtr.wrapping import Bound, Entry, PerThread, Wrapping
 
 TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
 MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
@@ -54,7 +53,7 @@ class VLMWrapping(Wrapping):
 
     # What the towers did for the coming call of the language model: generate lets a thread's towers run
     # before the model, and other threads may come in between.
-    captures: Captures = PerThread(make=Captures)  # type: ignore[assignment]
+    captures = PerThread(make=Captures)
 
     def __init__(self, root: Any, inner: Any, family: Family) -> None:
         self.inner = inner
