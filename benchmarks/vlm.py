@@ -46,6 +46,7 @@ from transformers import (
 )
 
 import vtr
+from vtr.compat.transformers import cache_of, with_cache
 
 TEXT = 40
 CLIP = CLIPVisionConfig(
@@ -199,7 +200,7 @@ class Bench:
             "prefill": end - self.clock.seen,
             "scoring": self.clock.inside,
             "peak": torch.cuda.max_memory_allocated() if self.device == "cuda" else 0,
-            "cache": out.past_key_values,
+            "cache": cache_of(out),
         }
 
     def decode(self, cache: Any, steps: int) -> float:
@@ -214,7 +215,7 @@ class Bench:
                 input_ids=token,
                 attention_mask=mask[:, :length],
                 position_ids=mask[:, :1] * (length - 1),
-                past_key_values=cache,
+                **with_cache(type(self.model).forward, cache),
                 use_cache=True,
             )
         return self.batch * steps / (self.clock.now() - start)

@@ -20,6 +20,7 @@ from tests.simulated import Machine, OnDevice, gpu, moved
 from tests.vision import towers
 from tests.vision.vlm import models, videos
 from tests.vision.vlm.picks import generate
+from vtr.compat.transformers import cache_of
 from vtr.flops import count_flops
 from vtr.kernels import bipartite_match
 from vtr.video import TokenMemory, encode_frames, question
@@ -205,7 +206,7 @@ def test_matching_counts_as_much_on_a_gpu() -> None:
 
 def answers(model: Any, inputs: Any) -> list[Tensor]:
     out = generate(model, inputs, max_new_tokens=3)
-    keys = [layer.keys for layer in out.past_key_values.layers]
+    keys = [layer.keys for layer in cache_of(out).layers]
     return [torch.stack(out.logits), out.sequences, *keys]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import vtr
 from tests.tiny import images, vit
+from vtr.compat.transformers import cache_of
 from vtr.flops import cache_bytes, count_flops, kv_bytes, llm_flops, vit_macs
 from vtr.vision.blocks import linear_flops
 
@@ -127,7 +128,7 @@ def test_llm_formula_and_cache_against_a_real_decoder():
     rotary = 2 * 4 * 20  # the outer product of positions and 4 frequencies
     assert counted - formula in (0, rotary)
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
     assert cache_bytes(cache) == kv_bytes([20] * 3, 16, 4)
 
 

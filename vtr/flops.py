@@ -141,7 +141,7 @@ def kv_bytes(tokens: Sequence[int], kv_dim: int, itemsize: int) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values in a transformers cache (``past_key_values`` of an output).
+    """Bytes of the keys and values in a transformers cache (the ``cache`` of an output).
 
     Raises:
         TypeError: the object holds no layers of keys and values.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from vtr.api import Handle, MethodLike, apply, handles
+from vtr.compat.transformers import cache_of
 from vtr.flops import cache_bytes, count_flops
 from vtr.memory import PeakMemory
 from vtr.profile_rows import Profile, Row, verdict
@@ -180,7 +181,7 @@ def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, in
     flops = count_flops(call)
     with PeakMemory() as memory:
         out = call()
-    cache = getattr(out, "past_key_values", None)
+    cache = cache_of(out)
     stages = handle.trace.stages if handle is not None else []
     return (
         flops,

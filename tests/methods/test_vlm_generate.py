@@ -11,6 +11,7 @@ from torch import Tensor
 
 import vtr
 from tests.vision.vlm.models import IMAGE, Inputs, llava, prompts
+from vtr.compat.transformers import cache_of
 from vtr.method import registry
 
 MODEL, _ = llava(1)
@@ -58,7 +59,7 @@ def generate(
         else:
             with vtr.apply(MODEL, method) as handle:
                 out, trace = MODEL.generate(**inputs, **settings), handle.trace
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in cache_of(out).layers]
     return torch.stack(out.logits), out.sequences, lengths, trace
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import vtr
+from vtr.compat.transformers import cache_of
 from vtr.errors import UnsupportedModelError
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.prompts import Prompt, cut
@@ -244,7 +245,7 @@ class Answerer:
                 caches.append(self.model(**inputs, logits_to_keep=1, use_cache=True))
 
             flops = count_flops(call)
-            return Cost(float(flops), float(cache_bytes(caches[0].past_key_values)))
+            return Cost(float(flops), float(cache_bytes(cache_of(caches[0]))))
         except TypeError:  # a model without logits_to_keep, or with another kind of cache
             return None
         finally:

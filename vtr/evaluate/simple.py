@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vtr.compat.transformers import cache_of, with_cache
 from vtr.evaluate.model import VTRChat
 from vtr.evaluate.prompts import _flat, _part, make_prompt
 
@@ -56,7 +57,7 @@ class VTRSimple(VTRChat):
                     self.model(
                         input_ids=tokens[:, :-1],
                         attention_mask=mask,
-                        past_key_values=first.past_key_values,
+                        **with_cache(type(self.model).forward, cache_of(first)),
                         use_cache=True,
                     ).logits
                 )

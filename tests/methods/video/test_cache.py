@@ -14,6 +14,7 @@ from torch import Tensor
 import vtr
 from tests.vision.vlm.models import START, Inputs
 from tests.vision.vlm.videos import VIDEOS
+from vtr.compat.transformers import cache_of, given_cache, with_cache
 from vtr.vision.vlm.cache_site import ATTRIBUTE
 
 STEPS = 6
@@ -32,12 +33,12 @@ def reduced(model: Any, inputs: Inputs, method: vtr.Method, **more: Any) -> tupl
 
 
 def lengths(out: Any) -> list[int]:
-    return [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    return [layer.keys.shape[2] for layer in cache_of(out).layers]
 
 
 def size(out: Any) -> int:
     """Bytes of the cache's own storage."""
-    tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    tensors = [t for layer in cache_of(out).layers for t in (layer.keys, layer.values)]
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
@@ -101,7 +102,7 @@ class Masked:
         if self.prompt:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        past = kwargs["past_key_values"].get_seq_length(0)
+        past = given_cache(kwargs).get_seq_length(0)
         mask = torch.zeros(1, 1, hidden.shape[1], past)
         gone = [c for c in self.columns if c not in self.chosen]
         mask[..., gone] = torch.finfo(mask.dtype).min
@@ -143,13 +144,13 @@ def test_answers_are_those_of_a_masked_full_cache(
 def test_the_offloaded_copy_holds_all_and_the_cache_none_of_it() -> None:
     model, inputs = VIDEOS["llava_next_video"](1)
     out, trace = reduced(model, inputs, vtr.DyCoke(kv=2, layer=LAYER))
-    follow = out.past_key_values.__dict__[ATTRIBUTE]
+    follow = cache_of(out).__dict__[ATTRIBUTE]
     n = trace.stages[0].tokens_out
-    heads, dim = out.past_key_values.layers[0].keys.shape[1::2]
+    heads, dim = cache_of(out).layers[0].keys.shape[1::2]
     assert follow.bytes == 2 * 2 * heads * n * dim * 4  # keys and values of two layers
     assert follow.step == STEPS - 1
     dropped, _ = reduced(model, inputs, vtr.DyCoke(kv=2, layer=LAYER, evicted="drop"))
-    assert ATTRIBUTE not in dropped.past_key_values.__dict__ and size(dropped) == size(out)
+    assert ATTRIBUTE not in cache_of(dropped).__dict__ and size(dropped) == size(out)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision_mixed", "qwen2_5_vl_video", "llava_next_video"])
@@ -196,7 +197,7 @@ def test_trimmed_layers_answer_like_masked_ones() -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.shape[1] > 1:
             return None
-        past = kwargs["past_key_values"].layers[module.self_attn.layer_idx].keys.shape[2]
+        past = given_cache(kwargs).layers[module.self_attn.layer_idx].keys.shape[2]
         mask = torch.zeros(1, 1, 1, past + 1)
         mask[..., [start + j for j in gone]] = torch.finfo(mask.dtype).min
         return args, {**kwargs, "attention_mask": mask}
@@ -241,7 +242,7 @@ class MaskedRows:
     def hide(self, module: Any, args: Any, kwargs: Any) -> Any:
         if self.prompt:
             return None
-        past = kwargs["past_key_values"].get_seq_length(0)
+        past = given_cache(kwargs).get_seq_length(0)
         mask = torch.zeros(len(self.gone), 1, 1, past)
         mask[:, 0, 0, self.columns] = self.gone * torch.finfo(mask.dtype).min
         return args, {**kwargs, "attention_mask": mask}
@@ -276,14 +277,18 @@ def test_rows_of_a_cut_cache_are_repeated_and_chosen(method: vtr.Method) -> None
 
     def step(cache: Any, ids: list[list[int]], number: int) -> Tensor:
         mask = torch.ones(len(ids), n + number, dtype=torch.long)
-        return model(input_ids=torch.tensor(ids), attention_mask=mask, past_key_values=cache).logits
+        return model(
+            input_ids=torch.tensor(ids),
+            attention_mask=mask,
+            **with_cache(type(model).forward, cache),
+        ).logits
 
     with torch.no_grad(), vtr.apply(model, method):
         alone = []
         for first, second in ((7, 11), (8, 12), (9, 10)):
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = cache_of(model(**inputs, use_cache=True))
             alone.append([step(cache, [[first]], 1), step(cache, [[second]], 2)])
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         cache.batch_repeat_interleave(3)
         both = step(cache, [[7], [8], [9]], 1)
         torch.testing.assert_close(both, torch.cat([a[0] for a in alone]), atol=1e-5, rtol=0)
@@ -298,11 +303,15 @@ def test_a_cache_made_in_inference_mode_is_followed_outside_it() -> None:
     ids, mask = torch.tensor([[7]]), torch.ones(1, inputs["input_ids"].shape[1] + 1).long()
     with vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER, similarity=1.0)):
         with torch.inference_mode():
-            first = model(**inputs, use_cache=True).past_key_values
-            want = model(input_ids=ids, attention_mask=mask, past_key_values=first).logits
-            cache = model(**inputs, use_cache=True).past_key_values
+            first = cache_of(model(**inputs, use_cache=True))
+            want = model(
+                input_ids=ids, attention_mask=mask, **with_cache(type(model).forward, first)
+            ).logits
+            cache = cache_of(model(**inputs, use_cache=True))
         with torch.no_grad():
-            got = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+            got = model(
+                input_ids=ids, attention_mask=mask, **with_cache(type(model).forward, cache)
+            ).logits
     assert torch.equal(got, want)
 
 
@@ -310,13 +319,17 @@ def test_a_copy_of_the_cache_goes_on_by_itself() -> None:
     model, inputs = VIDEOS["llava_next_video"](1)
     with torch.no_grad(), vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER, similarity=1.0)):
         first = model(**inputs, use_cache=True)
-        cache, twin = first.past_key_values, copy.deepcopy(first.past_key_values)
+        cache, twin = cache_of(first), copy.deepcopy(cache_of(first))
         n = inputs["input_ids"].shape[1]
         for step in range(3):
             ids = torch.tensor([[7 + step]])
             mask = torch.ones(1, n + step + 1, dtype=torch.long)
-            a = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
-            b = model(input_ids=ids, attention_mask=mask, past_key_values=twin).logits
+            a = model(
+                input_ids=ids, attention_mask=mask, **with_cache(type(model).forward, cache)
+            ).logits
+            b = model(
+                input_ids=ids, attention_mask=mask, **with_cache(type(model).forward, twin)
+            ).logits
             assert torch.equal(a, b)
         follow = cache.__dict__[ATTRIBUTE]
         assert follow is not twin.__dict__[ATTRIBUTE] and follow.step == 3
@@ -326,14 +339,14 @@ def test_a_new_prompt_forgets_the_old_one() -> None:
     model, inputs = VIDEOS["llava_next_video"](1)
     with vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER)), torch.no_grad():
         out = model(**inputs, use_cache=True)
-        cache = out.past_key_values
+        cache = cache_of(out)
         assert ATTRIBUTE in cache.__dict__
         cache.reset()
         for layer in cache.layers:  # older versions of transformers leave zeros there
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         text = {k: v[:, :3] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-        model(**text, past_key_values=cache)
+        model(**text, **with_cache(type(model).forward, cache))
         assert ATTRIBUTE not in cache.__dict__
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.vision.vlm.models import visual
+from vtr.compat.transformers import cache_of, given_cache
 from vtr.method import Method, Reduction, Stage
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
@@ -74,7 +75,7 @@ def same(a: Any, b: Any, tolerance: float = 0.0) -> None:
 
 
 def lengths(output: Any) -> list[int]:
-    return [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    return [layer.keys.shape[2] for layer in cache_of(output).layers]
 
 
 class Masked:
@@ -103,7 +104,7 @@ class Masked:
         gone = torch.stack([g for k, g in self.gone.items() if k <= i]).any(0)
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            cache, hidden = kwargs.get("past_key_values"), args[0]
+            cache, hidden = given_cache(kwargs), args[0]
             batch, queries = hidden.shape[:2]
             past = 0 if cache is None else cache.layers[0].get_seq_length() - (queries if i else 0)
             keys = past + queries

@@ -29,6 +29,7 @@ from tests.vision.vlm.picks import (
     lengths,
     same,
 )
+from vtr.compat.transformers import cache_of, with_cache
 
 turns = pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl"])
 
@@ -62,12 +63,12 @@ def test_a_second_turn_reuses_the_cache(name: str, method: Pick, whole: bool, ba
         turn = grown(inputs, first.sequences, question(batch))
         if not whole:
             turn["input_ids"] = turn["input_ids"][:, inputs["input_ids"].shape[1] + STEPS - 1 :]
-        second = generate(model, turn, past_key_values=first.past_key_values)
+        second = generate(model, turn, **with_cache(type(model).forward, cache_of(first)))
         assert lengths(second) == [n + 6 + STEPS - 1 for n in held]
     with Masked(model, gone):
         first = generate(model, inputs)
         turn = grown(inputs, first.sequences, question(batch))
-        masked = generate(model, turn, past_key_values=first.past_key_values)
+        masked = generate(model, turn, **with_cache(type(model).forward, cache_of(first)))
     for a, b in zip(second.logits, masked.logits, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=CLOSE)
 
@@ -87,19 +88,19 @@ def test_a_second_turn_with_an_image_of_its_own(method: Pick, positions: str) ->
         out = model(**first, pixel_values=images[:1])
         gone = gone_of(handle, first["input_ids"])
         mask = torch.ones(1, whole.shape[1], dtype=torch.long)
-        cache = out.past_key_values
+        cache = cache_of(out)
         assert cache.get_seq_length() == n
         out = model(
             input_ids=second["input_ids"],
             attention_mask=mask,
             pixel_values=images[1:],
-            past_key_values=cache,
+            **with_cache(type(model).forward, cache),
         )
         later = gone_of(handle, second["input_ids"])
         step = model(
             input_ids=torch.tensor([[7]]),
             attention_mask=torch.ones(1, whole.shape[1] + 1, dtype=torch.long),
-            past_key_values=cache,
+            **with_cache(type(model).forward, cache),
         )
     assert cache.get_seq_length() == whole.shape[1] + 1
     both = {k: torch.cat([gone[k], later[k]], 1) for k in gone}
@@ -233,9 +234,11 @@ def test_a_copied_cache_goes_on_from_the_same_cut() -> None:
         mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
         answers = []
         for token in (30, 31, 30):
-            cache = copy.deepcopy(first.past_key_values)
+            cache = copy.deepcopy(cache_of(first))
             out = model(
-                input_ids=torch.tensor([[token]]), attention_mask=mask, past_key_values=cache
+                input_ids=torch.tensor([[token]]),
+                attention_mask=mask,
+                **with_cache(type(model).forward, cache),
             )
             answers.append(out.logits)
     assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
@@ -248,9 +251,9 @@ def test_a_cut_cache_is_not_continued_without_a_method(method: Pick) -> None:
         first = generate(model, inputs)
     turn = grown(inputs, first.sequences, question(1))
     with pytest.raises(RuntimeError, match="only be continued while a method is applied"):
-        generate(model, turn, past_key_values=first.past_key_values)
+        generate(model, turn, **with_cache(type(model).forward, cache_of(first)))
     with vtr.apply(model, KEEP_ALL):  # any method will do
-        generate(model, turn, past_key_values=first.past_key_values)
+        generate(model, turn, **with_cache(type(model).forward, cache_of(first)))
 
 
 def test_prompt_lookup_decoding_gives_the_same_tokens() -> None:

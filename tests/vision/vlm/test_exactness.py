@@ -26,6 +26,7 @@ from tests.vision.vlm.picks import (
     same,
 )
 from tests.vision.vlm.videos import VIDEOS
+from vtr.compat.transformers import cache_of
 
 ALL = FAMILIES | VIDEOS
 family = pytest.mark.parametrize("name", ALL)
@@ -157,7 +158,7 @@ def test_static_caches_inside_the_language_model(name: str, method: Pick, batch:
     with vtr.apply(model, method):
         static = generate(model, inputs, cache_implementation="static")
         same(generate(model, inputs), static, CLOSE)
-        held = [int(layer.cumulative_length) for layer in static.past_key_values.layers]
+        held = [int(layer.cumulative_length) for layer in cache_of(static).layers]
         assert held == lengths(generate(model, inputs))
 
 

@@ -13,6 +13,7 @@ from tests.vision.vlm.looks import Look, look
 from tests.vision.vlm.models import FAMILIES, IMAGE, visual
 from tests.vision.vlm.picks import PROMPT, STEPS, Pick, generate, same
 from tests.vision.vlm.videos import VIDEOS
+from vtr.compat.transformers import cache_of, with_cache
 from vtr.method import Reduction
 from vtr.tokens import TokenMap, take
 
@@ -90,13 +91,13 @@ def test_the_texts_attention_over_an_earlier_turn() -> None:
     seen = []
     at = (("decoder", 1, "start"), ("decoder", 1, "end"))
     with vtr.apply(model, Look(at, see=lambda site: seen.append(site.attention_rows_from_text()))):
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         seen.clear()
         model(
             input_ids=ids,
             attention_mask=torch.ones_like(whole),
             pixel_values=inputs["pixel_values"],
-            past_key_values=cache,
+            **with_cache(type(model).forward, cache),
         )
     columns = (whole[0] == IMAGE).nonzero().flatten()[16:]
     for rows in seen:
@@ -115,7 +116,7 @@ def test_keys_and_values_are_those_of_the_cache(name: str) -> None:
         seen.append((site.keys, site.values, k, v, site.valid))
 
     look(model, at, see, inputs)
-    held = model(**inputs).past_key_values.layers[2]
+    held = cache_of(model(**inputs)).layers[2]
     keys, values, own, worth, _ = seen[0]
     heads = keys.shape[1] // held.keys.shape[1]
     for got, cache in ((keys, held.keys), (values, held.values)):
@@ -376,6 +377,6 @@ def test_reported_flops_are_those_that_are_counted(name: str) -> None:
     assert 0 <= reduced - report["flops"]["language"]["reduced"] <= rope
     held = sum(
         layer.keys[..., : layer.keys.shape[2] - STEPS + 1, :].nbytes * 2
-        for layer in out.past_key_values.layers
+        for layer in cache_of(out).layers
     )
     assert report["kv_bytes"]["reduced"] == held

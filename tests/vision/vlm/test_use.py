@@ -34,6 +34,7 @@ from tests.vision.vlm.picks import (
     lengths,
     same,
 )
+from vtr.compat.transformers import cache_of, with_cache
 
 # ---- losses --------------------------------------------------------------------------------------
 
@@ -193,19 +194,19 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert min(lengths(reduced)) < min(lengths(dense))
         for logits in reduced.logits:
             assert bool(torch.isfinite(logits).all())
-        for layer in reduced.past_key_values.layers:
+        for layer in cache_of(reduced).layers:
             assert layer.keys.dtype == dtype
 
 
 def test_a_mask_of_the_wrong_width_is_refused() -> None:
     model, inputs = made("llava", 1)
     with vtr.apply(model, PROMPT):
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         with pytest.raises(ValueError, match="one for every token so far"):
             model(
                 input_ids=torch.tensor([[7]]),
                 attention_mask=torch.ones(1, 6, dtype=torch.long),
-                past_key_values=cache,
+                **with_cache(type(model).forward, cache),
             )
 
 

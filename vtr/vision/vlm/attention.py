@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-# Arguments by which a language model runs its layers.
+from vtr.compat.transformers import CACHE, cache_name
+
+# Arguments by which a language model runs its layers, besides the cache.
 _GIVEN = (
     "hidden_states",
     "attention_mask",
     "position_ids",
-    "past_key_values",
     "position_embeddings",
 )
 
@@ -26,6 +27,8 @@ def runs_otherwise(layer: Any) -> str:
     """Why a decoder layer cannot be given a shorter sequence from outside; empty if it can."""
     names = inspect.signature(type(layer).forward).parameters
     lacking = [name for name in _GIVEN if name not in names]
+    if cache_name(type(layer).forward) is None:
+        lacking.append(" or ".join(CACHE))
     return f"{type(layer).__name__} takes no {', '.join(lacking)}" if lacking else ""
 
 

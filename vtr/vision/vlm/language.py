@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.compat.transformers import given_cache
 from vtr.errors import UnsupportedMethodError
 from vtr.method import Reduction
 from vtr.tokens import TokenMap, top_indices
@@ -101,7 +102,7 @@ class LanguageSession:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.call, kinds, self.pending = None, self.pending, None
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        embeds, cache = kwargs.get("inputs_embeds"), given_cache(kwargs)
         if embeds is None:
             return None
         past = length_of(cache)
@@ -251,7 +252,7 @@ class LanguageSession:
         given = hidden = args[0] if args else kwargs["hidden_states"]
         call.to(hidden.device)
         if i == 0:
-            call.cache = kwargs.get("past_key_values")
+            call.cache = given_cache(kwargs)
             call.rope, call.synced = kwargs["position_embeddings"], call.layout
             if call.changed and self.owner.flash:
                 call.override = {"position_ids": None}
