@@ -256,7 +256,9 @@ def test_language_models_that_run_their_layers_otherwise_are_refused() -> None:
     )
     model = with_text(text)
     for method in (PROMPT, BOTH, vtr.FlowCut(keep=4)):  # a cut in the tower is one of the prompt
-        with pytest.raises(vtr.UnsupportedMethodError, match=r"takes no .*cache or past_key_values"):
+        with pytest.raises(
+            vtr.UnsupportedMethodError, match=r"takes no .*cache or past_key_values"
+        ):
             vtr.apply(model, method)
 
 
