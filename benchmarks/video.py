@@ -184,7 +184,7 @@ def show(rows: list[dict[str, object]], title: str) -> None:
 
 def save(rows: list[dict[str, object]], path: Path) -> None:
     facts = {"machine": platform.machine(), "cores": os.cpu_count()}
-    facts["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    facts["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *facts])
