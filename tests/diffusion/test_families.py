@@ -47,6 +47,7 @@ def test_a_full_mask_gives_the_unwrapped_output(model: Any, case: Case) -> None:
         assert torch.allclose(run(model, case), want, atol=2e-6)
 
 
+@pytest.mark.compat
 def test_a_mask_gives_what_eager_attention_gives(model: Any, case: Case) -> None:
     with eager(model, case.attention, 0.4):
         want = run(model, case)
@@ -107,6 +108,7 @@ def test_only_the_layers_that_are_not_dense_change(model: Any, case: Case) -> No
         assert torch.allclose(run(model, case), want, atol=2e-6)
 
 
+@pytest.mark.compat
 def test_dense_calls_and_removal_are_bit_identical(model: Any, case: Case) -> None:
     want, before = run(model, case), processors(model, case)
     keys = list(model.state_dict())

@@ -126,6 +126,7 @@ def _gradients(call, tensors, weights):
     return [t.grad for t in tensors]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_equal_the_references(name, dtype):

@@ -92,6 +92,7 @@ def test_every_frame_is_the_one_of_its_number(clip: Path, threads: int) -> None:
         assert video.indices[0] == int(start * rate + 1e-2) and video.indices[-1] == 39
 
 
+@pytest.mark.compat
 @pytest.mark.skipif(not installed(), reason="decord is not installed")
 def test_both_decoders_give_the_same(clip: Path) -> None:
     ours = load(clip, 9, backend="pyav")

@@ -163,6 +163,7 @@ def sequence(tower: Any, x: Tensor, alive: list[Tensor] | None = None) -> Tensor
     return h
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["tok", "avg-scaled", "custom"])
 def test_pruning_equals_masking(name: str) -> None:
     model = build(name).double()
@@ -260,6 +261,7 @@ def test_dropped_tokens_keep_the_last_value_they_had() -> None:
     assert not torch.equal(mine[3][~gone], mine[1][~gone])
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["tok", "avg-late-norm", "coca"])
 def test_the_text_tower_is_untouched(name: str) -> None:
     model = build(name)

@@ -222,6 +222,7 @@ def test_dropped_tokens_keep_the_last_value_they_had() -> None:
     torch.testing.assert_close(mine[2][gone], half[:, 1:][gone], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"]
 )
@@ -243,6 +244,7 @@ def test_features_only_and_intermediate_layers(name: str) -> None:
         assert [tuple(g.shape) for g in layers] == [(2, 48, 8, 8)] * 3
 
 
+@pytest.mark.compat
 def test_output_restored() -> None:
     model, x = vit(global_pool="avg"), images()
     with vtr.apply(model, vtr.ToMe(r=6)) as handle, torch.no_grad():
@@ -343,6 +345,7 @@ def test_a_model_of_a_subclass_and_other_sizes() -> None:
     assert handle.trace.stages[0].tokens_in == 60 and handle.trace.stages[0].tokens_out == 31
 
 
+@pytest.mark.compat
 def test_blocks_are_opened_where_they_can_be() -> None:
     with vtr.apply(build("deit3_small_patch16_224"), "random") as handle:
         wrapping: Any = wrapping_of(handle.target)

@@ -31,6 +31,7 @@ MEANS = ["clip-classes", "siglip-classes", "ijepa-classes", "dinov2-classes", "r
 # ---- exactness -----------------------------------------------------------------------------------
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", MODELS)
 def test_pruning_equals_masking(name: str) -> None:
     """Physically short equals the full sequence with the others masked, in float64."""

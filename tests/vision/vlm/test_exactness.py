@@ -46,6 +46,7 @@ def cuts(output: Any, inputs: dict[str, Any]) -> None:
     assert min(lengths(output)) < full
 
 
+@pytest.mark.compat
 @family
 @pytest.mark.parametrize("batch", [1, 2])
 def test_keeping_everything_changes_nothing(name: str, batch: int) -> None:
@@ -90,6 +91,7 @@ def test_what_is_dropped_is_masked_out_and_gone(name: str, method: Pick) -> None
     assert change > 100 * CLOSE  # or the comparison would show nothing
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_video"])
 @pytest.mark.parametrize("place", ["middle", "end"])
 def test_deepstack_features_follow_a_cut_among_their_layers(name: str, place: str) -> None:
