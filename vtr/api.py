@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vtr.compat.torch import inside_compiled
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method, create, registry
 from vtr.trace import Trace
@@ -270,7 +271,7 @@ def _method(method: Any) -> Method:
 
 def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
     tried = []
-    compiled = getattr(target, "_orig_mod", None)
+    compiled = inside_compiled(target)
     if isinstance(compiled, nn.Module) and type(compiled).__module__.startswith("diffusers."):
         target = compiled
     for cls in type(target).__mro__:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from vtr.compat.torch import cpu_flash_operator
+
 
 def _attention_flops(
     q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any
@@ -28,7 +30,7 @@ def _attention_flops(
 
 def _missing_formulas() -> dict[Any, Callable[..., int]]:
     # torch 2.11 counts the CPU's fused attention as nothing; later versions know it.
-    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    op = cpu_flash_operator()
     return {} if op in flop_registry else {op: _attention_flops}
 
 

@@ -6,9 +6,9 @@ import weakref
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+
+from vtr.compat.torch import TorchDispatchMode, tree_iter
 
 
 class PeakMemory(TorchDispatchMode):

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter, tree_map
 
 from vtr.api import Handle, MethodLike, apply, handles
-from vtr.compat.transformers import cache_of
+from vtr.compat.timm import FUSED
+from vtr.compat.torch import tree_iter, tree_map
+from vtr.compat.transformers import attention_implementation, cache_of
 from vtr.flops import cache_bytes, count_flops
 from vtr.memory import PeakMemory
 from vtr.profile_rows import Profile, Row, verdict
@@ -198,15 +199,14 @@ def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, in
 def _fastest_attention(model: Any, notes: list[str]) -> Iterator[None]:
     """Fused attention in the whole model; what was there before comes back at the end."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    eager: list[Any] = [m for m in modules if getattr(m, "fused_attn", None) is False]  # timm
-    # transformers
-    stuck = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+    eager: list[Any] = [m for m in modules if getattr(m, FUSED, None) is False]
+    stuck = attention_implementation(model) == "eager"
     switch = getattr(model, "set_attn_implementation", None) if stuck else None
     if stuck and switch is None:
         notes.append("the model runs eager attention and cannot be switched: dense could be faster")
     try:
         for module in eager:
-            module.fused_attn = True
+            setattr(module, FUSED, True)
         if switch is not None:
             switch("sdpa")
         if eager or switch is not None:
@@ -216,7 +216,7 @@ def _fastest_attention(model: Any, notes: list[str]) -> Iterator[None]:
         yield
     finally:
         for module in eager:
-            module.fused_attn = False
+            setattr(module, FUSED, False)
         if switch is not None:
             switch("eager")
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from vtr.compat import accelerate
+from vtr.compat.torch import is_replica
 from vtr.errors import UnsupportedModelError
 from vtr.method import Method, Stage
 from vtr.signals import ModelInfo
@@ -232,7 +234,7 @@ class Bound:
         return function(*self.bound, *args, **kwargs)
 
 
-_FORWARDS = {"forward": "_old_forward", "_old_forward": "forward"}
+_FORWARDS = {"forward": accelerate.FORWARD, accelerate.FORWARD: "forward"}
 
 
 def _moved(owner: Any, name: str) -> bool:
@@ -243,16 +245,16 @@ def _moved(owner: Any, name: str) -> bool:
 
 def _restore_forward(owner: Any, before: Any) -> None:
     held = owner.__dict__
-    if isinstance(held.get("_old_forward"), Bound):  # hooks were set since: they call it
+    if isinstance(held.get(accelerate.FORWARD), Bound):  # hooks were set since: they call it
         own = MethodType(type(owner).forward, owner)
-        held["_old_forward"] = own if before is _Absent else before
+        held[accelerate.FORWARD] = own if before is _Absent else before
     else:
         held.pop("forward", None)
 
 
 def _no_replica(module: nn.Module, args: Any) -> None:
     """Refuse the replicas of ``nn.DataParallel``: their patches lead to the first one's weights."""
-    if getattr(module, "_is_replica", False):
+    if is_replica(module):
         raise UnsupportedModelError(
             f"a wrapped {type(module).__name__} cannot be replicated by nn.DataParallel (Trainer does so "
             "where it sees several GPUs): use DistributedDataParallel, one process per GPU (torchrun)"

@@ -1,14 +1,23 @@
-"""Names of transformers that are not promised to stay, and what replaced them."""
+"""transformers: names that are private, that have moved, or that tell its classes apart."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
+
+from vtr.compat.tested import explain
+from vtr.errors import UnsupportedModelError
+
+# ---- the KV cache ---------------------------------------------------------------------------
 
 # The argument, and the field of outputs, that holds the KV cache: ``cache`` from 5.24 on,
 # ``past_key_values`` before. The older name still works there, with a warning of deprecation.
 CACHE = ("cache", "past_key_values")
+#: Methods of a cache that repeat, choose or exchange its rows.
+CACHE_ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
 
 def cache_name(function: Callable[..., Any]) -> str | None:
@@ -37,3 +46,265 @@ def with_cache(function: Callable[..., Any], cache: Any) -> dict[str, Any]:
     if name is None:
         raise TypeError(f"{getattr(function, '__qualname__', function)} takes no {CACHE[0]}")
     return {name: cache}
+
+
+@lru_cache(maxsize=1)
+def _layer_classes() -> tuple[type, type]:
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    return DynamicLayer, StaticLayer
+
+
+def cache_layer(cache: Any, layer: int, growing: bool = False) -> Any:
+    """A layer of a cache that holds its ``keys`` and ``values`` (B, Hk, S, D) plainly; None where they
+    are quantised, sliding, offloaded or absent.
+
+    Args:
+        growing: take only a layer that grows with each token, none of a fixed size.
+    """
+    layers = getattr(cache, "layers", ())
+    if layer >= len(layers):
+        return None
+    plain = _layer_classes()[:1] if growing else _layer_classes()
+    return layers[layer] if type(layers[layer]) in plain else None
+
+
+# ---- layers of language models --------------------------------------------------------------
+
+#: Arguments by which a language model runs its layers, besides the cache.
+LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
+#: Attributes of an attention module that q, k and v are made with.
+PROJECTED = ("q_proj", "k_proj", "v_proj", "head_dim", "scaling")
+#: Parts of an attention module that are known: used to make q, k and v, or of no consequence for them.
+ATTENTION_PARTS = frozenset(
+    {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "dense", "q_norm", "k_norm", "rotary_emb"}
+)
+#: Layers of the form x + attention(norm(x)), then x + mlp(norm(x)).
+HALVES = {
+    "LlamaDecoderLayer": "llama",
+    "MistralDecoderLayer": "mistral",
+    "Qwen2DecoderLayer": "qwen2",
+    "Qwen2VLDecoderLayer": "qwen2_vl",
+    "Qwen2_5_VLDecoderLayer": "qwen2_5_vl",
+    "Qwen3DecoderLayer": "qwen3",
+    "Qwen3VLTextDecoderLayer": "qwen3_vl",
+}
+#: The function of a modelling module that turns q and k, and the one that swaps their halves.
+ROTARY, HALF = "apply_rotary_pos_emb", "rotate_half"
+#: Arguments of a language model that have an entry for each token of the prompt.
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def rotary_home(attention: Any) -> Any:
+    """The module whose rotary embedding an attention module uses; None if it has none of that name."""
+    homes: list[Any] = [sys.modules.get(cls.__module__) for cls in type(attention).__mro__]
+    return next((home for home in homes if hasattr(home, ROTARY)), None)
+
+
+def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> Any:
+    """The causal mask of one layer, of the length that this layer's cache has.
+
+    Raises:
+        UnsupportedModelError: this version makes its masks in another way.
+    """
+    try:
+        from transformers.masking_utils import create_causal_mask
+    except ImportError:
+        raise UnsupportedModelError(
+            explain("transformers", "it has no masking_utils.create_causal_mask, which masks after a "
+            "cut are made with")
+        ) from None  # fmt: skip
+    return create_causal_mask(config, hidden, mask, cache, None, layer_idx=layer)
+
+
+# ---- attention ------------------------------------------------------------------------------
+
+
+def attention_implementation(model: Any) -> str:
+    """The attention that a module with a ``config`` runs: ``"sdpa"``, ``"eager"`` ..."""
+    found: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return found or ""
+
+
+def attention_function(module: Any, implementation: str) -> Callable[..., Any]:
+    """The function that an attention module calls on its q, k and v."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager: Any = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return function
+
+
+# ---- generate -------------------------------------------------------------------------------
+
+#: Asked for when assisted decoding begins.
+DRAFTS = "_get_candidate_generator"
+#: Says whether generate compiles decoding with a static cache by itself.
+COMPILES = "_valid_auto_compile_criteria"
+
+
+def check_generate(model: Any) -> None:
+    """Raise where a model generates without asking for what is replaced while a method is applied.
+
+    Raises:
+        UnsupportedModelError: it would go on compiled, or accept drafts of a cut prompt, unnoticed.
+    """
+    if not hasattr(model, "generate"):
+        return
+    lacking = [name for name in (DRAFTS, COMPILES) if not hasattr(type(model), name)]
+    if lacking:
+        raise UnsupportedModelError(
+            explain(
+                "transformers",
+                f"{type(model).__name__} has no {' and no '.join(lacking)}, which vtr replaces while "
+                "generate runs",
+            )
+        )
+
+
+# ---- vision-language models -----------------------------------------------------------------
+
+#: Arguments of a model that bring images or videos, features of them that the caller made (the first
+#: of older Idefics3 and SmolVLM), and where visual tokens are.
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+ENCODED = ("image_hidden_states",)
+ENCODER_OUTPUTS = "mm_encoder_outputs"
+FORWARDED = ("second_per_grid_ts", "video_compression_mask")
+#: Methods of a model that make visual tokens, and of what.
+MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
+#: The method by which LLaVA-NeXT and LLaVA-OneVision put crops together.
+PACKING = "pack_image_features"
+#: Qwen3-VL's: the method that adds features after a layer, and the arguments that bring them.
+DEEPSTACK = "_deepstack_process"
+DEEPSTACK_MASKS, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"
+#: The method by which Qwen2.5-VL's tower puts patches in the order of windows.
+WINDOWS = "permute_input_for_window_attn"
+
+
+def placeholder_names(kind: str) -> tuple[str, str]:
+    """Attributes of a config that may hold the token id which ``"image"`` or ``"video"`` replaces."""
+    return f"{kind}_token_id", f"{kind}_token_index"
+
+
+def language_module(model: Any) -> Any:
+    """The language model that a model holds; None if it holds none."""
+    parts = model._modules
+    return parts.get("language_model", parts.get("text_model"))
+
+
+def check_deepstack(language: Any) -> bool:
+    """Whether a language model adds features of the tower after its layers, by :data:`DEEPSTACK`.
+
+    Raises:
+        UnsupportedModelError: it does so in another way.
+    """
+    if hasattr(type(language), DEEPSTACK):
+        return True
+    if DEEPSTACK_FEATURES in inspect.signature(type(language).forward).parameters:
+        raise UnsupportedModelError(
+            explain("transformers", f"{type(language).__name__} has no {DEEPSTACK}")
+        )
+    return False
+
+
+# ---- vision towers --------------------------------------------------------------------------
+
+#: tower class -> (where its layers are, protected tokens beside the registers, whether one is a class)
+TOWERS: dict[str, tuple[str, int, bool]] = {
+    "CLIPVisionModel": ("encoder.layers", 1, True),
+    "MetaClip2VisionModel": ("encoder.layers", 1, True),
+    "SiglipVisionModel": ("encoder.layers", 0, False),
+    "Siglip2VisionModel": ("encoder.layers", 0, False),
+    "ViTModel": ("layers", 1, True),
+    "DeiTModel": ("layers", 2, True),
+    "IJepaModel": ("layers", 0, False),
+    "ViTMSNModel": ("layers", 1, True),
+    "Dinov2Model": ("encoder.layer", 1, True),
+    "Dinov2Backbone": ("encoder.layer", 1, True),
+    "Dinov2WithRegistersModel": ("encoder.layer", 1, True),
+    "Dinov2WithRegistersBackbone": ("encoder.layer", 1, True),
+    "DINOv3ViTModel": ("model.layer", 1, True),
+    "DINOv3ViTBackbone": ("model.layer", 1, True),
+    "InternVLVisionModel": ("encoder.layer", 1, True),
+}
+
+# class around a tower -> (its attribute, what it does with the sequence). "mean": its classifier reads
+# the mean of the visual tokens (behind the class token, if it reads that too); "grid": it reshapes
+# them to a grid; "": it reads protected tokens or the tower's own pooling only, so that nothing of it
+# has to be patched.
+AROUND: dict[str, tuple[str, str]] = {
+    "CLIPModel": ("vision_model", ""),
+    "CLIPVisionModelWithProjection": ("vision_model", ""),
+    "CLIPForImageClassification": ("vision_model", "mean"),
+    "MetaClip2Model": ("vision_model", ""),
+    "MetaClip2VisionModelWithProjection": ("vision_model", ""),
+    "MetaClip2ForImageClassification": ("vision_model", "mean"),
+    "SiglipModel": ("vision_model", ""),
+    "SiglipForImageClassification": ("vision_model", "mean"),
+    "Siglip2Model": ("vision_model", ""),
+    "ViTForImageClassification": ("vit", ""),
+    "ViTForMaskedImageModeling": ("vit", "grid"),
+    "DeiTForImageClassification": ("deit", ""),
+    "DeiTForImageClassificationWithTeacher": ("deit", ""),
+    "IJepaForImageClassification": ("ijepa", "mean"),
+    "ViTMSNForImageClassification": ("vit", ""),
+    "Dinov2ForImageClassification": ("dinov2", "mean"),
+    "Dinov2WithRegistersForImageClassification": ("dinov2_with_registers", "mean"),
+}
+#: What holds a timm model, in its attribute ``timm_model``.
+TIMM = ("TimmWrapperModel", "TimmWrapperForImageClassification")
+
+#: video tower class -> (where its layers are, protected tokens, name of its pixels)
+VIDEO_TOWERS: dict[str, tuple[str, int, str]] = {
+    "VideoMAEModel": ("encoder.layer", 0, "pixel_values"),
+    "VivitModel": ("layers", 1, "pixel_values"),
+    "VJEPA2Model": ("encoder.layer", 0, "pixel_values_videos"),
+}
+#: class around a video tower -> (its attribute, what it does with the sequence): "" reads the class
+#: token, "mean" the mean of all tokens, "pooler" attends to them.
+VIDEO_AROUND: dict[str, tuple[str, str]] = {
+    "VideoMAEForVideoClassification": ("videomae", "mean"),
+    "VivitForVideoClassification": ("vivit", ""),
+    "VJEPA2ForVideoClassification": ("vjepa2", "pooler"),
+}
+
+#: Names of a vision layer's first norm, second norm and attention, by the form of the layer.
+CLIP_LAYER = ("layer_norm1", "layer_norm2", "self_attn")
+VIT_LAYER = ("layernorm_before", "layernorm_after", "attention")
+DINO_LAYER = ("norm1", "norm2", "attention")
+#: The modules of VideoMAE's MLP, where others have ``mlp``.
+VIDEOMAE_MLP = ("intermediate", "output")
+#: Names of the projections to q, k and v, of their norms, and of what comes after the attention.
+QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+QKV_NORMS = ("q_norm", "k_norm", "v_norm")
+OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "projection_dropout")
+#: Names of the dropout of attention weights, a number.
+DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
+#: Whether a layer, or a language model, runs again in the backward pass.
+CHECKPOINTED = "gradient_checkpointing"
+
+#: Forms of a tower where all images lie end to end: where its blocks are, a block's first norm and
+#: attention, and what tells the form (of the attention, and of the tower).
+PACKED = (
+    ("blocks", "norm1", "attn", "qkv", "spatial_merge_size"),
+    ("encoder.layers", "layer_norm1", "self_attn", "q_proj", "pixel_unshuffle"),
+)
+
+
+# ---- other ----------------------------------------------------------------------------------
+
+
+def answers_images(config: Any) -> bool:
+    """Whether transformers loads a model of this config as one that answers questions about images."""
+    from transformers import AutoModelForImageTextToText
+
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def from_config(cls: Any, config: Any, attention: str) -> Any:
+    """A model with random weights and a chosen attention implementation."""
+    return cls._from_config(config, attn_implementation=attention)
+
+
+#: Entries of a config that say where a model came from, not what it is.
+ORIGINS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.diffusers import CONTEXT, ENDED
 from vtr.diffusion import block as _block
 from vtr.diffusion import recompute
 from vtr.diffusion.attention import compute
@@ -138,9 +139,9 @@ class DiffusionWrapping(Wrapping):
                     )
                 self.patch(attention, "processor", self._processor(current, index, layer))
             self._install_blocks(index, member)
-            if hasattr(member, "cache_context"):
-                self.patch(member, "cache_context", Bound(self, "context", index))
-                self.patch(member, "_reset_stateful_cache", Bound(self, "ended", index))
+            if hasattr(member, CONTEXT):
+                self.patch(member, CONTEXT, Bound(self, "context", index))
+                self.patch(member, ENDED, Bound(self, "ended", index))
             self.hook(
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
@@ -209,7 +210,7 @@ class DiffusionWrapping(Wrapping):
         member = self.members[index]
         self.contexts.append((name, facts))
         try:
-            with type(member).cache_context(member, name, **facts):
+            with getattr(type(member), CONTEXT)(member, name, **facts):
                 yield
         finally:
             self.contexts.pop()
@@ -218,7 +219,7 @@ class DiffusionWrapping(Wrapping):
         """In place of what a pipeline calls on its transformers at its end: states are let go."""
         self.state.clear()
         member = self.members[index]
-        type(member)._reset_stateful_cache(member, *args, **kwargs)
+        getattr(type(member), ENDED)(member, *args, **kwargs)
 
     @torch.compiler.disable(recursive=False)
     def checkpointed(self, function: Any, block: Any, *args: Any, **kwargs: Any) -> Any:

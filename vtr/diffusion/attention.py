@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.diffusion.compiled import NAMES
+from vtr.compat.diffusers import DISPATCHED, parallel_of
+from vtr.compat.torch import in_backward
 from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.site import Call
 from vtr.kernels.precision import lowered
@@ -32,9 +33,9 @@ def compute(
     ``function`` is diffusers' dispatch, with (B, S, H, D), or torch's, with (B, H, S, D); the
     result is in its layout.
     """
-    given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
+    given = {**dict(zip(DISPATCHED, args, strict=False)), **kwargs}
     heads_first = function is F.scaled_dot_product_attention
-    q, k, v = (given[name] for name in NAMES[:3])
+    q, k, v = (given[name] for name in DISPATCHED[:3])
     if not heads_first:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     call = wrapping.call
@@ -47,7 +48,7 @@ def compute(
         wrapping.record(layer, q, k, {})
         return function(*args, **kwargs)
     frames, height, width = call.grid
-    parallel = getattr(given.get("parallel_config"), "context_parallel_config", None)
+    parallel = parallel_of(given.get("parallel_config"))
     ulysses = None
     if parallel is not None:
         ulysses = Ulysses(parallel, frames * height * width, q.shape[2], wrapping.family.text_first)
@@ -55,7 +56,7 @@ def compute(
     q, k, v = lowered(q, k, v)
     _check(wrapping, layer, call, q, given)
     # Only a backward pass may have another call's text; to look at a mask waits for the device.
-    late = call.training and not wrapping.again and torch._C._current_graph_task_id() >= 0
+    late = call.training and not wrapping.again and in_backward()
     if late and ulysses is None and given.get("attn_mask") is not None:
         call = _own_text(wrapping, call, given["attn_mask"])
     if wrapping.family.loops:
@@ -70,7 +71,10 @@ def compute(
             return out if heads_first else out.transpose(1, 2)
         # The exchange is done: what is left is the plain call on all tokens of these heads.
         mask = _padding(call, q) if given.get("attn_mask") is not None else None
-        rest = {**given, **dict(zip(NAMES, (t.transpose(1, 2) for t in (q, k, v)), strict=False))}
+        rest = {
+            **given,
+            **dict(zip(DISPATCHED, (t.transpose(1, 2) for t in (q, k, v)), strict=False)),
+        }
         out = function(**{**rest, "attn_mask": mask, "parallel_config": None})
         return out.transpose(1, 2)
 

@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.compat.diffusers import DISPATCHED, backend_of
 from vtr.kernels.precision import lowered
 
 if TYPE_CHECKING:
     from vtr.diffusion.processor import SiteProcessor
-
-NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-"""The arguments that diffusers' dispatch and torch's function have in common, in their order."""
 
 _serial = itertools.count()
 _LIVE: weakref.WeakValueDictionary[int, SiteProcessor] = weakref.WeakValueDictionary()
@@ -46,7 +44,7 @@ def number_of(processor: SiteProcessor) -> Tensor:
 
 def intercept(*args: Any, **kwargs: Any) -> Tensor:
     """In place of the attention function while a compiler traces: one node of the graph."""
-    given = {**dict(zip(NAMES, args, strict=False)), **kwargs}
+    given = {**dict(zip(DISPATCHED, args, strict=False)), **kwargs}
     if given.get("parallel_config") is not None:
         raise RuntimeError(
             "torch.compile of a transformer under context parallelism and a sparse method is not "
@@ -74,7 +72,7 @@ def _operator(
     kwargs: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "enable_gqa": enable_gqa}
     function = function_of(processor.vtr_original)
     if function is not F.scaled_dot_product_attention:
-        kwargs["backend"] = getattr(processor.vtr_original, "_attention_backend", None)
+        kwargs["backend"] = backend_of(processor.vtr_original)
     out: Tensor = processor.vtr_attend(function, (query, key, value), kwargs)
     return out.clone(memory_format=torch.contiguous_format)
 

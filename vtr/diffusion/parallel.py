@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vtr.compat.diffusers import ulysses_group
+
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
@@ -76,7 +78,7 @@ class Ulysses:
                 "ulysses_anything splits tokens and heads unevenly, which sparse attention does not "
                 "follow: choose a size and a number of processes that divide"
             )
-        self.group = config._ulysses_mesh.get_group()
+        self.group = ulysses_group(config)
         self.world = dist.get_world_size(self.group)
         text = local * self.world - tokens
         self.order = order(tokens, text, self.world, text_first) if text > 0 else None

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtr.compat.diffusers import DISPATCH, SDPA
+from vtr.compat.tested import explain
 from vtr.diffusion import compiled
 from vtr.errors import UnsupportedModelError
-
-DISPATCH = "dispatch_attention_fn"
-SDPA = "scaled_dot_product_attention"
 
 
 def body_of(processor: Any) -> Any:
@@ -43,11 +42,13 @@ def entry_of(processor: Any) -> str:
         return DISPATCH
     if SDPA in names and "F" in names and body_of(processor).__globals__.get("F") is F:
         return SDPA
-    raise UnsupportedModelError(
+    problem = (
         f"the attention processor {type(processor).__name__} computes attention neither through "
         f"diffusers' {DISPATCH} nor through F.{SDPA}: set the model's default processors "
         "(model.set_attn_processor) before vtr.apply"
     )
+    own = type(processor).__module__.startswith("diffusers.")
+    raise UnsupportedModelError(explain("diffusers", problem) if own else problem)
 
 
 class SiteProcessor:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vtr.compat.diffusers import CHECKPOINT
 from vtr.trace import Trace
 from vtr.wrapping import Bound, Entry
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping
 
-FUNCTION = "_gradient_checkpointing_func"
 # What of a wrapping belongs to one forward call of the transformer.
 _FACTS = (
     "call",
@@ -35,16 +35,16 @@ _FACTS = (
 
 def adopt(wrapping: DiffusionWrapping, member: Any) -> None:
     """Lead the function by which diffusers checkpoints a block through :meth:`Again.__call__`."""
-    held = member.__dict__.get(FUNCTION)
+    held = member.__dict__.get(CHECKPOINT)
     if held is not None and not isinstance(held, Bound):
-        member.__dict__[FUNCTION] = Bound(wrapping, "checkpointed", held)
+        member.__dict__[CHECKPOINT] = Bound(wrapping, "checkpointed", held)
 
 
 def release(wrapping: DiffusionWrapping, member: Any) -> None:
     """The function that was there, or that was set since."""
-    held = member.__dict__.get(FUNCTION)
+    held = member.__dict__.get(CHECKPOINT)
     if isinstance(held, Bound) and held.owner is wrapping:
-        member.__dict__[FUNCTION] = held.bound[0]
+        member.__dict__[CHECKPOINT] = held.bound[0]
 
 
 class Again:

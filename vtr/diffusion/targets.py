@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from vtr.compat.diffusers import TRANSFORMERS
+from vtr.compat.tested import explain
+from vtr.compat.torch import inside_compiled
 from vtr.diffusion.families import FAMILIES, Family, family_of, layers_of, refusal_of
 from vtr.errors import UnsupportedModelError
 
@@ -37,7 +40,7 @@ def locate(target: Any) -> nn.Module | None:
         return model
     found: dict[str, Any] = {
         name: _inner(getattr(target, name))
-        for name in ("transformer", "transformer_2")
+        for name in TRANSFORMERS
         if isinstance(getattr(target, name, None), nn.Module)
     }
     if not found:
@@ -62,7 +65,7 @@ def locate(target: Any) -> nn.Module | None:
 
 def _inner(model: Any) -> Any:
     """The module inside ``torch.compile``."""
-    return getattr(model, "_orig_mod", model)
+    return inside_compiled(model)
 
 
 def supported(model: Any) -> Family:
@@ -70,11 +73,12 @@ def supported(model: Any) -> Family:
     if family is None:
         raise UnsupportedModelError(_refuse(type(model).__name__, refusal_of(model)))
     if not layers_of(family, model):
-        raise UnsupportedModelError(
+        problem = (
             f"the blocks of this {type(model).__name__} ({', '.join(family.blocks)}) hold no attention "
             f"({', '.join(family.attention)}): if something has put other modules in their place (a "
             "cache that is not diffusers' own), apply the method before that"
         )
+        raise UnsupportedModelError(explain("diffusers", problem))
     return family
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vtr.compat.transformers import ORIGINS, answers_images
 from vtr.errors import missing
 
 BUILTIN = {
@@ -54,7 +55,7 @@ def find(name: str) -> ModelRef:
         MissingDependencyError: transformers is not installed.
     """
     try:
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        from transformers import AutoConfig
     except ImportError as error:
         raise missing("transformers", "vlm", "the evaluation of a vision-language model") from error
     builtin = name in BUILTIN
@@ -71,7 +72,7 @@ def find(name: str) -> ModelRef:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"there is no model {name!r} ({reason}). A model is {known}") from error
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
+    if not answers_images(config):
         raise ValueError(
             f"{name} is a {type(config).__name__}, which transformers does not load as a model that "
             "answers questions about images"
@@ -140,7 +141,7 @@ def fingerprint(model: Any, processor: Any = None) -> str:
 
     digest = hashlib.sha256(type(model).__qualname__.encode())
     config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+    for name in ORIGINS:
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

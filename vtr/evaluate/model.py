@@ -14,6 +14,8 @@ from typing import Any, cast
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 
+from vtr.compat.lmms_eval import pads
+from vtr.compat.lmms_eval import place as location
 from vtr.evaluate import loading
 from vtr.evaluate.answering import Answerer, Work, explain
 from vtr.evaluate.cells import DRAWS, Cell, as_methods, parse_keeps, sweep
@@ -186,7 +188,7 @@ class VTRChat(lmms):
         stored: dict[str, dict[tuple[int, int], Row]] = {}
         waiting: list[Work] = []
         for slot, request in enumerate(requests):
-            if (request.metadata or {}).get("__padding_only__"):
+            if pads(request):
                 continue
             work = self._work(slot, request, stored, results)
             if work is not None:
@@ -210,7 +212,7 @@ class VTRChat(lmms):
         results: list[Any],
     ) -> Work | None:
         """What is to be asked; None where the answer is known, or the question cannot be put."""
-        doc, task, _ = request.args[-3:]
+        doc, task, _ = location(request)
         if task not in stored:
             stored[task] = self.store.rows(self._cell_name, task)
         idx = int(request.idx or 0)

@@ -9,12 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vtr.compat.tested import TESTED, installed
 from vtr.errors import missing
 from vtr.evaluate.judges import asks_judge, leaves
 from vtr.evaluate.tasks import BUILTIN
 from vtr.evaluate.tasks.video import VIDEO
-
-LMMS_EVAL = "0.7.3"  # private details of it are used: layouts of requests, padding, clean()
 
 HEADLINE = {
     BUILTIN: ("accuracy",),
@@ -31,15 +30,12 @@ STATIC = {"mmbench_en_dev": "mmbench_en_dev_static"}
 
 def require() -> None:
     """Raise where lmms-eval cannot be imported, or is another version than the one worked with."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        found = version("lmms_eval")
-    except PackageNotFoundError as error:
-        raise missing("lmms-eval", "eval", "the evaluation") from error
-    if found != LMMS_EVAL:
+    found, tested = installed("lmms_eval"), TESTED["lmms_eval"]
+    if found is None:
+        raise missing("lmms-eval", "eval", "the evaluation")
+    if tested.place(found) != "tested":
         raise ValueError(
-            f"vtr works with lmms-eval {LMMS_EVAL}, and {found} is installed: pip install 'vtr[eval]'"
+            f"vtr works with lmms-eval {tested.versions}, and {found} is installed: pip install 'vtr[eval]'"
         )
 
 

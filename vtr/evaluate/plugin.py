@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vtr.compat import lmms_eval
+
 MODEL = "vtr"
 
 
@@ -22,8 +24,4 @@ def manifests() -> list[Any]:
 
 def register() -> None:
     """Make the model known in this process, also where the entry point is not installed."""
-    from lmms_eval import models
-
-    registry = models.MODEL_REGISTRY_V2
-    for manifest in manifests():
-        registry.register_manifest(manifest, overwrite=True)
+    lmms_eval.register(manifests())

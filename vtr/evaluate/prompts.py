@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vtr.compat.lmms_eval import asked
 from vtr.evaluate.loading import file_hash
 
 GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
@@ -48,27 +49,20 @@ class Prompt:
 
 
 def prompt_of(request: Any, datasets: Mapping[str, Any], frames: int = 8) -> Prompt:
-    """The prompt of a request in either layout of arguments.
-
-    ``(context, generation, doc_to_visual, doc, task, split)`` for simple tasks,
-    ``(context, doc_to_messages, generation, doc, task, split)`` for chat tasks, with or without the
-    leading context. ``frames``: of a video.
+    """The prompt of a request of a simple or a chat task. ``frames``: of a video.
 
     Raises:
         ValueError: media that transformers' processors do not take (audio).
     """
-    doc, task, split = request.args[-3:]
-    sample = datasets[task][split][doc]
-    first, second = request.args[0], request.args[1]
-    if isinstance(second, Mapping) and isinstance(first, str):
-        visual, generation = request.args[2], second
-        shown = visual(sample) if visual is not None else []
+    given = asked(request)
+    sample = datasets[given.task][given.split][given.doc]
+    if given.messages is None:
+        shown = given.visual(sample) if given.visual is not None else []
         content = [_part(v) for v in _flat(shown or [])]
-        turns = [{"role": "user", "content": [*content, {"type": "text", "text": first}]}]
+        turns = [{"role": "user", "content": [*content, {"type": "text", "text": given.context}]}]
     else:
-        to_messages, generation = request.args[-5], request.args[-4]
-        turns = to_messages(sample)
-    return make_prompt(turns, generation, frames)
+        turns = given.messages(sample)
+    return make_prompt(turns, given.generation, frames)
 
 
 def make_prompt(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vtr.compat.lmms_eval import SAMPLE
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.official import headline, plain_metrics
 
@@ -77,9 +78,7 @@ def outcome_of(
     docs = sorted({int(s["doc_id"]) for s in samples})
     if len(docs) != len(samples):
         raise RuntimeError(f"{task}: {len(samples)} samples were scored for {len(docs)} questions")
-    known = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts"}
-    known |= {"doc_hash", "input_media"}
-    scores = {int(s["doc_id"]): {k: v for k, v in s.items() if k not in known} for s in samples}
+    scores = {int(s["doc_id"]): {k: v for k, v in s.items() if k not in SAMPLE} for s in samples}
     store.scored(name, task, scores)
     rows = list(store.rows(name, task, docs).values())
     errors = sum(r.error is not None for r in rows)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtr.compat.lmms_eval import without_bars
 from vtr.errors import VtrError
 from vtr.evaluate import loading, official
 from vtr.evaluate.cells import Cell, all_methods, as_methods, parse_keeps, sweep
@@ -315,32 +316,28 @@ def _one(
     from lmms_eval import evaluator
 
     made, taken = lm.made.copy(), lm.taken.copy()
-    bar = evaluator.tqdm
-    # Its bars would stand between the lines of the log; progress is told per evaluation.
-    evaluator.tqdm = lambda *args, **kwargs: bar(*args, **{**kwargs, "disable": True})
     try:
-        found = evaluator.simple_evaluate(
-            model=lm,
-            tasks=[data],
-            batch_size=job.batch_size,
-            device=lm._device,
-            task_manager=job.manager,
-            limit=job.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            random_seed=job.seed,
-            numpy_random_seed=job.seed,
-            torch_random_seed=job.seed,
-            fewshot_random_seed=job.seed,
-            verbosity="ERROR",
-            cli_args=argparse.Namespace(output_path=files, process_with_media=True),
-        )
+        with without_bars():  # they would stand between the lines of the log
+            found = evaluator.simple_evaluate(
+                model=lm,
+                tasks=[data],
+                batch_size=job.batch_size,
+                device=lm._device,
+                task_manager=job.manager,
+                limit=job.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                random_seed=job.seed,
+                numpy_random_seed=job.seed,
+                torch_random_seed=job.seed,
+                fewshot_random_seed=job.seed,
+                verbosity="ERROR",
+                cli_args=argparse.Namespace(output_path=files, process_with_media=True),
+            )
     except Exception as error:
         if lm.world_size > 1:  # the others wait for this process: end, and let torchrun end them
             raise
         return [Outcome(cell, name, task, {}, 0, failure=_root(error))]
-    finally:
-        evaluator.tqdm = bar
     if found is None:  # only rank 0 gets the samples of all
         return []
     new, reused = lm.made - made, lm.taken - taken

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vtr.compat.lmms_eval import likelihood, pads
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.evaluate.model import VTRChat
 from vtr.evaluate.prompts import _flat, _part, make_prompt
@@ -25,10 +26,10 @@ class VTRSimple(VTRChat):
         """
         out: list[tuple[float, bool]] = []
         for request in requests:
-            if (request.metadata or {}).get("__padding_only__"):
+            if pads(request):
                 out.append((0.0, False))
                 continue
-            context, target, to_visual, doc, task, split = request.args
+            context, target, to_visual, doc, task, split = likelihood(request)
             sample = self.task_dict[task][split][doc]
             answer = target(sample) if callable(target) else str(target)
             shown = to_visual(sample) if to_visual is not None else []

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from vtr.compat.torch import is_fake, transformed
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
 from vtr.kernels.precision import full_precision
@@ -106,13 +106,7 @@ def _refuse_transforms(tensors: list[Tensor]) -> None:
     """Raises under torch.func and forward-mode AD, where the operator would give no tangent at all."""
     if torch.compiler.is_compiling():
         return
-    functorch: Any = torch._C._functorch
-    if any(
-        functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t) for t in tensors
-    ) or (
-        forward_ad._current_level >= 0
-        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    ):
+    if transformed(tensors):
         raise RuntimeError(
             "block_sparse_attention has reverse-mode autograd (backward(), torch.autograd.grad) "
             'alone; for torch.func (grad, vmap, jvp) and forward-mode AD use backend="reference"'
@@ -352,7 +346,7 @@ def _flops(q: Tensor, mask: list[Tensor], dims: list[int], products: int) -> int
         made = BlockMask(q_len, k_len, (bm, bn), pattern, row_ptr, split, col, tile, tiles)
         live = made.density * q_len * k_len
     except Exception as error:  # tensors without data (fake mode) cannot be counted exactly
-        if not isinstance(row_ptr, torch._subclasses.FakeTensor):
+        if not is_fake(row_ptr):
             raise error
         live = col.numel() * bm * bn / max(1, split.numel() // -(-q_len // bm))
     return round(products * 2 * q.shape[3] * live) * q.shape[0] * q.shape[1]

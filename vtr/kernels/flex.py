@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtr.compat.torch import flex_lse, strict_recompiling
 from vtr.kernels import csr as _csr
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
@@ -130,18 +131,13 @@ def forward(
     mask: list[Tensor], dims: list[int], scale: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
-    import torch._dynamo.config as dynamo
-
     block_mask = _mask_of(mask, dims)
     # Every shape is its own kernel. Past its limit of recompilations Dynamo would run the eager
     # function, which holds the whole map: an error instead.
-    limits = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
-    if not hasattr(dynamo, "recompile_limit"):
-        limits = {"cache_size_limit": 256}
     kwargs: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    with dynamo.patch(limits), torch.no_grad():
+    with strict_recompiling(256), torch.no_grad():
         try:
-            made = _compiled()(q, k, v, block_mask=block_mask, return_lse=need_lse, **kwargs)
+            made = _compiled()(q, k, v, block_mask=block_mask, **flex_lse(need_lse), **kwargs)
         except torch.OutOfMemoryError:
             raise  # of this call alone: the next one may have room
         except Exception as error:
@@ -149,4 +145,5 @@ def forward(
             _failed[_signature(q, mask, (dims[2], dims[3]))] = why[:2000]
             raise RuntimeError(f'{why[:2000]}; use backend="sdpa"') from error
     out, lse = made if need_lse else (made, q.new_empty(0, dtype=torch.float32))
+    lse = getattr(lse, "lse", lse)
     return finish(out, row_scale, added, dims[2]).to(q.dtype).contiguous(), lse

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from vtr.compat import torch as compat
+
 #: Fewer multiplications than this are done sooner than oneDNN is called.
 LEAST = 1 << 20
 
@@ -20,16 +22,12 @@ LEAST = 1 << 20
 @lru_cache(maxsize=1)
 def _built() -> bool:
     capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return (
-        capable
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return capable and compat.has_linear_pointwise()
 
 
 @lru_cache(maxsize=1)
 def _has_tiles() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported())
+    return compat.has_amx_tiles()
 
 
 def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
@@ -51,5 +49,4 @@ def gains(dtype: torch.dtype, device: torch.device) -> bool:
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) times the transpose of b (N, K), float32: (M, N)."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return found
+    return compat.linear_pointwise(a, b)

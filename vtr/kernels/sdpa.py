@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.compat.torch import cpu_flash
 from vtr.kernels import product
 from vtr.kernels.epilogue import finish
 
@@ -346,14 +347,12 @@ def _flash(
 ) -> None:  # fmt: skip
     """The same through the CPU's flash attention."""
     here = slice(row.start, row.stop)
-    pair = [scratch.gather(row.keys, t, i)[None, None] for i, t in enumerate((keys, values))]
+    key, value = (scratch.gather(row.keys, t, i)[None, None] for i, t in enumerate((keys, values)))
     bias = None
     if row.partial is not None:
         bias = query.new_zeros(1, 1, row.stop - row.start, row.keys.tokens)
         _mask_partial(bias[0, 0], row, plan)
-    found, line = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[None, None, here], *pair, attn_mask=bias, scale=scale
-    )
+    found, line = cpu_flash(query[None, None, here], key, value, bias, scale)
     if row.holes and bias is not None:
         nothing = (bias[0, 0] == float("-inf")).all(1)
         found[0, 0, nothing] = 0

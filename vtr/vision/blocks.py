@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtr.compat import accelerate
 from vtr.errors import UnsupportedModelError
 from vtr.tokens import TokenMap, take
 from vtr.trace import Trace
@@ -129,8 +130,8 @@ def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
     Raises ``UnsupportedModelError`` where the instance carries another ``forward`` already.
     """
     held = vars(module)
-    if "_hf_hook" in held and "_old_forward" in held:  # accelerate's forward calls _old_forward
-        owner.patch(module, "_old_forward", forward)
+    if accelerate.hooked(module):  # accelerate's forward calls it
+        owner.patch(module, accelerate.FORWARD, forward)
     elif "forward" in held and not _is_own(module, held["forward"]):
         raise UnsupportedModelError(
             f"a {type(module).__name__} of {owner.info.family} carries a forward of its own "

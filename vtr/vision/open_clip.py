@@ -9,15 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import (
-    Attention,
-    CustomResidualAttentionBlock,
-    ResidualAttentionBlock,
-    VisionTransformer,
-)
 from torch import Tensor, nn
 
+from vtr.compat import open_clip as compat
+from vtr.compat.contract import required
+from vtr.compat.tested import explain
 from vtr.errors import UnsupportedModelError
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
@@ -29,6 +25,9 @@ FAMILIES = (
     "open_clip VisionTransformer",
     "open_clip TimmModel with a timm trunk that is supported",
 )
+VisionTransformer, TimmModel = required(compat.TOWER), required(compat.TIMM_TOWER)
+ResidualAttentionBlock = required(compat.BLOCK)
+CustomResidualAttentionBlock, Attention = required(compat.CUSTOM_BLOCK), required(compat.ATTENTION)
 
 
 class ClipBlock(BlockRunner):
@@ -214,7 +213,7 @@ class OpenClipWrapping(Wrapping):
         self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
         self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
         if model.attn_pool is None:
-            self.patch(model, "_global_pool", Bound(self, "global_pool"))
+            self.patch(model, compat.POOLING, Bound(self, "global_pool"))
             return
         poolers = [model.attn_pool]
         if model.attn_pool_contrastive is not None and model.attn_pool_type == "parallel":
@@ -241,7 +240,7 @@ class OpenClipWrapping(Wrapping):
         model: Any = self.root
         sizes = self.session.pool_sizes(x)
         if sizes is None or model.pool_type != "avg":
-            return type(model)._global_pool(model, x)
+            return getattr(type(model), compat.POOLING)(model, x)
         tokens = x[:, self.info.prefix :]
         return weighted_mean(tokens, sizes), tokens
 
@@ -277,9 +276,9 @@ def _runner(block: nn.Module, transformer: nn.Module, prefix: int) -> BlockRunne
     else:
         reason = "its class is not known"
     if reason:
-        raise UnsupportedModelError(
-            f"a block of this open_clip tower, {type(block).__qualname__}, is not supported: {reason}"
-        )
+        problem = f"a block of this open_clip tower, {type(block).__qualname__}, is not supported: {reason}"
+        own = type(block).__module__.startswith("open_clip.")
+        raise UnsupportedModelError(explain("open_clip", problem) if own else problem)
     return ClipBlock(block, transformer, prefix)
 
 
@@ -302,7 +301,7 @@ def locate(target: Any) -> nn.Module | None:
                 f"{', '.join(timm.FAMILIES)}"
             )
         return found
-    if tower is not target or type(tower).__name__ == "ModifiedResNet":
+    if tower is not target or type(tower).__name__ == compat.CONVOLUTIONAL:
         raise UnsupportedModelError(
             f"open_clip's image tower {type(tower).__name__} is not supported: it is not a sequence of "
             f"tokens. Supported: {', '.join(FAMILIES)}"

@@ -6,10 +6,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import AttentionPoolLatent
-from timm.models import beit, eva, naflexvit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
+from vtr.compat.contract import required
+from vtr.compat.timm import (
+    ATTENTION_POOL,
+    FEATURES_ONLY,
+    MODELS,
+    NAFLEX,
+    NAFLEX_INTERMEDIATES,
+    classes,
+    pooling_name,
+)
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
@@ -17,28 +25,11 @@ from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.vision.timm_blocks import runner_of
 from vtr.wrapping import Bound, Wrapping
 
-FAMILIES = (
-    "timm VisionTransformer",
-    "timm Eva",
-    "timm Beit",
-    "timm VisionTransformerRelPos",
-    "timm NaFlexVit",
-)
+FAMILIES = tuple(f"timm {name}" for name in MODELS)
 
-_MODELS = (
-    vision_transformer.VisionTransformer,
-    eva.Eva,
-    beit.Beit,
-    vision_transformer_relpos.VisionTransformerRelPos,
-    naflexvit.NaFlexVit,
-)
-
-# arguments of NaFlexVit's forward_features, and the first of its forward_intermediates
-_NAFLEX = ("patches", "patch_coord", "patch_valid", "attn_mask")
-_INTERMEDIATES = (
-    *("x", "indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt"),
-    *("intermediates_only", "output_dict", *_NAFLEX[1:]),
-)
+_MODELS = classes(tuple(MODELS.values()))
+_NAFLEX_VIT = required(MODELS["NaFlexVit"])
+_ATTENTION_POOL = required(ATTENTION_POOL)
 _REFUSED = {
     "SwinTransformer": "its windows need the full grid of tokens",
     "SwinTransformerV2": "its windows need the full grid of tokens",
@@ -84,7 +75,7 @@ class TimmWrapping(Wrapping):
         if size is None:
             size = getattr(getattr(self.root, "patch_embed", None), "grid_size", None)
         if size is None:
-            return None if isinstance(self.root, naflexvit.NaFlexVit) else square_grid(tokens)
+            return None if isinstance(self.root, _NAFLEX_VIT) else square_grid(tokens)
         return tuple(size) if size[0] * size[1] == tokens else None
 
     def look(self, module: Any, args: tuple[Any, ...]) -> None:
@@ -107,19 +98,19 @@ class TimmWrapping(Wrapping):
         if hasattr(embed, "dynamic_feat_size"):
             self.hook(embed.register_forward_pre_hook(Bound(self, "look")))
         self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
-        name = "_pool" if isinstance(model, naflexvit.NaFlexVit) else "pool"
-        if hasattr(model, name):
+        name = pooling_name(model)
+        if name:
             self.patch(model, name, Bound(self, "pool"))
         else:  # Beit and relpos pool inside forward_head
             self.patch(model, "forward_head", Bound(self, "forward_head"))
-        if isinstance(model, naflexvit.NaFlexVit):
+        if isinstance(model, _NAFLEX_VIT):
             self.patch(model, "forward_features", Bound(self, "forward_naflex"))
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Intermediate features at full length: they are reshaped to grids by the model."""
         model: Any = self.root
-        if isinstance(model, naflexvit.NaFlexVit):
-            kwargs = {**dict(zip(_INTERMEDIATES, args, strict=False)), **kwargs}
+        if isinstance(model, _NAFLEX_VIT):
+            kwargs = {**dict(zip(NAFLEX_INTERMEDIATES, args, strict=False)), **kwargs}
             given = kwargs.get("x")
             self._look_naflex(given if isinstance(given, dict) else {**kwargs, "patches": given})
             args = ()
@@ -131,7 +122,7 @@ class TimmWrapping(Wrapping):
 
     def forward_naflex(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.root
-        kwargs = {**dict(zip(_NAFLEX, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(NAFLEX, args, strict=False)), **kwargs}
         self._look_naflex(kwargs)
         return type(model).forward_features(model, **{**kwargs, "patch_valid": None})
 
@@ -157,7 +148,7 @@ class TimmWrapping(Wrapping):
         kind = model.global_pool if pool_type is None else pool_type
         attn_pool = model.attn_pool
         if sizes is None or (attn_pool is None and kind not in ("avg", "avgmax", "max")):
-            original = type(model)._pool if hasattr(type(model), "_pool") else type(model).pool
+            original = getattr(type(model), pooling_name(model))
             return original(model, x, pool_type, **kwargs)
         p = self.info.prefix
         # Eva has no such option: its attention pool sees the prefix tokens, its mean does not.
@@ -165,7 +156,7 @@ class TimmWrapping(Wrapping):
             sizes = torch.cat([sizes.new_ones(x.shape[0], p), sizes], 1)
         else:
             x = x[:, p:]
-        if isinstance(attn_pool, AttentionPoolLatent):
+        if isinstance(attn_pool, _ATTENTION_POOL):
             return attn_pool(x, attn_mask=log_sizes(sizes)[:, None, None, :].to(x.dtype))
         if attn_pool is not None:
             raise UnsupportedMethodError(
@@ -196,7 +187,7 @@ class TimmWrapping(Wrapping):
 def locate(target: Any) -> nn.Module | None:
     """The timm encoder in ``target`` (a model, or a ``features_only`` wrapper of one)."""
     model = target
-    if type(target).__name__ == "FeatureGetterNet":
+    if type(target).__name__ == FEATURES_ONLY:
         model = target.model
     if isinstance(model, _MODELS):
         return model

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import beit, eva, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
+from vtr.compat import timm as compat
+from vtr.compat.contract import required
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import (
     BlockRunner,
@@ -21,25 +22,11 @@ from vtr.vision.blocks import (
 )
 from vtr.wrapping import Bound, Wrapping
 
-_POST_NORM = (
-    vision_transformer.ResPostBlock,
-    eva.EvaBlockPostNorm,
-    vision_transformer_relpos.ResPostRelPosBlock,
-)
-_BLOCKS = (
-    vision_transformer.Block,
-    eva.EvaBlock,
-    beit.Block,
-    vision_transformer_relpos.RelPosBlock,
-    *_POST_NORM,
-)
-_ATTENTIONS = (
-    vision_transformer.Attention,
-    eva.AttentionRope,
-    eva.EvaAttention,
-    beit.Attention,
-    vision_transformer_relpos.RelPosAttention,
-)
+_POST_NORM = compat.classes(compat.POST_NORM)
+_BLOCKS = (*compat.classes(compat.PRE_NORM), *_POST_NORM)
+_ATTENTIONS = compat.classes(compat.ATTENTIONS)
+_BEIT, _RELPOS = compat.classes((compat.BEIT_ATTENTION, compat.RELPOS_ATTENTION))
+_ROTATE = required(compat.ROTATE)
 
 
 def runner_of(block: nn.Module, prefix: int) -> BlockRunner:
@@ -146,13 +133,13 @@ def _narrow(kwargs: dict[str, Any], run: Run, prefix: int) -> dict[str, Any]:
 
 def _relative_bias(attn: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """The full (1, H, T, T) relative position bias of a BEiT or relpos attention, if it has one."""
-    if isinstance(attn, beit.Attention):
+    if isinstance(attn, _BEIT):
         shared = kwargs.get("shared_rel_pos_bias")
         if attn.relative_position_bias_table is None:
             return shared
-        own = attn._get_rel_pos_bias()
+        own = compat.relative_bias(attn)
         return own if shared is None else own + shared
-    if isinstance(attn, vision_transformer_relpos.RelPosAttention):
+    if isinstance(attn, _RELPOS):
         if attn.rel_pos is not None:
             return attn.rel_pos.get_bias()
         return kwargs.get("shared_rel_pos")
@@ -190,9 +177,8 @@ def _qkv(
     if rope is not None:
         npt = attn.num_prefix_tokens if prefix is None else prefix
         half = getattr(attn, "rotate_half", False)
-        rotate = eva.apply_rot_embed_cat
-        q = torch.cat([q[:, :, :npt], rotate(q[:, :, npt:], rope, half=half)], 2).type_as(v)
-        k = torch.cat([k[:, :, :npt], rotate(k[:, :, npt:], rope, half=half)], 2).type_as(v)
+        q = torch.cat([q[:, :, :npt], _ROTATE(q[:, :, npt:], rope, half=half)], 2).type_as(v)
+        k = torch.cat([k[:, :, :npt], _ROTATE(k[:, :, npt:], rope, half=half)], 2).type_as(v)
     groups = getattr(attn, "num_kv_groups", 1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -216,7 +202,7 @@ def _open_attention(attn: Any, x: Tensor, probe: Probe, kwargs: dict[str, Any]) 
         dropout_p=attn.attn_drop.p if attn.training else 0.0,
         drop=attn.attn_drop,
         is_causal=kwargs.get("is_causal", False),
-        fused=attn.fused_attn,
+        fused=getattr(attn, compat.FUSED),
     )
     out = out.transpose(1, 2).flatten(2)
     norm = getattr(attn, "norm", None)

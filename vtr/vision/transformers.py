@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.tested import explain
+from vtr.compat.transformers import AROUND, TIMM, TOWERS
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner, place_forward
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
@@ -24,50 +26,7 @@ from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.vision.transformers_layers import LAYERS, LayerRunner
 from vtr.wrapping import Bound, Wrapping
 
-# tower class -> (where its layers are, protected tokens beside the registers, whether one is a class)
-TOWERS: dict[str, tuple[str, int, bool]] = {
-    "CLIPVisionModel": ("encoder.layers", 1, True),
-    "MetaClip2VisionModel": ("encoder.layers", 1, True),
-    "SiglipVisionModel": ("encoder.layers", 0, False),
-    "Siglip2VisionModel": ("encoder.layers", 0, False),
-    "ViTModel": ("layers", 1, True),
-    "DeiTModel": ("layers", 2, True),
-    "IJepaModel": ("layers", 0, False),
-    "ViTMSNModel": ("layers", 1, True),
-    "Dinov2Model": ("encoder.layer", 1, True),
-    "Dinov2Backbone": ("encoder.layer", 1, True),
-    "Dinov2WithRegistersModel": ("encoder.layer", 1, True),
-    "Dinov2WithRegistersBackbone": ("encoder.layer", 1, True),
-    "DINOv3ViTModel": ("model.layer", 1, True),
-    "DINOv3ViTBackbone": ("model.layer", 1, True),
-    "InternVLVisionModel": ("encoder.layer", 1, True),
-}
 FAMILIES = (*(f"transformers {name}" for name in TOWERS), "transformers TimmWrapperModel")
-_TIMM = ("TimmWrapperModel", "TimmWrapperForImageClassification")
-
-# class around a tower -> (its attribute, what it does with the sequence). "mean": its classifier reads
-# the mean of the visual tokens (behind the class token, if it reads that too); "grid": it reshapes
-# them to a grid; "": it reads protected tokens or the tower's own pooling only, so that nothing of it
-# has to be patched.
-_AROUND: dict[str, tuple[str, str]] = {
-    "CLIPModel": ("vision_model", ""),
-    "CLIPVisionModelWithProjection": ("vision_model", ""),
-    "CLIPForImageClassification": ("vision_model", "mean"),
-    "MetaClip2Model": ("vision_model", ""),
-    "MetaClip2VisionModelWithProjection": ("vision_model", ""),
-    "MetaClip2ForImageClassification": ("vision_model", "mean"),
-    "SiglipModel": ("vision_model", ""),
-    "SiglipForImageClassification": ("vision_model", "mean"),
-    "Siglip2Model": ("vision_model", ""),
-    "ViTForImageClassification": ("vit", ""),
-    "ViTForMaskedImageModeling": ("vit", "grid"),
-    "DeiTForImageClassification": ("deit", ""),
-    "DeiTForImageClassificationWithTeacher": ("deit", ""),
-    "IJepaForImageClassification": ("ijepa", "mean"),
-    "ViTMSNForImageClassification": ("vit", ""),
-    "Dinov2ForImageClassification": ("dinov2", "mean"),
-    "Dinov2WithRegistersForImageClassification": ("dinov2_with_registers", "mean"),
-}
 
 # prefix of a class name -> why it cannot be wrapped
 _REFUSED: dict[str, str] = {
@@ -123,16 +82,32 @@ def tower_parts(tower: nn.Module) -> Parts:
     config: Any = tower.config
     if "DINOv3" in name or "WithRegisters" in name:
         prefix += config.num_register_tokens
-    runners: list[LayerRunner] = []
-    for layer in tower.get_submodule(path):  # type: ignore[attr-defined]
-        kind = LAYERS.get(type(layer).__name__)
-        if kind is None or not type(layer).__module__.startswith("transformers."):
-            raise UnsupportedModelError(
-                f"a layer of {name} is a {type(layer).__module__}.{type(layer).__qualname__}, which is "
-                f"not understood (known: {', '.join(LAYERS)})"
-            )
-        runners.append(kind(layer, prefix))
+    runners = layer_runners(tower, name, path, prefix)
     return Parts(runners, prefix, has_cls, config.hidden_size, runners[0].heads, _tokens(config))
+
+
+def layer_runners(tower: nn.Module, name: str, path: str, prefix: int) -> list[LayerRunner]:
+    """The runners of the layers at ``path`` in a tower of the class ``name``.
+
+    Raises:
+        UnsupportedModelError: there are none, or layers that are not understood.
+    """
+    try:
+        layers: Any = tower.get_submodule(path)
+    except AttributeError:
+        raise UnsupportedModelError(explain("transformers", f"{name} has no {path}")) from None
+    runners: list[LayerRunner] = []
+    for layer in layers:
+        kind, cls = LAYERS.get(type(layer).__name__), type(layer)
+        if kind is None or not cls.__module__.startswith("transformers."):
+            problem = (
+                f"a layer of {name} is a {cls.__module__}.{cls.__qualname__}, which is not understood "
+                f"(known: {', '.join(LAYERS)})"
+            )
+            own = cls.__module__.startswith("transformers.")
+            raise UnsupportedModelError(explain("transformers", problem) if own else problem)
+        runners.append(kind(layer, prefix))
+    return runners
 
 
 class TransformersWrapping(Wrapping):
@@ -270,10 +245,10 @@ def _named(target: Any, table: Any) -> str | None:
 
 def _split(root: Any) -> tuple[nn.Module, str]:
     """The tower of a root, and what the root does with its sequence."""
-    around = _named(root, _AROUND)
+    around = _named(root, AROUND)
     if around is None:
         return root, ""
-    attribute, use = _AROUND[around]
+    attribute, use = AROUND[around]
     return getattr(root, attribute), use
 
 
@@ -283,13 +258,13 @@ def locate(target: Any) -> nn.Module | None:
     Raises:
         UnsupportedModelError: a vision model that is known not to work, with the reason.
     """
-    around = _named(target, _AROUND)
+    around = _named(target, AROUND)
     if around is not None:
-        attribute, use = _AROUND[around]
+        attribute, use = AROUND[around]
         return target if use else getattr(target, attribute)
     if _named(target, TOWERS) is not None:
         return target
-    if _named(target, _TIMM) is not None:
+    if _named(target, TIMM) is not None:
         from vtr.vision import timm
 
         found = timm.locate(target.timm_model)
@@ -312,7 +287,7 @@ def locate(target: Any) -> nn.Module | None:
 
 
 def wrap(root: Any) -> Wrapping:
-    if _named(root, TOWERS) is None and _named(root, _AROUND) is None:  # what a TimmWrapper holds
+    if _named(root, TOWERS) is None and _named(root, AROUND) is None:  # what a TimmWrapper holds
         from vtr.vision import timm
 
         return timm.wrap(root)

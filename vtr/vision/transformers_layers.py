@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vtr.compat.tested import explain
+from vtr.compat.transformers import (
+    CHECKPOINTED,
+    CLIP_LAYER,
+    DINO_LAYER,
+    DROPOUTS,
+    OUTPUTS,
+    QKV,
+    QKV_NORMS,
+    VIDEOMAE_MLP,
+    VIT_LAYER,
+    attention_function,
+    attention_implementation,
+)
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
@@ -37,13 +49,12 @@ class LayerRunner(BlockRunner):
         #: the module that makes q, k, v; before 5.23 DINOv2 nests it in the one with the projection
         inner = getattr(outer, "attention", None)
         self.core: Any = inner if hasattr(inner, "query") else outer
-        names = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
-        self.names = next((n for n in names if all(hasattr(self.core, part) for part in n)), None)
+        self.names = next((n for n in QKV if all(hasattr(self.core, part) for part in n)), None)
         missing = [n for n in (self.norm1, self.norm2, *self.mlp_names) if not hasattr(block, n)]
         if self.names is None or missing:
+            lacking = ", ".join(missing) or "q, k and v projections"
             raise UnsupportedModelError(
-                f"{type(block).__name__} of this transformers version is not laid out as expected "
-                f"(no {', '.join(missing) or 'q, k and v projections'})"
+                explain("transformers", f"{type(block).__name__} has no {lacking}")
             )
 
     # ---- the two halves ---------------------------------------------------------------------
@@ -77,7 +88,7 @@ class LayerRunner(BlockRunner):
         mask = kwargs.pop("attention_mask", None)
         q, k, v = (self._heads(x, which) for which in range(3))
         q, k = self.turn(x, q, k, kwargs)
-        implementation = core.config._attn_implementation
+        implementation = attention_implementation(core)
         scale = getattr(core, "scaling", None) or core.scale
         dropout = _dropout(core) if core.training else 0.0
         eager_bias = implementation == "eager" and self.eager_takes_mask
@@ -86,8 +97,7 @@ class LayerRunner(BlockRunner):
             if probe.key_bias is not None:
                 bias = probe.key_bias[:, None, None, :].to(q.dtype)
                 mask = bias if mask is None else bias + _additive(mask, q.dtype)
-            eager = sys.modules[type(core).__module__].eager_attention_forward  # type: ignore[attr-defined]
-            call = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+            call = attention_function(core, implementation)
             out, weights = call(core, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
         else:
             if mask is not None and mask.dim() == 2:  # flash attention's (B, T) of valid keys
@@ -95,7 +105,7 @@ class LayerRunner(BlockRunner):
             out = probe.attend(q, k, v, mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
             weights = None
         out = out.reshape(x.shape[0], x.shape[1], -1).contiguous()
-        for name in ("out_proj", "o_proj", "proj", "projection_layer", "projection_dropout"):
+        for name in OUTPUTS:
             if hasattr(core, name):
                 out = getattr(core, name)(out)
         return out, weights
@@ -115,7 +125,7 @@ class LayerRunner(BlockRunner):
         core = self.core
         assert self.names is not None
         y = getattr(core, self.names[which])(x)
-        norm = getattr(core, ("q_norm", "k_norm", "v_norm")[which], None)
+        norm = getattr(core, QKV_NORMS[which], None)
         y = y if norm is None else norm(y)
         size = getattr(core, "head_dim", None) or core.attention_head_size
         return y.view(x.shape[0], x.shape[1], -1, size).transpose(1, 2)
@@ -136,7 +146,7 @@ class LayerRunner(BlockRunner):
         place_forward(owner, self.core, Bound(self, "attention"))
 
     def checkpointed(self) -> bool:
-        return bool(self.block.training and getattr(self.block, "gradient_checkpointing", False))
+        return bool(self.block.training and getattr(self.block, CHECKPOINTED, False))
 
     def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
         if run.map is None:
@@ -183,11 +193,11 @@ class LayerRunner(BlockRunner):
 
 
 class ClipLayer(LayerRunner):
-    norm1, norm2, attention_name = "layer_norm1", "layer_norm2", "self_attn"
+    norm1, norm2, attention_name = CLIP_LAYER
 
 
 class ViTLayer(LayerRunner):
-    norm1, norm2, attention_name = "layernorm_before", "layernorm_after", "attention"
+    norm1, norm2, attention_name = VIT_LAYER
 
     def branch1(self, y: Tensor) -> Tensor:
         return self.block.dropout(y)  # type: ignore[operator]
@@ -196,7 +206,7 @@ class ViTLayer(LayerRunner):
 
 
 class DinoLayer(LayerRunner):
-    norm1, norm2, attention_name = "norm1", "norm2", "attention"
+    norm1, norm2, attention_name = DINO_LAYER
 
     def branch1(self, y: Tensor) -> Tensor:
         block: Any = self.block
@@ -208,8 +218,8 @@ class DinoLayer(LayerRunner):
 
 
 class VideoMAELayer(LayerRunner):
-    norm1, norm2, attention_name = "layernorm_before", "layernorm_after", "attention"
-    mlp_names = ("intermediate", "output")
+    norm1, norm2, attention_name = VIT_LAYER
+    mlp_names = VIDEOMAE_MLP
 
     def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         block: Any = self.block
@@ -219,7 +229,7 @@ class VideoMAELayer(LayerRunner):
 class VJEPA2Layer(LayerRunner):
     """Rotary embedding by frame, row and column, from each token's number in the input."""
 
-    norm1, norm2, attention_name = "norm1", "norm2", "attention"
+    norm1, norm2, attention_name = DINO_LAYER
     eager_takes_mask = False
 
     def branch1(self, y: Tensor) -> Tensor:
@@ -262,7 +272,7 @@ class VJEPA2Layer(LayerRunner):
 
 
 class InternVLLayer(LayerRunner):
-    norm1, norm2, attention_name = "layernorm_before", "layernorm_after", "attention"
+    norm1, norm2, attention_name = VIT_LAYER
 
     def branch1(self, y: Tensor) -> Tensor:
         return self.block.lambda_1 * y  # type: ignore[operator,return-value]
@@ -319,7 +329,7 @@ def _tensor(mask: Any) -> Tensor:
 
 
 def _dropout(core: Any) -> float:
-    for name in ("attention_dropout", "dropout_prob", "dropout"):
+    for name in DROPOUTS:
         value = getattr(core, name, None)
         if isinstance(value, (int, float)):
             return float(value)

@@ -15,28 +15,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtr.compat.transformers import VIDEO_AROUND as AROUND
+from vtr.compat.transformers import VIDEO_TOWERS as TOWERS
+from vtr.compat.transformers import attention_implementation
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoder import EncoderSession, encoder_info
 from vtr.vision.pooling import log_sizes, weighted_mean
-from vtr.vision.transformers import _named
-from vtr.vision.transformers_layers import LAYERS, LayerRunner
+from vtr.vision.transformers import _named, layer_runners
 from vtr.wrapping import Bound, Wrapping
 
-# tower class -> (where its layers are, protected tokens, name of its pixels)
-TOWERS: dict[str, tuple[str, int, str]] = {
-    "VideoMAEModel": ("encoder.layer", 0, "pixel_values"),
-    "VivitModel": ("layers", 1, "pixel_values"),
-    "VJEPA2Model": ("encoder.layer", 0, "pixel_values_videos"),
-}
 FAMILIES = tuple(f"transformers {name}" for name in TOWERS)
 
-# class around a tower -> (its attribute, what it does with the sequence): "" reads the class token,
-# "mean" the mean of all tokens, "pooler" attends to them.
-_AROUND: dict[str, tuple[str, str]] = {
-    "VideoMAEForVideoClassification": ("videomae", "mean"),
-    "VivitForVideoClassification": ("vivit", ""),
-    "VJEPA2ForVideoClassification": ("vjepa2", "pooler"),
-}
 _REFUSED = {
     "VideoMAEForPreTraining": "it drops patches of its own, and its decoder needs those that are left",
     "TimesformerModel": "its layers attend along time and along space in turn, over a full grid",
@@ -56,23 +45,15 @@ class VideoWrapping(Wrapping):
     options = {"output": "reduced"}
 
     def __init__(self, root: Any) -> None:
-        around = _named(root, _AROUND)
-        attribute, self.use = ("", "") if around is None else _AROUND[around]
+        around = _named(root, AROUND)
+        attribute, self.use = ("", "") if around is None else AROUND[around]
         self.tower: Any = getattr(root, attribute) if attribute else root
         name = _named(self.tower, TOWERS)
         assert name is not None
         path, self.prefix, self.pixels = TOWERS[name]
         if self.use == "mean" and root.fc_norm is None:
             self.use = "first"  # the classifier reads token 0, whatever became of it
-        runners: list[LayerRunner] = []
-        for layer in self.tower.get_submodule(path):
-            kind = LAYERS.get(type(layer).__name__)
-            if kind is None or not type(layer).__module__.startswith("transformers."):
-                raise UnsupportedModelError(
-                    f"a layer of {name} is a {type(layer).__module__}.{type(layer).__qualname__}, "
-                    f"which is not understood (known: {', '.join(LAYERS)})"
-                )
-            runners.append(kind(layer, self.prefix))
+        runners = layer_runners(self.tower, name, path, self.prefix)
         config = self.tower.config
         info = encoder_info(
             f"transformers {type(root).__name__}",
@@ -156,7 +137,7 @@ class VideoWrapping(Wrapping):
         sizes = self.session.pool_sizes(keys)
         if sizes is None:
             return None
-        implementation = module.config._attn_implementation
+        implementation = attention_implementation(module)
         if implementation != "sdpa":
             raise UnsupportedMethodError(
                 f"the pooler of {type(self.root).__name__} cannot weigh merged or padded tokens with "
@@ -200,9 +181,9 @@ def locate(target: Any) -> nn.Module | None:
     if refused is not None:
         raise UnsupportedModelError(
             f"transformers {refused} is not supported: {_REFUSED[refused]}. Supported: "
-            f"{', '.join((*TOWERS, *_AROUND))}"
+            f"{', '.join((*TOWERS, *AROUND))}"
         )
-    if _named(target, TOWERS) is not None or _named(target, _AROUND) is not None:
+    if _named(target, TOWERS) is not None or _named(target, AROUND) is not None:
         return target
     return None
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from vtr.compat.timm import embed
 from vtr.zoo import data, load, vit
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def predict(
         predictions ``(n,)``, and ``(n,)`` the share of the digit's ink in the patches that
         reached the end.
     """
-    tokens = model.norm_pre(model._pos_embed(model.patch_embed(batch.images)))
+    tokens = model.norm_pre(embed(model, model.patch_embed(batch.images)))
     ink = batch.ink
     for index, block in enumerate(model.blocks):
         if index not in cuts:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.compat.transformers import from_config
 from vtr.errors import missing
 from vtr.zoo.data import GRID, IMAGE, MEAN, PATCH, STD
 from vtr.zoo.questions import SPECIAL, VOCABULARY
@@ -76,7 +77,7 @@ def build(attention: str = "sdpa") -> LlavaForConditionalGeneration:
         image_seq_length=PATCHES,
         tie_word_embeddings=True,
     )
-    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+    return from_config(LlavaForConditionalGeneration, config, attention)
 
 
 def processor() -> Any:

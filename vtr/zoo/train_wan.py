@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vtr.compat.torch import blend
 from vtr.zoo import wan
 from vtr.zoo.state import load_moments, moments, part
 from vtr.zoo.videos import videos
@@ -264,7 +265,7 @@ class Trainer:
         # The average of few steps must not remember the random start.
         decay = min(self.recipe.ema, self.position / (self.position + 9))
         kept, new = list(self.averaged.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(kept, new, 1 - decay)
+        blend(kept, new, 1 - decay)
 
     # ---- what is left -----------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.compat.transformers import from_config
 from vtr.errors import missing
 from vtr.zoo.clips import SECONDS
 from vtr.zoo.data import GRID, IMAGE, MEAN, PATCH, STD
@@ -86,8 +87,7 @@ def build(attention: str = "sdpa") -> LlavaOnevisionForConditionalGeneration:
         image_grid_pinpoints=[[IMAGE, IMAGE]],
         tie_word_embeddings=True,
     )
-    model: Any = LlavaOnevisionForConditionalGeneration
-    return model._from_config(config, attn_implementation=attention)
+    return from_config(LlavaOnevisionForConditionalGeneration, config, attention)
 
 
 def processor() -> Any:

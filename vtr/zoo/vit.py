@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtr.compat.timm import embed
 from vtr.zoo.data import GRID, IMAGE, PATCH
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def features(
         ``(n, 1 + k, 128)``, the CLS token first; and for each block of ``early`` its CLS token,
         ``(n, 128)``, before any norm.
     """
-    tokens = model._pos_embed(model.patch_embed(images))
+    tokens = embed(model, model.patch_embed(images))
     if kept is not None:
         prefix = tokens.new_zeros(len(kept), 1, dtype=torch.int64)
         index = torch.cat([prefix, kept + 1], 1)

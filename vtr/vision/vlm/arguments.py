@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
-ENCODED = ("image_hidden_states",)  # features that the caller made (older Idefics3 and SmolVLM)
-FEATURES = (*PIXELS, *ENCODED, "mm_encoder_outputs")
+from vtr.compat.transformers import ENCODED, ENCODER_OUTPUTS, PIXELS
+
+FEATURES = (*PIXELS, *ENCODED, ENCODER_OUTPUTS)
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from vtr.compat.transformers import CACHE, cache_name
-
-# Arguments by which a language model runs its layers, besides the cache.
-_GIVEN = (
-    "hidden_states",
-    "attention_mask",
-    "position_ids",
-    "position_embeddings",
+from vtr.compat.torch import without_fake_tensors
+from vtr.compat.transformers import (
+    ATTENTION_PARTS,
+    CACHE,
+    HALF,
+    HALVES,
+    LAYER_ARGUMENTS,
+    PROJECTED,
+    ROTARY,
+    cache_name,
+    rotary_home,
 )
 
 
 def runs_otherwise(layer: Any) -> str:
     """Why a decoder layer cannot be given a shorter sequence from outside; empty if it can."""
     names = inspect.signature(type(layer).forward).parameters
-    lacking = [name for name in _GIVEN if name not in names]
+    lacking = [name for name in LAYER_ARGUMENTS if name not in names]
     if cache_name(type(layer).forward) is None:
         lacking.append(" or ".join(CACHE))
     return f"{type(layer).__name__} takes no {', '.join(lacking)}" if lacking else ""
-
-
-# Parts of an attention module that :func:`project` knows what to do with, or need not know of.
-_PARTS = frozenset(
-    {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "dense", "q_norm", "k_norm", "rotary_emb"}
-)
 
 
 def opens(layer: Any) -> str:
@@ -44,11 +39,11 @@ def opens(layer: Any) -> str:
     if attn is None or not hasattr(layer, "input_layernorm"):
         return f"{type(layer).__name__} is no pre-norm layer with self_attn and input_layernorm"
     title = type(attn).__name__
-    for name in ("q_proj", "k_proj", "v_proj", "head_dim", "scaling"):
+    for name in PROJECTED:
         if not hasattr(attn, name):
             return f"{title} has no {name}"
     # Others without weights are dropout, or functions that stand as modules (of Hub kernels).
-    children = ((n, m) for n, m in attn.named_children() if n not in _PARTS)
+    children = ((n, m) for n, m in attn.named_children() if n not in ATTENTION_PARTS)
     odd = [n for n, m in children if "norm" in n or next(m.parameters(), None) is not None]
     odd += [name for name, _ in attn.named_parameters(recurse=False)]  # attention sinks
     if getattr(getattr(attn, "config", None), "clip_qkv", None) is not None:
@@ -68,12 +63,11 @@ def opens(layer: Any) -> str:
 
 def _halves_turn(attn: Any) -> bool:
     """Whether the rotary embedding of an attention module is :func:`rotate`: tried on a few numbers."""
-    homes: list[Any] = [sys.modules.get(cls.__module__) for cls in type(attn).__mro__]
-    homes = [home for home in homes if hasattr(home, "apply_rotary_pos_emb")]
-    if not homes:
+    home = rotary_home(attn)
+    if home is None:
         return False
-    with unset_fake_temporarily():  # numbers are needed, also for a model of fake tensors
-        return _turns_so(homes[0], device_of(attn.q_proj) or torch.device("cpu"))
+    with without_fake_tensors():  # numbers are needed, also for a model of fake tensors
+        return _turns_so(home, device_of(attn.q_proj) or torch.device("cpu"))
 
 
 def _turns_so(home: Any, device: torch.device) -> bool:
@@ -82,33 +76,19 @@ def _turns_so(home: Any, device: torch.device) -> bool:
     cos, sin = cos.reshape(1, 3, 8), sin.reshape(1, 3, 8)
     wanted = rotate(q, cos, sin), rotate(k, cos, sin)
     try:
-        made = home.apply_rotary_pos_emb(q, k, cos, sin)
+        made = getattr(home, ROTARY)(q, k, cos, sin)
     except Exception:  # a kernel of the Hub in its place that takes no such numbers
-        half = getattr(home, "rotate_half", None)
+        half = getattr(home, HALF, None)
         if half is None:
             return False
         made = tuple(x * cos[:, None] + half(x) * sin[:, None] for x in (q, k))
     return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(made, wanted, strict=True))
 
 
-# Layers of the form x + attention(norm(x)), then x + mlp(norm(x)).
-_HALVES = frozenset(
-    {
-        "LlamaDecoderLayer",
-        "MistralDecoderLayer",
-        "Qwen2DecoderLayer",
-        "Qwen2VLDecoderLayer",
-        "Qwen2_5_VLDecoderLayer",
-        "Qwen3DecoderLayer",
-        "Qwen3VLTextDecoderLayer",
-    }
-)
-
-
 def has_halves(layer: Any) -> bool:
     """Whether a decoder layer is known to be attention and MLP, each behind a norm and a residual."""
     cls = type(layer)
-    return cls.__name__ in _HALVES and cls.__module__.startswith("transformers.")
+    return cls.__name__ in HALVES and cls.__module__.startswith("transformers.")
 
 
 def project(

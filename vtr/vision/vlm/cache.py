@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtr.compat.transformers import CACHE_ROWS, cache_layer
 from vtr.tokens import TokenMap
 
 ATTRIBUTE = "_vtr_cuts"
 FOLLOW = "_vtr_follow"
-# Methods of a cache that repeat, choose or exchange its rows.
-ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
 
 class Group:
@@ -165,7 +164,7 @@ class Rows:
     records move with them.
 
     Args:
-        name: one of :data:`ROWS`.
+        name: one of :data:`~vtr.compat.transformers.CACHE_ROWS`.
     """
 
     def __init__(self, cache: Any, name: str) -> None:
@@ -195,7 +194,7 @@ def remember(cache: Any, cuts: Cuts) -> None:
     cuts.open = False
     cache.__dict__[ATTRIBUTE] = cuts
     cache.__dict__["update"] = Guard(cache)
-    for name in ROWS:
+    for name in CACHE_ROWS:
         if hasattr(type(cache), name):
             cache.__dict__[name] = Rows(cache, name)
     if cuts.offset:
@@ -203,7 +202,7 @@ def remember(cache: Any, cuts: Cuts) -> None:
 
 
 def forget(cache: Any) -> None:
-    for name in (ATTRIBUTE, FOLLOW, "update", "get_seq_length", *ROWS):
+    for name in (ATTRIBUTE, FOLLOW, "update", "get_seq_length", *CACHE_ROWS):
         cache.__dict__.pop(name, None)
 
 
@@ -217,12 +216,10 @@ def length_of(cache: Any, layer: int = 0) -> int:
 def cached(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor] | None:
     """Keys and values (B, Hk, columns, D) of a layer, or None where the cache does not hold them plainly
     (quantised, sliding, offloaded elsewhere)."""
-    from transformers.cache_utils import DynamicLayer, StaticLayer
-
-    layers = getattr(cache, "layers", ())
-    if layer >= len(layers) or type(layers[layer]) not in (DynamicLayer, StaticLayer):
+    held = cache_layer(cache, layer)
+    if held is None:
         return None
-    keys, values = layers[layer].keys, layers[layer].values
+    keys, values = held.keys, held.values
     if not isinstance(keys, torch.Tensor) or keys.dim() != 4 or keys.shape[2] < columns:
         return None
     return keys[:, :, :columns], values[:, :, :columns]

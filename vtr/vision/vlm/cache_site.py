@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.compat.transformers import cache_layer
 from vtr.errors import UnsupportedMethodError
 from vtr.kernels import attention_rows
 from vtr.language_signals import CacheSite
@@ -182,7 +183,7 @@ class CacheSession:
         cache, depth = call.cache, len(self.owner.layers)
         first, stop = (0, layer) if place == "before" else (layer, depth)
         for i in range(first, stop):
-            if not _plain(cache, i):
+            if cache_layer(cache, i, growing=True) is None:
                 raise _refused(cache)
         total = call.map.then(step)
         length = call.live.shape[1]
@@ -338,13 +339,6 @@ def _gather(x: Tensor, columns: Tensor) -> Tensor:
 def _ascending(columns: Tensor) -> Tensor:
     """Columns with their padding at the end made larger than all others."""
     return torch.where(columns < 0, torch.iinfo(torch.long).max, columns).contiguous()
-
-
-def _plain(cache: Any, layer: int) -> bool:
-    from transformers.cache_utils import DynamicLayer
-
-    layers = getattr(cache, "layers", ())
-    return layer < len(layers) and type(layers[layer]) is DynamicLayer
 
 
 def _refused(cache: Any) -> UnsupportedMethodError:

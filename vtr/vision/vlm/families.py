@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.transformers import PACKING, language_module, placeholder_names
 from vtr.errors import UnsupportedModelError
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import KINDS, Piece, loose, plain
 from vtr.vision.vlm.spreads import Average, Groups, Packing, Pooled, Shuffled, rows
-
-# Arguments of a model's forward that say where visual tokens are.
-FORWARDED = ("second_per_grid_ts", "video_compression_mask")
 
 
 class Family:
@@ -57,7 +55,7 @@ class Family:
         return None
 
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
-        """Complete ``capture`` with what only the model's forward is given (:data:`FORWARDED`)."""
+        """Complete ``capture`` with what only the model's forward is given (:data:`~vtr.compat.transformers.FORWARDED`)."""
 
 
 class Packed(Family):
@@ -72,14 +70,14 @@ class Packed(Family):
         self.title = title
 
     def watch(self, inner: Any) -> str | None:
-        return "pack_image_features"
+        return PACKING
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         if capture.kind == "video":
             self.video(inner, capture, *videos_of(given))
             capture.lengths = [piece.length for piece in capture.pieces]
             return
-        packing = Packing(inner, *given["pack_image_features"])
+        packing = Packing(inner, *given[PACKING])
         capture.spread = packing
         capture.pieces = packing.pieces()
 
@@ -290,10 +288,7 @@ NAMES = (
 def inner_of(model: Any) -> nn.Module | None:
     """The module that owns the language model (``LlavaModel``), in a model or itself."""
     for candidate in (model, getattr(model, "model", None)):
-        if isinstance(candidate, nn.Module) and isinstance(
-            candidate._modules.get("language_model", candidate._modules.get("text_model")),
-            nn.Module,
-        ):
+        if isinstance(candidate, nn.Module) and isinstance(language_module(candidate), nn.Module):
             return candidate
     return None
 
@@ -320,7 +315,7 @@ def visual_ids(config: Any) -> dict[int, int]:
     """Token ids that images and videos replace, and the number of their kind."""
     found: dict[int, int] = {}
     for kind, number in KINDS.items():
-        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+        for name in placeholder_names(kind):
             value = getattr(config, name, None)
             if value is not None:
                 found.setdefault(int(value), number)

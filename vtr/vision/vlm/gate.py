@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtr.compat import torch as compat
+
 ROOT, INNER, LANGUAGE, FEATURES = range(4)  # levels of a call, from the outside in
 
 
@@ -113,7 +115,4 @@ def forget_compiled() -> None:
     (``torch._dynamo.config.skip_nnmodule_hook_guards``): a model that had run compiled would go on
     without any cut. It is compiled again at its next call.
     """
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    convert: Any = sys.modules.get("torch._dynamo.convert_frame")
-    if dynamo is not None and convert is not None and convert.FRAME_COUNTER:
-        dynamo.reset()
+    compat.forget_compiled()

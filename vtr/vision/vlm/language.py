@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtr.compat.transformers import given_cache
+from vtr.compat.transformers import (
+    CHECKPOINTED,
+    DEEPSTACK,
+    DEEPSTACK_FEATURES,
+    DEEPSTACK_MASKS,
+    TOKEN_TYPES,
+    causal_mask,
+    check_deepstack,
+    given_cache,
+)
 from vtr.errors import UnsupportedMethodError
 from vtr.method import Reduction
 from vtr.tokens import TokenMap, top_indices
@@ -95,8 +104,8 @@ class LanguageSession:
                 owner.hook(norm.register_forward_pre_hook(Bound(self, "before_mlp", i)))
                 owner.hook(mlp.register_forward_hook(Bound(self, "after_mlp")))
                 owner.hook(layer.register_forward_hook(Bound(self, "after_layer"), prepend=True))
-        if hasattr(module, "_deepstack_process"):
-            owner.patch(module, "_deepstack_process", Bound(self, "deepstack"))
+        if check_deepstack(module):
+            owner.patch(module, DEEPSTACK, Bound(self, "deepstack"))
 
     # ---- the entry --------------------------------------------------------------------------
 
@@ -119,9 +128,7 @@ class LanguageSession:
         for entry in self.owner.active:
             self.owner.check_flash(entry.options)  # it may have been chosen since
         if kinds is not None and (
-            module.training
-            and torch.is_grad_enabled()
-            and getattr(module, "gradient_checkpointing", False)
+            module.training and torch.is_grad_enabled() and getattr(module, CHECKPOINTED, False)
         ):
             raise RuntimeError(
                 "gradient checkpointing cannot be used on a wrapped language model (the second pass "
@@ -163,14 +170,14 @@ class LanguageSession:
         }
         if call.changed:
             index, pad = call.layout.index, ~call.layout.live
-            stack = kwargs.get("visual_pos_masks")
+            stack = kwargs.get(DEEPSTACK_MASKS)
             if stack is not None:
-                new["visual_pos_masks"] = follow(stack, index, pad, False)
-                features = kwargs.get("deepstack_visual_embeds")
+                new[DEEPSTACK_MASKS] = follow(stack, index, pad, False)
+                features = kwargs.get(DEEPSTACK_FEATURES)
                 if features is not None:
                     stays = _kept(call.layout, stack)
-                    new["deepstack_visual_embeds"] = [f[stays.to(f.device)] for f in features]
-            for name in ("token_type_ids", "mm_token_type_ids"):
+                    new[DEEPSTACK_FEATURES] = [f[stays.to(f.device)] for f in features]
+            for name in TOKEN_TYPES:
                 value = kwargs.get(name)
                 if isinstance(value, Tensor) and value.shape[-1] == length:
                     new[name] = follow(value, index, pad)
@@ -327,8 +334,6 @@ class LanguageSession:
         cut = call.synced is not call.layout
         if not cut and (i == 0 or i not in call.boundaries()):
             return
-        from transformers.masking_utils import create_causal_mask
-
         if cut:
             call.segments.append((i, call.layout))
         if call.moves(i) or call.moves(i - 1):
@@ -339,9 +344,7 @@ class LanguageSession:
             call.rope = (cos.to(hidden.device), sin.to(hidden.device))
         call.synced = call.layout
         call.override = {
-            "attention_mask": create_causal_mask(
-                self.module.config, hidden, call.mask(i), call.cache, None, layer_idx=i
-            ),
+            "attention_mask": causal_mask(self.module.config, hidden, call.mask(i), call.cache, i),
             "position_embeddings": call.rope,
             "position_ids": None,
         }
@@ -358,7 +361,7 @@ class LanguageSession:
             stays[b.to(masks.device), index[b, s].to(masks.device)] = True
             features = features[stays[masks].to(features.device)]
             masks = follow(masks, index, pad, False)
-        return type(self.module)._deepstack_process(self.module, hidden, masks, features)
+        return getattr(type(self.module), DEEPSTACK)(self.module, hidden, masks, features)
 
 
 def _kept(layout: Layout, visual: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.transformers import PACKED, WINDOWS
 from vtr.signals import QKV, ModelInfo, Site
 from vtr.tokens import TokenMap
 from vtr.vision.vlm.attention import rotate
@@ -30,23 +31,19 @@ class Form(NamedTuple):
 
 def form_of(tower: Any) -> Form | None:
     """The form of a tower, None where it is another one."""
-    encoder = getattr(tower, "encoder", None)
-    for form in (
-        Form(getattr(tower, "blocks", None), "norm1", "attn"),  # type: ignore[arg-type]
-        Form(getattr(encoder, "layers", None), "layer_norm1", "self_attn"),  # type: ignore[arg-type]
-    ):
-        if not isinstance(form.blocks, nn.ModuleList):
+    for path, norm, name, projection, merger in PACKED:
+        blocks: Any = tower
+        for part in path.split("."):
+            blocks = getattr(blocks, part, None)
+        if not isinstance(blocks, nn.ModuleList):
             continue
-        attention: Any = getattr(form.blocks[0], form.attention, None)
-        named = (
-            ("qkv", "spatial_merge_size") if form.norm == "norm1" else ("q_proj", "pixel_unshuffle")
-        )
+        attention: Any = getattr(blocks[0], name, None)
         if (
-            all(hasattr(attention, name) for name in (named[0], "num_heads", "scaling"))
-            and hasattr(form.blocks[0], form.norm)
-            and hasattr(tower, named[1])
+            all(hasattr(attention, part) for part in (projection, "num_heads", "scaling"))
+            and hasattr(blocks[0], norm)
+            and hasattr(tower, merger)
         ):
-            return form
+            return Form(blocks, norm, name)
     return None
 
 
@@ -90,8 +87,8 @@ class PackedSession:
             block = self.blocks[layer]
             owner.hook(block.register_forward_pre_hook(Bound(self, "enter"), with_kwargs=True))
             owner.hook(block.register_forward_hook(Bound(self, "leave", layer), with_kwargs=True))
-        if hasattr(self.tower, "permute_input_for_window_attn"):
-            owner.patch(self.tower, "permute_input_for_window_attn", Bound(self, "permute"))
+        if hasattr(self.tower, WINDOWS):
+            owner.patch(self.tower, WINDOWS, Bound(self, "permute"))
 
     def start(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Frames are attended to one by one: each is a row."""
@@ -105,7 +102,7 @@ class PackedSession:
         unit = self.tower.spatial_merge_unit
         groups = torch.argsort(window_index.to(x.device))
         self.order = (groups[:, None] * unit + torch.arange(unit, device=groups.device)).reshape(-1)
-        return type(self.tower).permute_input_for_window_attn(self.tower, x, window_index, seq_len)
+        return getattr(type(self.tower), WINDOWS)(self.tower, x, window_index, seq_len)
 
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.entered = args[0] if args else kwargs["hidden_states"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.transformers import PACKING
 from vtr.language_signals import View
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import Piece, loose, plain
@@ -25,9 +26,7 @@ class Packing:
     def __init__(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inner = inner
         named = dict(
-            inspect.signature(type(inner).pack_image_features)
-            .bind(inner, *args, **kwargs)
-            .arguments
+            inspect.signature(getattr(type(inner), PACKING)).bind(inner, *args, **kwargs).arguments
         )
         named.pop("self")
         features = named.pop("image_features")
@@ -59,7 +58,7 @@ class Packing:
         wide = scores if scores.dim() == 3 else scores[..., None]
         parts = list(wide.split(self.crops))
         newline = scores.new_full((wide.shape[2],), float("nan")) if self.newline else None
-        out, _ = type(self.inner).pack_image_features(
+        out, _ = getattr(type(self.inner), PACKING)(
             self.inner, parts, image_newline=newline, **self.rest
         )
         return list(out) if scores.dim() == 3 else [x[:, 0] for x in out]

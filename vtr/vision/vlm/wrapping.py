@@ -8,18 +8,31 @@ from typing import Any
 
 from torch import nn
 
+from vtr.compat.tested import explain
+from vtr.compat.transformers import (
+    COMPILES,
+    DRAFTS,
+    ENCODED,
+    ENCODER_OUTPUTS,
+    FORWARDED,
+    MODALITIES,
+    PIXELS,
+    attention_implementation,
+    check_generate,
+    language_module,
+)
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
 from vtr.vision.pooling import has_pooling
-from vtr.vision.vlm.arguments import ENCODED, PIXELS, has_any, has_features, named
+from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attention import has_halves, opens, runs_otherwise
 from vtr.vision.vlm.cache_site import PLACES, CacheSession
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
-from vtr.vision.vlm.families import FORWARDED, Family, find
+from vtr.vision.vlm.families import Family, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
 from vtr.vision.vlm.gate import (
     FEATURES,
@@ -36,7 +49,6 @@ from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, PerThread, Wrapping
 
 TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
-MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
 
 
 class VLMWrapping(Wrapping):
@@ -163,7 +175,7 @@ class VLMWrapping(Wrapping):
 
     @property
     def flash(self) -> bool:
-        return "flash" in str(getattr(self.lm.config, "_attn_implementation", ""))
+        return "flash" in attention_implementation(self.lm)
 
     def check_flash(self, options: dict[str, Any]) -> None:
         """Refuse FlashAttention in the language model unless the caller asked for it.
@@ -172,12 +184,16 @@ class VLMWrapping(Wrapping):
         its results after a cut have never been compared on a GPU.
         """
         if self.flash and not options.get("flash_attention"):
-            name = self.lm.config._attn_implementation
+            name = attention_implementation(self.lm)
             raise UnsupportedMethodError(
                 f"the language model runs {name!r}, whose results after a cut have not been proven on "
                 "a GPU: call model.set_attn_implementation('sdpa') (it has flash kernels of its own), "
                 "or pass flash_attention=True to use it all the same"
             )
+
+    def why(self, problem: str) -> str:
+        """A problem of the layers; of a known class, the version of transformers may be to blame."""
+        return explain("transformers", problem) if has_halves(self.layers[0]) else problem
 
     def scale(self, layer: int) -> float | None:
         """The factor of a layer's attention logits, None where its attention is not opened."""
@@ -203,7 +219,7 @@ class VLMWrapping(Wrapping):
             super().check(method, options)
         except UnsupportedMethodError as error:
             if self.closed and "'decoder'" in str(error):
-                raise UnsupportedMethodError(f"{error} ({self.closed})") from None
+                raise UnsupportedMethodError(f"{error} ({self.why(self.closed)})") from None
             raise
         self.check_flash(options)
         # What a tower cuts is taken out of the prompt as well.
@@ -211,9 +227,8 @@ class VLMWrapping(Wrapping):
         shortens = any(stage.site != "encoder" or method.cuts_at(stage) for stage in stages)
         odd = runs_otherwise(self.layers[0])
         if odd and shortens:
-            raise UnsupportedMethodError(
-                f"{method.name} cannot cut for this language model: {odd}, by which a cut is carried out"
-            )
+            odd = self.why(f"{odd}, by which a cut is carried out")
+            raise UnsupportedMethodError(f"{method.name} cannot cut for this language model: {odd}")
         if self.sliding and shortens:
             raise UnsupportedMethodError(
                 f"{method.name} cannot cut for a language model with sliding-window layers: their "
@@ -272,10 +287,10 @@ class VLMWrapping(Wrapping):
         watched = self.family.watch(inner)
         if watched is not None:
             self.patch(inner, watched, Bound(self, "watched", watched))
-        if hasattr(type(self.root), "_valid_auto_compile_criteria"):
-            self.patch(self.root, "_valid_auto_compile_criteria", Bound(self, "never"))
-        if hasattr(type(self.root), "_get_candidate_generator"):
-            self.patch(self.root, "_get_candidate_generator", Bound(self, "drafts"))
+        check_generate(self.root)
+        if hasattr(self.root, "generate"):
+            self.patch(self.root, COMPILES, Bound(self, "never"))
+            self.patch(self.root, DRAFTS, Bound(self, "drafts"))
         for module, level in levels:
             leave = Bound(self.gate, "leave", level)
             self.hook(module.register_forward_hook(leave, always_call=True))
@@ -283,7 +298,7 @@ class VLMWrapping(Wrapping):
     def drafts(self, *args: Any, **kwargs: Any) -> DraftsAfterPrompt:
         """generate asks for its candidate generator: assisted decoding begins."""
         root: Any = self.root
-        return DraftsAfterPrompt(type(root)._get_candidate_generator(root, *args, **kwargs))
+        return DraftsAfterPrompt(getattr(type(root), DRAFTS)(root, *args, **kwargs))
 
     def never(self, *args: Any, **kwargs: Any) -> bool:
         """generate compiles decoding with static caches by itself; lengths here change from call to call."""
@@ -353,7 +368,7 @@ class VLMWrapping(Wrapping):
         self.language.pending = None
         self.language.last_only, self.loss.last_only = self.loss.last_only, False
         given = named(module, args, kwargs)
-        made = given.get("mm_encoder_outputs")
+        made = given.get(ENCODER_OUTPUTS)
         elsewhere = made is not None and not (isinstance(made, dict) and self.captures.made(made))
         if elsewhere or has_any(given, (*PIXELS, *ENCODED)):
             self.captures = Captures()  # the towers run inside this call, or the caller ran them
@@ -381,6 +396,6 @@ class VLMWrapping(Wrapping):
 
 def language_of(inner: Any) -> nn.Module:
     """The language model of an inner model."""
-    module = inner._modules.get("language_model", inner._modules.get("text_model"))
+    module = language_module(inner)
     assert isinstance(module, nn.Module)
     return module

@@ -1,0 +1,14 @@
+"""accelerate: what its hooks leave on a module that they move between devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The hook of a module, and the forward that the hook's own forward calls.
+HOOK, FORWARD = "_hf_hook", "_old_forward"
+
+
+def hooked(module: Any) -> bool:
+    """Whether the forward of a module is accelerate's, around the module's own."""
+    held = vars(module)
+    return HOOK in held and FORWARD in held

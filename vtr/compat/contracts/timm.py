@@ -1,0 +1,122 @@
+"""What vtr expects of timm."""
+
+from __future__ import annotations
+
+from vtr.compat.contract import Expectation
+from vtr.compat.timm import (
+    ATTENTION_POOL,
+    BEIT,
+    BEIT_ATTENTION,
+    EVA,
+    FEATURES_ONLY,
+    FUSED,
+    MODELS,
+    NAFLEX,
+    NAFLEX_INTERMEDIATES,
+    POST_NORM,
+    RELPOS,
+    RELPOS_ATTENTION,
+    ROTATE,
+    VIT,
+)
+
+_ADAPTER, _BLOCKS = "vtr/vision/timm.py", "vtr/vision/timm_blocks.py"
+_MODEL = ("blocks", "num_prefix_tokens", "embed_dim", "grad_checkpointing", "global_pool")
+_GRIDDED = (*_MODEL, "cls_token", "patch_embed.num_patches", "patch_embed.grid_size")
+_BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
+_ATTENTION = ("num_heads", "proj", "proj_drop", "attn_drop", FUSED)
+
+CONTRACT = (
+    Expectation(
+        MODELS["VisionTransformer"],
+        _ADAPTER,
+        calls=("pool",),
+        built=(*_GRIDDED, "patch_embed.dynamic_feat_size", "attn_pool", "pool_include_prefix"),
+    ),
+    Expectation(f"{MODELS['VisionTransformer']}.pool", _ADAPTER, starts=("x", "pool_type")),
+    Expectation(
+        f"{MODELS['VisionTransformer']}._pos_embed", "vtr/zoo/vit.py, vtr/zoo/evaluate.py", starts=("x",)
+    ),
+    Expectation(
+        MODELS["Eva"],
+        _ADAPTER,
+        calls=("pool",),
+        built=(*_GRIDDED, "patch_embed.dynamic_feat_size", "attn_pool"),
+    ),
+    Expectation(f"{MODELS['Eva']}.pool", _ADAPTER, starts=("x", "pool_type")),
+    Expectation(MODELS["Beit"], _ADAPTER, built=_GRIDDED),
+    Expectation(f"{MODELS['Beit']}.forward_head", _ADAPTER, starts=("x", "pre_logits")),
+    Expectation(
+        MODELS["VisionTransformerRelPos"],
+        _ADAPTER,
+        built=(*_MODEL, "patch_embed.num_patches", "patch_embed.grid_size"),
+    ),
+    Expectation(
+        f"{MODELS['VisionTransformerRelPos']}.forward_head", _ADAPTER, starts=("x", "pre_logits")
+    ),
+    Expectation(
+        MODELS["NaFlexVit"],
+        _ADAPTER,
+        calls=("_pool",),
+        built=(*_MODEL, "embeds.dynamic_feat_size", "embeds.cls_token", "attn_pool", "pool_include_prefix"),
+    ),
+    Expectation(f"{MODELS['NaFlexVit']}._pool", _ADAPTER, starts=("x", "pool_type", "patch_valid")),
+    Expectation(f"{MODELS['NaFlexVit']}.forward_features", _ADAPTER, starts=NAFLEX),
+    Expectation(
+        f"{MODELS['NaFlexVit']}.forward_intermediates", _ADAPTER, starts=NAFLEX_INTERMEDIATES
+    ),
+    *(
+        Expectation(f"{MODELS[name]}.forward_intermediates", _ADAPTER, starts=("x", "indices"))
+        for name in ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos")
+    ),
+    Expectation(f"timm.models._features:{FEATURES_ONLY}", _ADAPTER, built=("model",)),
+    Expectation(ATTENTION_POOL, _ADAPTER),
+    Expectation(f"{ATTENTION_POOL}.forward", _ADAPTER, takes=("x", "attn_mask")),
+    Expectation(ROTATE, _BLOCKS, starts=("x", "emb"), takes=("half",)),
+    # Of blocks: LayerScale is a module (ls1) or a parameter (gamma_1).
+    *(
+        Expectation(place, _BLOCKS, built=(*_BLOCK, *scales))
+        for places, scales in (
+            ((f"{VIT}:Block", f"{RELPOS}:RelPosBlock"), ("ls1", "ls2")),
+            ((f"{EVA}:EvaBlock", f"{BEIT}:Block"), ("gamma_1", "gamma_2")),
+            (POST_NORM, ()),
+        )
+        for place in places
+    ),
+    *(
+        Expectation(f"{place}.forward", _BLOCKS, starts=("x",), takes=takes)
+        for place, takes in (
+            (f"{VIT}:Block", ("attn_mask",)),
+            (f"{EVA}:EvaBlock", ("rope", "attn_mask")),
+            (f"{BEIT}:Block", ("shared_rel_pos_bias",)),
+            (f"{RELPOS}:RelPosBlock", ("shared_rel_pos",)),
+        )
+    ),
+    Expectation(f"{VIT}:Attention", _BLOCKS, built=(*_ATTENTION, "qkv", "q_norm", "k_norm", "norm")),
+    Expectation(
+        f"{EVA}:AttentionRope",
+        _BLOCKS,
+        built=(*_ATTENTION, "qkv", "q_proj", "q_norm", "k_norm", "norm", "num_prefix_tokens", "rotate_half"),
+    ),
+    Expectation(
+        f"{EVA}:EvaAttention",
+        _BLOCKS,
+        built=(
+            *_ATTENTION,
+            *("qkv", "q_proj", "q_bias", "k_bias", "v_bias", "qkv_bias_separate"),
+            *("q_norm", "k_norm", "norm", "num_prefix_tokens", "rotate_half"),
+        ),
+    ),
+    Expectation(
+        BEIT_ATTENTION,
+        _BLOCKS,
+        has=("_get_rel_pos_bias",),
+        built=(
+            *_ATTENTION,
+            *("qkv", "q_bias", "k_bias", "v_bias", "qkv_bias_separate", "relative_position_bias_table"),
+        ),
+    ),
+    Expectation(
+        RELPOS_ATTENTION, _BLOCKS, built=(*_ATTENTION, "qkv", "q_norm", "k_norm", "rel_pos.get_bias")
+    ),
+)  # fmt: skip

@@ -1,0 +1,42 @@
+"""What vtr expects of torch."""
+
+from __future__ import annotations
+
+from vtr.compat.contract import Expectation
+
+CONTRACT = (
+    Expectation(
+        "torch._dynamo:OptimizedModule", "vtr/api.py, vtr/diffusion/targets.py", calls=("_orig_mod",)
+    ),
+    Expectation("torch._dynamo:reset", "vtr/vision/vlm/gate.py"),
+    Expectation("torch._dynamo.convert_frame:FRAME_COUNTER", "vtr/vision/vlm/gate.py"),
+    Expectation(
+        "torch._dynamo.config", "vtr/kernels/flex.py", has=("patch", "recompile_limit|cache_size_limit")
+    ),
+    Expectation("torch._subclasses:FakeTensor", "vtr/kernels/attention.py"),
+    Expectation("torch._subclasses.fake_tensor:unset_fake_temporarily", "vtr/vision/vlm/attention.py"),
+    Expectation(
+        "torch._C:_functorch", "vtr/kernels/attention.py", has=("is_gradtrackingtensor", "is_batchedtensor")
+    ),
+    Expectation("torch.autograd.forward_ad:_current_level", "vtr/kernels/attention.py"),
+    Expectation("torch._C:_current_graph_task_id", "vtr/diffusion/attention.py"),
+    Expectation("torch.cpu:_is_amx_tile_supported", "vtr/kernels/product.py"),
+    Expectation(
+        "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu",
+        "vtr/kernels/sdpa.py, vtr/flops.py",
+    ),
+    Expectation("torch:_foreach_lerp_", "vtr/zoo/train_wan.py"),
+    Expectation("torch.utils._pytree", "vtr/profiling.py, vtr/memory.py", has=("tree_iter", "tree_map")),
+    Expectation("torch.utils._python_dispatch:TorchDispatchMode", "vtr/memory.py"),
+    Expectation(
+        "torch.nn.attention.flex_attention:BlockMask.from_kv_blocks",
+        "vtr/kernels/flex.py",
+        takes=("BLOCK_SIZE", "mask_mod", "seq_lengths", "compute_q_blocks"),
+    ),
+    Expectation(
+        "torch.nn.attention.flex_attention:flex_attention",
+        "vtr/kernels/flex.py",
+        takes=("block_mask", "scale", "enable_gqa", "return_aux|return_lse"),
+    ),
+    Expectation("torch.nn:Module._replicate_for_data_parallel", "vtr/wrapping.py", calls=("_is_replica",)),
+)  # fmt: skip

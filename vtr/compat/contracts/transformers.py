@@ -1,0 +1,327 @@
+"""What vtr expects of transformers: the cache, masks, generate, language models, VLMs and towers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vtr.compat import transformers as names
+from vtr.compat.contract import Expectation
+
+_ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.py"
+_WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
+_CACHES, _PACKED = "vtr/vision/vlm/cache.py", "vtr/vision/vlm/packed.py"
+_LOSS, _DRAFTS, _SPREADS = (f"vtr/vision/vlm/{name}.py" for name in ("loss", "drafts", "spreads"))
+_TOWERS, _LAYERS = "vtr/vision/transformers.py", "vtr/vision/transformers_layers.py"
+_VIDEO, _QUESTIONS = "vtr/vision/video_encoders.py", "vtr/video/questions.py"
+_CACHE = "|".join(names.CACHE)
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+def _home(model: str) -> str:
+    return f"transformers.models.{model}.modeling_{model}"
+
+
+def _general() -> Iterator[Expectation]:
+    cache = "transformers.cache_utils"
+    yield Expectation(f"{cache}:DynamicLayer", _CACHES, built=("keys", "values"))
+    yield Expectation(f"{cache}:StaticLayer", _CACHES, built=("keys", "values"))
+    methods = ("update", "get_seq_length", *names.CACHE_ROWS)
+    yield Expectation(f"{cache}:DynamicCache", _CACHES, has=methods, built=("layers",))
+    yield Expectation(f"{cache}:DynamicCache.get_seq_length", _CACHES, starts=("layer_idx",))
+    yield Expectation(
+        "transformers.modeling_outputs:BaseModelOutputWithPast",
+        "vtr/compat/transformers.py",
+        takes=(_CACHE,),
+    )
+    yield Expectation(
+        "transformers.masking_utils:create_causal_mask",
+        _LANGUAGE,
+        starts=("config", "inputs_embeds", "attention_mask", _CACHE, "position_ids"),
+        takes=("layer_idx",),
+    )
+    utils = "transformers.modeling_utils"
+    yield Expectation(
+        f"{utils}:ALL_ATTENTION_FUNCTIONS.get_interface",
+        _LAYERS,
+        starts=("attn_implementation", "default"),
+    )
+    yield Expectation(
+        "transformers.configuration_utils:PreTrainedConfig",
+        f"{_WRAPPING}, {_LAYERS}",
+        has=("_attn_implementation", "get_text_config"),
+    )
+    yield Expectation(
+        f"{utils}:PreTrainedModel",
+        "vtr/profiling.py, vtr/zoo/llava.py",
+        has=("set_attn_implementation", "_from_config"),
+    )
+    yield Expectation(
+        "transformers.modeling_layers:GradientCheckpointingLayer",
+        f"{_LANGUAGE}, {_LAYERS}",
+        has=(names.CHECKPOINTED,),
+    )
+    yield Expectation(
+        "transformers:AutoModelForImageTextToText",
+        "vtr/evaluate/loading.py",
+        has=("_model_mapping",),
+    )
+
+
+def _generate() -> Iterator[Expectation]:
+    mixin, replaced = "transformers:GenerationMixin", (names.DRAFTS, names.COMPILES)
+    yield Expectation(mixin, _WRAPPING, has=replaced, calls=replaced)
+    yield Expectation(mixin, _DRAFTS, calls=("get_candidates", "update_candidate_strategy"))
+    yield Expectation(mixin, _LOSS, calls=("prepare_inputs_for_generation",))
+    yield Expectation(
+        "transformers.generation.candidate_generator:CandidateGenerator.get_candidates",
+        _DRAFTS,
+        starts=("input_ids",),
+    )
+
+
+def _language_models() -> Iterator[Expectation]:
+    parts = ("input_layernorm", "post_attention_layernorm", "mlp", names.CHECKPOINTED)
+    attention = tuple(f"self_attn.{part}" for part in (*names.PROJECTED, "o_proj"))
+    for layer, model in names.HALVES.items():
+        home = _home(model)
+        yield Expectation(
+            f"{home}:{layer}.forward", _ATTENTION, takes=(*names.LAYER_ARGUMENTS, _CACHE)
+        )
+        yield Expectation(f"{home}:{layer}", f"{_ATTENTION}, {_LANGUAGE}", built=parts + attention)
+        yield Expectation(f"{home}:{names.ROTARY}", _ATTENTION, starts=("q", "k", "cos", "sin"))
+        yield Expectation(f"{home}:{names.HALF}", _ATTENTION)
+    for where in (
+        "transformers:LlamaModel",
+        "transformers:MistralModel",
+        "transformers:Qwen2Model",
+        "transformers:Qwen3Model",
+        f"{_home('qwen2_vl')}:Qwen2VLTextModel",
+        f"{_home('qwen2_5_vl')}:Qwen2_5_VLTextModel",
+        f"{_home('qwen3_vl')}:Qwen3VLTextModel",
+    ):
+        yield Expectation(
+            where,
+            _LANGUAGE,
+            built=("layers", "rotary_emb", "config.hidden_size", "config.num_attention_heads"),
+        )
+        yield Expectation(
+            f"{where}.forward",
+            _LANGUAGE,
+            takes=("inputs_embeds", "attention_mask", "position_ids", _CACHE),
+            calls=("layers", "rotary_emb", "position_embeddings"),
+        )
+    # q and k are normed over each head, by these names.
+    for model, name in (("qwen3", "Qwen3Attention"), ("qwen3_vl", "Qwen3VLTextAttention")):
+        yield Expectation(f"{_home(model)}:{name}", _ATTENTION, built=("q_norm", "k_norm"))
+    text = f"{_home('qwen3_vl')}:Qwen3VLTextModel"
+    yield Expectation(
+        f"{text}.{names.DEEPSTACK}",
+        _LANGUAGE,
+        starts=("hidden_states", "visual_pos_masks", "visual_embeds"),
+    )
+    yield Expectation(
+        f"{text}.forward",
+        _LANGUAGE,
+        takes=(names.DEEPSTACK_MASKS, names.DEEPSTACK_FEATURES),
+        calls=(names.DEEPSTACK,),
+    )
+
+
+# Inner class -> (makes features of images, of videos; its parts; what its forward takes besides).
+_VLMS: dict[str, tuple[bool, bool, tuple[str, ...], tuple[str, ...]]] = {
+    "LlavaModel": (True, False, ("vision_tower", "config.vision_feature_layer"), ()),
+    "LlavaNextModel": (True, False, ("vision_tower",), ()),
+    "LlavaOnevisionModel": (True, True, ("vision_tower", "image_newline"), ()),
+    "LlavaNextVideoModel": (True, True, ("vision_tower", "config.spatial_pool_stride"), ()),
+    "VideoLlavaModel": (True, True, ("image_tower", "video_tower"), ()),
+    "VideoLlama3Model": (True, True, ("vision_model",), (*_GRIDS, names.FORWARDED[1])),
+    "InternVLModel": (True, False, ("vision_tower", "config.downsample_ratio"), ()),
+    "Idefics3Model": (True, False, ("vision_model", "config.scale_factor"), ()),
+    "SmolVLMModel": (True, False, ("vision_model", "config.scale_factor"), ()),
+    "Qwen2VLModel": (True, True, ("visual.spatial_merge_size",), _GRIDS),
+    "Qwen2_5_VLModel": (
+        *(True, True, ("visual.spatial_merge_size",)),
+        (*_GRIDS, names.FORWARDED[0]),
+    ),
+    "Qwen3VLModel": (True, True, ("visual.spatial_merge_size",), _GRIDS),
+}
+
+
+def _vlms() -> Iterator[Expectation]:
+    ids = {kind: "|".join(f"config.{n}" for n in names.placeholder_names(kind)) for kind in _KINDS}
+    image_pixels, video_pixels = "|".join(names.PIXELS[:2]), names.PIXELS[2]
+    for name, (image, video, parts, given) in _VLMS.items():
+        inner = f"transformers:{name}"
+        head = f"transformers:{name.removesuffix('Model')}ForConditionalGeneration"
+        kinds = [kind for kind, made in zip(_KINDS, (image, video), strict=True) if made]
+        methods = tuple(m for m, kind in names.MODALITIES.items() if kind in kinds)
+        pixels = tuple({"image": image_pixels, "video": video_pixels}[kind] for kind in kinds)
+        yield Expectation(
+            inner,
+            f"{_WRAPPING}, {_FAMILIES}",
+            has=(*methods, "get_input_embeddings"),
+            calls=methods,
+            built=("language_model|text_model", *(ids[kind] for kind in kinds), *parts),
+        )
+        yield Expectation(
+            f"{inner}.forward",
+            f"{_LANGUAGE}, {_WRAPPING}",
+            takes=(
+                *("input_ids", "inputs_embeds", "attention_mask", "position_ids"),
+                *(*pixels, *given),
+            ),
+        )
+        yield Expectation(
+            head,
+            f"{_LOSS}, vtr/vision/vlm/costs.py",
+            has=("prepare_inputs_for_generation", "get_output_embeddings", "loss_function"),
+            built=("model",),
+        )
+        yield Expectation(f"{head}.forward", _LOSS, takes=("labels",))
+    for name in ("LlavaNextModel", "LlavaOnevisionModel", "LlavaNextVideoModel"):
+        where = f"transformers:{name}"
+        yield Expectation(
+            f"{where}.{names.PACKING}",
+            _SPREADS,
+            takes=("image_features", "image_sizes", "image_newline"),
+        )
+        yield Expectation(f"{where}.get_image_features", _SPREADS, calls=(names.PACKING,))
+    yield Expectation(
+        "transformers:LlavaOnevisionModel.apply_pooling", _FAMILIES, starts=("image_features",)
+    )
+    yield Expectation("transformers:InternVLModel.pixel_shuffle", _SPREADS, takes=("scale_factor",))
+    for name in ("LlavaOnevisionModel", "LlavaNextVideoModel", "Qwen2VLModel", "Qwen2_5_VLModel"):
+        yield Expectation(
+            f"transformers:{name}.get_video_features",
+            _QUESTIONS,
+            starts=(f"{video_pixels}|{names.PIXELS[0]}",),
+        )
+    for name in ("Qwen2VLModel", "Qwen2_5_VLModel"):
+        yield Expectation(
+            f"transformers:{name}.get_rope_index",
+            _QUESTIONS,
+            starts=("input_ids",),
+            takes=("mm_token_type_ids", "video_grid_thw", "attention_mask"),
+        )
+
+
+_KINDS = ("image", "video")
+
+
+def _packed() -> Iterator[Expectation]:
+    """Towers where all images of a call lie end to end."""
+    for model, tower, block, form in (
+        ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionBlock", 0),
+        ("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionBlock", 0),
+        ("qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock", 0),
+        ("video_llama_3", "VideoLlama3VisionModel", "VideoLlama3VisionEncoderLayer", 1),
+    ):
+        path, norm, attention, projection, merger = names.PACKED[form]
+        home = _home(model)
+        yield Expectation(f"{home}:{tower}", _PACKED, built=(path, merger))
+        yield Expectation(
+            f"{home}:{tower}.forward", _PACKED, starts=("hidden_states|pixel_values",)
+        )
+        yield Expectation(f"{home}:{tower}.forward", _PACKED, takes=("grid_thw",))
+        parts = tuple(f"{attention}.{part}" for part in (projection, "num_heads", "scaling"))
+        yield Expectation(f"{home}:{block}", _PACKED, built=(norm, *parts))
+        yield Expectation(f"{home}:{block}.forward", _PACKED, takes=("position_embeddings",))
+    tower = f"{_home('qwen2_5_vl')}:Qwen2_5_VisionTransformerPretrainedModel"
+    yield Expectation(tower, _PACKED, calls=(names.WINDOWS,), built=("spatial_merge_unit",))
+    yield Expectation(
+        f"{tower}.{names.WINDOWS}", _PACKED, starts=("input_tensor", "window_index", "seq_len")
+    )
+
+
+# Layer class -> (its model's module, its form, other parts of it than norms, attention and MLP).
+_VIT_PARTS, _DINO_PARTS = ("dropout",), ("layer_scale1", "layer_scale2", "drop_path")
+_LAYER_CLASSES: dict[str, tuple[str, tuple[str, str, str], tuple[str, ...]]] = {
+    "CLIPEncoderLayer": ("clip", names.CLIP_LAYER, ("mlp",)),
+    "MetaClip2EncoderLayer": ("metaclip_2", names.CLIP_LAYER, ("mlp",)),
+    "SiglipEncoderLayer": ("siglip", names.CLIP_LAYER, ("mlp",)),
+    "Siglip2EncoderLayer": ("siglip2", names.CLIP_LAYER, ("mlp",)),
+    "ViTLayer": ("vit", names.VIT_LAYER, ("mlp", *_VIT_PARTS)),
+    "DeiTLayer": ("deit", names.VIT_LAYER, ("mlp", *_VIT_PARTS)),
+    "IJepaLayer": ("ijepa", names.VIT_LAYER, ("mlp", *_VIT_PARTS)),
+    "ViTMSNLayer": ("vit_msn", names.VIT_LAYER, ("mlp", *_VIT_PARTS)),
+    "VivitLayer": ("vivit", names.VIT_LAYER, ("mlp", *_VIT_PARTS)),
+    "VideoMAELayer": ("videomae", names.VIT_LAYER, names.VIDEOMAE_MLP),
+    "InternVLVisionLayer": (
+        *("internvl", names.VIT_LAYER),
+        ("mlp", "lambda_1", "lambda_2", "dropout"),
+    ),
+    "Dinov2Layer": ("dinov2", names.DINO_LAYER, ("mlp", *_DINO_PARTS)),
+    "Dinov2WithRegistersLayer": (
+        *("dinov2_with_registers", names.DINO_LAYER),
+        ("mlp", *_DINO_PARTS),
+    ),
+    "DINOv3ViTLayer": ("dinov3_vit", names.DINO_LAYER, ("mlp", *_DINO_PARTS)),
+    "VJEPA2Layer": ("vjepa2", names.DINO_LAYER, ("mlp", "drop_path")),
+}
+
+
+def _towers() -> Iterator[Expectation]:
+    for name, (path, *_) in {**names.TOWERS, **names.VIDEO_TOWERS}.items():
+        # InternVL's is not among the public names.
+        where = f"transformers:{name}|{_home('internvl')}:{name}"
+        used = _VIDEO if name in names.VIDEO_TOWERS else _TOWERS
+        yield Expectation(where, used, built=(path, "config.hidden_size"))
+    for name, (attribute, use) in {**names.AROUND, **names.VIDEO_AROUND}.items():
+        used = _VIDEO if name in names.VIDEO_AROUND else _TOWERS
+        reads = {"mean": ("classifier",), "pooler": ("pooler", "classifier")}.get(use, ())
+        yield Expectation(f"transformers:{name}", used, built=(attribute, *reads))
+    for layer, (model, form, parts) in _LAYER_CLASSES.items():
+        home, attention = _home(model), form[2]
+        # Before 5.23 DINOv2's q, k and v are made in a module inside of its attention.
+        query = [f"{attention}.{qkv[0]}" for qkv in names.QKV]
+        query.append(f"{attention}.attention.{names.QKV[1][0]}")
+        yield Expectation(
+            f"{home}:{layer}",
+            _LAYERS,
+            built=(*form, *parts, "|".join(query), names.CHECKPOINTED),
+        )
+        yield Expectation(f"{home}:eager_attention_forward", _LAYERS)
+    for name in names.TIMM:
+        yield Expectation(f"transformers:{name}", _TOWERS)
+    yield Expectation(
+        "transformers:SiglipVisionModel", "vtr/vision/pooling.py", built=("post_layernorm", "head")
+    )
+    for model, name in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
+        yield Expectation(
+            f"{_home(model)}:{name}MultiheadAttentionPoolingHead",
+            f"vtr/vision/pooling.py, {_TOWERS}",
+            built=("attention", "probe", "layernorm", "mlp"),
+        )
+    yield from _jepa()
+
+
+def _jepa() -> Iterator[Expectation]:
+    home = _home("vjepa2")
+    attention = f"{home}:VJEPA2RopeAttention"
+    yield Expectation(f"{attention}.get_position_ids", _LAYERS, starts=("x", "masks"))
+    yield Expectation(f"{attention}.apply_rotary_embeddings", _LAYERS, starts=("qk", "pos_ids"))
+    yield Expectation(f"{home}:VJEPA2Layer.forward", _LAYERS, takes=("position_mask",))
+    yield Expectation("transformers:VJEPA2Model", _VIDEO, built=("predictor",))
+    yield Expectation(
+        "transformers:VJEPA2Model.forward",
+        _VIDEO,
+        takes=("pixel_values_videos", "context_mask", "target_mask", "skip_predictor"),
+    )
+    yield Expectation(
+        f"{home}:VJEPA2AttentivePooler",
+        _VIDEO,
+        built=("self_attention_layers", "cross_attention_layer.cross_attn"),
+    )
+    yield Expectation(
+        "transformers:VideoMAEForVideoClassification", _VIDEO, built=("fc_norm", "classifier")
+    )
+
+
+CONTRACT = (
+    *_general(),
+    *_generate(),
+    *_language_models(),
+    *_vlms(),
+    *_packed(),
+    *_towers(),
+)

@@ -1,0 +1,36 @@
+"""diffusers: how its processors compute attention, and what its models and pipelines call.
+
+What each family's transformer is made of is in ``vtr/diffusion/families.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The function by which processors compute attention; older ones call torch's, by its name in ``F``.
+DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
+#: The arguments that the two have in common, in their order.
+DISPATCHED = (
+    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
+)  # fmt: skip
+#: A transformer's context of a branch, and what its pipeline calls at the end of a run.
+CONTEXT, ENDED = "cache_context", "_reset_stateful_cache"
+#: The function by which a model checkpoints its blocks, in the model's attributes.
+CHECKPOINT = "_gradient_checkpointing_func"
+#: Transformers of a pipeline.
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+def backend_of(processor: Any) -> Any:
+    """The attention backend that was set for a processor; None if none was."""
+    return getattr(processor, "_attention_backend", None)
+
+
+def parallel_of(config: Any) -> Any:
+    """The configuration of context parallelism in what processors give to the dispatch."""
+    return getattr(config, "context_parallel_config", None)
+
+
+def ulysses_group(config: Any) -> Any:
+    """The processes that exchange heads for tokens."""
+    return config._ulysses_mesh.get_group()

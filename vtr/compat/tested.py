@@ -1,0 +1,113 @@
+"""Versions of other libraries that vtr was tested with: the one place that says which."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import metadata
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A library and the range of its versions that the tests have passed on.
+
+    Attributes:
+        name: of the distribution, as pip knows it.
+        package: of the Python package.
+        lowest, newest: the ends of the range, both tested.
+        below: the first version above the range that pip is kept from; patch releases of ``newest``
+            belong to the range where the library's patch releases mend and change nothing else.
+        extra: of vtr, that installs it; empty for what vtr always needs, and for what comes with it.
+    """
+
+    name: str
+    package: str
+    lowest: str
+    newest: str
+    below: str
+    extra: str = ""
+
+    @property
+    def versions(self) -> str:
+        """The range in words: ``5.17 to 5.24``."""
+        return self.lowest if self.lowest == self.newest else f"{self.lowest} to {self.newest}"
+
+    @property
+    def requirement(self) -> str:
+        """The range for pip: ``transformers>=5.17,<5.25``."""
+        if self.lowest == self.newest:
+            return f"{self.name}=={self.lowest}"
+        return f"{self.name}>={self.lowest},<{self.below}"
+
+    def place(self, version: str) -> str:
+        """Where a version is: ``"tested"``, ``"older"`` or ``"newer"`` than what was tested."""
+        if numbers(version) < numbers(self.lowest):
+            return "older"
+        return "newer" if numbers(version) >= numbers(self.below) else "tested"
+
+
+TESTED = {
+    tested.package: tested
+    for tested in (
+        Tested("torch", "torch", "2.11", "2.15", "2.16"),
+        Tested("transformers", "transformers", "5.17", "5.24", "5.25", "vlm"),
+        Tested("timm", "timm", "1.0.24", "1.0.31", "1.0.32", "vision"),
+        Tested("open_clip_torch", "open_clip", "3.2", "3.3", "3.4", "vision"),
+        Tested("diffusers", "diffusers", "0.42.0", "0.42.1", "0.43", "diffusion"),
+        Tested("accelerate", "accelerate", "1.10", "1.15", "1.16", "vlm"),
+        Tested("peft", "peft", "0.18", "0.21", "0.22", "diffusion"),
+        Tested("av", "av", "15", "18", "19", "video"),
+        Tested("triton", "triton", "3.6", "3.9", "3.10"),
+        Tested("lmms-eval", "lmms_eval", "0.7.3", "0.7.3", "0.7.4", "eval"),
+    )
+}
+"""Package -> its tested range. ``pyproject.toml`` has the same bounds, which a test compares."""
+
+
+def numbers(version: str) -> Version:
+    """The numbers that a version begins with: ``(5, 25)`` of ``5.25.0.dev0``, ``(2, 15)`` of
+    ``2.15.0+cu130``. Zeros at the end do not count, so that 5.17 is 5.17.0."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    parts = [int(n) for n in found[0].split(".")] if found else []
+    while parts and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)
+
+
+def installed(package: str) -> str | None:
+    """The version of a package that is installed; None if it is not."""
+    name = TESTED[package].name if package in TESTED else package
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def advice(package: str) -> str:
+    """What to do about an installed version that was never tested; empty if it was, or is unknown."""
+    tested, version = TESTED.get(package), installed(package)
+    if tested is None or version is None:
+        return ""
+    place = tested.place(version)
+    if place == "tested":
+        return ""
+    return f"install {tested.requirement}" + (" or upgrade vtr" if place == "newer" else "")
+
+
+def explain(package: str, problem: str) -> str:
+    """What does not work, and, if the version of a library may be why, which ones were tested.
+
+    Args:
+        package: the library that the problem is about.
+        problem: the rest of a sentence, without a full stop: "LlamaDecoderLayer takes no cache".
+    """
+    todo = advice(package)
+    if not todo:
+        return problem
+    tested = TESTED[package]
+    return (
+        f"vtr was tested with {tested.name} {tested.versions}; {installed(package)} is installed and "
+        f"{problem}; {todo}"
+    )

@@ -1,0 +1,65 @@
+"""timm: classes of models, blocks and attentions that are opened, and the attributes of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vtr.compat.contract import required
+
+VIT, EVA, BEIT = "timm.models.vision_transformer", "timm.models.eva", "timm.models.beit"
+RELPOS, NAFLEX_MODULE = "timm.models.vision_transformer_relpos", "timm.models.naflexvit"
+
+#: Models that are wrapped: name -> where the class is.
+MODELS = {
+    "VisionTransformer": f"{VIT}:VisionTransformer",
+    "Eva": f"{EVA}:Eva",
+    "Beit": f"{BEIT}:Beit",
+    "VisionTransformerRelPos": f"{RELPOS}:VisionTransformerRelPos",
+    "NaFlexVit": f"{NAFLEX_MODULE}:NaFlexVit",
+}
+#: Blocks that are opened: norm, attention, norm, MLP; with the norms behind, or in front.
+POST_NORM = (f"{VIT}:ResPostBlock", f"{EVA}:EvaBlockPostNorm", f"{RELPOS}:ResPostRelPosBlock")
+PRE_NORM = (f"{VIT}:Block", f"{EVA}:EvaBlock", f"{BEIT}:Block", f"{RELPOS}:RelPosBlock")
+#: Attentions that are opened.
+BEIT_ATTENTION, RELPOS_ATTENTION = f"{BEIT}:Attention", f"{RELPOS}:RelPosAttention"
+ATTENTIONS = (
+    f"{VIT}:Attention",
+    f"{EVA}:AttentionRope",
+    f"{EVA}:EvaAttention",
+    BEIT_ATTENTION,
+    RELPOS_ATTENTION,
+)
+#: The pooling by a learned query, and the rotary embedding.
+ATTENTION_POOL = "timm.layers:AttentionPoolLatent"
+ROTATE = f"{EVA}:apply_rot_embed_cat"
+#: What ``features_only`` puts around a model, in its attribute ``model``.
+FEATURES_ONLY = "FeatureGetterNet"
+
+#: Arguments of NaFlexVit's forward_features, and the first of its forward_intermediates.
+NAFLEX = ("patches", "patch_coord", "patch_valid", "attn_mask")
+NAFLEX_INTERMEDIATES = (
+    *("x", "indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt"),
+    *("intermediates_only", "output_dict", *NAFLEX[1:]),
+)
+#: Whether an attention module calls torch's fused attention.
+FUSED = "fused_attn"
+
+
+def classes(places: tuple[str, ...]) -> tuple[Any, ...]:
+    """The classes at some places; raises ``UnsupportedModelError`` where this timm has none there."""
+    return tuple(required(place) for place in places)
+
+
+def pooling_name(model: Any) -> str:
+    """The method by which a model pools its tokens, empty where that is part of ``forward_head``."""
+    return next((name for name in ("_pool", "pool") if hasattr(type(model), name)), "")
+
+
+def relative_bias(attention: Any) -> Any:
+    """(H, T, T) or (1, H, T, T), the bias that BEiT's attention adds to its logits."""
+    return attention._get_rel_pos_bias()
+
+
+def embed(model: Any, patches: Any) -> Any:
+    """A VisionTransformer's tokens with their positions, from its patch embedding."""
+    return model._pos_embed(patches)

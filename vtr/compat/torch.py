@@ -1,0 +1,130 @@
+"""torch: what is used of its private modules, operators and attributes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_iter as tree_iter
+from torch.utils._pytree import tree_map as tree_map
+
+# ---- compilation ----------------------------------------------------------------------------
+
+
+def inside_compiled(model: Any) -> Any:
+    """The module that ``torch.compile`` made ``model`` from, or ``model`` itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def forget_compiled() -> None:
+    """Drop all that ``torch.compile`` has made in this process, if it has made anything."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    convert: Any = sys.modules.get("torch._dynamo.convert_frame")
+    if dynamo is not None and convert is not None and convert.FRAME_COUNTER:
+        dynamo.reset()
+
+
+def strict_recompiling(limit: int) -> AbstractContextManager[Any]:
+    """A context in which ``limit`` compilations of one function are allowed, and one more is an error
+    (Dynamo would otherwise run the function as it is)."""
+    import torch._dynamo.config as dynamo
+
+    limits = {"recompile_limit": limit, "fail_on_recompile_limit_hit": True}
+    if not hasattr(dynamo, "recompile_limit"):
+        limits = {"cache_size_limit": limit}
+    made: AbstractContextManager[Any] = dynamo.patch(limits)
+    return made
+
+
+def flex_lse(wanted: bool) -> dict[str, Any]:
+    """The arguments by which FlexAttention returns its LSE as well: as second result, or as ``lse`` of
+    the second. ``return_lse=`` warns that it will go where ``return_aux=`` is there."""
+    from torch.nn.attention import flex_attention as flex
+
+    if not wanted:
+        return {}
+    request = getattr(flex, "AuxRequest", None)
+    return {"return_lse": True} if request is None else {"return_aux": request(lse=True)}
+
+
+# ---- tensors that are not plain -------------------------------------------------------------
+
+
+def is_fake(x: Any) -> bool:
+    """Whether a tensor has a shape and no data (torch's fake mode)."""
+    return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def without_fake_tensors() -> AbstractContextManager[Any]:
+    """A context in which tensors have data, also inside of torch's fake mode."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    made: AbstractContextManager[Any] = unset_fake_temporarily()
+    return made
+
+
+def transformed(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of the tensors belongs to ``torch.func`` (grad, vmap) or to forward-mode AD."""
+    functorch: Any = torch._C._functorch
+    given = list(tensors)
+    return any(
+        functorch.is_gradtrackingtensor(t) or functorch.is_batchedtensor(t) for t in given
+    ) or (
+        forward_ad._current_level >= 0
+        and any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+    )
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass."""
+    return torch._C._current_graph_task_id() >= 0
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether it is one of the copies that ``nn.DataParallel`` makes for a call."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+# ---- operators ------------------------------------------------------------------------------
+
+
+def has_linear_pointwise() -> bool:
+    """Whether this torch has oneDNN's linear layer as an operator of its own."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear_pointwise(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) times the transpose of b (N, K) by oneDNN: (M, N)."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return found
+
+
+def has_amx_tiles() -> bool:
+    """Whether the processor has tiles for products in low precision (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def cpu_flash_operator() -> Any:
+    """The CPU's flash attention, as FLOP counters know it."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def cpu_flash(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The CPU's flash attention of (B, H, S, D), and its LSE (B, H, S) or (B, S, H)."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=mask, scale=scale
+    )
+    return out, lse
+
+
+def blend(kept: list[Tensor], new: list[Tensor], share: float) -> None:
+    """Move each of ``kept`` a ``share`` of the way to ``new``, in place."""
+    torch._foreach_lerp_(kept, new, share)
