@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vtr.compat.tested import blaming, untested
 from vtr.compat.torch import inside_compiled
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method, create, registry
@@ -166,7 +167,8 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
                 _check_modules(m, learned, modules)
                 learned = modules
         entries.append(Entry(m, {**wrapping.options, **options}, learned))
-    wrapping.add(entries)
+    with blaming(_library(target)):
+        wrapping.add(entries)
     return Handle(target, wrapping, entries)
 
 
@@ -280,18 +282,27 @@ def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
             if path in tried:
                 continue
             tried.append(path)
-            adapter = importlib.import_module(path)
-            root = adapter.locate(target)
+            with blaming(package):
+                adapter = importlib.import_module(path)
+                root = adapter.locate(target)
             if root is not None:
                 return adapter, root
     known = "; ".join(f"{package}" for package in ADAPTERS)
     if tried:
         families = [f for path in tried for f in importlib.import_module(path).FAMILIES]
         known = ", ".join(families)
+    library = _library(target)
     raise UnsupportedModelError(
         f"no adapter for {type(target).__module__}.{type(target).__qualname__}. {_part(target)}"
         f"Supported: {known}. A model of your own: see 'Add an adapter' in CONTRIBUTING.md"
+        + (f". If it is a supported one: {untested(library)}" if untested(library) else "")
     )
+
+
+def _library(target: Any) -> str:
+    """The package of the library that a model is of; empty if it is of none with an adapter."""
+    packages = (cls.__module__.partition(".")[0] for cls in type(target).__mro__)
+    return next((package for package in packages if package in ADAPTERS), "")
 
 
 def _part(target: Any) -> str:
@@ -321,6 +332,7 @@ def _part(target: Any) -> str:
 
 def _wrapping(target: Any) -> Wrapping:
     adapter, root = _locate(target)
-    wrapping = wrapping_of(root) or adapter.wrap(root)
-    wrapping.attach(target)
+    with blaming(_library(target)):
+        wrapping = wrapping_of(root) or adapter.wrap(root)
+        wrapping.attach(target)
     return wrapping

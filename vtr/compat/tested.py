@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+
+from vtr.errors import UnsupportedModelError, VtrError
 
 Version = tuple[int, ...]
 
@@ -87,13 +91,33 @@ def installed(package: str) -> str | None:
 
 def advice(package: str) -> str:
     """What to do about an installed version that was never tested; empty if it was, or is unknown."""
-    tested, version = TESTED.get(package), installed(package)
+    tested = TESTED.get(package)
+    version = None if tested is None else installed(package)
     if tested is None or version is None:
         return ""
     place = tested.place(version)
     if place == "tested":
         return ""
     return f"install {tested.requirement}" + (" or upgrade vtr" if place == "newer" else "")
+
+
+@contextmanager
+def blaming(package: str) -> Iterator[None]:
+    """A context around code that reads the parts of a library's model: if the installed version was
+    never tested, a part that is not found is an :class:`UnsupportedModelError` that says so.
+
+    Args:
+        package: the library's, or any other, of which nothing is said.
+    """
+    try:
+        yield
+    except VtrError:
+        raise
+    except (AttributeError, ImportError, TypeError) as error:
+        if not advice(package):
+            raise
+        problem = f"this failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise UnsupportedModelError(explain(package, problem)) from error
 
 
 def explain(package: str, problem: str) -> str:
@@ -103,11 +127,20 @@ def explain(package: str, problem: str) -> str:
         package: the library that the problem is about.
         problem: the rest of a sentence, without a full stop: "LlamaDecoderLayer takes no cache".
     """
+    return untested(package, f" and {problem}") or problem
+
+
+def untested(package: str, problem: str = "") -> str:
+    """A sentence about an installed version that was never tested; empty if it was, or is unknown.
+
+    Args:
+        problem: what follows "... is installed".
+    """
     todo = advice(package)
     if not todo:
-        return problem
+        return ""
     tested = TESTED[package]
     return (
-        f"vtr was tested with {tested.name} {tested.versions}; {installed(package)} is installed and "
-        f"{problem}; {todo}"
+        f"vtr was tested with {tested.name} {tested.versions}; {installed(package)} is "
+        f"installed{problem}; {todo}"
     )

@@ -101,19 +101,20 @@ def rotary_home(attention: Any) -> Any:
     return next((home for home in homes if hasattr(home, ROTARY)), None)
 
 
-def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> Any:
-    """The causal mask of one layer, of the length that this layer's cache has.
-
-    Raises:
-        UnsupportedModelError: this version makes its masks in another way.
-    """
+def masks_otherwise() -> str:
+    """Why the mask of one layer cannot be made; empty if it can."""
     try:
         from transformers.masking_utils import create_causal_mask
     except ImportError:
-        raise UnsupportedModelError(
-            explain("transformers", "it has no masking_utils.create_causal_mask, which masks after a "
-            "cut are made with")
-        ) from None  # fmt: skip
+        return "transformers.masking_utils has no create_causal_mask"
+    names = inspect.signature(create_causal_mask).parameters
+    return "" if "layer_idx" in names else "create_causal_mask takes no layer_idx"
+
+
+def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> Any:
+    """The causal mask of one layer, of the length that this layer's cache has."""
+    from transformers.masking_utils import create_causal_mask
+
     return create_causal_mask(config, hidden, mask, cache, None, layer_idx=layer)
 
 

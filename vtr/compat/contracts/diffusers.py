@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vtr.compat.contract import Expectation
-from vtr.compat.diffusers import CHECKPOINT, CONTEXT, DISPATCH, DISPATCHED, ENDED
+from vtr.compat.diffusers import CHECKPOINT, CONTEXT, DISPATCH, DISPATCHED, ENDED, SDPA
 from vtr.diffusion.families import FAMILIES
 
-_ADAPTER, _PROCESSOR = "vtr/diffusion/adapter.py", "vtr/diffusion/processor.py"
+_ADAPTER, _FAMILIES = "vtr/diffusion/adapter.py", "vtr/diffusion/families.py"
 #: Arguments of a transformer's forward that its family reads.
 _READ = {
     "HunyuanVideo": ("encoder_attention_mask",),
@@ -14,22 +16,46 @@ _READ = {
     "Flux": ("img_ids",),
     "Qwen-Image": ("img_shapes", "encoder_hidden_states_mask"),
 }
+_MODELS, _GENERAL = "diffusers.models.transformers", "diffusers.models.attention_processor"
+#: The processor that a family's transformer comes with.
+_PROCESSORS = {
+    "Wan": f"{_MODELS}.transformer_wan:WanAttnProcessor",
+    "HunyuanVideo": f"{_MODELS}.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0",
+    "CogVideoX": f"{_GENERAL}:CogVideoXAttnProcessor2_0",
+    "Mochi": f"{_GENERAL}:MochiAttnProcessor2_0",
+    "LTX-Video": f"{_MODELS}.transformer_ltx:LTXVideoAttnProcessor",
+    "Flux": f"{_MODELS}.transformer_flux:FluxAttnProcessor",
+    "Qwen-Image": f"{_MODELS}.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0",
+    "SD3": f"{_GENERAL}:JointAttnProcessor2_0",
+    "PixArt": f"{_GENERAL}:AttnProcessor2_0",
+    "DiT": f"{_GENERAL}:AttnProcessor2_0",
+    "HunyuanDiT": f"{_GENERAL}:HunyuanAttnProcessor2_0",
+}
 
 
-def _families() -> tuple[Expectation, ...]:
-    made: list[Expectation] = []
+def _families() -> Iterator[Expectation]:
     for family in FAMILIES:
-        built = (*family.blocks, *filter(None, [family.loops]), CHECKPOINT)
+        first = f"{family.blocks[0]}.0"
+        attention = f"{first}.{family.attention[0]}"
+        parts = [CHECKPOINT, f"{attention}.processor", f"{attention}.heads"]
+        parts += [f"{attention}.to_q", *family.blocks]
+        if family.mlp is not None:
+            parts.append(f"{first}.{family.mlp}")
+        if family.loops:
+            parts.append(family.loops)
         for name in family.classes:
-            made += [
-                Expectation(f"diffusers:{name}", "vtr/diffusion/families.py", built=built),
-                Expectation(
-                    f"diffusers:{name}.forward",
-                    "vtr/diffusion/families.py",
-                    takes=("hidden_states", "timestep", *_READ.get(family.name, ())),
-                ),
-            ]
-    return tuple(made)
+            yield Expectation(f"diffusers:{name}", _FAMILIES, built=tuple(parts))
+            yield Expectation(
+                f"diffusers:{name}.forward",
+                _FAMILIES,
+                takes=("hidden_states", "timestep", *_READ.get(family.name, ())),
+            )
+        yield Expectation(
+            f"{_PROCESSORS[family.name]}.__call__",
+            "vtr/diffusion/processor.py",
+            takes=("hidden_states", *filter(None, [family.rope])),
+            calls=(f"{DISPATCH}|{SDPA}",),
+        )
 
 
 CONTRACT = (

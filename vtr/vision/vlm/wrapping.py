@@ -20,6 +20,7 @@ from vtr.compat.transformers import (
     attention_implementation,
     check_generate,
     language_module,
+    masks_otherwise,
 )
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method
@@ -225,7 +226,7 @@ class VLMWrapping(Wrapping):
         # What a tower cuts is taken out of the prompt as well.
         stages = method.stages(self.info)
         shortens = any(stage.site != "encoder" or method.cuts_at(stage) for stage in stages)
-        odd = runs_otherwise(self.layers[0])
+        odd = runs_otherwise(self.layers[0]) or masks_otherwise()
         if odd and shortens:
             odd = self.why(f"{odd}, by which a cut is carried out")
             raise UnsupportedMethodError(f"{method.name} cannot cut for this language model: {odd}")
