@@ -11,6 +11,7 @@ from PIL import Image
 
 import vtr
 from vtr import cli
+from vtr.methods._presets import with_presets
 
 MODEL = "timm:vit_tiny_patch16_224"
 
@@ -43,6 +44,18 @@ def test_methods_lists_every_registered_method(run):
         assert info.name in out
     status, out, _ = run("methods", "--json")
     assert {row["name"] for row in json.loads(out)} == {info.name for info in vtr.methods()}
+
+
+def test_methods_lists_published_settings(run):
+    status, out, _ = run("methods", "--presets", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert {k: list(v) for k, v in found.items()} == {
+        k: list(cls.PRESETS) for k, cls in with_presets().items()
+    }
+    assert found["flowcut"]["llava-1.5-7b/64"] == vtr.FlowCut(keep=64).to_dict()
+    status, out, _ = run("methods", "--presets")
+    assert status == 0 and "llava-1.5-7b/64" in out
 
 
 def test_supported_says_why_not(run):

@@ -87,10 +87,18 @@ def root(
 
 
 @app.command()
-def methods(as_json: JsonOption = False) -> None:
-    """List every method: paper, sites, signals, options."""
+def methods(
+    presets: Annotated[
+        bool, typer.Option("--presets", help="list the published settings instead")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List every method: paper, sites, signals, options; or its published settings."""
     import vtr
 
+    if presets:
+        _presets(as_json)
+        return
     rows = vtr.methods()
     if as_json:
         print(json.dumps([vars(r) for r in rows], indent=2))
@@ -102,6 +110,27 @@ def methods(as_json: JsonOption = False) -> None:
         about = f"{escape(r.paper)}\n[dim]options: {', '.join(r.options)}"
         about += f"\nreads: {', '.join(r.needs)}" if r.needs else ""
         table.add_row(r.name, about, ", ".join(r.sites), r.training)
+    console.print(table)
+
+
+def _presets(as_json: bool) -> None:
+    from vtr.methods._presets import with_presets
+
+    made: dict[str, dict[str, Any]] = {k: cls.presets() for k, cls in with_presets().items()}
+    if as_json:
+        print(
+            json.dumps(
+                {k: {p: m.to_dict() for p, m in v.items()} for k, v in made.items()}, indent=2
+            )
+        )
+        return
+    table = Table(title="published settings: METHOD:preset=NAME", show_lines=False)
+    for column in ("method", "preset", "is"):
+        table.add_column(column, overflow="fold")
+    for name, found in made.items():
+        for preset, method in found.items():
+            table.add_row(name, preset, escape(str(method)))
+        table.add_section()
     console.print(table)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -205,13 +206,18 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def create(name: str, **options: Any) -> Method:
+def create(name: str, *, preset: str | None = None, **options: Any) -> Method:
     """Make a method by its name: ``create("evit", keep=0.7)``. Lists are taken as tuples.
 
     Capitals, hyphens and underscores do not count, and the name of the class is one of the method's.
 
+    Args:
+        name: of the method.
+        preset: a published setting to start from (``Method.presets()`` of the methods that have some,
+            or ``vtr methods --presets``); ``options`` change it.
+
     Raises:
-        ValueError: there is no such method, or it has no such option, or not with this value.
+        ValueError: there is no such method, or it has no such option or preset, or not with this value.
     """
     known = registry()
     # A name before the class of another: a method of one's own may be ``class EViT`` as well.
@@ -227,7 +233,18 @@ def create(name: str, **options: Any) -> Method:
         if option not in fields:
             raise ValueError(f"{cls.name} has no option {option!r}; it has: {', '.join(fields)}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    make: Any = cls
+    if preset is not None:
+        from vtr.methods._presets import with_presets
+
+        some = with_presets()
+        if cls.name not in some:
+            raise ValueError(
+                f"{cls.name} has no presets; methods that have some: {', '.join(some)}"
+            )
+        make = partial(some[cls.name].preset, preset)
     try:
-        return cls(**options)
+        made: Method = make(**options)
+        return made
     except TypeError as error:
         raise ValueError(f"{cls.name}: {error}") from error

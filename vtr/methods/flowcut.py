@@ -12,6 +12,7 @@ from torch import Tensor
 from vtr.budget import Keep, check_flag, check_keep, count
 from vtr.kernels import attention_rows
 from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import budget, language, need_text_after, nothing_to_cut, prune, stored
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take, top_indices
@@ -22,7 +23,7 @@ LANGUAGE_LAYER = 1
 
 @register
 @dataclass(frozen=True)
-class FlowCut(Method):
+class FlowCut(Presets, Method):
     """FlowCut (NeurIPS 2025, arXiv 2505.19536).
 
     Per encoder layer, for visual tokens j: inflow r_j, the class token's attention row (mean over heads,
@@ -69,6 +70,16 @@ class FlowCut(Method):
     sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt", "decoder")
     needs: ClassVar = {"encoder": frozenset({"queries", "keys", "values"})}
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {
+        **{f"llava-1.5-7b/{n}": {"keep": n} for n in (192, 128, 64)},
+        **{f"llava-next-7b/{n}": {"keep": n} for n in (640, 320, 160)},
+        "qwen2-vl-7b/33.3%": {"keep": 1 / 3},
+        "qwen2-vl-7b/22.2%": {"keep": 2 / 9},
+        "qwen2-vl-7b/11.1%": {"keep": 1 / 9},
+    }
+    """The rows of the paper's tables and of the authors' README (Qwen2-VL): tokens left of 576, of up to
+    2880, and shares of any number."""
 
     keep: Keep = 0.5
     end: int | None = None

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import budget, check_count, language, last_used, prune, stored
 from vtr.signals import ModelInfo, Site
 
 
 @register
 @dataclass(frozen=True)
-class VTCCLS(Method):
+class VTCCLS(Presets, Method):
     """VTC-CLS (arXiv 2412.05819): class attention, summed over the last layers of the encoder.
 
     s_l[j] is the mean over heads of layer l's attention from the class token to patch j (softmax over
@@ -48,6 +49,9 @@ class VTCCLS(Method):
         "prompt": frozenset({"encoder_scores"}),
     }
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {f"llava-1.5-7b/{n}": {"keep": n} for n in (256, 128, 64)}
+    """The rows of the paper's table (of 576 tokens). The ``window`` behind them is not published."""
 
     keep: Keep = 64
     window: int = 8
