@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vtr.compat.diffusers import CONTEXT, ENDED
 from vtr.diffusion import block as _block
-from vtr.diffusion import recompute
+from vtr.diffusion import recompute as _recompute
 from vtr.diffusion.attention import compute
 from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
@@ -23,6 +23,7 @@ from vtr.diffusion.site import AttentionSite, Call
 from vtr.diffusion.targets import Experts, locate, supported
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method, Reduction
+from vtr.recompute import Again, adopt, release
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.wrapping import Bound, Entry, Wrapping, _Absent
@@ -199,7 +200,7 @@ class DiffusionWrapping(Wrapping):
                 self._patched[at] = (owner, name, before)
         super().uninstall()
         for member in self.members:
-            recompute.release(self, member)
+            release(self, member)
         self._forget()
 
     # ---- during a call --------------------------------------------------------------------------
@@ -224,7 +225,15 @@ class DiffusionWrapping(Wrapping):
     @torch.compiler.disable(recursive=False)
     def checkpointed(self, function: Any, block: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of diffusers' ``function`` that checkpoints a block."""
-        return function(recompute.Again(self, block), *args, **kwargs)
+        return function(Again(self, self, block), *args, **kwargs)
+
+    def facts(self) -> dict[str, Any]:
+        """For :class:`vtr.recompute.Again`: what belongs to the running call."""
+        return _recompute.facts(self)
+
+    def repeating(self, facts: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """For :class:`vtr.recompute.Again`: a call as it was."""
+        return _recompute.repeating(self, facts)
 
     @torch.compiler.disable
     def enter(
@@ -286,7 +295,7 @@ class DiffusionWrapping(Wrapping):
 
     def _adopt(self, index: int, model: nn.Module) -> None:
         """Wrap processors and checkpointing that were set after apply (fused projections...)."""
-        recompute.adopt(self, model)
+        adopt(self, model)
         for layer, (_, attention) in enumerate(layers_of(self.family, model)):
             current: Any = attention.processor
             if not isinstance(current, SiteProcessor):
