@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from vtr.compat.torch import in_backward
 from vtr.method import Reduction
-from vtr.recompute import Again, Guard, Inputs, copied, in_backward, repeated
+from vtr.recompute import Again, Guard, Inputs, copied, repeated
 from vtr.tokens import TokenMap
 
 

@@ -27,12 +27,6 @@ from vtr.method import Reduction
 from vtr.tokens import TokenMap
 from vtr.wrapping import Bound, Entry, Wrapping
 
-
-def in_backward() -> bool:
-    """Whether this thread is in a backward pass."""
-    return torch._C._current_graph_task_id() >= 0
-
-
 # ---- methods may not change in between ---------------------------------------------------------------
 
 

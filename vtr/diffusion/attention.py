@@ -15,7 +15,6 @@ from vtr.compat.torch import in_backward
 from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.site import Call
 from vtr.kernels.precision import lowered
-from vtr.recompute import in_backward
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping
