@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtr.compat.tested import blaming, untested
 from vtr.compat.torch import inside_compiled
@@ -110,6 +110,20 @@ class Handle:
         """What the last call did; of several threads, that of the one that began last."""
         return self._wrapping.trace
 
+    @property
+    def columns(self) -> Tensor:
+        """(B, L') int64, for each column that the last call of a VLM has left, the column of the sequence
+        that the call was given; -1 for padding.
+
+        What to index outputs by with ``output="reduced"``: ``labels.gather(1, columns.clamp(min=0))``. After
+        generate it is the map of the prompt: decoding steps have one column and leave it as it is.
+
+        Raises:
+            RuntimeError: the model has not been called.
+            UnsupportedModelError: the model is no VLM.
+        """
+        return self._wrapping.columns()
+
     def report(self) -> Report:
         """The last call, dense against reduced: tokens, FLOPs, KV bytes."""
         from vtr.report import Report
@@ -124,7 +138,7 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
         target: a timm or open_clip model, a transformers vision tower or VLM, a diffusers pipeline
             or transformer.
         method: a method, a name (``"evit"``), a dict with ``name`` and options, a plan, or a list.
-        options: of the adapter (``output=`` for encoders, ``positions=``, ``video=`` and
+        options: of the adapter (``output=`` for encoders and VLMs, ``positions=``, ``video=`` and
             ``flash_attention=`` for VLMs, ``modules=`` for methods that learn). Unknown ones raise.
 
     Returns:

@@ -212,6 +212,13 @@ class Wrapping:
         # The trace of the last call may hold tensors of an autograd graph, which cannot be copied.
         return {**self.__dict__, "trace": Trace()}
 
+    def columns(self) -> torch.Tensor:
+        """See :attr:`vtr.api.Handle.columns`."""
+        raise UnsupportedModelError(
+            f"columns are those of a language model's prompt, and {self.info.family} has none: use "
+            "handle.trace, whose maps say where each token went"
+        )
+
     def costs(self) -> dict[str, Any] | None:
         """Dense and reduced FLOPs of the last call, per site; None where nothing was counted."""
         return None

@@ -19,6 +19,9 @@ CACHE = ("cache", "past_key_values")
 #: Methods of a cache that repeat, choose or exchange its rows.
 CACHE_ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
+# The attribute by which a model's ``loss_function`` is another one than that of its class.
+LOSS = "_loss_function"
+
 
 def cache_name(function: Callable[..., Any]) -> str | None:
     """The name of a function's argument for the KV cache; None if it takes no cache."""

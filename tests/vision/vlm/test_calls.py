@@ -446,7 +446,7 @@ def test_generate_of_a_model_that_gives_all_logits_reads_no_padding() -> None:
     for key, row in {"input_ids": ids, "attention_mask": mask}.items():
         turned[key] = torch.stack([torch.roll(row[0], -11), row[1]])
     method = Pick(keep=((8, 2),))
-    with vtr.apply(model, method) as handle:
+    with vtr.apply(model, method, output="reduced") as handle:
         left, right = generate(model, inputs).logits, generate(model, turned).logits
         plain = model(**turned).logits  # not generate's: padding stays on its side
         live = handle._wrapping.language.last.layout.live

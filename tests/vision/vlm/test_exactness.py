@@ -267,14 +267,16 @@ def test_right_padding(name: str) -> None:
         turned[key] = torch.stack([torch.roll(row, -n) for row, n in rows])
     turned["position_ids"] = (turned["attention_mask"].cumsum(1) - 1).clamp(min=0)
     left = {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
-    with vtr.apply(model, BOTH):
+    with vtr.apply(model, BOTH, output="reduced"):
         a, b = model(**left).logits, model(**turned).logits
     numbers = torch.tensor([len(t) for t in [a[0]] * 2])
     assert a.shape == b.shape and bool((numbers == a.shape[1]).all())
     with vtr.apply(model, BOTH) as handle:
-        model(**turned)
+        c, d = model(**left).logits, model(**turned).logits
         last = handle.trace.stages[-1].total.valid.sum(1)
     text = ((~visual(turned["input_ids"])) & turned["attention_mask"].bool()).sum(1)
     ends = (text + last).tolist()
     for row, end in enumerate(ends):
         torch.testing.assert_close(a[row, -1], b[row, end - 1], rtol=0, atol=CLOSE)
+        torch.testing.assert_close(c[row, -1], a[row, -1], rtol=0, atol=CLOSE)
+        torch.testing.assert_close(d[row, -1 - shift[row]], a[row, -1], rtol=0, atol=CLOSE)

@@ -53,9 +53,13 @@ def test_the_loss_is_that_of_the_masked_run(name: str, method: Pick) -> None:
         gone = gone_of(handle, ids)
     with Masked(model, gone):
         masked = model(**inputs, labels=labels)
+    with vtr.apply(model, method, output="reduced"):
+        short = model(**inputs, labels=labels)
     torch.testing.assert_close(out.loss, masked.loss, rtol=0, atol=CLOSE)
+    torch.testing.assert_close(short.loss, masked.loss, rtol=0, atol=CLOSE)
     torch.testing.assert_close(rows[0], out.loss)
-    assert out.logits.shape[1] < ids.shape[1]
+    assert out.logits.shape == masked.logits.shape
+    assert short.logits.shape[1] < ids.shape[1]
 
 
 def test_the_loss_where_only_the_shorter_sample_is_cut() -> None:
@@ -66,13 +70,19 @@ def test_the_loss_where_only_the_shorter_sample_is_cut() -> None:
     for row in labels:
         row[: int((row == -100).nonzero().max()) + 2] = -100
     for at in (PROMPT.at, (("decoder", 1, "end"),)):
-        with vtr.apply(model, Pick(at, ((4, 32),))) as handle:
-            out = model(**inputs, labels=labels)
-            gone = gone_of(handle, ids)
-        assert out.logits.shape[1] == ids.shape[1]
-        with Masked(model, gone):
-            masked = model(**inputs, labels=labels)
-        torch.testing.assert_close(out.loss, masked.loss, rtol=0, atol=CLOSE)
+        for output in ("aligned", "reduced"):
+            with vtr.apply(model, Pick(at, ((4, 32),)), output=output) as handle:
+                out = model(**inputs, labels=labels)
+                gone = gone_of(handle, ids)
+                assert out.logits.shape[1] == handle.columns.shape[1] == ids.shape[1]
+            with Masked(model, gone):
+                masked = model(**inputs, labels=labels)
+            torch.testing.assert_close(out.loss, masked.loss, rtol=0, atol=CLOSE)
+            if output == "aligned":
+                left = (inputs["attention_mask"] == 1) & ~torch.stack(list(gone.values())).any(0)
+                torch.testing.assert_close(
+                    out.logits[left], masked.logits[left], rtol=0, atol=CLOSE
+                )
 
 
 def test_gradients_flow_through_cuts() -> None:

@@ -75,10 +75,7 @@ call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequ
 batches), ``attention`` (q, k, v of a few tokens),
 ``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``.
 
-Logits, hidden states and attentions of a prefill have the length of what is left (``labels=`` follow, and
-give the loss of these tokens; a loss of the caller's own, such as the Trainer's label smoothing, does not
-know of the cut). Training with gradient checkpointing is refused. A cut pads anew on the side of the
-prompt's padding, and on the left for generate, which reads the last column.
+Training with gradient checkpointing is refused.
 
 Threads may call a wrapped model at the same time: one forward call runs while the others wait. A model
 that ``torch.compile`` has compiled before ``apply`` is compiled again (code compiled without hooks would
@@ -86,6 +83,34 @@ not see them). Image features that the caller gives (``mm_encoder_outputs``, ``i
 are cut like others, but methods that look into the tower refuse them, and which image a token belongs to
 is not known: a budget per image is then one of the sample. Embeddings in which the caller has put the
 features, without pixels, show no visual tokens: such a call is dense.
+
+Outputs
+-------
+
+With ``output="aligned"`` (the default) outputs have the columns that the caller gave: logits,
+``last_hidden_state`` and ``hidden_states`` (each layer's, by what was left there) of a token stand where its
+id stands in ``input_ids``, and where ``attention_mask``, ``labels`` and completions say. Columns of padding
+and of visual tokens that were cut hold zeros. So log-probabilities that are read as
+``logits[:, -(k + 1):-1]``, states of the last token found by ``attention_mask`` and heads that do so are
+those of each sample alone, whatever side padding is on; and ``logits_to_keep``, a number or a tensor of
+columns, counts columns of the caller. A text token behind visual tokens of which the last was cut has zeros
+before it, a uniform prediction: score answers, which begin behind a text token.
+
+``labels=`` give the loss of the tokens that are left, each predicted by the one left before it, which is what
+each sample gives alone; they cannot be combined with ``logits_to_keep``. The head runs on what is left, and
+its logits take their columns afterwards: (B, L, V) as without a method.
+
+With ``output="reduced"`` outputs have the columns that are left, padded anew on the side of the prompt's
+padding (on the left where one logit is kept), and ``handle.columns`` says which columns they were. It saves
+the memory of full-length logits. All methods of a model have one of the two.
+
+generate reads the last column only, and the language model hands it no more than that in either way: each
+sample's last token, also of prompts padded right. ``hidden_states`` of generate are aligned as elsewhere.
+``attentions`` are always those of the tokens that were left in each layer. In a later turn on a cache the
+columns are those of that turn.
+
+The KV cache
+------------
 
 A KV cache that was cut can only be continued while a method is applied. Its ``get_seq_length()`` counts
 the tokens that were given, ``get_seq_length(layer)`` those that a layer holds.

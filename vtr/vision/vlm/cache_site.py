@@ -169,14 +169,10 @@ class CacheSession:
     def _columns(self, call: Call, layer: int) -> Tensor:
         """(B, N) where the tokens that are alive at the end stand in a layer's cache."""
         layout = self._layout(call, layer)
-        length = call.live.shape[1]
-        where = torch.full((call.live.shape[0], length + 1), -1, device=call.live.device)
-        slot = torch.arange(layout.live.shape[1], device=where.device).expand_as(layout.index)
-        where = where.scatter(1, torch.where(layout.live, layout.index, length), slot)
-        where[:, length] = -1
+        where = layout.places(call.live.shape[1])
         kept = call.map.kept
-        position = call.arrived.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, length)
-        columns = where.gather(1, position)
+        position = call.arrived.gather(1, kept.clamp(min=0))
+        columns = where.gather(1, position).masked_fill(kept < 0, -1)
         return torch.where(columns < 0, -1, columns + call.columns_before(layer).shape[1])
 
     def _free(self, call: Call, entry: Entry, layer: int, place: str, step: TokenMap) -> None:

@@ -19,6 +19,7 @@ from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.frames import KINDS
+from vtr.vision.vlm.head import Asked
 from vtr.vision.vlm.rows import Rows, Seen, Tokens
 from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
 from vtr.wrapping import Entry
@@ -62,6 +63,8 @@ class Call:
         self.visual = visual = None if kinds is None else kinds > 0
         self.layout = self.entered = Layout(live, visual)
         self.segments: list[tuple[int, Layout]] = []
+        self.left: list[Layout] = []  # of what entered layer 0, then of what left each layer
+        self.asked, self.aligned = Asked(), True
         self.rope: tuple[Tensor, Tensor] | None = None
         self.synced: Layout | None = None
         self.override: dict[str, Any] | None = None
@@ -92,7 +95,17 @@ class Call:
     # What is known of a call, all of it on one device.
     _PLACED = (
         *("live", "history", "positions", "visual", "kinds", "arrived", "rank", "entry", "map"),
-        *("layout", "entered", "synced", "segments", "rope", "override", "memory", "_frames"),
+        *(
+            "layout",
+            "entered",
+            "synced",
+            "segments",
+            "left",
+            "rope",
+            "override",
+            "memory",
+            "_frames",
+        ),
     )
 
     def to(self, device: torch.device) -> None:

@@ -7,6 +7,8 @@ each layer then gets a mask for what its own cache holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,8 @@ from vtr.tokens import TokenMap, top_indices
 from vtr.trace import Trace
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
 from vtr.vision.vlm.call import Call
+from vtr.vision.vlm.head import Asked
+from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
 from vtr.wrapping import Bound, Entry
@@ -65,6 +69,11 @@ class LanguageSession:
     Args:
         owner: the wrapping; its entries, info, captures and trace are used.
         module: the language model, with ``layers`` and ``rotary_emb``.
+
+    Attributes:
+        asked: what the coming call is for.
+        way: how the last call's sequence left the language model, None if nothing was cut.
+        columns: (B, L') of the last call, see :attr:`vtr.api.Handle.columns`.
     """
 
     def __init__(self, owner: VLMWrapping, module: Any) -> None:
@@ -73,18 +82,21 @@ class LanguageSession:
         self.layers = module.layers
         self.visits: dict[tuple[str, int, str], list[tuple[Entry, str]]] = {}
         self.pending: Tensor | None = None
-        self.last_only = False
+        self.asked = Asked()
         self.call: Call | None = None
         self.last: Last | None = None
+        self.way: Exit | None = None
+        self._columns: Callable[[], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
-        return {**self.__dict__, "pending": None, "call": None, "last": None}
+        gone = ("pending", "call", "last", "way", "_columns")
+        return {**self.__dict__, **dict.fromkeys(gone)}
 
     def install(self) -> None:
         """Plan the visits and set the hooks."""
         owner = self.owner
-        self.visits, self.call, self.pending = {}, None, None
+        self.visits, self.call, self.pending, self.asked = {}, None, None, Asked()
         for entry, stage in owner.stages():
             if stage.site in ("encoder", "cache"):
                 continue
@@ -93,7 +105,7 @@ class LanguageSession:
             self.visits.setdefault(key, []).append((entry, stage.site))
         module = self.module
         owner.hook(module.register_forward_pre_hook(Bound(self, "before"), with_kwargs=True))
-        owner.hook(module.register_forward_hook(Bound(self, "after")))
+        owner.hook(module.register_forward_hook(Bound(self, "after"), prepend=True))
         owner.hook(module.register_forward_hook(Bound(self, "end"), always_call=True))
         for i, layer in enumerate(self.layers):
             owner.hook(
@@ -111,6 +123,7 @@ class LanguageSession:
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.call, kinds, self.pending = None, self.pending, None
+        asked, self.asked, self.way = self.asked, Asked(), None
         embeds, cache = kwargs.get("inputs_embeds"), given_cache(kwargs)
         if embeds is None:
             return None
@@ -120,6 +133,11 @@ class LanguageSession:
             if cache is not None:
                 forget(cache)
         cuts = cuts_of(cache)
+        batch, length = embeds.shape[:2]
+        before = past if cuts is None else past + cuts.offset
+        if not past or length > 1:  # decoding steps have one column
+            shape = (before, batch, length, embeds.device)
+            self._columns = partial(every_column, kwargs.get("attention_mask"), *shape)
         if kinds is None:
             if past == 0:
                 self.owner.trace = Trace()
@@ -134,10 +152,8 @@ class LanguageSession:
                 "gradient checkpointing cannot be used on a wrapped language model (the second pass "
                 "through a layer would cut again): call model.gradient_checkpointing_disable()"
             )
-        batch, length = embeds.shape[:2]
-        before = past
         if cuts is not None:
-            before, cuts.open = past + cuts.offset, True
+            cuts.open = True
         mask = self._mask(kwargs.get("attention_mask"), cuts, batch, before, length, embeds.device)
         if mask is None:
             live = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
@@ -150,7 +166,9 @@ class LanguageSession:
         if kinds is not None:
             kinds = kinds.to(embeds.device)
         call = Call(self.owner, past, live, history, cuts, kinds, positions, cache)
-        if self.last_only:  # padding that a cut makes anew goes to the left: see Loss.last_only
+        reduced = self.owner.output == "reduced"
+        call.asked, call.aligned = asked, not (reduced or asked.generating)
+        if asked.last and not call.aligned:  # padding that a cut makes anew goes to the left
             call.layout.right = False
         self.call = call
         if kinds is not None:
@@ -231,6 +249,12 @@ class LanguageSession:
             embeds = call.visit(entry, name, 0, "", embeds)
         return embeds
 
+    def columns(self) -> Tensor:
+        """See :attr:`vtr.api.Handle.columns`."""
+        if self._columns is None:
+            raise RuntimeError("the model has not been called since the method was applied")
+        return self._columns()
+
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         call, self.call = self.call, None
         if call is None:
@@ -239,8 +263,23 @@ class LanguageSession:
         if cuts is not None and call.cache is not None:
             remember(call.cache, cuts)
         self.owner.cache.after(call)
-        if call.changed and self.last is not None:
-            self.last.layout = call.layout
+        if call.changed:
+            self._leave(call, output)
+
+    def _leave(self, call: Call, output: Any) -> None:
+        """The sequence leaves with the columns of what is left, or with those that were given."""
+        asked, layout = call.asked, call.layout
+        if self.last is not None:
+            self.last.layout = layout
+        self._columns = partial(columns, layout)
+        self.way = Exit(layout, call.live.shape[1], call.aligned)
+        if self.owner.output == "aligned":
+            align(output, self.way, [*call.left, layout])
+        elif not isinstance(asked.keep, int):
+            raise ValueError(
+                "logits_to_keep as a tensor has columns that were given, which output='reduced' does not "
+                "return: use output='aligned', or all logits and handle.columns"
+            )
 
     def end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """Also after an exception: nothing of the call is left."""
@@ -258,7 +297,9 @@ class LanguageSession:
             return None
         given = hidden = args[0] if args else kwargs["hidden_states"]
         call.to(hidden.device)
-        if i == 0:
+        if i:
+            call.left.append(call.layout)
+        else:
             call.cache = given_cache(kwargs)
             call.rope, call.synced = kwargs["position_embeddings"], call.layout
             if call.changed and self.owner.flash:
@@ -273,6 +314,8 @@ class LanguageSession:
                 self._sync(call, i, hidden)
             n = call.layout.slots.shape[1]
             self.owner.trace.count("decoder", i, n, n)
+            if i == 0:
+                call.left.append(call.layout)
             if self.last is not None:
                 self.last.entered.append(call.layout.live)
             if ("decoder", i, "end") in self.visits or ("decoder", i, "middle") in self.visits:

@@ -59,6 +59,13 @@ class Layout:
         """(B, L) bool."""
         return mark(self.slots, self.live.shape[1])
 
+    def places(self, length: int) -> Tensor:
+        """(B, length) int64: where each column of the incoming sequence stands here, -1 where it does not."""
+        batch, width = self.live.shape
+        out = torch.full((batch, length + 1), -1, device=self.live.device)
+        here = torch.arange(width, device=out.device).expand(batch, width)
+        return out.scatter(1, torch.where(self.live, self.index, length), here)[:, :length]
+
     def text(self) -> Tensor:
         """(B, T) int64, where each sample's text tokens stand, -1 for padding."""
         return members(self.live & ~self.visual)

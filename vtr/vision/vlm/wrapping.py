@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtr.compat.tested import explain
 from vtr.compat.transformers import (
@@ -43,8 +44,9 @@ from vtr.vision.vlm.gate import (
     Gate,
     forget_compiled,
 )
+from vtr.vision.vlm.head import Asked, Head
 from vtr.vision.vlm.language import LanguageSession
-from vtr.vision.vlm.loss import Loss
+from vtr.vision.vlm.outputs import MODES
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, PerThread, Wrapping
@@ -60,9 +62,11 @@ class VLMWrapping(Wrapping):
             numbered anew), or None, the method's own choice.
         video: whether still images of the same grid that follow one another in a prompt are the frames
             of one video (InternVL's processor makes videos so, as may any prompt of many images).
+        flash_attention: whether the language model may run FlashAttention 2 or 3.
+        output: ``"aligned"`` or ``"reduced"``, see :mod:`vtr.vision.vlm`; the same for all methods.
     """
 
-    options = {"positions": None, "video": False, "flash_attention": False}
+    options = {"positions": None, "video": False, "flash_attention": False, "output": "aligned"}
 
     # What the towers did for the coming call of the language model: generate lets a thread's towers run
     # before the model, and other threads may come in between.
@@ -81,7 +85,7 @@ class VLMWrapping(Wrapping):
         super().__init__(root, self._info())
         self.language = LanguageSession(self, self.lm)
         self.cache = CacheSession(self)
-        self.loss = Loss(self)
+        self.head = Head(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
@@ -207,7 +211,26 @@ class VLMWrapping(Wrapping):
         chosen = entry.options.get("positions")
         return (entry.method.positions_at(site) if chosen is None else chosen) == "compact"
 
+    @property
+    def output(self) -> str:
+        """The option ``output`` of the active methods."""
+        return next((str(e.options["output"]) for e in self.active), MODES[0])
+
+    def check_together(self, entries: Sequence[Entry]) -> None:
+        super().check_together(entries)
+        if len({entry.options["output"] for entry in entries}) > 1:
+            raise ValueError(
+                "methods applied to one model return their outputs in one way: give all of them "
+                "output='aligned' or all output='reduced'"
+            )
+
+    def columns(self) -> Tensor:
+        return self.language.columns()
+
     def check(self, method: Method, options: dict[str, Any]) -> None:
+        output = options.get("output", MODES[0])
+        if output not in MODES:
+            raise ValueError(f"output must be one of {MODES}, got {output!r}")
         positions = options.get("positions")
         if positions not in (None, "original", "compact"):
             raise ValueError(f"positions must be 'original', 'compact' or None, got {positions!r}")
@@ -277,7 +300,7 @@ class VLMWrapping(Wrapping):
         self.language.install()
         self.cache.install()
         if self.root is not inner:
-            self.loss.install()
+            self.head.install()
         self.hook(inner.register_forward_pre_hook(Bound(self, "before_inner"), with_kwargs=True))
         for name, modality in MODALITIES.items():
             if hasattr(inner, name):
@@ -367,7 +390,7 @@ class VLMWrapping(Wrapping):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.language.pending = None
-        self.language.last_only, self.loss.last_only = self.loss.last_only, False
+        self.language.asked = self.head.asked or Asked()
         given = named(module, args, kwargs)
         made = given.get(ENCODER_OUTPUTS)
         elsewhere = made is not None and not (isinstance(made, dict) and self.captures.made(made))
