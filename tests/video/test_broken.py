@@ -52,7 +52,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     playlist = tmp_path / "list.mp4"
     playlist.write_text("#EXTM3U\n#EXTINF:1,\n/etc/hostname\n#EXT-X-ENDLIST\n")
     refused(playlist, "no video file")
-    with pytest.raises(TypeError, match="path or as bytes"):
+    with pytest.raises(TypeError, match="binary file object, not as int"):
         vtr.video.load(3)  # type: ignore[arg-type]
 
 

@@ -195,22 +195,23 @@ class Decord:
         self, size: tuple[int, int] | None, ahead: bool = False
     ) -> tuple[dict[str, Any], bytes | None]:
         height, width = (-1, -1) if size is None else size
+        data = self.media.content()
         request = {
             "do": "open",
             "path": None if self.media.path is None else os.path.abspath(self.media.path),
-            "bytes": len(self.media.data or b""),
+            "bytes": len(data or b""),
             "width": width,
             "height": height,
             "threads": self.threads,
             "ahead": ahead,
         }
-        return request, self.media.data
+        return request, data
 
     def open(self, size: tuple[int, int] | None, ahead: bool) -> None:
         """Let decord's process begin, for pictures of (height, width), and go on here; ``ahead``
-        where the first frame will be wanted. Nothing happens without decord, and for bytes, whose
-        way there would have to be waited for."""
-        if self.media.data is not None or not installed():
+        where the first frame will be wanted. Nothing happens without decord, and for bytes and file
+        objects, whose way there would have to be waited for."""
+        if self.media.path is None or not installed():
             return
         self._worker, self._size = _worker(), size
         with contextlib.suppress(OSError):  # it has ended: seen when frames are asked for
@@ -232,10 +233,8 @@ class Decord:
         """
         if not installed():
             raise missing("decord", "video", "backend='decord'")
-        if not index.plain:
-            raise Unfit(
-                "it is rotated, trimmed, damaged, has open groups, or is no MP4, MKV, WebM or AVI"
-            )
+        if index.unusual:
+            raise Unfit(index.unusual)
         request = {
             "do": "read",
             "frames": len(index.times),

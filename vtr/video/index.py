@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
-from vtr.video.media import PLAIN, FirstFrame, Media, av_module, short, turned, video_stream
-from vtr.video.types import VideoMetadata
+from vtr.video.media import PLAIN, FirstFrame, Media, av_module, short, video_stream
+from vtr.video.pictures import View, has_alpha, pixel_aspect, unknown_colours
+from vtr.video.types import TRANSFERS, VideoMetadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,9 @@ class VideoIndex:
         packets: {pts: decode-order number} of every packet.
         seek: (P, 2) int64, times to seek to for each packet in decode order: its pts, its dts.
         keys: (K,) int64, numbers of the key frames.
-        stored: (height, width) before rotation.
-        turn: quarter turns, counter-clockwise; flip: mirror left to right before turning.
-        plain: nothing about the file is unusual: any decoder numbers its frames alike.
+        view: how stored frames are shown.
+        unusual: why a decoder that does less than PyAV may number frames otherwise, or show others;
+            empty for most files.
         intra: every frame is a key frame.
         reordered: frames are not stored in the order of time.
     """
@@ -42,10 +43,8 @@ class VideoIndex:
     packets: dict[int, int]
     seek: np.ndarray
     keys: np.ndarray
-    stored: tuple[int, int]
-    turn: int
-    flip: bool
-    plain: bool
+    view: View
+    unusual: str
     intra: bool
     reordered: bool
 
@@ -74,27 +73,38 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
         if not rows:
             raise VideoError(media.name, trouble or "its video stream holds no frames")
         first = look.found(media.name)
-        base = _facts(container, stream, first, media, trouble)
-        single = len(container.streams.video) == 1
+        base = facts(stream, first, media, trouble)
+        streams = len(container.streams.video)
         unit = float(stream.time_base or 1e-6)
         rate = stream.average_rate or stream.guessed_rate or 0
-        container_name = container.format.name
     known = all(pts is not None for pts, *_ in rows) and len({r[0] for r in rows}) == len(rows)
     # AVI has no times, only an order, which is that of decoding.
-    if not known or ("avi" in container_name and not all(row[2] for row in rows)):
+    if not known or ("avi" in base.container and not all(row[2] for row in rows)):
         return counted_index(media, deadline, damaged, base)
-    turn, flip = turned(first)
+    view = View.of(first, media.name)
     pts, dts, key, discard, lengths = (np.array(column) for column in zip(*rows, strict=True))
-    if not key.any():
-        key[0] = True
+    palette = first.format.has_palette
+    if not look.keys_hold or not key.any():
+        key = np.arange(len(key)) == 0
     order = np.arange(len(pts))
-    heads = np.flatnonzero(key)
+    # A palette may come with the first packet alone, or change with any.
+    heads = np.zeros(1, np.int64) if palette else np.flatnonzero(key)
     which = np.searchsorted(heads, order, side="right") - 1
     leading = (which >= 0) & (pts < pts[heads[np.maximum(which, 0)]])
     begin = np.where(leading, which - 1, which)
     shown = ~discard & (begin >= 0)
     if not shown.any():
         raise VideoError(media.name, "holds no frame that can be shown")
+    unusual = {
+        f"its container is {base.container}": base.container not in PLAIN,
+        "it is rotated or mirrored": view.turn or view.flip,
+        "it is trimmed: some of its frames are not shown": not shown.all(),
+        "it has open groups": leading.any(),
+        "it is damaged": trouble,
+        f"it has {streams} video streams": streams > 1,
+        "it has a palette": palette,
+        "frames are marked as key frames that are none": not look.keys_hold,
+    }
     by_time = order[shown][np.argsort(pts[shown], kind="stable")]
     times = (pts[by_time] - pts[by_time[0]]) * unit
     return VideoIndex(
@@ -105,17 +115,8 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
         packets=dict(zip(pts.tolist(), order.tolist(), strict=True)),
         seek=np.stack([pts, np.minimum(dts, pts)], 1),
         keys=np.flatnonzero(key[by_time]),
-        stored=(first.height, first.width),
-        turn=turn,
-        flip=flip,
-        plain=bool(
-            container_name in PLAIN
-            and shown.all()
-            and not leading.any()
-            and not (turn or flip)
-            and not trouble
-            and single
-        ),
+        view=view,
+        unusual=next((reason for reason, found in unusual.items() if found), ""),
         intra=bool(key.all()),
         reordered=bool((np.diff(pts) < 0).any()),
     )
@@ -142,14 +143,13 @@ def counted_index(
                 keys.append(n)
         if first is None:
             raise VideoError(media.name, "holds no frame that can be decoded")
-        base = base or _facts(container, stream, first, media, "")
+        base = base or facts(stream, first, media)
     if trouble and not base.damaged:
         base = replace(base, damaged=trouble[0])
     known = np.array([np.nan if t is None else t for t in times])
     at = known - known[0]
     if np.isnan(at).any() or (np.diff(at) <= 0).any():
         at = np.arange(len(times)) / rate
-    turn, flip = turned(first)
     return VideoIndex(
         timed(base, at, 0.0, rate),
         at,
@@ -158,10 +158,8 @@ def counted_index(
         {},
         np.empty((0, 2), np.int64),
         np.array(keys, np.int64),
-        (first.height, first.width),
-        turn,
-        flip,
-        plain=False,
+        View.of(first, media.name),
+        unusual="its packets say too little about its frames",
         intra=False,
         reordered=True,
     )
@@ -184,21 +182,30 @@ def timed(base: VideoMetadata, times: np.ndarray, last: float, rate: float) -> V
     )
 
 
-def _facts(container: Any, stream: Any, frame: Any, media: Media, trouble: str) -> VideoMetadata:
-    turn, _ = turned(frame)
-    height, width = (frame.width, frame.height) if turn % 2 else (frame.height, frame.width)
+def facts(stream: Any, first: Any, media: Media, trouble: str = "") -> VideoMetadata:
+    """What a stream and its first frame tell. Raises :class:`VideoError` for foreign colours."""
+    reason = unknown_colours(first)
+    if reason:
+        raise VideoError(media.name, reason)
+    view = View.of(first, media.name)
+    height, width = view.size
+    aspect = pixel_aspect(stream)
     return VideoMetadata(
         source=media.name,
         codec=stream.codec_context.name,
-        container=container.format.name,
+        container=stream.container.format.name,
         width=width,
         height=height,
-        rotation=90 * turn,
+        rotation=90 * view.turn,
         frames=0,
         duration=0.0,
         fps=0.0,
         variable_rate=False,
         damaged=trouble,
+        pixel_aspect=1 / aspect if view.turn % 2 else aspect,
+        transfer=TRANSFERS.get(int(stream.codec_context.color_trc), ""),
+        interlaced=bool(first.interlaced_frame),
+        alpha=has_alpha(first),
     )
 
 
@@ -215,6 +222,9 @@ def _packets(
                 deadline.check()
             if look.looking:
                 look.see(packet)
+            elif n == 1 and packet.is_keyframe and not look.intra_only:
+                # Some writers mark every packet as a key packet.
+                look.keys_hold = look.alone(packet)
             if not packet.size:
                 continue
             dts = packet.pts if packet.dts is None else packet.dts

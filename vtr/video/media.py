@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import os
 import stat
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+import threading
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 from vtr.errors import missing
 from vtr.video.errors import VideoError
+from vtr.video.pictures import is_key
 
-Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 
 #: Demuxers of playlists, which would open other files and addresses.
 PLAYLISTS = frozenset({"hls", "concat", "dash", "sdp", "rtsp", "tty"})
@@ -32,29 +32,39 @@ def av_module() -> Any:
 
 @dataclass(frozen=True)
 class Media:
-    """A source that is a readable file or bytes: not yet known to be a video."""
+    """A source that is a readable file or bytes: not yet known to be a video.
+
+    Attributes:
+        name: for people.
+        path, data, file: one of them is the source, the others are None.
+        size: bytes.
+    """
 
     name: str
-    path: str | None
-    data: bytes | None
+    path: str | None = None
+    data: bytes | None = None
+    file: Any = None
+    size: int = 0
+    _turns: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def of(cls, source: Source) -> Media:
         """Check what can be checked without a decoder.
 
         Raises:
-            TypeError: neither a path nor bytes.
-            VideoError: missing, a directory, no regular file (a pipe would block), empty, unreadable.
+            TypeError: neither a path nor bytes nor a binary file object.
+            VideoError: missing, a directory, no regular file (a pipe would block), empty, unreadable;
+                a file object that is closed, or cannot seek.
         """
+        if isinstance(source, io.BytesIO) and not source.closed:
+            source = source.getvalue()
         if isinstance(source, (bytes, bytearray, memoryview)):
             data = bytes(source)
             if not data:
                 raise VideoError("<0 bytes>", "no bytes")
-            return cls(f"<{len(data)} bytes>", None, data)
+            return cls(f"<{len(data)} bytes>", data=data, size=len(data))
         if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(
-                f"a video is given as a path or as bytes, not as {type(source).__name__}"
-            )
+            return cls._of_file(source)
         path = os.fspath(source)
         if not isinstance(path, str):
             path = os.fsdecode(path)
@@ -72,7 +82,42 @@ class Media:
             raise VideoError(path, "is empty (0 bytes)")
         if not os.access(path, os.R_OK):
             raise VideoError(path, "may not be read (permission denied)")
-        return cls(path, path, None)
+        return cls(path, path=path, size=info.st_size)
+
+    @classmethod
+    def _of_file(cls, file: Any) -> Media:
+        kind = type(file).__name__
+        if not callable(getattr(file, "read", None)):
+            raise TypeError(
+                f"a video is given as a path, as bytes or as a binary file object, not as {kind}"
+            )
+        name = getattr(file, "name", None)
+        name = os.fsdecode(name) if isinstance(name, (str, bytes)) and name else f"<{kind}>"
+        if getattr(file, "closed", False):
+            raise VideoError(name, "the file object is closed")
+        if isinstance(file, io.TextIOBase):
+            raise TypeError(f"{name} is opened as text; open it with mode 'rb'")
+        try:
+            seekable = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
+            if seekable:
+                here = file.tell()
+                size = file.seek(0, os.SEEK_END)
+                size = file.tell() if size is None else size  # as mmap's does before Python 3.13
+                file.seek(here)
+                readable = file.readable() if hasattr(file, "readable") else True
+        except Exception as error:
+            raise VideoError(name, f"the file object failed ({short(error)})") from error
+        if not seekable:
+            raise VideoError(name, "the file object cannot seek; give its bytes: source.read()")
+        if not readable:
+            raise VideoError(name, "the file object is not open for reading")
+        if size == 0:
+            raise VideoError(name, "is empty (0 bytes)")
+        return cls(name, file=file, size=size)
+
+    def content(self) -> bytes | None:
+        """All bytes of a source that is no path, and None for one that is."""
+        return self.data if self.file is None else Reader(self).read(self.size)
 
     def open(self, packets_only: bool = False) -> Any:
         """An open PyAV container.
@@ -94,19 +139,25 @@ class Media:
 
     def _open(self, options: dict[str, str]) -> Any:
         av = av_module()
-        target: Any = io.BytesIO(self.data) if self.data is not None else self.path
+        target: Any
         if self.path is not None:
             target = os.path.abspath(self.path)  # a name like "a:b.mp4" is no address
-        # Texts that are not UTF-8 are an error up to PyAV 18; 19 reads them, and has no such option.
-        texts = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+        elif self.data is not None:
+            target = io.BytesIO(self.data)
+        else:
+            target = Reader(self)
+        # Not as `options`: for streams that are found while a file is opened (FLV, MPEG-PS)
+        # PyAV up to 17.0 then reads past an array, which ends the process.
+        options = {"protocol_whitelist": "file", **options}
         try:
-            container = av.open(
-                target,
-                **texts,
-                # Not as `options`: for streams that are found while a file is opened (FLV, MPEG-PS)
-                # PyAV up to 17.0 then reads past an array, which ends the process.
-                container_options={"protocol_whitelist": "file", **options},
-            )
+            # Texts that are not UTF-8 are an error in PyAV versions that have this option; newer
+            # ones read them and refuse it.
+            try:
+                container = av.open(target, metadata_errors="ignore", container_options=options)
+            except TypeError:
+                container = av.open(target, container_options=options)
+        except VideoError:  # of Reader
+            raise
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(
                 self.name, f"is no video file that can be read ({short(error)})"
@@ -116,6 +167,46 @@ class Media:
             container.close()
             raise VideoError(self.name, f"is no video file but a playlist or text ({kind})")
         return container
+
+
+class Reader:
+    """A file object as FFmpeg reads it, with a position of its own.
+
+    A file is opened several times, also at once, while its owner may go on using it: so each reading
+    begins by going to its position, and ends by going back.
+    """
+
+    def __init__(self, media: Media) -> None:
+        self.media = media
+        self.name = media.name  # FFmpeg knows some formats by their extension alone
+        self.at = 0
+
+    def read(self, size: int) -> bytes:
+        file = self.media.file
+        parts = []
+        with self.media._turns:
+            try:
+                here = file.tell()
+                file.seek(self.at)
+                while size > 0 and (part := file.read(size)):  # fewer bytes are not yet the end
+                    parts.append(bytes(part))
+                    size -= len(part)
+                file.seek(here)
+            except Exception as error:
+                raise VideoError(
+                    self.media.name, f"the file object failed ({short(error)})"
+                ) from error
+        data = b"".join(parts)
+        self.at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.media.size}[whence]
+        self.at = max(0, start + offset)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
 
 
 def video_stream(container: Any, name: str) -> Any:
@@ -143,13 +234,20 @@ def short(error: BaseException) -> str:
 
 
 class FirstFrame:
-    """Looks for the first frame that decodes, for the picture's size and rotation."""
+    """Looks for the first frame that decodes, for the picture's size and rotation.
+
+    Attributes:
+        intra_only: the codec has key frames only.
+        keys_hold: false once a packet that is marked as a key packet was found to be none.
+    """
 
     TRIES = 1000
 
     def __init__(self, stream: Any) -> None:
         stream.thread_count = 1  # one frame is there sooner without the delay of frame threads
         self.codec = stream.codec_context.name
+        self.intra_only = bool(stream.codec_context.codec.intra_only)
+        self.keys_hold = True
         self.frame: Any = None
         self.reason = "no frame can be decoded"
         self.tried = 0
@@ -171,24 +269,20 @@ class FirstFrame:
         except av_module().FFmpegError as error:
             self.reason = f"no frame can be decoded ({short(error)})"
 
+    def alone(self, packet: Any) -> bool:
+        """Whether a packet gives a whole picture without those before it, as a key packet does."""
+        context = packet.stream.codec_context
+        context.flush_buffers()
+        try:
+            frames = packet.decode() or context.decode(None)
+        except av_module().FFmpegError:
+            return False
+        finally:
+            context.flush_buffers()
+        return bool(frames) and is_key(frames[0])
+
     def found(self, name: str) -> Any:
         """The frame. Raises :class:`VideoError` where there is none."""
         if self.frame is None:
             raise VideoError(name, f"{self.reason}; its codec is {self.codec}")
         return self.frame
-
-
-def turned(frame: Any) -> tuple[int, bool]:
-    """(quarter turns counter-clockwise, mirrored first) for showing a stored frame."""
-    try:
-        data = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # beside it there is something that is younger than this PyAV
-        return round(frame.rotation / 90) % 4, False
-    if data is None:
-        return 0, False
-    a, b, _, c, d, *_ = np.frombuffer(bytes(data), "<i4").tolist()
-    flip = a * d - b * c < 0
-    if flip:
-        a, b = -a, -b
-    angle = np.degrees(np.arctan2(-b, a))
-    return round(angle / 90) % 4, flip

@@ -10,39 +10,12 @@ import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
 from vtr.video.index import VideoIndex
-from vtr.video.media import Media, av_module, short, video_stream
-
-#: Numbers of colour matrices that are not BT.601, which swscale takes where it is told nothing.
-BT601, MATRICES = 5, (1, 4, 7, 9, 10)
+from vtr.video.media import PLAIN, Media, av_module, short, video_stream
+from vtr.video.pictures import is_key
 
 
 class Missing(Exception):
     """A frame did not come out of the decoder where its packet said that it would."""
-
-
-def picture(frame: Any, index: VideoIndex, size: tuple[int, int] | None) -> np.ndarray:
-    """A decoded frame as it is shown: (H, W, 3) uint8 RGB, turned and scaled."""
-    return shown(frame, index.stored, index.turn, index.flip, size)
-
-
-def shown(
-    frame: Any, stored: tuple[int, int], turn: int, flip: bool, size: tuple[int, int] | None
-) -> np.ndarray:
-    """``size`` is the (height, width) of the picture after turning; None is the stored one."""
-    height, width = stored if size is None else (size[::-1] if turn % 2 else size)
-    # PyAV looks at the matrix of the file only where another one is asked for; RGB has none.
-    matrix = int(frame.colorspace)
-    image = frame.reformat(
-        width=width,
-        height=height,
-        format="rgb24",
-        interpolation="BILINEAR",
-        src_colorspace=matrix,
-        dst_colorspace=BT601 if matrix in MATRICES else matrix,
-    ).to_ndarray()
-    if flip:
-        image = image[:, ::-1]
-    return np.rot90(image, turn) if turn else image
 
 
 def decode_all(
@@ -132,11 +105,15 @@ class Chosen:
         due = {p: slot for slot, p in enumerate(pts)}
         need = frozenset(due)
         context, skipping = stream.codec_context, ""
+        # Containers that are not plain may give the order of decoding as times. Frames that come out
+        # in another order show that, unless those in between are left out.
+        spare = "NONREF" if index.reordered or index.metadata.container in PLAIN else "DEFAULT"
         packets, position, ended, newest = container.demux(stream), 0, False, -math.inf
+        landed: int | None = None
         for begin, slots in _groups(index.start[wanted].tolist(), [index.packets[p] for p in pts]):
             # A position past `begin` is fine: those packets were decoded on the way here.
             if ended or begin > position:
-                packets, position = self._seek(container, stream, begin)
+                packets, position, landed = self._seek(container, stream, begin)
                 ended, newest = False, -math.inf
             left = sum(pts[slot] in due for slot in slots)
             while left and not ended:
@@ -152,7 +129,7 @@ class Chosen:
                         if here < begin:
                             continue
                     # Frames that no other needs are decoded only where they are asked for.
-                    skip = "DEFAULT" if ended or packet.pts in need else "NONREF"
+                    skip = "DEFAULT" if ended or packet.pts in need else spare
                     if skip != skipping:
                         context.skip_frame = skipping = skip
                     frames = packet.decode()
@@ -162,6 +139,8 @@ class Chosen:
                     if frame.pts is None or frame.pts <= newest:
                         raise Missing("frames come in another order than their times say")
                     newest = frame.pts
+                    if newest == landed and not is_key(frame):
+                        raise Missing("a frame is marked as a key frame that is none")
                     slot = due.pop(frame.pts, None)
                     if slot is not None:
                         left -= slot in slots
@@ -169,8 +148,9 @@ class Chosen:
             if left:
                 raise Missing(f"{left} frames did not come out of the decoder")
 
-    def _seek(self, container: Any, stream: Any, begin: int) -> tuple[Iterator[Any], int]:
-        """Packets from the key packet ``begin`` on, or from an earlier one."""
+    def _seek(self, container: Any, stream: Any, begin: int) -> tuple[Iterator[Any], int, int]:
+        """Packets from the key packet ``begin`` on, or from an earlier one, with the number of the
+        first one; and the pts of ``begin``."""
         av = av_module()
         # Demuxers seek by pts or by dts; the packet that comes tells where this one has landed.
         for target in (*self.index.seek[begin], self.index.seek[max(begin - 1, 0)].min(), None):
@@ -183,7 +163,7 @@ class Chosen:
                 raise Missing(f"cannot seek ({short(error)})") from None
             here = None if first is None else self.index.packets.get(first.pts)
             if first is not None and here is not None and here <= begin:
-                return _chain(first, packets), here
+                return _chain(first, packets), here, int(self.index.seek[begin][0])
         raise Missing("cannot seek")
 
 

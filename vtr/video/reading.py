@@ -14,7 +14,8 @@ from vtr.video.decord import Decord, Unfit
 from vtr.video.errors import Deadline, VideoError
 from vtr.video.index import VideoIndex, counted_index, read_index
 from vtr.video.media import Media, Source
-from vtr.video.pyav import Chosen, Missing, picture
+from vtr.video.pictures import rgb
+from vtr.video.pyav import Chosen, Missing
 from vtr.video.types import Video, VideoMetadata
 
 Size = int | tuple[int, int] | None
@@ -30,6 +31,7 @@ def load(
     start: float = 0.0,
     end: float | None = None,
     size: Size = None,
+    square: bool = False,
     sampling: Sampling | None = None,
     backend: Backend = "auto",
     damaged: Literal["error", "keep"] = "error",
@@ -41,20 +43,27 @@ def load(
     """Read chosen frames of a video.
 
     Args:
-        source: a path, or the file's bytes.
+        source: a path, the file's bytes, or a binary file object that can seek. A file object is
+            read from its beginning, and left at the position where it was.
         frames: how many. With ``sampling="uniform"`` (the default, 32): evenly spaced in time from
-            the first to the last frame, all of them where there are fewer. With ``"keyframes"`` and
-            ``"scenes"``: at most so many; None is all key frames, or one frame per scene.
-        fps: instead of a number of frames, the frame shown at ``start`` and at every 1/fps seconds
-            after it; each frame at most once.
+            the first to the last frame, all of them if there are fewer. With ``"keyframes"`` and
+            ``"scenes"``: at most so many; None is all key frames, or one frame per scene. With
+            ``fps``: at most so many; see there.
+        fps: the frame shown at ``start`` and at every 1/fps seconds after it; each frame at most
+            once. If these are more than ``frames``, ``frames`` evenly spaced ones are taken instead,
+            as the processors of Qwen2-VL and the models of lmms-eval do with long videos.
         start, end: seconds since the first frame; frames shown in [start, end) are sampled.
         size: of the picture: the length of its shorter side, or (height, width); bilinear over all
             pixels that a new one covers.
+        square: resample pixels that are not square (``metadata.pixel_aspect``; DV, DVD, HDV) to
+            square ones: the length of stored rows changes, as in players, that of columns stays.
+            ``size`` is that of the result; with (height, width) it alone decides.
         sampling: ``"uniform"``, ``"fps"``, ``"keyframes"`` (what the encoder made key frames) or
             ``"scenes"`` (every frame is decoded once, small, to find the cuts).
         backend: ``"decord"``, ``"pyav"``, or ``"auto"``: decord where it is installed and can read
             the file with the frames in their right places, else PyAV; PyAV for files that hold key
-            frames only. ``"pyav"`` is the faster one in what docs/video.md measures.
+            frames only, and for file objects other than BytesIO, of which decord would need a copy
+            in memory. ``"pyav"`` is the faster one in what docs/video.md measures.
         damaged: ``"error"`` refuses truncated and corrupt files; ``"keep"`` samples what can be
             decoded, and says in ``metadata.damaged`` what is wrong.
         scene_threshold: mean change of pixel values, of 1, from which on a frame may be a cut.
@@ -65,14 +74,16 @@ def load(
     Raises:
         VideoError: the file cannot be read; the message names it and the reason.
         ValueError: a bad option.
+        TypeError: the source is of another kind, or a file object that is opened as text.
         MissingDependencyError: PyAV (or decord, where it is asked for) is not installed.
     """
     frames, fps, kind = _wanted(frames, fps, sampling)
-    _check(start, end, size, backend, damaged, scene_threshold, threads, time_limit)
+    _check(start, end, size, square, backend, damaged, scene_threshold, threads, time_limit)
     media = Media.of(source)
     deadline = Deadline(media.name, time_limit)
     with Decord(media, deadline, threads) as decord:
-        if backend != "pyav" and not isinstance(size, int):  # else the picture's size is not known
+        # Early, if the picture's size does not depend on the file.
+        if backend != "pyav" and (isinstance(size, tuple) or (size is None and not square)):
             decord.open(size, ahead=start == 0)
         index = read_index(media, deadline, damaged)
 
@@ -92,11 +103,12 @@ def load(
             )
 
         wanted = numbers(index)
-        target = picture_size(index.metadata, size)
+        target = picture_size(index.metadata, size, square)
         _fits(media, index, wanted, target, memory_limit)
         used, pixels = "decord", None
         # decord goes through every frame between two wanted ones, which files of key frames spare.
-        if backend == "decord" or (backend == "auto" and not index.intra):
+        suits = not index.intra and media.file is None
+        if backend == "decord" or (backend == "auto" and suits):
             try:
                 pixels = decord.frames(index, wanted, target)
             except (Unfit, MissingDependencyError) as error:
@@ -115,7 +127,7 @@ def load(
             # middle): decode everything and count what really comes.
             index = counted_index(media, deadline, damaged, index.metadata)
             wanted = numbers(index)
-            target = picture_size(index.metadata, size)
+            target = picture_size(index.metadata, size, square)
             _fits(media, index, wanted, target, memory_limit)
             try:
                 pixels = _decode(media, index, wanted, target, deadline, threads, damaged)
@@ -125,7 +137,7 @@ def load(
         frames=pixels,
         timestamps=index.times[wanted],
         indices=wanted.astype(np.int64),
-        metadata=replace(index.metadata, backend=used),
+        metadata=replace(index.metadata.squared() if square else index.metadata, backend=used),
     )
 
 
@@ -135,20 +147,29 @@ def probe(
     damaged: Literal["error", "keep"] = "error",
     time_limit: float | None = 600.0,
 ) -> VideoMetadata:
-    """What a file holds, without decoding it. Raises :class:`VideoError` as :func:`load` does."""
+    """What a file holds, found by reading its packets and decoding its first frame.
+
+    Args:
+        source, damaged, time_limit: as in :func:`load`.
+
+    Raises:
+        VideoError, TypeError, MissingDependencyError: as :func:`load`.
+    """
     media = Media.of(source)
     return read_index(media, Deadline(media.name, time_limit), damaged).metadata
 
 
-def picture_size(metadata: VideoMetadata, size: Size) -> tuple[int, int] | None:
-    """(height, width) for ``size``, or None where the picture stays as it is."""
-    height, width = metadata.height, metadata.width
-    if size is None:
-        return None
+def picture_size(
+    metadata: VideoMetadata, size: Size, square: bool = False
+) -> tuple[int, int] | None:
+    """(height, width) for ``size`` and ``square``, or None if the picture stays as it is."""
+    facts = metadata.squared() if square else metadata
+    height, width = facts.height, facts.width
     if isinstance(size, int):
         short = min(height, width)
         size = (max(1, round(height * size / short)), max(1, round(width * size / short)))
-    return None if size == (height, width) else (int(size[0]), int(size[1]))
+    height, width = (height, width) if size is None else size
+    return None if (height, width) == (metadata.height, metadata.width) else (height, width)
 
 
 def _wanted(
@@ -160,11 +181,8 @@ def _wanted(
         raise ValueError(
             f"sampling must be 'uniform', 'fps', 'keyframes' or 'scenes', got {sampling!r}"
         )
-    if fps is not None and (frames is not None or sampling != "fps"):
-        other = "frames" if frames is not None else f"sampling={sampling!r}"
-        raise ValueError(f"fps and {other} contradict each other; give one of them")
-    if frames is not None and sampling == "fps":
-        raise ValueError("sampling='fps' takes fps=, not frames=")
+    if fps is not None and sampling != "fps":
+        raise ValueError(f"fps and sampling={sampling!r} contradict each other; give one of them")
     if sampling == "uniform" and frames is None:
         frames = 32
     if sampling == "fps" and fps is None:
@@ -182,6 +200,7 @@ def _check(
     start: float,
     end: float | None,
     size: Size,
+    square: bool,
     backend: str,
     damaged: str,
     threshold: float,
@@ -196,6 +215,8 @@ def _check(
     whole = all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
     if size is not None and not (whole and len(sides) in (1, 2)):
         raise ValueError(f"size must be a positive int or (height, width), got {size!r}")
+    if not isinstance(square, bool):
+        raise ValueError(f"square must be True or False, got {square!r}")
     if backend not in ("auto", "decord", "pyav"):
         raise ValueError(f"backend must be 'auto', 'decord' or 'pyav', got {backend!r}")
     if damaged not in ("error", "keep"):
@@ -232,7 +253,10 @@ def _numbers(
     if sampling == "fps":
         assert fps is not None
         until = duration if end is None else min(end, duration)
-        return begin + choose.at_rate(times, fps, start, until)
+        picked = choose.at_rate(times, fps, start, until)
+        if frames is not None and len(picked) > frames:
+            picked = choose.uniform(times, frames)
+        return begin + picked
     if sampling == "keyframes":
         keys = index.keys[(index.keys >= begin) & (index.keys < stop)]
         if len(keys) == 0:
@@ -254,9 +278,7 @@ def _changes(
     small = np.zeros((len(wanted), 32, 32, 3), np.uint8)
     try:
         for slot, frame in Chosen(media, index, deadline, threads).frames(wanted, damaged):
-            small[slot] = frame.reformat(
-                width=32, height=32, format="rgb24", interpolation="AREA"
-            ).to_ndarray()
+            small[slot] = rgb(frame, 32, 32, media.name, "AREA")
     except Missing as error:
         raise VideoError(
             media.name, f"the frames for its scenes cannot be decoded ({error})"
@@ -297,7 +319,7 @@ def _decode(
     out = np.empty((len(wanted), height, width, 3), np.uint8)
     came = 0
     for slot, frame in Chosen(media, index, deadline, threads).frames(wanted, damaged):
-        out[slot] = picture(frame, index, size)
+        out[slot] = index.view.picture(frame, size)
         came += 1
     if came != len(wanted):
         raise Missing(f"{len(wanted) - came} of {len(wanted)} frames cannot be decoded")

@@ -10,11 +10,13 @@ from typing import Any, Literal
 import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
-from vtr.video.media import FirstFrame, Media, Source, av_module, turned, video_stream
-from vtr.video.pyav import decode_all, shown
+from vtr.video.index import facts
+from vtr.video.media import FirstFrame, Media, Source, av_module, video_stream
+from vtr.video.pictures import View
+from vtr.video.pyav import decode_all
 from vtr.video.reading import Size, _check, picture_size
 from vtr.video.sampling import SLACK
-from vtr.video.types import Frame, VideoMetadata
+from vtr.video.types import Frame
 
 
 def stream(
@@ -24,6 +26,7 @@ def stream(
     start: float = 0.0,
     end: float | None = None,
     size: Size = None,
+    square: bool = False,
     damaged: Literal["error", "keep"] = "error",
     threads: int = 0,
     time_limit: float | None = None,
@@ -34,8 +37,8 @@ def stream(
     long the file is.
 
     Args:
-        source, size, damaged, threads: as in :func:`vtr.video.load`. A truncated file is noticed
-            where it breaks, not before.
+        source, size, square, damaged, threads: as in :func:`vtr.video.load`. A truncated file is
+            noticed where it breaks, not before.
         fps: at most so many frames per second: the frame shown at every 1/fps seconds from ``start``
             on, each at most once. None is every frame.
         start, end: seconds since the first frame; ``start`` is reached by decoding from the
@@ -47,10 +50,10 @@ def stream(
         :class:`Frame`: ``time`` in seconds and ``image`` (H, W, 3) uint8.
 
     Raises:
-        VideoError, ValueError: at once where the file or an option is wrong, and while reading where
-            the file breaks.
+        VideoError, ValueError, TypeError: at once if the file or an option is wrong, and while
+            reading where the file breaks.
     """
-    _check(start, end, size, "pyav", damaged, 0.5, threads, time_limit)
+    _check(start, end, size, square, "pyav", damaged, 0.5, threads, time_limit)
     if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
         raise ValueError(f"fps must be a positive number, got {fps!r}")
     media = Media.of(source)
@@ -65,29 +68,25 @@ def stream(
                 look.see(packet)
                 if not look.looking:
                     break
-    first = look.found(media.name)
-    return _frames(media, first, fps, start, end, size, damaged, threads, deadline)
+        first = look.found(media.name)
+        target = picture_size(facts(stream, first, media), size, square)
+    view = View.of(first, media.name)
+    return _frames(media, view, target, fps, start, end, damaged, threads, deadline)
 
 
 def _frames(
     media: Media,
-    first: Any,
+    view: View,
+    size: tuple[int, int] | None,
     fps: float | None,
     start: float,
     end: float | None,
-    size: Size,
     damaged: str,
     threads: int,
     deadline: Deadline,
 ) -> Iterator[Frame]:
-    turn, flip = turned(first)
-    stored = (first.height, first.width)
-    height, width = stored[::-1] if turn % 2 else stored
-    facts = VideoMetadata(media.name, "", "", width, height, 90 * turn, 0, 0.0, 0.0, False)
-    target = picture_size(facts, size)
-
     def made(frame: Any, time: float) -> Frame:
-        return Frame(time, np.ascontiguousarray(shown(frame, stored, turn, flip, target)))
+        return Frame(time, np.ascontiguousarray(view.picture(frame, size)))
 
     with media.open() as container:
         stream = video_stream(container, media.name)

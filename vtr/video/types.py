@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,28 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+
+#: FFmpeg's names of transfer functions, by number; 2 and the missing ones say nothing.
+TRANSFERS = {
+    1: "bt709",
+    4: "gamma22",
+    5: "gamma28",
+    6: "smpte170m",
+    7: "smpte240m",
+    8: "linear",
+    9: "log100",
+    10: "log316",
+    11: "iec61966-2-4",
+    12: "bt1361e",
+    13: "iec61966-2-1",
+    14: "bt2020-10",
+    15: "bt2020-12",
+    16: "smpte2084",
+    17: "smpte428",
+    18: "arib-std-b67",
+}
+HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 
 
 class Frame(NamedTuple):
@@ -31,7 +54,8 @@ class VideoMetadata:
     Attributes:
         source: its path, or ``"<N bytes>"``.
         codec, container: as FFmpeg names them.
-        width, height: of the picture as it is shown (rotated, where the file says so), in pixels.
+        width, height: of the picture as it is shown, in pixels: rotated if the file says so, and with
+            square pixels if that was asked for; before ``size=``.
         rotation: degrees, counter-clockwise, by which stored frames were turned for showing.
         frames: frames that the file holds.
         duration: seconds from the first frame's start to the last frame's end.
@@ -39,6 +63,12 @@ class VideoMetadata:
         variable_rate: whether the time between frames varies by more than a millisecond.
         backend: what decoded: ``"decord"`` or ``"pyav"``; empty where nothing was decoded.
         damaged: what is wrong with a file that was read with ``damaged="keep"``; else empty.
+        pixel_aspect: width over height of a pixel of that picture; 1 where the file says nothing.
+            With 16/15 (DV, DVD) circles are 16/15 times too narrow until ``square=True`` or a
+            ``size=`` of the right aspect corrects it.
+        transfer: how light was made numbers, as FFmpeg names it; empty if the file does not say.
+        interlaced: frames are woven of two fields, which were taken at different times.
+        alpha: pixels have a transparency, which is left out.
     """
 
     source: str
@@ -53,6 +83,48 @@ class VideoMetadata:
     variable_rate: bool
     backend: str = ""
     damaged: str = ""
+    pixel_aspect: Fraction = Fraction(1)
+    transfer: str = ""
+    interlaced: bool = False
+    alpha: bool = False
+
+    @property
+    def hdr(self) -> str:
+        """``"PQ"`` or ``"HLG"`` for video of high dynamic range; else empty."""
+        return HDR.get(self.transfer, "")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What frames do not show as a player would, in words; empty for most files."""
+        out = []
+        if self.hdr:
+            out.append(
+                f"HDR ({self.hdr}): pixel values are as stored, not tone-mapped; on models trained "
+                "with ordinary video they look flat and have other brightness"
+            )
+        if self.pixel_aspect != 1:
+            out.append(
+                f"a pixel is {float(self.pixel_aspect):.4g} times as wide as high; square=True "
+                "resamples to square pixels"
+            )
+        if self.interlaced:
+            out.append("interlaced: frames are not deinterlaced; what moves has combed edges")
+        if self.alpha:
+            out.append(
+                "transparency is left out: transparent pixels have the colour stored under it"
+            )
+        return tuple(out)
+
+    def squared(self) -> VideoMetadata:
+        """The facts of the picture with square pixels: stored rows are resampled, as players do, so
+        that no line is made up or lost; they are columns where the picture was turned on its side.
+        """
+        width, height = self.width, self.height
+        if self.rotation % 180:
+            height = max(1, round(height / self.pixel_aspect))
+        else:
+            width = max(1, round(width * self.pixel_aspect))
+        return replace(self, width=width, height=height, pixel_aspect=Fraction(1))
 
 
 @dataclass(frozen=True, eq=False)
