@@ -21,6 +21,7 @@ from vtr.tokens import TokenMap, top_indices
 
 NEIGHBOURS = 7
 ENOUGH = 14  # groups of at most so many tokens are not clustered
+LAYER = 11  # the first with fewer tokens, in models of 28 and of 32 layers
 
 
 @register
@@ -54,8 +55,9 @@ class PruneVid(Method):
         segments: clusters of frames, as a share of the frames.
         inner: budget of every group inside the language model, of its tokens there; an int is a number
             per group; None leaves the cut out.
-        layer: its first layer with fewer tokens, 0-based, >= 1; None is 11 of 28, scaled (the published
-            10 is the layer, counted from 0, whose attention ranks).
+        layer: its first layer with fewer tokens, 0-based, >= 1; None is 11 in models of 28 layers and
+            more (the published layer 10, counted from 0, ranks, and the cut comes after it, in models of
+            28 and of 32 layers alike), and 11 of 28, scaled, in smaller ones.
         trim: whether the layers before free their keys and values of tokens that were cut.
     """
 
@@ -98,7 +100,7 @@ class PruneVid(Method):
         if self.inner is None:
             return (Stage("prompt", 0),)
         depth = info.depth["decoder"]
-        layer = max(1, 11 * depth // 28) if self.layer is None else self.layer
+        layer = min(LAYER, max(1, LAYER * depth // 28)) if self.layer is None else self.layer
         if layer >= depth:
             raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
         inside = Stage("prompt", 0), Stage("decoder", layer - 1, "end")

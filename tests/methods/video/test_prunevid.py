@@ -151,8 +151,14 @@ def test_best_of_every_group() -> None:
     ]
 
 
-def test_the_default_layer_comes_after_the_one_that_ranks() -> None:
-    """Layer 10 of 28, counted from 0, ranks; the next is the first with fewer tokens."""
-    info = vtr.ModelInfo("", {"decoder": 28}, {})
+@pytest.mark.parametrize(
+    ("depth", "layer"), [(32, 11), (28, 11), (40, 11), (36, 11), (24, 9), (14, 5), (4, 1), (2, 1)]
+)
+def test_the_default_layer_comes_after_the_one_that_ranks(depth: int, layer: int) -> None:
+    """Layer 10 ranks, counted from 0, of 32 layers (the release) as of 28 (the paper's text)."""
+    info = vtr.ModelInfo("", {"decoder": depth}, {})
     stages = vtr.PruneVid().stages(info)
-    assert stages[1:] == (vtr.Stage("decoder", 10, "end"), vtr.Stage("cache", 11, "before"))
+    assert stages[1:] == (
+        vtr.Stage("decoder", layer - 1, "end"),
+        vtr.Stage("cache", layer, "before"),
+    )
