@@ -69,7 +69,8 @@ class HoliTom(Method):
     Args:
         keep: budget per video at the entry of the language model.
         threshold: T.
-        merged: D, share of the dynamic tokens kept that are clusters (0: none, the released setting).
+        merged: D, share of the dynamic tokens kept that are clusters (0: none, the released setting);
+            the number of the others, ``1 - merged`` of them, is rounded to the nearest.
         beta: least weight of a centre in its cluster; None is the plain mean.
         inner: budget of the cut inside the language model, of the tokens there; None leaves it out. An
             int is a number per sample.
@@ -167,8 +168,10 @@ class HoliTom(Method):
         part = torch.ones(t, p, device=x.device)
         for where, group, share in ((0, static, 1.0), (1, dynamic, self.merged)):
             wanted = each[:, where]
-            clusters = wanted if share == 1.0 else (wanted * share + 1e-9).long()
-            top = best(score, wanted - clusters, group)
+            # Rounded as the authors do: to the nearest number of tokens kept as they are, 1.5 to 2.
+            whole = (wanted.double() * (1 - share)).round().long()
+            clusters = wanted - whole
+            top = best(score, whole, group)
             second = torch.where(top, index, second)
             if not bool(clusters.any()):
                 continue

@@ -48,7 +48,8 @@ def test_of_windows_that_save_as_much_the_last_is_the_shortest() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
-    ("keep", "merged", "beta"), [(0.2, 0.0, 0.6), (0.35, 0.5, 0.6), (0.3, 1.0, None)]
+    ("keep", "merged", "beta"),
+    [(0.2, 0.0, 0.6), (0.35, 0.5, 0.6), (0.45, 0.3, 0.6), (0.3, 1.0, None)],
 )
 def test_holitom(seed: int, keep: float, merged: float, beta: float | None) -> None:
     t, p = 7, 8
@@ -76,7 +77,7 @@ def test_holitom(seed: int, keep: float, merged: float, beta: float | None) -> N
     number = shares(min(left, math.ceil(keep * t * p - 1e-9)), list(map(len, groups)))
     want: dict[int, Tensor] = {}
     for g, (group, n) in enumerate(zip(groups, number, strict=True)):
-        clusters = n if g % 2 == 0 else int(n * merged + 1e-9)
+        clusters = n if g % 2 == 0 else n - round(n * (1 - merged))  # the authors' rounding
         best = top([float(score[s]) for s in group], n - clusters)
         for i in best:
             want[group[i][0] * p + group[i][1]] = values[group[i]]
