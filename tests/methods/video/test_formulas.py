@@ -63,6 +63,27 @@ def test_evs_count_is_known_before(keep: float, frames: int, tokens: int, left: 
     assert vtr.EVS(keep=keep).retained(frames, tokens) == left
 
 
+def test_evs_counts_as_the_server_where_asked() -> None:
+    """vLLM computes int(total * (1 - q)) in binary fractions, and keeps a frame at least."""
+    for percent, (frames, tokens) in itertools.product(
+        range(1, 100), ((10, 100), (32, 196), (7, 11), (25, 4))
+    ):
+        q, keep = (100 - percent) / 100, percent / 100
+        server = max(tokens, int(frames * tokens * (1 - q)))
+        assert vtr.EVS(keep=keep, rounding="vllm").retained(frames, tokens) == server
+        exact = max(tokens, frames * tokens * percent // 100)
+        assert vtr.EVS(keep=keep).retained(frames, tokens) == exact
+        assert exact - server in (0, 1)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.1])
+def test_evs_loses_a_token_in_the_server_to_binary_fractions(keep: float) -> None:
+    method = vtr.EVS(keep=keep)
+    server = method.replace(rounding="vllm")
+    assert method.retained(10, 100) - server.retained(10, 100) == (keep == 0.2)
+    assert method.retained(100, 10) - server.retained(100, 10) == 1
+
+
 def test_evs_ties_go_to_the_earlier() -> None:
     x = torch.ones(4, 3, 5)
     assert changed(dissimilarity(x), 5).flatten().nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
