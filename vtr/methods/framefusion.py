@@ -14,7 +14,7 @@ from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
 from vtr.methods._temporal import best, has_video, in_videos
-from vtr.methods._vlm import check_number, language, valid_of
+from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
 from vtr.signals import ModelInfo, Site
 
 
@@ -28,26 +28,30 @@ class FrameFusion(Method):
     Where it is ``similarity`` or above it is merged; chains become the plain mean of their tokens, in the
     place of the earliest. When fewer than ``least`` of the tokens merge at a layer, merging ends, and at
     the next visit one cut by attention follows: by the mean attention that a token receives, over heads and
-    over all tokens of the prompt as queries.
+    over queries: all tokens of the prompt, or its last ``rows`` tokens of text.
 
     The budget is a cost, the mean over layers of the share of tokens that go through them. Each visit
     knows the share s that would spend what is left of it evenly: merging stops there, and the cut by
     attention goes there.
 
-    Differences from the authors' code: theirs takes the mean over queries too, but is given the row
-    of the last token alone (the paper speaks of cumulative attention); the number of layers is the
-    model's (theirs is always 28); numbers of tokens are rounded down, so that the cost is never more
-    than the budget; several samples and videos work, each with its own budget; where what merging
-    left would spend more than the budget, the cut follows at once (theirs raises an error later);
-    layers that cannot be opened between attention and MLP are cut at their end, which costs the MLP
-    of one layer more than counted. Positions of survivors are kept. Still images and separators stay
-    whole. Data-dependent is where tokens go, not what it costs.
+    Differences from the authors' code: the default ``rows=None`` follows the paper, which speaks of
+    cumulative attention; in their code the mean over queries is given one row, that of the last token
+    (LLaVA-Video, MiniCPM-V, NVILA, InternVL: ``rows=1``), or the last four (Qwen2-VL: ``rows=4``). The
+    number of layers is the model's (theirs is always 28); numbers of tokens are rounded down, so that
+    the cost is never more than the budget (theirs: to the nearest at the cut by attention); several
+    samples and videos work, each with its own budget; where what merging left would spend more than
+    the budget, the cut follows at once (theirs raises an error later); layers that cannot be opened
+    between attention and MLP are cut at their end, which costs the MLP of one layer more than
+    counted. Positions of survivors are kept. Still images and separators stay whole. Data-dependent is
+    where tokens go, not what it costs.
 
     Args:
         keep: budget per video: mean over layers of the share of its tokens, the paper's cost. An int is
             a mean number of tokens per video.
         similarity: cosine from which on tokens are merged.
         least: share of merged tokens below which merging ends.
+        rows: number of text tokens at the end of the prompt whose attention ranks; None is every token of
+            the prompt, of the video too.
     """
 
     name: ClassVar[str] = "framefusion"
@@ -62,11 +66,17 @@ class FrameFusion(Method):
     keep: Keep = 0.3
     similarity: float = 0.6
     least: float = 0.1
+    rows: int | None = None
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))
         check_number(self.similarity, "similarity", -1, 1)
         check_number(self.least, "least", 0, 1)
+        check_count(self.rows, "rows", none=True)
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        attention = "attention_received" if self.rows is None else "text_attention"
+        return {"decoder": frozenset({"hidden", attention})}
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         place = "middle" if info.extra.get("decoder_middle") else "end"
@@ -90,7 +100,7 @@ class FrameFusion(Method):
             left = state.left(site.info.depth["decoder"])
             if not state.merging:
                 if received is None:
-                    received = here.attention_received()
+                    received = self._received(here)
                 stands = self._prune(stands, received[b], b, index, left)
                 state.done = True
                 continue
@@ -110,7 +120,7 @@ class FrameFusion(Method):
             if not state.done and not state.affords(after, site.info.depth["decoder"]):
                 # What merging leaves would spend more than there is: the cut cannot wait.
                 if received is None:
-                    received = here.attention_received()
+                    received = self._received(here)
                 stands = self._prune(stands, received[b], b, index, left)
                 state.done, after = True, left
             else:
@@ -133,6 +143,17 @@ class FrameFusion(Method):
                     share = self.keep * number if isinstance(self.keep, float) else self.keep
                     found[b, v] = _State(min(float(share), float(number)))
         return found
+
+    def _received(self, site: LanguageSite) -> Tensor:
+        """(B, N) attention that each token receives."""
+        if self.rows is None:
+            return site.attention_received()
+        need_text_after(site)
+        back = torch.arange(self.rows, device=site.device)
+        last = (site.last_text - back).clamp(
+            min=-1
+        )  # -1 is no row; rows before the video give zeros
+        return site.attention_rows_from_text(last).mean((1, 2))
 
     def _prune(
         self, stands: Tensor, received: Tensor, sample: int, index: Tensor, left: int

@@ -27,6 +27,7 @@ INNER: dict[str, vtr.Method] = {
     "holitom": vtr.HoliTom(keep=0.6, layer=2),
     "prunevid": vtr.PruneVid(layer=2),
     "framefusion": vtr.FrameFusion(keep=0.5),
+    "framefusion-rows": vtr.FrameFusion(keep=0.5, rows=4),
     "dycoke": vtr.DyCoke(layer=1),
 }
 ALL = [*METHODS, "framefusion"]
@@ -285,6 +286,8 @@ def test_holitom_scores_by_the_last_layer_read() -> None:
         ((vtr.PruneVid, {"trim": 1}), "trim must be True or False"),
         ((vtr.PruneVid, {"ratio": True}), r"ratio must be a number in \[0, 1\]"),
         ((vtr.FrameFusion, {"similarity": 2}), r"similarity must be a number in \[-1, 1\]"),
+        ((vtr.FrameFusion, {"rows": 0}), "rows must be an int >= 1 or None"),
+        ((vtr.EVS, {"rounding": "up"}), "rounding must be 'exact' or 'vllm'"),
         ((vtr.VideoToMe, {"window": 0}), "window must be an int >= 1 or None"),
     ],
     ids=str,
