@@ -12,6 +12,7 @@ from torch import Tensor
 from vtr.budget import Keep, check_keep, count, counts
 from vtr.language_signals import CacheSite, LanguageSite
 from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, best, clips, in_videos, neighbour_similarity
 from vtr.methods._vlm import check_count, check_number, language, valid_of
 from vtr.signals import ModelInfo, Site
@@ -22,7 +23,7 @@ WINDOW = 4
 
 @register
 @dataclass(frozen=True)
-class DyCoke(Method):
+class DyCoke(Presets, Method):
     """DyCoke (CVPR 2025, arXiv 2411.15024): temporal merging, then a dynamic KV cache.
 
     Before the language model, in windows of four frames, the first stays whole. Frames 1 and 3 are
@@ -70,6 +71,14 @@ class DyCoke(Method):
         "cache": frozenset({"newest_attention"}),
     }
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {
+        "llava-onevision-7b/47.5%": {"keep": 58},
+        "llava-onevision-7b/62.5%": {"keep": 98},
+        "llava-onevision-7b/77.5%": {"keep": 137},
+    }
+    """K = 0.7, 0.5 and 0.3, by the share that enters the language model: tokens of a thinned frame of 196,
+    rounded down as the authors do, and P = 0.7 of their script."""
 
     keep: Keep = 0.3
     kv: Keep | None = 0.3

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, clips, neighbour_similarity
 from vtr.methods._vlm import language
 from vtr.signals import ModelInfo, Site
@@ -19,7 +20,7 @@ FIRST = 255.0  # dissimilarity of the first frame, above every other
 
 @register
 @dataclass(frozen=True)
-class EVS(Method):
+class EVS(Presets, Method):
     """Efficient Video Sampling (arXiv 2510.14624): one global ranking by the change in time.
 
     The dissimilarity of a token is 1 - cosine between its embedding and that of its place in the frame
@@ -47,6 +48,11 @@ class EVS(Method):
     sites: ClassVar[tuple[str, ...]] = ("prompt",)
     needs: ClassVar = {"prompt": frozenset({"hidden"})}
     positions: ClassVar[str] = "original"
+
+    PRESETS: ClassVar = {
+        f"qwen3-vl-{size}/20%": {"keep": 0.2, "rounding": "vllm"} for size in ("8b", "32b")
+    }
+    """The pruning rate of 0.8 of SGLang's pull request 20857, which has vLLM's rounding."""
 
     keep: Keep = 0.25
     rounding: str = "exact"

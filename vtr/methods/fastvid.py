@@ -14,6 +14,7 @@ from vtr.budget import Keep, check_keep, count
 from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._dpc_knn import distances, peaks
+from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, best, clips, shares
 from vtr.methods._vlm import check_count, check_number, language, last_used, stored
 from vtr.signals import ModelInfo, Site
@@ -21,7 +22,7 @@ from vtr.signals import ModelInfo, Site
 
 @register
 @dataclass(frozen=True)
-class FastVID(Method):
+class FastVID(Presets, Method):
     """FastVID (NeurIPS 2025, arXiv 2503.11187): dynamic density pruning.
 
     Segments: a video is cut between neighbouring frames at the ``segments - 1`` smallest cosines of their
@@ -74,6 +75,18 @@ class FastVID(Method):
         "prompt": frozenset({"hidden", "encoder_scores"}),
     }
     positions: ClassVar[str] = "original"
+
+    PRESETS: ClassVar = {
+        **{
+            f"llava-onevision-7b/{share}": {"keep": n / 196}
+            for share, n in (("25%", 49), ("15%", 29), ("10%", 19), ("5%", 9))
+        },
+        "llava-video-7b/10%": {"keep": 16 / 169},
+        "qwen2.5-vl-7b/27%": {"keep": 0.27, "threshold": 0.84},
+    }
+    """Of a frame's tokens the authors keep the share rounded down: 19 of 196 at 10 %, which is the 90.3 %
+    pruned of their abstract, and 16 of LLaVA-Video's 169. Their Qwen2.5-VL variant also counts frames
+    alike to 0.95 as one, which is not done here."""
 
     keep: Keep = 0.25
     contextual: float = 0.4

@@ -13,6 +13,7 @@ from vtr.budget import Keep, check_keep
 from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
+from vtr.methods._presets import Presets
 from vtr.methods._temporal import best, has_video, in_videos
 from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
 from vtr.signals import ModelInfo, Site
@@ -20,7 +21,7 @@ from vtr.signals import ModelInfo, Site
 
 @register
 @dataclass(frozen=True)
-class FrameFusion(Method):
+class FrameFusion(Presets, Method):
     """FrameFusion (ICCV 2025, arXiv 2501.01986): similarity first, importance once.
 
     At the entry of layer 0 and then between attention and MLP of every layer, a token of a video is
@@ -62,6 +63,13 @@ class FrameFusion(Method):
     sites: ClassVar[tuple[str, ...]] = ("decoder",)
     needs: ClassVar = {"decoder": frozenset({"hidden", "attention_received"})}
     positions: ClassVar[str] = "original"
+
+    PRESETS: ClassVar = {
+        "llava-video-7b/30%": {"rows": 1},
+        "qwen2-vl-7b/30%": {"similarity": 0.5, "rows": 4},
+        "internvl2.5-8b/30%": {"similarity": 0.5, "rows": 1},
+    }
+    """The authors' example scripts. They count 28 layers for InternVL2.5's 32 too."""
 
     keep: Keep = 0.3
     similarity: float = 0.6

@@ -14,6 +14,7 @@ from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._dpc_knn import cluster, mean_weights
 from vtr.methods._merge import by_representative
+from vtr.methods._presets import Presets
 from vtr.methods._temporal import (
     Cutting,
     best,
@@ -39,7 +40,7 @@ NEIGHBOURS = 7
 
 @register
 @dataclass(frozen=True)
-class HoliTom(Method):
+class HoliTom(Presets, Method):
     """HoliTom (NeurIPS 2025, arXiv 2505.21334): holistic token merging.
 
     In time: a token is static between two frames where its cosine to the same place in the next frame is
@@ -88,6 +89,15 @@ class HoliTom(Method):
         "decoder": frozenset({"hidden", "text_attention"}),
     }
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {
+        "llava-onevision-7b/25%": {"keep": 0.25},
+        "llava-onevision-7b/20%": {"keep": 0.2},
+        "llava-onevision-7b/15%": {"keep": 0.15},
+        "llava-onevision-7b/10%": {"keep": 0.1, "threshold": 0.65},
+        "llava-video-7b/15%": {"keep": 0.15},
+    }
+    """The authors' scripts; their rows "w/o M" are these with ``inner=None``."""
 
     keep: Keep = 0.25
     threshold: float = 0.8

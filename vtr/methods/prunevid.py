@@ -14,6 +14,7 @@ from vtr.budget import Keep, check_keep, count, counts
 from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._dpc_knn import cluster, mean_weights
+from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, clips, shares
 from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
 from vtr.signals import ModelInfo, Site
@@ -26,7 +27,7 @@ LAYER = 11  # the first with fewer tokens, in models of 28 and of 32 layers
 
 @register
 @dataclass(frozen=True)
-class PruneVid(Method):
+class PruneVid(Presets, Method):
     """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
 
     Frames are clustered by density peaks (k = 7) on the mean of their embeddings into 0.25 T clusters, which
@@ -72,6 +73,18 @@ class PruneVid(Method):
         "cache": frozenset(),
     }
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {
+        name: {"layer": LAYER}
+        for name in (
+            "pllava-7b/16.2%",
+            "st-llm-7b/15.1%",
+            "llava-onevision-7b/17%",
+            "qwen2.5-vl-7b/18.1%",
+        )
+    }
+    """One setting, by the share of tokens that the paper says it left in each model (released is PLLaVA's,
+    with layer 5 as the one that ranks for VideoChatGPT-Bench)."""
 
     keep: Keep | None = None
     ratio: float = 0.5
