@@ -76,10 +76,25 @@ def test_our_rows_stand_below_the_published_ones_in_their_units():
 
 
 def test_a_table_without_our_tasks_says_so(tmp_path):
-    (only,) = [c for c in compared(results("Qwen3-VL-8B")) if c.table.family.startswith("video")]
+    found = {c.table.name: c for c in compared(results("Qwen3-VL-8B"))}
+    only = found["qwen3-vl-8b-video"]
     assert not only.ours and "None of our tasks" in only.markdown()
     path = only.save(tmp_path / "new")
     assert path.name == "published-qwen3-vl-8b-video.md" and "VidCom2" in path.read_text()
+
+
+def test_mvbench_is_the_mean_of_all_its_tasks_or_nothing():
+    parts = tuple(
+        Outcome(Cell(), "d", f"mvbench_{i}", {"mvbench_accuracy": 40.0 + i}, 4) for i in range(20)
+    )
+    model = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+
+    def row(outcomes):
+        found = {c.table.name: c for c in compared(Results(model, "f", None, outcomes))}
+        return [scores for _, scores in found["llava-onevision-7b-video"].ours]
+
+    assert row(parts) == [{"MVBench": pytest.approx(49.5)}]
+    assert row(parts[:19]) == []
 
 
 def test_models_nobody_published_are_named():

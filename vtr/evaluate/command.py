@@ -16,8 +16,13 @@ from vtr.errors import VtrError
 
 def evaluate(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="builtin, a folder, or a Hugging Face id")
-    ] = "builtin",
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="builtin (default), a folder, or a Hugging Face id; with --preset the row's own",
+        ),
+    ] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", "-t", help="of lmms-eval, e.g. gqa,pope; default: built in")
     ] = "",
@@ -27,6 +32,13 @@ def evaluate(
             "--method",
             "-k",
             help="NAME or NAME:option=value,...; several with commas; all; PLAN.json",
+        ),
+    ] = "",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="published rows to run again, with their model, tasks and frames: METHOD/PRESET, "
+            "such as flowcut/llava-1.5-7b/64, or METHOD/MODEL; several with commas"
         ),
     ] = "",
     keep: Annotated[
@@ -41,7 +53,7 @@ def evaluate(
     positions: Annotated[
         str | None, typer.Option(help="original or compact; default: the method's own")
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="of a video")] = 8,
+    frames: Annotated[int | None, typer.Option(min=1, help="of a video; default: 8")] = None,
     store: Annotated[
         Path, typer.Option(help="results store; a run continues where it stopped")
     ] = Path("vtr-eval.sqlite"),
@@ -66,10 +78,20 @@ def evaluate(
 ) -> int:
     """Evaluate a model and its reduced forms on VQA benchmarks (lmms-eval); a table and a plot."""
     _quiet()
-    from vtr.evaluate import launch, runner
+    from vtr.evaluate import launch, reproduce, runner
 
     if out is not None:
         _check_out(out, name)
+    wanted: list[reproduce.Wanted] = []
+    if preset:
+        if method or keep:
+            raise ValueError(
+                "--preset says method and budget: leave --method and --keep out, or write "
+                "--method NAME:preset=PRESET beside other methods"
+            )
+        wanted = reproduce.find(preset)
+        model, tasks, frames = reproduce.setting(wanted, model, tasks, frames)
+    model, frames = model or "builtin", frames or 8
     if compare not in (None, "published"):
         raise ValueError(f"--compare knows 'published', got {compare!r}")
     if compare:
@@ -85,7 +107,7 @@ def evaluate(
     job = runner.prepare(
         model,
         tasks or None,
-        method or None,
+        [w.method for w in wanted] or method or None,
         keep or None,
         seeds=seed.split(","),
         limit=limit,
@@ -110,7 +132,8 @@ def evaluate(
     results = runner.run(job, store, log, out)
     if rank != 0:
         return 0
-    comparisons = compared(results) if compare else []
+    again = reproduce.reproduced(results, wanted)
+    comparisons: list[Any] = [*(compared(results) if compare else ()), *again]
     problem: Exception | None = None
     if out is not None:  # before anything is printed: a pipe may be closed by then
         try:
@@ -120,7 +143,10 @@ def evaluate(
             problem = error  # the table is shown all the same
     if as_json:
         lines = [asdict(line) for line in results.lines()]
-        _print(json.dumps({"model": results.model, "rows": lines}, indent=2))
+        found: dict[str, Any] = {"model": results.model, "rows": lines}
+        if wanted:
+            found["published"] = [row.to_dict() for row in again]
+        _print(json.dumps(found, indent=2))
     else:
         for part in (results, *comparisons):
             _print(part)

@@ -43,9 +43,18 @@ COLUMNS: dict[str, tuple[str, Reading, str]] = {
     "SEED": ("seedbench", _percent("seed_all"), ""),
     "SEED-I": ("seedbench", _percent("seed_image"), ""),
     "VideoMME": ("videomme", _points("videomme_perception_score"), "without subtitles"),
+    "VideoMME w/ subtitles": ("videomme_w_subtitle", _points("videomme_perception_score"), ""),
     "MLVU": ("mlvu_dev", _points("mlvu_percetion_score"), ""),
+    "MVBench": ("mvbench", _points("mvbench_accuracy"), "answers that cannot be read are left out"),
+    "LongVideoBench": ("longvideobench_val_v", _percent("lvb_acc"), ""),
+    "EgoSchema subset": ("egoschema_subset", _percent("score"), ""),
+    "NExT-QA": ("nextqa_mc_test", _percent("exact_match"), ""),
+    "PerceptionTest": ("perceptiontest_val_mc", _percent("accuracy"), ""),
 }  # fmt: skip
 """Column of a published table -> lmms-eval's task, our number in the column's unit, and what differs."""
+
+PARTS = {"mvbench": 20}
+"""Tasks whose number is the mean over so many others, which have its name and an ending."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +155,11 @@ class Comparison:
         head = ["who", "method", "tokens", *self.columns, "avg", "source"]
         out = [head]
         for row in self.table.rows:
-            cells = [_text(row.scores.get(c)) for c in self.columns]
-            average = _text(row.average)
+            cells = [number(row.scores.get(c)) for c in self.columns]
+            average = number(row.average)
             out.append(["published", row.method, row.tokens, *cells, average, row.source])
         for line, scores in self.ours:
-            cells = [_text(scores.get(c)) for c in self.columns]
+            cells = [number(scores.get(c)) for c in self.columns]
             tokens = "" if line.mean_tokens is None else f"{line.mean_tokens:.0f}"
             out.append(["vtr", line.method, tokens, *cells, "", "this run"])
         return out
@@ -213,10 +222,11 @@ def matching(model: str) -> list[PublishedTable]:
 
 def compared(results: Results) -> list[Comparison]:
     """Our results beside every published table of the model, each by itself."""
-    return [_compare(table, results) for table in matching(results.model)]
+    return [beside(table, results) for table in matching(results.model)]
 
 
-def _compare(table: PublishedTable, results: Results) -> Comparison:
+def beside(table: PublishedTable, results: Results) -> Comparison:
+    """Our results beside one published table."""
     by_method: dict[str, list[Outcome]] = {}
     for outcome in results.outcomes:
         if not outcome.failure:
@@ -245,9 +255,15 @@ def _ours(column: str, outcomes: list[Outcome]) -> list[float]:
     if column not in COLUMNS:
         return []
     task, reading, _ = COLUMNS[column]
-    values = (reading(o.metrics) for o in outcomes if o.task == task)
+    ours = [o for o in outcomes if o.task == task]
+    if task in PARTS:
+        ours = [o for o in outcomes if o.task.startswith(f"{task}_")]
+        if len({o.task for o in ours}) != PARTS[task]:  # a mean of others would not compare
+            return []
+    values = (reading(o.metrics) for o in ours)
     return [v for v in values if v is not None]
 
 
-def _text(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """``64.3``, ``1744``, or nothing."""
     return "" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
