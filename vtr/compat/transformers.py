@@ -19,9 +19,6 @@ CACHE = ("cache", "past_key_values")
 #: Methods of a cache that repeat, choose or exchange its rows.
 CACHE_ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
-# The attribute by which a model's ``loss_function`` is another one than that of its class.
-LOSS = "_loss_function"
-
 
 def cache_name(function: Callable[..., Any]) -> str | None:
     """The name of a function's argument for the KV cache; None if it takes no cache."""
@@ -145,6 +142,8 @@ def attention_function(module: Any, implementation: str) -> Callable[..., Any]:
 DRAFTS = "_get_candidate_generator"
 #: Says whether generate compiles decoding with a static cache by itself.
 COMPILES = "_valid_auto_compile_criteria"
+#: The argument by which generate says that the inputs it asks for are those of its first call.
+FIRST = "is_first_iteration"
 
 
 def check_generate(model: Any) -> None:
@@ -183,6 +182,10 @@ DEEPSTACK = "_deepstack_process"
 DEEPSTACK_MASKS, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"
 #: The method by which Qwen2.5-VL's tower puts patches in the order of windows.
 WINDOWS = "permute_input_for_window_attn"
+#: The attribute of a model that, where it is set, is its ``loss_function``.
+LOSS = "_loss_function"
+#: Arguments of a ``loss_function`` of language models, in order.
+LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
 
 
 def placeholder_names(kind: str) -> tuple[str, str]:

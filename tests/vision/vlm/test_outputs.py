@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 import vtr
 from tests.tiny import vit
 from tests.vision.vlm.alone import padded, split, with_completion
+from tests.vision.vlm.methods import cutting, method_of
 from tests.vision.vlm.models import FAMILIES, Inputs, transformers, visual
 from tests.vision.vlm.picks import (
     BOTH,
@@ -30,7 +30,6 @@ from tests.vision.vlm.picks import (
 )
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import cache_of, with_cache
-from vtr.method import registry
 from vtr.vision.vlm.outputs import Exit, align
 from vtr.vision.vlm.sequence import Layout
 
@@ -46,17 +45,6 @@ pytestmark = pytest.mark.usefixtures("without_gradients")
 @cache
 def made(name: str) -> tuple[Any, dict[str, Any]]:
     return ALL[name](2)
-
-
-def method_of(name: str) -> vtr.Method:
-    """A method that cuts these short prompts."""
-    if name == "debias":
-        return vtr.Debias(vtr.FastV(keep=0.3))
-    names = {field.name for field in dataclasses.fields(registry()[name])}
-    options: dict[str, Any] = {"keep": 0.3} if "keep" in names else {}
-    if name == "random":
-        options["seed"] = 3
-    return vtr.create(name, **options)
 
 
 @cache
@@ -119,10 +107,8 @@ def check(name: str, model: Any, tolerance: float) -> None:
 def test_every_row_is_what_its_sample_is_alone(name: str) -> None:
     model, _ = made(name)
     cuts = 0
-    for support in vtr.supported(model):
-        if not support.supported:
-            continue
-        with vtr.apply(model, method_of(support.name)) as handle:
+    for method in cutting(model):
+        with vtr.apply(model, method) as handle:
             try:
                 check(name, model, 1e-4)
             except (

@@ -10,7 +10,7 @@ from vtr.compat.contract import Expectation
 _ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.py"
 _WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
 _CACHES, _PACKED = "vtr/vision/vlm/cache.py", "vtr/vision/vlm/packed.py"
-_LOSS, _DRAFTS, _SPREADS = (f"vtr/vision/vlm/{name}.py" for name in ("loss", "drafts", "spreads"))
+_HEAD, _DRAFTS, _SPREADS = (f"vtr/vision/vlm/{name}.py" for name in ("head", "drafts", "spreads"))
 _TOWERS, _LAYERS = "vtr/vision/transformers.py", "vtr/vision/transformers_layers.py"
 _VIDEO, _QUESTIONS = "vtr/vision/video_encoders.py", "vtr/video/questions.py"
 _CACHE = "|".join(names.CACHE)
@@ -55,6 +55,10 @@ def _general() -> Iterator[Expectation]:
         "vtr/profiling.py, vtr/zoo/llava.py",
         has=("set_attn_implementation", "_from_config"),
     )
+    yield Expectation(f"{utils}:PreTrainedModel.loss_function.fget", _HEAD, calls=(names.LOSS,))
+    yield Expectation(
+        "transformers.loss.loss_utils:ForCausalLMLoss", _HEAD, starts=names.LOSS_ARGUMENTS
+    )
     yield Expectation(
         "transformers.modeling_layers:GradientCheckpointingLayer",
         f"{_LANGUAGE}, {_LAYERS}",
@@ -71,7 +75,8 @@ def _generate() -> Iterator[Expectation]:
     mixin, replaced = "transformers:GenerationMixin", (names.DRAFTS, names.COMPILES)
     yield Expectation(mixin, _WRAPPING, has=replaced, calls=replaced)
     yield Expectation(mixin, _DRAFTS, calls=("get_candidates", "update_candidate_strategy"))
-    yield Expectation(mixin, _LOSS, calls=("prepare_inputs_for_generation",))
+    yield Expectation(mixin, _HEAD, calls=("prepare_inputs_for_generation", names.FIRST))
+    yield Expectation(f"{mixin}.prepare_inputs_for_generation", _HEAD, takes=(names.FIRST,))
     yield Expectation(
         "transformers.generation.candidate_generator:CandidateGenerator.get_candidates",
         _DRAFTS,
@@ -173,11 +178,11 @@ def _vlms() -> Iterator[Expectation]:
         )
         yield Expectation(
             head,
-            f"{_LOSS}, vtr/vision/vlm/costs.py",
+            f"{_HEAD}, vtr/vision/vlm/costs.py",
             has=("prepare_inputs_for_generation", "get_output_embeddings", "loss_function"),
             built=("model",),
         )
-        yield Expectation(f"{head}.forward", _LOSS, takes=("labels",))
+        yield Expectation(f"{head}.forward", _HEAD, takes=("labels",))
     for name in ("LlavaNextModel", "LlavaOnevisionModel", "LlavaNextVideoModel"):
         where = f"transformers:{name}"
         yield Expectation(

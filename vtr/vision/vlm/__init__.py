@@ -61,14 +61,17 @@ False where the tower can be looked into but not cut. Qwen's and VideoLLaMA3's t
 images and frames padded to the largest, in the order in which their merger reads patches; Idefics3's and
 SmolVLM's are not opened.
 
-Prompts without an image, and every decoding step, are never offered to a method. Every sample must get
-the same result in every row that repeats it (beams): their caches are exchanged.
+Prompts without an image, and every decoding step, are never offered to a method. generate with
+``use_cache=False`` runs the prompt in every call: what was chosen in the first one holds, so that the answer
+is that with a cache; methods that free the cache are refused there. A plain call without a cache is a prompt
+of its own. Every sample must get the same result in every row that repeats it (beams): their caches are
+exchanged.
 
 What is where
 -------------
 
-``wrapping`` (facts, hooks), ``arguments``, ``loss`` and ``costs`` (of a call), ``gate`` (threads and
-compiled code), ``families`` (what differs between models), ``tower`` and ``packed``
+``wrapping`` (facts, hooks), ``arguments`` and ``costs`` (of a call), ``head`` (who calls; logits and loss),
+``outputs`` (in which columns they are), ``gate`` (threads and compiled code), ``families`` (what differs between models), ``tower`` and ``packed``
 (methods inside vision towers), ``features`` and ``spreads`` (from patches to visual tokens),
 ``frames`` (which frame and place each has), ``language`` (hooks on the language model), ``call`` (one
 call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequence`` (padded

@@ -28,6 +28,38 @@ if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 
+class Held:
+    """What methods chose in the first call of a generate without a cache, whose calls all run the prompt.
+
+    Args:
+        shape: (samples, visual tokens) of the prompt.
+
+    Attributes:
+        choices: of every visit, and of the cut that the tower made.
+        notes: of the methods.
+        done: whether the first call has ended.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.choices: dict[Any, Reduction | None] = {}
+        self.notes: dict[str, Any] = {}
+        self.done = False
+
+    def again(self, shape: torch.Size) -> None:
+        """A later call begins.
+
+        Raises:
+            RuntimeError: it has other samples or images.
+        """
+        if shape != self.shape:
+            raise RuntimeError(
+                f"generate without a cache began with {self.shape[0]} samples of up to {self.shape[1]} "
+                f"visual tokens and goes on with {shape[0]} of up to {shape[1]}, for which nothing was "
+                "chosen: use use_cache=True"
+            )
+
+
 class Call:
     """The state of one call of the language model: a prefill, a later turn, or a decoding step.
 
@@ -65,6 +97,7 @@ class Call:
         self.segments: list[tuple[int, Layout]] = []
         self.left: list[Layout] = []  # of what entered layer 0, then of what left each layer
         self.asked, self.aligned = Asked(), True
+        self.held: Held | None = None
         self.rope: tuple[Tensor, Tensor] | None = None
         self.synced: Layout | None = None
         self.override: dict[str, Any] | None = None
@@ -214,9 +247,15 @@ class Call:
 
     def visit(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> Tensor:
         """Call a method; returns the hidden states, shortened where it cuts."""
-        site = self.site(entry, name, layer, place, hidden)
-        with self.casting(False):  # scores are float32: autocast would round their products
-            reduction = entry.method.reduce(site)
+        key = (self.owner.entries.index(entry), name, layer, place)
+        if self.held is not None and self.held.done:
+            reduction = self.held.choices[key]
+        else:
+            site = self.site(entry, name, layer, place, hidden)
+            with self.casting(False):  # scores are float32: autocast would round their products
+                reduction = entry.method.reduce(site)
+            if self.held is not None:
+                self.held.choices[key] = reduction
         return hidden if reduction is None else self.commit(entry, name, layer, hidden, reduction)
 
     def casting(self, on: bool) -> AbstractContextManager[Any]:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vtr.compat.transformers import LOSS
+from vtr.compat.transformers import FIRST, LOSS, LOSS_ARGUMENTS
 from vtr.vision.vlm.arguments import named
 from vtr.wrapping import Bound, PerThread
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.outputs import Exit
     from vtr.vision.vlm.wrapping import VLMWrapping
-
-_LOSS = ("logits", "labels", "vocab_size", "num_items_in_batch")  # arguments of losses, in order
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Head:
         """generate makes the inputs of its coming call."""
         root: Any = self.owner.root
         made = type(root).prepare_inputs_for_generation(root, *args, **kwargs)
-        first = bool(kwargs.get("is_first_iteration"))
+        first = bool(kwargs.get(FIRST))
         self.made = Made(made.get("input_ids"), made.get("inputs_embeds"), first)
         return made
 
@@ -149,7 +147,7 @@ class Head:
 
     def loss(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """``model.loss_function``: the loss of the tokens that are left, each predicted by the one before."""
-        given = {**dict(zip(_LOSS, args, strict=False)), **kwargs}
+        given = {**dict(zip(LOSS_ARGUMENTS, args, strict=False)), **kwargs}
         way, logits, labels = self._way(), given.get("logits"), given.get("labels")
         if way is None or logits is None or labels is None:
             return function(*args, **kwargs)

@@ -29,7 +29,7 @@ from vtr.method import Reduction
 from vtr.tokens import TokenMap, top_indices
 from vtr.trace import Trace
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
-from vtr.vision.vlm.call import Call
+from vtr.vision.vlm.call import Call, Held
 from vtr.vision.vlm.head import Asked
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.rows import Seen
@@ -173,6 +173,7 @@ class LanguageSession:
         self.call = call
         if kinds is not None:
             self._begin(call)
+            self._hold(call)
             embeds = self._prompt(call, embeds)
             call.entered = call.layout
         if not call.changed and cuts is None:
@@ -224,6 +225,28 @@ class LanguageSession:
         self.owner.trace = Trace(stages, tokens, call.live.shape[0], towers.notes)
         self.last = Last(call)
 
+    def _hold(self, call: Call) -> None:
+        """Without a cache, generate runs the prompt in every call: what is chosen in the first one holds."""
+        owner = self.owner
+        if not call.asked.generating:
+            return
+        if call.cache is not None:
+            owner.held = None
+            return
+        if owner.cache.visits:
+            names = ", ".join(entry.method.name for entry, _, _ in owner.cache.visits)
+            raise UnsupportedMethodError(
+                f"{names} frees keys and values of the KV cache when the prompt is done, and generate runs "
+                "without one: use use_cache=True"
+            )
+        shape, held = call.layout.slots.shape, owner.held
+        if held is None or not held.done or call.asked.first:
+            call.held = owner.held = Held(shape)
+            return
+        held.again(shape)
+        call.held = held
+        owner.trace.notes.update(held.notes)
+
     def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
         captures = self.owner.captures
         cut = {kind: c for kind, c in captures.of.items() if c.alive is not None}
@@ -244,6 +267,14 @@ class LanguageSession:
             kept, padded = top_indices(keep.float(), keep.sum(1), keep)
             entry = next(e for e in self.owner.active if e.method.name in names)
             step = TokenMap.keep(kept, call.map.n_out, padded)
+            if call.held is not None:
+                before = call.held.choices.setdefault("tower", Reduction(step))
+                if before is None or before.map is None or not torch.equal(before.map.kept, kept):
+                    raise RuntimeError(
+                        f"{', '.join(names)} chose other tokens in the vision tower than in the call of "
+                        "generate before: without a cache this version of transformers runs the tower "
+                        "in every call. Use use_cache=True, or a method that chooses the same each time"
+                    )
             embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
         for entry, name in self.visits.get(("prompt", 0, ""), ()):
             embeds = call.visit(entry, name, 0, "", embeds)
@@ -263,6 +294,8 @@ class LanguageSession:
         if cuts is not None and call.cache is not None:
             remember(call.cache, cuts)
         self.owner.cache.after(call)
+        if call.held is not None:
+            call.held.done, call.held.notes = True, dict(self.owner.trace.notes)
         if call.changed:
             self._leave(call, output)
 

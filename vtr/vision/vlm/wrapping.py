@@ -32,6 +32,7 @@ from vtr.vision.pooling import has_pooling
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attention import has_halves, opens, runs_otherwise
 from vtr.vision.vlm.cache_site import PLACES, CacheSession
+from vtr.vision.vlm.call import Held
 from vtr.vision.vlm.costs import language_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import Family, find
@@ -71,6 +72,8 @@ class VLMWrapping(Wrapping):
     # What the towers did for the coming call of the language model: generate lets a thread's towers run
     # before the model, and other threads may come in between.
     captures = PerThread(make=Captures)
+    # What methods chose for a generate without a cache.
+    held = PerThread[Held | None]()
 
     def __init__(self, root: Any, inner: Any, family: Family) -> None:
         self.inner = inner
