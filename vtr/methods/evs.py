@@ -31,6 +31,7 @@ class EVS(Presets, Method):
     and of tokens per frame alone, so that a server can reserve their places before the embeddings
     exist. Every video of a prompt has its own budget; still images and separators stay whole.
 
+    This follows the servers that ship it, which compare embeddings (the paper's text compares pixels).
     Differences from the implementation in vLLM: with m-RoPE, text after the video goes on from the
     positions that the whole prompt has (there, from an offset by the grid's width); and a share that is
     a whole number of tokens is that number. There ``int(total * (1 - q))`` loses one token of it to the

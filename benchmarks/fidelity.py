@@ -1,0 +1,298 @@
+"""Every method against the paper and against its authors' code: measures, and writes docs/fidelity.md.
+
+    python benchmarks/fidelity.py                            # plain calculations, of all methods
+    python benchmarks/fidelity.py --methods tome,evs
+    python benchmarks/fidelity.py --authors CHECKOUTS        # the authors' own files as well
+    python benchmarks/fidelity.py --authors CHECKOUTS --write
+    python benchmarks/fidelity.py --page                     # the page alone, from what is recorded
+
+*Plain*: the tests of a method, which write its formulas out token by token, are run, and the largest
+difference between float32 or float64 tensors that they compare is told. *Authors*: where CHECKOUTS holds a
+checkout of the authors' repository, functions of their files run unmodified on the same numbers
+(``fidelity_authors.py``); a repository that is not there is named, and its recorded result stays.
+
+What there is to say about a method is in ``fidelity.toml``, what was measured in
+``results/fidelity.json``; --write renews that and the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # vtr and its tests, fidelity_authors
+
+ROWS, RESULTS = ROOT / "benchmarks/fidelity.toml", ROOT / "benchmarks/results/fidelity.json"
+PAGE = ROOT / "docs/fidelity.md"
+VERDICTS = ("exact", "explained", "not comparable")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, as ``fidelity.toml`` tells of it.
+
+    Attributes:
+        name: of the method.
+        verdict: ``"exact"`` (the same choices and numbers), ``"explained"`` (but for what ``differs``
+            says), ``"not comparable"``.
+        compared: what was compared, or why nothing can be.
+        differs: what is not as in the authors' code.
+        tests: files or node ids of pytest that hold the method to plain calculations.
+        only: pytest's ``-k``.
+        authors: ``owner/repository``; empty where nothing was released.
+        commit: that was compared.
+        found: what a comparison by hand found, where ``fidelity_authors.py`` has none.
+        settings: published setting -> how it is written here, where no preset has it.
+    """
+
+    name: str
+    verdict: str
+    compared: str
+    tests: tuple[str, ...]
+    differs: str = ""
+    only: str = ""
+    authors: str = ""
+    commit: str = ""
+    found: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+def rows(path: Path = ROWS) -> list[Row]:
+    """The rows of the file, by the methods' names."""
+    import tomllib
+
+    found = []
+    for name, facts in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        text = {k: " ".join(v.split()) for k, v in facts.items() if isinstance(v, str)}
+        settings = tuple(facts.get("settings", {}).items())
+        found.append(Row(name, **{**text, "tests": tuple(facts["tests"]), "settings": settings}))
+        if found[-1].verdict not in VERDICTS:
+            raise ValueError(
+                f"{name}: verdict must be one of {VERDICTS}, got {found[-1].verdict!r}"
+            )
+    return sorted(found, key=lambda row: row.name)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+class Differences:
+    """A plugin of pytest that keeps the largest difference that tests compare away."""
+
+    def __init__(self) -> None:
+        self.largest, self.compared, self.passed, self.failed = 0.0, 0, 0, 0
+
+    def pytest_configure(self) -> None:
+        import torch
+
+        check = torch.testing.assert_close
+
+        def watched(actual: Any, expected: Any, *args: Any, **options: Any) -> None:
+            if options.get("atol", 0.0) < 1e-3:  # more is for half precision, shown in float32
+                self.see(actual, expected)
+            check(actual, expected, *args, **options)
+
+        torch.testing.assert_close = watched  # type: ignore[assignment]
+        self.undo = lambda: setattr(torch.testing, "assert_close", check)
+
+    def pytest_unconfigure(self) -> None:
+        self.undo()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call":
+            self.passed += report.passed
+        self.failed += report.failed
+
+    def see(self, actual: Any, expected: Any) -> None:
+        import torch
+
+        wide = (torch.float32, torch.float64)
+        for a, b in pairs(actual, expected):
+            if a.dtype in wide and b.dtype in wide and a.shape == b.shape and a.numel():
+                both = a.isfinite() & b.isfinite()
+                apart = (a.detach().double() - b.detach().double())[both].abs()
+                self.compared += 1
+                self.largest = max(self.largest, float(apart.max()) if apart.numel() else 0.0)
+
+
+def pairs(actual: Any, expected: Any) -> Iterator[tuple[Any, Any]]:
+    """The tensors of two structures, one beside the other."""
+    import torch
+
+    if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
+        yield actual, expected
+    elif isinstance(actual, (list, tuple)) and isinstance(expected, (list, tuple)):
+        for a, b in zip(actual, expected, strict=False):
+            yield from pairs(a, b)
+
+
+def plain(row: Row) -> dict[str, Any]:
+    """Run the tests of a method."""
+    import contextlib
+    import io
+
+    import pytest
+
+    seen = Differences()
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT)]
+    options += ["-k", row.only] if row.only else []
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = pytest.main([*options, *(str(ROOT / t) for t in row.tests)], plugins=[seen])
+    if status != 0:
+        print(output.getvalue(), file=sys.stderr)
+        raise SystemExit(f"{row.name}: the tests fail ({seen.failed}) or there are none")
+    return {"tests": seen.passed, "compared": seen.compared, "largest": seen.largest}
+
+
+def authors(row: Row, folder: Path) -> dict[str, Any] | str:
+    """Run the authors' code; a line that says why not, where it cannot be."""
+    from fidelity_authors import COMPARISONS, Checkout, Missing
+
+    if row.name not in COMPARISONS:
+        return "recorded by hand" if row.authors else "nothing to compare with"
+    name, compare = COMPARISONS[row.name]
+    try:
+        code = Checkout(folder, name)
+        return {"commit": code.commit, **asdict(compare(code))}
+    except Missing as error:
+        return str(error)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
+
+
+def cell(row: Row, measured: dict[str, Any]) -> tuple[str, str]:
+    """What plain calculations and what the authors' code found, in a few words."""
+    done = measured.get("plain")
+    own = "" if done is None else f"{done['tests']} tests"
+    if done and done["compared"]:
+        own += f", {number(done['largest'])}"
+    found = measured.get("authors")
+    if found is None:
+        return own, row.found
+    parts = []
+    if found["of"]:
+        share = "all" if not found["differ"] else f"all but {found['differ']}"
+        parts.append(f"{share} of {found['of']:,} alike")
+    if found["largest"] or not found["of"]:
+        parts.append(f"{number(found['largest'])}")
+    return own, ", ".join(parts)
+
+
+def page(found: list[Row], results: dict[str, Any]) -> str:
+    """docs/fidelity.md."""
+    lines = [HEAD.strip(), ""]
+    lines += ["| method | compared with | result | plain calculation | authors' code |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in found:
+        source = f"[{row.authors}](https://github.com/{row.authors})" if row.authors else "-"
+        measured = results["methods"].get(row.name, {})
+        commit = measured.get("authors", {}).get("commit", row.commit)
+        source += f" `{row.commit if commit == 'unknown' else commit}`" if row.authors else ""
+        own, theirs = cell(row, measured)
+        lines.append(f"| `{row.name}` | {source} | {row.verdict} | {own} | {theirs or '-'} |")
+    lines += ["", f"Measured with {results['with']}.", "", "## Method by method", ""]
+    for row in found:
+        lines += [f"### `{row.name}`", "", f"{row.compared}", ""]
+        if row.differs:
+            lines += [f"What differs: {row.differs}", ""]
+        settings = [*row.settings, *presets(row.name)]
+        if settings:
+            lines += ["| published setting | here |", "|---|---|"]
+            lines += [f"| {name} | `{text}` |" for name, text in settings]
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def presets(name: str) -> list[tuple[str, str]]:
+    """The presets of a method, as they are called and what they stand for."""
+    from vtr.evaluate.cells import spelled
+    from vtr.method import registry
+
+    cls = registry()[name]
+    listed = getattr(cls, "PRESETS", {})
+    return [(f'`{cls.__name__}.preset("{key}")`', spelled(cls.preset(key))) for key in listed]
+
+
+HEAD = """
+# Fidelity
+
+<!-- Written by benchmarks/fidelity.py from benchmarks/fidelity.toml and benchmarks/results/fidelity.json. -->
+
+What each method was compared with, and what came out of it.
+
+- *exact*: the same choices and the same numbers, up to the order of float operations.
+- *explained*: so but for what is said below.
+- *not comparable*: nothing was released, or a baseline of ours.
+- *plain calculation*: tests that write the method's formulas out token by token, and the largest difference
+  between float32 or float64 tensors in them.
+- *authors' code*: functions of the authors' files, unmodified, on the same random numbers: choices (tokens,
+  blocks of a mask, merged rows) that are alike, and the largest difference of a value. Noise that they add
+  to densities to part equals is left out. Text without such numbers tells a comparison by hand.
+
+Fractions of tokens are rounded up here unless said otherwise; authors round in every way. Give a number of
+tokens, or their fraction, to leave exactly as many.
+
+```
+python benchmarks/fidelity.py                                  # the plain calculations
+python benchmarks/fidelity.py --authors CHECKOUTS --write      # with the authors' repositories, and this page
+```
+"""
+
+
+def main() -> None:
+    from options import named
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", help="names with commas; default: all")
+    parser.add_argument("--authors", type=Path, help="folder with checkouts of their repositories")
+    parser.add_argument("--write", action="store_true", help="record the results, renew the page")
+    parser.add_argument("--page", action="store_true", help="renew the page, and measure nothing")
+    given = parser.parse_args()
+    if given.authors is not None and not given.authors.is_dir():
+        raise SystemExit(f"--authors: there is no folder {given.authors}")
+    found = rows()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"with": "", "methods": {}}
+    if given.page:
+        PAGE.write_text(page(found, results), encoding="utf-8")
+        return
+    wanted = named("--methods", given.methods, [row.name for row in found])
+    for row in found:
+        if row.name not in wanted:
+            continue
+        measured = results["methods"].setdefault(row.name, {})
+        measured["plain"] = plain(row)
+        line = f"{row.name}: {row.verdict}; plain calculation: {cell(row, measured)[0]}"
+        if given.authors is not None:
+            done = authors(row, given.authors)
+            if isinstance(done, dict):
+                measured["authors"] = done
+            shown = done if isinstance(done, str) else cell(row, measured)[1]
+            line += f"; authors' code: {shown}"
+        print(line, flush=True)
+    if given.write:
+        import torch
+        import transformers
+
+        results["with"] = (
+            f"torch {torch.__version__.partition('+')[0]} and transformers {transformers.__version__}"
+        )
+        results["methods"] = {row.name: results["methods"].get(row.name, {}) for row in found}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(page(found, results), encoding="utf-8")
+        print(f"wrote {RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,753 @@
+"""The methods against their authors' own code, on the same numbers: used by ``fidelity.py --authors``.
+
+Nothing of theirs is here. A checkout is read where the user keeps it; the functions that are compared are
+taken out of its files by name, unmodified, and run on random tensors: whole files cannot be imported,
+since they need old versions of other libraries. Only the noise is left out that some add to densities
+(``torch.rand(...) * 1e-6``), which would decide at random between near equals.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import math
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vtr
+
+
+class Missing(Exception):
+    """A checkout, or something in it, that is not there."""
+
+
+class _Quiet:
+    """torch without the noise."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def rand(*size: Any, **options: Any) -> Tensor:
+        return torch.zeros(*size, **options)
+
+
+class Checkout:
+    """A repository of authors on this machine.
+
+    Args:
+        folder: where checkouts are kept.
+        name: ``owner/repository``; looked for as ``repository``, ``owner/repository`` and
+            ``owner+repository``.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        owner, _, short = name.partition("/")
+        places = [folder / short, folder / owner / short, folder / f"{owner}+{short}"]
+        found = next((p for p in places if p.is_dir()), None)
+        if found is None:
+            raise Missing(f"no checkout of {name} in {folder}")
+        self.name, self.root = name, found
+
+    @property
+    def commit(self) -> str:
+        """The first seven digits of the commit, ``"unknown"`` where there is no history."""
+        command = ["git", "-C", str(self.root), "rev-parse", "--short=7", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    def _read(self, file: str) -> tuple[ast.Module, Path]:
+        path = self.root / file
+        if not path.is_file():
+            raise Missing(f"{self.name} has no {file}")
+        return ast.parse(path.read_text(encoding="utf-8")), path
+
+    def functions(self, file: str, *names: str, **known: Any) -> SimpleNamespace:
+        """Functions and classes of a file.
+
+        Args:
+            names: of functions and classes at its top; ``"Class.method"`` for a method, which becomes a
+                function of that name.
+            known: what they use from elsewhere, beside torch, F, nn and math.
+        """
+        tree, path = self._read(file)
+        chosen: list[ast.stmt] = []
+        for name in names:
+            body: Sequence[ast.stmt] = tree.body
+            for part in name.split("."):
+                found = [n for n in body if getattr(n, "name", None) == part]
+                if not found:
+                    raise Missing(f"{self.name} has no {name} in {file}")
+                node, body = found[-1], getattr(found[-1], "body", [])
+            chosen.append(node)
+        space = {"torch": _Quiet(), "F": F, "nn": nn, "math": math, **known}
+        self._run(chosen, path, space)
+        return SimpleNamespace(**{n.split(".")[-1]: space[n.split(".")[-1]] for n in names})
+
+    def body(self, file: str, test: str, last: str, space: dict[str, Any]) -> dict[str, Any]:
+        """Run the body of the first ``if TEST:`` of a file up to the last assignment to ``last``."""
+        tree, path = self._read(file)
+        found = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == test]
+        if not found:
+            raise Missing(f"{self.name} has no 'if {test}:' in {file}")
+        ends = [i for i, node in enumerate(found[0].body) if _assigns(node, last)]
+        if not ends:
+            raise Missing(f"{self.name} does not set {last} there in {file}")
+        space = {"torch": _Quiet(), "F": F, "math": math, **space}
+        self._run(found[0].body[: ends[-1] + 1], path, space)
+        return space
+
+    def assignments(self, file: str, names: Sequence[str], space: dict[str, Any]) -> dict[str, Any]:
+        """Run the first assignment to each of ``names`` in a file."""
+        tree, path = self._read(file)
+        space = {"torch": _Quiet(), "F": F, "math": math, **space}
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Assign)]
+        for name in names:
+            found = next((n for n in nodes if _assigns(n, name)), None)
+            if found is None:
+                raise Missing(f"{self.name} does not set {name} in {file}")
+            self._run([found], path, space)
+        return space
+
+    @staticmethod
+    def _run(nodes: Sequence[ast.stmt], path: Path, space: dict[str, Any]) -> None:
+        # Annotations name types of libraries that are not loaded.
+        flags = __future__.annotations.compiler_flag
+        exec(compile(ast.Module([*nodes], []), str(path), "exec", flags), space)
+
+
+def _assigns(node: ast.AST, name: str) -> bool:
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    return any(isinstance(t, ast.Name) and t.id == name for t in targets)
+
+
+@dataclass
+class Finding:
+    """What a comparison found.
+
+    Attributes:
+        largest: largest absolute difference of a number; 0 where only choices were compared.
+        differ, of: choices (tokens, blocks of a mask) that differ, of how many.
+    """
+
+    largest: float = 0.0
+    differ: int = 0
+    of: int = 0
+
+    def choices(self, ours: Tensor, theirs: Tensor) -> None:
+        """Two masks or lists of indices of one shape."""
+        assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+        self.differ += int((ours != theirs).sum())
+        self.of += ours.numel()
+
+    def numbers(self, ours: Tensor, theirs: Tensor) -> None:
+        """Two tensors of one shape."""
+        assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+        if ours.numel():
+            self.largest = max(self.largest, float((ours.double() - theirs.double()).abs().max()))
+
+    def rows(self, ours: Tensor, theirs: Tensor, near: float = 1e-3) -> None:
+        """Rows (N, C) and (M, C) in any order: those without a partner within ``near`` differ."""
+        distance = (ours.double()[:, None] - theirs.double()[None]).abs().amax(-1)
+        mine, other = distance.amin(1), distance.amin(0)
+        alone = int((mine > near).sum()), int((other > near).sum())
+        self.differ += max(*alone, abs(len(ours) - len(theirs)))
+        self.of += max(len(ours), len(theirs))
+        best = torch.cat([mine, other])
+        close = best[best <= near]
+        self.largest = max(self.largest, float(close.max()) if len(close) else 0.0)
+
+
+def clip(frames: int, places: int, channels: int, seed: int, still: float = 0.5) -> Tensor:
+    """(T, P, C): three scenes, in which a share of the places hardly changes."""
+    g = torch.Generator().manual_seed(seed)
+    scenes = torch.randn(3, places, channels, generator=g)
+    x = scenes[torch.arange(frames) * 3 // frames]
+    moving = torch.rand(frames, places, 1, generator=g) > still
+    x = x + 0.9 * moving * torch.randn(frames, places, channels, generator=g)
+    return x + 0.05 * torch.randn(frames, places, channels, generator=g)
+
+
+def summed(stands: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """Rows of what each slot becomes, ascending."""
+    flat = x.reshape(-1, x.shape[-1]).double()
+    live = stands >= 0
+    total = torch.zeros_like(flat).index_add(
+        0, stands[live], weights[live, None].double() * flat[live]
+    )
+    return total[stands[live].unique()]
+
+
+# ---- encoders ------------------------------------------------------------------------------------
+
+
+def tome(code: Checkout) -> Finding:
+    """Six blocks of merging with a class token, weighted by size."""
+    from vtr.methods.tome import bipartite_soft_matching
+
+    theirs = code.functions(
+        "tome/merge.py", "do_nothing", "bipartite_soft_matching", "merge_wavg", Callable=Callable
+    )
+    found = Finding()
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, 198, 32, generator=g)
+        ours, size, order = x[:, 1:], torch.ones(2, 197), None
+        other, other_size = x, None
+        for _ in range(6):
+            ours_metric = ours + 0.1 * ours.roll(1, -1)
+            metric = other + 0.1 * other.roll(1, -1)
+            step, order = bipartite_soft_matching(ours_metric, 16, order, 1)
+            ours = step.merge(ours, size)
+            size = torch.zeros(ours.shape[:2]).scatter_add(1, step.source, size)
+            merge, _ = theirs.bipartite_soft_matching(metric, 16, class_token=True)
+            other, other_size = theirs.merge_wavg(merge, other, other_size)
+        for b in range(2):
+            found.rows(
+                torch.cat([ours[b], size[b, :, None]], 1),
+                torch.cat([other[b, 1:], other_size[b, 1:]], 1),
+            )
+    return found
+
+
+def tomesd(code: Checkout) -> Finding:
+    """Merging and unmerging on grids of even sides, with the first token of each cell."""
+    from vtr.methods.tomesd import merge_map
+
+    theirs = code.functions(
+        "tomesd/merge.py",
+        *("do_nothing", "mps_gather_workaround", "bipartite_soft_matching_random2d"),
+    )
+    found = Finding()
+    for seed, (h, w, ratio) in enumerate(((8, 8, 0.5), (12, 16, 0.25), (16, 10, 0.7))):
+        x = torch.randn(2, h * w, 24, generator=torch.Generator().manual_seed(seed))
+        step = merge_map(x, (1, h, w), (1, 2, 2), ratio)
+        assert step is not None
+        merge, unmerge = theirs.bipartite_soft_matching_random2d(
+            x, w, h, 2, 2, int(ratio * h * w), no_rand=True
+        )
+        back = unmerge(merge(x))
+        found.numbers(step.restore(step.merge(x)), back)
+    return found
+
+
+def evit(code: Checkout) -> Finding:
+    """A block with the weights of a timm model, fusing and dropping."""
+    import timm
+
+    theirs = code.functions(
+        *("evit.py", "Mlp", "Attention", "Block"),
+        DropPath=nn.Identity,
+        complement_idx=code.functions("helpers.py", "complement_idx").complement_idx,
+    )
+    found = Finding()
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=0, depth=2).eval()
+    images = torch.randn(3, 3, 224, 224)
+    for fuse, rate in ((True, 0.7), (False, 0.5)):
+        method = vtr.EViT(keep=rate, layers=(1,), fuse=fuse)
+        seen: list[Tensor] = []
+        hook = model.blocks[0].register_forward_hook(lambda m, a, out, to=seen: to.append(out))
+        with torch.no_grad(), vtr.apply(model, method):
+            ours = model.forward_features(images)
+        hook.remove()
+        block = theirs.Block(192, 3, qkv_bias=True, keep_rate=rate, fuse_token=fuse)
+        block.norm1.eps = block.norm2.eps = model.blocks[1].norm1.eps
+        block.load_state_dict(model.blocks[1].state_dict())
+        with torch.no_grad():
+            other = model.norm(block.eval()(seen[0])[0])
+        for b in range(3):
+            found.rows(ours[b], other[b])
+    return found
+
+
+# ---- language models -----------------------------------------------------------------------------
+
+
+def divprune(code: Checkout) -> Finding:
+    from vtr.methods.divprune import farthest_points
+
+    theirs = code.functions(
+        "LLaVA/llava/model/llava_arch.py",
+        *(f"LlavaMetaForCausalLM.{n}" for n in ("pairwise_cosine_similarity", "DivPrune")),
+    )
+    myself = SimpleNamespace(
+        pairwise_cosine_similarity=lambda x: theirs.pairwise_cosine_similarity(None, x)
+    )
+    found = Finding()
+    for seed, (n, number) in enumerate(((576, 64), (576, 192), (100, 30))):
+        x = torch.randn(n, 64, generator=torch.Generator().manual_seed(seed))
+        chosen, _ = theirs.DivPrune(myself, x, n, threshold_ratio=number / n)
+        mask = torch.zeros(n, dtype=torch.bool).index_fill(0, chosen, True)
+        every = torch.ones(1, n, dtype=torch.bool)
+        found.choices(farthest_points(x[None], torch.tensor([number]), every)[0], mask)
+    return found
+
+
+def fastv(code: Checkout) -> Finding:
+    """Their ranking, given the eager attention map of the layer before the cut in a tiny LLaVA."""
+    from tests.vision.vlm.models import IMAGE, llava
+
+    model, inputs = llava(1)
+    model.set_attn_implementation("eager")
+    columns = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
+    found = Finding()
+    for layer, keep in ((1, 8), (2, 8), (3, 5)):
+        with torch.no_grad():
+            maps = model(**inputs, output_attentions=True).attentions
+            with vtr.apply(model, vtr.FastV(keep=keep, layer=layer)) as handle:
+                model(**inputs)
+        names = ["last_layer_attention", "last_layer_attention_avg"]
+        names += [f"last_layer_attention_avg_last_tok{end}" for end in ("", "_image")]
+        space = code.assignments(
+            "src/transformers/src/transformers/models/llama/modeling_llama_fastv_kvcache.py",
+            [*names, "top_attention_rank_index"],
+            {
+                "layer_outputs": (None, maps[layer - 1]),
+                "SYS_LENGTH": int(columns[0]),
+                "IMAGE_TOKEN_LENGTH": len(columns),
+                "ATTENTION_RANK": keep,
+            },
+        )
+        theirs = (space["top_attention_rank_index"] - columns[0]).sort().values
+        found.choices(handle.trace.stages[-1].total.kept[0], theirs)
+    return found
+
+
+def _llava() -> tuple[Any, Any, Any]:
+    """A narrow LLaVA of 24 x 24 patches and six encoder layers, its inputs, and its tower's outputs."""
+    from tests.vision.vlm.models import IMAGE, build, llama, prompts, transformers
+    from tests.vision.vlm.models import clip as tower
+
+    vision = tower()
+    vision.image_size, vision.num_hidden_layers = 168, 6
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=llama(), image_token_id=IMAGE, image_seq_length=576,
+        vision_feature_layer=-2,
+    )  # fmt: skip
+    model = build(transformers.LlavaForConditionalGeneration, config)
+    model.set_attn_implementation("eager")
+    pixels = torch.randn(1, 3, 168, 168, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = model.model.vision_tower(
+            pixels, output_hidden_states=True, output_attentions=True
+        )
+    return model, {"pixel_values": pixels, **prompts([[576]])}, outputs
+
+
+def vtc_cls(code: Checkout) -> Finding:
+    """The score of their tower, and its best tokens, for three windows of layers."""
+    file = "llava/model/multimodal_encoder/clip_encoder.py"
+    theirs = code.functions(file, "CLIPVisionTower.cls_token_only").cls_token_only
+    model, inputs, outputs = _llava()
+    myself = SimpleNamespace(
+        vision_tower=lambda *_, **__: outputs, feature_select=lambda out: out.hidden_states[-2],
+        device="cpu", dtype=torch.float32,
+    )  # fmt: skip
+    found = Finding()
+    for start, keep in ((4, 64), (2, 128), (0, 256)):
+        score, _ = theirs(myself, inputs["pixel_values"], start_layer=start)
+        with torch.no_grad(), vtr.apply(model, vtr.VTCCLS(keep=keep, window=5 - start)) as handle:
+            model(**inputs)
+        kept = handle.trace.stages[-1].total.kept[0]
+        found.choices(kept, score.topk(keep).indices.sort().values)
+    return found
+
+
+def visionzip(code: Checkout) -> Finding:
+    """What enters the language model, as many dominant tokens given to both; without their class token."""
+    theirs = code.functions(
+        "visionzip/clip_encoder.py", "CLIPVisionTower_VisionZip.forward"
+    ).forward
+    model, inputs, outputs = _llava()
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+    layer = tower.encoder.layers[-2]
+    found = Finding()
+    for keep, contextual in ((64, 10), (128, 20), (192, 30)):
+        with torch.no_grad():
+            keys = layer.self_attn.k_proj(layer.layer_norm1(outputs.hidden_states[-3]))
+            metric = keys.unflatten(-1, (4, -1)).mean(2)
+            layers = [None, SimpleNamespace(metric=metric), None]
+
+            class Tower(SimpleNamespace):
+                def __call__(self, *_: Any, **__: Any) -> Any:
+                    return outputs
+
+            shown = Tower(
+                vision_model=SimpleNamespace(encoder=SimpleNamespace(layers=layers)),
+                _info={"dominant": keep - contextual, "contextual": contextual},
+            )
+            myself = SimpleNamespace(vision_tower=shown, device="cpu", dtype=torch.float32)
+            tokens, _ = theirs(myself, inputs["pixel_values"])
+            other = model.model.multi_modal_projector(tokens[:, 1:])[0]
+            seen: list[Tensor] = []
+            first = model.model.language_model.layers[0]
+            hook = first.register_forward_pre_hook(lambda m, a, to=seen: to.append(a[0]))
+            with vtr.apply(model, vtr.VisionZip(keep=keep, contextual=contextual)):
+                model(**inputs)
+            hook.remove()
+        start = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0])
+        found.rows(seen[0][0, start : start + keep], other)
+    return found
+
+
+# ---- video ---------------------------------------------------------------------------------------
+
+
+def evs(code: Checkout) -> Finding:
+    """Choices and counts of the server, the counts by ``rounding="vllm"``."""
+    from vtr.methods.evs import changed, dissimilarity
+
+    names = "compute_retained_tokens_count", "compute_retention_mask"
+    theirs = code.functions("vllm/multimodal/evs.py", *names)
+    found = Finding()
+    for seed, (t, h, w, q) in enumerate(
+        ((8, 14, 14, 0.75), (5, 4, 6, 0.8), (10, 10, 10, 0.9), (10, 10, 10, 0.8), (4, 3, 5, 0.3))
+    ):
+        x = clip(t, h * w, 32, seed)
+        mask = theirs.compute_retention_mask(x.reshape(-1, 32), (t, 2 * h, 2 * w), 2, q)
+        number = vtr.EVS(keep=round(1 - q, 9), rounding="vllm").retained(t, h * w)
+        found.choices(changed(dissimilarity(x), number).flatten(), mask)
+    return found
+
+
+def dycoke(code: Checkout) -> Finding:
+    """Every frame but the last window's third, which their code leaves whole."""
+    from vtr.methods.dycoke import thin
+
+    theirs = code.functions("llava/model/llava_arch.py", "dycole_ttm").dycole_ttm
+    found = Finding()
+    for seed, (t, p, k) in enumerate(((8, 196, 0.7), (12, 49, 0.5), (32, 196, 0.3))):
+        x = clip(t, p, 16, seed)
+        marked = torch.cat([x.flatten(0, 1), torch.arange(t * p)[:, None]], 1)
+        with _numbered(theirs, channels=16):
+            rows = theirs(marked, p, k)[:, -1].long()
+        mask = torch.zeros(t * p, dtype=torch.bool).index_fill(0, rows, True).view(t, p)
+        mine = thin(x, int((1 - k) * p))
+        frames = [f for f in range(t) if f != t - 2]
+        found.choices(mine[frames], mask[frames])
+    return found
+
+
+@contextmanager
+def _numbered(function: Any, channels: int) -> Iterator[None]:
+    """Let a function compare all channels but those behind ``channels``, which number the tokens."""
+    space = function.__globals__
+    kept = space["torch"]
+    cosine = F.cosine_similarity
+
+    def first(a: Tensor, b: Tensor, dim: int) -> Tensor:
+        return cosine(a[:, :channels], b[:, :channels], dim)
+
+    functional = SimpleNamespace(
+        normalize=lambda x, **_: torch.cat(
+            [F.normalize(x[:, :channels], dim=1), x[:, channels:]], 1
+        ),
+        cosine_similarity=first,
+    )
+    space["torch"] = SimpleNamespace(
+        nn=SimpleNamespace(functional=functional), stack=torch.stack, cat=torch.cat,
+        tensor=lambda x: x,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        space["torch"] = kept
+
+
+def fastvid(code: Checkout) -> Finding:
+    """The whole of it for LLaVA-OneVision, at the released settings."""
+    from vtr.methods.fastvid import segments
+
+    file = "fastvid_llavaonevision/LLaVA-NeXT/llava/model/language_model/modeling_qwen2.py"
+    found = Finding()
+    for seed, (t, share) in enumerate(((16, 19 / 196), (24, 29 / 196), (16, 0.25))):
+        x = clip(t, 196, 48, seed)
+        g = torch.Generator().manual_seed(seed)
+        score, frames = torch.rand(t, 196, generator=g), clip(t, 1, 32, seed + 9, still=1.0)[:, 0]
+        hidden = torch.cat([torch.randn(1, 5, 48, generator=g), x.reshape(1, -1, 48),
+                            torch.randn(1, 7, 48, generator=g)], 1)  # fmt: skip
+        settings = SimpleNamespace(
+            video_start_idx=5, video_token_len=t * 196, frame_num=t, frame_attn_weights=score,
+            frame_global_features=frames, fastvid_retention_ratio=share + 1e-9, fastvid_DySeg_c=8,
+            fastvid_DySeg_tau=0.9, fastvid_STPrune_d=0.4, fastvid_DTM_p=4, fastvid_DTM_beta=0.6,
+        )  # fmt: skip
+        space = code.body(
+            *(file, "seq_length > 1", "keep_indexs"),
+            {"self": settings, "hidden_states": hidden, "seq_length": hidden.shape[1]},
+        )
+        index = space["keep_indexs"]
+        inside = (index >= 5) & (index < 5 + t * 196)
+        made = vtr.FastVID(keep=share, longest=None).compress(x, score, frames)
+        own = torch.arange(t * 196)
+        mine = (made.stands == own).nonzero()[:, 0]
+        theirs = index[inside] - 5
+        masks = [
+            torch.zeros(t * 196, dtype=torch.bool).index_fill(0, i, True) for i in (mine, theirs)
+        ]
+        # Anchors that their rounding down leaves out are ours alone.
+        found.differ += int((masks[1] & ~masks[0]).sum())
+        found.of += int(masks[1].sum())
+        values = torch.zeros(t * 196, 48).index_copy(0, theirs, space["hidden_states"][0, inside])
+        for start, stop in segments(frames, 8, 0.9):
+            part = slice(start * 196, stop * 196)
+            kept = masks[0][part]
+            if torch.equal(kept, masks[1][part]):
+                found.numbers(made.values[part][kept], values[part][kept])
+    return found
+
+
+def holitom(code: Checkout) -> Finding:
+    """Before the language model with D = 0, both given their numbers of tokens."""
+    from vtr.methods import holitom as mine
+
+    names = ("cluster_dpc_knn", "select_static_windows", "merge_tokens_by_clustering",
+             "merge_tokens_by_attention_density", "merge_tokens_by_density", "holitom",
+             "get_static_dynamic_features")  # fmt: skip
+    theirs = code.functions(
+        "holitom/llava_arch.py", *(f"LlavaMetaForCausalLM_holitom.{n}" for n in names)
+    )
+    myself = SimpleNamespace()
+    for name in names:
+        setattr(myself, name, getattr(theirs, name).__get__(myself))
+    found = Finding()
+    for seed, (t, p, keep, tau) in enumerate(
+        ((16, 196, 0.25, 0.8), (16, 196, 0.15, 0.8), (24, 196, 0.10, 0.65))
+    ):
+        x = clip(t, p, 48, seed, still=0.7)
+        score = torch.rand(t, p, generator=torch.Generator().manual_seed(seed))
+        alike = F.cosine_similarity(x[:-1], x[1:], dim=-1)
+        windows, gone = myself.select_static_windows(alike, t, tau, 1024)
+        ratio = min(keep / ((t * p - gone) / (t * p)), 1)
+        static, dynamic, _, attention, static_at, dynamic_at = myself.get_static_dynamic_features(
+            x, score, windows, alike, tau
+        )
+        parts = [
+            myself.holitom(
+                static[i], dynamic[i], attention[i], static_at[i], dynamic_at[i], stop - start + 1,
+                ratio, 0.0, 0.6, 7, torch.float32, "one_token",
+            )
+            for i, (start, stop) in enumerate(windows)
+        ]  # fmt: skip
+        assert mine.windows(alike > tau) == [(a, b + 1) for a, b in windows]
+
+        def their_counts(total: int, sizes: Sequence[int], ratio: float = ratio) -> list[int]:
+            kinds = zip(sizes, count(), strict=False)
+            return [math.ceil(n * ratio) if i % 2 else round(n * ratio) for n, i in kinds]
+
+        kept = mine.shares
+        mine.shares = their_counts
+        try:
+            made = vtr.HoliTom(keep=keep, threshold=tau).compress(x, score)
+        finally:
+            mine.shares = kept
+        found.rows(summed(made.stands, made.weights, x).float(), torch.cat(parts))
+    _holitom_inner(code, found)
+    return found
+
+
+def _holitom_inner(code: Checkout, found: Finding) -> None:
+    """The merge inside the language model, of states and an attention map made up."""
+    from vtr.methods.holitom import merge_into_nearest
+
+    g = torch.Generator().manual_seed(0)
+    hidden, attention = torch.randn(1, 60, 32, generator=g), torch.rand(1, 4, 60, 60, generator=g)
+    space = code.body(
+        *("holitom/modeling_qwen2.py", "layer_idx == HOLITOM_k and position_ids.size(1) > 1"),
+        "keep_indexs",
+        {
+            "layer_outputs": (None, attention), "hidden_states": hidden.clone(),
+            "HOLITOM_image_token_start_index": 5, "HOLITOM_image_token_length": 48,
+            "HOLITOM_r": 0.5, "seq_length_with_past": 60, "print": lambda *_: None,
+        },
+    )  # fmt: skip
+    index = space["keep_indexs"]
+    stays = torch.zeros(1, 60, dtype=torch.bool).index_fill(1, index, True)
+    moving = (torch.arange(60) >= 5) & (torch.arange(60) < 53)
+    step = merge_into_nearest(hidden, moving & ~stays, moving & stays, stays)
+    assert step.map is not None
+    merged = step.map.merge(hidden, step.weights, step.normalize)
+    found.numbers(merged[0], space["hidden_states"][0, index])
+
+
+def prunevid(code: Checkout) -> Finding:
+    """Before the language model, then the choice inside it, with shares that are whole numbers."""
+    from vtr.methods.prunevid import best_of_groups
+
+    names = "compute_cluster_vectors", "spatial_merge_tokens", "merge_frames_dynamic"
+    theirs = code.functions(
+        "models/pllava/modeling_pllava.py",
+        *("index_points", "cluster_dpc_knn", "refine_clusters", "segment_lengths"),
+        *(f"PllavaForConditionalGeneration.{n}" for n in names),
+        einsum=_einsum,
+    )
+    found = Finding()
+    for seed, (t, h) in enumerate(((16, 12), (16, 8), (24, 10))):
+        x = clip(t, h * h, 48, seed, still=0.6)
+        config = SimpleNamespace(
+            num_frames=t, pooling_shape=(t, h, h), temporal_segment_ratio=0.25, cluster_ratio=0.5
+        )
+        myself = SimpleNamespace(config=config)
+        for name in names:
+            setattr(myself, name, getattr(theirs, name).__get__(myself))
+        merged, *_ = myself.merge_frames_dynamic(x.reshape(1, -1, 48))
+        made = vtr.PruneVid().compress(x)
+        found.rows(summed(made.stands, made.weights, x).float(), merged[0])
+    import numpy
+
+    choose = code.functions(
+        "models/pllava/elastic_cache.py", "VTPWindowCache.process_attention", np=numpy
+    ).process_attention
+    rows = torch.rand(1, 4, 6, 60, generator=torch.Generator().manual_seed(0))
+    # One segment of two frames: 20 static tokens, 20 others of each frame.
+    index = choose(SimpleNamespace(alpha=0.4), rows, [20], [40], [2])
+    mask = torch.zeros(60, dtype=torch.bool).index_fill(0, index, True)
+    groups = torch.arange(60) // 20
+    found.choices(best_of_groups(rows.amax((0, 1, 2)), groups, 0.4), mask)
+    return found
+
+
+def _einsum(*given: Any) -> Tensor:
+    """einops writes axes as words."""
+    pattern, *tensors = given if isinstance(given[0], str) else (given[-1], *given[:-1])
+    return torch.einsum(pattern.replace(" ", ""), *tensors)
+
+
+def framefusion(code: Checkout) -> Finding:
+    """A prefill of 28 layers, on eager attention, with all queries, and with the last row."""
+    from tests.vision.vlm.models import VIDEO, build, llama, prompts, transformers
+    from tests.vision.vlm.models import clip as tower
+
+    names = ("TEXT_TOKEN", "IGNORE_TOKEN")
+    space = code.assignments("framefusion/main.py", names, {})
+    theirs = code.functions(
+        *(
+            "framefusion/main.py",
+            "FrameFusion",
+            "cosine_similarity",
+            "find_contigious_latter_index",
+        ),
+        List=list,
+        **{n: space[n] for n in names},
+    )
+    text = llama()
+    text.num_hidden_layers = 28
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=tower(), text_config=text, image_token_id=1, video_token_id=VIDEO,
+        video_seq_length=32, vision_feature_layer=-2,
+    )  # fmt: skip
+    model = build(transformers.LlavaNextVideoForConditionalGeneration, config)
+    model.set_attn_implementation("eager")
+    found = Finding()
+    # Budgets at which both roundings leave the same number: of merges theirs is rounded down, of tokens
+    # that the cut leaves to the nearest, where ours always rounds the tokens down.
+    for noise, cost, similarity, rows in (
+        (0.02, 0.5, 0.6, None),
+        (1.0, 0.5, 0.95, None),
+        (1.0, 0.4, 0.95, 1),
+        (0.5, 0.5, 0.93, 3),
+        (0.4, 0.46, 0.93, None),
+    ):
+        frames = torch.randn(1, 8, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+        frames = frames[:, :1] + noise * frames
+        inputs = {"pixel_values_videos": frames, **prompts([[(32, VIDEO)]])}
+        method = vtr.FrameFusion(keep=cost, similarity=similarity, rows=rows)
+        fusion = theirs.FrameFusion(cost, similarity, 0.1)
+        with torch.no_grad():
+            other, kept = _their_prefill(model, inputs, fusion, VIDEO, rows)
+            with vtr.apply(model, method) as handle:
+                ours = model(**inputs).logits[0]
+        last = handle.trace.stages[-1].total.kept[0]
+        masks = [torch.zeros(32, dtype=torch.bool).index_fill(0, i, True) for i in (last, kept)]
+        found.choices(*masks)
+        if torch.equal(*masks):
+            found.numbers(ours[-3:], model.lm_head(other)[-3:].detach())
+    return found
+
+
+def _their_prefill(
+    model: Any, inputs: Any, fusion: Any, video: int, rows: int | None
+) -> tuple[Tensor, Tensor]:
+    """The language model's layers with their module at its place in each, and the tokens left."""
+    lm, ids = model.model.language_model, inputs["input_ids"][0]
+    features = model.model.get_video_features(inputs["pixel_values_videos"])
+    x = lm.embed_tokens(ids)
+    columns = (ids == video).nonzero()[:, 0]
+    x[columns] = getattr(features, "pooler_output", features)[0]
+    kind = torch.full((1, len(ids)), -1)
+    kind[0, columns] = torch.arange(len(columns)) % 4
+    start, length = columns[:1], torch.tensor([len(columns)])
+    fusion.prepare(kind, 4, start, columns[-1:], length, len(ids))
+    index = torch.arange(len(ids))[None]
+    rope = list(lm.rotary_emb(x[None], index))
+    # Their handler of positions carries the tokens' numbers along.
+    tables = [torch.cat([rope[0], index[..., None].to(x)], -1), rope[1]]
+    x, tables, _ = fusion(x[None], tables, None)
+    for layer in lm.layers:
+        n = x.shape[1]
+        mask = torch.full((n, n), -math.inf).triu(1)[None, None]
+        pair = tables[0][..., :-1], tables[1]
+        out, weights = layer.self_attn(
+            layer.input_layernorm(x), position_embeddings=pair, attention_mask=mask
+        )
+        x, tables, _ = fusion(
+            x + out, tables, None, weights if rows is None else weights[:, :, -rows:]
+        )
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    left = tables[0][0, :, -1].long()
+    left = left[(left >= columns[0]) & (left <= columns[-1])] - columns[0]
+    return lm.norm(x)[0], left
+
+
+# ---- diffusion -----------------------------------------------------------------------------------
+
+
+def radial(code: Checkout) -> Finding:
+    """The released mask at 3,840 tokens per frame, for both kinds of models."""
+    from vtr.kernels import masks
+
+    theirs = code.functions(
+        "radial_attn/attn_mask.py",
+        *("shrinkMaskStrict", "get_diagonal_split_mask", "get_window_width"),
+        "gen_log_mask_shrinked",
+        print=lambda *_: None,
+    )
+    found = Finding()
+    for kind, decay, frames in (("wan", 0.2, 7), ("hunyuan", 0.95, 6)):
+        n = 3840 * frames
+        mask = theirs.gen_log_mask_shrinked(
+            torch.zeros(1), n, n, frames, 128, "radial", decay, kind
+        )
+        ours = masks.radial(
+            frames, 3840, block=128, decay=decay, sink=kind == "wan", rule="released"
+        )
+        found.choices(ours.to_dense(blocks=True), mask)
+    return found
+
+
+COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
+    "divprune": ("vbdi/divprune", divprune),
+    "dycoke": ("KD-TAO/DyCoke", dycoke),
+    "evit": ("youweiliang/evit", evit),
+    "evs": ("vllm-project/vllm", evs),
+    "fastv": ("pkunlp-icler/FastV", fastv),
+    "fastvid": ("LunarShen/FastVID", fastvid),
+    "framefusion": ("thu-nics/FrameFusion", framefusion),
+    "holitom": ("cokeshao/HoliTom", holitom),
+    "prunevid": ("Visual-AI/PruneVid", prunevid),
+    "radial": ("mit-han-lab/radial-attention", radial),
+    "tome": ("facebookresearch/ToMe", tome),
+    "tomesd": ("dbolya/tomesd", tomesd),
+    "visionzip": ("dvlab-research/VisionZip", visionzip),
+    "vtc-cls": ("THU-MIG/VTC-CLS", vtc_cls),
+}
