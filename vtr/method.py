@@ -77,6 +77,8 @@ class Method:
         size_weighted: tokens' sizes count when the model pools them (merging methods).
         learned: whether :meth:`build` makes modules.
         alone: no other method may reduce at the same site (its maps start at the model's input).
+        carries_gradients: what a visit leaves in ``site.memory``, ``site.notes`` or a policy has gradients
+            that later visits use; reentrant activation checkpointing would lose them, and is refused.
         positions: what becomes of positions in a language model after a cut: ``"original"`` (kept)
             or ``"compact"`` (numbered anew), the paper's own choice; an option of ``apply``.
     """
@@ -89,6 +91,7 @@ class Method:
     size_weighted: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    carries_gradients: ClassVar[bool] = False
     positions: ClassVar[str] = "original"
 
     def __post_init__(self) -> None:

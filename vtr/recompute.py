@@ -133,6 +133,10 @@ class Inputs:
         found = None if reference is None else self._notes.get((reference.cdata, block))
         return None if found is None or found[0].expired() else found[1]
 
+    def values(self) -> list[Any]:
+        """What was noted, once each."""
+        return list({id(value): value for _, value in list(self._notes.values())}.values())
+
     def purge(self) -> None:
         """Forget inputs that do not exist any more."""
         for key, (reference, _) in list(self._notes.items()):

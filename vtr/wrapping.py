@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from vtr.compat import accelerate
 from vtr.compat.torch import is_replica
@@ -29,6 +28,12 @@ Value = TypeVar("Value")
 
 class _Absent:
     """Marks an attribute that was not there. A class, because copies of a class are the class itself."""
+
+
+class Removable(Protocol):
+    """A hook's handle, or another thing that ends when methods change."""
+
+    def remove(self) -> None: ...
 
 
 class PerThread(Generic[Value]):
@@ -93,7 +98,7 @@ class Wrapping:
         self.entries: list[Entry] = []
         self.trace = Trace()
         self._patched: list[tuple[Any, str, Any]] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[Removable] = []
 
     # ---- for subclasses ---------------------------------------------------------------------
 
@@ -149,7 +154,7 @@ class Wrapping:
         self._patched.append((owner, name, owner.__dict__.get(name, _Absent)))
         owner.__dict__[name] = value
 
-    def hook(self, handle: RemovableHandle) -> None:
+    def hook(self, handle: Removable) -> None:
         """Remember a hook for :meth:`uninstall`."""
         self._hooks.append(handle)
 

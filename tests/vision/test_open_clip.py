@@ -353,18 +353,6 @@ def test_compiles_trains_and_copies() -> None:
         assert torch.equal(pooled(twin, x), dense) and ours(twin) == []
 
 
-def test_gradient_checkpointing_is_refused_in_words() -> None:
-    model, x = build("tok"), pixels()
-    model.set_grad_checkpointing(True)
-    with vtr.apply(model, "evit"):
-        with pytest.raises(RuntimeError, match="set_grad_checkpointing"):
-            model.train().encode_image(x)
-        with torch.no_grad():
-            out = model.eval().encode_image(x)
-            model.set_grad_checkpointing(False)
-            assert torch.equal(model.encode_image(x), out)
-
-
 @pytest.mark.parametrize("name", ["tok", "custom"])
 def test_reported_flops_are_those_of_the_operators(name: str) -> None:
     model = build(name)

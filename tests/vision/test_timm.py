@@ -326,15 +326,6 @@ def test_rope_and_bias_families_compile_to_one_graph(name: str, method: Method) 
     torch._dynamo.reset()
 
 
-def test_gradient_checkpointing_is_refused_in_words() -> None:
-    model, x = vit().train(), images()
-    model.set_grad_checkpointing(True)
-    with vtr.apply(model, vtr.EViT()), pytest.raises(RuntimeError, match="set_grad_checkpointing"):
-        model(x)
-    with vtr.apply(model.eval(), vtr.EViT()), torch.no_grad():
-        model(x)
-
-
 def test_a_model_of_a_subclass_and_other_sizes() -> None:
     model = spread(
         timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **{**SMALL, "depth": 2})

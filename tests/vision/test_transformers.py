@@ -173,18 +173,6 @@ def test_accelerate_hooks_stay_around_the_layers() -> None:
         assert torch.equal(result(model(x)), dense)
 
 
-def test_gradient_checkpointing_is_refused_in_words() -> None:
-    model, x = build("vit").train(), pixels()
-    model.gradient_checkpointing_enable()
-    with (
-        vtr.apply(model, "evit"),
-        pytest.raises(RuntimeError, match="gradient_checkpointing_disable"),
-    ):
-        model(x)
-    with vtr.apply(model.eval(), "evit"), torch.no_grad():
-        model(x)
-
-
 def test_reported_flops_are_those_of_the_operators(family: tuple[str, Any, int, set[str]]) -> None:
     _, model, _, _ = family
     path = TOWERS[type(tower_of(model)).__name__][0].rpartition(".")[2]

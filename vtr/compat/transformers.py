@@ -289,6 +289,23 @@ OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "projection_dropout
 DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
 #: Whether a layer, or a language model, runs again in the backward pass.
 CHECKPOINTED = "gradient_checkpointing"
+#: The function by which it does so.
+CHECKPOINT = "_gradient_checkpointing_func"
+
+
+def checkpoint_within(layer: Any) -> Callable[..., Any] | None:
+    """The function by which the forward of a layer runs its own code again in the backward pass; None if
+    it does not, or if that is done around its forward (in ``__call__``, before 5.24)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    around = "__call__" in vars(GradientCheckpointingLayer)
+    if around or not isinstance(layer, GradientCheckpointingLayer):
+        return None
+    if not layer.training or not getattr(layer, CHECKPOINTED):
+        return None
+    function: Callable[..., Any] = getattr(layer, CHECKPOINT)
+    return function
+
 
 #: Forms of a tower where all images lie end to end: where its blocks are, a block's first norm and
 #: attention, and what tells the form (of the attention, and of the tower).

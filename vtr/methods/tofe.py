@@ -64,6 +64,7 @@ class ToFe(Method):
     needs: ClassVar = {"encoder": frozenset({"cls_attention", "keys_of"})}
     training: ClassVar[str] = "optional"
     alone: ClassVar[bool] = True
+    carries_gradients: ClassVar[bool] = True
 
     keep: Keep | tuple[Keep, ...] = 0.5
     layers: tuple[int, ...] | None = None

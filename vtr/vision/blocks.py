@@ -6,17 +6,21 @@ puts it in place of the block's ``forward``.
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from vtr.compat import accelerate
 from vtr.errors import UnsupportedModelError
+from vtr.recompute import copied
 from vtr.tokens import TokenMap, take
 from vtr.trace import Trace
 from vtr.vision.attention import Probe
-from vtr.wrapping import Wrapping
+from vtr.wrapping import Entry, Wrapping
 
 
 class BlockRunner:
@@ -68,8 +72,13 @@ class BlockRunner:
         """Set patches inside the block that the runner needs (through ``owner``)."""
 
     def checkpointed(self) -> bool:
-        """Whether the next pass through the block would be run again in the backward pass."""
+        """Whether the model runs the block again in the backward pass."""
         return False
+
+    def checkpoints(self) -> Callable[..., Any] | None:
+        """The function by which the block's own forward, which is not called here, would checkpoint what it
+        does now; None where its model or its caller does so."""
+        return None
 
 
 class WholeBlock(BlockRunner):
@@ -87,8 +96,27 @@ class WholeBlock(BlockRunner):
         return before * linear_flops(self.block)
 
 
+class State(NamedTuple):
+    """What a run knows at the entry of a block."""
+
+    map: TokenMap | None
+    merged: bool
+    policy: Tensor | None
+    memory: dict[int, dict[str, Any]]
+    notes: dict[str, Any]
+
+
 class Run:
-    """The state of one forward pass."""
+    """The state of one forward pass, or of a block that runs again for the backward pass.
+
+    Attributes:
+        entered: per block, what was known at its entry, in passes that may have to be repeated.
+        cuts: per (block, place, visit) the map of the cut there, None where there was none.
+        first: the pass that this one repeats a part of, or None.
+        late: whether it runs in a backward pass.
+        output: the output of the last block that ran without gradients, to be guarded if methods change.
+        after: the number of the block that comes next in a late run, and the storage of its input.
+    """
 
     def __init__(self, batch: int, tokens: int, prefix: int, restoring: bool = False) -> None:
         self.trace = Trace(batch=batch)
@@ -100,9 +128,33 @@ class Run:
         self.merged = False
         self.policy: Tensor | None = None
         self.memory: dict[int, dict[str, Any]] = {}
-        self.short: Tensor | None = None
         self.base: Tensor | None = None
+        self.grid: tuple[int, ...] | None = None
+        self.pixels: Tensor | None = None
+        self.training = False
+        self.checkpointed = False
+        self.watched = False
+        self.entries: list[Entry] = []
+        self.entered: dict[int, State] = {}
+        self.cuts: dict[tuple[int, str, int], TokenMap | None] = {}
+        self.first: Run | None = None
+        self.late = False
+        self.output: weakref.ref[Tensor] | None = None
+        self.after: tuple[int, StorageWeakRef | None] | None = None
         self._narrowed: tuple[Any, TokenMap | None, Any] | None = None
+
+    def enter(self, layer: int) -> None:
+        """Remember the state at the entry of a block."""
+        memory, notes = copied(self.memory), copied(self.trace.notes)
+        self.entered[layer] = State(self.map, self.merged, self.policy, memory, notes)
+
+    def again(self, layer: int) -> Run:
+        """The run as it was at the entry of a block; what it finds there is not part of the call's trace."""
+        made = copy.copy(self)
+        made.map, made.merged, made.policy, memory, notes = self.entered[layer]
+        made.memory, made.trace = copied(memory), Trace(batch=self.batch, notes=copied(notes))
+        made.first, made.late, made.base, made._narrowed = self, True, None, None
+        return made
 
     def narrowed(self, key: Any, make: Callable[[TokenMap], Any]) -> Any:
         """``make(map)`` for an argument that all blocks share, computed once per map."""
@@ -115,6 +167,13 @@ class Run:
         ):
             self._narrowed = (key, self.map, make(self.map))
         return self._narrowed[2]
+
+    def short(self, x: Tensor) -> Tensor:
+        """The tokens that are left of an x at full length; see :meth:`full`."""
+        if self.map is None:
+            return x
+        self.base = x
+        return self.map.with_prefix(self.prefix).gather(x)
 
     def full(self, x: Tensor) -> Tensor:
         """x at full length; tokens that are gone have the value they had when they went."""

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.torch import in_backward
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Reduction
+from vtr.recompute import Again, repeated
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap
 from vtr.trace import StageRecord
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, place_forward
+from vtr.vision.passes import Pass, Passes
 from vtr.vision.pooling import Pooling, has_pooling
 from vtr.wrapping import Bound, Entry, PerThread, Wrapping
 
@@ -43,6 +46,7 @@ class EncoderSession:
         shape: the grid of the running call of this thread, where its adapter has noted it.
         mean: what an adapter hands from one hook of the running call to the next.
         latest: the call that began last, in any thread.
+        passes: tells a call's passes through its blocks from those of its backward pass.
     """
 
     run = PerThread[Run | None]()
@@ -71,6 +75,7 @@ class EncoderSession:
         self.tower = tower
         self.own = threading.local()
         self.latest: Run | None = None
+        self.passes = Passes(owner)
         self.restoring = False
         self.visits: dict[tuple[int, str], list[Entry]] = {}
         self.probed: frozenset[int] = frozenset()
@@ -107,6 +112,7 @@ class EncoderSession:
         for layer, runner in enumerate(self.runners):
             place_forward(owner, runner.block, Bound(self, "forward", layer))
             runner.install(owner)
+        owner.hook(self.passes)
         if looks and self.tower is not None:
             owner.hook(self.tower.register_forward_pre_hook(Bound(self, "see"), with_kwargs=True))
 
@@ -125,14 +131,48 @@ class EncoderSession:
         runner = self.runners[layer]
         if args:
             kwargs = runner.named(args, kwargs)
-        run = self._begin(x) if layer == 0 else self.run
+        if torch.compiler.is_compiling():
+            if self._checkpointed():
+                return self._uncompiled(layer, x, kwargs)
+            run = None
+        else:
+            run = self.passes.again(layer, x)
+        return self._pass(layer, run, x, kwargs)
+
+    @torch.compiler.disable(reason="activation checkpointing of an encoder with methods")
+    def _uncompiled(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> Any:
+        return self._pass(layer, self.passes.again(layer, x), x, kwargs)
+
+    def _pass(self, layer: int, run: Run | None, x: Tensor, kwargs: dict[str, Any]) -> Any:
+        """A block in a run of a backward pass, or (None) in the running call."""
+        if run is None:
+            run = self._begin(x) if layer == 0 else self.run
         if run is None:
             raise RuntimeError(
                 "a wrapped encoder was entered in the middle: call the model from its first block"
             )
-        if run.short is not None:
-            x = run.short
+        checkpoint = self.runners[layer].checkpoints()
+        if checkpoint is None:
+            return self.block(layer, run, x, kwargs)
+        block = Pass(self.block, layer, run, kwargs)
+        return checkpoint(Again(self.owner, block, block), x)
+
+    def _checkpointed(self) -> bool:
+        """Whether the model is set to run its blocks again in the backward pass."""
+        flag = getattr(self.owner.root, "grad_checkpointing", False)
+        return torch.is_grad_enabled() and (
+            bool(flag) or any(r.checkpointed() for r in self.runners)
+        )
+
+    def block(self, layer: int, run: Run, x: Tensor, kwargs: dict[str, Any]) -> Any:
+        """One pass through a block: of a call, or of its backward pass."""
+        runner = self.runners[layer]
+        compiling = torch.compiler.is_compiling()
+        if not compiling and run.first is None:
+            self.passes.watch(run, layer, x)
         self._expect(run, x, layer)
+        if run.restoring:
+            x = run.short(x)
         given, kwargs = kwargs, runner.narrow(kwargs, run)
         probe = self._probe(run, layer)
         x = runner.attend(x, probe, kwargs)
@@ -142,14 +182,12 @@ class EncoderSession:
         x = runner.feed(x, kwargs)
         x = self._visit(run, layer, "end", x, probe, given)
         run.trace.count("encoder", layer, before, after)
-        if layer == len(self.runners) - 1:
+        if layer == len(self.runners) - 1 and run.first is None:
             self._finish(run)
         if run.restoring and run.map is not None:
-            last = layer == len(self.runners) - 1
-            run.short = None if last else x
-            x = run.full(x)
-            if last:
-                run.base = None
+            x, run.base = run.full(x), None
+        if not compiling:
+            self.passes.leave(run, layer, x)
         return runner.returned(x)
 
     def _finish(self, run: Run) -> None:
@@ -163,31 +201,29 @@ class EncoderSession:
     def _begin(self, x: Tensor) -> Run:
         if x.dim() != 3:
             raise TypeError(f"expected a (batch, tokens, channels) sequence, got {tuple(x.shape)}")
-        root = self.owner.root
-        flag = root.training and getattr(root, "grad_checkpointing", False)
-        if torch.is_grad_enabled() and (flag or any(r.checkpointed() for r in self.runners)):
-            raise RuntimeError(
-                "gradient checkpointing cannot be used on a wrapped encoder (the second pass through a "
-                "block would have to know the first one's tokens): call "
-                "model.set_grad_checkpointing(False) (transformers: gradient_checkpointing_disable()); "
-                "a reduced sequence needs less memory already"
-            )
         whole = self.restoring or self.whole
         run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix, whole)
         if run.tokens < 1:
             raise ValueError(f"the sequence has {x.shape[1]} tokens, {self.prefix} of them prefix")
-        self.run = self.latest = run
+        root = self.owner.root
+        run.grid, run.pixels, run.training = self.grid(run.tokens), self.pixels, root.training
+        run.entries = self.owner.active
+        run.checkpointed = self._checkpointed()
+        self.run = run
+        if not torch.compiler.is_compiling() and in_backward():
+            run.late = True  # the whole encoder runs again, and has its trace already
+            return run
+        self.latest = run
         self.owner.trace = run.trace
         return run
 
     def _expect(self, run: Run, x: Tensor, layer: int) -> None:
-        now = run.tokens if run.map is None else run.map.n_out
+        now = run.tokens if run.map is None or run.restoring else run.map.n_out
         if x.shape[1] != now + self.prefix or x.shape[0] != run.batch:
             raise RuntimeError(
                 f"block {layer} got a sequence of shape {tuple(x.shape)}, expected "
-                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks, "
-                "called inside its own call, or is the block run again in the backward pass (activation "
-                "checkpointing, which a wrapped encoder cannot have)?"
+                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks, or "
+                "called inside its own call?"
             )
         if run.map is not None and run.map.kept.device != x.device:
             raise RuntimeError(
@@ -228,9 +264,15 @@ class EncoderSession:
         probe: Probe | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        for entry in self.visits.get((layer, place), ()):
+        for number, entry in enumerate(self.visits.get((layer, place), ())):
             site = self._site(run, entry, layer, x, probe, kwargs)
             reduction = entry.method.reduce(site)
+            at = (layer, place, number)
+            if run.first is not None:
+                sizes = site.map.size
+                reduction = repeated(entry.method.name, reduction, run.cuts[at], sizes)
+            elif run.watched:
+                run.cuts[at] = None if reduction is None else reduction.map
             if reduction is not None:
                 x = self._commit(run, entry, layer, x, reduction)
         return x
@@ -265,21 +307,21 @@ class EncoderSession:
             map=now,
             memory=run.memory.setdefault(self.owner.entries.index(entry), {}),
             valid=now.valid if now.padded else None,
-            grid=self.grid(run.tokens),
+            grid=run.grid,
             qkv=qkv,
             scale=None if probe is None else probe.scale,
             prefix=self.prefix,
             key_bias=None if probe is None else probe.key_bias,
-            training=self.owner.root.training,
+            training=run.training,
             modules=entry.modules_like(x),
             keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
             notes=run.trace.notes,
-            extra=self._extra(),
+            extra=self._extra(run),
             mask=lambda: self.runners[layer].mask(kwargs),
         )
 
-    def _extra(self) -> dict[str, Any]:
-        extra: dict[str, Any] = {} if self.pixels is None else {"pixels": self.pixels}
+    def _extra(self, run: Run) -> dict[str, Any]:
+        extra: dict[str, Any] = {} if run.pixels is None else {"pixels": run.pixels}
         if has_pooling(self.tower):
             extra["pooling"] = Pooling(self.tower)
         return extra
@@ -318,7 +360,7 @@ class EncoderSession:
                 run.map.n_out,
                 step,
                 run.map,
-                self.grid(run.tokens),
+                run.grid,
             )
         )
         return x

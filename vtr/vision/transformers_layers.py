@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vtr.compat.transformers import (
     VIT_LAYER,
     attention_function,
     attention_implementation,
+    checkpoint_within,
 )
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.attention import Probe
@@ -147,6 +149,9 @@ class LayerRunner(BlockRunner):
 
     def checkpointed(self) -> bool:
         return bool(self.block.training and getattr(self.block, CHECKPOINTED, False))
+
+    def checkpoints(self) -> Callable[..., Any] | None:
+        return checkpoint_within(self.block) if torch.is_grad_enabled() else None
 
     def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
         if run.map is None:

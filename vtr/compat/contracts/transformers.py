@@ -63,6 +63,7 @@ def _general() -> Iterator[Expectation]:
         "transformers.modeling_layers:GradientCheckpointingLayer",
         f"{_LANGUAGE}, {_LAYERS}",
         has=(names.CHECKPOINTED,),
+        calls=(names.CHECKPOINT,),
     )
     yield Expectation(
         "transformers:AutoModelForImageTextToText",

@@ -107,6 +107,9 @@ class PackedSession:
     def enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.entered = args[0] if args else kwargs["hidden_states"]
 
+    # Scores only rank tokens. Without gradients they leave nothing in the graph that activation
+    # checkpointing, whose second pass has no call to show them to, would expect there again.
+    @torch.no_grad()
     def leave(
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
