@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtr import loading
+from vtr.doctor import doctor
 from vtr.errors import VtrError
 from vtr.evaluate.command import evaluate
 
@@ -358,6 +359,7 @@ def plot(
 
 
 app.command("eval")(evaluate)
+app.command("doctor")(doctor)
 
 
 def parse_method(text: str) -> Any:

@@ -14,7 +14,7 @@ Version = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Tested:
+class Library:
     """A library and the range of its versions that the tests have passed on.
 
     Attributes:
@@ -55,16 +55,16 @@ class Tested:
 TESTED = {
     tested.package: tested
     for tested in (
-        Tested("torch", "torch", "2.11", "2.15", "2.16"),
-        Tested("transformers", "transformers", "5.17", "5.24", "5.25", "vlm"),
-        Tested("timm", "timm", "1.0.24", "1.0.31", "1.0.32", "vision"),
-        Tested("open_clip_torch", "open_clip", "3.2", "3.3", "3.4", "vision"),
-        Tested("diffusers", "diffusers", "0.42.0", "0.42.1", "0.43", "diffusion"),
-        Tested("accelerate", "accelerate", "1.10", "1.15", "1.16", "vlm"),
-        Tested("peft", "peft", "0.18", "0.21", "0.22", "diffusion"),
-        Tested("av", "av", "15", "18", "19", "video"),
-        Tested("triton", "triton", "3.6", "3.9", "3.10"),
-        Tested("lmms-eval", "lmms_eval", "0.7.3", "0.7.3", "0.7.4", "eval"),
+        Library("torch", "torch", "2.11", "2.15", "2.16"),
+        Library("transformers", "transformers", "5.17", "5.24", "5.25", "vlm"),
+        Library("timm", "timm", "1.0.24", "1.0.31", "1.0.32", "vision"),
+        Library("open_clip_torch", "open_clip", "3.2", "3.3", "3.4", "vision"),
+        Library("diffusers", "diffusers", "0.42.0", "0.42.1", "0.43", "diffusion"),
+        Library("accelerate", "accelerate", "1.10", "1.15", "1.16", "vlm"),
+        Library("peft", "peft", "0.18", "0.21", "0.22", "diffusion"),
+        Library("av", "av", "15", "18", "19", "video"),
+        Library("triton", "triton", "3.6", "3.9", "3.10"),
+        Library("lmms-eval", "lmms_eval", "0.7.3", "0.7.3", "0.7.4", "eval"),
     )
 }
 """Package -> its tested range. ``pyproject.toml`` has the same bounds, which a test compares."""

@@ -83,7 +83,7 @@ CONTRACT = (
     ),
     Expectation(
         "diffusers.models.modeling_utils:ModelMixin",
-        "vtr/diffusion/recompute.py",
+        "vtr/recompute.py",
         calls=(CHECKPOINT,),
     ),
     Expectation(

@@ -25,6 +25,7 @@ CONTRACT = (
         "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu",
         "vtr/kernels/sdpa.py, vtr/flops.py",
     ),
+    Expectation("torch.multiprocessing.reductions:StorageWeakRef", "vtr/recompute.py"),
     Expectation("torch:_foreach_lerp_", "vtr/zoo/train_wan.py"),
     Expectation("torch.utils._pytree", "vtr/profiling.py, vtr/memory.py", has=("tree_iter", "tree_map")),
     Expectation("torch.utils._python_dispatch:TorchDispatchMode", "vtr/memory.py"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from vtr.compat import transformers as names
 from vtr.compat.contract import Expectation
+from vtr.compat.diffusers import CHECKPOINT
 
 _ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.py"
 _WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
@@ -61,7 +62,7 @@ def _general() -> Iterator[Expectation]:
     )
     yield Expectation(
         "transformers.modeling_layers:GradientCheckpointingLayer",
-        f"{_LANGUAGE}, {_LAYERS}",
+        f"{_LANGUAGE}, {_LAYERS}, vtr/recompute.py",
         has=(names.CHECKPOINTED,),
         calls=(names.CHECKPOINT,),
     )
@@ -181,6 +182,7 @@ def _vlms() -> Iterator[Expectation]:
             head,
             f"{_HEAD}, vtr/vision/vlm/costs.py",
             has=("prepare_inputs_for_generation", "get_output_embeddings", "loss_function"),
+            calls=("loss_function",),
             built=("model",),
         )
         yield Expectation(f"{head}.forward", _HEAD, takes=("labels",))
