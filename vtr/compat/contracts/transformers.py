@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from vtr.compat import transformers as names
 from vtr.compat.contract import Expectation
-from vtr.compat.diffusers import CHECKPOINT
 
 _ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.py"
 _WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
