@@ -401,6 +401,140 @@ def visionzip(code: Checkout) -> Finding:
     return found
 
 
+def flowcut(code: Checkout) -> Finding:
+    """The whole tower, whose layers prune one after the other, for one crop."""
+    attend = code.functions("flowcut/modeling_clip_flowcut.py", "CLIPAttention_forward")
+    rules = code.functions("flowcut/utils_flowcut.py", "compute_score", "adaptive_prune_ratio")
+    theirs = code.functions(
+        "flowcut/modeling_clip_flowcut.py",
+        *("CLIPEncoderLayer_forward", "CLIPEncoder_forward"),
+        compute_score=rules.compute_score,
+        adaptive_prune_ratio=rules.adaptive_prune_ratio,
+        BaseModelOutput=SimpleNamespace,
+    )
+    model, inputs, outputs = _llava()
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+
+    class Called(SimpleNamespace):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return self.function(self, *args, **options)
+
+    def attention(module: Any) -> Called:
+        heads, width = module.num_heads, module.head_dim
+        return Called(
+            function=attend.CLIPAttention_forward,
+            **{n: getattr(module, n) for n in ("q_proj", "k_proj", "v_proj", "out_proj", "scale")},
+            num_heads=heads, head_dim=width, dropout=0.0, training=False,
+            _shape=lambda x, n, b: x.view(b, -1, heads, width).transpose(1, 2).contiguous(),
+        )  # fmt: skip
+
+    layers = [
+        Called(
+            function=theirs.CLIPEncoderLayer_forward,
+            self_attn=attention(layer.self_attn),
+            **{n: getattr(layer, n) for n in ("layer_norm1", "layer_norm2", "mlp")},
+        )
+        for layer in tower.encoder.layers
+    ]
+    found = Finding()
+    for keep in (64, 128, 192):
+        myself = SimpleNamespace(
+            layers=layers, target=keep + 1, select_layer=len(layers) - 2,
+            gradient_checkpointing=False, training=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            done, kept = theirs.CLIPEncoder_forward(
+                *(myself, outputs.hidden_states[0]),
+                output_attentions=True,
+                output_hidden_states=True,
+                return_dict=True,
+            )
+            seen: list[Tensor] = []
+            first = model.model.language_model.layers[0]
+            hook = first.register_forward_pre_hook(lambda m, a, to=seen: to.append(a[0]))
+            with vtr.apply(model, vtr.FlowCut(keep=keep)) as handle:
+                model(**inputs)
+            hook.remove()
+            other = model.model.multi_modal_projector(done.hidden_states[-2][:, 1:])[0]
+        found.choices(handle.trace.stages[-1].total.kept[0], kept[0])
+        start = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0])
+        found.numbers(seen[0][0, start : start + keep], other)
+    return found
+
+
+def pyramiddrop(code: Checkout) -> Finding:
+    """One cut before each of three layers, from the states that enter it."""
+    from tests.vision.vlm.models import IMAGE, build, clip, llama, prompts, transformers
+
+    file = "llava/model/modeling_llama_pdrop.py"
+    theirs = code.functions(
+        *(file, "rotate_half", "apply_rotary_pos_emb", "LlamaModel.pdrop_rank_drop"),
+        IGNORE_INDEX=-100,
+        _prepare_4d_causal_attention_mask=lambda mask, size, x, **_: torch.full(
+            (size[0], 1, size[1], size[1]), -math.inf
+        ).triu(1),
+    )
+    text = llama()
+    text.num_key_value_heads = text.num_attention_heads  # theirs has no grouped queries
+    config = transformers.LlavaConfig(
+        vision_config=clip(), text_config=text, image_token_id=IMAGE, image_seq_length=16,
+        vision_feature_layer=-2,
+    )  # fmt: skip
+    model = build(transformers.LlavaForConditionalGeneration, config)
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    inputs = {"pixel_values": pixels, **prompts([[16]])}
+    lm, ids = model.model.language_model, inputs["input_ids"][0]
+    start, width = int((ids == IMAGE).nonzero()[0, 0]), text.hidden_size // text.num_attention_heads
+    found = Finding()
+    for layer, share in ((1, 0.5), (2, 0.25), (3, 0.5)):
+        with torch.no_grad():
+            x = model(**inputs, output_hidden_states=True).hidden_states[layer]
+            rope = lm.rotary_emb(x, torch.arange(len(ids))[None])
+            block = lm.layers[layer]
+            heads = SimpleNamespace(
+                num_heads=text.num_attention_heads, num_key_value_heads=text.num_key_value_heads,
+                head_dim=width, rotary_emb=lambda *_, seq_len, rope=rope: (rope[0][0], rope[1][0]),
+                **{n: getattr(block.self_attn, n) for n in ("q_proj", "k_proj", "v_proj")},
+            )  # fmt: skip
+            shown = SimpleNamespace(self_attn=heads, input_layernorm=block.input_layernorm)
+            myself = SimpleNamespace(
+                config=SimpleNamespace(tokenizer_padding_side="right"), training=False,
+                image_token_ratio_list=[1.0, share], image_tokens=[16], image_token_posi=[start],
+                prompt_len=[len(ids) - 16], layers=dict.fromkeys([layer], shown),
+            )  # fmt: skip
+            _, _, other, _ = theirs.pdrop_rank_drop(myself, 0, layer, x, None, None, None)
+            with vtr.apply(model, vtr.PyramidDrop(keep=(share,), layers=(layer,))) as handle:
+                model(**inputs)
+        kept = handle.trace.stages[-1].total.kept[0]
+        stays = torch.ones(len(ids), dtype=torch.bool)
+        stays[start : start + 16] = torch.zeros(16, dtype=torch.bool).index_fill(0, kept, True)
+        same = (x[0, stays] == other[0]).all(1)
+        found.choices(same, torch.ones_like(same))
+    return found
+
+
+def debias(code: Checkout) -> Finding:
+    """The released weights of PyramidDrop and SparseVLM, by the strength fitted to each file."""
+    import numpy
+
+    from vtr.methods.debias import fit_recency
+
+    found = Finding()
+    files = [
+        path
+        for name in ("PyramidDrop", "SparseVLMs")
+        for path in sorted((code.root / "playground/data/weight" / name).glob("*.npy"))
+    ]
+    if not files:
+        raise Missing(f"{code.name} has no weights in playground/data/weight")
+    for path in files:
+        weight = torch.from_numpy(numpy.load(path, allow_pickle=False)).double().flatten()
+        mu, strength = fit_recency(1 / weight)
+        x = torch.linspace(0, 1, len(weight), dtype=torch.float64)
+        found.numbers(1 / (mu * torch.exp(strength * x)), weight)
+    return found
+
+
 # ---- video ---------------------------------------------------------------------------------------
 
 
@@ -735,17 +869,75 @@ def radial(code: Checkout) -> Finding:
     return found
 
 
+def sliding_tile(code: Checkout) -> Finding:
+    """The token mask of their FlexAttention reference, windows of odd numbers of tiles, with text."""
+    from vtr.kernels import masks
+
+    theirs = code.functions("fastvideo-kernel/tests/support_flex_sta.py", "generate_sta_mask")
+    found = Finding()
+    for shape, window, tile, text in (
+        ((18, 8, 24), (3, 1, 3), (6, 8, 8), 0),
+        ((8, 10, 12), (3, 5, 3), (2, 2, 4), 20),
+        ((6, 20, 8), (1, 3, 1), (2, 4, 4), 7),
+    ):
+        n = math.prod(shape) + text
+        index = torch.arange(n)
+        rule = theirs.generate_sta_mask(shape, window, tile, text)
+        mask = rule(None, None, index[:, None], index[None])
+        found.choices(masks.sliding_tile(shape, tile, window, text=text).to_dense(), mask)
+    return found
+
+
+def neighborhood(code: Checkout) -> Finding:
+    """The token mask of their FlexAttention backend, at 200 settings drawn at random."""
+    import functools
+
+    from vtr.kernels import masks
+
+    file, found = "src/natten/backends/flex.py", Finding()
+    g = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=g))
+
+    for _ in range(200):
+        axes = draw(1, 3)
+        shape = tuple(draw(2, 30 // axes) for _ in range(axes))
+        dilation = tuple(draw(1, max(1, min(3, n // 2))) for n in shape)
+        window = tuple(draw(1, n // d) for n, d in zip(shape, dilation, strict=True))
+        stride = tuple(draw(1, w) for w in window)
+        causal = tuple(draw(0, 3) == 0 for _ in shape)
+        theirs = code.functions(
+            *(file, "idx2crd", "get_na_flex_mask.single_dim_tiling_mask"),
+            na_dim=axes,
+            functools=functools,
+        )
+        index = torch.arange(math.prod(shape))
+        rows = index[:, None].expand(-1, len(index))
+        mask = theirs.single_dim_tiling_mask(
+            *(None, None, rows, rows.T, shape, window, stride, dilation, causal)
+        )
+        ours = masks.neighborhood(shape, window, stride=stride, dilation=dilation, causal=causal)
+        found.choices(ours.to_dense(), mask)
+    return found
+
+
 COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
+    "debias": ("intcomp/attention-bias", debias),
     "divprune": ("vbdi/divprune", divprune),
     "dycoke": ("KD-TAO/DyCoke", dycoke),
     "evit": ("youweiliang/evit", evit),
     "evs": ("vllm-project/vllm", evs),
     "fastv": ("pkunlp-icler/FastV", fastv),
     "fastvid": ("LunarShen/FastVID", fastvid),
+    "flowcut": ("TungChintao/FlowCut", flowcut),
     "framefusion": ("thu-nics/FrameFusion", framefusion),
     "holitom": ("cokeshao/HoliTom", holitom),
+    "neighborhood": ("SHI-Labs/NATTEN", neighborhood),
     "prunevid": ("Visual-AI/PruneVid", prunevid),
+    "pyramiddrop": ("Cooperx521/PyramidDrop", pyramiddrop),
     "radial": ("mit-han-lab/radial-attention", radial),
+    "sliding-tile": ("hao-ai-lab/FastVideo", sliding_tile),
     "tome": ("facebookresearch/ToMe", tome),
     "tomesd": ("dbolya/tomesd", tomesd),
     "visionzip": ("dvlab-research/VisionZip", visionzip),

@@ -170,7 +170,7 @@ def test_a_repository_that_is_not_there_leaves_what_is_recorded(fidelity, tmp_pa
     assert fidelity.authors(rows["tome"], tmp_path) == (
         f"no checkout of facebookresearch/ToMe in {tmp_path}"
     )
-    assert fidelity.authors(rows["flowcut"], tmp_path) == "recorded by hand"
+    assert fidelity.authors(rows["sparsevlm"], tmp_path) == "recorded by hand"
     assert fidelity.authors(rows["random"], tmp_path) == "nothing to compare with"
 
 
