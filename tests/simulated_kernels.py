@@ -54,7 +54,13 @@ class Launch:
 
 
 def flex(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: Any, return_lse: bool, **settings: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Any,
+    return_lse: bool = False,
+    return_aux: Any = None,
+    **settings: Any,
 ) -> Any:
     """In the place of compiled FlexAttention: its mask, asked on the device, in full."""
     from torch.nn.attention.flex_attention import create_mask
@@ -71,7 +77,7 @@ def flex(
     k, v = (t.repeat_interleave(group, 1).float() for t in (k, v))
     scores = (q.float() @ k.mT * settings["scale"]).masked_fill(~seen, -float("inf"))
     out = (scores.softmax(-1).nan_to_num(0.0) @ v).to(q.dtype)
-    return (out, scores.logsumexp(-1)) if return_lse else out
+    return (out, scores.logsumexp(-1)) if return_lse or return_aux is not None else out
 
 
 def stand_ins() -> Iterator[Any]:
