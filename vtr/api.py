@@ -139,7 +139,9 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
             or transformer.
         method: a method, a name (``"evit"``), a dict with ``name`` and options, a plan, or a list.
         options: of the adapter (``output=`` for encoders and VLMs, ``positions=``, ``video=`` and
-            ``flash_attention=`` for VLMs, ``modules=`` for methods that learn). Unknown ones raise.
+            ``flash_attention=`` for VLMs, ``steps=`` and ``scheduler=`` for a diffusion transformer
+            that is called without its pipeline, ``modules=`` for methods that learn). Unknown ones
+            raise.
 
     Returns:
         The handle. The model is changed in place and keeps its class and its ``state_dict`` keys.

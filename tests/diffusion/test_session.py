@@ -13,7 +13,7 @@ from torch import Tensor
 import vtr
 from tests.diffusion import pipes
 from tests.diffusion.models import CASES, Fixed
-from vtr.diffusion.session import PipelineRef, Session
+from vtr.diffusion.session import Clock, ScheduleRef, Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,45 @@ def test_dense_steps_are_exact(dense: float, first: int) -> None:
     assert sorted({s[1] for s in method.seen}) == list(range(first, 8))
     if first == 8:
         assert torch.equal(out, pipes.call(pipe, "wan", 8))
+
+
+@pytest.mark.parametrize(("dense", "first", "second"), [
+    ((2, 1), 2, 1), ((0, 3), 0, 3), ((0.25, 0.13), 2, 1), ([1, 0], 1, 0),
+])  # fmt: skip
+def test_dense_steps_of_each_expert(dense: Any, first: int, second: int) -> None:
+    """Counted from the step in which an expert takes over, in every run."""
+    pipe, every = pipes.make("wan2.2"), Watch()
+    with vtr.apply(pipe, every) as handle:
+        experts: list[int] = []
+        seen = every.attend
+
+        def attend(self: Any, site: Any) -> Tensor:
+            experts.append(site.expert)
+            return seen(site)
+
+        object.__setattr__(every, "attend", attend.__get__(every))
+        pipes.call(pipe, "wan2.2", 8)
+        handle.remove()
+    late = next(s[1] for s, expert in zip(every.seen, experts, strict=True) if expert == 1)
+    assert set(experts) == {0, 1} and late >= 3 and 8 - late >= 3
+    method = Watch(dense_steps=dense)
+    with vtr.apply(pipe, method):
+        for _ in range(2):
+            pipes.call(pipe, "wan2.2", 8)
+    want = [*range(first, late), *range(late + second, 8)]
+    assert [(s[0], s[1]) for s in method.seen if s[3:5] == ("cond", 0)] == [
+        (run, step) for run in range(2) for step in want
+    ]
+
+
+def test_dense_steps_for_experts_that_do_not_exist() -> None:
+    for name, steps in (("wan", (3, 1)), ("wan2.2", (3,)), ("wan2.2", (3, 1, 1))):
+        with pytest.raises(ValueError, match=f"is for {len(steps)} transformers, Wan has"):
+            vtr.apply(pipes.make(name), Watch(dense_steps=steps))
+    with pytest.raises(ValueError, match="dense_steps must be"):
+        Watch(dense_steps=(3, 1.5))
+    with pytest.raises(ValueError, match="dense_steps must be"):
+        Watch(dense_steps=())
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4])
@@ -198,8 +237,25 @@ def test_a_run_may_begin_at_any_timestep_in_low_precision(scale: float, dtype: t
     scheduler = Mock(timesteps=times, num_inference_steps=50)
     pipe = Mock(scheduler=scheduler)
     given = times.to(dtype) / scale
-    found = [PipelineRef(pipe).steps(float(t), scale, True) for t in given]
+    found = [ScheduleRef(pipe).steps(float(t), scale, dtype) for t in given]
     assert found == list(range(50, 0, -1))
+
+
+@pytest.mark.parametrize("begin", [0, 7])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_the_beginning_of_a_schedule_that_rounding_makes_one_number(
+    scale: float, begin: int
+) -> None:
+    times = 1000 - torch.linspace(0, 1, 20)
+    given = times.bfloat16() / scale
+    assert len(set(given.tolist())) == 1
+    scheduler = Mock(timesteps=times, num_inference_steps=20, begin_index=begin)
+    value = float(given[begin])
+    assert ScheduleRef(scheduler=scheduler).steps(value, scale, torch.bfloat16) == 20 - begin
+    scheduler.begin_index = None
+    assert ScheduleRef(scheduler=scheduler).steps(value, scale, torch.bfloat16) == 20
+    pipe = Mock(scheduler=scheduler, current_timestep=times[begin])
+    assert ScheduleRef(pipe).steps(value, scale, torch.bfloat16) == 20 - begin
 
 
 def test_the_schedule_says_which_way_its_timesteps_go() -> None:
@@ -212,16 +268,19 @@ def test_the_schedule_says_which_way_its_timesteps_go() -> None:
     assert list(dict.fromkeys(s[:3] for s in method.seen)) == [(0, 0, 3), (0, 1, 3), (0, 2, 3)]
 
 
-@pytest.mark.parametrize(("name", "steps"), [("cogvideox", 5), ("pixart", 3)])
-def test_second_order_schedules(name: str, steps: int) -> None:
-    """Timesteps that come twice: steps of their own where branches have names, else branches."""
-    from diffusers import HeunDiscreteScheduler
+@pytest.mark.parametrize("kind", ["HeunDiscreteScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("name", ["cogvideox", "pixart"])
+def test_timesteps_that_come_twice_are_two_steps(name: str, kind: str) -> None:
+    import diffusers
 
     pipe, method = pipes.make(name), Watch()
-    pipe.scheduler = HeunDiscreteScheduler()
+    options = {"skip_prk_steps": True} if kind == "PNDMScheduler" else {}
+    pipe.scheduler = getattr(diffusers, kind)(**options)
     with vtr.apply(pipe, method):
         pipes.call(pipe, name, 3)
-    assert list(dict.fromkeys(s[1:3] for s in method.seen)) == [(i, steps) for i in range(steps)]
+    steps = len(pipe.scheduler.timesteps)
+    want = [(i, steps, *pipes.PIPES[name][2]) for i in range(steps)]
+    assert steps > 3 and [s[1:4] for s in method.seen if s[4] == 0] == want
 
 
 def test_a_cache_that_leaves_out_half_of_the_batch() -> None:
@@ -290,6 +349,16 @@ def test_names_that_come_again() -> None:
     assert [p[:2] for p in places(calls)] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0)]
 
 
+def test_names_that_come_again_with_other_latents_are_the_next_step() -> None:
+    calls = [
+        (9.0, {"name": name, "latents": torch.tensor(norm)})
+        for name, norm in [("c", 1.0), ("u", 1.0), ("c", 2.0), ("u", 2.0), ("c", 3.0)]
+    ]
+    assert [p[:2] for p in places(calls)] == [(0, 0), (0, 0), (0, 1), (0, 1), (0, 2)]
+    again = [(9.0, {"name": "c", "latents": torch.tensor(1.0)})] * 2
+    assert [p[:2] for p in places(again)] == [(0, 0), (1, 0)]
+
+
 def test_the_pipelines_own_index_decides() -> None:
     calls = [(t, {"name": n, "index": i}) for t, n, i in
              [(9.0, "c", 0), (9.0, "u", 0), (9.0, "c", 1), (5.0, "c", 2), (9.0, "c", 0)]]  # fmt: skip
@@ -297,6 +366,36 @@ def test_the_pipelines_own_index_decides() -> None:
 
 
 def test_a_new_schedule_is_a_new_run() -> None:
-    a, b = torch.tensor([9.0]), torch.tensor([9.0])
-    calls = [(9.0, {"times": a}), (9.0, {"times": a}), (9.0, {"times": b})]
+    a, b = Clock(torch.tensor([9.0])), Clock(torch.tensor([9.0]))
+    calls = [(9.0, {"clock": a}), (9.0, {"clock": a}), (9.0, {"clock": b})]
     assert places(calls) == [(0, 0, "0"), (0, 0, "1"), (1, 0, "0")]
+
+
+@pytest.mark.parametrize("name", [None, "cond"])
+def test_a_schedule_that_moves_on_is_the_next_step(name: str | None) -> None:
+    """By the scheduler's index or by the pipeline's current timestep, whatever the timestep is."""
+    times = torch.tensor([9.0, 9.0, 9.0])
+    clocks = [Clock(times, position) for position in (None, 1, 2)]
+    clocks += [Clock(torch.tensor([9.0, 9.0]), None, torch.tensor(9.0)) for _ in range(1)]
+    clocks += [clocks[-1]._replace(current=torch.tensor(9.0))]
+    found = places([(9.0, {"clock": c, "name": name}) for c in clocks])
+    assert found == [(0, 0, name or "0"), (0, 1, name or "0"), (0, 2, name or "0"),
+                     (1, 0, name or "0"), (1, 1, name or "0")]  # fmt: skip
+
+
+def test_a_timestep_that_comes_twice_in_a_schedule_that_says_nothing_else() -> None:
+    clock = Clock(torch.tensor([9.0, 9.0, 5.0]))
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    calls = [(9.0, {"latents": x}) for x in (one, one, two, two)] + [(5.0, {"latents": one})]
+    found = places(calls, clock=clock, repeats=lambda: True)
+    assert found == [(0, 0, "0"), (0, 0, "1"), (0, 1, "0"), (0, 1, "1"), (0, 2, "0")]
+    alone = places(calls, clock=clock)  # no other step has it: these are branches
+    assert [p[:2] for p in alone] == [(0, 0)] * 4 + [(0, 1)]
+
+
+def test_what_is_over_does_not_go_on() -> None:
+    session = Session()
+    session.enter(0, 9.0, name="cond")
+    session.end()
+    assert session.enter(0, 5.0, name="cond") == (1, 0, "cond")
+    assert session.enter(0, 1.0, name="cond") == (1, 1, "cond")

@@ -17,6 +17,13 @@ DISPATCHED = (
 CONTEXT, ENDED = "cache_context", "_reset_stateful_cache"
 #: The function by which a model checkpoints its blocks, in the model's attributes.
 CHECKPOINT = "_gradient_checkpointing_func"
+#: How far a scheduler has come in its ``timesteps`` (None before its first step), and where it began.
+POSITION, BEGIN = "step_index", "begin_index"
+#: A pipeline's timestep before it is rounded to the dtype of the latents, a new tensor in every step.
+CURRENT = "current_timestep"
+#: Attention processors with rotary factors that cut the batch into so many equal parts: conditional
+#: and perturbed, or unconditional before them (perturbed-attention guidance, PAG).
+BATCH_PARTS = {"PAGHunyuanAttnProcessor2_0": 2, "PAGCFGHunyuanAttnProcessor2_0": 3}
 #: Transformers of a pipeline.
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -34,3 +41,8 @@ def parallel_of(config: Any) -> Any:
 def ulysses_group(config: Any) -> Any:
     """The processes that exchange heads for tokens."""
     return config._ulysses_mesh.get_group()
+
+
+def batch_parts_of(processor: Any) -> int:
+    """Into how many parts an attention processor cuts the batch."""
+    return max(BATCH_PARTS.get(cls.__name__, 1) for cls in type(processor).__mro__)

@@ -18,7 +18,7 @@ from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
 from vtr.diffusion.families import blocks_of, layers_of
 from vtr.diffusion.processor import SiteProcessor, site_processor
-from vtr.diffusion.session import PipelineRef, Session
+from vtr.diffusion.session import ScheduleRef, Session
 from vtr.diffusion.site import AttentionSite, Call
 from vtr.diffusion.targets import Experts, locate, supported
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
@@ -41,9 +41,15 @@ def wrap(root: nn.Module) -> Wrapping:
 class DiffusionWrapping(Wrapping):
     """Patches: the processor of every attention layer, ``cache_context`` (names of branches), and a
     pre-hook of the transformer (grid, step). State of methods is per (method, transformer, branch,
-    layer) and ends with the run."""
+    layer) and ends with the run.
 
-    options: dict[str, Any] = {"steps": None}
+    Options of ``apply``, for a transformer without its pipeline:
+        steps: denoising steps of a run.
+        scheduler: the scheduler of diffusers that runs it; it tells the steps, and their number, also
+            where the timesteps given to the transformer are rounded to one number.
+    """
+
+    options: dict[str, Any] = {"steps": None, "scheduler": None}
 
     def __init__(self, root: nn.Module) -> None:
         self.members = cast(list[Any], root.members if isinstance(root, Experts) else [root])
@@ -51,7 +57,7 @@ class DiffusionWrapping(Wrapping):
         layers = layers_of(self.family, self.members[0])
         self.heads, self.head_dim = _heads(layers[0][1])
         self.block_of = [number for number, _ in layers]
-        self.pipeline = PipelineRef()
+        self.schedule = ScheduleRef()
         self.contexts: list[tuple[str, dict[str, Any]]] = []
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
@@ -75,6 +81,7 @@ class DiffusionWrapping(Wrapping):
         self.batch = self.rows = 0
         self.sample: dict[int, int] = {}
         self.visited: dict[int, int] = {}  # transformer -> its last step
+        self.began: dict[int, int] = {}  # transformer -> its first step
         self.reduced: dict[int, Reduction] = {}
         self.text: int | None = None
         self.texts: list[Tensor] = []
@@ -86,7 +93,7 @@ class DiffusionWrapping(Wrapping):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without a run: tensors of one may belong to a graph, masks are made again.
-        names = ["state", "shared", "memory", "sample", "visited", "reduced"]
+        names = ["state", "shared", "memory", "sample", "visited", "began", "reduced"]
         empty: dict[str, Any] = {**{name: {} for name in names}, "texts": [], "contexts": []}
         state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
         return {**state, **empty, "_trace": Trace(), "session": Session(), "call": None}
@@ -94,14 +101,28 @@ class DiffusionWrapping(Wrapping):
     def attach(self, target: Any) -> None:
         """Remember the pipeline that ``apply`` was given: it knows the schedule."""
         if target is not self.root and hasattr(target, "scheduler"):
-            self.pipeline = PipelineRef(target)
+            self.schedule = ScheduleRef(target)
 
     # ---- applying -------------------------------------------------------------------------------
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        super().add(entries)
+        for entry in entries:
+            # Not held by the entry: a copy of the transformer is run by another scheduler.
+            scheduler = entry.options.pop("scheduler", None)
+            if scheduler is not None:
+                self.schedule = ScheduleRef(scheduler=scheduler)
 
     def check(self, method: Method, options: dict[str, Any]) -> None:
         steps = options.get("steps")
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"steps must be the number of denoising steps, got {steps!r}")
+        scheduler = options.get("scheduler")
+        if scheduler is not None and not hasattr(scheduler, "timesteps"):
+            raise ValueError(
+                "scheduler must be the scheduler of diffusers whose timesteps the transformer is "
+                f"called with, got {type(scheduler).__name__}"
+            )
         super().check(method, options)
         if not {s.site for s in method.stages(self.info)} <= set(self.info.depth):
             raise UnsupportedMethodError(
@@ -213,12 +234,16 @@ class DiffusionWrapping(Wrapping):
         try:
             with getattr(type(member), CONTEXT)(member, name, **facts):
                 yield
+        except BaseException:
+            self.session.end()
+            raise
         finally:
             self.contexts.pop()
 
     def ended(self, index: int, *args: Any, **kwargs: Any) -> None:
         """In place of what a pipeline calls on its transformers at its end: states are let go."""
         self.state.clear()
+        self.session.end()
         member = self.members[index]
         getattr(type(member), ENDED)(member, *args, **kwargs)
 
@@ -246,22 +271,30 @@ class DiffusionWrapping(Wrapping):
         name, facts = self.contexts[-1] if self.contexts else (None, {})
         time = given["timestep"]
         value = float(time.max()) if isinstance(time, Tensor) else float(time)
+        rounded = (value, self.family.scale, time.dtype if isinstance(time, Tensor) else None)
+        clock, latents = self.schedule.clock(), None
+        if not clock.tells_steps:
+            latents = torch.linalg.vector_norm(given["hidden_states"].detach(), dtype=torch.float32)
         before = self.session.run
         run, step, branch = self.session.enter(
             index,
             value,
             name=name,
             index=facts.get("step_index"),
-            times=self.pipeline.timesteps,
+            clock=clock,
+            repeats=lambda: self.schedule.repeats(*rounded),
+            latents=latents,
             rising=self.family.rising,
             training=model.training,
         )
         if run != before:
             self.state.clear()
             self.visited.clear()
+            self.began.clear()
             self.costed = [0.0, 0.0]
-            self.steps = self.pipeline.steps(value, self.family.scale, name is not None)
+            self.steps = self.schedule.steps(*rounded)
         self.visited[index] = step
+        began = self.began.setdefault(index, step)
         for other, last in self.visited.items():
             if last < step - 1:  # an expert whose part of the run is over
                 for key in [k for k in self.state if k[1] == other]:
@@ -270,7 +303,7 @@ class DiffusionWrapping(Wrapping):
         steps = said[0] if said else facts.get("num_inference_steps") or self.steps
         self.call = Call(
             run, step, steps, value, branch, view.grid, self.family.text_first, text_valid,
-            model.training,
+            model.training, index, step - began,
         )  # fmt: skip
         self.text = None
         self.sample.clear()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.compat.diffusers import batch_parts_of
 from vtr.diffusion.site import Call
 from vtr.method import Method, Reduction
 from vtr.tokens import TokenMap, take
@@ -27,7 +28,7 @@ class BlockSite:
     """What a method sees at the input of a block.
 
     The facts of :class:`vtr.diffusion.site.Call` (``run``, ``step``, ``steps``, ``timestep``,
-    ``branch``, ``grid``, ``training``) are attributes here too.
+    ``branch``, ``grid``, ``training``, ``expert``, ``expert_step``) are attributes here too.
 
     Attributes:
         site: ``"block"``.
@@ -195,16 +196,25 @@ def _positions(
 def _by_sample(
     wrapping: DiffusionWrapping, function: Any, given: Any, name: str, map: TokenMap
 ) -> Any:
-    """One call per sample: rotary factors without an axis for samples cannot differ between them."""
-    values, outs = dict(given.arguments), []
+    """One call per sample: rotary factors without an axis for samples cannot differ between them.
+
+    A processor that treats parts of the batch differently gets the sample once for each part, and
+    what it makes of the sample's own part is taken.
+    """
+    values = dict(given.arguments)
+    outs: list[Any] = []
+    parts = batch_parts_of(values.get("self"))
     for b in range(map.batch):
         for key in _PER_SAMPLE & values.keys():
-            if isinstance(values[key], Tensor):
-                given.arguments[key] = values[key][b : b + 1]
+            held = values[key]
+            if isinstance(held, Tensor):
+                given.arguments[key] = held[b : b + 1].expand(parts, *held.shape[1:])
         given.arguments[name] = _positions(wrapping, values[name], map.n_in, map.kept[b])
-        outs.append(function(*given.args, **given.kwargs))
+        made = function(*given.args, **given.kwargs)
+        own = slice(b * parts // map.batch, b * parts // map.batch + 1)
+        outs.append(tuple(x[own] for x in made) if isinstance(made, tuple) else made[own])
     if isinstance(outs[0], tuple):
-        return tuple(torch.cat(parts) for parts in zip(*outs, strict=True))
+        return tuple(torch.cat(pieces) for pieces in zip(*outs, strict=True))
     return torch.cat(outs)
 
 

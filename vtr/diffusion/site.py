@@ -31,6 +31,8 @@ class Call:
             of it is seen or the text is in cross attention.
         training: whether the transformer is in training mode: timesteps are random then, each call
             is a run of its own, and no step is dense for being early.
+        expert: 0-based number of the transformer in its pipeline (Wan 2.2 has two).
+        expert_step: 0-based step of this run counted from the first that this transformer had.
     """
 
     run: int
@@ -42,13 +44,15 @@ class Call:
     text_first: bool = False
     text_valid: Tensor | None = None
     training: bool = False
+    expert: int = 0
+    expert_step: int = 0
 
 
 class AttentionSite:
     """One self- or joint-attention call of one layer.
 
     Everything of :class:`Call` (``run``, ``step``, ``steps``, ``timestep``, ``branch``, ``grid``,
-    ``text_first``, ``text_valid``, ``training``) is an attribute here too.
+    ``text_first``, ``text_valid``, ``training``, ``expert``, ``expert_step``) is an attribute here too.
 
     Attributes:
         layer, layers: 0-based number of the layer and how many there are (dual-stream blocks first,
@@ -76,6 +80,8 @@ class AttentionSite:
     grid: tuple[int, int, int]
     text_first: bool
     training: bool
+    expert: int
+    expert_step: int
 
     def __init__(
         self,

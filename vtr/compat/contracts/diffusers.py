@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vtr.compat.contract import Expectation
-from vtr.compat.diffusers import CHECKPOINT, CONTEXT, DISPATCH, DISPATCHED, ENDED, SDPA
+from vtr.compat.diffusers import (
+    BATCH_PARTS,
+    BEGIN,
+    CHECKPOINT,
+    CONTEXT,
+    CURRENT,
+    DISPATCH,
+    DISPATCHED,
+    ENDED,
+    POSITION,
+    SDPA,
+)
 from vtr.diffusion.families import FAMILIES
 
 _ADAPTER, _FAMILIES = "vtr/diffusion/adapter.py", "vtr/diffusion/families.py"
@@ -89,7 +100,12 @@ CONTRACT = (
     Expectation(
         "diffusers:FlowMatchEulerDiscreteScheduler",
         "vtr/diffusion/session.py",
-        built=("timesteps", "num_inference_steps"),
+        built=("timesteps", "num_inference_steps", POSITION, BEGIN),
+    ),
+    Expectation("diffusers:FluxPipeline", "vtr/diffusion/session.py", has=(CURRENT,)),
+    *(
+        Expectation(f"{_GENERAL}:{name}.__call__", "vtr/diffusion/block.py", calls=("chunk",))
+        for name in BATCH_PARTS
     ),
     Expectation("diffusers:ModularPipeline", "vtr/diffusion/targets.py"),
     Expectation(
