@@ -112,6 +112,43 @@ def test_equals_the_formulas_token_by_token(case, backend):
             torch.testing.assert_close(out[b, h].double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def _with_zeros(q, k, block, p, drop, scale):
+    """The choice of blocks by the released code without text, where zeros fill the last block and
+    count in its mean: the critical blocks, and those that are not pooled."""
+    n = q.shape[2]
+    blocks = -(-n // block)
+    cut = [
+        torch.nn.functional.pad(x.double(), (0, 0, 0, -n % block)).unflatten(2, (blocks, block))
+        for x in (q, k)
+    ]
+    mean_q, mean_k = (x.mean(3) for x in cut)
+    spread_q, spread_k = ((x - x.mean(3, keepdim=True)).abs().mean(3) for x in cut)
+    scores = mean_q @ mean_k.mT
+    falling, order = torch.softmax(scores * scale, -1).sort(dim=-1, descending=True)
+    number = ((falling.cumsum(-1) <= p).sum(-1, keepdim=True) + 1).clamp(
+        min=int((1 - drop) * blocks)
+    )
+    critical = torch.zeros(scores.shape, dtype=torch.bool)
+    critical.scatter_(-1, order, torch.arange(blocks) < number)
+    loss = (spread_q @ mean_k.mT).abs() + (mean_q @ spread_k.mT).abs()
+    return critical, ~(scores.abs() > loss)
+
+
+@pytest.mark.parametrize("ragged", [0, 1, 64, 127])
+def test_a_ragged_block_and_the_zeros_of_the_released_code(ragged):
+    """On whole blocks the choices are the same; else about one in a hundred differs (of 7,442: 87 or
+    fewer of those that are critical)."""
+    block = 128
+    q, k, _ = _qkv(batch=1, tokens=60 * block + ragged, seed=1)
+    share = implicit_attention(q, k, k[:, :, :0], None, block, 0.25)
+    found = critical_blocks(share, 0.3, 0.75, None), ~gains_outweigh_errors(q, k, block)
+    differ = [a != b for a, b in zip(found, _with_zeros(q, k, block, 0.3, 0.75, 0.25), strict=True)]
+    if not ragged:
+        assert not any(bool(d.any()) for d in differ)
+        return
+    assert 0 < differ[0].float().mean() < 0.015 and differ[1].float().mean() < 0.01
+
+
 def test_the_case_is_not_trivial():
     """The loops above meet critical, pooled and excluded blocks."""
     q, k, _ = _qkv(tokens=75)
@@ -264,7 +301,7 @@ def test_the_authors_settings():
     """Blocks of 128, p of 0.3, a curve, neighbours; per model: drop, dense layers and steps."""
     want = {
         "hunyuanvideo": (0.8, 0, 0), "wan2.1-t2v": (0.75, 2, 5), "wan2.1-i2v": (0.75, 2, 0),
-        "wan2.2-t2v-a14b": (0.85, 2, 3), "wan2.2-i2v-a14b": (0.85, 2, 0), "wan2.2-ti2v": (0.75, 2, 5),
+        "wan2.2-t2v-a14b": (0.85, 2, (3, 1)), "wan2.2-i2v-a14b": (0.85, 2, 0), "wan2.2-ti2v": (0.75, 2, 5),
         "cogvideox1.5-t2v": (0.85, 0, 5), "cogvideox1.5-i2v": (0.75, 0, 5),
         "flux": (0.9, tuple(range(37, 57)), 0),
     }  # fmt: skip

@@ -106,6 +106,29 @@ def test_a_full_band_is_dense():
     assert run.notes["density"] == 1.0
 
 
+def test_a_density_of_one_is_not_dense_between_refreshes():
+    """The band of the authors' code ends at half a frame to each side, and its ratio drifts."""
+    method = Rettention(density=1.0, block=16)
+    seen = _band(IMAGE, 0, False, 128)
+    assert seen.float().mean() == pytest.approx(0.75, abs=0.01)
+    qkv, run = tensors(IMAGE), Run(method, IMAGE)
+    dense, whole = attention(*qkv, torch.tensor(True), 0.25)
+    sparse, part = attention(*qkv, seen, 0.25)
+    ratio = torch.exp(part - whole)[..., None]
+    for step in range(5):
+        grown = 0.04 * max(0, step - 1)
+        torch.testing.assert_close(
+            run(qkv, step).double(), dense + grown * sparse, atol=2e-5, rtol=2e-5
+        )
+    assert float((ratio < 1).float().mean()) > 0.9
+
+
+def test_a_mask_that_changes_from_step_to_step_is_refused():
+    searched = SlidingTile(tile=(1, 2, 2), table="windows.json")
+    with pytest.raises(ValueError, match="must not be used with another"):
+        Rettention(mask=searched)
+
+
 def test_another_methods_mask_is_reshaped():
     inner = OwnFrame(block=16)
     method = Rettention(mask=inner, block=16, drift=0.0, residual=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionMethod(Scheduled):
     """Base of the methods that compute the attention of a diffusion transformer in another way.
 

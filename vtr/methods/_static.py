@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     density: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StaticSparse(AttentionMethod):
     """Base of methods with a static mask: a subclass says what it is (:meth:`make_layout`)."""
 
@@ -41,6 +41,10 @@ class StaticSparse(AttentionMethod):
         Raises ``ValueError`` where the options do not fit the grid.
         """
         raise NotImplementedError
+
+    def stays(self) -> bool:
+        """Whether the mask of a layer is the same in every step of a run."""
+        return True
 
     def layout_key(self, site: AttentionSite) -> tuple[object, ...]:
         """What the mask depends on beside the sizes."""
@@ -71,17 +75,25 @@ def sparse(
     *,
     row_scale: Tensor | None = None,
     return_lse: bool = False,
+    heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a site over what a layout keeps; all tensors in the model's order.
 
     Args:
         row_scale: (B, H, S) float, multiplies each output row.
+        heads: (n,) int64, compute these heads alone, which share the mask; H is then n.
 
     Returns:
         out (B, H, S, D), and lse (B, H, S) float32 if asked for.
     """
     mask, arranged, density = layout
     q, k, v = site.q, site.k, site.v
+    if heads is not None:
+        density *= heads.numel() / q.shape[1]
+        shared = q.shape[1] // k.shape[1]
+        q, k, v = (
+            q.index_select(1, heads), *(t.index_select(1, heads // shared) for t in (k, v))
+        )  # fmt: skip
     site.count(density)
     site.notes["mask"] = mask  # for vtr.draw; in the method's order of tokens
     if site.text_valid is not None:

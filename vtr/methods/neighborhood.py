@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from vtr.kernels import masks
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NeighborhoodAttention(Presets, StaticSparse):
     """Generalised neighborhood attention, GNA (arXiv 2504.16922).
 
@@ -52,7 +52,7 @@ class NeighborhoodAttention(Presets, StaticSparse):
     }
     """For 30 x 48 x 80 tokens (0.09 of the grid)."""
 
-    window: Window = 0.25
+    window: Window = field(default=0.25, kw_only=False)
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     tile: tuple[int, ...] | None = None

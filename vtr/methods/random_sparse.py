@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RandomSparse(StaticSparse):
     """Random key blocks, as many for every query block, its own among them; text is dense both ways.
 
@@ -33,7 +33,7 @@ class RandomSparse(StaticSparse):
     name: ClassVar[str] = "random-sparse"
     paper: ClassVar[str] = "baseline: random key blocks"
 
-    density: float = 0.25
+    density: float = field(default=0.25, kw_only=False)
     seed: int = 0
 
     def validate(self) -> None:
@@ -67,7 +67,7 @@ class RandomSparse(StaticSparse):
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OwnFrame(StaticSparse):
     """Every query sees the frames at most ``radius`` away and the text, text sees everything.
 
@@ -77,7 +77,7 @@ class OwnFrame(StaticSparse):
     name: ClassVar[str] = "own-frame"
     paper: ClassVar[str] = "baseline: a window of frames"
 
-    radius: int = 0
+    radius: int = field(default=0, kw_only=False)
 
     def validate(self) -> None:
         super().validate()

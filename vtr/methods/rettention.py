@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rettention(Presets, StaticSparse):
     """Re-ttention, statistically reshaped attention (NeurIPS 2025, arXiv 2505.22918).
 
@@ -44,6 +44,13 @@ class Rettention(Presets, StaticSparse):
     same in every frame (an image is one frame); text is dense. Such a band cuts through its blocks:
     the kernel's work is the share of live blocks, more than ``density`` where the band is narrower
     than a block. Smaller blocks or ``whole_blocks`` make use of that.
+
+    With ``density=1`` it is not dense between the refreshes: the band reaches half of a frame's
+    places to each side and is not shifted at the borders, so that it holds three quarters of the
+    pairs; and rho, which then is near 1, still grows by ``drift``, so that what the sparse part gives
+    is multiplied by up to ``rho + (refresh - 2) drift``. Both are as in the authors' code. Use
+    ``dense_steps`` or ``dense_layers`` to leave steps or layers as they are; ``refresh=1`` is dense in
+    every step.
 
     Memory: a float32 ratio per token and head, and a residual as large as the attention's output, of
     every sparse layer and guidance branch, for the length of a run. :meth:`memory` says how much
@@ -79,7 +86,7 @@ class Rettention(Presets, StaticSparse):
     }
     """Of 20, 20, 50 and 50 steps; the rest is the default."""
 
-    density: float = 1 / 32
+    density: float = field(default=1 / 32, kw_only=False)
     mask: AttentionMethod | None = None
     refresh: int = 5
     drift: float = 0.04
@@ -96,7 +103,9 @@ class Rettention(Presets, StaticSparse):
         if isinstance(self.density, bool) or not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density!r}")
         if self.mask is not None and (
-            not isinstance(self.mask, StaticSparse) or isinstance(self.mask, Rettention)
+            not isinstance(self.mask, StaticSparse)
+            or isinstance(self.mask, Rettention)
+            or not self.mask.stays()
         ):
             raise ValueError(
                 "mask must be a method with a static mask (such as RadialAttention, SlidingTile or "

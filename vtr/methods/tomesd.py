@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ToMeSD(Scheduled):
     """Token Merging for Stable Diffusion (CVPR workshops 2023, arXiv 2303.17604), for transformers.
 
@@ -51,7 +51,7 @@ class ToMeSD(Scheduled):
     sites: ClassVar[tuple[str, ...]] = ("block",)
     needs: ClassVar = {"block": frozenset({"hidden"})}
 
-    ratio: float = 0.5
+    ratio: float = field(default=0.5, kw_only=False)
     cell: tuple[int, int, int] = (1, 2, 2)
     merge_attn: bool = True
     merge_mlp: bool = False

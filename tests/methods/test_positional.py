@@ -1,0 +1,43 @@
+"""Options of the methods for diffusion by position: the one that says how much, and no other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from vtr.method import registry
+from vtr.methods._schedule import Scheduled
+
+LEAD = {
+    "neighborhood": ("window", (3, 3, 3)),
+    "own-frame": ("radius", 2),
+    "radial": ("decay", 0.5),
+    "random-sparse": ("density", 0.5),
+    "rectified-sparse": ("drop", 0.5),
+    "rettention": ("density", 0.5),
+    "sliding-tile": ("window", 9),
+    "tomesd": ("ratio", 0.25),
+}
+METHODS = {name: cls for name, cls in registry().items() if issubclass(cls, Scheduled)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_option_by_position(name):
+    cls, (option, value) = METHODS[name], LEAD[name]
+    assert cls(value) == cls(**{option: value}) != cls()
+    assert cls(value).dense_layers == cls(value).dense_steps == 0
+    with pytest.raises(TypeError, match=rf"takes {option} without a name.*dense_layers="):
+        cls(value, 2)
+
+
+def test_the_first_option_of_a_token_method_is_how_much_it_keeps():
+    first = {
+        name: next(f.name for f in dataclasses.fields(cls) if f.init and not f.kw_only)
+        for name, cls in registry().items()
+        if name not in METHODS
+    }
+    assert {name: option for name, option in first.items() if option != "keep"} == {
+        "debias": "method",  # it wraps one
+        "tome": "r",  # the paper's option: tokens merged per layer
+    }
