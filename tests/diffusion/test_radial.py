@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -85,8 +86,13 @@ def test_presets() -> None:
         assert vtr.create(**method.to_dict()) == method
     wan = vtr.RadialAttention.preset("wan2.1-14b", block=64)
     assert (wan.dense_layers, wan.decay, wan.block) == (1, 0.2, 64)
-    assert [int(wan.dense_steps * n + 1e-9) for n in (50, 8)] == [12, 1]
-    assert int(vtr.RadialAttention.preset("wan2.2").dense_steps * 40 + 1e-9) == 11
+    for name, steps in (
+        ("wan2.1-14b", {50: 12, 8: 2, 4: 1}), ("hunyuanvideo", {50: 12}), ("wan2.2", {40: 11}),
+    ):  # fmt: skip
+        method = vtr.RadialAttention.preset(name)
+        for number, dense in steps.items():
+            sites = [Mock(training=False, step=s, steps=number) for s in range(number)]
+            assert sum(method.is_dense(site) for site in sites) == dense
     with pytest.raises(ValueError, match=r"no preset 'wan2.3'.*wan2"):
         vtr.RadialAttention.preset("wan2.3")
 

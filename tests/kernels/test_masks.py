@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import time
 
 import pytest
@@ -64,11 +65,13 @@ def test_radial_with_blocks_of_one_token_is_the_papers_formula():
         assert bool(mask.to_dense()[a, b]) == (keep or j == 0)
 
 
-def _released_rule(frames, size, block, decay, sink, text=0):
+def _released_rule(frames, size, block, decay, sink, text=0, mended=True):
     """The released procedure step by step: a frame pair's token map on a canvas aligned to the
-    blocks, shrunk by column densities."""
+    blocks, shrunk by column densities. Mended, the canvas ends where the frame does, and a block's
+    own frame is kept whatever its density."""
     video, total = frames * size, frames * size + text
-    whole = torch.zeros(total // block, total // block, dtype=torch.bool)
+    grid = -(-total // block)
+    whole = torch.zeros(grid, grid, dtype=torch.bool)
     whole[video // block :], whole[:, video // block :] = True, True
     place = torch.arange(size)
     apart = (place[:, None] - place[None]).abs()
@@ -85,9 +88,14 @@ def _released_rule(frames, size, block, decay, sink, text=0):
         at = [(f * size) % block for f in (i, j)]
         canvas[at[0] : at[0] + size, at[1] : at[1] + size] = keep
         n, m = (side // block for side in sides)
+        if mended:
+            n, m = (-(-(a + size) // block) for a in at)
+            canvas = torch.nn.functional.pad(canvas, (0, block, 0, block))
         cut = canvas[: n * block, : m * block].view(n, block, m, block)
         columns = cut.sum(1) / block
         strong = (columns > 1 / 3).sum(-1) / ((columns > 0).sum(-1) + 1e-9) > 0.6
+        if mended and i == j:
+            strong |= cut.any(3).any(1)
         rows, cols = (i * size) // block, (j * size) // block
         whole[rows : rows + n, cols : cols + m] |= strong
     return whole
@@ -104,6 +112,8 @@ def _released_rule(frames, size, block, decay, sink, text=0):
         (16, 24, 16, 0.5, 0),
         (40, 32, 16, 1.0, 0),  # far enough for the frequency rule
         (10, 40, 16, 0.6, 23),
+        (9, 23, 16, 0.5, 0),  # a frame may need one block more than its length does
+        (11, 5, 16, 1.0, 4),  # three frames and more in a block
     ],
 )
 def test_radial_released(frames, size, block, decay, text, sink):
@@ -111,10 +121,59 @@ def test_radial_released(frames, size, block, decay, text, sink):
     mask = masks.radial(
         frames, size, block=block, decay=decay, sink=sink, text=text, rule="released"
     )
-    blocks = mask.to_dense(blocks=True)
-    n = expected.shape[0]
-    assert torch.equal(blocks[:n, :n], expected)
-    assert blocks[n:].all() and blocks[:, n:].all()
+    assert torch.equal(mask.to_dense(blocks=True), expected)
+
+
+@pytest.mark.parametrize("sink", [True, False])
+@pytest.mark.parametrize(
+    ("frames", "size", "block", "text"),
+    [(8, 64, 16, 0), (9, 48, 16, 32), (40, 32, 16, 23), (3, 3600, 128, 256)],
+)
+def test_radial_released_is_the_released_code_where_frames_are_whole_blocks(
+    frames, size, block, text, sink
+):
+    """And at 720 x 1280 (3,600 tokens per frame), where no frame loses its last block either."""
+    expected = _released_rule(frames, size, block, 0.4, sink, text, mended=False)
+    mask = masks.radial(frames, size, block=block, decay=0.4, sink=sink, text=text, rule="released")
+    assert torch.equal(mask.to_dense(blocks=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("frames", "decay", "sink", "block", "text"),
+    [
+        (18, 0.2, True, 128, 0),  # Wan 2.1, 69 frames
+        (20, 0.8, True, 64, 0),  # Wan 2.2, 77 frames
+        (30, 0.95, False, 128, 256),  # HunyuanVideo, 117 frames
+        (128, 1.0, False, 128, 256),  # HunyuanVideo, 509 frames
+    ],
+)
+def test_radial_released_at_the_authors_sizes(frames, decay, sink, block, text):
+    """Block by block at 768 x 1280. A frame is 30 or 60 whole blocks, so that all follows from how far
+    apart two frames, and two blocks inside them, are."""
+    size, inside = 3840, torch.arange(block)
+    n = size // block
+    off = torch.arange(-n + 1, n)[:, None, None] * block
+    apart = (inside[None, :, None] - inside[None, None] - off).abs()
+    expected = torch.zeros(frames, n, frames, n, dtype=torch.bool)
+    for r in range(frames):
+        reach = 4096 / 2 ** r.bit_length()
+        keep = apart <= (size if r <= 1 else max(reach * decay, block))
+        if reach < 128 and r % int(128 / reach):
+            keep = torch.zeros_like(keep)
+        share = keep.sum(1) / block
+        strong = (share > 1 / 3).sum(1) / ((share > 0).sum(1) + 1e-9) > 0.6
+        pair = strong[torch.arange(n) - torch.arange(n)[:, None] + n - 1]
+        for i in range(frames - r):
+            expected[i, :, i + r], expected[i + r, :, i] = pair, pair
+    if sink:
+        expected[:, :, 0] = True
+    mask = masks.radial(
+        frames, size, block=block, decay=decay, sink=sink, text=text, rule="released"
+    )
+    live = mask.to_dense(blocks=True)
+    video = frames * n
+    assert torch.equal(live[:video, :video], expected.view(video, video))
+    assert live[video:].all() and live[:, video:].all()
 
 
 @pytest.mark.parametrize(
@@ -259,6 +318,27 @@ def test_neighborhood(shape, window, stride, dilation, causal, text):
         for b, key in enumerate(cells):
             expected[a, b] = all(k in axis for k, axis in zip(key, sees, strict=True))
     assert torch.equal(mask.to_dense(), expected)
+
+
+def test_neighborhood_on_random_grids():
+    """200 grids of one to three axes, any window, stride and dilation that fit."""
+    draw = random.Random(0)
+    for _ in range(200):
+        shape = tuple(draw.randint(1, 9) for _ in range(draw.randint(1, 3)))
+        window = tuple(draw.randint(1, n) for n in shape)
+        stride = tuple(draw.randint(1, w) for w in window)
+        dilation = tuple(draw.randint(1, n // w) for n, w in zip(shape, window, strict=True))
+        causal = tuple(draw.random() < 0.3 for _ in shape)
+        mask = masks.neighborhood(
+            shape, window, stride=stride, dilation=dilation, causal=causal, block=16
+        )
+        expected = torch.ones(1, 1, dtype=torch.bool)
+        for line in zip(shape, window, stride, dilation, causal, strict=True):
+            axis = torch.zeros(line[0], line[0], dtype=torch.bool)
+            for query in range(line[0]):
+                axis[query, list(_axis_window(query, *line))] = True
+            expected = torch.kron(expected.int(), axis.int()).bool()
+        assert torch.equal(mask.to_dense(), expected), (shape, window, stride, dilation, causal)
 
 
 @pytest.mark.parametrize(

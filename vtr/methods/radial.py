@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from vtr.kernels import masks
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RadialAttention(Presets, StaticSparse):
     """A static mask, the same for every layer, head and prompt: :func:`vtr.kernels.masks.radial`.
 
@@ -29,7 +29,7 @@ class RadialAttention(Presets, StaticSparse):
         sink: every query sees the first frame (the authors' code: Wan yes, HunyuanVideo no, where
             the text serves).
         rule: ``"paper"``, or ``"released"`` for the rule of the authors' code (whose text, if any,
-            stands last).
+            stands last), mended at sizes that they did not run so that every block sees its own frame.
     """
 
     name: ClassVar[str] = "radial"
@@ -37,19 +37,20 @@ class RadialAttention(Presets, StaticSparse):
     needs: ClassVar[Mapping[str, frozenset[str]]] = {"attention": frozenset({"qkv", "frames"})}
 
     PRESETS: ClassVar = {
-        "wan2.1-14b": {"dense_layers": 1, "dense_steps": 0.24, "decay": 0.2, "rule": "released"},
-        "wan2.1-1.3b": {"dense_layers": 1, "dense_steps": 0.24, "decay": 0.2, "rule": "released"},
+        "wan2.1-14b": {"dense_layers": 1, "dense_steps": 0.25, "decay": 0.2, "rule": "released"},
+        "wan2.1-1.3b": {"dense_layers": 1, "dense_steps": 0.25, "decay": 0.2, "rule": "released"},
         "wan2.2": {
             "dense_layers": 1, "dense_steps": 0.275, "decay": 0.8, "rule": "released", "block": 64,
         },
-        "hunyuanvideo": {"dense_steps": 0.24, "decay": 0.95, "sink": False, "rule": "released"},
+        "hunyuanvideo": {"dense_steps": 0.25, "decay": 0.95, "sink": False, "rule": "released"},
         "mochi": {"dense_steps": 12, "sink": False, "rule": "released"},
     }  # fmt: skip
-    """What the authors' scripts run, dense steps (12 of 50; 11 of 40 for Wan 2.2) as a share so that
-    they hold for other numbers of steps, and blocks of 64 for Wan 2.2, of 128 else. The authors ship
-    nothing for 1.3B, which has the 14B's, and for Mochi 12 steps alone."""
+    """What the authors' scripts run, with blocks of 64 for Wan 2.2 and of 128 otherwise. Dense steps are
+    a share, so that they hold for other numbers of steps: a quarter, rounded down, is their 12 of 50,
+    2 of 8 and 1 of 4; for Wan 2.2 it is their 11 of 40. (Their scripts for several GPUs take 10 of 50.)
+    The authors ship nothing for 1.3B, which has the 14B's, and for Mochi 12 steps alone."""
 
-    decay: float = 1.0
+    decay: float = field(default=1.0, kw_only=False)
     sink: bool = True
     rule: str = "paper"
 

@@ -45,7 +45,11 @@ def radial(
 
     ``rule="released"`` is the rule of the released code: half-widths from the power of two above
     s, a frequency rule of its own, and a strict shrink to blocks that drops blocks which a
-    diagonal or a frame barely touches (so it is no superset of its token rule).
+    diagonal or a frame barely touches (so it is no superset of its token rule). Two things are
+    mended, which change nothing where a frame is whole blocks, nor at the 3,600 tokens per frame of
+    720 x 1280: the released code loses the last block of a frame that lies in one block more than
+    its length needs, for queries and keys alike, and it may shrink away a block's own frame where a
+    block is longer than a frame. Here every block sees the frames of its own tokens.
 
     Args:
         decay: factor of the widths from the third diagonal on.
@@ -150,15 +154,11 @@ def _released(
         plain = power / 2**group
         if plain < _RELEASED_SPLIT and r % int(_RELEASED_SPLIT / plain):
             reach[r] = -1
-    # Each frame's canvas has as many blocks as a frame needs by itself; what sticks out is lost.
-    first_block = np.arange(frames) * size // block
-    frame, of_block, low, high = pieces
-    inside = of_block < first_block[frame] + -(-size // block)
     # More than a third of a block's rows in a column: at least this many.
     enough = block // 3 + 1
     live = np.zeros((grid, grid), dtype=bool)
-    frame, of_block, low, high = (line[inside] for line in (frame, of_block, low, high))
-    for part in _rows(np.stack([frame, of_block])):
+    frame, of_block, low, high = pieces
+    for part in _rows(pieces):
         width = reach[np.abs(frame[part, None] - frame)]
         dropped = width < 0
         if sink:
@@ -176,5 +176,6 @@ def _released(
         strong[2 * width + 1 < enough] = 0
         keep = 5 * np.maximum(strong, 0) > 3 * np.maximum(touched, 0)
         keep &= ~dropped
+        keep |= frame[part, None] == frame
         _collect(live, keep, of_block[part], of_block)
     return live
