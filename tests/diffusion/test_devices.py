@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +98,16 @@ def test_wan(name: str) -> None:
     machine = agree("wan", methods("sdpa")[name])
     if name in PER_CALL:
         assert sum(machine.ours().values()) <= PER_CALL[name] * len(TIMES), machine.ours()
+
+
+def test_windows_from_a_table(tmp_path: Path) -> None:
+    places = itertools.product(range(len(TIMES)), range(3), range(2))
+    windows = {f"{s}_{n}_{h}": [3, 2, 2] if s == n else [1, 2, 1 + h] for s, n, h in places}
+    (tmp_path / "windows.json").write_text(json.dumps(windows))
+    table = str(tmp_path / "windows.json")
+    method = vtr.SlidingTile(tile=(1, 2, 3), table=table, block=16, backend="sdpa")
+    machine = agree("wan", method)
+    assert sum(machine.ours().values()) <= len(TIMES), machine.ours()
 
 
 @pytest.mark.parametrize("name", ["own-frame", "rectified", "rettention", "tomesd"])

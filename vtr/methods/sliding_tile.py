@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
 from vtr.kernels import BlockMask, masks
 from vtr.kernels.keys import without_keys
-from vtr.method import register
+from vtr.method import Stage, register
 from vtr.methods._order import Arranged, arrange, grid_order
 from vtr.methods._presets import Presets
-from vtr.methods._static import Layout, StaticSparse, Window, check_window, fit_window
+from vtr.methods._static import Layout, StaticSparse, Window, check_window, fit_window, sparse
+from vtr.methods._windows import WindowTable, load_windows
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
+    from vtr.signals import ModelInfo
 
 
 @register
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlidingTile(Presets, StaticSparse):
-    """Sliding Tile Attention (ICML 2025, arXiv 2502.04507), without its search of windows per head.
+    """Sliding Tile Attention (ICML 2025, arXiv 2502.04507).
 
     The grid is cut into tiles; each tile sees the tiles of a window around it, shifted at the borders
     so that every tile sees a full window. Text is dense both ways. With tiles of a multiple of
@@ -33,34 +36,92 @@ class SlidingTile(Presets, StaticSparse):
     most ``block`` tokens that divides the grid best, filled up to a block of its own, so that the
     work is that of the window whatever the size.
 
+    Without training the authors search a window for every step, layer and head. Their table for
+    HunyuanVideo (50 steps) leaves the first 15 steps dense, in which it differs from the 12 of the
+    paper; then each head has one of five windows. ``table`` reads it, or another one that their search
+    has written. One window for all heads is the setting for fine-tuned weights.
+
     Args:
         window: tiles per axis, as (frames, height, width), (height, width) for images, or one int; a
-            float in (0, 1] is the share of the grid.
+            float in (0, 1] is the share of the grid. Not used with ``table``.
         tile: tokens of a tile as (frames, height, width) or (height, width), or None. The authors
             take (6, 8, 8).
+        table: a JSON file of windows, ``{"step_layer_head": [frames, height, width]}``, read when the
+            method is applied. The model's layers (dual-stream blocks first) and heads, the steps of
+            the run, and the tiles of the grid (the largest window along each axis) must be the
+            table's. Steps and layers in which all heads have the whole grid are dense.
     """
 
     name: ClassVar[str] = "sliding-tile"
     paper: ClassVar[str] = "Sliding Tile Attention, ICML 2025, arXiv 2502.04507"
 
     PRESETS: ClassVar = {
-        "hunyuanvideo": {"window": (5, 5, 5), "tile": (6, 8, 8), "dense_steps": 0.24},
-        "hunyuanvideo-tuned": {"window": (3, 3, 3), "tile": (6, 8, 8), "dense_steps": 0.24},
+        "hunyuanvideo": {"window": (5, 5, 5), "tile": (6, 8, 8), "dense_steps": 0.25},
+        "hunyuanvideo-tuned": {"window": (3, 3, 3), "tile": (6, 8, 8), "dense_steps": 0.25},
+        "hunyuanvideo-searched": {"tile": (6, 8, 8), "table": "mask_strategy_hunyuan.json"},
     }
     """For 30 x 48 x 80 tokens: the two windows of the authors' tables (0.42 and 0.09 of the grid; the
-    smaller one is theirs for fine-tuned weights), the same for all heads."""
+    smaller one is theirs for fine-tuned weights), the same for all heads, with the paper's 12 dense
+    steps of 50; and the released search, whose file is not part of this package: it is
+    ``assets/mask_strategy_hunyuan.json`` on FastVideo's branch ``sta_do_not_delete``, read from the
+    working directory or from ``preset("hunyuanvideo-searched", table=path)``."""
 
-    window: Window = 0.25
+    window: Window = field(default=0.25, kw_only=False)
     tile: tuple[int, ...] | None = None
+    table: str | None = None
 
     def validate(self) -> None:
         super().validate()
         self._set("window", check_window(self.window))
+        if self.table is not None and not (isinstance(self.table, str) and self.tile is not None):
+            raise ValueError(
+                "table must be the path of a JSON file of windows, which count tiles: give "
+                f"tile=(6, 8, 8) with it; got table={self.table!r}, tile={self.tile!r}"
+            )
         if self.tile is None:
             return
         if not isinstance(self.tile, (tuple, list)) or len(self.tile) not in (2, 3):
             raise ValueError(f"tile must be ints for (frames, height, width), got {self.tile!r}")
         self._set("tile", check_window(self.tile, "tile"))
+
+    def stays(self) -> bool:
+        return self.table is None
+
+    def layout_key(self, site: AttentionSite) -> tuple[object, ...]:
+        return (self.window,)
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        if self.table is not None:
+            table, layers = load_windows(self.table), info.depth.get("attention", 0)
+            if (table.layers, table.heads) != (layers, info.heads):
+                raise ValueError(
+                    f"table={self.table!r} is for {table.layers} layers of {table.heads} heads; "
+                    f"{info.family} here has {layers} of {info.heads}"
+                )
+        return super().stages(info)
+
+    def attend(self, site: AttentionSite) -> Tensor:
+        if self.table is None:
+            return super().attend(site)
+        table = load_windows(self.table)
+        _check_run(table, self.tile or (), site)
+        chosen = table.index[site.step, site.layer]
+        numbers = chosen.unique().tolist()
+        if [table.windows[n] for n in numbers] == [table.whole]:
+            dense: Tensor = site.dense()
+            return dense
+
+        def make() -> list[Tensor]:
+            own = [(chosen == n).nonzero().squeeze(1) for n in numbers]
+            return [t.to(site.q.device) for t in (*own, torch.cat(own).argsort())]
+
+        *heads, back = site.for_size(("heads", site.step, site.layer), make)
+        parts, work = [], site.notes.get("work", 0.0)
+        for number, own in zip(numbers, heads, strict=True):
+            of_window = replace(self, window=table.windows[number], table=None)
+            parts.append(sparse(site, of_window.layout(site), heads=own)[0])
+        site.notes["density"] = site.notes["work"] - work
+        return torch.cat(parts, 1).index_select(1, back)
 
     def make_layout(self, site: AttentionSite) -> Layout:
         if self.tile is None:
@@ -114,6 +175,32 @@ class SlidingTile(Presets, StaticSparse):
         if not bool(real.all()):
             mask = without_keys(mask, real[None])
         return Layout(mask, Arranged(source, back))
+
+
+def _check_run(table: WindowTable, tile: Window, site: AttentionSite) -> None:
+    """Raise where a run is not one of the table."""
+    if site.training:
+        raise RuntimeError(
+            "a table has windows for the steps of a generation, and training has no such steps: "
+            "train under one window (window=)"
+        )
+    if site.q.shape[1] != table.heads:
+        raise RuntimeError(
+            f"the table has windows for {table.heads} heads, and {site.q.shape[1]} are here: heads "
+            "that are split between processes are not known by number"
+        )
+    if site.steps not in (None, table.steps) or site.step >= table.steps:
+        raise RuntimeError(
+            f"the table is for {table.steps} denoising steps, this run has "
+            f"{site.steps or 'more'}: call the pipeline with num_inference_steps={table.steps}"
+        )
+    tile = fit_window(tile, site.grid)
+    tiles = tuple(-(-n // t) for n, t in zip(site.grid, tile, strict=True))
+    if tiles != table.whole:
+        raise RuntimeError(
+            f"the table is for {table.whole} tiles; {site.grid} tokens (frames, height, width) are "
+            f"{tiles} tiles of {tile}"
+        )
 
 
 def dividing_tile(grid: Sequence[int], block: int) -> tuple[int, ...]:

@@ -1,0 +1,96 @@
+"""Tables of windows per denoising step, layer and head, as FastVideo's mask search writes them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Window = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """Windows of tiles (frames, height, width) by step, layer and head.
+
+    Attributes:
+        windows: the different ones.
+        index: (steps, layers, heads) int64, the window of each.
+    """
+
+    windows: tuple[Window, ...]
+    index: Tensor
+
+    @property
+    def steps(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def layers(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.index.shape[2]
+
+    @property
+    def whole(self) -> Window:
+        """The largest window along each axis: the tiles of the grid that the table is for."""
+        frames, height, width = (max(axis) for axis in zip(*self.windows, strict=True))
+        return frames, height, width
+
+
+def load_windows(path: str) -> WindowTable:
+    """Read a JSON file ``{"step_layer_head": [frames, height, width]}`` with an entry for each.
+
+    Raises:
+        ValueError: there is no such file, or it is not such a table; the message says what is wrong.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        raise ValueError(
+            f"table={path!r}: there is no such file. FastVideo releases one for HunyuanVideo as "
+            "assets/mask_strategy_hunyuan.json on its branch sta_do_not_delete "
+            "(github.com/hao-ai-lab/FastVideo); give the path to your copy as table="
+        ) from None
+    return _load(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: str, changed: int, size: int) -> WindowTable:
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = {
+                tuple(map(int, key.split("_"))): tuple(window)
+                for key, window in json.load(file).items()
+            }
+        steps, layers, heads = (max(axis) + 1 for axis in zip(*entries, strict=True))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"table={path!r} is no JSON object of {{'step_layer_head': [frames, height, width]}}: "
+            f"{error}"
+        ) from None
+    for key, window in entries.items():
+        if len(window) != 3 or any(type(n) is not int or n < 1 for n in window):
+            raise ValueError(
+                f"table={path!r}: the window of step, layer and head {key} must be three positive "
+                f"ints (tiles), got {list(window)}"
+            )
+    if len(entries) != steps * layers * heads:
+        every = ((s, n, h) for s in range(steps) for n in range(layers) for h in range(heads))
+        missing = next(key for key in every if key not in entries)
+        raise ValueError(
+            f"table={path!r} has {len(entries)} windows for {steps} steps, {layers} layers and "
+            f"{heads} heads; the first that lacks one is {missing}"
+        )
+    windows = tuple(sorted(set(entries.values())))
+    number = {window: n for n, window in enumerate(windows)}
+    index = torch.empty(steps, layers, heads, dtype=torch.int64, device="cpu")
+    flat = [number[entries[key]] for key in sorted(entries)]
+    index.view(-1).copy_(torch.tensor(flat, device="cpu"))
+    return WindowTable(windows, index)  # type: ignore[arg-type]
