@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
-from vtr.video.media import PLAIN, FirstFrame, Media, av_module, short, video_stream
-from vtr.video.pictures import View, has_alpha, pixel_aspect, unknown_colours
+from vtr.video.media import PLAIN, FirstFrame, Media, av_module, frame_rate, short, video_stream
+from vtr.video.pictures import View, has_alpha, narrow_grey, pixel_aspect, unknown_colours
 from vtr.video.types import TRANSFERS, VideoMetadata
+
+#: Codecs of animated pictures.
+PATCHES = frozenset({"apng", "gif"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,7 @@ class VideoIndex:
         start: (T,) int64, decode-order number of the key packet from which each frame is decoded.
         packets: {pts: decode-order number} of every packet.
         seek: (P, 2) int64, times to seek to for each packet in decode order: its pts, its dts.
+        sizes: (P,) int64, bytes of each packet in decode order.
         keys: (K,) int64, numbers of the key frames.
         view: how stored frames are shown.
         unusual: why a decoder that does less than PyAV may number frames otherwise, or show others;
@@ -42,6 +46,7 @@ class VideoIndex:
     start: np.ndarray
     packets: dict[int, int]
     seek: np.ndarray
+    sizes: np.ndarray
     keys: np.ndarray
     view: View
     unusual: str
@@ -76,19 +81,23 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
         base = facts(stream, first, media, trouble)
         streams = len(container.streams.video)
         unit = float(stream.time_base or 1e-6)
-        rate = stream.average_rate or stream.guessed_rate or 0
+        rate = frame_rate(stream)
     known = all(pts is not None for pts, *_ in rows) and len({r[0] for r in rows}) == len(rows)
+    intra = look.keys_hold and all(row[2] for row in rows)
     # AVI has no times, only an order, which is that of decoding.
-    if not known or ("avi" in base.container and not all(row[2] for row in rows)):
+    if not known or ("avi" in base.container and not intra):
         return counted_index(media, deadline, damaged, base)
     view = View.of(first, media.name)
-    pts, dts, key, discard, lengths = (np.array(column) for column in zip(*rows, strict=True))
-    palette = first.format.has_palette
+    pts, dts, key, discard, lengths, sizes = (
+        np.array(column) for column in zip(*rows, strict=True)
+    )
+    # A palette may come with the first packet alone, or change with any; animations are patches on
+    # what was shown before, also where they have key frames.
+    entire = first.format.has_palette or base.codec in PATCHES
     if not look.keys_hold or not key.any():
         key = np.arange(len(key)) == 0
     order = np.arange(len(pts))
-    # A palette may come with the first packet alone, or change with any.
-    heads = np.zeros(1, np.int64) if palette else np.flatnonzero(key)
+    heads = np.zeros(1, np.int64) if entire else np.flatnonzero(key)
     which = np.searchsorted(heads, order, side="right") - 1
     leading = (which >= 0) & (pts < pts[heads[np.maximum(which, 0)]])
     begin = np.where(leading, which - 1, which)
@@ -102,22 +111,24 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
         "it has open groups": leading.any(),
         "it is damaged": trouble,
         f"it has {streams} video streams": streams > 1,
-        "it has a palette": palette,
+        "it has a palette, or is an animation": entire,
+        "it is grey in video range": narrow_grey(first),
         "frames are marked as key frames that are none": not look.keys_hold,
     }
     by_time = order[shown][np.argsort(pts[shown], kind="stable")]
     times = (pts[by_time] - pts[by_time[0]]) * unit
     return VideoIndex(
-        metadata=timed(base, times, float(lengths[by_time[-1]]) * unit, float(rate)),
+        metadata=timed(base, times, float(lengths[by_time[-1]]) * unit, rate),
         times=times,
         pts=pts[by_time],
         start=heads[begin[by_time]],
         packets=dict(zip(pts.tolist(), order.tolist(), strict=True)),
         seek=np.stack([pts, np.minimum(dts, pts)], 1),
+        sizes=sizes,
         keys=np.flatnonzero(key[by_time]),
         view=view,
         unusual=next((reason for reason, found in unusual.items() if found), ""),
-        intra=bool(key.all()),
+        intra=intra,
         reordered=bool((np.diff(pts) < 0).any()),
     )
 
@@ -134,7 +145,7 @@ def counted_index(
     first: Any = None
     with media.open() as container:
         stream = video_stream(container, media.name)
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rate = frame_rate(stream)
         for n, frame in enumerate(decode_all(container, stream, media, deadline, damaged, trouble)):
             if first is None:
                 first = frame
@@ -157,6 +168,7 @@ def counted_index(
         np.zeros(len(at), np.int64),
         {},
         np.empty((0, 2), np.int64),
+        np.empty(0, np.int64),
         np.array(keys, np.int64),
         View.of(first, media.name),
         unusual="its packets say too little about its frames",
@@ -169,7 +181,7 @@ def timed(base: VideoMetadata, times: np.ndarray, last: float, rate: float) -> V
     """The facts that follow from times; ``last`` is how long the last frame is shown, 0 if unknown."""
     gaps = np.diff(times)
     if last <= 0:
-        last = 1 / rate if rate else 0.0
+        last = 1 / rate
     duration = float(times[-1]) + last
     # A gap off by more than a millisecond, which is what Matroska rounds times to.
     varies = bool(len(gaps)) and bool((np.abs(gaps - np.median(gaps)) > 1.01e-3).any())
@@ -211,10 +223,10 @@ def facts(stream: Any, first: Any, media: Media, trouble: str = "") -> VideoMeta
 
 def _packets(
     container: Any, stream: Any, look: FirstFrame, deadline: Deadline
-) -> tuple[list[tuple[Any, Any, bool, bool, int]], str]:
-    """(pts, dts, key, discard, duration) of every packet in decode order, and what is wrong."""
+) -> tuple[list[tuple[Any, Any, bool, bool, int, int]], str]:
+    """(pts, dts, key, discard, duration, size) of every packet in decode order, and what is wrong."""
     av = av_module()
-    rows: list[tuple[Any, Any, bool, bool, int]] = []
+    rows: list[tuple[Any, Any, bool, bool, int, int]] = []
     trouble = ""
     try:
         for n, packet in enumerate(container.demux(stream)):
@@ -228,8 +240,16 @@ def _packets(
             if not packet.size:
                 continue
             dts = packet.pts if packet.dts is None else packet.dts
-            length = packet.duration or 0
-            rows.append((packet.pts, dts, packet.is_keyframe, packet.is_discard, length))
+            rows.append(
+                (
+                    packet.pts,
+                    dts,
+                    packet.is_keyframe,
+                    packet.is_discard,
+                    packet.duration or 0,
+                    packet.size,
+                )
+            )
             if packet.is_corrupt:
                 trouble = trouble or f"packet {n} is corrupt"
     except av.FFmpegError as error:
@@ -247,7 +267,8 @@ def _truncated(container: Any, stream: Any, rows: list, media: Media, deadline: 
     if not container.duration or not times:
         return ""
     unit = float(stream.time_base or 1e-6)
-    origin = 0.0 if container.start_time is None else container.start_time / 1e6
+    # Some containers announce a duration, others the time of their end: what is later counts.
+    origin = min(0.0, (container.start_time or 0) / 1e6)
     end, announced = max(times) * unit - origin, container.duration / 1e6
     if end >= announced - max(1.0, 0.05 * announced):
         return ""

@@ -228,6 +228,15 @@ def video_stream(container: Any, name: str) -> Any:
     return streams[0]
 
 
+def frame_rate(stream: Any) -> float:
+    """Frames per second as the file says; 25, FFmpeg's own default, if it says nothing sensible: the
+    ticks of its clock, for example, where packets have no times."""
+    for said in (stream.average_rate, stream.guessed_rate, stream.codec_context.framerate):
+        if said and 0 < said < 10_000:
+            return float(said)
+    return 25.0
+
+
 def short(error: BaseException) -> str:
     """FFmpeg's reason alone."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip()
@@ -279,7 +288,7 @@ class FirstFrame:
             return False
         finally:
             context.flush_buffers()
-        return bool(frames) and is_key(frames[0])
+        return bool(frames and is_key(frames[0]))
 
     def found(self, name: str) -> Any:
         """The frame. Raises :class:`VideoError` where there is none."""

@@ -26,7 +26,9 @@ FOREIGN = {
     17: "YCgCo-Ro",
 }
 LIMITED, FULL = 1, 2
-BACK_AND_UP = frozenset({2, 3, 4, 6})  # types of pictures that need others: P, B, S, SP
+#: From black at 16 and white at 235 to all of 0 to 255.
+EXPAND = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
+WHOLE, PARTIAL = frozenset({1, 5, 7}), frozenset({2, 3, 4, 6})  # pictures: I, SI, BI; P, B, S, SP
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ def rgb(
         # apart at any size; the other versions and decord mix them. A picture made of an array is
         # no longer called interlaced.
         frame = type(frame).from_ndarray(rgb(frame, frame.height, frame.width, source))
+    if _grey(frame):
+        # Not by way of RGB, for which versions of FFmpeg take the range of grey in three ways.
+        grey = frame.reformat(format="gray")
+        grey = grey.reformat(width=width, height=height, interpolation=interpolation).to_ndarray()
+        return np.repeat((grey if _full(frame) else EXPAND[grey])[..., None], 3, -1)
     colours: dict[str, int] = {}
     if not frame.format.is_rgb:
         reason = unknown_colours(frame)
@@ -123,14 +130,21 @@ def _full(frame: Any) -> bool:
     return frame.format.name.startswith("yuvj") or _grey(frame)
 
 
+def narrow_grey(frame: Any) -> bool:
+    """Whether a frame is grey with black at 16, which decord's FFmpeg takes for black at 0."""
+    return _grey(frame) and not _full(frame)
+
+
 def has_alpha(frame: Any) -> bool:
     """Whether a frame has a plane of transparency."""
     return any(component.is_alpha for component in frame.format.components)
 
 
-def is_key(frame: Any) -> bool:
-    """Whether a frame may have been decoded without others; True where its decoder does not tell."""
-    return bool(frame.key_frame) or int(frame.pict_type) not in BACK_AND_UP
+def is_key(frame: Any) -> bool | None:
+    """Whether a frame was decoded without others; None if its decoder does not tell."""
+    if frame.key_frame or frame.pict_type in WHOLE:
+        return True
+    return False if frame.pict_type in PARTIAL else None
 
 
 def turned(frame: Any) -> tuple[int, bool]:

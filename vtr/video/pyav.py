@@ -113,8 +113,8 @@ class Chosen:
         for begin, slots in _groups(index.start[wanted].tolist(), [index.packets[p] for p in pts]):
             # A position past `begin` is fine: those packets were decoded on the way here.
             if ended or begin > position:
-                packets, position, landed = self._seek(container, stream, begin)
-                ended, newest = False, -math.inf
+                packets, position = self._seek(container, stream, begin), begin
+                ended, newest, landed = False, -math.inf, int(index.seek[begin][0])
             left = sum(pts[slot] in due for slot in slots)
             while left and not ended:
                 self.deadline.check()
@@ -124,10 +124,7 @@ class Chosen:
                         break
                     ended = not packet.size
                     if not ended:
-                        here = index.packets.get(packet.pts, position)
-                        position = here + 1
-                        if here < begin:
-                            continue
+                        position = index.packets.get(packet.pts, position) + 1
                     # Frames that no other needs are decoded only where they are asked for.
                     skip = "DEFAULT" if ended or packet.pts in need else spare
                     if skip != skipping:
@@ -139,7 +136,7 @@ class Chosen:
                     if frame.pts is None or frame.pts <= newest:
                         raise Missing("frames come in another order than their times say")
                     newest = frame.pts
-                    if newest == landed and not is_key(frame):
+                    if newest == landed and is_key(frame) is False:
                         raise Missing("a frame is marked as a key frame that is none")
                     slot = due.pop(frame.pts, None)
                     if slot is not None:
@@ -148,22 +145,31 @@ class Chosen:
             if left:
                 raise Missing(f"{left} frames did not come out of the decoder")
 
-    def _seek(self, container: Any, stream: Any, begin: int) -> tuple[Iterator[Any], int, int]:
-        """Packets from the key packet ``begin`` on, or from an earlier one, with the number of the
-        first one; and the pts of ``begin``."""
-        av = av_module()
-        # Demuxers seek by pts or by dts; the packet that comes tells where this one has landed.
-        for target in (*self.index.seek[begin], self.index.seek[max(begin - 1, 0)].min(), None):
-            to = int(self.index.seek[0].min()) if target is None else int(target)
+    def _seek(self, container: Any, stream: Any, begin: int) -> Iterator[Any]:
+        """Packets from the key packet ``begin`` on.
+
+        Raises:
+            Missing: it is not found again; some demuxers give packets other times after a seek.
+        """
+        av, index = av_module(), self.index
+        # Demuxers seek by pts or by dts; the packets that come tell where this one has landed.
+        for target in (
+            *index.seek[begin],
+            index.seek[max(begin - 1, 0)].min(),
+            index.seek[0].min(),
+        ):
             try:
-                container.seek(to, stream=stream, backward=True)
+                container.seek(int(target), stream=stream, backward=True)
                 packets = container.demux(stream)
-                first = next(packets, None)
+                for packet in packets:
+                    self.deadline.check()
+                    here = index.packets.get(packet.pts, begin + 1)
+                    if here == begin and packet.size == index.sizes[begin]:
+                        return _chain(packet, packets)
+                    if here >= begin:
+                        break
             except av.FFmpegError as error:
                 raise Missing(f"cannot seek ({short(error)})") from None
-            here = None if first is None else self.index.packets.get(first.pts)
-            if first is not None and here is not None and here <= begin:
-                return _chain(first, packets), here, int(self.index.seek[begin][0])
         raise Missing("cannot seek")
 
 

@@ -8,15 +8,25 @@ import numpy as np
 SLACK = 1e-3
 
 
+def slack(gap: float) -> float:
+    """How much early a frame counts as shown, with ``gap`` seconds from one to the next: at 1000
+    frames per second a whole millisecond would be the next frame's."""
+    return min(SLACK, gap / 2)
+
+
+def _slack(times: np.ndarray) -> float:
+    return slack(float(np.median(np.diff(times)))) if len(times) > 1 else SLACK
+
+
 def shown_at(times: np.ndarray, at: np.ndarray) -> np.ndarray:
     """For each time of ``at``, the number of the frame shown then: the last that has begun."""
-    return np.clip(np.searchsorted(times, at + SLACK, side="right") - 1, 0, len(times) - 1)
+    return np.clip(np.searchsorted(times, at + _slack(times), side="right") - 1, 0, len(times) - 1)
 
 
 def window(times: np.ndarray, start: float, end: float) -> tuple[int, int]:
     """First and one past the last frame shown in the seconds [start, end)."""
     first = int(shown_at(times, np.array([start]))[0])
-    last = int(np.searchsorted(times, end - SLACK, side="left"))
+    last = int(np.searchsorted(times, end - _slack(times), side="left"))
     return first, max(last, first + 1)
 
 
@@ -38,7 +48,7 @@ def uniform(times: np.ndarray, frames: int) -> np.ndarray:
 
 def at_rate(times: np.ndarray, fps: float, start: float, end: float) -> np.ndarray:
     """The frames shown at ``start`` and every 1/fps seconds after it, before ``end``; each once."""
-    count = max(1, int(np.ceil((end - SLACK - start) * fps)))
+    count = max(1, int(np.ceil((end - _slack(times) - start) * fps)))
     if count > 100 * len(times) + 100:  # far more instants than frames: every frame is shown at one
         return np.arange(len(times))
     return np.unique(shown_at(times, start + np.arange(count) / fps))

@@ -11,11 +11,11 @@ import numpy as np
 
 from vtr.video.errors import Deadline, VideoError
 from vtr.video.index import facts
-from vtr.video.media import FirstFrame, Media, Source, av_module, video_stream
+from vtr.video.media import FirstFrame, Media, Source, av_module, frame_rate, video_stream
 from vtr.video.pictures import View
 from vtr.video.pyav import decode_all
 from vtr.video.reading import Size, _check, picture_size
-from vtr.video.sampling import SLACK
+from vtr.video.sampling import slack
 from vtr.video.types import Frame
 
 
@@ -93,7 +93,8 @@ def _frames(
         if threads != 1:
             stream.thread_type = "AUTO"
         stream.thread_count = threads
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        rate = frame_rate(stream)
+        early = slack(1 / rate)
         origin: float | None = None
         held: tuple[Any, float] | None = None  # the frame that is shown until the next one begins
         tick, number, given = 0, 0, 0
@@ -106,21 +107,22 @@ def _frames(
             if held is not None:
                 if at <= held[1]:  # a time that does not go on: count at the average rate
                     at = held[1] + 1 / rate
-                due, tick = _due(held[1], at, fps, start, end, tick)
+                due, tick = _due(held[1], at, fps, start, end, tick, early)
                 if due:
                     given += 1
                     yield made(*held)
-            if end is not None and at >= end - SLACK:
+            if end is not None and at >= end - early:
                 held = None
                 break
             held = (frame, at)
         if held is not None:
             length = float((held[0].duration or 0) * (held[0].time_base or 0)) or 1 / rate
-            due, _ = _due(held[1], held[1] + length, fps, start, end, tick)
+            due, _ = _due(held[1], held[1] + length, fps, start, end, tick, early)
             if due:
                 given += 1
                 yield made(*held)
             announced = (container.duration or 0) / 1e6
+            at += max(origin or 0.0, 0.0)  # some containers count from 0, whenever they begin
             alone = len(container.streams) == 1
             if damaged == "error" and alone and at < announced - max(1.0, 0.05 * announced):
                 raise VideoError(
@@ -135,16 +137,22 @@ def _frames(
 
 
 def _due(
-    begins: float, until: float, fps: float | None, start: float, end: float | None, tick: int
+    begins: float,
+    until: float,
+    fps: float | None,
+    start: float,
+    end: float | None,
+    tick: int,
+    early: float,
 ) -> tuple[bool, int]:
-    """Whether the frame shown in [begins, until) is to be given, and the next tick of the rate."""
-    if until <= start + SLACK or (end is not None and begins >= end - SLACK):
+    """Whether the frame shown in [begins, until) is to be given, and the next tick of the rate;
+    a frame counts as shown ``early`` seconds before it begins (see sampling.slack)."""
+    if until <= start + early or (end is not None and begins >= end - early):
         return False, tick
     if fps is None:
         return True, tick
-    # The tick's instant lies in [begins, until), with the slack of sampling.shown_at, and before end.
     instant = start + tick / fps
-    due = instant < until - SLACK and (tick == 0 or end is None or instant < end - SLACK)
-    while start + tick / fps < until - SLACK:
-        tick = max(tick + 1, math.ceil((until - SLACK - start) * fps))
+    due = instant < until - early and (tick == 0 or end is None or instant < end - early)
+    while start + tick / fps < until - early:
+        tick = max(tick + 1, math.ceil((until - early - start) * fps))
     return due, tick
