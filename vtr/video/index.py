@@ -108,7 +108,8 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
         f"its container is {base.container}": base.container not in PLAIN,
         "it is rotated or mirrored": view.turn or view.flip,
         "it is trimmed: some of its frames are not shown": not shown.all(),
-        "it has open groups": leading.any(),
+        # decord gives wrong frames at the end of H.264 whose last groups are open.
+        "it has open groups": leading.any() or not look.restarts,
         "it is damaged": trouble,
         f"it has {streams} video streams": streams > 1,
         "it has a palette, or is an animation": entire,
@@ -228,6 +229,7 @@ def _packets(
     av = av_module()
     rows: list[tuple[Any, Any, bool, bool, int, int]] = []
     trouble = ""
+    h264, extradata = look.codec == "h264", stream.codec_context.extradata
     try:
         for n, packet in enumerate(container.demux(stream)):
             if look.looking or n % 1024 == 0:
@@ -239,6 +241,8 @@ def _packets(
                 look.keys_hold = look.alone(packet)
             if not packet.size:
                 continue
+            if h264 and packet.is_keyframe and look.restarts:
+                look.restarts = _has_idr(packet, extradata)
             dts = packet.pts if packet.dts is None else packet.dts
             rows.append(
                 (
@@ -257,12 +261,45 @@ def _packets(
     return rows, trouble
 
 
+def _has_idr(packet: Any, extradata: bytes | None) -> bool:
+    """Whether a packet of H.264 holds an IDR picture, before which nothing is remembered."""
+    data = bytes(packet)
+    if not extradata or extradata[0] != 1:  # units begin with a start code
+        at = data.find(b"\0\0\1")
+        while 0 <= at < len(data) - 3:
+            if data[at + 3] & 31 == 5:
+                return True
+            at = data.find(b"\0\0\1", at + 3)
+        return False
+    at, length = 0, (extradata[4] & 3) + 1  # each begins with its length
+    while at + length < len(data):
+        if data[at + length] & 31 == 5:
+            return True
+        at += length + int.from_bytes(data[at : at + length], "big")
+    return False
+
+
+def _samples(media: Media, number: int, deadline: Deadline) -> int:
+    """Packets of the stream ``number`` that are in an MP4 file, shown or not."""
+    count = 0
+    with media.open(edits=False) as container:
+        try:
+            for packet in container.demux(container.streams[number]):
+                if count % 1024 == 0:
+                    deadline.check()
+                count += bool(packet.size)
+        except av_module().FFmpegError:
+            pass
+    return count
+
+
 def _truncated(container: Any, stream: Any, rows: list, media: Media, deadline: Deadline) -> str:
     """Whether the file says that it holds more than it does."""
-    if stream.frames > len(rows):
-        return (
-            f"is truncated: {len(rows)} of the {stream.frames} frames that it announces are there"
-        )
+    there = len(rows)
+    if stream.frames > there and "mov" in container.format.name:
+        there = _samples(media, stream.index, deadline)  # an edit list may leave frames out
+    if stream.frames > there:
+        return f"is truncated: {there} of the {stream.frames} frames that it announces are there"
     times = [r[0] for r in rows if r[0] is not None]
     if not container.duration or not times:
         return ""

@@ -119,8 +119,12 @@ class Media:
         """All bytes of a source that is no path, and None for one that is."""
         return self.data if self.file is None else Reader(self).read(self.size)
 
-    def open(self, packets_only: bool = False) -> Any:
+    def open(self, packets_only: bool = False, edits: bool = True) -> Any:
         """An open PyAV container.
+
+        Args:
+            packets_only: see below.
+            edits: follow MP4's edit lists; without, all of its packets come.
 
         FFmpeg decodes the first frames of a file when it opens it, which takes as long as opening and
         reading all packets. What that finds out (how far frames are reordered, the format of the
@@ -135,7 +139,7 @@ class Media:
             if container.format.name in PLAIN:
                 return container
             container.close()
-        return self._open({})
+        return self._open({} if edits else {"ignore_editlist": "1"})
 
     def _open(self, options: dict[str, str]) -> Any:
         av = av_module()
@@ -248,6 +252,7 @@ class FirstFrame:
     Attributes:
         intra_only: the codec has key frames only.
         keys_hold: false once a packet that is marked as a key packet was found to be none.
+        restarts: false once a key packet of H.264 was found that is no IDR picture.
     """
 
     TRIES = 1000
@@ -256,7 +261,7 @@ class FirstFrame:
         stream.thread_count = 1  # one frame is there sooner without the delay of frame threads
         self.codec = stream.codec_context.name
         self.intra_only = bool(stream.codec_context.codec.intra_only)
-        self.keys_hold = True
+        self.keys_hold = self.restarts = True
         self.frame: Any = None
         self.reason = "no frame can be decoded"
         self.tried = 0
@@ -293,5 +298,6 @@ class FirstFrame:
     def found(self, name: str) -> Any:
         """The frame. Raises :class:`VideoError` where there is none."""
         if self.frame is None:
-            raise VideoError(name, f"{self.reason}; its codec is {self.codec}")
+            hint = "; FFmpeg reads no animated WebP: save it as GIF" if self.codec == "webp" else ""
+            raise VideoError(name, f"{self.reason}; its codec is {self.codec}{hint}")
         return self.frame

@@ -136,8 +136,10 @@ def narrow_grey(frame: Any) -> bool:
 
 
 def has_alpha(frame: Any) -> bool:
-    """Whether a frame has a plane of transparency."""
-    return any(component.is_alpha for component in frame.format.components)
+    """Whether a frame has transparent pixels: a format may have room for them, and all be opaque."""
+    if not any(component.is_alpha for component in frame.format.components):
+        return False
+    return bool((frame.reformat(format="rgba").to_ndarray()[..., 3] < 255).any())
 
 
 def is_key(frame: Any) -> bool | None:

@@ -68,7 +68,7 @@ class VideoMetadata:
             ``size=`` of the right aspect corrects it.
         transfer: how light was made numbers, as FFmpeg names it; empty if the file does not say.
         interlaced: frames are woven of two fields, which were taken at different times.
-        alpha: pixels have a transparency, which is left out.
+        alpha: the first frame has transparent pixels; transparency is left out.
     """
 
     source: str
