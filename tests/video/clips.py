@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.filter
 import numpy as np
 
 PIXELS = {"mjpeg": "yuvj420p"}
@@ -62,6 +63,97 @@ def write(
         if sound is not None:
             _silence(out, sound, seconds=frames / rate)
     return path
+
+
+def save(
+    path: Path,
+    frames: Sequence[av.VideoFrame],
+    codec: str = "libx264",
+    rate: int = 10,
+    *,
+    options: dict[str, str] | None = None,
+    aspect: Fraction | None = None,
+    transfer: int | None = None,
+) -> Path:
+    """A clip of frames as they are: their format, matrix and range are those of the stream."""
+    first = frames[0]
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = first.width, first.height, first.format.name
+        stream.options = options or {}
+        stream.bit_rate = 4_000_000
+        context = stream.codec_context
+        context.color_range, context.colorspace = first.color_range, first.colorspace
+        if transfer is not None:
+            context.color_trc = transfer
+        if aspect is not None:
+            context.sample_aspect_ratio = aspect
+        for i, frame in enumerate(frames):
+            frame.pts, frame.time_base = i, Fraction(1, rate)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def flat(
+    pixels: str, values: Sequence[int], size: tuple[int, int], matrix: int = 2, span: int = 0
+) -> av.VideoFrame:
+    """A frame of one colour: ``values`` of its planes, FFmpeg's numbers of matrix and range."""
+    frame = av.VideoFrame(size[1], size[0], pixels)
+    kind = "<u2" if frame.format.components[0].bits > 8 else "u1"
+    for plane, value in zip(frame.planes, values, strict=True):
+        line = plane.line_size // np.dtype(kind).itemsize
+        plane.update(np.full((plane.height, line), value, kind).tobytes())
+    frame.colorspace, frame.color_range = matrix, span
+    return frame
+
+
+def palette(path: Path, frames: int = 24, rate: int = 10) -> Path:
+    """Uncompressed pictures of 8 bits with a palette, of :func:`picture`."""
+    unit = Fraction(1, rate)
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=64, height=48, format="rgb24", time_base=unit)
+    split, make, sink = graph.add("split"), graph.add("palettegen"), graph.add("buffersink")
+    use = graph.add("paletteuse", "dither=none")
+    source.link_to(split)
+    split.link_to(make, 0, 0)
+    split.link_to(use, 1, 0)
+    make.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for i in range(frames):
+        frame = av.VideoFrame.from_ndarray(picture(i))
+        frame.pts, frame.time_base = i, unit
+        source.push(frame)
+    source.push(None)
+    return save(path, [sink.pull() for _ in range(frames)], "rawvideo", rate)
+
+
+def edited(path: Path, out: Path, entries: Sequence[tuple[int, int]]) -> Path:
+    """An MP4 whose index stands at its end, with another edit list: (duration in milliseconds, first
+    time shown in the stream's own unit, or -1 for nothing)."""
+    body = struct.pack(">II", 0, len(entries))
+    body += b"".join(struct.pack(">iihh", *entry, 1, 0) for entry in entries)
+    edits = _box(b"edts", _box(b"elst", body))
+
+    def walk(data: bytes) -> bytes:
+        done, at = b"", 0
+        while at < len(data):
+            length, kind = struct.unpack(">I4s", data[at : at + 8])
+            inner = data[at + 8 : at + length]
+            at += length
+            if kind != b"edts":
+                done += _box(kind, walk(inner) if kind in (b"moov", b"trak") else inner)
+            if kind == b"tkhd":
+                done += edits
+        return done
+
+    out.write_bytes(walk(path.read_bytes()))
+    return out
+
+
+def _box(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(body), kind) + body
 
 
 def write_audio(path: Path, seconds: float = 0.5) -> Path:

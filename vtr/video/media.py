@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
@@ -38,6 +39,7 @@ class Media:
         name: for people.
         path, data, file: one of them is the source, the others are None.
         size: bytes.
+        at: where the file object was, for :meth:`close`.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Media:
     data: bytes | None = None
     file: Any = None
     size: int = 0
+    at: int = 0
     _turns: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
@@ -100,10 +103,10 @@ class Media:
         try:
             seekable = file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek")
             if seekable:
-                here = file.tell()
+                at = file.tell()
                 size = file.seek(0, os.SEEK_END)
                 size = file.tell() if size is None else size  # as mmap's does before Python 3.13
-                file.seek(here)
+                file.seek(at)
                 readable = file.readable() if hasattr(file, "readable") else True
         except Exception as error:
             raise VideoError(name, f"the file object failed ({short(error)})") from error
@@ -113,7 +116,13 @@ class Media:
             raise VideoError(name, "the file object is not open for reading")
         if size == 0:
             raise VideoError(name, "is empty (0 bytes)")
-        return cls(name, file=file, size=size)
+        return cls(name, file=file, size=size, at=at)
+
+    def close(self) -> None:
+        """Put a file object back to where it was."""
+        if self.file is not None:
+            with contextlib.suppress(Exception):  # its owner closed it, or it failed before
+                self.file.seek(self.at)
 
     def content(self) -> bytes | None:
         """All bytes of a source that is no path, and None for one that is."""
@@ -174,11 +183,8 @@ class Media:
 
 
 class Reader:
-    """A file object as FFmpeg reads it, with a position of its own.
-
-    A file is opened several times, also at once, while its owner may go on using it: so each reading
-    begins by going to its position, and ends by going back.
-    """
+    """A file object as FFmpeg reads it, with a position of its own: a file is opened several times,
+    also at once."""
 
     def __init__(self, media: Media) -> None:
         self.media = media
@@ -190,12 +196,11 @@ class Reader:
         parts = []
         with self.media._turns:
             try:
-                here = file.tell()
-                file.seek(self.at)
+                if file.tell() != self.at:  # which may be slow: compressed files begin anew
+                    file.seek(self.at)
                 while size > 0 and (part := file.read(size)):  # fewer bytes are not yet the end
                     parts.append(bytes(part))
                     size -= len(part)
-                file.seek(here)
             except Exception as error:
                 raise VideoError(
                     self.media.name, f"the file object failed ({short(error)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Literal
@@ -44,7 +45,7 @@ def load(
 
     Args:
         source: a path, the file's bytes, or a binary file object that can seek. A file object is
-            read from its beginning, and left at the position where it was.
+            read from its beginning, and put back to where it was.
         frames: how many. With ``sampling="uniform"`` (the default, 32): evenly spaced in time from
             the first to the last frame, all of them if there are fewer. With ``"keyframes"`` and
             ``"scenes"``: at most so many; None is all key frames, or one frame per scene. With
@@ -79,60 +80,64 @@ def load(
     """
     frames, fps, kind = _wanted(frames, fps, sampling)
     _check(start, end, size, square, backend, damaged, scene_threshold, threads, time_limit)
-    media = Media.of(source)
-    deadline = Deadline(media.name, time_limit)
-    with Decord(media, deadline, threads) as decord:
-        # Early, if the picture's size does not depend on the file.
-        if backend != "pyav" and (isinstance(size, tuple) or (size is None and not square)):
-            decord.open(size, ahead=start == 0)
-        index = read_index(media, deadline, damaged)
+    with contextlib.closing(Media.of(source)) as media:
+        deadline = Deadline(media.name, time_limit)
+        with Decord(media, deadline, threads) as decord:
+            # Early, if the picture's size does not depend on the file.
+            if backend != "pyav" and (isinstance(size, tuple) or (size is None and not square)):
+                decord.open(size, ahead=start == 0)
+            index = read_index(media, deadline, damaged)
 
-        def numbers(index: VideoIndex) -> np.ndarray:
-            return _numbers(
-                media,
-                index,
-                frames,
-                fps,
-                kind,
-                start,
-                end,
-                scene_threshold,
-                threads,
-                deadline,
-                damaged,
-            )
+            def numbers(index: VideoIndex) -> np.ndarray:
+                return _numbers(
+                    media,
+                    index,
+                    frames,
+                    fps,
+                    kind,
+                    start,
+                    end,
+                    scene_threshold,
+                    threads,
+                    deadline,
+                    damaged,
+                )
 
-        wanted = numbers(index)
-        target = picture_size(index.metadata, size, square)
-        _fits(media, index, wanted, target, memory_limit)
-        used, pixels = "decord", None
-        # decord goes through every frame between two wanted ones, which files of key frames spare.
-        suits = not index.intra and media.file is None
-        if backend == "decord" or (backend == "auto" and suits):
             try:
-                pixels = decord.frames(index, wanted, target)
-            except (Unfit, MissingDependencyError) as error:
-                if backend == "decord" and isinstance(error, MissingDependencyError):
-                    raise
-                if backend == "decord":
-                    raise VideoError(
-                        media.name, f"decord cannot read it ({error}); use backend='pyav'"
-                    ) from None
-    if pixels is None:
-        used = "pyav"
-        try:
-            pixels = _decode(media, index, wanted, target, deadline, threads, damaged)
-        except Missing:
-            # The packets promise what the decoder does not give (hidden frames, damage in the
-            # middle): decode everything and count what really comes.
-            index = counted_index(media, deadline, damaged, index.metadata)
-            wanted = numbers(index)
+                wanted = numbers(index)
+            except Missing:  # scenes are found by decoding; see below
+                index = counted_index(media, deadline, damaged, index.metadata)
+                wanted = numbers(index)
             target = picture_size(index.metadata, size, square)
             _fits(media, index, wanted, target, memory_limit)
+            used, pixels = "decord", None
+            # decord goes through every frame between two wanted ones, which files of key frames spare.
+            suits = not index.intra and media.file is None
+            if backend == "decord" or (backend == "auto" and suits):
+                try:
+                    pixels = decord.frames(index, wanted, target)
+                except (Unfit, MissingDependencyError) as error:
+                    if backend == "decord" and isinstance(error, MissingDependencyError):
+                        raise
+                    if backend == "decord":
+                        raise VideoError(
+                            media.name, f"decord cannot read it ({error}); use backend='pyav'"
+                        ) from None
+        if pixels is None:
+            used = "pyav"
             try:
                 pixels = _decode(media, index, wanted, target, deadline, threads, damaged)
-            except Missing as error:
-                raise VideoError(media.name, str(error)) from None
+            except Missing:
+                # The packets promise what the decoder does not give (hidden frames, damage in the
+                # middle): decode everything and count what really comes.
+                index = counted_index(media, deadline, damaged, index.metadata)
+                wanted = numbers(index)
+                target = picture_size(index.metadata, size, square)
+                _fits(media, index, wanted, target, memory_limit)
+                try:
+                    pixels = _decode(media, index, wanted, target, deadline, threads, damaged)
+                except Missing as error:
+                    raise VideoError(media.name, str(error)) from None
     return Video(
         frames=pixels,
         timestamps=index.times[wanted],
@@ -155,8 +160,8 @@ def probe(
     Raises:
         VideoError, TypeError, MissingDependencyError: as :func:`load`.
     """
-    media = Media.of(source)
-    return read_index(media, Deadline(media.name, time_limit), damaged).metadata
+    with contextlib.closing(Media.of(source)) as media:
+        return read_index(media, Deadline(media.name, time_limit), damaged).metadata
 
 
 def picture_size(
@@ -274,15 +279,14 @@ def _changes(
     threads: int,
     damaged: str,
 ) -> np.ndarray:
-    """Mean absolute change of each frame against the one before, at 32 x 32 pixels, in [0, 1]."""
+    """Mean absolute change of each frame against the one before, at 32 x 32 pixels, in [0, 1].
+
+    Raises:
+        Missing: the file is not as its packets say.
+    """
     small = np.zeros((len(wanted), 32, 32, 3), np.uint8)
-    try:
-        for slot, frame in Chosen(media, index, deadline, threads).frames(wanted, damaged):
-            small[slot] = rgb(frame, 32, 32, media.name, "AREA")
-    except Missing as error:
-        raise VideoError(
-            media.name, f"the frames for its scenes cannot be decoded ({error})"
-        ) from None
+    for slot, frame in Chosen(media, index, deadline, threads).frames(wanted, damaged):
+        small[slot] = rgb(frame, 32, 32, media.name, "AREA")
     out = np.zeros(len(wanted))
     for t in range(1, len(wanted)):  # one by one: the differences of all would be large
         out[t] = np.abs(small[t].astype(np.int16) - small[t - 1]).mean() / 255

@@ -38,7 +38,7 @@ def stream(
 
     Args:
         source, size, square, damaged, threads: as in :func:`vtr.video.load`. A truncated file is
-            noticed where it breaks, not before.
+            noticed where it breaks, not before. A file object is in use until the last frame.
         fps: at most so many frames per second: the frame shown at every 1/fps seconds from ``start``
             on, each at most once. None is every frame.
         start, end: seconds since the first frame; ``start`` is reached by decoding from the
@@ -58,7 +58,7 @@ def stream(
         raise ValueError(f"fps must be a positive number, got {fps!r}")
     media = Media.of(source)
     deadline = Deadline(media.name, time_limit)
-    with media.open() as container:
+    with contextlib.closing(media), media.open() as container:
         stream = video_stream(container, media.name)
         look = FirstFrame(stream)
         limit = Deadline(media.name, 600.0)
@@ -88,7 +88,7 @@ def _frames(
     def made(frame: Any, time: float) -> Frame:
         return Frame(time, np.ascontiguousarray(view.picture(frame, size)))
 
-    with media.open() as container:
+    with contextlib.closing(media), media.open() as container:
         stream = video_stream(container, media.name)
         if threads != 1:
             stream.thread_type = "AUTO"
