@@ -361,3 +361,24 @@ def test_generate_gives_the_language_model_what_it_is_cut_by(llava: Any) -> None
     given = inspect.signature(type(model).prepare_inputs_for_generation).parameters
     assert "input_ids" in given
     assert any(p.kind is p.VAR_KEYWORD for p in given.values())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
+def test_flex_attention_returns_its_lse_without_a_warning() -> None:
+    import warnings
+
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from vtr.compat.torch import flex_lse
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 32, 16, generator=generator) for _ in range(3))
+    logits = q @ k.mT / 4
+    compiled = torch.compile(flex_attention, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for function in (flex_attention, compiled):
+            out, found = function(q, k, v, **flex_lse(True))
+            torch.testing.assert_close(out, logits.softmax(-1) @ v)
+            torch.testing.assert_close(getattr(found, "lse", found), logits.logsumexp(-1))
+            torch.testing.assert_close(function(q, k, v, **flex_lse(False)), out)

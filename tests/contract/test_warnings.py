@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vtr
-from vtr.compat.transformers import CACHE, cache_name, cache_of
+from vtr.compat.transformers import CACHE, cache_name
 
 pytestmark = pytest.mark.contract
 transformers = pytest.importorskip("transformers")
@@ -60,8 +60,7 @@ def vlm(name: str) -> tuple[Any, Callable[[], Any]]:
 
     def use() -> None:
         with torch.no_grad():
-            out = model(**inputs, use_cache=True, output_hidden_states=True)
-            cache_of(out)
+            model(**inputs, use_cache=True, output_hidden_states=True)
         options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
         model.generate(**inputs, **options)
         model.generate(**inputs, **options, cache_implementation="static")
