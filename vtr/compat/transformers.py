@@ -293,13 +293,20 @@ CHECKPOINTED = "gradient_checkpointing"
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
-def checkpoint_within(layer: Any) -> Callable[..., Any] | None:
-    """The function by which the forward of a layer runs its own code again in the backward pass; None if
-    it does not, or if that is done around its forward (in ``__call__``, before 5.24)."""
+def checkpoints_around() -> bool:
+    """Whether a layer's hooks run again in the backward pass as well: it is checkpointed around its
+    forward (in ``__call__``, before 5.24)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    around = "__call__" in vars(GradientCheckpointingLayer)
-    if around or not isinstance(layer, GradientCheckpointingLayer):
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def checkpoint_within(layer: Any) -> Callable[..., Any] | None:
+    """The function by which the forward of a layer runs its own code again in the backward pass; None if
+    it does not, or if that is done around its forward."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if checkpoints_around() or not isinstance(layer, GradientCheckpointingLayer):
         return None
     if not layer.training or not getattr(layer, CHECKPOINTED):
         return None

@@ -304,17 +304,6 @@ def test_sliding_windows_are_refused() -> None:
             vtr.apply(model, method)
 
 
-def test_checkpointing_is_refused_in_training() -> None:
-    model, inputs = FAMILIES["llava"](1)
-    model.train()
-    model.gradient_checkpointing_enable()
-    with (
-        vtr.apply(model, PROMPT),
-        pytest.raises(RuntimeError, match="gradient_checkpointing_disable"),
-    ):
-        model(**inputs, use_cache=False)
-
-
 @pytest.mark.skipif(not ENCODES_FIRST, reason="this version of transformers has no such features")
 def test_features_from_elsewhere_have_no_scores() -> None:
     model, inputs = made("llava", 1)

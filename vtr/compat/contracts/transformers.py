@@ -61,7 +61,7 @@ def _general() -> Iterator[Expectation]:
     )
     yield Expectation(
         "transformers.modeling_layers:GradientCheckpointingLayer",
-        f"{_LANGUAGE}, {_LAYERS}, vtr/recompute.py",
+        f"vtr/vision/vlm/recompute.py, {_LAYERS}, vtr/recompute.py",
         has=(names.CHECKPOINTED,),
         calls=(names.CHECKPOINT,),
     )

@@ -71,14 +71,23 @@ What is where
 -------------
 
 ``wrapping`` (facts, hooks), ``arguments`` and ``costs`` (of a call), ``head`` (who calls; logits and loss),
-``outputs`` (in which columns they are), ``gate`` (threads and compiled code), ``families`` (what differs between models), ``tower`` and ``packed``
-(methods inside vision towers), ``features`` and ``spreads`` (from patches to visual tokens),
-``frames`` (which frame and place each has), ``language`` (hooks on the language model), ``call`` (one
-call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequence`` (padded
-batches), ``attention`` (q, k, v of a few tokens),
-``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``.
+``outputs`` (in which columns they are), ``gate`` (threads and compiled code), ``families`` (what differs
+between models), ``tower`` and ``packed`` (methods inside vision towers), ``features`` and ``spreads`` (from
+patches to visual tokens), ``frames`` (which frame and place each has), ``language`` (hooks on the language
+model), ``call`` (one call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequence``
+(padded batches), ``attention`` (q, k, v of a few tokens), ``cache`` and ``cache_site`` (what a KV cache
+remembers of its cuts, and cuts in it), ``drafts``, ``recompute`` (gradient checkpointing).
 
-Training with gradient checkpointing is refused.
+Training
+--------
+
+Layers that transformers checkpoints (``model.gradient_checkpointing_enable()``, from 5.24 on
+``activation_checkpointing_enable()``) run again with the sequence that they had: gradients are those without
+it. Methods may be taken off before the backward pass unless they cut inside of layers; those merge by values
+with gradients only without ``use_reentrant``. A checkpoint of the caller's own around layers is refused.
+
+Other calls
+-----------
 
 Threads may call a wrapped model at the same time: one forward call runs while the others wait. A model
 that ``torch.compile`` has compiled before ``apply`` is compiled again (code compiled without hooks would

@@ -72,8 +72,10 @@ class CacheSession:
 
     def see(self, i: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Make the newest token's query in layer ``i``."""
-        call = self.owner.language.call
-        if call is None or (call.visual is None and _follow_of(call.cache) is None):
+        call = self.owner.language.running()
+        if call is None or call.cache is None:
+            return
+        if call.visual is None and _follow_of(call.cache) is None:
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         # The layers of a model may be spread over several devices.
@@ -248,7 +250,7 @@ class CacheSession:
         self, entry: Entry, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Before the layer from which tokens are chosen."""
-        call = self.owner.language.call
+        call = self.owner.language.running()
         if call is None or call.visual is not None:
             return
         follow = _follow_of(call.cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.head import Asked
+from vtr.vision.vlm.recompute import chosen
 from vtr.vision.vlm.rows import Rows, Seen, Tokens
 from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
 from vtr.wrapping import Entry
@@ -33,16 +35,15 @@ class Held:
 
     Args:
         shape: (samples, visual tokens) of the prompt.
+        choices: of every visit, and of the cut that the tower made; filled by the first call.
 
     Attributes:
-        choices: of every visit, and of the cut that the tower made.
         notes: of the methods.
         done: whether the first call has ended.
     """
 
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape = shape
-        self.choices: dict[Any, Reduction | None] = {}
+    def __init__(self, shape: torch.Size, choices: dict[Any, Reduction | None]) -> None:
+        self.shape, self.choices = shape, choices
         self.notes: dict[str, Any] = {}
         self.done = False
 
@@ -98,6 +99,13 @@ class Call:
         self.left: list[Layout] = []  # of what entered layer 0, then of what left each layer
         self.asked, self.aligned = Asked(), True
         self.held: Held | None = None
+        self.choices: dict[Any, Reduction | None] = {}  # of the visits so far
+        self.repeats: dict[Any, Reduction | None] | None = (
+            None  # those of an earlier run, to be made again
+        )
+        self.again = False  # a layer of the call runs again, in the backward pass
+        self.inside = False  # a layer runs that will run again
+        self.outside: int | None = None  # the layer whose cuts before it are made
         self.rope: tuple[Tensor, Tensor] | None = None
         self.synced: Layout | None = None
         self.override: dict[str, Any] | None = None
@@ -248,14 +256,18 @@ class Call:
     def visit(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> Tensor:
         """Call a method; returns the hidden states, shortened where it cuts."""
         key = (self.owner.entries.index(entry), name, layer, place)
-        if self.held is not None and self.held.done:
-            reduction = self.held.choices[key]
+        if self.repeats is not None:
+            reduction = self.repeats[key]
         else:
-            site = self.site(entry, name, layer, place, hidden)
-            with self.casting(False):  # scores are float32: autocast would round their products
-                reduction = entry.method.reduce(site)
-            if self.held is not None:
-                self.held.choices[key] = reduction
+
+            def choose(hidden: Tensor) -> Reduction | None:
+                site = self.site(entry, name, layer, place, hidden)
+                with self.casting(False):  # scores are float32: autocast would round their products
+                    return entry.method.reduce(site)
+
+            inside = self.inside
+            reduction = chosen(choose, hidden, entry.method.name) if inside else choose(hidden)
+            self.choices[key] = reduction
         return hidden if reduction is None else self.commit(entry, name, layer, hidden, reduction)
 
     def casting(self, on: bool) -> AbstractContextManager[Any]:
@@ -344,6 +356,16 @@ class Call:
         before = self.map
         self.map = before.then(step)
         self.changed = True
+        if not self.again:
+            self._record(entry, name, layer, step, before)
+        if self.rope is not None:
+            cos, sin = self.rope
+            self.rope = (follow(cos, index, pad, 1), follow(sin, index, pad))
+        return follow(hidden, index, pad)
+
+    def _record(
+        self, entry: Entry, name: str, layer: int, step: TokenMap, before: TokenMap
+    ) -> None:
         self.owner.trace.stages.append(
             StageRecord(
                 name,
@@ -358,10 +380,15 @@ class Call:
                 self.frames(bool(entry.options.get("video"))),
             )
         )
-        if self.rope is not None:
-            cos, sin = self.rope
-            self.rope = (follow(cos, index, pad, 1), follow(sin, index, pad))
-        return follow(hidden, index, pad)
+
+    def repeat(self) -> Call:
+        """The call as it is now, for a layer that runs again: methods are not asked anew."""
+        twin = copy.copy(self)
+        twin.again, twin.inside = True, False
+        twin.repeats = self.choices if self.repeats is None else self.repeats
+        twin.memory, twin._frames, twin.seen, twin.cache = {}, {}, None, None
+        twin.segments, twin.left = list(self.segments), list(self.left)
+        return twin
 
     def keys(self, where: Seen) -> Tensor:
         """(B, Hk, past + L, D): all keys that a layer sees, from the cache where it has them."""

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.compat.torch import in_backward
 from vtr.compat.transformers import (
+    CACHE,
     CHECKPOINTED,
     DEEPSTACK,
     DEEPSTACK_FEATURES,
@@ -26,12 +28,14 @@ from vtr.compat.transformers import (
 )
 from vtr.errors import UnsupportedMethodError
 from vtr.method import Reduction
+from vtr.recompute import Inputs
 from vtr.tokens import TokenMap, top_indices
 from vtr.trace import Trace
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
 from vtr.vision.vlm.call import Call, Held
 from vtr.vision.vlm.head import Asked
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
+from vtr.vision.vlm.recompute import Layers, outside
 from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
 from vtr.wrapping import Bound, Entry
@@ -86,6 +90,8 @@ class LanguageSession:
         self.call: Call | None = None
         self.last: Last | None = None
         self.way: Exit | None = None
+        self.inputs = Inputs()  # of layers that are not what their modules are given
+        self.checkpoints = Layers(self)
         self._columns: Callable[[], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,6 +110,7 @@ class LanguageSession:
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "")
             self.visits.setdefault(key, []).append((entry, stage.site))
         module = self.module
+        owner.hook(self.checkpoints)
         owner.hook(module.register_forward_pre_hook(Bound(self, "before"), with_kwargs=True))
         owner.hook(module.register_forward_hook(Bound(self, "after"), prepend=True))
         owner.hook(module.register_forward_hook(Bound(self, "end"), always_call=True))
@@ -145,13 +152,9 @@ class LanguageSession:
                 return None
         for entry in self.owner.active:
             self.owner.check_flash(entry.options)  # it may have been chosen since
-        if kinds is not None and (
-            module.training and torch.is_grad_enabled() and getattr(module, CHECKPOINTED, False)
-        ):
-            raise RuntimeError(
-                "gradient checkpointing cannot be used on a wrapped language model (the second pass "
-                "through a layer would cut again): call model.gradient_checkpointing_disable()"
-            )
+        if module.training and torch.is_grad_enabled() and self._runs_again(past):
+            # Some models make one for every call: the layers would not fill it.
+            cache, kwargs = None, {k: v for k, v in kwargs.items() if k not in CACHE}
         if cuts is not None:
             cuts.open = True
         mask = self._mask(kwargs.get("attention_mask"), cuts, batch, before, length, embeds.device)
@@ -202,6 +205,25 @@ class LanguageSession:
                     new[name] = follow(value, index, pad)
         return args, new
 
+    def _runs_again(self, past: int) -> bool:
+        """Whether layers will run again in the backward pass, which they do without a cache."""
+        self.inputs.purge()
+        self.checkpoints.adopt()
+        if not any(getattr(layer, CHECKPOINTED, False) for layer in self.layers):
+            return False
+        if past:
+            raise RuntimeError(
+                "gradient checkpointing goes without a KV cache, and a wrapped model in training was given "
+                "one that holds an earlier turn: give the whole conversation as one prompt, or call "
+                "model.eval() or model.gradient_checkpointing_disable()"
+            )
+        return True
+
+    def running(self) -> Call | None:
+        """The running call, or that of the layer which this thread's backward pass runs again."""
+        again = self.owner.again
+        return self.call if again is None else again.call
+
     def _mask(
         self, mask: Any, cuts: Any, batch: int, before: int, length: int, device: torch.device
     ) -> Tensor | None:
@@ -241,10 +263,10 @@ class LanguageSession:
             )
         shape, held = call.layout.slots.shape, owner.held
         if held is None or not held.done or call.asked.first:
-            call.held = owner.held = Held(shape)
+            call.held = owner.held = Held(shape, call.choices)
             return
         held.again(shape)
-        call.held = held
+        call.held, call.repeats = held, held.choices
         owner.trace.notes.update(held.notes)
 
     def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
@@ -267,8 +289,9 @@ class LanguageSession:
             kept, padded = top_indices(keep.float(), keep.sum(1), keep)
             entry = next(e for e in self.owner.active if e.method.name in names)
             step = TokenMap.keep(kept, call.map.n_out, padded)
-            if call.held is not None:
-                before = call.held.choices.setdefault("tower", Reduction(step))
+            call.choices["tower"] = Reduction(step)
+            if call.repeats is not None:
+                before = call.repeats.get("tower")
                 if before is None or before.map is None or not torch.equal(before.map.kept, kept):
                     raise RuntimeError(
                         f"{', '.join(names)} chose other tokens in the vision tower than in the call of "
@@ -325,10 +348,16 @@ class LanguageSession:
     def before_layer(
         self, i: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        call = self.call
-        if call is None:
+        call, given = self.call, args[0] if args else kwargs["hidden_states"]
+        if self.owner.again is not None:  # cuts before a layer are outside of what runs again
             return None
-        given = hidden = args[0] if args else kwargs["hidden_states"]
+        if call is None:
+            if in_backward() and self.inputs.find(given, i):
+                raise outside(module)
+            return None
+        if call.outside == i:
+            return None
+        hidden = given
         call.to(hidden.device)
         if i:
             call.left.append(call.layout)
@@ -356,7 +385,11 @@ class LanguageSession:
                 call.seen = Seen(i, hidden, call.rope, call.layout, True)
         else:
             self._sync(call, i, hidden)
-        if call.override is None and hidden is given:
+        same = call.override is None and hidden is given
+        cuts = not same or ("decoder", i, "middle") in self.visits
+        if cuts and (torch.is_grad_enabled() or given.requires_grad):
+            self.inputs.note(given, i, True)
+        if same:
             return None
         kwargs = {**kwargs, **(call.override or {})}
         return (
@@ -377,7 +410,7 @@ class LanguageSession:
     # made beside it, and takes the place of the layer's output.
 
     def before_mlp(self, i: int, module: Any, args: tuple[Any, ...]) -> Any:
-        call = self.call
+        call = self.running()
         if call is None or call.visual is None:
             return None
         hidden = args[0]
@@ -386,21 +419,27 @@ class LanguageSession:
         for entry, name in self.visits["decoder", i, "middle"]:
             hidden = call.visit(entry, name, i, "middle", hidden)
         call.half = None if hidden is args[0] else hidden
+        if call.again:
+            return (hidden,)
         if self.last is not None:
             self.last.halved[i] = call.layout.live
         self.owner.trace.count("decoder", i, before, call.layout.slots.shape[1])
         return (hidden,)
 
     def after_mlp(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        call = self.call
+        call = self.running()
         if call is None or call.half is None:
             return None
         call.half = call.half + output
         return output.new_zeros(()).expand(call.full)
 
     def after_layer(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        call = self.call
-        if call is None or call.half is None:
+        call = self.running()
+        return None if call is None else self.halves(call, output)
+
+    def halves(self, call: Call, output: Any) -> Any:
+        """The output of a layer that was cut in its middle; None for others."""
+        if call.half is None:
             return None
         half, call.half = call.half, None
         return (half, *output[1:]) if isinstance(output, tuple) else half

@@ -49,6 +49,7 @@ from vtr.vision.vlm.head import Asked, Head
 from vtr.vision.vlm.language import LanguageSession
 from vtr.vision.vlm.outputs import MODES
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
+from vtr.vision.vlm.recompute import Pass
 from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, PerThread, Wrapping
 
@@ -74,6 +75,8 @@ class VLMWrapping(Wrapping):
     captures = PerThread(make=Captures)
     # What methods chose for a generate without a cache.
     held = PerThread[Held | None]()
+    # A layer that the backward pass runs again: in a thread of its own on a GPU.
+    again = PerThread[Pass | None]()
 
     def __init__(self, root: Any, inner: Any, family: Family) -> None:
         self.inner = inner

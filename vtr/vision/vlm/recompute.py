@@ -1,0 +1,149 @@
+"""Activation checkpointing of a language model: layers that run again in the backward pass.
+
+Cuts before and after a layer are made outside of what is checkpointed: the layer runs again with the
+shorter sequence that it was given. (transformers before 5.24 checkpoints a layer's hooks as well: they are
+run before.) A cut between attention and MLP is part of it, and is repeated as the method chose it first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from vtr.compat.transformers import checkpoints_around
+from vtr.method import Reduction
+from vtr.recompute import adopt, check_unchanged, release
+from vtr.wrapping import Entry
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.call import Call
+    from vtr.vision.vlm.language import LanguageSession
+
+
+class Checkpointed:
+    """The checkpointing function of one layer while a method is applied."""
+
+    def __init__(self, session: LanguageSession, layer: int) -> None:
+        self.session, self.layer = session, layer
+
+    def checkpointed(self, function: Any, block: Any, *args: Any) -> Any:
+        """Run ``block``, a layer with all arguments but ``args``, as ``function`` does."""
+        session, i = self.session, self.layer
+        call = session.running()
+        if call is not None and checkpoints_around():
+            made = session.before_layer(i, session.layers[i], args, block.keywords)
+            if made is not None:
+                args, kwargs = made
+                block = functools.partial(block.func, *block.args, **kwargs)
+            call.outside = i
+        cuts = (
+            ("decoder", i, "middle") in session.visits
+            and call is not None
+            and call.visual is not None
+        )
+        return function(Pass(session, block, call if cuts else None), *args)
+
+
+class Layers:
+    """The checkpointing functions of all layers."""
+
+    def __init__(self, session: LanguageSession) -> None:
+        self.parts = [(Checkpointed(session, i), x) for i, x in enumerate(session.layers)]
+
+    def adopt(self) -> None:
+        """Take those that were set since the last call."""
+        for part, layer in self.parts:
+            adopt(part, layer)
+
+    def remove(self) -> None:
+        """Methods change or go: as the hooks do, which end by this name."""
+        for part, layer in self.parts:
+            release(part, layer)
+
+
+class Pass:
+    """A layer whose runs after the first are those of the backward pass.
+
+    Args:
+        block: the layer with its arguments.
+        call: the running call if methods cut inside of the layer.
+    """
+
+    def __init__(
+        self, session: LanguageSession, block: Callable[..., Any], call: Call | None
+    ) -> None:
+        self.session, self.block = session, block
+        self.entries: list[Entry] | None = None
+        self.first, self.state = call, None if call is None else call.repeat()
+        self.call: Call | None = None
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any) -> Any:
+        owner, first = self.session.owner, self.first
+        if self.entries is None:
+            self.entries, self.first = owner.active, None
+            return self._run(first, args)
+        if self.state is not None:
+            check_unchanged(owner, self.entries)
+            self.call = self.state.repeat()
+        outer, owner.again = owner.again, self
+        try:
+            return self._run(self.call, args)
+        finally:
+            owner.again, self.call = outer, None
+
+    def _run(self, call: Call | None, args: tuple[Any, ...]) -> Any:
+        if call is None:
+            return self.block(*args)
+        call.inside = True
+        try:
+            output = self.block(*args)
+            # What is left is part of what the function returns, or reentrant checkpointing loses it.
+            short = self.session.halves(call, output)
+        finally:
+            call.inside = False
+        return output if short is None else short
+
+
+def chosen(
+    choose: Callable[[Tensor], Reduction | None], hidden: Tensor, name: str
+) -> Reduction | None:
+    """What a method chooses inside of a layer that will run again, where its choice is repeated and not made.
+
+    Its gradients are kept as they are made here: their tensors are none of those that the second run
+    makes anew. Reentrant checkpointing makes none here.
+
+    Args:
+        choose: the method, given the hidden states that it sees.
+        name: of the method.
+
+    Raises:
+        RuntimeError: reentrant checkpointing would lose gradients of the method.
+    """
+    if torch.is_grad_enabled():
+        with saved_tensors_hooks(torch.Tensor.detach, lambda x: x):
+            return choose(hidden)
+    with torch.enable_grad():
+        reduction = choose(hidden.detach().requires_grad_(hidden.is_floating_point()))
+    if reduction is None:
+        return None
+    if any(x is not None and x.requires_grad for x in (reduction.weights, reduction.tokens)):
+        raise RuntimeError(
+            f"{name} merges tokens inside of a layer by values with gradients, which reentrant checkpointing "
+            'cuts off: checkpoint with gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    return reduction
+
+
+def outside(layer: nn.Module) -> RuntimeError:
+    """The error of a layer that something else runs again."""
+    return RuntimeError(
+        f"a {type(layer).__name__} of a wrapped language model runs again in a backward pass, where its "
+        "tokens are not known: let transformers do it (model.gradient_checkpointing_enable(), "
+        "activation_checkpointing_enable() from 5.24), not a checkpoint around the layer"
+    )
