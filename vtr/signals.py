@@ -63,6 +63,8 @@ class Site:
         keys_of: (features (B, M, C) at the layer's input, their indices (B, M) in the model's input)
             -> keys (B, H, M, D) of this layer, for tokens that did not go through it; or None.
         notes: a dict that ends in ``trace.notes``.
+        extra: facts that only some places have. In a vision tower ``"crops"``: the rows of the batch that
+            each image (its crops) or video (its frames) has, in order.
         mask: () -> mask or bias that this layer's attention adds for the model's input, (B or 1, H or 1,
             T or 1, T) with T prefix and visual tokens, additive or bool (True is seen); or None.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,14 +13,19 @@ from torch import Tensor
 import vtr
 from tests.tiny import site as make_site
 from tests.vision.vlm.models import (
+    build,
     internvl,
     llava,
     llava_next,
     llava_onevision,
+    noise,
+    prompts,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
 )
+from tests.vision.vlm.videos import video_llava
+from vtr.compat.transformers import crop_counter
 from vtr.methods.flowcut import flow_scores
 
 from .slow import Seen, Sequence, Tower, best, run, samples
@@ -111,6 +117,99 @@ def test_tiled_images_leave_half_the_budget_per_crop_and_reach_it_in_the_languag
     assert inside.total.valid.sum(1).tolist() == [6, 6] and inside.layer == 1
 
 
+def deep(model: Any) -> Any:
+    """The same kind of model with ten layers in its tower, whose attention is peaked."""
+    config = copy.deepcopy(model.config)
+    config.vision_config.num_hidden_layers = 10
+    model = build(type(model), config)
+    for name, weight in model.named_parameters():
+        if "tower" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
+            weight.data.mul_(3.0)
+    return model
+
+
+def slow_crops(model: Any, crops: Tensor, target: int) -> list[list[int]]:
+    """Patches that are left of each crop of one image: all drop as many as the one that drops most."""
+    tower = Tower(model)
+    states = [(tower.start(crop), list(range(16)), None) for crop in crops]
+    end = tower.last - 1
+    for layer in range(end + 1):
+        drops, seen = [], []
+        for x, alive, total in states:
+            x, maps, _, v = tower.step(layer, x)
+            r = share(maps[:, 0, 1:].mean(0))
+            s = torch.zeros(len(alive), dtype=torch.float64)
+            for h in range(len(v)):
+                s += torch.softmax(v[h] @ v[h, 0], 0)[1:] / len(v)
+            score = (r + share(s)) * v.mean(0)[1:].abs().sum(-1)
+            total = score if total is None else 0.5 * total + 0.5 * score
+            n, left = len(alive), end - layer
+            entropy = -sum(float(p) * math.log(float(p)) for p in r) / math.log(n)
+            drops.append((n - target) / math.sqrt(left) * (1 - entropy**2) if left else n - target)
+            seen.append((x, alive, total))
+        states = seen
+        if (end - layer) % 2:
+            continue
+        size = max(len(states[0][1]) - round(max(drops)), target)
+        for i, (x, alive, total) in enumerate(states):
+            chosen = best(total, size)
+            x = x[[0, *(1 + j for j in chosen)]]
+            states[i] = (x, [alive[j] for j in chosen], total[chosen])
+    return [alive for _, alive, _ in states]
+
+
+@pytest.mark.parametrize("keep", [6, 12])
+def test_crops_of_one_image_drop_as_many_as_the_one_that_drops_most(keep: int) -> None:
+    model, inputs = llava_next(2)
+    model = deep(model)
+    crops = [5, 3]
+    pixels, earlier = inputs["pixel_values"], 0
+    for rows in ([0], [1], [0, 1]):
+        given = {k: v[rows] for k, v in inputs.items()}
+        with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=keep)) as handle:
+            model(**given)
+        stages = [s for s in handle.trace.stages if s.site == "encoder"]
+        at = 0
+        for b in rows:
+            expected = slow_crops(model, pixels[b, : crops[b]], keep // 2)
+            mine = stages[-1].total.kept[at : at + crops[b]]
+            assert mine.tolist() == expected
+            for stage in stages:
+                sizes = stage.total.valid[at : at + crops[b]].sum(1).tolist()
+                assert len(set(sizes)) == 1, "the crops of an image stay of one length"
+            at += crops[b]
+        if len(rows) == 1:
+            assert not any(stage.map.padded for stage in stages), "nothing need be masked"
+            earlier += len(stages) - 1
+    assert earlier, "there were cuts before the last one"
+
+
+def test_frames_of_one_video_drop_as_many_as_the_one_that_drops_most() -> None:
+    model, inputs = video_llava(1)
+    model = deep(model)
+    with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=0.25, language=False)) as handle:
+        model(**inputs)
+    stages = [s for s in handle.trace.stages if s.site == "encoder"]
+    assert len(stages) > 1 and not any(stage.map.padded for stage in stages)
+
+
+def test_images_that_share_a_prompt_are_not_tiled_in_llava_onevision() -> None:
+    model, _ = llava_onevision(1)
+    sizes = torch.tensor([[50, 50], [28, 50]])
+    given = {
+        "pixel_values": noise(2, 1, 3, 28, 28),
+        "image_sizes": sizes,
+        "batch_num_images": torch.tensor([2]),
+    }
+    with torch.no_grad():
+        lengths = [len(x) for x in model.model.get_image_features(**given).pooler_output]
+    inputs = {**given, **prompts([lengths])}
+    with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=8)) as handle:
+        model(**inputs)
+    first = handle.trace.stages[0]
+    assert first.site == "encoder" and first.total.valid.shape[0] == 2
+
+
 def test_joined_patches_stay_neighbours() -> None:
     model, inputs = internvl(2)
     with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=0.25)) as handle:
@@ -183,6 +282,24 @@ def test_qwen_ranks_joined_patches_by_the_mean_of_their_scores(family: Any) -> N
             total = 0.5 * total + 0.5 * rows[layer][b]
         assert prompt.total.kept[b].tolist() == best(total.reshape(-1, 4).mean(1), 8)
     assert inside.total.valid.sum(1).tolist() == [4, 4]
+
+
+def test_pixels_that_are_not_the_crops_of_their_images_are_refused() -> None:
+    model, inputs = llava_next(1)
+    inputs["pixel_values"] = inputs["pixel_values"][0, :4]  # of five crops
+    with (
+        vtr.apply(model, vtr.FlowCut(keep=6)),
+        pytest.raises(RuntimeError, match=r"got 4 crops or frames, but images of \[5\]"),
+    ):
+        model(**inputs)
+
+
+def test_a_model_that_does_not_tell_the_crops_of_an_image_is_refused() -> None:
+    class Other:
+        pass
+
+    with pytest.raises(vtr.UnsupportedModelError, match="Other has no image_size_to_num_patches"):
+        crop_counter(Other())
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -177,6 +177,8 @@ FORWARDED = ("second_per_grid_ts", "video_compression_mask")
 MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
 #: The method by which LLaVA-NeXT and LLaVA-OneVision put crops together.
 PACKING = "pack_image_features"
+#: The function of their modules that counts the crops of an image of a size.
+CROPS = "image_size_to_num_patches"
 #: Qwen3-VL's: the method that adds features after a layer, and the arguments that bring them.
 DEEPSTACK = "_deepstack_process"
 DEEPSTACK_MASKS, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"
@@ -191,6 +193,28 @@ LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
 def placeholder_names(kind: str) -> tuple[str, str]:
     """Attributes of a config that may hold the token id which ``"image"`` or ``"video"`` replaces."""
     return f"{kind}_token_id", f"{kind}_token_index"
+
+
+def crop_counter(inner: Any) -> Callable[[Any], int]:
+    """(height, width) -> how many crops a model takes of such an image, the whole image included.
+
+    Raises:
+        UnsupportedModelError: the model's module has no function that says so.
+    """
+    homes: list[Any] = [sys.modules.get(cls.__module__) for cls in type(inner).__mro__]
+    count = next((getattr(home, CROPS) for home in homes if hasattr(home, CROPS)), None)
+    if count is None:
+        title = type(inner).__name__
+        raise UnsupportedModelError(
+            explain(
+                "transformers",
+                f"the module of {title} has no {CROPS}, which tells the crops of one image from those of the next",
+            )
+        )
+    config = inner.config
+    return lambda size: int(
+        count(size, config.image_grid_pinpoints, config.vision_config.image_size)
+    )
 
 
 def language_module(model: Any) -> Any:

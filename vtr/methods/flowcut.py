@@ -33,7 +33,8 @@ class FlowCut(Presets, Method):
 
     Every second layer, counted back from ``end``, round((N - T) / sqrt(l) (1 - (H / ln N)^2)) of the
     N tokens are dropped, where T is the budget, l the layers left until ``end`` and H the entropy of
-    r: a peaked row prunes more. At ``end`` exactly T are left. Dropped tokens are gone; nothing is
+    r: a peaked row prunes more. The crops of one image, and the frames of one video, drop the same
+    number, the largest among them. At ``end`` exactly T are left. Dropped tokens are gone; nothing is
     merged.
 
     Without a class token (SigLIP, Qwen) the inflow is the attention row of the mean query and there
@@ -48,8 +49,8 @@ class FlowCut(Presets, Method):
     language model's entry, and the budget after its layer 1. Positions are renumbered, except under
     m-RoPE (the authors' choices).
 
-    Differences from the authors' code: the number dropped is each sample's own (theirs is the
-    largest of the batch), scores are float32 with 0 log 0 = 0 (theirs is NaN when a half-precision
+    Differences from the authors' code: the number dropped is each image's own (theirs is the largest
+    of the batch, which is one image in their evaluation), scores are float32 with 0 log 0 = 0 (theirs is NaN when a half-precision
     weight underflows), and the semantic term follows the code's softmax, where the paper's text says
     cosine. Their Qwen variant cuts in the encoder, after which four patches that are no neighbours
     any more are joined; here joined patches are always neighbours, at the price of a full encoder.
@@ -184,16 +185,32 @@ class FlowCut(Presets, Method):
             if site.valid is None and site.n <= target:
                 return None
         else:
-            drop = torch.round(
-                (n - target) / math.sqrt(left) * (1 - relative_entropy(inflow, n) ** 2)
-            )
-            k = torch.maximum(n - drop.clamp(min=0).long(), torch.full_like(n, target))
-            k = int(k) if k.numel() == 1 else k
+            drop = (n - target) / math.sqrt(left) * (1 - relative_entropy(inflow, n) ** 2)
+            if "crops" in site.extra:
+                drop = largest_of(drop, site.extra["crops"])
+            drop = torch.round(drop).clamp(min=0).long()
+            k = same(torch.maximum(n - drop, torch.full_like(n, target)))
             if k >= site.n if isinstance(k, int) else site.valid is None and bool((k >= n).all()):
                 return None
         kept, padded = top_indices(total, k, site.valid)
         site.memory["score"] = take(total, kept.clamp(min=0))
         return Reduction(TokenMap.keep(kept, site.n, padded))
+
+
+def largest_of(values: Tensor, crops: list[int]) -> Tensor:
+    """The largest of the values (B,) of each image's crops, for every crop; ``crops`` of each image."""
+    if len(crops) == len(values):
+        return values
+    parts = values.split(crops)
+    return torch.cat([part.max().expand(len(part)) for part in parts])
+
+
+def same(numbers: Tensor) -> int | Tensor:
+    """The one number in ``numbers`` (B,), so that nothing need be padded; all of them if they differ."""
+    if numbers.numel() == 1:
+        return int(numbers)
+    least, most = torch.stack(torch.aminmax(numbers)).tolist()  # one look at the device
+    return int(least) if least == most else numbers
 
 
 def flow_scores(site: Site) -> tuple[Tensor, Tensor]:

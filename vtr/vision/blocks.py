@@ -110,6 +110,8 @@ class Run:
     """The state of one forward pass, or of a block that runs again for the backward pass.
 
     Attributes:
+        crops: rows of the batch that belong to each image (its crops) or video (its frames), in order;
+            None if every row is an image.
         entered: per block, what was known at its entry, in passes that may have to be repeated.
         cuts: per (block, place, visit) the map of the cut there, None where there was none.
         first: the pass that this one repeats a part of, or None.
@@ -128,6 +130,8 @@ class Run:
         self.merged = False
         self.policy: Tensor | None = None
         self.memory: dict[int, dict[str, Any]] = {}
+        self.crops: list[int] | None = None
+        self.short: Tensor | None = None
         self.base: Tensor | None = None
         self.grid: tuple[int, ...] | None = None
         self.pixels: Tensor | None = None

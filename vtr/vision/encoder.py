@@ -322,6 +322,8 @@ class EncoderSession:
 
     def _extra(self, run: Run) -> dict[str, Any]:
         extra: dict[str, Any] = {} if run.pixels is None else {"pixels": run.pixels}
+        if run.crops is not None:
+            extra["crops"] = run.crops
         if has_pooling(self.tower):
             extra["pooling"] = Pooling(self.tower)
         return extra

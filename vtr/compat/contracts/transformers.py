@@ -192,7 +192,11 @@ def _vlms() -> Iterator[Expectation]:
             _SPREADS,
             takes=("image_features", "image_sizes", "image_newline"),
         )
-        yield Expectation(f"{where}.get_image_features", _SPREADS, calls=(names.PACKING,))
+        yield Expectation(
+            f"{where}.get_image_features",
+            f"{_SPREADS}, {_FAMILIES}",
+            calls=(names.PACKING, names.CROPS),
+        )
     yield Expectation(
         "transformers:LlavaOnevisionModel.apply_pooling", _FAMILIES, starts=("image_features",)
     )

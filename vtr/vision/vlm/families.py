@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtr.compat.transformers import PACKING, language_module, placeholder_names
+from vtr.compat.transformers import PACKING, crop_counter, language_module, placeholder_names
 from vtr.errors import UnsupportedModelError
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import KINDS, Piece, loose, plain
@@ -50,6 +50,16 @@ class Family:
                 capture.pieces = [plain("image", 1, grid) for grid in grids]
         capture.spread = rows
 
+    def crops(self, inner: Any, capture: Capture, given: dict[str, Any]) -> list[int]:
+        """How many crops each image has in the tower's batch of ``capture.crops``, or frames each video.
+
+        Asked for when the tower begins; ``given`` are the arguments of the features by name.
+        """
+        if capture.kind == "video":
+            videos, frames = videos_of(given)
+            return [frames] * videos
+        return [1] * capture.crops
+
     def watch(self, inner: Any) -> str | None:
         """A method of ``inner`` whose arguments :meth:`describe` needs."""
         return None
@@ -71,6 +81,16 @@ class Packed(Family):
 
     def watch(self, inner: Any) -> str | None:
         return PACKING
+
+    def crops(self, inner: Any, capture: Capture, given: dict[str, Any]) -> list[int]:
+        if capture.kind == "video":
+            return super().crops(inner, capture, given)
+        number = crop_counter(inner)
+        sizes = torch.as_tensor(given["image_sizes"]).tolist()
+        samples = given.get("batch_num_images")
+        # LLaVA-OneVision tiles an image only if it is the only one of its sample.
+        tiled = [n == 1 for n in samples for _ in range(int(n))] if samples is not None else None
+        return [number(size) if tiled is None or tiled[i] else 1 for i, size in enumerate(sizes)]
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         if capture.kind == "video":
@@ -165,6 +185,9 @@ class InternVL(Family):
     title = "InternVL"
     cuts = "its pixel shuffle joins 2 x 2 patches of the full grid; cut at the prompt or in the decoder"
     fixed = False
+
+    def crops(self, inner: Any, capture: Capture, given: dict[str, Any]) -> list[int]:
+        return [1] * capture.crops  # how many tiles an image has is not told; nothing is cut here
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         capture.pieces = [still(n) for n in capture.lengths]

@@ -38,6 +38,7 @@ class Capture:
         separators: whether separators stay where the tower was cut.
         cutters: names of the methods that cut in the tower.
         crops: size of the tower's batch.
+        numbers: () -> how many crops each image, or frames each video, has in the tower's batch.
         first: (C,) the first visual token, by which its features are known again.
         patches: patches of each crop where crops differ in size, else empty.
     """
@@ -55,6 +56,7 @@ class Capture:
         self.separators = False
         self.cutters: tuple[str, ...] = ()
         self.crops = 0
+        self.numbers: Callable[[], list[int]] = lambda: [1] * self.crops
         self.first: Tensor | None = None
         self.patches: list[int] = []
 

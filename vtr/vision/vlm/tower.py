@@ -41,6 +41,12 @@ class TowerSession(EncoderSession):
             trace.batch = run.batch
             self.owner.trace = run.trace = trace
             self.capture.crops = run.batch
+            run.crops = self.capture.numbers()
+            if sum(run.crops) != run.batch:
+                raise RuntimeError(
+                    f"the vision tower got {run.batch} crops or frames, but images of "
+                    f"{run.crops} were expected: give the model pixels as its processor makes them"
+                )
         return run
 
     def _finish(self, run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -358,6 +359,9 @@ class VLMWrapping(Wrapping):
         self.trace = self.captures.trace
         capture = Capture(modality)
         self.running = {}
+        bound = inspect.signature(method).bind(self.inner, *args, **kwargs)
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        capture.numbers = partial(self.family.crops, self.inner, capture, given)
         tower = self.towers.get(modality)
         if tower is not None:
             tower.capture = capture
@@ -365,8 +369,7 @@ class VLMWrapping(Wrapping):
             out = method(self.inner, *args, **kwargs)
             found = getattr(out, "pooler_output", None)
             if found is not None:
-                bound = inspect.signature(method).bind(self.inner, *args, **kwargs)
-                given = {**bound.arguments, **bound.arguments.get("kwargs", {}), **self.running}
+                given |= self.running
                 capture.lengths = [x.shape[:-1].numel() for x in found]
                 first = first_token(out)
                 capture.first = None if first is None else first.clone()
