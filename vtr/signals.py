@@ -18,6 +18,15 @@ from vtr.tokens import TokenMap
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
+def rows_at_once(batch: int) -> int:
+    """How many query rows of every sample are made at a time.
+
+    256, and fewer with more than 16 samples (the frames of a video), so that the rows of all samples
+    together are 4096 at most, or one of each sample.
+    """
+    return min(256, max(1, 4096 // max(1, batch)))
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What a method may know of the model before a call.
@@ -222,10 +231,10 @@ class Site:
     def attention_received(self, chunk: int | None = None) -> Tensor:
         """Mean attention that each visual token receives from the visual tokens, (B, N) float32.
 
-        Exact; computed for ``chunk`` query rows of every sample at a time. None is 256, and fewer where
-        there are more than 16 samples (the frames of a video): memory stays O(N) beside the model's.
+        Exact; computed for ``chunk`` query rows of every sample at a time. None is :func:`rows_at_once`:
+        memory stays O(N) beside the model's.
         """
-        chunk = chunk or min(256, max(16, 4096 // max(1, self.batch)))
+        chunk = chunk or rows_at_once(self.batch)
         q = self.qkv[0][:, :, self.prefix :]
         total = torch.zeros(self.batch, self.n, device=self.device)
         number = (

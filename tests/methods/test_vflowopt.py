@@ -10,8 +10,18 @@ import torch
 
 import vtr
 from tests.tiny import site as make_site
-from tests.vision.vlm.models import internvl, llava, llava_next, llava_onevision, qwen2_vl
-from vtr.methods.vflowopt import calibrated_context, cells, patch_entropy, recycle
+from tests.vision.vlm import videos
+from tests.vision.vlm.models import (
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    noise,
+    prompts,
+    qwen2_vl,
+)
+from vtr.methods.vflowopt import calibrated_context, cells, patch_entropy, recycle, tuned
+from vtr.signals import rows_at_once
 from vtr.tokens import TokenMap
 
 from .slow import Seen, Sequence, Tower, best, features, run, samples
@@ -118,7 +128,7 @@ def test_equals_the_model_by_hand(keep: Any, side: float, merge: bool) -> None:
             x: torch.Tensor = images[b],
         ) -> None:
             if not merge:
-                sequence.keep(best(torch.tensor(importance), size), compact=False)
+                sequence.keep(best(torch.tensor(importance), size), compact=True)
                 return
             stands = slow_recycle(importance, cell, size)
             values = {}
@@ -126,7 +136,7 @@ def test_equals_the_model_by_hand(keep: Any, side: float, merge: bool) -> None:
                 members = [j for j, h in stands.items() if h == head]
                 weight = torch.tensor([importance[j] for j in members])
                 values[head] = (weight[:, None] / weight.sum() * x[members]).sum(0)
-            sequence.keep(sorted(values), False, values)
+            sequence.keep(sorted(values), True, values)
 
         def later(
             sequence: Sequence,
@@ -154,14 +164,126 @@ def test_rates_meet_the_budget_on_average(keep: float) -> None:
     assert (r1 * 9 + r1 * r2 * 9 + r1 * r2 * r3 * 10) / 28 == pytest.approx(keep)
 
 
-def test_released_settings_meet_their_budgets() -> None:
-    for name, share in (("50%", 0.5), ("25%", 0.25), ("10%", 0.1)):
-        method = vtr.VFlowOpt.released(name)
-        assert isinstance(method.keep, tuple) and method.alpha == 0.0
-        r1, r2, r3 = method.keep
-        assert (r1 * 9 + r1 * r2 * 9 + r1 * r2 * r3 * 10) / 28 == pytest.approx(share, abs=2e-3)
+# The authors' file for LLaVA-OneVision-7B: (R1, R2, R3), t, a by budget.
+AUTHORS = {
+    0.5: ((0.7233201448753168, 0.748747637472693, 0.487), 28.683047941520474, 11.756787150848968),
+    0.25: ((0.2651026358526424, 0.9833433139039235, 0.8773258179532721), 34.759552803070484, 15.580797034937687),
+    0.1: ((0.11661529508161146, 1.0, 0.6011), 39.26492840997221, 17.386981849158786),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("share", AUTHORS)
+def test_the_released_values_are_those_of_the_budget(share: float) -> None:
+    rates, threshold, cell = AUTHORS[share]
+    preset = vtr.VFlowOpt.preset(f"llava-onevision-7b/{share:.0%}")
+    assert preset == vtr.VFlowOpt.released(f"{share:.0%}")
+    assert preset.keep == pytest.approx(rates, abs=1e-6) and preset.alpha == 0.0
+    assert (preset.threshold, preset.cell) == pytest.approx((threshold, cell), abs=1e-4)
+    r1, r2, r3 = preset.keep  # type: ignore[misc]
+    assert (r1 * 9 + r1 * r2 * 9 + r1 * r2 * r3 * 10) / 28 == pytest.approx(share, abs=2e-3)
+    # A budget alone takes all but R1, which meets it exactly.
+    found = tuned(share)
+    assert found.rates == pytest.approx(rates, abs=1e-6)
+    assert (found.threshold, found.cell) == pytest.approx((threshold, cell), abs=1e-4)
+    assert vtr.VFlowOpt(keep=share).rates(share, 28, (9, 18)) == pytest.approx(rates, abs=2e-3)
+
+
+def test_between_two_budgets_the_released_values_are_interpolated() -> None:
+    for share, low, part in ((0.2, 0.1, 2 / 3), (0.3, 0.25, 0.2), (0.05, 0.1, 0), (0.9, 0.25, 1)):
+        high = {0.1: 0.25, 0.25: 0.5}[low]
+        a, b = ((*AUTHORS[k][0], *AUTHORS[k][1:]) for k in (low, high))
+        found = tuned(share)
+        wanted = [x + part * (y - x) for x, y in zip(a, b, strict=True)]
+        assert [*found.rates, *found[1:]] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_budget_in_tokens_takes_the_values_of_its_share(monkeypatch: Any) -> None:
+    """Of the image's patches in the tower, of its tokens in the language model."""
+    seen: dict[str, Any] = {}
+
+    def context(site: Any, threshold: Any, chunk: Any = None) -> Any:
+        seen["threshold"] = threshold
+        return calibrated_context(site, threshold, chunk)
+
+    def squares(group: Any, row: Any, column: Any, side: Any) -> Any:
+        seen["cell"] = side
+        return cells(group, row, column, side)
+
+    monkeypatch.setattr("vtr.methods.vflowopt.calibrated_context", context)
+    monkeypatch.setattr("vtr.methods.vflowopt.cells", squares)
+    model, inputs = llava_next(2)  # 5 crops of 16 patches and 88 tokens; 3 crops and 52 tokens
+    keep = 20
+    for rows in ([0], [1], [0, 1]):
+        with torch.no_grad(), vtr.apply(model, vtr.VFlowOpt(keep=keep, layers=(1, 2))):
+            model(**{k: v[rows] for k, v in inputs.items()})
+        crops, tokens = ([5, 3][r] for r in rows), ([88, 52][r] for r in rows)
+        thresholds = [tuned(keep / (16 * n)).threshold for n in crops for _ in range(n)]
+        assert torch.as_tensor(seen["threshold"]).flatten().tolist() == pytest.approx(
+            thresholds if len(rows) > 1 else thresholds[:1]
+        )
+        assert seen["cell"].flatten().tolist() == pytest.approx(
+            [tuned(keep / n).cell for n in tokens]
+        )
+    with torch.no_grad(), vtr.apply(model, vtr.VFlowOpt(keep=0.4, layers=(1, 2))):
+        model(**inputs)
+    assert seen["threshold"] == tuned(0.4).threshold
     with pytest.raises(ValueError, match="budget must be one of 50%, 25%, 10%"):
         vtr.VFlowOpt.released("75%")
+
+
+def test_a_video_is_cut_and_not_recycled() -> None:
+    model, inputs = videos.llava_onevision(2)
+    found = {}
+    for merge in (None, False, True):
+        method = vtr.VFlowOpt(keep=(0.5, 1.0, 1.0), threshold=1.0, cell=2.0, merge=merge)
+        with torch.no_grad(), vtr.apply(model, method) as handle:
+            found[merge] = (model(**inputs).logits, int(handle.trace.stages[0].map.size.max()))
+    assert torch.equal(found[None][0], found[False][0]) and found[None][1] == 1
+    assert found[True][1] > 1
+
+
+def test_images_are_recycled_beside_a_sample_with_a_video() -> None:
+    model, _ = llava_onevision(1)
+    image = {"pixel_values": noise(1, 5, 3, 28, 28), "image_sizes": torch.tensor([[50, 50]])}
+    video = {"pixel_values_videos": videos.frames(1, 3)}
+    counts = [[88], [videos.video(13)]]
+    method = vtr.VFlowOpt(keep=(0.5, 1.0, 1.0), threshold=1.0, cell=2.0)
+    rows = []
+    for parts in ({**image, **video, **prompts(counts)}, {**image, **prompts(counts[:1])}):
+        with torch.no_grad(), vtr.apply(model, method) as handle:
+            model(**parts)
+        rows.append(handle.trace.stages[0].map)
+    both, alone = rows
+    n, left = alone.n_in, alone.n_out
+    assert int(both.size[0].max()) > 1 and int(both.size[1].max()) == 1
+    assert torch.equal(both.source[0, :n], alone.source[0])
+    assert torch.equal(both.kept[0, :left], alone.kept[0])
+
+
+def test_equal_tokens_go_in_the_order_of_a_plain_cut() -> None:
+    """Merged or dropped, of equally important tokens the later go first."""
+    importance = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.5, 0.5]])
+    alone = torch.arange(6)[None]
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    assert recycle(importance, alone, torch.tensor([4]), valid).kept.tolist() == [[0, 1, 2, 3]]
+    together = torch.zeros(1, 6, dtype=torch.long)
+    assert recycle(importance, together, torch.tensor([4]), valid).kept.tolist() == [[0, 1, 2, 3]]
+
+
+def test_rows_of_many_frames_are_made_a_few_at_a_time(monkeypatch: Any) -> None:
+    batch = 48
+    site = make_site(n=150, prefix=0, batch=batch, has_cls=False)
+    sizes, rows = [], site.attention_from
+
+    def spy(queries: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        sizes.append(queries.shape[0] * queries.shape[2])
+        return rows(queries, mask)
+
+    monkeypatch.setattr(site, "attention_from", spy)
+    got = calibrated_context(site, 0.0)  # every token is a query in the second pass, too
+    assert max(sizes) <= 4096 and sum(sizes) == 2 * batch * 150
+    torch.testing.assert_close(got, calibrated_context(site, 0.0, chunk=150))
+    assert [rows_at_once(b) for b in (1, 16, 17, 32, 8192)] == [256, 256, 240, 128, 1]
 
 
 def test_cells_of_fractional_side() -> None:
@@ -256,6 +378,7 @@ def test_the_entropy_term_needs_pixels() -> None:
         {"alpha": 2.0},
         {"layers": (0, 2)},
         {"layers": (1,)},
+        {"merge": 1},
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, check_layers, fit_layers
-from vtr.language_signals import LanguageSite
+from vtr.budget import Keep, check_flag, check_keep, check_layers, fit_layers
+from vtr.language_signals import LanguageSite, VisualSpan
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import (
     alive,
     budget,
@@ -26,50 +27,66 @@ from vtr.methods._vlm import (
     stored,
     valid_of,
 )
-from vtr.signals import ModelInfo, Site
+from vtr.signals import ModelInfo, Site, rows_at_once
 from vtr.tokens import TokenMap
 
-RELEASED: Mapping[str, tuple[tuple[float, float, float], float, float]] = {
-    "50%": ((0.7233, 0.7487, 0.487), 28.68, 11.76),
-    "25%": ((0.2651, 0.9833, 0.8773), 34.76, 15.58),
-    "10%": ((0.1166, 1.0, 0.6011), 39.26, 17.39),
+
+class Tuned(NamedTuple):
+    """What the authors' search found for one budget."""
+
+    rates: tuple[float, float, float]
+    threshold: float
+    cell: float
+
+
+RELEASED: Mapping[float, Tuned] = {
+    0.5: Tuned((0.723320, 0.748748, 0.487), 28.6830, 11.7568),
+    0.25: Tuned((0.265103, 0.983343, 0.877326), 34.7596, 15.5808),
+    0.1: Tuned((0.116615, 1.0, 0.6011), 39.2649, 17.3870),
 }
-"""LLaVA-OneVision-7B: the rates, the threshold and the cell; alpha is 0."""
+"""The released settings, all for LLaVA-OneVision-7B, by the share of tokens left on average; alpha is 0."""
 
 
 @register
 @dataclass(frozen=True)
-class VFlowOpt(Method):
+class VFlowOpt(Presets, Method):
     """VFlowOpt (ICCV 2025, arXiv 2508.05211): visual information flow, pruned in three stages.
 
     The importance of a token is calibrated context: with A the head-averaged attention map of the
     last encoder layer whose output the model uses, the tokens whose received attention exceeds
     ``threshold`` times the mean act as the queries, and a token's importance is the mean attention
     that they pay to it. This one map ranks the tokens at all stages: at the entry of the language
-    model, after L/3 and after 2L/3 of its layers. Positions of the survivors are unchanged.
+    model, after L/3 and after 2L/3 of its layers. The first cut is made before tokens have positions, so
+    that they are numbered from 0 behind it; the later ones leave gaps (as in the authors' code).
 
     At the first stage the least important tokens are recycled: those of one cell of ``cell`` x
     ``cell`` tokens (of each image, or crop grid) are merged into their mean, weighted by importance,
-    at the place of the most important of them. Newline tokens are always kept there.
+    at the place of the most important of them. Newline tokens are always kept there. In prompts with a
+    video the least important are dropped instead, as in the authors' code.
+
+    The authors search rates and parameters for each model and budget, and have released those for
+    LLaVA-OneVision-7B at 50, 25 and 10 % (:meth:`preset`). Options left at None take the released values
+    at the budget ``keep``; between two budgets they are interpolated linearly, which is ours, and
+    beyond the last they stay as they are.
 
     Differences from the authors' code: where no token passes the threshold, all do (theirs averages
     the empty set); the number left is exact (theirs depends on how many cells are occupied); cells of
     a tiled image stay within their tile (theirs lie on the composed grid); the entropy term, whose
     weight is 0 in all released settings, reads pixels in 0..255 (theirs are normalised ones that wrap
-    around in uint8), which ``pixel_mean`` and ``pixel_std`` give back. Rates and parameters are searched by
-    the authors for each model; the defaults are theirs for LLaVA-OneVision-7B at 25 %.
+    around in uint8), which ``pixel_mean`` and ``pixel_std`` give back.
 
     Args:
         keep: visual tokens on average over the layers of the language model (R1 is solved for it), or
             the three rates (R1, R2, R3), each of what is left, as floats.
-        later: R2 and R3 where ``keep`` is one budget.
-        threshold: t, in units of the mean received attention.
+        later: R2 and R3 if ``keep`` is one budget.
+        threshold: t, in units of the mean received attention. With a number of tokens as ``keep`` and
+            None, the budget is taken as a share of the image's patches, as no tokens are there yet.
         cell: a, the side of a recycling cell in tokens (fractions are meant: 15.58).
         alpha: weight of the patches' entropy (softmax over the crop), in [-1, 1].
         pixel_mean, pixel_std: what the image processor subtracts and divides by (``image_mean``,
             ``image_std``; on pixels in 0..1); needed with ``alpha``.
         layers: the two 0-based layers before which the later cuts are made; None is L/3 and 2L/3.
-        merge: recycle; False drops.
+        merge: recycle (True) or drop (False); None recycles unless the prompt has a video.
     """
 
     name: ClassVar[str] = "vflowopt"
@@ -84,15 +101,23 @@ class VFlowOpt(Method):
     }
     positions: ClassVar[str] = "original"
 
+    PRESETS: ClassVar = {
+        f"llava-onevision-7b/{share:.0%}": {
+            "keep": tuned.rates, "threshold": tuned.threshold, "cell": tuned.cell,
+        }
+        for share, tuned in RELEASED.items()
+    }  # fmt: skip
+    """:data:`RELEASED`: the authors' rates, of which R1 leaves a little more or less than the budget."""
+
     keep: Keep | tuple[float, float, float] = 0.25
-    later: tuple[float, float] = (0.9833, 0.8773)
-    threshold: float = 34.76
-    cell: float = 15.58
+    later: tuple[float, float] | None = None
+    threshold: float | None = None
+    cell: float | None = None
     alpha: float = 0.0
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
     layers: tuple[int, int] | None = None
-    merge: bool = True
+    merge: bool | None = None
 
     def validate(self) -> None:
         if isinstance(self.keep, Sequence) and not isinstance(self.keep, str):
@@ -103,13 +128,18 @@ class VFlowOpt(Method):
             self._set("keep", tuple(float(rate) for rate in self.keep))
         else:
             self._set("keep", check_keep(self.keep))
-        if not isinstance(self.later, Sequence) or len(self.later) != 2:
-            raise ValueError(f"later must be the two rates (R2, R3), got {self.later!r}")
-        for i, rate in enumerate(self.later):
-            check_number(rate, f"later[{i}]", 1e-6, 1.0)
-        self._set("later", tuple(float(rate) for rate in self.later))
-        check_number(self.threshold, "threshold", 0.0, 1e6)
-        check_number(self.cell, "cell", 1.0, 1e6)
+        if self.later is not None:
+            if not isinstance(self.later, Sequence) or len(self.later) != 2:
+                raise ValueError(f"later must be the two rates (R2, R3), got {self.later!r}")
+            for i, rate in enumerate(self.later):
+                check_number(rate, f"later[{i}]", 1e-6, 1.0)
+            self._set("later", tuple(float(rate) for rate in self.later))
+        if self.threshold is not None:
+            check_number(self.threshold, "threshold", 0.0, 1e6)
+        if self.cell is not None:
+            check_number(self.cell, "cell", 1.0, 1e6)
+        if self.merge is not None:
+            check_flag(self.merge, "merge")
         check_number(self.alpha, "alpha", -1.0, 1.0)
         for name in ("pixel_mean", "pixel_std"):
             value = getattr(self, name)
@@ -127,10 +157,13 @@ class VFlowOpt(Method):
     @classmethod
     def released(cls, budget: str) -> VFlowOpt:
         """The authors' settings for LLaVA-OneVision-7B: ``"50%"``, ``"25%"`` or ``"10%"``."""
-        if budget not in RELEASED:
-            raise ValueError(f"budget must be one of {', '.join(RELEASED)}, got {budget!r}")
-        rates, threshold, cell = RELEASED[budget]
-        return cls(keep=rates, threshold=threshold, cell=cell, alpha=0.0)
+        known = [name.split("/")[1] for name in cls.PRESETS]
+        if budget not in known:
+            raise ValueError(f"budget must be one of {', '.join(known)}, got {budget!r}")
+        return cls.preset(f"llava-onevision-7b/{budget}")
+
+    def positions_at(self, site: str) -> str:
+        return "compact" if site == "prompt" else self.positions
 
     def _layers(self, info: ModelInfo) -> tuple[int, int]:
         depth = info.depth["decoder"]
@@ -146,13 +179,13 @@ class VFlowOpt(Method):
     ) -> tuple[float, float, float]:
         """R1, R2, R3 for a mean of ``share`` over ``depth`` layers, cut before ``layers``.
 
-        The mean is (R1 L1 + R1 R2 L2 + R1 R2 R3 L3) / L. R2 and R3 are ``later``, R1 is solved. Where
-        that would need R1 > 1, R1 is 1 and R2 is solved; then R3 likewise.
+        The mean is (R1 L1 + R1 R2 L2 + R1 R2 R3 L3) / L. R2 and R3 are ``later``, R1 is solved. If that
+        would need R1 > 1, R1 is 1 and R2 is solved; then R3 likewise.
         """
         if isinstance(self.keep, tuple):
             return self.keep
         first, second, third = layers[0], layers[1] - layers[0], depth - layers[1]
-        r2, r3 = self.later
+        r2, r3 = self.later or tuned(share).rates[1:]
         total = share * depth
         r1 = total / (first + r2 * (second + r3 * third))
         if r1 <= 1.0:
@@ -179,7 +212,7 @@ class VFlowOpt(Method):
 
     def reduce(self, site: Site) -> Reduction | None:
         if site.site == "encoder":
-            importance = calibrated_context(site, self.threshold)
+            importance = calibrated_context(site, self._threshold(site))
             if self.alpha:
                 entropy = patch_entropy(self._denormalised(site.extra["pixels"]), site.grid)
                 importance = importance + self.alpha * entropy.softmax(1)
@@ -190,11 +223,61 @@ class VFlowOpt(Method):
         if nothing_to_cut(here, number):
             return None
         importance = here.spread(stored(here, "importance"), 1.0)
-        if site.site == "decoder" or not self.merge:
+        recycled = [self._recycles(spans) for spans in here.videos]
+        if site.site == "decoder" or not any(recycled):
             return prune(here, importance, number)
-        cell = cells(*coordinates(here, here.memory["grid"], importance.shape), self.cell)
+        group, row, column = coordinates(here, here.memory["grid"], importance.shape)
+        if not all(recycled):  # tokens that are alone in their cells are dropped
+            group = group.masked_fill(~torch.tensor(recycled, device=here.device)[:, None], -1)
+        cell = cells(group, row, column, self._cell(here))
         step = recycle(importance, cell, number, valid_of(here))
         return Reduction(step, importance.clamp_min(1e-20))
+
+    def _recycles(self, spans: Sequence[VisualSpan]) -> bool:
+        """Whether the first cut of a prompt with these images and videos merges what it takes away."""
+        if self.merge is not None:
+            return self.merge
+        return all(span.kind != "video" for span in spans)
+
+    def _threshold(self, site: Site) -> float | Tensor:
+        """t, of each row of the tower's batch where it differs."""
+        if self.threshold is not None:
+            return self.threshold
+        if not isinstance(self.keep, int):
+            return tuned(self._share(site.info)).threshold
+        rows = alive(site).tolist()
+        patches: list[int] = []
+        at = 0
+        for crops in site.extra.get("crops", [1] * len(rows)):
+            patches += [sum(rows[at : at + crops])] * crops
+            at += crops
+        found = [tuned(min(1.0, self.keep / max(1, n))).threshold for n in patches]
+        return (
+            found[0] if len(set(found)) == 1 else torch.tensor(found, device=site.device)[:, None]
+        )
+
+    def _cell(self, site: LanguageSite) -> Tensor:
+        """(B, 1) sides of the cells of each sample."""
+        if self.cell is not None:
+            sides = [self.cell] * site.batch
+        else:
+            sides = [tuned(share).cell for share in self._shares(site)]
+        return torch.tensor(sides, device=site.device)[:, None]
+
+    def _share(self, info: ModelInfo) -> float:
+        """The mean share of tokens that a budget without a number of tokens leaves."""
+        if isinstance(self.keep, tuple):
+            depth, (first, second) = info.depth["decoder"], self._layers(info)
+            r1, r2, r3 = self.keep
+            return r1 * (first + r2 * (second - first + r3 * (depth - second))) / depth
+        return float(self.keep)
+
+    def _shares(self, site: LanguageSite) -> list[float]:
+        """The mean share of tokens that is left of each sample."""
+        if not isinstance(self.keep, int):
+            return [self._share(site.info)] * site.batch
+        entry, left = torch.stack([site.extra["entry"], budget(site, self.keep)]).tolist()
+        return [want / max(whole, 1) for want, whole in zip(left, entry, strict=True)]
 
     def _denormalised(self, pixels: Tensor) -> Tensor:
         assert self.pixel_mean is not None and self.pixel_std is not None
@@ -208,17 +291,24 @@ class VFlowOpt(Method):
         """(B,) tokens left after this stage: r = round(n (1 - R)) of n are dropped, never all."""
         layers = self._layers(site.info)
         stage = 0 if site.site == "prompt" else 1 + layers.index(site.layer)
-        entry = site.extra["entry"].tolist()
-        if isinstance(self.keep, tuple):
-            left = [0] * len(entry)
-        else:
-            left = budget(site, self.keep).tolist()
         out = []
-        for n, whole, want in zip(alive(site).tolist(), entry, left, strict=True):
-            share = self.keep if isinstance(self.keep, float) else want / max(whole, 1)
+        for n, share in zip(alive(site).tolist(), self._shares(site), strict=True):
             rate = self.rates(share, site.info.depth["decoder"], layers)[stage]
             out.append(min(n, max(1, n - round(n * (1 - rate)))))
         return torch.tensor(out, device=site.device)
+
+
+def tuned(share: float) -> Tuned:
+    """The released values for a mean share of the tokens, interpolated linearly between budgets."""
+    budgets = sorted(RELEASED)
+    share = min(max(share, budgets[0]), budgets[-1])
+    high = next(budget for budget in budgets[1:] if share <= budget)
+    low = budgets[budgets.index(high) - 1]
+    part = (share - low) / (high - low)
+    less, more = RELEASED[low], RELEASED[high]
+    pairs = zip((*less.rates, *less[1:]), (*more.rates, *more[1:]), strict=True)
+    r1, r2, r3, threshold, cell = (x * (1 - part) + y * part for x, y in pairs)
+    return Tuned((r1, r2, r3), threshold, cell)
 
 
 def _channels(value: object, name: str) -> tuple[float, ...]:
@@ -304,10 +394,10 @@ def coordinates(
     return group, row, column
 
 
-def cells(group: Tensor, row: Tensor, column: Tensor, side: float) -> Tensor:
+def cells(group: Tensor, row: Tensor, column: Tensor, side: float | Tensor) -> Tensor:
     """(B, N) int64 in 0..N-1, equal for tokens of one group and one square of ``side`` tokens.
 
-    Tokens of group -1 are alone in their cell.
+    Tokens of group -1 are alone in their cell. ``side`` may be a (B, 1) tensor.
     """
     n = group.shape[1]
     y, x = (
@@ -324,13 +414,15 @@ def cells(group: Tensor, row: Tensor, column: Tensor, side: float) -> Tensor:
     return torch.empty_like(order).scatter(1, order, opens.cumsum(1))
 
 
-def calibrated_context(site: Site, threshold: float, chunk: int = 256) -> Tensor:
+def calibrated_context(site: Site, threshold: float | Tensor, chunk: int | None = None) -> Tensor:
     """Attention that each token gets from the tokens that attract attention, (B, N) float32.
 
     With A the attention map averaged over heads, r_j = mean_i A_ij and K = {j: r_j > t mean(r)}:
-    context_i = mean over k in K of A_ki. Where K is empty it is every token (the authors' code
-    averages the empty set). Rows are made ``chunk`` at a time.
+    context_i = mean over k in K of A_ki. An empty K is every token (the authors' code averages the
+    empty set). Rows are made ``chunk`` of every sample at a time; None is what
+    :func:`vtr.signals.rows_at_once` says for the batch. ``threshold`` may be a (B, 1) tensor.
     """
+    chunk = chunk or rows_at_once(site.batch)
     received = site.attention_received(chunk)
     alive = torch.ones_like(received) if site.valid is None else site.valid.float()
     mean = (received * alive).sum(1, keepdim=True) / alive.sum(1, keepdim=True)
@@ -366,8 +458,10 @@ def recycle(importance: Tensor, cell: Tensor, target: Tensor, valid: Tensor) -> 
     """
     batch, n = importance.shape
     device = importance.device
-    # Ascending importance, the invalid last; rank[j] is the place of token j.
-    order = torch.sort(importance.masked_fill(~valid, float("inf")), dim=1, stable=True).indices
+    # Ascending importance (of equal ones the later token first, as a cut would drop them), the invalid
+    # last; rank[j] is the place of token j.
+    ranked = importance.masked_fill(~valid, float("inf")).flip(1)
+    order = n - 1 - torch.sort(ranked, dim=1, stable=True).indices
     order = order.gather(1, torch.sort((~valid).gather(1, order).int(), dim=1, stable=True).indices)
     place = torch.arange(n, device=device).expand(batch, n)
     rank = torch.empty_like(order).scatter(1, order, place)
