@@ -130,30 +130,26 @@ def palette(path: Path, frames: int = 24, rate: int = 10) -> Path:
 
 
 def edited(path: Path, out: Path, entries: Sequence[tuple[int, int]]) -> Path:
-    """An MP4 whose index stands at its end, with another edit list: (duration in milliseconds, first
-    time shown in the stream's own unit, or -1 for nothing)."""
+    """The same MP4 with another edit list: (duration in milliseconds, first time shown in the
+    stream's own unit, or -1 for nothing)."""
     body = struct.pack(">II", 0, len(entries))
     body += b"".join(struct.pack(">iihh", *entry, 1, 0) for entry in entries)
-    edits = _box(b"edts", _box(b"elst", body))
-
-    def walk(data: bytes) -> bytes:
-        done, at = b"", 0
-        while at < len(data):
-            length, kind = struct.unpack(">I4s", data[at : at + 8])
-            inner = data[at + 8 : at + length]
-            at += length
-            if kind != b"edts":
-                done += _box(kind, walk(inner) if kind in (b"moov", b"trak") else inner)
-            if kind == b"tkhd":
-                done += edits
-        return done
-
-    out.write_bytes(walk(path.read_bytes()))
+    out.write_bytes(_reboxed(path.read_bytes(), b"elst", body))
     return out
 
 
-def _box(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I4s", 8 + len(body), kind) + body
+def _reboxed(data: bytes, name: bytes, body: bytes) -> bytes:
+    """MP4 boxes with the body of one kind replaced; what follows the pictures may change its size."""
+    done, at = b"", 0
+    while at < len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        inner = data[at + 8 : at + length]
+        at += length
+        if kind in (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl"):
+            inner = _reboxed(inner, name, body)
+        inner = body if kind == name else inner
+        done += struct.pack(">I4s", 8 + len(inner), kind) + inner
+    return done
 
 
 def write_audio(path: Path, seconds: float = 0.5) -> Path:

@@ -110,6 +110,33 @@ def test_grey(tmp_path: Path, pixels: str) -> None:
             vtr.video.load(path, 2, backend="decord")
 
 
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p", "yuv411p", "yuv444p", "yuv420p10le"])
+def test_odd_sizes(tmp_path: Path, pixels: str) -> None:
+    """The last rows and columns have their colour, though they share it with pixels that are not
+    there."""
+    values, others = stored(pixels, 1, LIMITED), [81, 90, 240]  # red
+    frame = flat(pixels, values, (47, 63), 1, LIMITED)
+    kind = "<u2" if pixels.endswith("le") else "u1"
+    for plane, value in zip(frame.planes, others, strict=True):
+        part = np.frombuffer(plane, kind).reshape(plane.height, -1).copy()
+        right, low = round(plane.width * 52 / 63 - 0.4), round(plane.height * 36 / 47 - 0.4)
+        part[low:, right:] = value * (4 if kind == "<u2" else 1)
+        plane.update(part.tobytes())
+    path = save(tmp_path / "a.mkv", [frame] * 4, "ffv1")
+    luma, cb, cr = (81 - 16) / 219, (90 - 128) / 224, (240 - 128) / 224
+    red, blue = luma + 2 * (1 - 0.2126) * cr, luma + 2 * (1 - 0.0722) * cb
+    green = (luma - 0.2126 * red - 0.0722 * blue) / (1 - 0.2126 - 0.0722)
+    corner = 255 * np.clip([red, green, blue], 0, 1)
+    for backend in BACKENDS:
+        frames = vtr.video.load(path, 2, backend=backend, threads=1).frames.astype(int)
+        assert frames.shape == (2, 47, 63, 3)
+        assert np.abs(frames[:, 37:, 53:] - corner).max() < 5, (backend, frames[0, -1, -1])
+        assert np.abs(frames[:, :35, :51] - COLOUR).max() < 5
+        assert np.abs(frames[:, 40:, :48] - COLOUR).max() < 5
+        half = vtr.video.load(path, 2, backend=backend, size=(24, 32), threads=1).frames
+        assert np.abs(half[:, -3:, -3:] - corner).max() < 8
+
+
 def test_rgb_is_exact(tmp_path: Path) -> None:
     frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), COLOUR, np.uint8))
     for file, codec in (("a.mp4", "libx264rgb"), ("a.mov", "png")):

@@ -85,7 +85,7 @@ def load(
         with Decord(media, deadline, threads) as decord:
             # Early, if the picture's size does not depend on the file.
             if backend != "pyav" and (isinstance(size, tuple) or (size is None and not square)):
-                decord.open(size, ahead=start == 0)
+                decord.open(size, ahead=bool(start == 0))
             index = read_index(media, deadline, damaged)
 
             def numbers(index: VideoIndex) -> np.ndarray:
