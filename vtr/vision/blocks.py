@@ -131,7 +131,6 @@ class Run:
         self.policy: Tensor | None = None
         self.memory: dict[int, dict[str, Any]] = {}
         self.crops: list[int] | None = None
-        self.short: Tensor | None = None
         self.base: Tensor | None = None
         self.grid: tuple[int, ...] | None = None
         self.pixels: Tensor | None = None
