@@ -402,53 +402,13 @@ def visionzip(code: Checkout) -> Finding:
 
 
 def flowcut(code: Checkout) -> Finding:
-    """The whole tower, whose layers prune one after the other, for one crop."""
-    attend = code.functions("flowcut/modeling_clip_flowcut.py", "CLIPAttention_forward")
-    rules = code.functions("flowcut/utils_flowcut.py", "compute_score", "adaptive_prune_ratio")
-    theirs = code.functions(
-        "flowcut/modeling_clip_flowcut.py",
-        *("CLIPEncoderLayer_forward", "CLIPEncoder_forward"),
-        compute_score=rules.compute_score,
-        adaptive_prune_ratio=rules.adaptive_prune_ratio,
-        BaseModelOutput=SimpleNamespace,
-    )
+    """The whole tower, whose layers prune one after the other: one crop, and five crops of one image."""
     model, inputs, outputs = _llava()
-    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
-
-    class Called(SimpleNamespace):
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            return self.function(self, *args, **options)
-
-    def attention(module: Any) -> Called:
-        heads, width = module.num_heads, module.head_dim
-        return Called(
-            function=attend.CLIPAttention_forward,
-            **{n: getattr(module, n) for n in ("q_proj", "k_proj", "v_proj", "out_proj", "scale")},
-            num_heads=heads, head_dim=width, dropout=0.0, training=False,
-            _shape=lambda x, n, b: x.view(b, -1, heads, width).transpose(1, 2).contiguous(),
-        )  # fmt: skip
-
-    layers = [
-        Called(
-            function=theirs.CLIPEncoderLayer_forward,
-            self_attn=attention(layer.self_attn),
-            **{n: getattr(layer, n) for n in ("layer_norm1", "layer_norm2", "mlp")},
-        )
-        for layer in tower.encoder.layers
-    ]
+    tower = _flowcut_tower(code, model)
     found = Finding()
     for keep in (64, 128, 192):
-        myself = SimpleNamespace(
-            layers=layers, target=keep + 1, select_layer=len(layers) - 2,
-            gradient_checkpointing=False, training=False,
-        )  # fmt: skip
         with torch.no_grad():
-            done, kept = theirs.CLIPEncoder_forward(
-                *(myself, outputs.hidden_states[0]),
-                output_attentions=True,
-                output_hidden_states=True,
-                return_dict=True,
-            )
+            done, kept = tower(outputs.hidden_states[0], keep)
             seen: list[Tensor] = []
             first = model.model.language_model.layers[0]
             hook = first.register_forward_pre_hook(lambda m, a, to=seen: to.append(a[0]))
@@ -459,7 +419,91 @@ def flowcut(code: Checkout) -> Finding:
         found.choices(handle.trace.stages[-1].total.kept[0], kept[0])
         start = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0])
         found.numbers(seen[0][0, start : start + keep], other)
+    model, inputs, outputs = _llava_next()
+    tower = _flowcut_tower(code, model)
+    for keep in (160, 80, 40):  # of every crop they leave half of the image's number
+        with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=keep)) as handle:
+            model(**inputs)
+        cuts = [stage for stage in handle.trace.stages if stage.site == "encoder"]
+        with torch.no_grad():
+            _, kept = tower(outputs.hidden_states[0], keep // 2)
+        found.choices(cuts[-1].total.kept, kept)
     return found
+
+
+def _llava_next() -> tuple[Any, Any, Any]:
+    """A narrow LLaVA-NeXT whose attention is peaked, with five crops of one image."""
+    from tests.vision.vlm.models import IMAGE, build, clip, llama, prompts, transformers
+
+    vision = clip()
+    vision.image_size, vision.num_hidden_layers = 84, 14
+    config = transformers.LlavaNextConfig(
+        vision_config=vision, text_config=llama(), image_token_id=IMAGE, image_seq_length=144,
+        image_grid_pinpoints=[[168, 168]], vision_feature_layer=-2,
+    )  # fmt: skip
+    model = build(transformers.LlavaNextForConditionalGeneration, config)
+    model.set_attn_implementation("eager")
+    for layer in getattr(
+        model.model.vision_tower, "vision_model", model.model.vision_tower
+    ).encoder.layers:
+        layer.self_attn.q_proj.weight.data *= 12
+    pixels = torch.randn(1, 5, 3, 84, 84, generator=torch.Generator().manual_seed(0))
+    pixels *= torch.tensor([1.0, 3.0, 0.1, 1.0, 1.0])[:, None, None, None]
+    with torch.no_grad():
+        outputs = model.model.vision_tower(pixels[0], output_hidden_states=True)
+    text = prompts([[144 + 24 * 25]])
+    return (
+        model,
+        {"pixel_values": pixels, "image_sizes": torch.tensor([[168, 168]]), **text},
+        outputs,
+    )
+
+
+class _Called(SimpleNamespace):
+    """Stands for a module whose forward is a function of theirs."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.function(self, *args, **options)
+
+
+def _flowcut_tower(code: Checkout, model: Any) -> Callable[[Tensor, int], Any]:
+    """Their encoder on the weights of a CLIP tower: states before it, and patches to keep."""
+    file = "flowcut/modeling_clip_flowcut.py"
+    rules = code.functions("flowcut/utils_flowcut.py", "compute_score", "adaptive_prune_ratio")
+    theirs = code.functions(
+        *(file, "CLIPAttention_forward", "CLIPEncoderLayer_forward", "CLIPEncoder_forward"),
+        **vars(rules),
+        BaseModelOutput=SimpleNamespace,
+    )
+
+    def attention(module: Any) -> _Called:
+        heads, width = module.num_heads, module.head_dim
+        return _Called(
+            function=theirs.CLIPAttention_forward,
+            **{n: getattr(module, n) for n in ("q_proj", "k_proj", "v_proj", "out_proj", "scale")},
+            num_heads=heads, head_dim=width, dropout=0.0, training=False,
+            _shape=lambda x, n, b: x.view(b, -1, heads, width).transpose(1, 2).contiguous(),
+        )  # fmt: skip
+
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+    layers = [
+        _Called(
+            function=theirs.CLIPEncoderLayer_forward,
+            self_attn=attention(layer.self_attn),
+            **{n: getattr(layer, n) for n in ("layer_norm1", "layer_norm2", "mlp")},
+        )
+        for layer in tower.encoder.layers
+    ]
+
+    def run(states: Tensor, keep: int) -> Any:
+        myself = SimpleNamespace(
+            layers=layers, target=keep + 1, select_layer=len(layers) - 2,
+            gradient_checkpointing=False, training=False,
+        )  # fmt: skip
+        every = dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), True)
+        return theirs.CLIPEncoder_forward(myself, states, **every)
+
+    return run
 
 
 def pyramiddrop(code: Checkout) -> Finding:
@@ -642,7 +686,7 @@ def fastvid(code: Checkout) -> Finding:
 
 
 def holitom(code: Checkout) -> Finding:
-    """Before the language model with D = 0, both given their numbers of tokens."""
+    """Before the language model, both given their numbers of tokens, and the merge inside it."""
     from vtr.methods import holitom as mine
 
     names = ("cluster_dpc_knn", "select_static_windows", "merge_tokens_by_clustering",

@@ -70,8 +70,9 @@ class HoliTom(Presets, Method):
     Args:
         keep: budget per video at the entry of the language model.
         threshold: T.
-        merged: D, share of the dynamic tokens kept that are clusters (0: none, the released setting);
-            the number of the others, ``1 - merged`` of them, is rounded to the nearest.
+        merged: D, share of the dynamic tokens kept that are clusters (0: none, the released setting, and
+            the only one that the release runs with); the number of the others, ``1 - merged`` of them,
+            is rounded to the nearest, as in its text.
         beta: least weight of a centre in its cluster; None is the plain mean.
         inner: budget of the cut inside the language model, of the tokens there; None leaves it out. An
             int is a number per sample.
