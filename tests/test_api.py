@@ -30,7 +30,6 @@ def test_an_unknown_model_around_a_known_one() -> None:
     model = vit()
     holder = type("Pipeline", (), {"model": model})()
     for target, name in (
-        (torch.compile(model), "_orig_mod"),
         (nn.DataParallel(model), "module"),
         (nn.ModuleDict({"head": nn.Linear(2, 2), "tower": nn.Sequential(model)}), r"tower\.0"),
         (holder, "model"),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from vtr.compat.around import unwrapped
 from vtr.compat.tested import blaming, untested
-from vtr.compat.torch import inside_compiled
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.method import Method, create, registry
 from vtr.trace import Trace
@@ -136,7 +136,8 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
 
     Args:
         target: a timm or open_clip model, a transformers vision tower or VLM, a diffusers pipeline
-            or transformer.
+            or transformer; or one of them in ``torch.compile``, DistributedDataParallel,
+            FullyShardedDataParallel or a PEFT model.
         method: a method, a name (``"evit"``), a dict with ``name`` and options, a plan, or a list.
         options: of the adapter (``output=`` for encoders and VLMs, ``positions=``, ``video=`` and
             ``flash_attention=`` for VLMs, ``steps=`` and ``scheduler=`` for a diffusion transformer
@@ -289,9 +290,7 @@ def _method(method: Any) -> Method:
 
 def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
     tried = []
-    compiled = inside_compiled(target)
-    if isinstance(compiled, nn.Module) and type(compiled).__module__.startswith("diffusers."):
-        target = compiled
+    target = unwrapped(target)
     for cls in type(target).__mro__:
         package = cls.__module__.partition(".")[0]
         for path in ADAPTERS.get(package, ()):

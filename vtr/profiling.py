@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.api import Handle, MethodLike, apply, handles
+from vtr.compat.around import unwrapped
 from vtr.compat.timm import FUSED
 from vtr.compat.torch import tree_iter, tree_map
 from vtr.compat.transformers import attention_implementation, cache_of
@@ -69,7 +70,7 @@ def profile(
     sizes = _sizes(batch)
     if handles(model):
         raise ValueError("the model is wrapped already; remove its handles before profiling")
-    if getattr(model, "training", False):
+    if getattr(unwrapped(model), "training", False):
         raise ValueError(
             "the model is in training mode, where methods act differently: call eval()"
         )
@@ -78,7 +79,7 @@ def profile(
     rows: list[Row] = []
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_fastest_attention(model, notes))
+        stack.enter_context(_fastest_attention(unwrapped(model), notes))
         wrapped: list[Handle | None] = [None]
         for method in chosen:
             handle = apply(model, method, **options)
@@ -89,9 +90,9 @@ def profile(
             args, kwargs = _arguments(inputs if size is None else _at_batch(inputs, size))
             rows += _measure(_Call(function, args, kwargs), wrapped, warmup, repeats, progress)
     return Profile(
-        type(model).__name__,
+        type(unwrapped(model)).__name__,
         tuple(rows),
-        *_where(model, inputs),
+        *_where(unwrapped(model), inputs),
         torch.get_num_threads(),
         tuple(notes),
     )

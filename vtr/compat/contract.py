@@ -17,7 +17,10 @@ from vtr.compat.tested import TESTED, explain, installed
 from vtr.errors import UnsupportedModelError
 
 #: Libraries with a contract, by the names of their packages.
-LIBRARIES = ("torch", "transformers", "timm", "open_clip", "diffusers", "accelerate", "lmms_eval")
+LIBRARIES = (
+    *("torch", "transformers", "timm", "open_clip", "diffusers"),
+    *("accelerate", "peft", "lmms_eval"),
+)
 
 
 @dataclass(frozen=True)

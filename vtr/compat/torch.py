@@ -22,6 +22,27 @@ def inside_compiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+#: Modules around a model whose forward passes on what it is given, to the model in their ``module``.
+PARALLEL = (
+    "torch.nn.parallel.distributed:DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel:FullyShardedDataParallel",
+)
+
+
+def inside_parallel(model: Any) -> Any:
+    """The module in one of :data:`PARALLEL`, or ``model`` itself."""
+    kinds = (f"{cls.__module__}:{cls.__name__}" for cls in type(model).__mro__)
+    return model.module if any(kind in PARALLEL for kind in kinds) else model
+
+
+def kind_of(module: Any) -> type:
+    """The class of a module; of one that ``fully_shard`` has given a class of its own, the one before."""
+    for cls in type(module).__mro__:
+        if not any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+            return cls
+    return type(module)
+
+
 def forget_compiled() -> None:
     """Drop all that ``torch.compile`` has made in this process, if it has made anything."""
     dynamo: Any = sys.modules.get("torch._dynamo")

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from vtr.compat.around import unwrapped
 from vtr.compat.diffusers import TRANSFORMERS
 from vtr.compat.tested import explain
-from vtr.compat.torch import inside_compiled
 from vtr.diffusion.families import FAMILIES, Family, family_of, layers_of, refusal_of
 from vtr.errors import UnsupportedModelError
 
@@ -35,11 +35,11 @@ def locate(target: Any) -> nn.Module | None:
     if not isinstance(target, (DiffusionPipeline, ModularPipeline)):
         if not isinstance(target, nn.Module):
             return None
-        model = _inner(target)
+        model = unwrapped(target)
         supported(model)
         return model
     found: dict[str, Any] = {
-        name: _inner(getattr(target, name))
+        name: unwrapped(getattr(target, name))
         for name in TRANSFORMERS
         if isinstance(getattr(target, name, None), nn.Module)
     }
@@ -61,11 +61,6 @@ def locate(target: Any) -> nn.Module | None:
             raise UnsupportedModelError(_refuse(type(target).__name__, f"it mixes {names}"))
         experts = target.__dict__[_EXPERTS] = Experts(members)
     return experts
-
-
-def _inner(model: Any) -> Any:
-    """The module inside ``torch.compile``."""
-    return inside_compiled(model)
 
 
 def supported(model: Any) -> Family:

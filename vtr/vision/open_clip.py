@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtr.compat import open_clip as compat
+from vtr.compat.around import unwrapped
 from vtr.compat.contract import required
 from vtr.compat.tested import explain
+from vtr.compat.torch import kind_of
 from vtr.errors import UnsupportedModelError
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
@@ -260,16 +262,16 @@ class OpenClipWrapping(Wrapping):
 
 def _runner(block: nn.Module, transformer: nn.Module, prefix: int) -> BlockRunner:
     attn: Any = getattr(block, "attn", None)
-    reason = ""
-    if type(block) is ResidualAttentionBlock:
-        if type(attn) is not nn.MultiheadAttention:
+    reason, kind = "", kind_of(block)
+    if kind is ResidualAttentionBlock:
+        if kind_of(attn) is not nn.MultiheadAttention:
             reason = f"its attention is a {type(attn).__qualname__}, not nn.MultiheadAttention"
         elif attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
             reason = "its nn.MultiheadAttention has separate weights, or keys of its own"
         elif hasattr(block, "ln_1_kv"):
             reason = "it is a cross attention"
-    elif type(block) is CustomResidualAttentionBlock:
-        if type(attn) is not Attention:
+    elif kind is CustomResidualAttentionBlock:
+        if kind_of(attn) is not Attention:
             reason = f"its attention is a {type(attn).__qualname__}, not open_clip's Attention"
         elif attn.logit_scale is not None:
             reason = "its scaled cosine attention (scaled_cosine_attn) is not opened"
@@ -288,7 +290,7 @@ def locate(target: Any) -> nn.Module | None:
     Raises:
         UnsupportedModelError: an image tower that is not a sequence of tokens.
     """
-    tower = getattr(target, "visual", target)
+    tower = unwrapped(getattr(target, "visual", target))
     if isinstance(tower, VisionTransformer):
         return tower
     if isinstance(tower, TimmModel):

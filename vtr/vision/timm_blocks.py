@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vtr.compat import timm as compat
 from vtr.compat.contract import required
+from vtr.compat.torch import kind_of
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import (
     BlockRunner,
@@ -31,7 +32,7 @@ _ROTATE = required(compat.ROTATE)
 
 def runner_of(block: nn.Module, prefix: int) -> BlockRunner:
     """The block opened where its class and its attention's are known, else whole."""
-    if type(block) in _BLOCKS and type(getattr(block, "attn", None)) in _ATTENTIONS:
+    if kind_of(block) in _BLOCKS and kind_of(getattr(block, "attn", None)) in _ATTENTIONS:
         return TimmBlock(block, prefix)
     return TimmWhole(block, prefix)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.tested import explain
+from vtr.compat.torch import kind_of
 from vtr.compat.transformers import AROUND, TIMM, TOWERS
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner, place_forward
@@ -98,7 +99,8 @@ def layer_runners(tower: nn.Module, name: str, path: str, prefix: int) -> list[L
         raise UnsupportedModelError(explain("transformers", f"{name} has no {path}")) from None
     runners: list[LayerRunner] = []
     for layer in layers:
-        kind, cls = LAYERS.get(type(layer).__name__), type(layer)
+        cls = kind_of(layer)
+        kind = LAYERS.get(cls.__name__)
         if kind is None or not cls.__module__.startswith("transformers."):
             problem = (
                 f"a layer of {name} is a {cls.__module__}.{cls.__qualname__}, which is not understood "

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from vtr.compat.contract import Expectation
+from vtr.compat.torch import PARALLEL
 
 CONTRACT = (
     Expectation(
-        "torch._dynamo:OptimizedModule", "vtr/api.py, vtr/diffusion/targets.py", calls=("_orig_mod",)
+        "torch._dynamo:OptimizedModule", "vtr/compat/around.py", calls=("_orig_mod",)
     ),
+    Expectation(PARALLEL[0], "vtr/compat/around.py", calls=("module",)),
+    Expectation(PARALLEL[1], "vtr/compat/around.py", has=("module",)),
+    Expectation("torch.distributed.fsdp:FSDPModule", "vtr/vision/timm_blocks.py"),
     Expectation("torch._dynamo:reset", "vtr/vision/vlm/gate.py"),
     Expectation("torch._dynamo.convert_frame:FRAME_COUNTER", "vtr/vision/vlm/gate.py"),
     Expectation(

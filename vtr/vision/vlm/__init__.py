@@ -134,6 +134,7 @@ from typing import Any
 
 from torch import nn
 
+from vtr.compat.around import unwrapped
 from vtr.vision.vlm.families import NAMES, family_of, inner_of
 from vtr.vision.vlm.wrapping import VLMWrapping
 
@@ -148,7 +149,7 @@ def locate(target: Any) -> nn.Module | None:
     """
     model = target
     if not isinstance(target, nn.Module):
-        model = getattr(target, "model", None)
+        model = unwrapped(getattr(target, "model", None))
     inner = inner_of(model)
     if inner is None or family_of(inner) is None:
         return None
