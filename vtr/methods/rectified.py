@@ -47,8 +47,8 @@ class RectifiedSparse(Presets, AttentionMethod):
         p: share of P that the critical blocks must pass, in [0, 1]. The authors take 0.3 everywhere.
         drop: at most this share of the grid blocks is skipped, in [0, 1].
         order: ``"hilbert"``, ``"raster"``, or a tile of (frames, height, width) tokens.
-        neighbours: blocks that touch the query block in the grid are always critical; without it
-            only the block itself is.
+        neighbours: blocks that touch the query block in the grid are always critical, itself among
+            them; without it the shares alone decide, and a block may leave out itself.
         first_frame: the leading ``blocks // frames`` blocks always see each other (the authors' rule
             for Wan, which is not quite the first frame where a curve orders the tokens).
         rectify: False leaves out 3 and 4: the bare mask, for comparison.
@@ -108,16 +108,18 @@ class RectifiedSparse(Presets, AttentionMethod):
             )  # fmt: skip
         return out if arranged is None else out.index_select(2, arranged.back)
 
-    def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor]:
+    def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor | None]:
         """The order of the tokens and the blocks that always see each other, once per grid."""
 
-        def make() -> tuple[Arranged | None, Tensor]:
+        def make() -> tuple[Arranged | None, Tensor | None]:
             return self._make_places(grid_order(site.grid, self.order), site)
 
-        found: tuple[Arranged | None, Tensor] = site.for_size("places", make)
+        found: tuple[Arranged | None, Tensor | None] = site.for_size("places", make)
         return found
 
-    def _make_places(self, order: Tensor, site: AttentionSite) -> tuple[Arranged | None, Tensor]:
+    def _make_places(
+        self, order: Tensor, site: AttentionSite
+    ) -> tuple[Arranged | None, Tensor | None]:
         device = site.q.device
         arranged = arrange(order, site.text, site.text_first)
         if arranged is not None:
@@ -129,4 +131,5 @@ class RectifiedSparse(Presets, AttentionMethod):
         if self.first_frame:
             first = blocks // site.grid[0]
             always[:first, :first] = True
-        return arranged, always.to(device)
+        wanted = self.neighbours or self.first_frame
+        return arranged, always.to(device) if wanted else None
