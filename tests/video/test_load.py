@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_both_decoders_scale_alike(tmp_path: Path, size: object) -> None:
     assert ours.shape == other.shape
     assert ours.shape[1:3] == ((24, 32) if size == 24 else (30, 50))
     difference = ours.astype(int) - other
-    if int(av.__version__.split(".")[0]) < 17:
+    if not hasattr(av.VideoFrame, "color_trc"):  # which came with the newer scaler
         assert np.abs(difference).max() <= 4
     else:  # it scales colours from where H.264 has them, half a pixel aside: brightness is the same
         assert np.abs(difference @ [0.299, 0.587, 0.114]).max() <= 5
@@ -152,6 +153,42 @@ def test_variable_rate(tmp_path: Path) -> None:
             assert load(path, fps=1.0, backend=backend).indices.tolist() == [0, 2, 6, 7]
             # Evenly spaced in time (0, 1.25, 2.5, 3.75, 5 s show 0, 2, 6, 6, 7), yet all different.
             assert load(path, 5, backend=backend).indices.tolist() == [0, 2, 5, 6, 7]
+
+
+def test_a_rate_with_a_cap(tmp_path: Path) -> None:
+    """As Qwen's processor samples: at the rate, and evenly from first to last if that is too many."""
+    path = write(tmp_path / "a.mp4")  # 40 frames in 4 s
+
+    def qwen(fps: float, most: int) -> list[int]:
+        frames = min(int(40 / 10 * fps), most)
+        return np.linspace(0, 39, frames).round().astype(int).tolist()
+
+    for backend in BACKENDS:
+        at_rate = load(path, fps=2.0, backend=backend).indices.tolist()
+        assert at_rate == list(range(0, 40, 5))
+        for most in (8, 9, 100):
+            assert load(path, most, fps=2.0, backend=backend).indices.tolist() == at_rate
+        capped = load(path, 4, fps=2.0, backend=backend)
+        assert capped.indices.tolist() == qwen(2.0, 4) == [0, 13, 26, 39]
+        assert [number(f) for f in capped.frames] == [0, 13, 26, 39]
+    assert load(path, 1, fps=2.0).indices.tolist() == load(path, 1).indices.tolist() == [19]
+    window = load(path, 3, fps=5.0, start=1.0, end=3.0).indices.tolist()
+    assert window == load(path, 3, start=1.0, end=3.0).indices.tolist() == [10, 19, 29]
+    assert load(path, 3, sampling="fps").indices.tolist() == [0, 19, 39], "1 per second would be 4"
+    times = [0, 100, 200, 2200, 2300, 2400, 2500, 5000]
+    varying = write(tmp_path / "b.mp4", frames=8, times_ms=times)
+    assert load(varying, 4, fps=1.0).indices.tolist() == [0, 2, 6, 7], (
+        "each at most once: not capped"
+    )
+    assert load(varying, 3, fps=1.0).indices.tolist() == load(varying, 3).indices.tolist()
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    """Times of one video select in another."""
+    path = write(tmp_path / "a.mp4")
+    times = load(path, 4).timestamps
+    for start, end in itertools.pairwise(times):
+        assert load(path, 2, start=start, end=end).timestamps[0] == start
 
 
 @pytest.mark.parametrize("mirror", [False, True])

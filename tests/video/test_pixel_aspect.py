@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -117,3 +118,15 @@ def test_square_pixels_stay(tmp_path: Path) -> None:
             vtr.video.load(path, 3, backend=backend, square=s).frames for s in (False, True)
         )
         assert np.array_equal(plain, square)
+
+
+@pytest.mark.parametrize("ratio", [(1, 2**31 - 1), (2**31 - 1, 1), (0, 1)])
+def test_ratios_that_cannot_be_meant(tmp_path: Path, ratio: tuple[int, int]) -> None:
+    """Damage must not ask for pictures of any width."""
+    path = circle(tmp_path / "a.mov", Fraction(2), "png")
+    data = path.read_bytes()
+    at = data.index(b"pasp") + 4
+    path.write_bytes(data[:at] + struct.pack(">II", *ratio) + data[at + 8 :])
+    assert vtr.video.probe(path).pixel_aspect in (1, 2)  # 2: some versions see it elsewhere too
+    assert vtr.video.load(path, 2, square=True).frames.shape[1] == 96
+    assert next(iter(vtr.video.stream(path, square=True))).image.shape[0] == 96

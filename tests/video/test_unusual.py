@@ -176,7 +176,12 @@ def test_edit_lists(tmp_path: Path, name: str, between: int) -> None:
 
 def test_trimmed_and_truncated(tmp_path: Path) -> None:
     """A trimmed file that is cut off as well is still noticed."""
-    path = write(tmp_path / "a.mp4", frames=30, options={"bf": "0"}, mux={"movflags": "faststart"})
+    path = write(
+        tmp_path / "a.mp4",
+        frames=30,
+        options={"g": "8", "bf": "0"},
+        mux={"movflags": "faststart"},
+    )
     data = path.read_bytes()
     at = data.index(b"elst") + 12
     path.write_bytes(data[:at] + (1500).to_bytes(4, "big") + data[at + 4 :])

@@ -166,12 +166,12 @@ def turned(frame: Any) -> tuple[int, bool]:
 
 
 def pixel_aspect(stream: Any) -> Fraction:
-    """Width over height of a stored pixel; 1 where nothing is said.
+    """Width over height of a stored pixel; 1 if nothing is said, or nothing that can be meant.
 
     As in FFmpeg, the container's word counts before the codec's. To be asked after a frame was
     decoded: some codecs tell it only then.
     """
     for said in (stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio):
-        if said is not None and said > 0:
+        if said and Fraction(1, 100) <= said <= 100:
             return Fraction(said)
     return Fraction(1)
