@@ -39,6 +39,7 @@ _PUBLIC = {
     "EViT": "vtr.methods.evit",
     "Debias": "vtr.methods.debias",
     "DivPrune": "vtr.methods.divprune",
+    "Downsample": "vtr.methods.downsample",
     "FastV": "vtr.methods.fastv",
     "PyramidDrop": "vtr.methods.pyramiddrop",
     "SparseVLM": "vtr.methods.sparsevlm",
@@ -76,6 +77,7 @@ __all__ = [
     "CLSAttention",
     "Debias",
     "DivPrune",
+    "Downsample",
     "DyCoke",
     "EViT",
     "FastV",
@@ -143,6 +145,7 @@ if TYPE_CHECKING:
     from vtr.methods.cls_attention import CLSAttention
     from vtr.methods.debias import Debias
     from vtr.methods.divprune import DivPrune
+    from vtr.methods.downsample import Downsample
     from vtr.methods.dycoke import DyCoke
     from vtr.methods.evit import EViT
     from vtr.methods.evs import EVS

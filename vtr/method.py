@@ -32,6 +32,7 @@ class Stage(NamedTuple):
     cannot be opened, ``middle`` falls to ``end``; the adapter's family says so in ``info.extra``. In
     the ``decoder`` it is ``start`` (the layer's input, with the q, k, v that this layer will make of
     it), ``middle``, or ``end`` (the layer's output), both with the q, k, v that this layer has used.
+    The site ``image`` (layer 0) is in front of the patches: the cut is a smaller picture.
     With ``cuts=False`` the visit only looks and never shortens the sequence.
     """
 
@@ -54,6 +55,8 @@ class Reduction(NamedTuple):
         policy: (B, N) weights in [0, 1] of the tokens as keys in the following layers, for training:
             every token stays, and always sees itself (DynamicViT's masked softmax). A policy of None
             in a reduction without a map ends it.
+        grid: at the site ``image``, (rows, columns) of the smaller picture in tokens; ``map`` says which
+            of the tokens before each of them covers.
     """
 
     map: TokenMap | None
@@ -62,6 +65,7 @@ class Reduction(NamedTuple):
     tokens: Tensor | None = None
     absolute: bool = False
     policy: Tensor | None = None
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

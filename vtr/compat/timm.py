@@ -41,6 +41,9 @@ NAFLEX_INTERMEDIATES = (
     *("x", "indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt"),
     *("intermediates_only", "output_dict", *NAFLEX[1:]),
 )
+#: What makes the patches of a model, and the attributes by which it takes images of any size.
+PATCH_EMBED, FORMAT = "timm.layers:PatchEmbed", "timm.layers:Format"
+ANY_SIZE = ("strict_img_size", "flatten", "output_fmt")
 #: Whether an attention module calls torch's fused attention.
 FUSED = "fused_attn"
 

@@ -12,6 +12,7 @@ from typing import Any
 from vtr.methods.cls_attention import CLSAttention
 from vtr.methods.debias import Debias
 from vtr.methods.divprune import DivPrune
+from vtr.methods.downsample import Downsample
 from vtr.methods.dycoke import DyCoke
 from vtr.methods.evit import EViT
 from vtr.methods.evs import EVS
@@ -45,6 +46,7 @@ __all__ = [
     "CLSAttention",
     "Debias",
     "DivPrune",
+    "Downsample",
     "DyCoke",
     "EViT",
     "FastV",

@@ -20,6 +20,7 @@ from vtr.recompute import copied
 from vtr.tokens import TokenMap, take
 from vtr.trace import Trace
 from vtr.vision.attention import Probe
+from vtr.vision.image import Smaller
 from vtr.wrapping import Entry, Wrapping
 
 
@@ -109,7 +110,10 @@ class State(NamedTuple):
 class Run:
     """The state of one forward pass, or of a block that runs again for the backward pass.
 
+    ``map`` and ``tokens`` are of the sequence that enters the blocks.
+
     Attributes:
+        image: what became of the picture's tokens before the blocks, None if it was not made smaller.
         crops: rows of the batch that belong to each image (its crops) or video (its frames), in order;
             None if every row is an image.
         entered: per block, what was known at its entry, in passes that may have to be repeated.
@@ -132,6 +136,7 @@ class Run:
         self.memory: dict[int, dict[str, Any]] = {}
         self.crops: list[int] | None = None
         self.base: Tensor | None = None
+        self.image: Smaller | None = None
         self.grid: tuple[int, ...] | None = None
         self.pixels: Tensor | None = None
         self.training = False
@@ -173,17 +178,35 @@ class Run:
 
     def short(self, x: Tensor) -> Tensor:
         """The tokens that are left of an x at full length; see :meth:`full`."""
+        if self.image is not None and x.shape[1] == self.image.map.n_in + self.prefix:
+            x = self.image.map.with_prefix(self.prefix).gather(x)
         if self.map is None:
             return x
         self.base = x
         return self.map.with_prefix(self.prefix).gather(x)
 
-    def full(self, x: Tensor) -> Tensor:
-        """x at full length; tokens that are gone have the value they had when they went."""
+    @property
+    def cut(self) -> bool:
+        """Whether there are fewer tokens than the picture has."""
+        return self.map is not None or self.image is not None
+
+    def total(self, now: TokenMap) -> TokenMap:
+        """From the tokens of the picture, for a map from those that entered the blocks."""
+        return now if self.image is None else self.image.map.then(now)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """x at the length that entered the blocks; tokens that are gone have the value they had when
+        they went."""
         if self.map is None:
             return x
         whole = self.map.with_prefix(self.prefix)
         return whole.restore(x, "copy" if self.base is None else self.base)
+
+    def full(self, x: Tensor) -> Tensor:
+        """x at the length of the picture as it was given: as :meth:`widened`, and what a smaller picture
+        has in one token is copied to all that it covers."""
+        x = self.widened(x)
+        return x if self.image is None else self.image.map.with_prefix(self.prefix).restore(x)
 
 
 def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:

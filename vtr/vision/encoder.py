@@ -23,6 +23,7 @@ from vtr.tokens import TokenMap
 from vtr.trace import StageRecord
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, place_forward
+from vtr.vision.image import Smaller, ask, entry_of, resized
 from vtr.vision.passes import Pass, Passes
 from vtr.vision.pooling import Pooling, has_pooling
 from vtr.wrapping import Bound, Entry, PerThread, Wrapping
@@ -45,6 +46,8 @@ class EncoderSession:
         whole: the same for the running call of this thread.
         shape: the grid of the running call of this thread, where its adapter has noted it.
         mean: what an adapter hands from one hook of the running call to the next.
+        image: what became of the pictures of the coming call, between their hook and the first block.
+        small: the pictures that the running call sees instead of its own, or None.
         latest: the call that began last, in any thread.
         passes: tells a call's passes through its blocks from those of its backward pass.
     """
@@ -54,6 +57,8 @@ class EncoderSession:
     whole = PerThread[bool](False)
     shape = PerThread[tuple[int, ...] | None]()
     mean = PerThread[Tensor | None]()
+    image = PerThread[Smaller | None]()
+    small = PerThread[Tensor | None]()
 
     def __init__(
         self,
@@ -125,6 +130,30 @@ class EncoderSession:
             )
         self.pixels = pixels
 
+    # ---- the picture ------------------------------------------------------------------------
+
+    def shrink(self, images: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+        """The pictures that the model is to see instead of ``images`` (B, C, H, W), by the method at the
+        site ``image``: smaller ones, or the same.
+
+        Args:
+            grid: rows and columns of their patches.
+            patch: height and width of one in pixels.
+        """
+        entry = entry_of(self.owner)
+        self.image = self.small = None
+        if entry is None:
+            return images
+        self.image = small = ask(self.owner, entry, len(images), grid, images, {}, {})
+        if small is None:
+            return images
+        self.shape = small.grid
+        images = resized(images, (small.grid[0] * patch[0], small.grid[1] * patch[1]))
+        if self.pixels is not None:
+            self.pixels = images
+        self.small = images
+        return images
+
     # ---- one block --------------------------------------------------------------------------
 
     def forward(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +213,7 @@ class EncoderSession:
         run.trace.count("encoder", layer, before, after)
         if layer == len(self.runners) - 1 and run.first is None:
             self._finish(run)
-        if run.restoring and run.map is not None:
+        if run.restoring and run.cut:
             x, run.base = run.full(x), None
         if not compiling:
             self.passes.leave(run, layer, x)
@@ -197,6 +226,8 @@ class EncoderSession:
             self.pixels is not None
         ):  # an attribute that is new in the next call compiles a model again
             self.pixels = None
+        if self.small is not None:
+            self.small = None
 
     def _begin(self, x: Tensor) -> Run:
         if x.dim() != 3:
@@ -209,16 +240,34 @@ class EncoderSession:
         run.grid, run.pixels, run.training = self.grid(run.tokens), self.pixels, root.training
         run.entries = self.owner.active
         run.checkpointed = self._checkpointed()
+        run.image, self.image = self.image, None
         self.run = run
         if not torch.compiler.is_compiling() and in_backward():
             run.late = True  # the whole encoder runs again, and has its trace already
             return run
         self.latest = run
         self.owner.trace = run.trace
+        if run.image is not None:
+            self._note(run, run.image)
         return run
+
+    def _note(self, run: Run, small: Smaller) -> None:
+        """Record that the pictures were made smaller."""
+        step = small.map
+        if run.tokens != step.n_out:
+            raise RuntimeError(
+                f"{self.owner.info.family} made {run.tokens} tokens of a picture of "
+                f"{small.grid[0]} x {small.grid[1]} patches"
+            )
+        name = small.entry.method.name
+        run.trace.stages.append(
+            StageRecord("image", 0, name, step.n_in, step.n_out, step, step, small.before)
+        )
 
     def _expect(self, run: Run, x: Tensor, layer: int) -> None:
         now = run.tokens if run.map is None or run.restoring else run.map.n_out
+        if run.restoring and run.image is not None and layer > 0:
+            now = run.image.map.n_in
         if x.shape[1] != now + self.prefix or x.shape[0] != run.batch:
             raise RuntimeError(
                 f"block {layer} got a sequence of shape {tuple(x.shape)}, expected "
@@ -337,7 +386,7 @@ class EncoderSession:
             return x if reduction.tokens is None else torch.cat([x[:, :p], reduction.tokens], 1)
         step = reduction.map
         if run.restoring:
-            run.base = run.full(x)
+            run.base = run.widened(x)
         before = x.shape[1] - p
         whole = step.with_prefix(p)
         if reduction.tokens is not None:
@@ -361,8 +410,8 @@ class EncoderSession:
                 before,
                 run.map.n_out,
                 step,
-                run.map,
-                run.grid,
+                run.total(run.map),
+                run.grid if run.image is None else run.image.before,
             )
         )
         return x
@@ -400,10 +449,11 @@ class EncoderSession:
         root, trace = self.owner.root, self.owner.trace
         counted = trace.tokens.get("encoder", {})
         tokens = counted.get(0, (0, 0))[0]
+        whole = next((s.tokens_in for s in trace.stages if s.site == "image"), tokens)
         dense = reduced = 0
         for layer, runner in enumerate(self.runners):
             before, after = counted.get(layer, (tokens, tokens))
-            dense += runner.flops(tokens + self.prefix, tokens + self.prefix)
+            dense += runner.flops(whole + self.prefix, whole + self.prefix)
             reduced += runner.flops(before + self.prefix, after + self.prefix)
         for entry in self.owner.active:
             worked = root.training or any(s.method == entry.method.name for s in trace.stages)

@@ -20,6 +20,7 @@ from vtr.errors import UnsupportedModelError
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
+from vtr.vision.image import entry_of, open_image
 from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.wrapping import Bound, Wrapping
 
@@ -194,11 +195,12 @@ class OpenClipWrapping(Wrapping):
             heads=runners[0].block.attn.num_heads,  # type: ignore[union-attr,arg-type]
             tokens=model.grid_size[0] * model.grid_size[1],
         )
+        open_image(info, "")
         super().__init__(model, info)
         self.session = EncoderSession(self, runners, prefix, self.grid)
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
-        size: Any = self.root.grid_size
+        size: Any = self.session.shape or self.root.grid_size
         return tuple(size) if size[0] * size[1] == tokens else square_grid(tokens)
 
     def check(self, method: Any, options: dict[str, Any]) -> None:
@@ -214,6 +216,8 @@ class OpenClipWrapping(Wrapping):
                 self.patch(block, "forward", Bound(self, "tokens_first", block.__dict__["forward"]))
         self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
         self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
+        if entry_of(self) is not None:
+            self.patch(model, "_embeds", Bound(self, "embeds"))
         if model.attn_pool is None:
             self.patch(model, compat.POOLING, Bound(self, "global_pool"))
             return
@@ -222,6 +226,26 @@ class OpenClipWrapping(Wrapping):
             poolers.append(model.attn_pool_contrastive)  # a cascade's second pool sees queries only
         for pooler in poolers:
             place_forward(self, pooler.attn, Bound(self, "pool_attention", pooler.attn))
+
+    def embeds(self, images: Tensor) -> Tensor:
+        """The tower's embedding of pictures that a method may make smaller.
+
+        The positions are interpolated as open_clip does it when it loads weights of another size.
+        """
+        model: Any = self.root
+        self.session.shape = None
+        small = self.session.shrink(images, tuple(model.grid_size), model.patch_size)
+        if small is images:
+            return type(model)._embeds(model, images)
+        x = model.conv1(small)
+        places = model.positional_embedding[1:].float().T.unflatten(1, tuple(model.grid_size))
+        places = F.interpolate(
+            places[None], x.shape[-2:], mode="bicubic", antialias=True, align_corners=False
+        )
+        first = model.class_embedding + model.positional_embedding[0]
+        x = x.flatten(2) + places.flatten(2).to(x.dtype)
+        x = torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x.transpose(1, 2)], 1)
+        return model.ln_pre(model.patch_dropout(x))
 
     def tokens_first(self, forward: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A block that holds (T, B, C), around the session's (B, T, C)."""

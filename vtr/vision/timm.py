@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from vtr.compat.contract import required
 from vtr.compat.timm import (
+    ANY_SIZE,
     ATTENTION_POOL,
     FEATURES_ONLY,
+    FORMAT,
     MODELS,
     NAFLEX,
     NAFLEX_INTERMEDIATES,
+    PATCH_EMBED,
     classes,
     pooling_name,
 )
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
+from vtr.vision.image import entry_of, open_image
 from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.vision.timm_blocks import runner_of
 from vtr.wrapping import Bound, Wrapping
@@ -30,6 +34,9 @@ FAMILIES = tuple(f"timm {name}" for name in MODELS)
 _MODELS = classes(tuple(MODELS.values()))
 _NAFLEX_VIT = required(MODELS["NaFlexVit"])
 _ATTENTION_POOL = required(ATTENTION_POOL)
+_PATCH_EMBED = required(PATCH_EMBED)
+# attributes of a PatchEmbed whose model takes images of any size
+_DYNAMIC = dict(zip(ANY_SIZE, (False, False, required(FORMAT).NHWC), strict=True))
 _REFUSED = {
     "SwinTransformer": "its windows need the full grid of tokens",
     "SwinTransformerV2": "its windows need the full grid of tokens",
@@ -67,8 +74,10 @@ class TimmWrapping(Wrapping):
             heads=getattr(getattr(first, "attn", None), "num_heads", None),
             tokens=getattr(getattr(model, "patch_embed", None), "num_patches", None),
         )
+        open_image(info, fixed_size(model))
         super().__init__(model, info)
         self.session = EncoderSession(self, runners, prefix, self.grid)
+        self.strict = False  # whether images must have the model's own size
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
         size = self.session.shape
@@ -78,12 +87,29 @@ class TimmWrapping(Wrapping):
             return None if isinstance(self.root, _NAFLEX_VIT) else square_grid(tokens)
         return tuple(size) if size[0] * size[1] == tokens else None
 
-    def look(self, module: Any, args: tuple[Any, ...]) -> None:
-        """Note the grid of the call: models with dynamic_img_size take images of any shape."""
+    def look(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Note the grid of the call (models with dynamic_img_size take images of any shape); make the
+        images smaller where a method wants that."""
         self.session.shape = None
-        if args and args[0].dim() == 4:
-            high, wide = args[0].shape[-2:]
-            self.session.shape = tuple(module.dynamic_feat_size((int(high), int(wide))))
+        if not args or args[0].dim() != 4:
+            if entry_of(self) is not None:
+                raise UnsupportedMethodError(
+                    "a method makes images smaller, and this call gives patches: pass images (B, C, H, W)"
+                )
+            return None
+        images = args[0]
+        high, wide = int(images.shape[-2]), int(images.shape[-1])
+        grid = module.dynamic_feat_size((high, wide))
+        self.session.shape = tuple(grid)
+        if entry_of(self) is None:
+            return None
+        # What PatchEmbed checks by itself while it is strict.
+        if self.strict and (high, wide) != tuple(module.img_size):
+            raise ValueError(
+                f"images are {high} x {wide} pixels, this model takes {module.img_size[0]} x "
+                f"{module.img_size[1]}: pass that size, or create it with dynamic_img_size=True"
+            )
+        return (self.session.shrink(images, grid, module.patch_size), *args[1:])
 
     def check(self, method: Any, options: dict[str, Any]) -> None:
         if options.get("output", "reduced") not in ("reduced", "restored"):
@@ -95,8 +121,17 @@ class TimmWrapping(Wrapping):
         self.session.install()
         self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
         embed: Any = getattr(model, "patch_embed", None)
+        if isinstance(model, _NAFLEX_VIT) and entry_of(self) is not None:
+            embed = model.embeds
         if hasattr(embed, "dynamic_feat_size"):
             self.hook(embed.register_forward_pre_hook(Bound(self, "look")))
+        self.strict = False
+        if entry_of(self) is not None and not getattr(model, "dynamic_img_size", True):
+            # What the model does when it is made with dynamic_img_size=True.
+            self.strict = embed.strict_img_size
+            self.patch(model, "dynamic_img_size", True)
+            for name, value in _DYNAMIC.items():
+                self.patch(embed, name, value)
         self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
         name = pooling_name(model)
         if name:
@@ -182,6 +217,19 @@ class TimmWrapping(Wrapping):
 
     def costs(self) -> dict[str, Any] | None:
         return {"encoder": self.session.flops()} if self.trace.tokens else None
+
+
+def fixed_size(model: Any) -> str:
+    """Why a model takes no images of another size, or nothing."""
+    if isinstance(model, _NAFLEX_VIT):
+        return ""
+    if not hasattr(model, "dynamic_img_size"):
+        return "its relative positions are a table for one grid"
+    if type(model.patch_embed) is not _PATCH_EMBED:
+        return f"its patches are made by a {type(model.patch_embed).__name__}"
+    if not model.dynamic_img_size and getattr(model, "rope", None) is not None:
+        return "its rotary positions were made for one grid; create it with dynamic_img_size=True"
+    return ""
 
 
 def locate(target: Any) -> nn.Module | None:

@@ -23,6 +23,7 @@ from vtr.compat.transformers import AROUND, TIMM, TOWERS
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner, place_forward
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
+from vtr.vision.image import at_any_size, entry_of, open_image
 from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.vision.transformers_layers import LAYERS, LayerRunner
 from vtr.wrapping import Bound, Wrapping
@@ -136,6 +137,7 @@ class TransformersWrapping(Wrapping):
             tokens=parts.tokens,
             pixels=True,
         )
+        open_image(info, fixed_size(self.tower))
         super().__init__(root, info)
         self.session = EncoderSession(self, parts.runners, parts.prefix, self.grid, self.tower)
 
@@ -158,6 +160,12 @@ class TransformersWrapping(Wrapping):
         )
         before = tower.register_forward_pre_hook(Bound(self, "look"), with_kwargs=True)
         self.hook(before)
+        if entry_of(self) is not None:
+            for name in ("embeddings", "rope_embeddings"):  # each is given the pixels
+                if hasattr(tower, name):
+                    change = Bound(self, "give_small")
+                    module = getattr(tower, name)
+                    self.hook(module.register_forward_pre_hook(change, with_kwargs=True))
         head: Any = getattr(tower, "head", None)
         if isinstance(getattr(head, "attention", None), nn.MultiheadAttention):  # SigLIP's pooling
             place_forward(self, head, Bound(self, "pool_head"))
@@ -173,7 +181,7 @@ class TransformersWrapping(Wrapping):
         """Note the grid of the call; refuse padded patches."""
         pixels = args[0] if args else kwargs.get("pixel_values")
         sizes = kwargs.get("spatial_shapes")
-        self.session.shape = None
+        self.session.shape = self.session.small = None
         if sizes is not None:  # SigLIP 2: patches in rows
             mask = kwargs.get("pixel_attention_mask")
             if mask is not None and not bool(mask.bool().all()):
@@ -187,7 +195,25 @@ class TransformersWrapping(Wrapping):
             patch = getattr(self.tower.config, "patch_size", None)
             if patch is not None:
                 high, wide = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-                self.session.shape = (pixels.shape[2] // high, pixels.shape[3] // wide)
+                grid = (pixels.shape[2] // high, pixels.shape[3] // wide)
+                self.session.shape = grid
+                self.session.shrink(pixels, grid, (high, wide))
+                if self.session.small is not None and kwargs.get("bool_masked_pos") is not None:
+                    raise UnsupportedMethodError(
+                        "a method makes the images smaller, and bool_masked_pos names patches of the "
+                        "larger ones: leave it out"
+                    )
+
+    def give_small(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The smaller images in place of those that a part of the tower was given."""
+        small = self.session.small
+        if small is None:
+            return None
+        if args:
+            args = (small, *args[1:])
+        else:
+            kwargs = {**kwargs, "pixel_values": small}
+        return at_any_size(module, args, kwargs)
 
     # ---- pooling: merged tokens count by their size --------------------------------------------
 
@@ -224,6 +250,16 @@ class TransformersWrapping(Wrapping):
 
 
 # ---- small things ---------------------------------------------------------------------------
+
+
+def fixed_size(tower: Any) -> str:
+    """Why a tower takes no images of another size, or nothing."""
+    embeddings = getattr(tower, "embeddings", None)
+    if _named(tower, ("Siglip2VisionModel",)):
+        return "its processor has cut the picture into patches; give that a smaller max_num_patches"
+    if hasattr(embeddings, "interpolate_pos_encoding") or hasattr(tower, "rope_embeddings"):
+        return ""
+    return "it does not interpolate its positions"
 
 
 def _tokens(config: Any) -> int | None:

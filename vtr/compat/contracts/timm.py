@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from vtr.compat.contract import Expectation
 from vtr.compat.timm import (
+    ANY_SIZE,
     ATTENTION_POOL,
     BEIT,
     BEIT_ATTENTION,
     EVA,
     FEATURES_ONLY,
+    FORMAT,
     FUSED,
     MODELS,
     NAFLEX,
     NAFLEX_INTERMEDIATES,
+    PATCH_EMBED,
     POST_NORM,
     RELPOS,
     RELPOS_ATTENTION,
@@ -27,11 +30,19 @@ _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 _ATTENTION = ("num_heads", "proj", "proj_drop", "attn_drop", FUSED)
 
 CONTRACT = (
+    Expectation(FORMAT, _ADAPTER, has=("NHWC",)),
+    Expectation(PATCH_EMBED, _ADAPTER, has=("dynamic_feat_size",)),
     Expectation(
         MODELS["VisionTransformer"],
         _ADAPTER,
         calls=("pool",),
-        built=(*_GRIDDED, "patch_embed.dynamic_feat_size", "attn_pool", "pool_include_prefix"),
+        built=(
+            *_GRIDDED,
+            "patch_embed.dynamic_feat_size",
+            *(f"patch_embed.{name}" for name in ANY_SIZE),
+            "attn_pool",
+            "pool_include_prefix",
+        ),
     ),
     Expectation(f"{MODELS['VisionTransformer']}.pool", _ADAPTER, starts=("x", "pool_type")),
     Expectation(

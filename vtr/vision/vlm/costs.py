@@ -4,13 +4,56 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtr.vision.blocks import linear_flops
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.language import Last
     from vtr.vision.vlm.wrapping import VLMWrapping
+
+
+def tower_costs(owner: VLMWrapping, last: Last) -> tuple[int, int] | None:
+    """FLOPs of towers and projectors for the pictures as they were given and as the towers saw them, per
+    sample; None where they were the same.
+
+    In a tower with windows (Qwen2.5-VL) a patch attends to as many patches as a window has, also where
+    windows at the edge have fewer.
+    """
+    totals = [0.0, 0.0]
+    for kind, capture in last.captures.of.items():
+        made: dict[tuple[int, int], float] = {}
+        for before, after, patches in [] if capture.coarse is None else capture.coarse.sizes:
+            for i, tokens in enumerate((before, after)):
+                key = (tokens, patches)
+                if key not in made:
+                    made[key] = _picture_flops(owner, kind, *key)
+                totals[i] += made[key]
+    if not totals[0]:
+        return None
+    batch = last.live.shape[0]
+    return round(totals[0] / batch), round(totals[1] / batch)
+
+
+def _picture_flops(owner: VLMWrapping, kind: str, tokens: int, patches: int) -> float:
+    """Of a picture of so many visual tokens, of so many patches each."""
+    inner, tower = owner.inner, owner.family.tower(owner.inner, kind)
+    session, n = owner.towers.get(kind), tokens * patches
+    assert tower is not None
+    if session is not None:
+        total = float(session.picture_flops(n))
+    else:
+        layers: Any = tower.encoder.layers  # type: ignore[union-attr]
+        width = tower.config.hidden_size  # type: ignore[union-attr]
+        total = float(sum(n * linear_flops(layer) + 4 * n * n * width for layer in layers))
+    convolutions = (m for m in tower.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+    embedding = next(convolutions, None)
+    total += 0 if embedding is None else 2 * embedding.weight.numel() * n
+    # What joins patches is a part of the tower in some families.
+    joins = [m for name, m in tower.named_children() if "merger" in name]
+    towers = {owner.family.tower(inner, k) for k in ("image", "video")}
+    joins += [m for m in inner.children() if m not in towers and m is not owner.lm]
+    return total + tokens * sum(map(linear_flops, joins))
 
 
 Lengths = list[tuple[Tensor, Tensor]]  # per layer, (B,) tokens in the attention, and in the MLP

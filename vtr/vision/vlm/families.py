@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from vtr.compat.transformers import PACKING, crop_counter, language_module, placeholder_names
 from vtr.errors import UnsupportedModelError
+from vtr.vision.vlm.arguments import PIXELS
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import KINDS, Piece, loose, plain
+from vtr.vision.vlm.pictures import Images, Patches, Pictures, Tiles
 from vtr.vision.vlm.spreads import Average, Groups, Packing, Pooled, Shuffled, rows
 
 
@@ -67,6 +69,22 @@ class Family:
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
         """Complete ``capture`` with what only the model's forward is given (:data:`~vtr.compat.transformers.FORWARDED`)."""
 
+    def fixed_size(self, inner: Any) -> str:
+        """Why the tower takes no pictures of another size, or nothing."""
+        from vtr.vision.transformers import TOWERS, fixed_size
+
+        towers = {self.tower(inner, "image"), self.tower(inner, "video")}
+        if not all(type(t).__name__ in TOWERS for t in towers):
+            names = ", ".join(sorted(type(t).__name__ for t in towers))
+            return f"its tower ({names}) is not understood"
+        return next(filter(None, map(fixed_size, towers)), "")
+
+    def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
+        """The pictures among the arguments of ``get_image_features`` or ``get_video_features``."""
+        name = next((n for n in PIXELS if given.get(n) is not None), "")
+        patch = _pair(inner.config.vision_config.patch_size)
+        return Images(name, given[name], patch, patch) if name else None
+
 
 class Packed(Family):
     """LLaVA-NeXT and LLaVA-OneVision: crops are put together, padding is cut off, rows get newlines.
@@ -78,6 +96,12 @@ class Packed(Family):
 
     def __init__(self, title: str) -> None:
         self.title = title
+
+    def fixed_size(self, inner: Any) -> str:
+        return (
+            "it puts the crops of a picture together by the sizes of its configuration; resize the "
+            "picture before the processor, which then makes fewer crops of it"
+        )
 
     def watch(self, inner: Any) -> str | None:
         return PACKING
@@ -159,6 +183,15 @@ class Qwen(Family):
     def last_layer(self, inner: Any, depth: int) -> int:
         return depth - 1
 
+    def fixed_size(self, inner: Any) -> str:
+        return ""
+
+    def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
+        vision = inner.config.vision_config
+        channels = getattr(vision, "in_channels", 3)
+        merges = [vision.spatial_merge_size] * len(given[f"{kind}_grid_thw"])
+        return _patches(kind, given, merges, vision.patch_size, channels)
+
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         merge = inner.visual.spatial_merge_size
         grids = given[f"{capture.kind}_grid_thw"].tolist()
@@ -189,6 +222,12 @@ class InternVL(Family):
     def crops(self, inner: Any, capture: Capture, given: dict[str, Any]) -> list[int]:
         return [1] * capture.crops  # how many tiles an image has is not told; nothing is cut here
 
+    def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
+        patch = _pair(inner.config.vision_config.patch_size)
+        times = round(1 / inner.config.downsample_ratio)
+        unit = (times * patch[0], times * patch[1])
+        return Images("pixel_values", given["pixel_values"], unit, patch)
+
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         capture.pieces = [still(n) for n in capture.lengths]
         capture.tiled = True
@@ -209,6 +248,16 @@ class Idefics(Family):
 
     def tower(self, inner: Any, kind: str) -> nn.Module | None:
         return getattr(inner, "vision_model", None)
+
+    def fixed_size(self, inner: Any) -> str:
+        return ""
+
+    def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
+        patch = _pair(inner.config.vision_config.patch_size)
+        times = inner.config.scale_factor
+        unit = (times * patch[0], times * patch[1])
+        pixels = given["pixel_values"]
+        return Tiles("pixel_values", pixels, unit, patch, given.get("pixel_attention_mask"))
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         config = inner.config
@@ -238,6 +287,14 @@ class VideoLlama3(Family):
     def last_layer(self, inner: Any, depth: int) -> int:
         return depth - 1
 
+    def fixed_size(self, inner: Any) -> str:
+        return ""
+
+    def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
+        vision = inner.config.vision_config
+        merges = given[f"{kind}_merge_sizes"].tolist()
+        return _patches(kind, given, merges, vision.patch_size, vision.num_channels)
+
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         grids = given[f"{capture.kind}_grid_thw"].tolist()
         merges = given[f"{capture.kind}_merge_sizes"].tolist()
@@ -251,6 +308,18 @@ class VideoLlama3(Family):
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
         if capture.kind == "video":
             capture.stays = given.get("video_compression_mask")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def _patches(
+    kind: str, given: dict[str, Any], merges: list[int], patch: int, channels: int
+) -> Pictures:
+    name = next(n for n in PIXELS if given.get(n) is not None)
+    grids = f"{kind}_grid_thw"
+    return Patches((name, grids), given[name], given[grids], merges, patch, channels)
 
 
 def videos_of(given: dict[str, Any]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vtr.language_signals import Frames
 from vtr.trace import Trace
 from vtr.vision.vlm.frames import KINDS, Piece, frames_of
+from vtr.vision.vlm.pictures import Coarse
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import Call
@@ -41,6 +42,7 @@ class Capture:
         numbers: () -> how many crops each image, or frames each video, has in the tower's batch.
         first: (C,) the first visual token, by which its features are known again.
         patches: patches of each crop where crops differ in size, else empty.
+        coarse: which tokens repeat others, because the tower was given smaller pictures, or None.
     """
 
     def __init__(self, kind: str) -> None:
@@ -59,6 +61,7 @@ class Capture:
         self.numbers: Callable[[], list[int]] = lambda: [1] * self.crops
         self.first: Tensor | None = None
         self.patches: list[int] = []
+        self.coarse: Coarse | None = None
 
 
 class Captures:
@@ -235,6 +238,11 @@ class Spread:
             )
         if capture.stays is not None:
             flat = flat[capture.stays.to(flat.device)]
+        self.write(out, kind, flat)
+
+    def write(self, out: Tensor, kind: str, flat: Tensor) -> None:
+        """Write one value (or row) for each token of a modality to its place in (B, N, ...)."""
+        call = self.call
         # Each sample's tokens in their order, counted on the device: writing to a mask would wait.
         kinds = call.kinds.gather(1, call.arrived.clamp(min=0)).masked_fill(call.arrived < 0, 0)
         here = kinds == KINDS[kind]

@@ -35,6 +35,7 @@ from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
 from vtr.vision.vlm.call import Call, Held
 from vtr.vision.vlm.head import Asked
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
+from vtr.vision.vlm.pictures import regrid
 from vtr.vision.vlm.recompute import Layers, outside
 from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
@@ -104,7 +105,7 @@ class LanguageSession:
         owner = self.owner
         self.visits, self.call, self.pending, self.asked = {}, None, None, Asked()
         for entry, stage in owner.stages():
-            if stage.site in ("encoder", "cache"):
+            if stage.site in ("image", "encoder", "cache"):
                 continue
             inside = stage.site == "decoder"
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "")
@@ -271,6 +272,7 @@ class LanguageSession:
 
     def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
         captures = self.owner.captures
+        embeds = self._unrepeated(call, embeds)
         cut = {kind: c for kind, c in captures.of.items() if c.alive is not None}
         if cut:
             alive = torch.ones(call.layout.slots.shape, device=embeds.device)
@@ -308,6 +310,35 @@ class LanguageSession:
         if self._columns is None:
             raise RuntimeError("the model has not been called since the method was applied")
         return self._columns()
+
+    def _unrepeated(self, call: Call, embeds: Tensor) -> Tensor:
+        """The prompt with the tokens of smaller pictures, each once."""
+        captures = self.owner.captures
+        coarse = {kind: c.coarse for kind, c in captures.of.items() if c.coarse is not None}
+        if not coarse:
+            return embeds
+        slots, valid = call.layout.slots, call.layout.valid
+        moves = torch.zeros(*slots.shape, 3, dtype=torch.long, device=embeds.device)
+        for kind, found in coarse.items():
+            if captures.of[kind].stays is not None:
+                raise UnsupportedMethodError(
+                    f"{found.entry.method.name} makes the frames smaller, and the processor has left "
+                    "tokens of the larger ones out: pass it use_token_compression=False"
+                )
+            captures.spreader(call).write(moves, kind, found.moves.to(embeds.device))
+        stays = valid & (moves[..., 0] == 0)
+        kept, padded = top_indices(stays.float(), stays.sum(1), stays)
+        place = torch.arange(slots.shape[1], device=embeds.device) + moves[..., 0]
+        source = (stays.long().cumsum(1) - 1).gather(1, place.clamp(0, slots.shape[1] - 1))
+        step = TokenMap.merged(kept, source.masked_fill(~valid, -1), padded)
+        entry = next(iter(coarse.values())).entry
+        embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
+        numbered = entry.options.get("positions") or entry.method.positions_at("prompt")
+        if self.owner.mrope and numbered == "compact" and call.positions.dim() == 3:
+            call.positions, call.layout.tail = regrid(
+                call.positions.expand(-1, len(slots), -1), call.live, slots, moves
+            )
+        return embeds
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         call, self.call = self.call, None

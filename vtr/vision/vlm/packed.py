@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vtr.compat.transformers import PACKED, WINDOWS
 from vtr.signals import QKV, ModelInfo, Site
 from vtr.tokens import TokenMap
+from vtr.vision.blocks import linear_flops
 from vtr.vision.vlm.attention import rotate
 from vtr.wrapping import Bound, Entry
 
@@ -75,6 +76,16 @@ class PackedSession:
         attention: Any = getattr(self.blocks[0], self.form.attention)
         first = getattr(attention, "qkv", None) or attention.q_proj
         return {"dim": first.in_features, "heads": attention.num_heads}
+
+    def picture_flops(self, patches: int) -> int:
+        """FLOPs of the layers for a picture of so many patches."""
+        tower, width, total = self.tower, self.facts()["dim"], 0
+        whole = getattr(tower, "fullatt_block_indexes", range(len(self.blocks)))
+        window = (getattr(tower, "window_size", 0) // getattr(tower, "patch_size", 1)) ** 2
+        for i, block in enumerate(self.blocks):
+            seen = patches if i in whole else min(patches, window)
+            total += patches * (linear_flops(block) + 4 * seen * width)
+        return total
 
     def install(self) -> None:
         owner = self.owner

@@ -29,6 +29,11 @@ class TowerSession(EncoderSession):
         super().install()
         self.restoring = True
 
+    def picture_flops(self, patches: int) -> int:
+        """FLOPs of the layers for a picture of so many patches."""
+        tokens = patches + self.prefix
+        return sum(runner.flops(tokens, tokens) for runner in self.runners)
+
     def _begin(self, x: Tensor) -> Run:
         trace = self.owner.trace
         run = super()._begin(x)

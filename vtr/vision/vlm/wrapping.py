@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtr.compat.tested import explain
@@ -29,12 +30,13 @@ from vtr.method import Method
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
+from vtr.vision.image import ask, at_any_size, entry_of, open_image
 from vtr.vision.pooling import has_pooling
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attention import has_halves, opens, runs_otherwise
 from vtr.vision.vlm.cache_site import PLACES, CacheSession
 from vtr.vision.vlm.call import Held
-from vtr.vision.vlm.costs import language_costs
+from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import Family, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
@@ -50,6 +52,7 @@ from vtr.vision.vlm.head import Asked, Head
 from vtr.vision.vlm.language import LanguageSession
 from vtr.vision.vlm.outputs import MODES
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
+from vtr.vision.vlm.pictures import Shrunk
 from vtr.vision.vlm.recompute import Pass
 from vtr.vision.vlm.tower import TowerSession
 from vtr.wrapping import Bound, Entry, PerThread, Wrapping
@@ -87,6 +90,7 @@ class VLMWrapping(Wrapping):
         self.own = threading.local()
         self.gate = Gate(Bound(self, "inside"))
         self.running: dict[str, Any] | None = None
+        self.resizing = False  # whether the tower is given pictures of another size
         self.towers: dict[str, TowerSession | PackedSession] = {}
         self.forwarded: dict[str, Any] = {}
         super().__init__(root, self._info())
@@ -142,7 +146,9 @@ class VLMWrapping(Wrapping):
             signals["encoder"] |= {"pooling"}
         cache = frozenset() if self.closed else frozenset({"newest_attention"})
         signals |= {"prompt": look, "projector": look, "decoder": decoder, "cache": cache}
-        return ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
+        info = ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
+        open_image(info, self.family.fixed_size(self.inner))
+        return info
 
     def _tower(self) -> ModelInfo | None:
         """Open the vision towers; None where methods can only look from the prompt on."""
@@ -230,6 +236,15 @@ class VLMWrapping(Wrapping):
                 "methods applied to one model return their outputs in one way: give all of them "
                 "output='aligned' or all output='reduced'"
             )
+        sites = [(e, {s.site for s in e.method.stages(self.info)}) for e in entries]
+        smaller = [e for e, found in sites if "image" in found]
+        looks = [e for e, found in sites if "encoder" in found]
+        if smaller and looks:
+            raise ValueError(
+                f"{smaller[0].method.name} gives the tower smaller pictures, so that what "
+                f"{looks[0].method.name} finds in it does not fit the prompt: apply one of them, or "
+                "one that looks at the prompt or in the decoder"
+            )
 
     def columns(self) -> Tensor:
         return self.language.columns()
@@ -304,6 +319,11 @@ class VLMWrapping(Wrapping):
         if any(stage.site == "encoder" for _, stage in self.stages()):
             for session in dict.fromkeys(self.towers.values()):
                 session.install()
+        if entry_of(self) is not None:
+            towers = {self.family.tower(inner, kind) for kind in MODALITIES.values()}
+            for embeddings in {getattr(tower, "embeddings", None) for tower in towers} - {None}:
+                hook = Bound(self, "at_any_size")
+                self.hook(embeddings.register_forward_pre_hook(hook, with_kwargs=True))
         self.language.install()
         self.cache.install()
         if self.root is not inner:
@@ -366,9 +386,16 @@ class VLMWrapping(Wrapping):
         if tower is not None:
             tower.capture = capture
         try:
-            out = method(self.inner, *args, **kwargs)
+            shrunk = self._shrunk(modality, given)
+            if shrunk is None:
+                out = method(self.inner, *args, **kwargs)
+            else:
+                out = self._smaller(method, shrunk, args, kwargs)
             found = getattr(out, "pooler_output", None)
             if found is not None:
+                if shrunk is not None:
+                    capture.coarse = shrunk.widen(out)
+                    found = out.pooler_output
                 given |= self.running
                 capture.lengths = [x.shape[:-1].numel() for x in found]
                 first = first_token(out)
@@ -380,6 +407,41 @@ class VLMWrapping(Wrapping):
             if tower is not None:
                 tower.capture = None
         return out
+
+    def _shrunk(self, modality: str, given: dict[str, Any]) -> Shrunk | None:
+        """What a method makes of the pictures of a call, None where it leaves all of them."""
+        entry = entry_of(self)
+        pictures = None if entry is None else self.family.pictures(self.inner, modality, given)
+        if entry is None or pictures is None:
+            return None
+        blank, memory = torch.empty(0, device="cpu"), dict[str, Any]()
+        notes = self.trace.notes
+        shrunk = Shrunk(pictures, lambda grid: ask(self, entry, 1, grid, blank, memory, notes))
+        return None if shrunk.entry is None else shrunk
+
+    def _smaller(
+        self, method: Any, shrunk: Shrunk, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Make the features of smaller pictures."""
+        new = shrunk.arguments()
+        names = [n for n in inspect.signature(method).parameters if n != "self"]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name, value in given.items():
+            if name not in new and name not in names and isinstance(value, Tensor):
+                if name.startswith(("image_", "video_")):
+                    raise UnsupportedMethodError(
+                        f"a method makes the pictures smaller, and {name} was computed for the larger "
+                        "ones: leave it out"
+                    )
+        self.resizing = True
+        try:
+            return method(self.inner, **{**given, **new})
+        finally:
+            self.resizing = False
+
+    def at_any_size(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tower's embedding is given pictures of another size."""
+        return at_any_size(module, args, kwargs) if self.resizing else None
 
     def enter(self) -> None:
         """The language model is entered with visual tokens."""
@@ -424,6 +486,9 @@ class VLMWrapping(Wrapping):
             if isinstance(tower, TowerSession):
                 crops = sum(c.crops for c in made.values())
                 costs["encoder"] = tuple(round(f * crops / batch) for f in tower.flops())
+        towers = tower_costs(self, last)
+        if towers is not None:
+            costs["encoder"] = towers
         return costs | language_costs(self, last)
 
 

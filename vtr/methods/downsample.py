@@ -1,0 +1,106 @@
+"""Smaller pictures: the baseline that a reduction of tokens has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.budget import Keep, check_keep, count
+from vtr.errors import UnsupportedMethodError
+from vtr.method import Method, Reduction, Stage, register
+from vtr.signals import ModelInfo, Site
+from vtr.tokens import TokenMap
+
+
+@register
+@dataclass(frozen=True)
+class Downsample(Method):
+    """Give the model a smaller picture, so that it makes fewer tokens of it.
+
+    The plain baseline of VTC-Bench (arXiv 2510.07143), where it beats many methods on common
+    benchmarks. The pixels are resized with an antialiased bicubic filter, as Pillow's ``BICUBIC``, and
+    the model does the rest: it interpolates its own positions to the smaller grid, and computes what the
+    bare model computes from the smaller picture. VTC-Bench divides height and width by 2, 3, 4, 5 or 10:
+    ``keep=1/4, 1/9, 1/16, 1/25, 1/100``.
+
+    What differs from resizing a file before the processor: the pixels are those that the model is given,
+    normalised, so that they are not rounded to 8 bits again; and what the processor has made of the
+    picture (a square, tiles) is resized as it is. A model that reads tiles gets as many as before, each
+    of them smaller.
+
+    The new grid is the largest with the picture's proportions (``floor(s * rows)`` by ``floor(s *
+    columns)`` for one ``s``) whose tokens are at most ``keep``. So a square stays a square: of 12 x 12
+    tokens ``keep=72`` leaves 8 x 8. In a language model the tokens are numbered anew, as for a smaller
+    picture; with m-RoPE (Qwen) along both axes.
+
+    Args:
+        keep: budget of each picture: an image, a tile or crop of one, a frame of a video.
+    """
+
+    name: ClassVar[str] = "downsample"
+    paper: ClassVar[str] = "baseline: a smaller picture (VTC-Bench, ACL 2026, arXiv 2510.07143)"
+    sites: ClassVar[tuple[str, ...]] = ("image",)
+    positions: ClassVar[str] = "compact"
+
+    keep: Keep = 0.25
+
+    def validate(self) -> None:
+        self._set("keep", check_keep(self.keep))
+
+    def check(self, info: ModelInfo) -> None:
+        reason = info.extra.get("no_image")
+        if "image" not in info.depth and reason:
+            raise UnsupportedMethodError(
+                f"{self.name} gives the model smaller pictures, which {info.family} does not take: "
+                f"{reason}"
+            )
+        super().check(info)
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return (Stage("image", 0),)
+
+    def reduce(self, site: Site) -> Reduction | None:
+        assert site.grid is not None and len(site.grid) == 2
+        grid = (site.grid[0], site.grid[1])
+        small = smaller(grid, count(self.keep, site.n))
+        if small == grid:
+            return None
+        kept, source = (x.expand(site.batch, -1) for x in cells(grid, small, site.device))
+        return Reduction(TokenMap.merged(kept, source), grid=small)
+
+
+def smaller(grid: tuple[int, int], most: int) -> tuple[int, int]:
+    """Rows and columns of the largest grid of the same proportions with at most ``most`` cells."""
+    best = (1, 1)
+    # Rounded down, the two change only where s times one of them is whole.
+    for axis in (0, 1):
+        for n in range(1, grid[axis] + 1):
+            other = max(1, n * grid[1 - axis] // grid[axis])
+            found = (n, other) if axis == 0 else (other, n)
+            if best[0] * best[1] < found[0] * found[1] <= most:
+                best = found
+    return best
+
+
+def cells(
+    grid: tuple[int, int], small: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which cells of a grid those of a smaller one cover.
+
+    Returns:
+        kept (1, small cells) int64: for each smaller cell the cell nearest its centre; source (1, cells)
+        int64: the smaller cell that the upper left corner of each cell lies in.
+    """
+    kept, source = [], []
+    for n, m in zip(grid, small, strict=True):
+        source.append(torch.arange(n, device=device) * m // n)
+        number = torch.arange(m, device=device)
+        # The centre's cell may belong to the one before, where cells shrink by less than half.
+        kept.append(torch.maximum((2 * number + 1) * n // (2 * m), -(-number * n // m)))
+    return (
+        (kept[0][:, None] * grid[1] + kept[1]).reshape(1, -1),
+        (source[0][:, None] * small[1] + source[1]).reshape(1, -1),
+    )
