@@ -18,6 +18,7 @@ from vtr.method import Method
 COUNTED = [
     vtr.CLSAttention(keep=0.4, layers=(1, 3)),
     vtr.CLSAttention(keep=0.4, layers=(3,), ensemble=3),
+    vtr.Downsample(keep=0.4),
     vtr.EViT(keep=0.6),
     vtr.EViT(keep=0.6, fuse=False),
     vtr.ToMe(r=5),

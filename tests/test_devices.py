@@ -34,8 +34,8 @@ VLMS = {
 }
 VIDEO = ["dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "uniform-frames"]
 VIDEO += ["video-tome"]
-IMAGE = ["cls-attention", "debias", "divprune", "evit", "fastv", "flowcut", "pyramiddrop", "random"]
-IMAGE += ["sparsevlm", "tofe", "tome", "vflowopt", "visionzip", "vtc-cls"]
+IMAGE = ["cls-attention", "debias", "divprune", "downsample", "evit", "fastv", "flowcut"]
+IMAGE += ["pyramiddrop", "random", "sparsevlm", "tofe", "tome", "vflowopt", "visionzip", "vtc-cls"]
 
 
 def create(name: str) -> vtr.Method:
@@ -157,7 +157,7 @@ def test_a_module_moves_as_on_cuda() -> None:
 # ---- encoders -------------------------------------------------------------------------------
 
 # Waits of one forward call. FlowCut's numbers of tokens are read once where it cuts.
-ENCODER_WAITS = {"cls-attention": 0, "evit": 0, "random": 0, "tofe": 0, "tome": 0}
+ENCODER_WAITS = {"cls-attention": 0, "downsample": 0, "evit": 0, "random": 0, "tofe": 0, "tome": 0}
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["applied first", "moved first"])
@@ -217,7 +217,7 @@ def built() -> dict[str, Any]:
 
 # Waits of ours in the prefill of a batch of two with padding.
 PREFILL_WAITS = {
-    "cls-attention": 10, "divprune": 9, "fastv": 12, "flowcut": 9, "random": 10, "tome": 9,
+    "cls-attention": 10, "divprune": 9, "downsample": 8, "fastv": 12, "flowcut": 9, "random": 10, "tome": 9,
     "visionzip": 7, "vtc-cls": 9,
 }  # fmt: skip
 
@@ -229,7 +229,7 @@ def test_images(built: dict[str, Any], name: str) -> None:
         assert sum(machine.ours().values()) <= PREFILL_WAITS[name], machine.ours()
 
 
-@pytest.mark.parametrize("name", [*VIDEO, "visionzip", "flowcut", "vflowopt"])
+@pytest.mark.parametrize("name", [*VIDEO, "downsample", "visionzip", "flowcut", "vflowopt"])
 def test_videos(built: dict[str, Any], name: str) -> None:
     agree(built["qwen2_5_vl_video"][0], create(name), answers, built["qwen2_5_vl_video"][1], True)
 
@@ -261,7 +261,7 @@ def test_a_decoding_step_waits_for_nothing(built: dict[str, Any], name: str) -> 
     ("name", "split"),
     [
         *(("dycoke", 1), ("dycoke", 3), ("framefusion", 1), ("fastv", 2), ("pyramiddrop", 2)),
-        *(("sparsevlm", 3), ("evs", 2)),
+        *(("sparsevlm", 3), ("evs", 2), ("downsample", 2)),
     ],
 )
 def test_layers_on_two_gpus(name: str, split: int) -> None:
@@ -288,7 +288,7 @@ def test_layers_on_two_gpus(name: str, split: int) -> None:
         close(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["holitom", "dycoke", "uniform-frames", "vflowopt"])
+@pytest.mark.parametrize("name", ["holitom", "downsample", "dycoke", "uniform-frames", "vflowopt"])
 def test_a_default_device_changes_nothing(built: dict[str, Any], name: str) -> None:
     model, inputs = built["qwen2_5_vl_video"]
     with vtr.apply(model, create(name)):

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 
 METHODS = [
     vtr.CLSAttention(keep=0.3),
+    vtr.Downsample(keep=0.3),
     vtr.EViT(keep=0.7),
     vtr.ToMe(r=8),
     vtr.FlowCut(keep=0.3),

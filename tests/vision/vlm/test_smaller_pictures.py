@@ -46,7 +46,7 @@ def patches(rows: Tensor, old: list[list[int]], new: list[list[int]], p: int, me
     """Patches of pictures at other grids: put together, resized, and cut again, one by one."""
     out = []
     parts = rows.split([t * h * w for t, h, w in old])
-    for part, (t, h, w), (_, high, wide) in zip(parts, old, new, strict=True):
+    for part, (_, h, w), (_, high, wide) in zip(parts, old, new, strict=True):
         for flat in part.split(h * w):
             picture = torch.zeros(flat.shape[1] // (p * p), h * p, w * p)
             for row, (y, x) in zip(flat, places(h, w, merge), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -37,14 +37,12 @@ def tower_costs(owner: VLMWrapping, last: Last) -> tuple[int, int] | None:
 
 def _picture_flops(owner: VLMWrapping, kind: str, tokens: int, patches: int) -> float:
     """Of a picture of so many visual tokens, of so many patches each."""
-    inner, tower = owner.inner, owner.family.tower(owner.inner, kind)
+    inner, tower = owner.inner, cast(Any, owner.family.tower(owner.inner, kind))
     session, n = owner.towers.get(kind), tokens * patches
-    assert tower is not None
     if session is not None:
         total = float(session.picture_flops(n))
     else:
-        layers: Any = tower.encoder.layers  # type: ignore[union-attr]
-        width = tower.config.hidden_size  # type: ignore[union-attr]
+        layers, width = tower.encoder.layers, tower.config.hidden_size
         total = float(sum(n * linear_flops(layer) + 4 * n * n * width for layer in layers))
     convolutions = (m for m in tower.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     embedding = next(convolutions, None)

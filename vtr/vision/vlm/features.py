@@ -221,7 +221,7 @@ class Spread:
 
     def lay(self, out: Tensor, kind: str, scores: Tensor) -> None:
         """Write the scores of a modality to its tokens (B, N), NaN for separators."""
-        capture, call = self.captures.of[kind], self.call
+        capture = self.captures.of[kind]
         if capture.spread is None:
             raise RuntimeError("this family's visual tokens cannot be traced to the tower's")
         if capture.alive is not None and scores.shape[1] != capture.alive.shape[1]:

@@ -325,7 +325,8 @@ class LanguageSession:
                     f"{found.entry.method.name} makes the frames smaller, and the processor has left "
                     "tokens of the larger ones out: pass it use_token_compression=False"
                 )
-            captures.spreader(call).write(moves, kind, found.moves.to(embeds.device))
+            flat = found.moves.to(embeds.device, non_blocking=True)
+            captures.spreader(call).write(moves, kind, flat)
         stays = valid & (moves[..., 0] == 0)
         kept, padded = top_indices(stays.float(), stays.sum(1), stays)
         place = torch.arange(slots.shape[1], device=embeds.device) + moves[..., 0]

@@ -118,12 +118,11 @@ class Patches(Pictures):
         self.number = len(self.grids)
 
     def smaller(self, grids: Sequence[Grid]) -> dict[str, Any]:
-        frames = iter(grids)
-        rows, shapes = [], []
+        rows, shapes, at = [], [], 0
         parts = self.rows.split([math.prod(item) for item in self.items])
         for part, (t, h, w), m in zip(parts, self.items, self.merges, strict=True):
-            high, wide = [next(frames) for _ in range(t)][0]
-            p = self.patch
+            (high, wide), p = grids[at], self.patch  # all frames of a video are of one size
+            at += t
             shape = (t, h // m, w // m, m, m, self.channels, -1, p, p)
             images = part.reshape(shape).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
             images = images.reshape(t, -1, self.channels, h * p, w * p)
@@ -164,8 +163,8 @@ class Shrunk:
         decisions, grids = self.decisions, self.pictures.grids
         number, patches = self.pictures.number, self.pictures.patches
         if len(grids) == 1:
-            made = self._made()[0]
-            number = total // math.prod(made) if number is None else number
+            if number is None:
+                number = total // math.prod(self._made()[0])
             decisions, grids, patches = decisions * number, grids * number, patches * number
         made = [grid if d is None else d.grid for d, grid in zip(decisions, grids, strict=True)]
         # A tower may put a class token in front of each picture.
@@ -245,7 +244,7 @@ class _Places:
         """A tensor (..., C), or a sequence of them, with each token repeated."""
         parts = [found] if isinstance(found, Tensor) else list(found)
         whole = torch.cat([x.reshape(-1, x.shape[-1]) for x in parts])
-        wide = whole[self.index.to(whole.device)]
+        wide = whole[self.index.to(whole.device, non_blocking=True)]
         if isinstance(found, Tensor):
             return wide.reshape(*found.shape[: min(1, found.dim() - 2)], -1, found.shape[-1])
         at, lengths = 0, []

@@ -321,9 +321,11 @@ class VLMWrapping(Wrapping):
                 session.install()
         if entry_of(self) is not None:
             towers = {self.family.tower(inner, kind) for kind in MODALITIES.values()}
-            for embeddings in {getattr(tower, "embeddings", None) for tower in towers} - {None}:
-                hook = Bound(self, "at_any_size")
-                self.hook(embeddings.register_forward_pre_hook(hook, with_kwargs=True))
+            for tower in towers:
+                embeddings = getattr(tower, "embeddings", None)
+                if isinstance(embeddings, nn.Module):
+                    hook = Bound(self, "at_any_size")
+                    self.hook(embeddings.register_forward_pre_hook(hook, with_kwargs=True))
         self.language.install()
         self.cache.install()
         if self.root is not inner:
@@ -426,13 +428,12 @@ class VLMWrapping(Wrapping):
         new = shrunk.arguments()
         names = [n for n in inspect.signature(method).parameters if n != "self"]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name, value in given.items():
-            if name not in new and name not in names and isinstance(value, Tensor):
-                if name.startswith(("image_", "video_")):
-                    raise UnsupportedMethodError(
-                        f"a method makes the pictures smaller, and {name} was computed for the larger "
-                        "ones: leave it out"
-                    )
+        for name in given.keys() - set(names) - new.keys():
+            if name.startswith(("image_", "video_")) and isinstance(given[name], Tensor):
+                raise UnsupportedMethodError(
+                    f"a method makes the pictures smaller, and {name} was computed for the larger "
+                    "ones: leave it out"
+                )
         self.resizing = True
         try:
             return method(self.inner, **{**given, **new})
