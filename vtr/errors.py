@@ -19,6 +19,10 @@ class MissingDependencyError(VtrError, ImportError):
     """An optional library is needed and not installed; the message names the extra."""
 
 
+class HarnessError(VtrError, RuntimeError):
+    """The evaluation harness and a package that it uses do not go together; the message names it."""
+
+
 def missing(package: str, extra: str, what: str) -> MissingDependencyError:
     """The error for an absent optional ``package`` that the extra ``extra`` would install."""
     return MissingDependencyError(

@@ -185,11 +185,13 @@ def _quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm and datasets are imported
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from vtr.evaluate.harness import named
     from vtr.evaluate.official import require
 
     require()
-    import lmms_eval.models  # noqa: F401  (it points its log at the standard output)
-    from loguru import logger
+    with named():
+        import lmms_eval.models  # noqa: F401  (it points its log at the standard output)
+        from loguru import logger
 
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{level}: {message}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from vtr.compat.tested import TESTED, installed
 from vtr.errors import missing
+from vtr.evaluate.harness import LMMS_EVAL, named, raise_fault
 from vtr.evaluate.judges import asks_judge, leaves
 from vtr.evaluate.tasks import BUILTIN
 from vtr.evaluate.tasks.video import VIDEO
@@ -69,13 +70,15 @@ def manager(tasks: Sequence[str], include: Sequence[str | Path] = ()) -> Any:
 @lru_cache(maxsize=4)
 def _manager(folders: tuple[str, ...], defaults: bool) -> Any:
     """lmms-eval's own tasks are two thousand files: read once."""
-    from lmms_eval.tasks import TaskManager
+    with named():
+        from lmms_eval.tasks import TaskManager
 
     try:
         return TaskManager(
             "ERROR", include_path=list(folders) or None, include_defaults=defaults, model_name="vtr"
         )
     except Exception as error:  # whatever its reader of YAML files meets in a folder
+        raise_fault(error)
         raise ValueError(
             f"lmms-eval cannot read the tasks in {', '.join(folders) or 'its own folder'}: every YAML "
             f"file there must be a task ({type(error).__name__}: {error})"

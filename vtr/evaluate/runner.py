@@ -11,7 +11,7 @@ from typing import Any
 
 from vtr.compat.lmms_eval import without_bars
 from vtr.errors import VtrError
-from vtr.evaluate import loading, official
+from vtr.evaluate import harness, loading, official
 from vtr.evaluate.cells import Cell, all_methods, as_methods, parse_keeps, sweep
 from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.results import Outcome, Results, outcome_of
@@ -225,8 +225,12 @@ def run(
 
     Raises:
         ValueError: the data of a task cannot be loaded, or the weights of the model.
+        HarnessError: lmms-eval does not work with another package that is installed. Nothing would be
+            answered, so that the first evaluation is the last; often it is known before the weights.
     """
-    from vtr.evaluate.model import VTRChat
+    harness.rehearse()
+    with harness.named():
+        from vtr.evaluate.model import VTRChat
 
     say = progress or (lambda line: None)
     kept = store if isinstance(store, Store) else Store(store)
@@ -283,6 +287,7 @@ def _load_data(job: Job) -> dict[str, Any]:
         try:
             found[task] = _with_data(job, task)
         except Exception as error:
+            harness.raise_fault(error)
             raise ValueError(
                 f"the data of the task {task} cannot be loaded: {_root(error)}. Without a network it "
                 "must be in the cache, or in a local copy (docs/evaluation.md)"
@@ -335,6 +340,7 @@ def _one(
                 cli_args=argparse.Namespace(output_path=files, process_with_media=True),
             )
     except Exception as error:
+        harness.raise_fault(error)
         if lm.world_size > 1:  # the others wait for this process: end, and let torchrun end them
             raise
         return [Outcome(cell, name, task, {}, 0, failure=_root(error))]
