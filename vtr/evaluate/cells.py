@@ -102,6 +102,18 @@ def with_keep(method: Method, keep: Keep) -> Method:
     return method.replace(keep=keep)
 
 
+def keep_of(cell: Cell) -> Keep | None:
+    """The one budget of a cell's methods; None where they have none, several, or one per stage."""
+    found = {_keep(method) for method in cell.methods}
+    return found.pop() if len(found) == 1 else None
+
+
+def _keep(method: Method) -> Keep | None:
+    inner = _inner(method)
+    keep = _keep(getattr(method, inner)) if inner else getattr(method, "keep", None)
+    return keep if isinstance(keep, (int, float)) else None
+
+
 def parse_keeps(text: str | Keep | Iterable[Any] | None) -> tuple[Keep, ...]:
     """``"256,128,0.5"`` -> (256, 128, 0.5): ints are tokens, floats shares."""
     if text is None:

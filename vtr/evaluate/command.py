@@ -64,6 +64,12 @@ def evaluate(
     compare: Annotated[
         str | None, typer.Option(help="published: the papers' numbers beside ours")
     ] = None,
+    by_difficulty: Annotated[
+        bool,
+        typer.Option(
+            help="scores on questions that a smaller picture is enough for, and on others"
+        ),
+    ] = False,
     dense: Annotated[bool, typer.Option(help="run the dense model too")] = True,
     retry_errors: Annotated[bool, typer.Option(help="ask again where a sample raised")] = False,
     judge: Annotated[bool, typer.Option(help="allow tasks that ask an outside judge")] = False,
@@ -79,6 +85,8 @@ def evaluate(
     """Evaluate a model and its reduced forms on VQA benchmarks (lmms-eval); a table and a plot."""
     _quiet()
     from vtr.evaluate import launch, reproduce, runner
+    from vtr.evaluate.difficulty import by_difficulty as split
+    from vtr.evaluate.store import Store
 
     if out is not None:
         _check_out(out, name)
@@ -120,6 +128,7 @@ def evaluate(
         retry_errors=retry_errors,
         judge=judge,
         include=include_path or (),
+        by_difficulty=by_difficulty,
     )
     if dry_run:
         from vtr.evaluate.dryrun import estimate
@@ -129,15 +138,18 @@ def evaluate(
             _print(json.dumps(asdict(plan), indent=2) if as_json else plan)
         return 0
     log = _log if rank == 0 else None
-    results = runner.run(job, store, log, out)
-    if rank != 0:
-        return 0
+    with Store(store) as kept:
+        results = runner.run(job, kept, log, out)
+        if rank != 0:
+            return 0
+        splits = [split(results, kept)] if by_difficulty else []
     again = reproduce.reproduced(results, wanted)
     comparisons: list[Any] = [*(compared(results) if compare else ()), *again]
     problem: Exception | None = None
     if out is not None:  # before anything is printed: a pipe may be closed by then
         try:
-            for path in [*(c.save(out) for c in comparisons), *results.save(out, name)]:
+            files = [c.save(out) for c in comparisons] + results.save(out, name)
+            for path in [*files, *(p for s in splits for p in s.save(out, name))]:
                 _log(f"wrote {path}")
         except (VtrError, ValueError, OSError) as error:
             problem = error  # the table is shown all the same
@@ -146,9 +158,11 @@ def evaluate(
         found: dict[str, Any] = {"model": results.model, "rows": lines}
         if wanted:
             found["published"] = [row.to_dict() for row in again]
+        if splits:
+            found["by_difficulty"] = splits[0].to_dicts()
         _print(json.dumps(found, indent=2))
     else:
-        for part in (results, *comparisons):
+        for part in (results, *splits, *comparisons):
             _print(part)
     for failed in results.failed:
         _log(f"FAILED: {failed.line()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from vtr.evaluate import loading
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.runner import Job
 from vtr.flops import count_flops
+from vtr.methods.downsample import smaller
+from vtr.vision.encoder import square_grid
 
 TEXT = 60  # words of a question with its template, for the estimate
 
@@ -79,7 +82,8 @@ class DryRun:
 def estimate(job: Job) -> DryRun:
     """Tokens, FLOPs and memory of every cell, with one image and a short question.
 
-    The tower's FLOPs are those of the dense one, also for methods that cut inside it: an upper bound.
+    The tower's FLOPs are those of the dense one, also for methods that cut inside it or before it: an upper
+    bound.
     """
     bones = loading.skeleton(job.ref)
     parameters = sum(p.numel() for p in bones.parameters())
@@ -88,7 +92,8 @@ def estimate(job: Job) -> DryRun:
     visual = wrapping.info.tokens
     notes = [
         f"Weights: {parameters / 1e6:.1f} million parameters, {parameters * itemsize / 2**20:.0f} MiB.",
-        f"Estimates for one image and {TEXT} words; cuts inside the tower are not taken off its FLOPs.",
+        f"Estimates for one image and {TEXT} words; what cuts inside the tower and smaller pictures save "
+        "of its FLOPs is not taken off.",
         "Tokens are those that keep names: a rate for each of several stages (EViT) leaves fewer, tokens "
         "that come back (ToFe) and methods for videos on single pictures leave all.",
     ]
@@ -167,7 +172,11 @@ def _layers(cell: Cell, info: Any, visual: int) -> list[int]:
         late = sorted((s for s in stages if s.site == "decoder"), key=lambda s: s.layer)
         if early:
             last = keep[-1] if isinstance(keep, tuple) else keep
-            layers = [min(n, count(last, visual)) for n in layers]
+            number = count(last, visual)
+            grid = square_grid(visual)
+            if early[0].site == "image" and grid is not None:
+                number = prod(smaller(grid, number))
+            layers = [min(n, number) for n in layers]
             continue
         numbers = spread(keep, len(late), visual) if late else ()
         for stage, number in zip(late, numbers, strict=True):

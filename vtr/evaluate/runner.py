@@ -13,6 +13,7 @@ from vtr.compat.lmms_eval import without_bars
 from vtr.errors import VtrError
 from vtr.evaluate import harness, loading, official
 from vtr.evaluate.cells import Cell, all_methods, as_methods, parse_keeps, sweep
+from vtr.evaluate.difficulty import with_downsample
 from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.results import Outcome, Results, outcome_of
 from vtr.evaluate.store import Store
@@ -66,6 +67,7 @@ def prepare(
     retry_errors: bool = False,
     judge: bool = False,
     include: str | Path | Sequence[str | Path] = (),
+    by_difficulty: bool = False,
 ) -> Job:
     """Check a sweep before anything is loaded.
 
@@ -90,6 +92,7 @@ def prepare(
         retry_errors: ask again where the store holds an error.
         judge: allow tasks that ask a model of an outside provider.
         include: folders with tasks of the user's own.
+        by_difficulty: run what :func:`vtr.evaluate.difficulty.by_difficulty` needs as well.
 
     Raises:
         ValueError: a model, task, method or budget that does not exist; the message says what does.
@@ -125,6 +128,8 @@ def prepare(
     if everything:
         groups = [*all_methods(bones), *groups]
     cells = sweep(groups, keeps, numbers, dense)
+    if by_difficulty:
+        cells = with_downsample(cells)
     _check(bones, cells, ref.positions if positions is None else positions)
     return Job(
         ref,
