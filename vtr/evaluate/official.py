@@ -11,7 +11,7 @@ from typing import Any
 
 from vtr.compat.tested import TESTED, installed
 from vtr.errors import missing
-from vtr.evaluate.harness import LMMS_EVAL, named, raise_fault
+from vtr.evaluate.harness import named, raise_fault
 from vtr.evaluate.judges import asks_judge, leaves
 from vtr.evaluate.tasks import BUILTIN
 from vtr.evaluate.tasks.video import VIDEO
