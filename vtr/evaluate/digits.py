@@ -45,6 +45,7 @@ class Result:
 def demo_methods() -> list[Method]:
     """The settings of the demo: about a third of the dense FLOPs."""
     return [
+        vtr.Downsample(keep=49),
         vtr.Random(keep=0.12, layers=(1,)),
         vtr.CLSAttention(keep=0.12, layers=(1,)),
         vtr.EViT(keep=0.4, layers=(1, 2, 3)),
@@ -66,6 +67,7 @@ def sweep_methods() -> dict[str, list[Method]]:
         (0.09, 0.08, 0.07),
     )
     return {
+        "Downsample": [vtr.Downsample(keep=k) for k in shares],
         "Random": [vtr.Random(keep=k, layers=(1,)) for k in shares],
         "CLSAttention": [vtr.CLSAttention(keep=k, layers=(1,)) for k in shares],
         "EViT": [vtr.EViT(keep=k, layers=(1, 2, 3)) for k in (0.9, 0.7, 0.5, 0.35, 0.25)],

@@ -47,8 +47,9 @@ class Result:
 
 
 def methods_at(keep: int) -> list[Method]:
-    """Every method with ``keep`` of the 144 visual tokens left at the end."""
+    """Every method with ``keep`` of the 144 visual tokens left at the end (a smaller picture: at most)."""
     return [
+        vtr.Downsample(keep=keep),
         vtr.Random(keep=keep, site="prompt"),
         vtr.Random(keep=keep, site="encoder", layers=(1,)),
         vtr.VTCCLS(keep=keep, window=3),
