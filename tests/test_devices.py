@@ -256,6 +256,36 @@ def test_a_decoding_step_waits_for_nothing(built: dict[str, Any], name: str) -> 
     assert found[1] - found[0] <= (3 if name == "dycoke" else 0)
 
 
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+def test_outputs_take_their_columns_without_waiting(built: dict[str, Any], name: str) -> None:
+    """Of all tokens, of the last ones, and of some; as many waits as for the outputs that are left."""
+    model, inputs = built["llava"]
+    columns = torch.tensor([3, 20, 7])
+
+    def outputs(inputs: Any, keep: Any) -> list[Tensor]:
+        out = model(**inputs, logits_to_keep=keep, output_hidden_states=True)
+        return [out.logits, *out.hidden_states]
+
+    with vtr.apply(model, create(name)):
+        wanted = [outputs(inputs, keep) for keep in (0, 5, columns)]
+    found: dict[str, list[int]] = {"aligned": [], "reduced": []}
+    with gpu() as machine:
+        model.to("cuda")
+        for output in found:
+            with vtr.apply(model, create(name), output=output) as handle:
+                for keep, want in zip((0, 5, columns.cuda()), wanted, strict=True):
+                    if output == "reduced" and not isinstance(keep, int):
+                        continue
+                    machine.waits.clear()
+                    got = outputs(moved(inputs), keep)
+                    found[output].append(sum(machine.ours().values()))
+                    if output == "aligned":
+                        close(got, want)
+                assert handle.columns.is_cuda
+        model.to("cpu")
+    assert found["aligned"][:2] == found["reduced"]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="torch asks the driver for a second GPU")
 @pytest.mark.parametrize(
     ("name", "split"),

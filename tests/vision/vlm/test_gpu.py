@@ -8,8 +8,20 @@ import pytest
 import torch
 
 import vtr
-from tests.vision.vlm.models import FAMILIES, transformers
-from tests.vision.vlm.picks import BOTH, KEEP_ALL, PROMPT, Masked, generate, gone_of, lengths, same
+from tests.vision.vlm.models import FAMILIES, transformers, visual
+from tests.vision.vlm.picks import (
+    BOTH,
+    KEEP_ALL,
+    MIDDLE,
+    PROMPT,
+    Masked,
+    generate,
+    gone_of,
+    lengths,
+    same,
+)
+from tests.vision.vlm.test_checkpointing import Checkpoints, gradients
+from tests.vision.vlm.test_outputs import batch
 from tests.vision.vlm.videos import VIDEOS
 
 pytestmark = pytest.mark.gpu
@@ -70,3 +82,37 @@ def test_every_method_generates_in_bfloat16() -> None:
                 out = generate(model, inputs)
             assert all(bool(torch.isfinite(x).all()) for x in out.logits), support.name
     same(dense, generate(model, inputs))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "llava_next_video"])
+def test_checkpointing_on_the_gpu(name: str, reentrant: bool) -> None:
+    """Backward passes run in a thread of their own there."""
+    model, inputs = on_gpu(name, 2, torch.float32)
+    model.train()
+    ids = inputs["input_ids"]
+    inputs["labels"] = ids.masked_fill(visual(ids) | (inputs["attention_mask"] == 0), -100)
+    for method in (BOTH, MIDDLE):
+        with vtr.apply(model, method):
+            want = gradients(model, inputs)
+            with Checkpoints(model, reentrant):
+                got = gradients(model, inputs)
+        for key, grad in got.items():
+            torch.testing.assert_close(grad, want[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "internvl"])
+@torch.no_grad()
+def test_outputs_line_up_on_the_gpu(name: str) -> None:
+    _, inputs, _ = batch(name)
+    model, _ = on_gpu(name, 1, torch.float32)
+    inputs = {k: v.to("cuda") for k, v in inputs.items()}
+    ids, live = inputs["input_ids"], inputs["attention_mask"].bool()
+    with vtr.apply(model, BOTH) as handle:
+        logits = model(**inputs).logits
+        gone = {k: g.to("cuda") for k, g in gone_of(handle, ids.cpu()).items()}
+    with Masked(model, gone):
+        masked = model(**inputs).logits
+    left = live & ~torch.stack(list(gone.values())).any(0)
+    torch.testing.assert_close(logits[left], masked[left], rtol=0, atol=2e-3)
+    assert not logits[~left].any()
