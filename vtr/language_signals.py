@@ -199,6 +199,20 @@ class LanguageSite(Site):
         """
         return self._text_rows(rows)[1]
 
+    def rotary_ones(self, rows: Tensor | None = None) -> Tensor:
+        """The attention logit of text tokens to the visual tokens if all q and k were ones.
+
+        It depends on their distance alone: the product over sqrt(D) of two vectors of ones that the
+        layer's rotary embedding has turned to their positions. ``rows`` as above.
+
+        Returns:
+            (B, R, N) float32; padding gets ones.
+        """
+        if self._rows is None:
+            raise RuntimeError(f"site {self.site}[{self.layer}] shows no attention of the text")
+        made: Tensor = self._rows.ones(self.last_text if rows is None else rows)
+        return made
+
     def text_qkv(self, rows: Tensor | None = None) -> QKV:
         """q, k, v (B, H, R, D) of text tokens in this layer; ``rows`` as above."""
         return self._text_rows(rows)[0]

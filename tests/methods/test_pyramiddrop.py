@@ -10,6 +10,7 @@ import torch
 
 import vtr
 from tests.vision.vlm.models import llava
+from vtr.signals import ModelInfo
 
 from .slow import Seen, Sequence, best, features, run, samples
 
@@ -68,3 +69,12 @@ def test_a_schedule_that_does_not_fit_the_model_is_refused() -> None:
     model, _ = llava(1)
     with pytest.raises(ValueError, match="keep has 2 entries for the 3 layers"):
         vtr.apply(model, vtr.PyramidDrop(keep=(0.5, 0.25)))
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(32, (8, 16, 24)), (40, (8, 16, 24)), (28, (7, 14, 21)), (4, (1, 2, 3))]
+)
+def test_layers_are_the_authors_for_their_models(depth: int, layers: tuple[int, ...]) -> None:
+    info = ModelInfo("none", {"decoder": depth}, {})
+    found = vtr.PyramidDrop().stages(info)
+    assert [(s.site, s.layer, s.place) for s in found] == [("decoder", i, "start") for i in layers]

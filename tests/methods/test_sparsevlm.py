@@ -100,21 +100,34 @@ def slow_raters(visual: Tensor, text: Tensor) -> list[int]:
     return above or list(range(len(shares)))
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
+def slow_gravity(model: Any, text: Tensor, visual: Tensor) -> Tensor:
+    """(R, N): q and k of ones, d = difference of positions: 2 / sqrt(D) sum_i cos(d theta^(-2i / D))."""
+    width = model.config.text_config.head_dim or 16
+    base = model.config.text_config.rope_parameters["rope_theta"]
+    apart = (text[:, None] - visual).double()
+    total = sum(2 * torch.cos(apart * base ** (-2 * i / width)) for i in range(width // 2))
+    return total / math.sqrt(width)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact", None])
 @pytest.mark.parametrize(
-    ("keep", "layers", "recycling", "heads"),
+    ("keep", "layers", "recycling", "heads", "gravity"),
     [
-        ((10, 4), (0, 2), True, None),
-        ((10, 4), (0, 2), False, 2),
-        (3, (1,), True, 1),
-        ((0.5, 0.3, 0.1), None, True, None),
+        ((10, 4), (0, 2), True, None, False),
+        ((10, 4), (0, 2), False, 2, False),
+        (3, (1,), True, 1, False),
+        ((0.5, 0.3, 0.1), None, True, None, False),
+        ((10, 4), (0, 2), False, 2, True),
     ],
 )
 def test_equals_the_model_by_hand(
-    positions: str, keep: Any, layers: Any, recycling: bool, heads: int | None
+    positions: str | None, keep: Any, layers: Any, recycling: bool, heads: int | None, gravity: bool
 ) -> None:
     model, inputs = llava(2)
-    method = vtr.SparseVLM(keep=keep, layers=layers, recycle=recycling, heads=heads)
+    method = vtr.SparseVLM(
+        keep=keep, layers=layers, recycle=recycling, heads=heads, gravity=gravity
+    )
+    compact = positions == "compact" or (positions is None and not gravity)
     with torch.no_grad(), vtr.apply(model, method, positions=positions) as handle:
         logits = model(**inputs).logits
     images = features(model, inputs)
@@ -143,6 +156,9 @@ def test_equals_the_model_by_hand(
             text_place = (~here.visual).nonzero()[:, 0]
             rows = text_place[[text_rank[t] for t in spans]]
             maps = here.attention()[:, rows][:, :, here.visual]
+            if gravity:
+                places = here.positions
+                maps = maps / slow_gravity(model, places[rows], places[here.visual])
             order = sorted(range(len(maps)), key=lambda h: -float(maps[h].sum()))
             score = maps[order[:heads]].mean((0, 1))
             main = best(score, number)
@@ -156,7 +172,7 @@ def test_equals_the_model_by_hand(
                 for c in centres:
                     members = [i for i, a in enumerate(assigned) if a == c]
                     values[taken[c]] = x[members].mean(0)
-            sequence.keep(sorted([*main, *values]), positions == "compact", values)
+            sequence.keep(sorted([*main, *values]), compact, values)
 
         expected, alive = run(model, ids, images[b], {i + 1: cut for i in where})
         kept = handle.trace.kept[b]
@@ -167,7 +183,8 @@ def test_equals_the_model_by_hand(
 def test_released_settings() -> None:
     assert vtr.SparseVLM.released(192).keep == (300, 200, 110)
     plus = vtr.SparseVLM.released(64, plus=True)
-    assert (plus.keep, plus.recycle, plus.heads) == ((66, 34, 20), False, 14)
+    assert plus == vtr.SparseVLM.preset("llava-1.5-7b/64-plus")
+    assert plus == vtr.SparseVLM((66, 34, 20), recycle=False, heads=14, gravity=True)
     with pytest.raises(ValueError, match="average must be one of 192, 128, 96, 64, got 100"):
         vtr.SparseVLM.released(100)
 
@@ -188,6 +205,8 @@ def test_an_image_at_the_end_of_the_prompt_is_refused() -> None:
         ({"heads": 0}, "heads"),
         ({"layers": (-1,)}, "layers"),
         ({"layers": ()}, "layers"),
+        ({"recycle": 1}, "recycle"),
+        ({"gravity": "yes"}, "gravity"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], named: str) -> None:

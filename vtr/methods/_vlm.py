@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,13 @@ class TextScored(Method):
 
     ``reduce`` is :meth:`score` followed by :meth:`select`, so that a wrapper (``Debias``) can correct
     the score in between.
+
+    Class attributes:
+        padding_fills: whether tokens whose score a wrapper has suppressed fill up a budget that is larger
+            than the rest.
     """
+
+    padding_fills: ClassVar[bool] = True
 
     def first_cut(self, info: ModelInfo) -> Stage:
         """The first stage that cuts by such a score."""
@@ -29,14 +36,23 @@ class TextScored(Method):
         """(B, N) float32 ranking score, higher is better; None where nothing is cut here."""
         raise NotImplementedError
 
-    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
-        """The cut by a (B, N) score."""
+    def number(self, site: LanguageSite) -> Tensor:
+        """(B,) int64: the tokens that the budget leaves here."""
+        raise NotImplementedError
+
+    def select(
+        self, site: LanguageSite, score: Tensor, number: Tensor, raw: Tensor
+    ) -> Reduction | None:
+        """The cut that leaves the ``number`` (B,) best tokens by a (B, N) score.
+
+        ``raw`` is the score before a wrapper corrected it, for what is not a matter of who stays.
+        """
         raise NotImplementedError
 
     def reduce(self, site: Site) -> Reduction | None:
         here = language(site)
         score = self.score(here)
-        return None if score is None else self.select(here, score)
+        return None if score is None else self.select(here, score, self.number(here), score)
 
 
 def language(site: Site) -> LanguageSite:

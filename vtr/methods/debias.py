@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from statistics import mean
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.method import Method, Reduction, Stage, create, register
-from vtr.methods._vlm import TextScored, check_number, language
+from vtr.methods._presets import Presets
+from vtr.methods._vlm import TextScored, check_number, language, valid_of
 from vtr.methods.fastv import FastV
+from vtr.methods.pyramiddrop import PyramidDrop
+from vtr.methods.sparsevlm import SparseVLM
 from vtr.signals import ModelInfo, Site
 
 STRENGTHS: Mapping[str, Mapping[str, float]] = {
@@ -26,33 +29,56 @@ STRENGTHS: Mapping[str, Mapping[str, float]] = {
     },
 }  # fmt: skip
 """What the released weight files amount to (LLaVA-1.5-7B): fitted per method on each benchmark's own
-test images, hence unfair for results on them. :data:`STRENGTH` is their mean."""
+test images, hence unfair for results on them."""
 
-STRENGTH = 1.9
+
+class Released(NamedTuple):
+    """What the authors do to a method: strength, and the share of padding that makes a patch padding."""
+
+    strength: float
+    padding: float
+
+
+RELEASED: Mapping[str, Released] = {
+    "fastv": Released(0.99, 0.5),
+    "pyramiddrop": Released(mean(STRENGTHS["pyramiddrop"].values()), 0.01),
+    "sparsevlm": Released(mean(STRENGTHS["sparsevlm"].values()), 0.5),
+}
+"""By method. PyramidDrop and SparseVLM have the mean of :data:`STRENGTHS` (1.89 and 1.94). FastV's one file
+is a smooth curve, to the inverse of which 0.99 is the best fit (:func:`fit_recency`)."""
+
 _FASTV = FastV()
 
 
 @register
 @dataclass(frozen=True)
-class Debias(Method):
+class Debias(Presets, Method):
     """Attention debiasing (arXiv 2508.17807): correct the score of a method before it ranks.
 
     Text-to-image attention grows towards the end of the image (a recency trend) and rests on padding.
     With x = i / (L - 1) in [0, 1] for the i-th of L visual tokens in raster order, the score a_i is
-    divided by the trend mu exp(strength x), and set to zero where the patch is padding. Only the
-    ranking at the method's first cut is corrected, as in the authors' code; attention itself is not
-    changed. Wraps any method that ranks by text-to-image attention: ``Debias(FastV(keep=64))``.
+    divided by the trend mu exp(strength x), and set to zero if the patch is padding: that of a picture
+    which was padded to a square, found in the pixels. Only the ranking at the method's first cut is
+    corrected, as in the authors' code; attention itself is not changed, and what SparseVLM recycles is
+    chosen by the score as it was. With FastV, padding does not fill up a budget that is larger than the
+    picture: 800 x 300 pixels leave 240 of ``keep=288``. Wraps any method that ranks by text-to-image
+    attention: ``Debias(FastV(keep=64))``.
 
-    Differences from the authors' code: one strength for everything, since theirs are fitted on each
-    benchmark's test images; fit your own on generic images with :func:`fit_recency` (a run with
-    ``strength=0`` leaves the raw scores in ``handle.trace.notes["text_scores"]``). For FastV they ship
-    a smooth curve that is no exponential; the paper's exponential is used here.
+    Differences from the authors' code: one strength for all questions, since theirs are fitted on each
+    benchmark's test images (:data:`STRENGTHS`); fit your own on generic images with :func:`fit_recency`
+    (a run with ``strength=0`` leaves the raw scores in ``handle.trace.notes["text_scores"]``). For FastV
+    they ship a smooth curve that is no exponential; the paper's exponential is used here. They know how
+    large a picture was before it was padded; here its borders are looked for, so that in about one
+    picture of twenty a row of patches that is padding to a hundredth (PyramidDrop's limit) is missed
+    or taken as well.
 
     Args:
         method: the method to correct.
-        strength: sigma of the trend; 0 leaves it in. The default is the mean over the released files.
-        padding: share of padding above which a patch counts as padding (the authors take 0.5 with
-            FastV and 0.01 with PyramidDrop), or None: padding is not looked for.
+        strength: sigma of the trend; 0 leaves it in. None is the wrapped method's own (FastV 0.99,
+            PyramidDrop 1.89, SparseVLM 1.94); others need a number.
+        padding: share of padding above which a patch is padding. True is the wrapped method's own (0.5;
+            PyramidDrop 0.01) for models that take one square picture (LLaVA-1.5), and nothing for
+            others, whose pictures are not padded to a square. False looks for none.
     """
 
     name: ClassVar[str] = "debias"
@@ -60,9 +86,17 @@ class Debias(Method):
     sites: ClassVar[tuple[str, ...]] = ("decoder",)
     needs: ClassVar = {"decoder": frozenset({"text_attention"})}
 
+    PRESETS: ClassVar = {
+        "llava-1.5-7b/fastv-128": {"method": FastV(keep=128)},
+        "llava-1.5-7b/pyramiddrop-128": {"method": PyramidDrop.preset("llava-1.5-7b/128")},
+        "llava-1.5-7b/sparsevlm-128": {"method": SparseVLM.preset("llava-1.5-7b/128")},
+    }
+    """The authors' scripts, both corrections on: FastV with 128 tokens behind layer 2 (156 on average),
+    the others with about 128 on average."""
+
     method: Method = _FASTV
-    strength: float = STRENGTH
-    padding: float | None = None
+    strength: float | None = None
+    padding: float | bool = True
 
     def validate(self) -> None:
         if isinstance(self.method, Mapping) and "name" in self.method:  # from JSON
@@ -72,28 +106,50 @@ class Debias(Method):
                 "method must rank by text-to-image attention (FastV, PyramidDrop, SparseVLM), "
                 f"got {self.method!r}"
             )
-        check_number(self.strength, "strength", -20.0, 20.0)
-        if self.padding is not None:
+        known = self.method.name in RELEASED
+        if self.strength is not None:
+            check_number(self.strength, "strength", -20.0, 20.0)
+        elif not known:
+            raise ValueError(
+                f"strength must be given for {self.method.name}: the authors have fitted it for "
+                f"{', '.join(RELEASED)} alone. fit_recency fits it to attention that you have measured"
+            )
+        if not isinstance(self.padding, bool):
             check_number(self.padding, "padding", 0.0, 1.0)
+        elif self.padding and not known:
+            raise ValueError(
+                f"padding must be a share, or False, for {self.method.name}: the authors have chosen it "
+                f"for {', '.join(RELEASED)} alone"
+            )
 
     @property
     def positions(self) -> str:  # type: ignore[override]
         return self.method.positions
+
+    def positions_at(self, site: str) -> str:
+        return self.method.positions_at(site)
 
     @property
     def _inner(self) -> TextScored:
         assert isinstance(self.method, TextScored)
         return self.method
 
+    def _limit(self, info: ModelInfo) -> float | None:
+        """The share of padding from which on a patch is padding; None does not look for any."""
+        if not isinstance(self.padding, bool):
+            return float(self.padding)
+        shown = "pixels" in info.signals.get("encoder", frozenset()) and info.tokens is not None
+        return RELEASED[self.method.name].padding if self.padding and shown else None
+
     def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
         needs = dict(self.method.requirements(info))
-        if self.padding is not None:
+        if self._limit(info) is not None:
             needs["encoder"] = needs.get("encoder", frozenset()) | {"pixels"}
             needs["prompt"] = needs.get("prompt", frozenset()) | {"encoder_scores"}
         return needs
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        look = () if self.padding is None else (Stage("encoder", 0, "end", cuts=False),)
+        look = () if self._limit(info) is None else (Stage("encoder", 0, "end", cuts=False),)
         return (*look, *self.method.stages(info))
 
     def reduce(self, site: Site) -> Reduction | None:
@@ -104,14 +160,32 @@ class Debias(Method):
         score = self._inner.score(here)
         if score is None:
             return None
+        raw, number = score, self._inner.number(here)
         first = self._inner.first_cut(site.info)
         if (site.site, site.layer) == (first.site, first.layer):
             site.notes["text_scores"] = score
-            score = score * recency_weights(site.index, site.extra["entry"], self.strength)
-            if self.padding is not None:
-                share = here.spread(site.memory["padding"], 0.0)
-                score = score.masked_fill(share > self.padding, 0.0)
-        return self._inner.select(here, score)
+            strength = self.strength
+            if strength is None:
+                strength = RELEASED[self.method.name].strength
+            score = score * recency_weights(site.index, site.extra["entry"], strength)
+            limit = self._limit(site.info)
+            if limit is not None:
+                padding = here.spread(self._padding(here), 0.0) > limit
+                score = score.masked_fill(padding, 0.0)
+                if not self._inner.padding_fills:
+                    picture = (~padding & valid_of(here)).sum(1)
+                    number = torch.minimum(number, picture.clamp(min=1))
+        return self._inner.select(here, score, number, raw)
+
+    @staticmethod
+    def _padding(site: Site) -> Tensor:
+        if "padding" not in site.memory:
+            raise RuntimeError(
+                "the vision tower did not run for this prompt, so that the padding of its pictures is not "
+                "known: give the model pixels, or use Debias(padding=False)"
+            )
+        found: Tensor = site.memory["padding"]
+        return found
 
 
 def recency_weights(index: Tensor, total: Tensor, strength: float) -> Tensor:
@@ -163,8 +237,10 @@ def fit_recency(attention: Tensor) -> tuple[float, float]:
 def padding_share(pixels: Tensor, grid: tuple[int, ...] | None) -> Tensor:
     """Share of letter-box padding in each patch, (crops, rows * columns) float32.
 
-    Padding are the rows (or columns) of one colour, that of the image's corner, which run from both
-    opposite edges inwards; an image of a single colour has none.
+    A picture that was padded to a square has bands of one colour at its top and bottom, or at its left
+    and right, of the same width (within two pixels). Where they end is found to a fraction of a pixel,
+    since resizing blends their last rows with the picture's first. A picture without such bands, or of
+    a single colour, has no padding.
 
     Args:
         pixels: (crops, 3, H, W).
@@ -174,13 +250,40 @@ def padding_share(pixels: Tensor, grid: tuple[int, ...] | None) -> Tensor:
         raise ValueError(
             f"padding needs a grid of whole patches, got {grid} for {tuple(pixels.shape)}"
         )
-    plain = (pixels == pixels[:, :, :1, :1]).all(1)
+    square = (pixels - pixels[:, :, :1, :1]).float().square().sum(1)
+    shares = []
+    for lines, patches in ((square.sum(2).sqrt(), grid[0]), (square.sum(1).sqrt(), grid[1])):
+        length = lines.shape[1]
+        first, last = band(lines), band(lines.flip(1))
+        apart = (first - last).abs()
+        boxed = (first > 0) & (last > 0) & (apart <= 2)
+        # Less than a line is the error of both.
+        first, last = (torch.where(apart < 1, (first + last) / 2, x) for x in (first, last))
+        place = torch.arange(length, device=pixels.device)
+        covered = torch.maximum(first[:, None] - place, place + 1 - (length - last[:, None]))
+        covered = covered.clamp(0, 1) * boxed[:, None]
+        shares.append(covered.unflatten(1, (patches, length // patches)).mean(2))
+    rows, columns = shares
+    # Margins all around are the picture's own.
+    alone = ~((rows > 0).any(1) & (columns > 0).any(1))[:, None, None]
+    return (torch.maximum(rows[:, :, None], columns[:, None]) * alone).flatten(1)
 
-    def edges(line: Tensor) -> Tensor:
-        return line.long().cumprod(1).bool() | line.flip(1).long().cumprod(1).flip(1).bool()
 
-    rows, columns = edges(plain.all(2)), edges(plain.all(1))
-    inside = rows[:, :, None] | columns[:, None, :]
-    inside = inside & ~plain.all(2).all(1)[:, None, None]
-    size = (pixels.shape[2] // grid[0], pixels.shape[3] // grid[1])
-    return F.avg_pool2d(inside.float()[:, None], size).flatten(1)
+def band(lines: Tensor) -> Tensor:
+    """Width of the band of one colour at the start of each picture, in lines, (crops,) float32.
+
+    Args:
+        lines: (crops, L) float32, how far each row (or column) is from the colour of the corner.
+    """
+    length = lines.shape[1]
+    whole = (lines == 0).long().cumprod(1).sum(1)
+    # Bicubic resizing changes two lines on either side of the border: half of the contrast is there.
+    near = whole[:, None] + torch.arange(-1, 7, device=lines.device)
+    found = lines.gather(1, near.clamp(0, length - 1)).masked_fill(near >= length, 0.0)
+    share = (found / found[:, 4:].amax(1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    cross = (share >= 0.5).float().argmax(1, keepdim=True).clamp(min=1)
+    below, above = share.gather(1, cross - 1)[:, 0], share.gather(1, cross)[:, 0]
+    part = (0.5 - below) / (above - below).clamp(min=1e-6)
+    blended = whole + cross[:, 0] - 1.5 + part
+    width = torch.where(cross[:, 0] > 1, blended, whole.float())
+    return width.masked_fill((whole == 0) | (whole == length), 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtr.budget import Keep, check_keep
 from vtr.method import Method, Reduction, Stage, register
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import budget, language, nothing_to_cut, valid_of
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, top_indices
@@ -18,7 +19,7 @@ from vtr.tokens import TokenMap, top_indices
 
 @register
 @dataclass(frozen=True)
-class DivPrune(Method):
+class DivPrune(Presets, Method):
     """DivPrune (CVPR 2025): max-min diversity of the visual tokens at the entry of the language model.
 
     With the distance d_ij = 1 - cos(x_i, x_j) of the projected tokens: the first token is the one
@@ -41,6 +42,13 @@ class DivPrune(Method):
     sites: ClassVar[tuple[str, ...]] = ("prompt",)
     needs: ClassVar = {"prompt": frozenset({"hidden"})}
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {
+        "llava-1.5-7b/9.8%": {"keep": 56},
+        **{f"llava-1.5-7b/{n}": {"keep": n} for n in (192, 128, 64)},
+    }
+    """The authors' setting (0.098 of 576 tokens, rounded to the nearest), and the rows of tables that
+    compare it with other methods."""
 
     keep: Keep = 64
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vtr.budget import Keep, check_keep
 from vtr.language_signals import LanguageSite
 from vtr.method import Reduction, Stage, register
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import (
     TextScored,
     budget,
@@ -23,7 +24,7 @@ from vtr.signals import ModelInfo
 
 @register
 @dataclass(frozen=True)
-class FastV(TextScored):
+class FastV(Presets, TextScored):
     """FastV (ECCV 2024, arXiv 2403.06764): one cut early in the language model.
 
     The score of a visual token is the attention that the last prompt token pays to it in layer
@@ -49,6 +50,17 @@ class FastV(TextScored):
     sites: ClassVar[tuple[str, ...]] = ("decoder",)
     needs: ClassVar = {"decoder": frozenset({"text_attention"})}
     positions: ClassVar[str] = "original"
+    padding_fills: ClassVar[bool] = False
+
+    PRESETS: ClassVar = {
+        "llava-1.5-7b/k2-r50%": {"keep": 288},
+        **{f"llava-1.5-13b/k2-r{r}%": {"keep": 576 - 576 * r // 100} for r in (25, 50, 75)},
+        "llava-1.5-7b/192": {"keep": 166},
+        "llava-1.5-7b/128": {"keep": 98},
+        "llava-1.5-7b/64": {"keep": 30},
+    }
+    """The authors' settings (K and R of their tables; 576 tokens), and the budgets that give 192, 128 and
+    64 tokens on average over 32 layers with K = 2, as comparisons with other methods count them."""
 
     keep: Keep = 0.5
     layer: int = 2
@@ -66,9 +78,12 @@ class FastV(TextScored):
         return (Stage("decoder", self.layer - 1, "end"),)
 
     def score(self, site: LanguageSite) -> Tensor | None:
-        if nothing_to_cut(site, budget(site, self.keep)):
-            return None
-        return last_text_row(site)
+        return None if nothing_to_cut(site, self.number(site)) else last_text_row(site)
 
-    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
-        return prune(site, score, budget(site, self.keep))
+    def number(self, site: LanguageSite) -> Tensor:
+        return budget(site, self.keep)
+
+    def select(
+        self, site: LanguageSite, score: Tensor, number: Tensor, raw: Tensor
+    ) -> Reduction | None:
+        return prune(site, score, number)

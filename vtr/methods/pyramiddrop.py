@@ -10,13 +10,14 @@ from torch import Tensor
 from vtr.budget import Keep, check_layers, check_schedule, fit_layers
 from vtr.language_signals import LanguageSite
 from vtr.method import Reduction, Stage, register
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import TextScored, last_text_row, nothing_to_cut, prune, stage_budget
 from vtr.signals import ModelInfo
 
 
 @register
 @dataclass(frozen=True)
-class PyramidDrop(TextScored):
+class PyramidDrop(Presets, TextScored):
     """PyramidDrop (CVPR 2025, arXiv 2410.17247): a pyramid of visual tokens in the language model.
 
     Before each layer of ``layers`` the visual tokens are ranked by the attention that the last
@@ -32,8 +33,8 @@ class PyramidDrop(TextScored):
         keep: visual tokens after each stage, all of the number at the entry of the language model
             (the released ratios: 0.5, 0.25, 0.125), or the number after the last stage, reached by
             one ratio per stage.
-        layers: 0-based layers that get fewer tokens, >= 1; None is L/4, L/2, 3L/4 (the released 8,
-            16, 24 of 32).
+        layers: 0-based layers that get fewer tokens, >= 1; None is 8, 16, 24 for language models of 32 and
+            of 40 layers (the authors' 7B and 13B), and L/4, L/2, 3L/4 for others.
     """
 
     name: ClassVar[str] = "pyramiddrop"
@@ -41,6 +42,18 @@ class PyramidDrop(TextScored):
     sites: ClassVar[tuple[str, ...]] = ("decoder",)
     needs: ClassVar = {"decoder": frozenset({"text_attention"})}
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {
+        "llava-1.5-7b/270": {"keep": (288, 144, 72), "layers": (8, 16, 24)},
+        "llava-1.5-13b/230": {"keep": (288, 144, 72), "layers": (8, 16, 24)},
+        "llava-next-7b/47%": {"keep": (0.5, 0.25, 0.125), "layers": (8, 16, 24)},
+        "llava-1.5-7b/192": {"keep": (312, 156, 78), "layers": (2, 10, 20)},
+        "llava-1.5-7b/128": {"keep": (184, 92, 46), "layers": (2, 10, 20)},
+        "llava-1.5-7b/64": {"keep": (56, 28, 14), "layers": (2, 10, 20)},
+    }
+    """By the tokens on average over the layers (of 576, or the share). The first three are the authors'
+    scripts. They published rows of 192, 128 and 64 without the settings: that of 128 is taken from the
+    scripts of attention debiasing (arXiv 2508.17807), and the others have its layers and halvings."""
 
     keep: Keep | tuple[Keep, ...] = (0.5, 0.25, 0.125)
     layers: tuple[int, ...] | None = None
@@ -60,6 +73,8 @@ class PyramidDrop(TextScored):
         depth = info.depth["decoder"]
         if self.layers is not None:
             layers = fit_layers(self.layers, depth)
+        elif depth in (32, 40):
+            layers = (8, 16, 24)
         else:
             layers = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
         if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
@@ -71,14 +86,14 @@ class PyramidDrop(TextScored):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return tuple(Stage("decoder", layer, "start") for layer in self._layers(info))
 
-    def _number(self, site: LanguageSite) -> Tensor:
+    def number(self, site: LanguageSite) -> Tensor:
         layers = self._layers(site.info)
         return stage_budget(site, self.keep, layers.index(site.layer), len(layers))
 
     def score(self, site: LanguageSite) -> Tensor | None:
-        if nothing_to_cut(site, self._number(site)):
-            return None
-        return last_text_row(site)
+        return None if nothing_to_cut(site, self.number(site)) else last_text_row(site)
 
-    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
-        return prune(site, score, self._number(site))
+    def select(
+        self, site: LanguageSite, score: Tensor, number: Tensor, raw: Tensor
+    ) -> Reduction | None:
+        return prune(site, score, number)

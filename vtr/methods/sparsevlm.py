@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_layers, check_schedule, fit_layers
+from vtr.budget import Keep, check_flag, check_layers, check_schedule, fit_layers
 from vtr.language_signals import LanguageSite
 from vtr.method import Reduction, Stage, register
 from vtr.methods._dpc_knn import cluster
 from vtr.methods._merge import by_representative
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import (
     TextScored,
     check_count,
@@ -26,26 +26,13 @@ from vtr.methods._vlm import (
 from vtr.signals import ModelInfo
 from vtr.tokens import TokenMap, take, top_indices
 
-RELEASED: Mapping[int, tuple[int, int, int]] = {
-    192: (300, 200, 110),
-    128: (303, 110, 36),
-    96: (238, 48, 26),
-    64: (66, 30, 17),
-}
-"""Average tokens -> counts after the three stages, first release (LLaVA-1.5, 576 tokens)."""
-
-RELEASED_PLUS: Mapping[int, tuple[int, int, int]] = {
-    192: (300, 200, 118),
-    128: (238, 108, 60),
-    96: (246, 54, 28),
-    64: (66, 34, 20),
-}
-"""The same for the second release (SparseVLM+), which does not recycle."""
+PLUS = {"recycle": False, "heads": 14, "gravity": True}
+"""What the second release (SparseVLM+) does otherwise."""
 
 
 @register
 @dataclass(frozen=True)
-class SparseVLM(TextScored):
+class SparseVLM(Presets, TextScored):
     """SparseVLM (ICML 2025, arXiv 2410.04417): text-guided sparsification with recycling.
 
     At the entry of the language model the raters are found: text tokens t after the image for which
@@ -54,7 +41,11 @@ class SparseVLM(TextScored):
     ``layers`` a visual token's score is that layer's attention from the raters to it (softmax over all
     keys, mean over heads, then over raters); the best go on. Of the others the best 30 % (plus one)
     are clustered by density peaks, one cluster for ten tokens (plus one), and each cluster goes on as
-    its mean, on top of ``keep``.
+    its mean, on top of ``keep``. Positions are renumbered.
+
+    The second release, SparseVLM+, recycles nothing, keeps positions, divides each attention weight by what
+    vectors of ones would give each other at that distance under the rotary embedding (``gravity``), and
+    scores by the ``heads`` that look most at the image: presets that end in ``-plus``.
 
     Differences from the authors' code: batches; rows of the raters only, so that every attention
     backend works; a cluster stands in the place of its centre, so that tokens stay in raster order
@@ -65,11 +56,12 @@ class SparseVLM(TextScored):
     Args:
         keep: visual tokens after each stage, of the number at the entry of the language model, or the
             number after the last stage, reached by one ratio per stage. Clusters come on top. The
-            default is the released setting for 192 tokens on average of 576; see :meth:`released`.
+            default is the released setting for 192 tokens on average of 576; see :meth:`preset`.
         layers: 0-based layers after which to cut; None is the released 2, 6, 15 of 32, scaled.
         recycle: cluster the best of the dropped tokens (first release); False drops them.
         heads: score by the so many heads that look most at the image (14 in the second release);
             None is all.
+        gravity: divide by the distance's own share, and keep positions (second release).
     """
 
     name: ClassVar[str] = "sparsevlm"
@@ -81,12 +73,28 @@ class SparseVLM(TextScored):
     }
     positions: ClassVar[str] = "compact"
 
+    PRESETS: ClassVar = {
+        "llava-1.5-7b/192": {"keep": (300, 200, 110)},
+        "llava-1.5-7b/128": {"keep": (303, 110, 36)},
+        "llava-1.5-7b/96": {"keep": (238, 48, 26)},
+        "llava-1.5-7b/64": {"keep": (66, 30, 17)},
+        "llava-1.5-7b/192-plus": {"keep": (300, 200, 118), **PLUS},
+        "llava-1.5-7b/128-plus": {"keep": (238, 108, 60), **PLUS},
+        "llava-1.5-7b/96-plus": {"keep": (246, 54, 28), **PLUS},
+        "llava-1.5-7b/64-plus": {"keep": (66, 34, 20), **PLUS},
+    }
+    """The rows of the paper's tables: about so many tokens on average over the layers, of 576. The counts
+    after the three stages are the released code's."""
+
     keep: Keep | tuple[Keep, ...] = (300 / 576, 200 / 576, 110 / 576)
     layers: tuple[int, ...] | None = None
     recycle: bool = True
     heads: int | None = None
+    gravity: bool = False
 
     def validate(self) -> None:
+        check_flag(self.recycle, "recycle")
+        check_flag(self.gravity, "gravity")
         if self.layers is not None:
             self._set("layers", check_layers(self.layers))
         self._set(
@@ -98,16 +106,17 @@ class SparseVLM(TextScored):
     def released(cls, average: int, plus: bool = False) -> SparseVLM:
         """The authors' settings for LLaVA-1.5 (576 tokens): 192, 128, 96 or 64 tokens on average.
 
-        ``plus`` is the second release: no recycling, the best 14 heads. Apply it with
-        ``positions="original"``, as there. Its division of the logits by those of all-ones vectors
-        under the rotary embedding is not offered.
+        ``plus`` is the second release. The same as :meth:`preset`.
         """
-        table = RELEASED_PLUS if plus else RELEASED
-        if average not in table:
+        known = (192, 128, 96, 64)
+        if average not in known:
             raise ValueError(
-                f"average must be one of {', '.join(map(str, table))}, got {average!r}"
+                f"average must be one of {', '.join(map(str, known))}, got {average!r}"
             )
-        return cls(keep=table[average], recycle=not plus, heads=14 if plus else None)
+        return cls.preset(f"llava-1.5-7b/{average}{'-plus' if plus else ''}")
+
+    def positions_at(self, site: str) -> str:
+        return "original" if self.gravity else self.positions
 
     def _layers(self, info: ModelInfo) -> tuple[int, ...]:
         depth = info.depth["decoder"]
@@ -125,7 +134,7 @@ class SparseVLM(TextScored):
         cuts = (Stage("decoder", layer, "end") for layer in self._layers(info))
         return (Stage("prompt", 0, cuts=False), *cuts)
 
-    def _number(self, site: LanguageSite) -> Tensor:
+    def number(self, site: LanguageSite) -> Tensor:
         layers = self._layers(site.info)
         return stage_budget(site, self.keep, layers.index(site.layer), len(layers))
 
@@ -135,20 +144,25 @@ class SparseVLM(TextScored):
             chosen = raters(site.hidden, site.text, site.valid, site.text_after)
             site.memory["raters"] = top_indices(chosen.float(), chosen.sum(1), chosen)[0]
             return None
-        if nothing_to_cut(site, self._number(site)):
+        if nothing_to_cut(site, self.number(site)):
             return None
         rows: Tensor = site.memory["raters"]
-        return rater_score(site.attention_rows_from_text(rows), rows >= 0, self.heads)
+        attention = site.attention_rows_from_text(rows)
+        if self.gravity:
+            attention = attention / site.rotary_ones(rows)[:, None]
+        return rater_score(attention, rows >= 0, self.heads)
 
-    def select(self, site: LanguageSite, score: Tensor) -> Reduction | None:
+    def select(
+        self, site: LanguageSite, score: Tensor, number: Tensor, raw: Tensor
+    ) -> Reduction | None:
         if not self.recycle:
-            return prune(site, score, self._number(site))
-        best, padded = top_indices(score, self._number(site), site.valid)
+            return prune(site, score, number)
+        best, padded = top_indices(score, number, site.valid)
         kept = TokenMap.keep(best, site.n, padded).source >= 0
         if site.valid is not None:
-            score = score.masked_fill(~site.valid, -float("inf"))
-        step = recycle(site.hidden, score, kept)
-        return Reduction(step, torch.ones_like(score))
+            raw = raw.masked_fill(~site.valid, -float("inf"))
+        step = recycle(site.hidden, raw, kept)
+        return Reduction(step, torch.ones_like(raw))
 
 
 def rater_score(rows: Tensor, valid: Tensor, heads: int | None) -> Tensor:

@@ -14,6 +14,7 @@ from vtr.kernels.precision import full_precision
 from vtr.language_signals import LanguageSite
 from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
+from vtr.methods._presets import Presets
 from vtr.methods._vlm import alive, budget, language, last_used, nothing_to_cut, stored, valid_of
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap, take, top_indices
@@ -23,7 +24,7 @@ DROPPED = -1e6
 
 @register
 @dataclass(frozen=True)
-class VisionZip(Method):
+class VisionZip(Presets, Method):
     """VisionZip (CVPR 2025, arXiv 2412.04467): dominant tokens, and contextual ones from the rest.
 
     In the encoder layer whose output the projector reads: dominant are the tokens of highest class
@@ -32,7 +33,8 @@ class VisionZip(Method):
     target plus the mean of those assigned to it (a sum, as in the authors' code).
 
     Without a class token (SigLIP, Qwen) the score is the mean attention that a token receives in that
-    layer, as in the authors' code, made in chunks of rows so that the full map is never in memory.
+    layer, made in chunks of rows so that the full map is never in memory. The authors' release has
+    towers with a class token alone.
 
     Where an image is one crop whose patches are the visual tokens (LLaVA-1.5), all of this is done in
     the encoder, so that contextual tokens are made before the projector, as by the authors. Elsewhere
@@ -59,6 +61,13 @@ class VisionZip(Method):
         "prompt": frozenset({"hidden", "encoder_scores"}),
     }
     positions: ClassVar[str] = "compact"
+
+    PRESETS: ClassVar = {
+        **{f"llava-1.5-7b/{n}": {"keep": n} for n in (192, 128, 64)},
+        **{f"llava-next-7b/{n}": {"keep": n} for n in (640, 320, 160)},
+    }
+    """The rows of the paper's tables: tokens of 576, and of up to 2880. The default ``contextual`` gives
+    162 + 30, 108 + 20 and 54 + 10, and five times that for five crops."""
 
     keep: Keep = 64
     contextual: int | float = 5 / 32

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from vtr.kernels import attention_rows
+from vtr.kernels.precision import full_precision
 from vtr.signals import QKV
 from vtr.tokens import take
+from vtr.vision.vlm.attention import rotate
 from vtr.vision.vlm.sequence import Layout
 
 if TYPE_CHECKING:
@@ -79,6 +81,24 @@ class Rows:
         seen = weights.gather(3, index).masked_fill((call.layout.slots < 0)[:, None, None], 0)
         groups = q.shape[1] // own.shape[1]
         return (q, own.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)), seen
+
+    def ones(self, rows: Tensor) -> Tensor:
+        """(B, R, N): logits between text rows and visual tokens of vectors of ones, rotated."""
+        call, where = self.call, checked(self.call, self.where)
+        layout = call.layout
+        wanted = self.text.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
+        width = call.owner.layers[where.layer].self_attn.head_dim
+
+        def turned(slots: Tensor) -> Tensor:
+            cos, sin = (along(x, slots.clamp(min=0)).float() for x in where.rope)
+            ones = cos.new_ones(slots.shape[0], 1, slots.shape[1], width)
+            return rotate(ones, cos, sin)[:, 0]
+
+        text, visual = turned(wanted), turned(layout.slots)
+        with full_precision(text.device):
+            product = text @ visual.transpose(1, 2) / width**0.5
+        none = (wanted < 0)[..., None] | (layout.slots < 0)[:, None]
+        return product.masked_fill(none, 1.0)
 
     def received(self, chunk: int) -> Tensor:
         """(B, N): mean attention over heads and all queries of this call."""
