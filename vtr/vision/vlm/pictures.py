@@ -292,9 +292,6 @@ def regrid(positions: Tensor, live: Tensor, slots: Tensor, moves: Tensor) -> tup
     out[-3:] -= shift
     for axis in (0, 1):
         out[axis - 2] -= blank.scatter(1, column, less[axis])[:, :length]
-    stays = live & (blank.scatter(1, column, (valid & ~kept).long())[:, :length] == 0)
-    ends = [
-        torch.where(of, found[-3:].amax(0), -1).amax(1)
-        for found, of in ((positions, live), (out, stays))
-    ]
-    return out, ends[0] - ends[1]
+    # generate goes on from the last token's position, which a long video's times may lie behind.
+    end = torch.where(live, torch.arange(length, device=live.device), 0).amax(1, keepdim=True)
+    return out, shift.gather(1, end)[:, 0]
