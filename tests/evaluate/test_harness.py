@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("lmms_eval")
 
+from vtr.compat.tested import TESTED
 from vtr.errors import HarnessError
 from vtr.evaluate import harness, loading
 from vtr.evaluate.runner import evaluate, prepare, run
@@ -40,8 +41,8 @@ def test_a_package_without_a_module_is_named_before_the_weights(monkeypatch, ver
     message = str(caught.value)
     assert message.startswith("lmms-eval 0.7.3 does not work with filelock 4.3.1 (")
     assert message.endswith(
-        f"vtr was tested with filelock {harness.TESTED['filelock']}: pip install "
-        f"'filelock=={harness.TESTED['filelock']}'"
+        f"vtr was tested with filelock {harness.BESIDE['filelock']}: pip install "
+        f"'filelock=={harness.BESIDE['filelock']}'"
     )
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
@@ -88,9 +89,12 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch, versions, tmp_pat
 
 
 def test_a_tested_version_that_lacks_something_is_not_whole(versions):
-    versions["tqdm"] = harness.TESTED["tqdm"]
+    versions["tqdm"] = harness.BESIDE["tqdm"]
     assert "pip install --force-reinstall 'tqdm==" in harness._message("tqdm", "no such thing")
     assert "'lmms-eval==0.7.3'" in harness._message("lmms_eval", "no such thing")
+    versions["transformers"] = "6.0"
+    told = harness._message("transformers", "no such thing")
+    assert TESTED["transformers"].requirement in told
 
 
 def lmms(code: str, name: str = "lmms_eval.evaluator") -> BaseException:

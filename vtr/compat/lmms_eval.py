@@ -74,6 +74,15 @@ def register(manifests: list[Any]) -> None:
         models.MODEL_REGISTRY_V2.register_manifest(manifest, overwrite=True)
 
 
+def prepare() -> None:
+    """Do what its evaluation does first, which needs private names of filelock (4.3 has them no longer)."""
+    from lmms_eval import evaluator
+
+    first = getattr(evaluator, "_enable_reentrant_filelocks", None)
+    if first is not None:
+        first()
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """A context in which its evaluation shows no progress bars."""

@@ -13,3 +13,5 @@ TIMM_TOWER = "open_clip.timm_model:TimmModel"
 CONVOLUTIONAL = "ModifiedResNet"
 #: The tower's method that pools without learned queries.
 POOLING = "_global_pool"
+#: The tower's method that makes the sequence of pixels.
+EMBEDDING = "_embeds"

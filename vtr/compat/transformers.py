@@ -240,6 +240,11 @@ def check_deepstack(language: Any) -> bool:
 
 # ---- vision towers --------------------------------------------------------------------------
 
+#: Parts of a tower that are given its pixels.
+GIVEN_PIXELS = ("embeddings", "rope_embeddings")
+#: The argument by which an embedding interpolates its positions for images of another size, and the
+#: method, which some call for every image.
+INTERPOLATES = "interpolate_pos_encoding"
 #: tower class -> (where its layers are, protected tokens beside the registers, whether one is a class)
 TOWERS: dict[str, tuple[str, int, bool]] = {
     "CLIPVisionModel": ("encoder.layers", 1, True),

@@ -137,7 +137,7 @@ class ByDifficulty:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         counts = [f"{g}_questions" for g in GROUPS]
-        shares = [f"{g}{end}" for g in GROUPS for end in ("", "_deviation")]
+        shares = [name for g in GROUPS for name in (g, f"{g}_deviation")]
         writer.writerow(["keep", "task", "method", *counts, "left_out", *shares])
         for s in self.splits:
             for method, pair in s.scores.items():

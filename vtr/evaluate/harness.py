@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from types import ModuleType, TracebackType
 
+from vtr.compat import lmms_eval as compat
+from vtr.compat.tested import TESTED, Library
 from vtr.errors import HarnessError
 
-LMMS_EVAL = "0.7.3"  # private details of it are used: layouts of requests, padding, clean()
-
-TESTED = {
-    "lmms-eval": LMMS_EVAL,
-    "accelerate": "1.15.0",
+BESIDE = {
     "datasets": "5.2.0",
     "filelock": "4.2.12",
     "huggingface-hub": "2.4.0",
@@ -24,9 +22,9 @@ TESTED = {
     "pyarrow": "26.0.1",
     "tenacity": "9.2.1",
     "tqdm": "4.70.1",
-    "transformers": "5.24.0",
 }
-"""Versions that vtr was tested with, of lmms-eval and of what it imports whatever the task."""
+"""Versions with which the tests of the evaluation ran, of what lmms-eval imports whatever the task; those of
+the libraries that vtr itself uses are in :mod:`vtr.compat.tested`."""
 
 
 @contextmanager
@@ -53,11 +51,7 @@ def rehearse() -> None:
         HarnessError: it does not work with a package that is installed here.
     """
     with named():
-        from lmms_eval import evaluator
-
-        prelude = getattr(evaluator, "_enable_reentrant_filelocks", None)
-        if prelude is not None:
-            prelude()
+        compat.prepare()
 
 
 def fault(error: BaseException) -> str | None:
@@ -81,24 +75,30 @@ def _message(package: str, why: str) -> str:
     name = next(iter(packages_distributions().get(package, ())), package)
     name = name.lower().replace("_", "-")  # as it is asked for, not as its metadata writes it
     harness = f"lmms-eval {_version('lmms-eval')}"
-    found, tested = _version(name), TESTED.get(name)
+    found, tested = _version(name), _tested(name)
     if found is None:
-        install = name if tested is None else f"{name}=={tested}"
         return (
             f"{harness} or a task of it needs the package {name}, which is not installed ({why}): pip "
-            f"install '{install}'"
+            f"install '{name if tested is None else tested.requirement}'"
         )
-    if name == "lmms-eval" or found == tested:
+    if tested is None:
+        told = f"install another version of {name}, or all of them anew: pip install 'vtr[eval]'"
+    elif tested.place(found) == "tested":
         return (
             f"{name} {found} is not whole here ({why}), and vtr was tested with this version: pip "
             f"install --force-reinstall '{name}=={found}'"
         )
-    told = (
-        f"vtr was tested with {name} {tested}: pip install '{name}=={tested}'"
-        if tested
-        else f"install another version of {name}, or all of them anew: pip install 'vtr[eval]'"
-    )
+    else:
+        told = f"vtr was tested with {name} {tested.versions}: pip install '{tested.requirement}'"
     return f"{harness} does not work with {name} {found} ({why}); {told}"
+
+
+def _tested(name: str) -> Library | None:
+    """The versions of a distribution that were tested, None where vtr names none."""
+    if name in BESIDE:
+        version = BESIDE[name]
+        return Library(name, name, version, version, f"{version}.1")
+    return next((one for one in TESTED.values() if one.name == name), None)
 
 
 def _version(name: str) -> str | None:

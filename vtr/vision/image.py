@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.compat.transformers import INTERPOLATES
 from vtr.signals import ModelInfo, Site
 from vtr.tokens import TokenMap
 
@@ -82,6 +83,6 @@ def at_any_size(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for an embedding of transformers with which it interpolates its positions."""
-    if "interpolate_pos_encoding" in inspect.signature(type(module).forward).parameters:
-        kwargs = {**kwargs, "interpolate_pos_encoding": True}
+    if INTERPOLATES in inspect.signature(type(module).forward).parameters:
+        kwargs = {**kwargs, INTERPOLATES: True}
     return args, kwargs

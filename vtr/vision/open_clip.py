@@ -217,7 +217,7 @@ class OpenClipWrapping(Wrapping):
         self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
         self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
         if entry_of(self) is not None:
-            self.patch(model, "_embeds", Bound(self, "embeds"))
+            self.patch(model, compat.EMBEDDING, Bound(self, "embeds"))
         if model.attn_pool is None:
             self.patch(model, compat.POOLING, Bound(self, "global_pool"))
             return
@@ -236,7 +236,7 @@ class OpenClipWrapping(Wrapping):
         self.session.shape = None
         small = self.session.shrink(images, tuple(model.grid_size), model.patch_size)
         if small is images:
-            return type(model)._embeds(model, images)
+            return getattr(type(model), compat.EMBEDDING)(model, images)
         x = model.conv1(small)
         places = model.positional_embedding[1:].float().T.unflatten(1, tuple(model.grid_size))
         places = F.interpolate(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vtr.compat.tested import explain
 from vtr.compat.torch import kind_of
-from vtr.compat.transformers import AROUND, TIMM, TOWERS
+from vtr.compat.transformers import AROUND, GIVEN_PIXELS, INTERPOLATES, TIMM, TOWERS
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner, place_forward
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
@@ -161,7 +161,7 @@ class TransformersWrapping(Wrapping):
         before = tower.register_forward_pre_hook(Bound(self, "look"), with_kwargs=True)
         self.hook(before)
         if entry_of(self) is not None:
-            for name in ("embeddings", "rope_embeddings"):  # each is given the pixels
+            for name in GIVEN_PIXELS:
                 if hasattr(tower, name):
                     change = Bound(self, "give_small")
                     module = getattr(tower, name)
@@ -254,10 +254,10 @@ class TransformersWrapping(Wrapping):
 
 def fixed_size(tower: Any) -> str:
     """Why a tower takes no images of another size, or nothing."""
-    embeddings = getattr(tower, "embeddings", None)
+    embeddings = getattr(tower, GIVEN_PIXELS[0], None)
     if _named(tower, ("Siglip2VisionModel",)):
         return "its processor has cut the picture into patches; give that a smaller max_num_patches"
-    if hasattr(embeddings, "interpolate_pos_encoding") or hasattr(tower, "rope_embeddings"):
+    if hasattr(embeddings, INTERPOLATES) or hasattr(tower, GIVEN_PIXELS[1]):
         return ""
     return "it does not interpolate its positions"
 

@@ -276,7 +276,10 @@ def _towers() -> Iterator[Expectation]:
         # InternVL's is not among the public names.
         where = f"transformers:{name}|{_home('internvl')}:{name}"
         used = _VIDEO if name in names.VIDEO_TOWERS else _TOWERS
-        yield Expectation(where, used, built=(path, "config.hidden_size"))
+        parts: tuple[str, ...] = ()
+        if name not in names.VIDEO_TOWERS:
+            parts = names.GIVEN_PIXELS[:1]
+        yield Expectation(where, used, built=(path, "config.hidden_size", *parts))
     for name, (attribute, use) in {**names.AROUND, **names.VIDEO_AROUND}.items():
         used = _VIDEO if name in names.VIDEO_AROUND else _TOWERS
         reads = {"mean": ("classifier",), "pooler": ("pooler", "classifier")}.get(use, ())
@@ -294,6 +297,17 @@ def _towers() -> Iterator[Expectation]:
         yield Expectation(f"{home}:eager_attention_forward", _LAYERS)
     for name in names.TIMM:
         yield Expectation(f"transformers:{name}", _TOWERS)
+    for model, name in (("clip", "CLIPVision"), ("siglip", "SiglipVision"), ("vit", "ViT")):
+        embedding = f"{_home(model)}:{name}Embeddings"
+        yield Expectation(embedding, "vtr/vision/image.py", has=(names.INTERPOLATES,))
+        yield Expectation(
+            f"{embedding}.forward",
+            "vtr/vision/image.py",
+            starts=("pixel_values",),
+            takes=(names.INTERPOLATES,),
+        )
+    dino = f"{_home('dinov3_vit')}:DINOv3ViTModel"
+    yield Expectation(dino, _TOWERS, built=names.GIVEN_PIXELS)
     yield Expectation(
         "transformers:SiglipVisionModel", "vtr/vision/pooling.py", built=("post_layernorm", "head")
     )

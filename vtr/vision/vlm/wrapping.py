@@ -18,6 +18,7 @@ from vtr.compat.transformers import (
     ENCODED,
     ENCODER_OUTPUTS,
     FORWARDED,
+    GIVEN_PIXELS,
     MODALITIES,
     PIXELS,
     attention_implementation,
@@ -322,7 +323,7 @@ class VLMWrapping(Wrapping):
         if entry_of(self) is not None:
             towers = {self.family.tower(inner, kind) for kind in MODALITIES.values()}
             for tower in towers:
-                embeddings = getattr(tower, "embeddings", None)
+                embeddings = getattr(tower, GIVEN_PIXELS[0], None)
                 if isinstance(embeddings, nn.Module):
                     hook = Bound(self, "at_any_size")
                     self.hook(embeddings.register_forward_pre_hook(hook, with_kwargs=True))
