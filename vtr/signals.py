@@ -60,7 +60,8 @@ class Site:
         site, layer: where this is.
         info: the model.
         hidden: (B, N, C) hidden states of the visual tokens here (after the attention residual at
-            the ``middle`` of an encoder block, the block's output at its ``end``).
+            the ``middle`` of an encoder block, the block's output at its ``end``; C is 0 at the site
+            ``image``, where there are none yet).
         n, batch, device: sizes.
         map: TokenMap from the tokens of the model's input to the tokens here.
         size: (B, N) float32, how many input tokens each one stands for.

@@ -188,6 +188,21 @@ def test_gradients_reach_pixels_and_positions() -> None:
     assert model.pos_embed.grad is not None and model.pos_embed.grad.abs().sum() > 0
 
 
+def test_checkpointed_blocks_run_again_with_the_smaller_picture() -> None:
+    found = []
+    for again in (False, True):
+        model, x = vit(depth=3), images()
+        model.set_grad_checkpointing(again)
+        model.train()
+        both = [vtr.Downsample(keep=16), vtr.EViT(keep=8, layers=(1,))]
+        with torch.enable_grad(), vtr.apply(model, both):
+            model(x).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert a is not None and b is not None
+        close(a, b)
+
+
 def test_two_smaller_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match=r"both reduce at image\[0\]"):
         vtr.apply(vit(), [vtr.Downsample(), vtr.Downsample(keep=4)])

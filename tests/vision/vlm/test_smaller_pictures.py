@@ -143,20 +143,69 @@ def interpolating(model: Any) -> Iterator[Any]:
         hook.remove()
 
 
+def words(inputs: Inputs, b: int) -> Tensor:
+    """(L,) bool: columns of a sample that hold text."""
+    return inputs["attention_mask"][b].bool() & ~models.visual(inputs["input_ids"])[b]
+
+
+def on_the_right(inputs: Inputs) -> Inputs:
+    """The same prompts, padded on the right."""
+    out, mask = dict(inputs), inputs["attention_mask"].bool()
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in inputs:
+            out[name] = torch.zeros_like(inputs[name])
+            for b, row in enumerate(inputs[name]):
+                out[name][b, : int(mask[b].sum())] = row[mask[b]]
+    return out
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_logits_are_those_of_the_bare_model_on_the_smaller_pictures(name: str) -> None:
+def test_the_logits_are_those_of_the_bare_model_on_the_smaller_pictures(
+    name: str, side: str
+) -> None:
     case = CASES[name]
     model, inputs = case.make(2)
+    small = shrunk(case, inputs)
+    if side == "right":
+        inputs, small = on_the_right(inputs), on_the_right(small)
     with interpolating(model):
-        dense = model(**shrunk(case, inputs)).logits
+        dense = model(**small).logits
     with vtr.apply(model, vtr.Downsample(keep=case.keep)) as handle:
         reduced = model(**inputs).logits
         trace = handle.trace
-    torch.testing.assert_close(reduced[:, -1], dense[:, -1], atol=1e-4, rtol=1e-4)
+    for b in range(2):
+        got, want = reduced[b, words(inputs, b)], dense[b, words(small, b)]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     tokens = [sum(n if isinstance(n, int) else n[0] for n in row) for row in case.counts]
     (stage,) = trace.stages
     assert stage.total.valid.sum(1).tolist() == tokens
     assert stage.total.size.sum(1).tolist() == models.visual(inputs["input_ids"]).sum(1).tolist()
+
+
+def test_gradients_are_those_of_the_bare_model_on_the_smaller_pictures() -> None:
+    """With the layers of tower and language model checkpointed, too."""
+    case = CASES["qwen3_vl"]
+    model, inputs = case.make(2)
+
+    def gradients(given: Inputs) -> list[Tensor]:
+        labels = given["input_ids"].masked_fill(models.visual(given["input_ids"]), -100)
+        labels = labels.masked_fill(given["attention_mask"] == 0, -100)
+        model.zero_grad()
+        with torch.enable_grad():
+            model(**given, labels=labels, use_cache=False).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    want = gradients(shrunk(case, inputs))
+    for again in (False, True):
+        if again:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)()
+            model.train()
+        with vtr.apply(model, vtr.Downsample(keep=case.keep)):
+            got = gradients(inputs)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl_video", "video_llava", "idefics3"])

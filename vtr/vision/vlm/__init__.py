@@ -5,6 +5,11 @@ The contract for methods
 
 ``Method.stages(info)`` names visits, ``Method.reduce(site)`` is called at each:
 
+- ``Stage("image", 0)``: in front of the tower. The site has ``grid`` and ``n`` of one picture (an image, a
+  crop or tile of one, a frame) in visual tokens, and no features; ``Reduction.grid`` says the smaller
+  one. The tower is then given smaller pictures, and the prompt has their tokens: the logits are the bare
+  model's for these pictures. Does not go together with looks into the tower. Families whose crops are put
+  together by the sizes of the configuration refuse it (``info.extra["no_image"]``).
 - ``Stage("encoder", l, "middle" or "end")``: inside the vision tower, as for any encoder. The batch is
   the **crops** of all images of the call. A method that only looks here (``Stage(..., cuts=False)``) stores
   what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with
@@ -72,11 +77,12 @@ What is where
 
 ``wrapping`` (facts, hooks), ``arguments`` and ``costs`` (of a call), ``head`` (who calls; logits and loss),
 ``outputs`` (in which columns they are), ``gate`` (threads and compiled code), ``families`` (what differs
-between models), ``tower`` and ``packed`` (methods inside vision towers), ``features`` and ``spreads`` (from
-patches to visual tokens), ``frames`` (which frame and place each has), ``language`` (hooks on the language
-model), ``call`` (one call of it: sites and cuts), ``rows`` (its attention, as methods see it), ``sequence``
-(padded batches), ``attention`` (q, k, v of a few tokens), ``cache`` and ``cache_site`` (what a KV cache
-remembers of its cuts, and cuts in it), ``drafts``, ``recompute`` (gradient checkpointing).
+between models), ``pictures`` (smaller ones), ``tower`` and ``packed`` (methods inside vision towers),
+``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (which frame and place each has),
+``language`` (hooks on the language model), ``call`` (one call of it: sites and cuts), ``rows`` (its
+attention, as methods see it), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
+``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``,
+``recompute`` (gradient checkpointing).
 
 Training
 --------
