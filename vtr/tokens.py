@@ -142,7 +142,7 @@ class TokenMap:
                 travel = index
                 live = (self.source >= 0) & ~is_rep
             else:
-                is_rep = is_rep.scatter(1, self.kept, True)
+                is_rep = is_rep.scatter(1, self.kept, torch.ones_like(self.kept, dtype=torch.bool))
                 travel = torch.argsort(is_rep, dim=1, stable=True)[:, :moved]
                 live = take(self.source, travel) >= 0
             slot = take(self.source, travel).clamp(min=0)

@@ -245,6 +245,19 @@ class Bound:
         function: Callable[..., Any] = getattr(self.owner, self.method)
         return function(*self.bound, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # What torch.jit.script asks a function for; others find that there is no such attribute.
+        if name in ("__globals__", "__name__"):
+            raise _NotScripted(
+                f"{self.method} of a wrapped model has no {name}: torch.jit.script cannot compile methods. Use "
+                "torch.jit.trace or torch.export, or script the model without a method"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+class _NotScripted(UnsupportedModelError, AttributeError):
+    """A wrapped model was given to ``torch.jit.script``."""
+
 
 _FORWARDS = {"forward": accelerate.FORWARD, accelerate.FORWARD: "forward"}
 

@@ -51,6 +51,19 @@ def forget_compiled() -> None:
         dynamo.reset()
 
 
+def graph_maker() -> str:
+    """What makes one graph for all later inputs of the code that runs now: ``"torch.export"`` or
+    ``"torch.jit.trace"``; empty if nothing does. (``torch.compile`` makes another where one does not fit.)"""
+    if torch.compiler.is_compiling():
+        return "torch.export" if torch.compiler.is_exporting() else ""
+    return "torch.jit.trace" if torch.jit.is_tracing() else ""
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether it stands for a value that is not there, while ``torch.fx`` traces."""
+    return isinstance(x, torch.fx.Proxy)
+
+
 def strict_recompiling(limit: int) -> AbstractContextManager[Any]:
     """A context in which ``limit`` compilations of one function are allowed, and one more is an error
     (Dynamo would otherwise run the function as it is)."""

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from vtr.compat.torch import graph_maker
 from vtr.kernels.precision import full_precision, lowers
 
 # Score elements per tile and thread: 1 MiB of float32, which stays in a core's second-level cache.
@@ -79,7 +80,8 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
         a, b = a.float(), b.float()
     batch, rows, _ = a.shape
     columns = b.shape[1]
-    if batch * rows * columns < _FEW:
+    # A graph for batches of any size cannot have tiles for one.
+    if graph_maker() or batch * rows * columns < _FEW:
         return _search(a, b, b_mask)
     # A compiled function cannot ask for the threads, and may run with others.
     tile = _TILE * (1 if torch.compiler.is_compiling() else torch.get_num_threads())

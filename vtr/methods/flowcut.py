@@ -71,6 +71,7 @@ class FlowCut(Presets, Method):
     sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt", "decoder")
     needs: ClassVar = {"encoder": frozenset({"queries", "keys", "values"})}
     positions: ClassVar[str] = "compact"
+    data_dependent: ClassVar[bool] = True
 
     PRESETS: ClassVar = {
         **{f"llava-1.5-7b/{n}": {"keep": n} for n in (192, 128, 64)},

@@ -92,6 +92,10 @@ class ToFe(Method):
     def learned(self) -> bool:  # type: ignore[override]
         return self.trained
 
+    @property
+    def data_dependent(self) -> bool:  # type: ignore[override]
+        return self.adaptive
+
     def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
         return {"encoder": frozenset({"hidden"})} if self.trained else dict(self.needs)
 

@@ -23,6 +23,7 @@ from vtr.tokens import TokenMap
 from vtr.trace import StageRecord
 from vtr.vision.attention import Probe
 from vtr.vision.blocks import BlockRunner, Run, place_forward
+from vtr.vision.graphs import check_graph, refuse_symbolic
 from vtr.vision.image import Smaller, ask, entry_of, resized
 from vtr.vision.passes import Pass, Passes
 from vtr.vision.pooling import Pooling, has_pooling
@@ -157,6 +158,7 @@ class EncoderSession:
     # ---- one block --------------------------------------------------------------------------
 
     def forward(self, layer: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        refuse_symbolic(x)
         runner = self.runners[layer]
         if args:
             kwargs = runner.named(args, kwargs)
@@ -236,6 +238,7 @@ class EncoderSession:
         run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix, whole)
         if run.tokens < 1:
             raise ValueError(f"the sequence has {x.shape[1]} tokens, {self.prefix} of them prefix")
+        check_graph(self.owner.active)
         root = self.owner.root
         run.grid, run.pixels, run.training = self.grid(run.tokens), self.pixels, root.training
         run.entries = self.owner.active

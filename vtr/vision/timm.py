@@ -24,6 +24,7 @@ from vtr.compat.timm import (
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.blocks import BlockRunner
 from vtr.vision.encoder import EncoderSession, encoder_info, square_grid
+from vtr.vision.graphs import refuse_symbolic
 from vtr.vision.image import entry_of, open_image
 from vtr.vision.pooling import log_sizes, weighted_mean
 from vtr.vision.timm_blocks import runner_of
@@ -91,6 +92,8 @@ class TimmWrapping(Wrapping):
         """Note the grid of the call (models with dynamic_img_size take images of any shape); make the
         images smaller where a method wants that."""
         self.session.shape = None
+        if args:
+            refuse_symbolic(args[0])
         if not args or args[0].dim() != 4:
             if entry_of(self) is not None:
                 raise UnsupportedMethodError(
