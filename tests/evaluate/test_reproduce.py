@@ -37,6 +37,10 @@ def test_a_preset_finds_its_rows_in_every_published_table():
     )
     assert one("evs/qwen3-vl-8b/20%").rows
     assert not one("radial/wan2.2").rows
+    scores = [row.scores["GQA"] for _, row in one("debias/llava-1.5-7b/128-fastv").rows]
+    assert scores == [59.3], "FastV + both, of the debiasing paper"
+    assert len(one("sparsevlm/llava-1.5-7b/64").rows) == 2, "one of each lineage"
+    assert not one("sparsevlm/llava-1.5-7b/64-plus").rows, "the second release has other rows"
 
 
 def test_a_model_is_all_that_was_published_for_it():

@@ -114,10 +114,18 @@ def _rows(method: Method, preset: str) -> list[tuple[PublishedTable, PublishedRo
             found += [
                 (table, row)
                 for row in table.rows
-                if _plain(row.method) == _plain(method.name)
+                if _plain(row.method) == _called(method, budget)
                 and _amount(row.tokens) == _amount(budget)
             ]
     return found
+
+
+def _called(method: Method, budget: str) -> str:
+    """A setting's method as published tables write it, plainly: ``sparsevlm+``, ``fastv+both``."""
+    inner = getattr(method, "method", None)
+    if isinstance(inner, Method):  # Debias, with both of its corrections
+        return f"{_plain(inner.name)}+both"
+    return _plain(method.name) + ("+" if budget.endswith("-plus") else "")
 
 
 def _plain(name: str) -> str:
@@ -125,8 +133,8 @@ def _plain(name: str) -> str:
 
 
 def _amount(tokens: str) -> tuple[float, bool] | None:
-    """``"64"`` and ``"17.0%"`` as a number, and whether it is a share."""
-    found = re.fullmatch(r"([0-9.]+)(%?)", tokens)
+    """``"64"``, ``"17.0%"`` and ``"128-fastv"`` as a number, and whether it is a share."""
+    found = re.fullmatch(r"([0-9.]+)(%?)(-[a-z]+)?", tokens)
     return (float(found[1]), bool(found[2])) if found else None
 
 

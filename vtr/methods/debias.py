@@ -87,9 +87,9 @@ class Debias(Presets, Method):
     needs: ClassVar = {"decoder": frozenset({"text_attention"})}
 
     PRESETS: ClassVar = {
-        "llava-1.5-7b/fastv-128": {"method": FastV(keep=128)},
-        "llava-1.5-7b/pyramiddrop-128": {"method": PyramidDrop.preset("llava-1.5-7b/128")},
-        "llava-1.5-7b/sparsevlm-128": {"method": SparseVLM.preset("llava-1.5-7b/128")},
+        "llava-1.5-7b/128-fastv": {"method": FastV(keep=128)},
+        "llava-1.5-7b/128-pyramiddrop": {"method": PyramidDrop.preset("llava-1.5-7b/128")},
+        "llava-1.5-7b/128-sparsevlm": {"method": SparseVLM.preset("llava-1.5-7b/128")},
     }
     """The authors' scripts, both corrections on: FastV with 128 tokens behind layer 2 (156 on average),
     the others with about 128 on average."""
