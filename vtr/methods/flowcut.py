@@ -209,7 +209,7 @@ def largest_of(values: Tensor, crops: list[int]) -> Tensor:
 def same(numbers: Tensor) -> int | Tensor:
     """The one number in ``numbers`` (B,), so that nothing need be padded; all of them if they differ."""
     if numbers.numel() < 2:
-        return int(numbers.sum())  # of a batch without images: none
+        return int(numbers) if numbers.numel() else 1  # any number does without images
     least, most = torch.stack(torch.aminmax(numbers)).tolist()  # one look at the device
     return int(least) if least == most else numbers
 
