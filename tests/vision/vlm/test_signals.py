@@ -13,7 +13,7 @@ from tests.vision.vlm.looks import Look, look
 from tests.vision.vlm.models import FAMILIES, IMAGE, visual
 from tests.vision.vlm.picks import PROMPT, STEPS, Pick, generate, same
 from tests.vision.vlm.videos import VIDEOS
-from vtr.compat.transformers import cache_of, with_cache
+from vtr.compat.transformers import cache_of, language_module, with_cache
 from vtr.method import Reduction
 from vtr.tokens import TokenMap, take
 
@@ -33,6 +33,49 @@ def eager(name: str, batch: int = 2) -> tuple[Any, dict[str, Any], Any]:
 def visual_columns(rows: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
     """Columns of the visual tokens of (B, H, R, L) rows, per sample."""
     return [rows[b][..., visual(ids[b])] for b in range(len(ids))]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_ones_are_those_of_the_models_rotary_embedding(name: str) -> None:
+    model, inputs = FAMILIES[name](2)
+    ids, layer = inputs["input_ids"], language_module(model.model).layers[1]
+    tables: list[Any] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        tables.append(kwargs["position_embeddings"])
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    rows = torch.tensor([[0, 4, -1], [1, 3, 5]])
+    found: list[torch.Tensor] = []
+    look(
+        model,
+        (("decoder", 1, "end"),),
+        lambda site: found.append(site.rotary_ones(rows)) or found.append(site.rotary_ones()),
+        inputs,
+    )
+    hook.remove()
+    some, last = found
+    width = layer.self_attn.head_dim
+    cos, sin = (t.expand(2, -1, -1).double() for t in tables[0])
+    half = width // 2
+    for b in range(2):
+        turned = [cos[b, :, :half] - sin[b, :, :half], cos[b, :, half:] + sin[b, :, half:]]
+        ones = torch.cat(turned, -1)  # (1, 1) of each pair of dimensions, turned by its angle
+        here = visual(ids[b])
+        text = (~here & inputs["attention_mask"][b].bool()).nonzero().flatten()
+        for r, row in enumerate([*rows[b].tolist(), len(text) - 1]):
+            got = last[b, 0] if r == 3 else some[b, r]
+            want = ones[here] @ ones[text[row]] / width**0.5
+            if row < 0:
+                want = torch.ones_like(want)
+            torch.testing.assert_close(got[: len(want)].double(), want, rtol=0, atol=1e-5)
+            assert bool((got[len(want) :] == 1).all()), "padding gets ones"
+
+
+def test_logits_of_ones_need_a_layer() -> None:
+    model, inputs = FAMILIES["llava"](1)
+    with pytest.raises(RuntimeError, match=r"prompt\[0\] shows no attention of the text"):
+        look(model, PROMPT.at, lambda site: site.rotary_ones(), inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES | VIDEOS)
