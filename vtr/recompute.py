@@ -14,7 +14,7 @@ What is to be repeated is the owner's business: a snapshot of its state at the b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -116,18 +116,18 @@ class Inputs:
     """
 
     def __init__(self) -> None:
-        self._notes: dict[tuple[Any, int], tuple[StorageWeakRef, Any]] = {}
+        self._notes: dict[tuple[Any, Hashable], tuple[StorageWeakRef, Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_notes": {}}  # a copy of the model has made no calls
 
-    def note(self, x: Tensor, block: int, value: Any) -> None:
-        """Remember ``value`` for the input ``x`` of a block."""
+    def note(self, x: Tensor, block: Hashable, value: Any) -> None:
+        """Remember ``value`` for the input ``x`` of a block, whose name or number is its own."""
         reference = storage(x)
         if reference is not None:
             self._notes[reference.cdata, block] = (reference, value)
 
-    def find(self, x: Tensor, block: int) -> Any:
+    def find(self, x: Tensor, block: Hashable) -> Any:
         """What was noted of the input of which ``x`` is a view or a detached copy; None if nothing was."""
         reference = storage(x)
         found = None if reference is None else self._notes.get((reference.cdata, block))

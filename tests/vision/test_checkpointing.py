@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vtr
 from tests.tiny import images, ours, spread, vit
+from tests.vision import test_video_encoders as video
 from tests.vision import timm_models, towers
 from tests.vision.vlm.models import FAMILIES
 from vtr.method import Method
@@ -344,6 +345,27 @@ def test_methods_of_transformers_may_not_change(reentrant: bool) -> None:
         loss = last(model, towers.pixels()).square().mean()
     with pytest.raises(RuntimeError, match="go backward first"):
         loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize(
+    "name, method",
+    [("vivit-classes", "evit"), ("vjepa2-classes", "tome"), ("videomae-classes", "flowcut")],
+)
+def test_video_encoders(name: str, method: str, reentrant: bool) -> None:
+    """The learned pooling of V-JEPA 2, which weighs merged tokens, runs again as well."""
+    found = []
+    for checkpointing in (False, True):
+        model = video.build(name).train()
+        if checkpointing:
+            enable(model, activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        with vtr.apply(model, method):
+            calls = (video.run(model, video.clips(batch)).logits for batch in (2, 3))
+            sum(logits.square().mean() for logits in calls).backward()
+        found.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        )
+    assert torch.equal(*found)
 
 
 # ---- towers of vision-language models, and code that is compiled ---------------------------------

@@ -109,6 +109,8 @@ class Passes:
         """Methods change: the last block of reentrant checkpointing, whose output had no graph when it was
         made, is guarded now. (The name is that of a hook's end, as which the owner calls it.)"""
         for run in self.inputs.values():
+            if not isinstance(run, Run):
+                continue
             output = None if run.output is None else run.output()
             if output is not None and output.grad_fn is not None:
                 output.register_hook(Guard(self.owner, run.entries))

@@ -13,8 +13,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vtr.compat.torch import in_backward
 from vtr.compat.transformers import VIDEO_AROUND as AROUND
 from vtr.compat.transformers import VIDEO_TOWERS as TOWERS
 from vtr.compat.transformers import attention_implementation
@@ -86,11 +88,11 @@ class VideoWrapping(Wrapping):
             self.hook(root.fc_norm.register_forward_pre_hook(Bound(self, "give_mean")))
         if self.use == "pooler":
             pooler = root.pooler
-            layers = [layer.self_attn for layer in pooler.self_attention_layers]
-            for attention in (*layers, pooler.cross_attention_layer.cross_attn):
-                self.hook(
-                    attention.register_forward_pre_hook(Bound(self, "weigh_keys"), with_kwargs=True)
-                )
+            parts = [(layer, layer.self_attn) for layer in pooler.self_attention_layers]
+            last = pooler.cross_attention_layer
+            for number, (layer, attention) in enumerate([*parts, (last, last.cross_attn)]):
+                weigh = Bound(self, "weigh_keys", number, attention)
+                self.hook(layer.register_forward_pre_hook(weigh, with_kwargs=True))
 
     # ---- the input --------------------------------------------------------------------------
 
@@ -129,24 +131,29 @@ class VideoWrapping(Wrapping):
         return (mean.to(args[0].dtype),)
 
     def weigh_keys(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, number: int, attention: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Log sizes for the keys of V-JEPA 2's pooler."""
-        keys = kwargs.get("hidden_states", args[1] if len(args) > 1 else None)
-        keys = args[0] if keys is None else keys
-        sizes = self.session.pool_sizes(keys)
-        if sizes is None:
-            return None
-        implementation = attention_implementation(module)
+        """Log sizes for the keys of a layer of V-JEPA 2's pooler, which may run again in the backward pass."""
+        keys, inputs = args[-1], self.session.passes.inputs
+        again = not torch.compiler.is_compiling() and in_backward()
+        bias: Tensor | None = inputs.find(keys, ("pooler", number)) if again else None
+        if bias is None:
+            sizes = self.session.pool_sizes(keys)
+            if sizes is None:
+                return None
+            bias = log_sizes(sizes)[:, None, None, :].to(keys.dtype)
+            if not torch.compiler.is_compiling() and (
+                torch.is_grad_enabled() or keys.requires_grad
+            ):
+                inputs.note(keys, ("pooler", number), bias)
+        implementation = attention_implementation(attention)
         if implementation != "sdpa":
             raise UnsupportedMethodError(
                 f"the pooler of {type(self.root).__name__} cannot weigh merged or padded tokens with "
                 f"the attention {implementation!r}, which takes no mask: call "
                 "model.set_attn_implementation('sdpa')"
             )
-        queries = args[0] if args else keys
-        bias = log_sizes(sizes)[:, None, None, :].to(queries.dtype)
-        return args, {**kwargs, "attention_mask": bias.expand(-1, 1, queries.shape[1], -1)}
+        return args, {**kwargs, "attention_mask": bias.expand(-1, 1, args[0].shape[1], -1)}
 
     def costs(self) -> dict[str, Any] | None:
         return {"encoder": self.session.flops()} if self.trace.tokens else None
