@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from types import ModuleType, TracebackType
@@ -147,6 +148,9 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
     Returns:
         The handle. The model is changed in place and keeps its class and its ``state_dict`` keys.
 
+    Warns:
+        UserWarning: the method works for some of the model's inputs only (:attr:`Support.note`).
+
     Raises:
         UnsupportedModelError: no adapter for this object.
         UnsupportedMethodError: the model lacks a site or a signal that the method needs.
@@ -186,6 +190,10 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
         entries.append(Entry(m, {**wrapping.options, **options}, learned))
     with blaming(_library(target)):
         wrapping.add(entries)
+    for m in methods:
+        note = wrapping.note(m)
+        if note:
+            warnings.warn(f"{m.name} on {wrapping.info.family}: {note}", stacklevel=2)
     return Handle(target, wrapping, entries)
 
 
@@ -209,11 +217,13 @@ def handles(target: Any) -> list[Handle]:
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a method works on a model: ``name``, ``supported``, ``reason`` (why not)."""
+    """Whether a method works on a model: ``name``, ``supported``, ``reason`` (why not), and ``note``: what it
+    works for, if not for all that the model takes."""
 
     name: str
     supported: bool
     reason: str = ""
+    note: str = ""
 
 
 def supported(target: Any) -> list[Support]:
@@ -258,7 +268,7 @@ def _support(wrapping: Wrapping) -> list[Support]:
         except (UnsupportedMethodError, ValueError) as error:
             out.append(Support(name, False, str(error)))
         else:
-            out.append(Support(name, True))
+            out.append(Support(name, True, note=wrapping.note(cls())))
     return out
 
 

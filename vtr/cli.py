@@ -146,10 +146,10 @@ def supported(model: ModelArgument, as_json: JsonOption = False) -> None:
         print(json.dumps([vars(r) for r in rows], indent=2))
         return
     table = Table(title=model)
-    for column in ("method", "works", "why not"):
+    for column in ("method", "works", "why not, or what for"):
         table.add_column(column, no_wrap=column == "method")
     for r in rows:
-        table.add_row(r.name, "yes" if r.supported else "no", escape(r.reason))
+        table.add_row(r.name, "yes" if r.supported else "no", escape(r.reason or r.note))
     console.print(table)
 
 

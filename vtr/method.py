@@ -81,8 +81,10 @@ class Method:
         size_weighted: tokens' sizes count when the model pools them (merging methods).
         learned: whether :meth:`build` makes modules.
         alone: no other method may reduce at the same site (its maps start at the model's input).
+        rejoins: behind an encoder all of its tokens are there again, so that nothing there has to know of its
+            cuts. May be a property, as may be the next one.
         data_dependent: how many tokens are left depends on the image. No graph of fixed sizes can hold that,
-            so that ``torch.export`` and ``torch.jit.trace`` are refused. May be a property.
+            so that ``torch.export`` and ``torch.jit.trace`` are refused.
         carries_gradients: what a visit leaves in ``site.memory``, ``site.notes`` or a policy has gradients
             that later visits use; reentrant activation checkpointing would lose them, and is refused.
         positions: what becomes of positions in a language model after a cut: ``"original"`` (kept)
@@ -97,6 +99,7 @@ class Method:
     size_weighted: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    rejoins: ClassVar[bool] = False
     data_dependent: ClassVar[bool] = False
     carries_gradients: ClassVar[bool] = False
     positions: ClassVar[str] = "original"

@@ -111,6 +111,10 @@ class Wrapping:
         method.check(self.info)
         method.stages(self.info)
 
+    def note(self, method: Method) -> str:
+        """What a method works for on this model, if not for all that the model takes; else empty."""
+        return ""
+
     def attach(self, target: Any) -> None:
         """Look at the object that ``apply`` was given, which may be more than :attr:`root`."""
 

@@ -110,6 +110,20 @@ def test_groups_and_features_of_the_paper(kind: str, prop_attn: bool, r: Any) ->
         torch.testing.assert_close(got[b, :prefix], h[:prefix], atol=3e-4, rtol=3e-4)
 
 
+@pytest.mark.parametrize("prop_attn", [True, False])
+def test_the_mean_counts_tokens_by_size(prop_attn: bool) -> None:
+    """As in the authors' patch of MAE models: the sum of size times feature, over the tokens of the input."""
+    model, x = vit(global_pool="avg"), images(2)
+    with vtr.apply(model, vtr.ToMe(r=7, prop_attn=prop_attn)), torch.no_grad():
+        got = model(x)
+    for b in range(2):
+        with torch.no_grad():
+            _, h, size = literal(model, x[b : b + 1], (7,) * 6, prop_attn)
+            mean = (h * size[:, None])[1:].sum(0) / 64
+            expected = model.head(model.fc_norm(mean))
+        torch.testing.assert_close(got[b], expected, atol=3e-4, rtol=3e-4)
+
+
 @given(
     st.integers(2, 25), st.integers(0, 14), st.integers(0, 3), st.integers(0, 999), st.booleans()
 )

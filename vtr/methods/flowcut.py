@@ -122,9 +122,12 @@ class FlowCut(Presets, Method):
         return needs
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        cuts = _cuts_tower(info)
+        opens = _cuts_tower(info)
+        # Twice a share of one half and more is all: then the encoder is only looked at.
+        whole = isinstance(self.keep, float) and 2 * self.keep >= 1 and self._in_language(info)
+        cuts = opens and not whole
         stages = [Stage("encoder", i, "end", cuts) for i in range(self._end(info) + 1)]
-        if not cuts:
+        if not opens:
             stages.append(Stage("prompt", 0))
         if self._in_language(info):
             if info.depth["decoder"] <= LANGUAGE_LAYER + 1:

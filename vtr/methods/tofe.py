@@ -93,6 +93,10 @@ class ToFe(Method):
         return self.trained
 
     @property
+    def rejoins(self) -> bool:  # type: ignore[override]
+        return self.final_rejoin
+
+    @property
     def data_dependent(self) -> bool:  # type: ignore[override]
         return self.adaptive
 

@@ -28,16 +28,17 @@ class ToMe(Method):
 
     The alternating split follows the paper's own order (what is left of A, then B, after each
     merge), while the tokens themselves stay in raster order here: the groups are the same, and
-    positions stay meaningful. Every prefix token is protected. The model's pooling counts tokens by
-    size, which the authors' code does not.
+    positions stay meaningful. Every prefix token is protected. A pooling over tokens counts them by
+    size, as the authors' patch of MAE models does; their patch of timm's models leaves timm's plain mean
+    over the tokens that are left (the models of their tables read the class token).
 
     Args:
         r: tokens merged per block: an int, or a sequence (one per block, then none). Exactly one of ``r`` and ``keep`` is given.
         keep: budget after the last block, reached with a constant number per block (more in earlier
             ones where the last could not merge as many).
         inflection: in [-1, 1]: the schedule falls (-1: from 2r to 0) or rises (1) linearly.
-        prop_attn: proportional attention. True for supervised models; the authors switch it off for
-            off-the-shelf MAE models.
+        prop_attn: proportional attention. True for supervised models, and for those that were trained with
+            ToMe; the authors switch it off for off-the-shelf MAE models.
     """
 
     name: ClassVar[str] = "tome"

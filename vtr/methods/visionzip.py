@@ -33,8 +33,9 @@ class VisionZip(Presets, Method):
     target plus the mean of those assigned to it (a sum, as in the authors' code).
 
     Without a class token (SigLIP, Qwen) the score is the mean attention that a token receives in that
-    layer, made in chunks of rows so that the full map is never in memory. The authors' release has
-    towers with a class token alone.
+    layer, the paper's rule for such towers, made in chunks of rows so that the full map is never in
+    memory. The authors' code for LLaVA, which has a class token, is what this was compared with; the
+    code for Qwen2.5-VL that they have added since, which makes the whole map of the last block, is not.
 
     Where an image is one crop whose patches are the visual tokens (LLaVA-1.5), all of this is done in
     the encoder, so that contextual tokens are made before the projector, as by the authors. Elsewhere

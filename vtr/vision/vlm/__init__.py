@@ -15,7 +15,9 @@ The contract for methods
   what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with
   fewer tokens, and what is gone is taken out of the prompt at the entry of the language model (in
   between features have full length, because transformers checks their number). Families whose
-  connector joins patches, or whose tower needs its full grid, refuse cuts here, not looks. For a video
+  connector joins patches, or whose tower needs its full grid, refuse cuts here, not looks. LLaVA-OneVision
+  and LLaVA-NeXT-Video, which make the frames of a video smaller behind the tower, take cuts here for
+  images alone; ``apply`` warns of it and :func:`vtr.supported` notes it. For a video
   the crops are the frames of all videos of the call. A prompt with images and videos runs the tower
   twice; what a method stored per crop in each run is put one behind the other for its later visits.
 - ``Stage("prompt", 0)``: the entry of the language model, after the projector. The batch is the

@@ -24,11 +24,13 @@ class Family:
     Attributes:
         title: for messages.
         cuts: why the tower cannot be cut inside, or empty.
+        pooled: why a cut inside the tower cannot be followed for videos, or empty.
         fixed: whether every image has the same number of visual tokens.
     """
 
     title = "LLaVA"
     cuts = ""
+    pooled = ""
     fixed = True
 
     def tower(self, inner: Any, kind: str) -> nn.Module | None:
@@ -94,8 +96,8 @@ class Packed(Family):
 
     fixed = False
 
-    def __init__(self, title: str) -> None:
-        self.title = title
+    def __init__(self, title: str, pooled: str = "") -> None:
+        self.title, self.pooled = title, pooled
 
     def fixed_size(self, inner: Any) -> str:
         return (
@@ -341,12 +343,16 @@ def still(n: int) -> Piece:
 SUPPORTED: dict[str, Callable[[], Family]] = {
     "LlavaModel": Family,
     "LlavaNextModel": lambda: Packed("LLaVA-NeXT"),
-    "LlavaOnevisionModel": lambda: Packed("LLaVA-OneVision"),
+    "LlavaOnevisionModel": lambda: Packed(
+        "LLaVA-OneVision", "behind the tower the frames of a video are resized to a smaller grid"
+    ),
     "Qwen2VLModel": lambda: Qwen("Qwen2-VL"),
     "Qwen2_5_VLModel": lambda: Qwen("Qwen2.5-VL"),
     "Qwen3VLModel": lambda: Qwen("Qwen3-VL"),
     "InternVLModel": InternVL,
-    "LlavaNextVideoModel": lambda: NextVideo("LLaVA-NeXT-Video"),
+    "LlavaNextVideoModel": lambda: NextVideo(
+        "LLaVA-NeXT-Video", "behind the tower the frames of a video are pooled to a smaller grid"
+    ),
     "VideoLlavaModel": VideoLlava,
     "VideoLlama3Model": VideoLlama3,
     "Idefics3Model": lambda: Idefics("Idefics3"),

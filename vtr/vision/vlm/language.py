@@ -33,6 +33,7 @@ from vtr.tokens import TokenMap, top_indices
 from vtr.trace import Trace
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
 from vtr.vision.vlm.call import Call, Held
+from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.head import Asked
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.pictures import regrid
@@ -281,12 +282,9 @@ class LanguageSession:
                 captures.spreader(call).lay(alive, kind, capture.alive)
                 alive = alive.nan_to_num(float(capture.separators))
             names = dict.fromkeys(name for capture in cut.values() for name in capture.cutters)
-            if bool(((alive > 0) & (alive < 1)).any()):
-                raise UnsupportedMethodError(
-                    f"{', '.join(names)} cut inside the vision tower, but the features of this image or "
-                    "video are resized to fewer tokens: use a smaller image, or a method that cuts at "
-                    "the prompt"
-                )
+            joined = (alive > 0) & (alive < 1)
+            if bool(joined.any()):
+                self._refuse_joined(call, list(names), joined)
             keep = (alive > 0.5) & call.layout.valid
             kept, padded = top_indices(keep.float(), keep.sum(1), keep)
             entry = next(e for e in self.owner.active if e.method.name in names)
@@ -340,6 +338,20 @@ class LanguageSession:
                 call.positions.expand(-1, len(slots), -1), call.live, slots, moves
             )
         return embeds
+
+    def _refuse_joined(self, call: Call, names: list[str], joined: Tensor) -> None:
+        """Patches that are left and patches that are gone became one visual token."""
+        owner = self.owner
+        kinds = call.kinds.gather(1, call.arrived.clamp(min=0))
+        if bool((joined & (kinds == KINDS["video"])).any()):
+            raise UnsupportedMethodError(
+                f"{', '.join(names)} cut inside the vision tower, which does not work for videos here: "
+                f"{owner.family.pooled}. For videos use one of {owner.for_videos(names)}"
+            )
+        raise UnsupportedMethodError(
+            f"{', '.join(names)} cut inside the vision tower, but the features of this image are resized to "
+            "fewer tokens: use a smaller image, or a method that cuts at the prompt or in the language model"
+        )
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         call, self.call = self.call, None

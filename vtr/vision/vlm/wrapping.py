@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from vtr.compat.transformers import (
     masks_otherwise,
 )
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.method import Method
+from vtr.method import Method, registry
 from vtr.signals import ModelInfo
 from vtr.trace import Trace
 from vtr.vision.encoder import encoder_info, square_grid
@@ -306,6 +306,32 @@ class VLMWrapping(Wrapping):
                     f"{method.name}: nothing comes after layer {stage.layer}, the last of "
                     f"{len(self.layers)}"
                 )
+
+    def takes_videos(self, method: Method) -> bool:
+        """Whether a method that works on this model works for its videos, too."""
+        if not self.family.pooled or method.rejoins:
+            return True
+        return not any(s.site == "encoder" and method.cuts_at(s) for s in method.stages(self.info))
+
+    def for_videos(self, without: Collection[str]) -> str:
+        """Names of the methods that work for videos, without some of them."""
+        names = []
+        for name, cls in registry().items():
+            try:
+                self.check(cls(), dict(self.options))
+            except (UnsupportedMethodError, ValueError):
+                continue
+            if name not in without and self.takes_videos(cls()):
+                names.append(name)
+        return ", ".join(names)
+
+    def note(self, method: Method) -> str:
+        if self.takes_videos(method):
+            return ""
+        return (
+            "it cuts inside the vision tower, which works for images and not for videos "
+            f"({self.family.pooled}). For videos use one of {self.for_videos([method.name])}"
+        )
 
     # ---- hooks ------------------------------------------------------------------------------
 
