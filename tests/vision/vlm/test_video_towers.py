@@ -139,7 +139,10 @@ def test_cuts_in_towers_whose_frames_are_pooled_are_refused() -> None:
 
         with (
             vtr.apply(model, Look((("encoder", 1, "end"),), see=cut)),
-            pytest.raises(vtr.UnsupportedMethodError, match=r"does not work for videos here.* For videos use one of"),
+            pytest.raises(
+                vtr.UnsupportedMethodError,
+                match=r"does not work for videos here.* For videos use one of",
+            ),
         ):
             model(**inputs)
 
