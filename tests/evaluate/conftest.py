@@ -20,6 +20,7 @@ QUESTIONS = 40
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """``$VTR_CACHE`` of the tests, holding the built-in benchmark with 40 questions."""
+    pytest.importorskip("lmms_eval")
     root = Path(_CACHE.name) / "vtr"
     os.environ["VTR_CACHE"] = str(root)
     from vtr.evaluate.tasks import write

@@ -151,7 +151,6 @@ def test_whether_an_answer_is_right(score, right):
 
 def test_the_command_splits_what_it_has_run(cache, monkeypatch, capsys, tmp_path):
     """Counted again from the answers in the store, with the truth of the questions."""
-    pytest.importorskip("lmms_eval")
     from tests.evaluate.conftest import QUESTIONS
     from vtr import cli
     from vtr.evaluate.tasks import SEED

@@ -149,7 +149,6 @@ def test_a_row_nothing_was_run_of_says_so():
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path, cache):
-    pytest.importorskip("lmms_eval")
     from vtr import cli
 
     monkeypatch.chdir(tmp_path)

@@ -32,8 +32,9 @@ class Plain:
         ids = inputs["input_ids"][0]
         with torch.no_grad():
             features = model.model.get_video_features(inputs["pixel_values_videos"])
-        video = getattr(features, "pooler_output", features)[0]
         x = self.lm.embed_tokens(ids).detach()
+        found = getattr(features, "pooler_output", features)  # a tensor, or one per video
+        video = torch.cat([part.reshape(-1, x.shape[1]) for part in found])
         self.places: list[int | None] = [None] * len(ids)
         for i, column in enumerate((ids == VIDEO).nonzero()[:, 0].tolist()):
             x[column], self.places[column] = video[i], i % PLACES
