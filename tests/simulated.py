@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -353,6 +354,9 @@ def gpu() -> Iterator[Machine]:
     """
     from tests import simulated_kernels
 
+    # torch keeps the functions that a default device applies to from the first time that it needs them.
+    # Inside the block these would be the stand-ins below, and torch.device("meta") would miss the real ones.
+    _device_constructors()
     torch._C._ensureCUDADeviceGuardSet()  # else indexing asks a driver for the current device
     machine = Machine()
     lifts = torch._C._only_lift_cpu_tensors()
