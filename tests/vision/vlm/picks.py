@@ -133,6 +133,6 @@ def gone_of(handle: Any, ids: Tensor) -> dict[int, Tensor]:
             where = visual(ids[b]).nonzero().flatten()
             kept = stage.total.kept[b]
             drop[b, where] = True
-            drop[b, where[kept[kept >= 0]]] = False
+            drop[b, where[kept[kept >= 0].to(where.device)]] = False
         out[first] = drop
     return out
