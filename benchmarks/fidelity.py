@@ -217,8 +217,8 @@ def page(found: list[Row], results: dict[str, Any]) -> str:
 
 def presets(name: str) -> list[tuple[str, str]]:
     """The presets of a method, as they are called and what they stand for."""
+    from vtr.core.method import registry
     from vtr.evaluate.cells import spelled
-    from vtr.method import registry
 
     cls = registry()[name]
     listed = getattr(cls, "PRESETS", {})

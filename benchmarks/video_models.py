@@ -35,9 +35,9 @@ from torch import Tensor
 from video import show
 
 import vtr
-from vtr.language_signals import Frames, LanguageSite, VisualSpan
-from vtr.signals import ModelInfo
-from vtr.tokens import TokenMap
+from vtr.core.language_site import Frames, LanguageSite, VisualSpan
+from vtr.core.site import ModelInfo
+from vtr.core.tokens import TokenMap
 
 GRID = (14, 14)
 CELLS = GRID[0] * GRID[1]

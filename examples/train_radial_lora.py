@@ -7,7 +7,7 @@ A radial mask takes motion from a model that was trained with all of the attenti
 weights that learn under the mask give it back, and learn lengths that the model was not trained on
 (Li et al., NeurIPS 2025, arXiv 2506.19852, section 4.4 trains such weights for longer videos).
 Training runs through the block-sparse kernel and its backward pass. Digit and direction are read by
-vtr.zoo.judge before and after, on the same prompts and noise.
+vtr.evaluate.judge before and after, on the same prompts and noise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from rich.progress import track
 from rich.table import Table
 
 import vtr
-from vtr.zoo import evaluate_wan, train_wan, wan
+from recipes import evaluate_wan, train_wan
+from vtr.zoo import wan
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 

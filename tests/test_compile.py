@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtr
 from tests.tiny import images, vit
-from vtr.method import Method
+from vtr.core.method import Method
 
 COUNTED = [
     vtr.CLSAttention(keep=0.4, layers=(1, 3)),

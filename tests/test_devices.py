@@ -21,7 +21,7 @@ from tests.vision import towers
 from tests.vision.vlm import models, videos
 from tests.vision.vlm.picks import generate
 from vtr.compat.transformers import cache_of
-from vtr.flops import count_flops
+from vtr.inspect.flops import count_flops
 from vtr.kernels import bipartite_match
 from vtr.video import TokenMemory, encode_frames, question
 

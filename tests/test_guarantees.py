@@ -14,7 +14,7 @@ from torch import nn
 import vtr
 from tests.tiny import Watch, images, ours, vit
 from tests.vision.towers import build, pixels, tower_of
-from vtr.method import Method, registry
+from vtr.core.method import Method, registry
 
 MODEL = vit()
 

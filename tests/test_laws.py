@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import vtr
 from tests.tiny import images, vit
-from vtr.method import Method, registry
-from vtr.trace import Trace
+from vtr.core.method import Method, registry
+from vtr.core.trace import Trace
 
 MODEL = vit(depth=8)
 N = 64

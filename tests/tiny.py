@@ -8,8 +8,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:

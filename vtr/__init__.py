@@ -19,18 +19,18 @@ _PUBLIC = {
     "Handle": "vtr.api",
     "methods": "vtr.api",
     "supported": "vtr.api",
-    "create": "vtr.method",
-    "Method": "vtr.method",
-    "Reduction": "vtr.method",
-    "Stage": "vtr.method",
-    "register": "vtr.method",
-    "Site": "vtr.signals",
-    "ModelInfo": "vtr.signals",
-    "TokenMap": "vtr.tokens",
-    "Trace": "vtr.trace",
-    "Plan": "vtr.plan",
-    "profile": "vtr.profiling",
-    "draw": "vtr.drawing",
+    "create": "vtr.core.method",
+    "Method": "vtr.core.method",
+    "Reduction": "vtr.core.method",
+    "Stage": "vtr.core.method",
+    "register": "vtr.core.method",
+    "Site": "vtr.core.site",
+    "ModelInfo": "vtr.core.site",
+    "TokenMap": "vtr.core.tokens",
+    "Trace": "vtr.core.trace",
+    "Plan": "vtr.core.plan",
+    "profile": "vtr.inspect.profile",
+    "draw": "vtr.inspect.drawing",
     "VtrError": "vtr.errors",
     "MissingDependencyError": "vtr.errors",
     "UnsupportedModelError": "vtr.errors",
@@ -134,14 +134,19 @@ if TYPE_CHECKING:
     from vtr import video as video
     from vtr import zoo as zoo
     from vtr.api import Handle, apply, handles, methods, supported
-    from vtr.drawing import draw
+    from vtr.core.method import Method, Reduction, Stage, create, register
+    from vtr.core.plan import Plan
+    from vtr.core.site import ModelInfo, Site
+    from vtr.core.tokens import TokenMap
+    from vtr.core.trace import Trace
     from vtr.errors import (
         MissingDependencyError,
         UnsupportedMethodError,
         UnsupportedModelError,
         VtrError,
     )
-    from vtr.method import Method, Reduction, Stage, create, register
+    from vtr.inspect.drawing import draw
+    from vtr.inspect.profile import profile
     from vtr.methods.cls_attention import CLSAttention
     from vtr.methods.debias import Debias
     from vtr.methods.divprune import DivPrune
@@ -172,11 +177,6 @@ if TYPE_CHECKING:
     from vtr.methods.video_tome import VideoToMe
     from vtr.methods.visionzip import VisionZip
     from vtr.methods.vtc_cls import VTCCLS
-    from vtr.plan import Plan
-    from vtr.profiling import profile
-    from vtr.signals import ModelInfo, Site
-    from vtr.tokens import TokenMap
-    from vtr.trace import Trace
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """``python -m vtr``: the command line."""
 
-from vtr.cli import main
+from vtr.cli.commands import main
 
 if __name__ == "__main__":
     main()

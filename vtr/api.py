@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from vtr.compat.around import unwrapped
 from vtr.compat.tested import blaming, untested
+from vtr.core.method import Method, create, registry
+from vtr.core.trace import Trace
+from vtr.core.wrapping import Entry, Wrapping, wrapping_of
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.method import Method, create, registry
-from vtr.trace import Trace
-from vtr.wrapping import Entry, Wrapping, wrapping_of
 
 if TYPE_CHECKING:
-    from vtr.plan import Plan
-    from vtr.report import Report
+    from vtr.core.plan import Plan
+    from vtr.inspect.report import Report
 
 # Top-level package of a model's class -> the adapter module for it. An adapter module has
 #   locate(target) -> nn.Module | None   the module to patch, or None if it is not one of its models;
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 #   wrap(root) -> Wrapping
 #   FAMILIES: tuple[str, ...]            what it supports, for messages
 ADAPTERS: dict[str, tuple[str, ...]] = {
-    "timm": ("vtr.vision.timm",),
-    "open_clip": ("vtr.vision.open_clip",),
-    "transformers": ("vtr.vision.vlm", "vtr.vision.transformers", "vtr.vision.video_encoders"),
+    "timm": ("vtr.vision.encoders.timm",),
+    "open_clip": ("vtr.vision.encoders.open_clip",),
+    "transformers": ("vtr.vision.vlm", "vtr.vision.encoders.transformers", "vtr.video.encoders"),
     "diffusers": ("vtr.diffusion.adapter",),
 }
 
@@ -127,7 +127,7 @@ class Handle:
 
     def report(self) -> Report:
         """The last call, dense against reduced: tokens, FLOPs, KV bytes."""
-        from vtr.report import Report
+        from vtr.inspect.report import Report
 
         return Report.of(self._wrapping, self.methods)
 
@@ -273,7 +273,7 @@ def _support(wrapping: Wrapping) -> list[Support]:
 
 
 def _listed(method: Any) -> list[Any]:
-    from vtr.plan import Plan
+    from vtr.core.plan import Plan
 
     if isinstance(method, Plan):
         return list(method.methods)

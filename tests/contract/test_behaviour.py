@@ -10,7 +10,7 @@ import torch
 
 from tests.contract.tiny import need
 from vtr.compat import transformers as names
-from vtr.wrapping import Bound
+from vtr.core.wrapping import Bound
 
 pytestmark = pytest.mark.contract
 transformers = pytest.importorskip("transformers")

@@ -91,10 +91,10 @@ def test_a_class_and_a_module_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> 
     where = "timm.models.eva:EvaBlockPostNorm"
     monkeypatch.delattr(timm.models.eva, "EvaBlockPostNorm")
     assert moved(of("timm", where)) == [
-        f"timm {version}: timm.models.eva has no EvaBlockPostNorm (used by vtr/vision/timm_blocks.py)"
+        f"timm {version}: timm.models.eva has no EvaBlockPostNorm (used by vtr/vision/encoders/timm_blocks.py)"
     ]
-    gone = Expectation("timm.models.tomorrow:Block", "vtr/vision/timm.py")
-    line = f"timm {version}: there is no module timm.models.tomorrow (used by vtr/vision/timm.py)"
+    gone = Expectation("timm.models.tomorrow:Block", "vtr/vision/encoders/timm.py")
+    line = f"timm {version}: there is no module timm.models.tomorrow (used by vtr/vision/encoders/timm.py)"
     assert moved([gone]) == [line]
 
 

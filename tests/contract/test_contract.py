@@ -35,7 +35,7 @@ def test_classes_that_adapters_know_have_expectations() -> None:
     for library in ("timm", "transformers"):
         pytest.importorskip(library)
     from vtr.compat import timm
-    from vtr.vision.transformers_layers import LAYERS
+    from vtr.vision.encoders.transformers_layers import LAYERS
     from vtr.vision.vlm.families import SUPPORTED
 
     named = {

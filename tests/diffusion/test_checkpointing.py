@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vtr
 from tests.diffusion.models import CASES, Fixed
-from vtr.wrapping import Bound
+from vtr.core.wrapping import Bound
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import vtr
 from tests.diffusion.models import CASES, Case, Fixed, eager, token_mask
+from vtr.core.method import Method, Reduction, Stage
+from vtr.core.tokens import TokenMap
 from vtr.diffusion.processor import SiteProcessor
 from vtr.kernels import BlockMask
-from vtr.method import Method, Reduction, Stage
-from vtr.tokens import TokenMap
 
 pytestmark = pytest.mark.filterwarnings("ignore:CPU Autocast", "ignore:.*autocast")
 

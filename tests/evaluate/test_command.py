@@ -30,7 +30,7 @@ def _cache(cache):
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Runs ``vtr eval ARGS`` in this process: (exit status, standard output, standard error)."""
-    from vtr import cli
+    from vtr.cli import commands as cli
 
     monkeypatch.chdir(tmp_path)
 
@@ -79,7 +79,7 @@ def test_a_sweep_writes_its_table_and_plot(run, tmp_path):
 def test_a_terminal_without_unicode_shows_the_table(tmp_path):
     arguments = ("--method", "random", "--seed", "0,1", "--limit", "2")
     done = subprocess.run(
-        [sys.executable, "-m", "vtr.cli", "eval", *arguments],
+        [sys.executable, "-m", "vtr", "eval", *arguments],
         cwd=tmp_path,
         env=environment(PYTHONIOENCODING="ascii"),
         capture_output=True,
@@ -90,7 +90,7 @@ def test_a_terminal_without_unicode_shows_the_table(tmp_path):
 
 
 def test_a_closed_pipe_loses_no_file(run, monkeypatch):
-    from vtr.evaluate import command
+    from vtr.cli import evaluate as command
 
     def closed(what):
         raise BrokenPipeError("Broken pipe")
@@ -206,7 +206,16 @@ def test_published_numbers_need_a_published_model(run, monkeypatch):
 
 def test_a_killed_run_loses_no_finished_sample(tmp_path):
     store = tmp_path / "s.sqlite"
-    command = [sys.executable, "-m", "vtr.cli", "eval", "--method", "flowcut", "--keep", "17"]
+    command = [
+        sys.executable,
+        "-m",
+        "vtr",
+        "eval",
+        "--method",
+        "flowcut",
+        "--keep",
+        "17",
+    ]
     command += ["--batch-size", "1", "--store", str(store)]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -253,7 +262,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     arguments = ["--method", "flowcut,random", "--keep", "17", "--limit", "21", "--batch-size", "4"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += ["-m", "vtr.cli", "eval", *arguments, "--device", "cpu", "--processes", "2"]
+    command += ["-m", "vtr", "eval", *arguments, "--device", "cpu", "--processes", "2"]
     command += ["--store", str(tmp_path / "two.sqlite"), "--out", str(tmp_path / "two")]
     done = subprocess.run(
         command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=230

@@ -152,7 +152,7 @@ def test_whether_an_answer_is_right(score, right):
 def test_the_command_splits_what_it_has_run(cache, monkeypatch, capsys, tmp_path):
     """Counted again from the answers in the store, with the truth of the questions."""
     from tests.evaluate.conftest import QUESTIONS
-    from vtr import cli
+    from vtr.cli import commands as cli
     from vtr.evaluate.tasks import SEED
     from vtr.zoo import vqa
 

@@ -143,7 +143,7 @@ def test_other_errors_are_not_the_harness_s(code, name):
 
 
 def test_the_command_says_it_in_one_line(monkeypatch, capsys, versions):
-    from vtr import cli
+    from vtr.cli import commands as cli
 
     monkeypatch.setattr(harness, "rehearse", lambda: (_ for _ in ()).throw(HarnessError("words")))
     monkeypatch.setattr(sys, "argv", ["vtr", "eval", "--limit", "2", "--store", ":memory:"])

@@ -149,7 +149,7 @@ def test_a_row_nothing_was_run_of_says_so():
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path, cache):
-    from vtr import cli
+    from vtr.cli import commands as cli
 
     monkeypatch.chdir(tmp_path)
 

@@ -446,7 +446,7 @@ def test_the_fingerprint_sees_weights_and_processor_not_where_they_are(tmp_path)
 
 def test_nothing_is_imported_with_the_package():
     code = (
-        "import sys, vtr, vtr.cli, vtr.evaluate.plugin, vtr.evaluate.command; vtr.evaluate.plugin.manifests();"
+        "import sys, vtr, vtr.cli.commands, vtr.evaluate.plugin, vtr.cli.evaluate; vtr.evaluate.plugin.manifests();"
         "print([m for m in ('torch', 'transformers', 'lmms_eval.tasks', 'datasets') if m in sys.modules])"
     )
     import sys

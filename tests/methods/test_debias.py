@@ -13,7 +13,7 @@ from PIL import Image
 
 import vtr
 from tests.vision.vlm.models import IMAGE, llava, llava_next, qwen2_vl
-from vtr.method import Method
+from vtr.core.method import Method
 from vtr.methods.debias import RELEASED, fit_recency, padding_share, recency_weights
 
 from .slow import Seen, Sequence, best, features, run, samples

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import vtr
 from tests.tiny import images, site, vit
-from vtr.method import Reduction
-from vtr.signals import Site
-from vtr.tokens import TokenMap, top_indices
+from vtr.core.method import Reduction
+from vtr.core.site import Site
+from vtr.core.tokens import TokenMap, top_indices
 
 
 def scores(s: Site, b: int) -> list[float]:

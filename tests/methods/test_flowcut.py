@@ -13,9 +13,9 @@ from torch import Tensor
 
 import vtr
 from tests.tiny import images, site, vit
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap
 from vtr.methods.flowcut import _mean_mask, flow_scores, relative_entropy
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap
 
 
 def softmax(logits: list[float]) -> list[float]:

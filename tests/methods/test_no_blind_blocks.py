@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.methods.sites import Run, tensors
+from vtr.core.method import registry
 from vtr.kernels import masks
-from vtr.method import registry
 from vtr.methods import _rectify
 from vtr.methods._static import StaticSparse
 from vtr.methods.neighborhood import NeighborhoodAttention

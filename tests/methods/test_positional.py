@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from vtr.method import registry
+from vtr.core.method import registry
 from vtr.methods._schedule import Scheduled
 
 LEAD = {

@@ -12,10 +12,10 @@ import torch
 
 import vtr
 from tests.vision.vlm.models import build, llava, noise, prompts
-from vtr.cli import parse_method
-from vtr.method import Method
+from vtr.cli.commands import parse_method
+from vtr.core.method import Method
+from vtr.core.site import ModelInfo
 from vtr.methods._presets import with_presets
-from vtr.signals import ModelInfo
 
 WITH = with_presets()
 

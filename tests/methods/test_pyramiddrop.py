@@ -10,7 +10,7 @@ import torch
 
 import vtr
 from tests.vision.vlm.models import llava
-from vtr.signals import ModelInfo
+from vtr.core.site import ModelInfo
 
 from .slow import Seen, Sequence, best, features, run, samples
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.methods.sites import Run, tensors
-from vtr.method import create
+from vtr.core.method import create
 from vtr.methods._order import block_neighbours, grid_order, hilbert_order
 from vtr.methods._rectify import (
     critical_blocks,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.methods.sites import TOLERANCE, Run, attention, tensors
-from vtr.method import create
+from vtr.core.method import create
 from vtr.methods._kept import Kept, kept_bytes
 from vtr.methods.radial import RadialAttention
 from vtr.methods.random_sparse import OwnFrame

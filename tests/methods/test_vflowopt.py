@@ -20,9 +20,9 @@ from tests.vision.vlm.models import (
     prompts,
     qwen2_vl,
 )
+from vtr.core.site import rows_at_once
+from vtr.core.tokens import TokenMap
 from vtr.methods.vflowopt import calibrated_context, cells, patch_entropy, recycle, tuned
-from vtr.signals import rows_at_once
-from vtr.tokens import TokenMap
 
 from .slow import Seen, Sequence, Tower, best, features, run, samples
 

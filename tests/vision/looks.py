@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import vtr
-from vtr.method import Method, Reduction, Stage
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import take
+from vtr.core.method import Method, Reduction, Stage
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import take
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtr.vision.attention import Probe, biased_attention, policy_attention, wide_attention
+from vtr.vision.encoders.attention import Probe, biased_attention, policy_attention, wide_attention
 
 
 def qkv(

@@ -19,7 +19,7 @@ from tests.tiny import images, ours, spread, vit
 from tests.vision import test_video_encoders as video
 from tests.vision import timm_models, towers
 from tests.vision.vlm.models import FAMILIES
-from vtr.method import Method
+from vtr.core.method import Method
 
 METHODS: dict[str, Method] = {
     "evit": vtr.EViT(keep=0.6, layers=(1, 3)),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vtr
-from vtr.vision.attention import biased_attention
+from vtr.vision.encoders.attention import biased_attention
 
 pytestmark = pytest.mark.gpu
 

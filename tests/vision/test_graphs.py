@@ -17,7 +17,7 @@ import vtr
 from tests.tiny import images, ours, spread, vit
 from tests.vision import towers
 from tests.vision.test_checkpointing import clip_tower
-from vtr.method import Method
+from vtr.core.method import Method
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

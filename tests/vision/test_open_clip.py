@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtr
 from tests.tiny import images, ours, spread
 from tests.vision.looks import check_keys
-from vtr.flops import _missing_formulas
-from vtr.vision.timm import TimmWrapping
-from vtr.wrapping import wrapping_of
+from vtr.core.wrapping import wrapping_of
+from vtr.inspect.flops import _missing_formulas
+from vtr.vision.encoders.timm import TimmWrapping
 
 TEXT: dict[str, Any] = {"context_length": 8, "vocab_size": 40, "width": 32, "heads": 2, "layers": 2}
 CLS = {"cls-attention", "evit", "flowcut", "random", "tofe", "tome"}

@@ -16,9 +16,9 @@ from torch import Tensor
 import vtr
 from tests.tiny import images, spread, vit
 from tests.vision import timm_models, towers
-from vtr.method import Method, Reduction
+from vtr.core.method import Method, Reduction
+from vtr.core.site import ModelInfo, Site
 from vtr.methods.flowcut import flow_scores
-from vtr.signals import ModelInfo, Site
 
 SEEN: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 

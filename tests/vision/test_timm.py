@@ -13,9 +13,9 @@ import vtr
 from tests.tiny import images, ours, spread, vit
 from tests.vision.looks import Look, check_keys
 from tests.vision.timm_models import SMALL, build, works
-from vtr.method import Method
-from vtr.vision.timm_blocks import TimmBlock
-from vtr.wrapping import wrapping_of
+from vtr.core.method import Method
+from vtr.core.wrapping import wrapping_of
+from vtr.vision.encoders.timm_blocks import TimmBlock
 
 CLS = {"cls-attention", "evit", "flowcut", "random", "tofe", "tome"}
 
@@ -347,7 +347,7 @@ def test_reported_flops_are_those_of_the_operators() -> None:
     """The count by shapes against torch's counter on the real operators."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vtr.flops import _missing_formulas
+    from vtr.inspect.flops import _missing_formulas
 
     model, x = vit(), images(1)
     plain: nn.Module = model.patch_embed

@@ -13,7 +13,7 @@ from torch import Tensor
 import vtr
 from tests.tiny import images, vit
 from tests.vision.timm_models import build, works
-from vtr.method import Method
+from vtr.core.method import Method
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import torch
 import vtr
 from tests.tiny import images, vit
 from tests.vision.timm_models import build
-from vtr.method import Method, Reduction, Stage
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
+from vtr.core.method import Method, Reduction, Stage
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 
 POOLS = [
     ("deit_tiny_patch16_224", {"global_pool": "avg"}),

@@ -25,9 +25,9 @@ from tests.vision.towers import (
     result,
     tower_of,
 )
-from vtr.flops import _missing_formulas
-from vtr.method import Method
-from vtr.vision.transformers import TOWERS
+from vtr.core.method import Method
+from vtr.inspect.flops import _missing_formulas
+from vtr.vision.encoders.transformers import TOWERS
 
 
 @pytest.fixture(params=MODELS, scope="module")

@@ -22,8 +22,8 @@ from tests.vision.towers import (
     result,
     tower_of,
 )
-from vtr.method import Method
-from vtr.wrapping import wrapping_of
+from vtr.core.method import Method
+from vtr.core.wrapping import wrapping_of
 
 MEANS = ["clip-classes", "siglip-classes", "ijepa-classes", "dinov2-classes", "registers-classes"]
 

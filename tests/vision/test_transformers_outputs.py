@@ -19,7 +19,7 @@ from tests.vision.towers import (
     pixels,
     tower_of,
 )
-from vtr.vision.transformers import tower_parts
+from vtr.vision.encoders.transformers import tower_parts
 
 # ---- outputs beside the last ---------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtr
 from tests.tiny import ours, spread
 from tests.vision.looks import check_keys
-from vtr.flops import _missing_formulas
-from vtr.method import Method
-from vtr.vision.video_encoders import TOWERS
+from vtr.core.method import Method
+from vtr.inspect.flops import _missing_formulas
+from vtr.video.encoders import TOWERS
 
 SIZE: dict[str, Any] = {
     "hidden_size": 48,

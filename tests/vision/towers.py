@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
 from tests.tiny import images, spread
-from vtr.vision.transformers import TOWERS
+from vtr.vision.encoders.transformers import TOWERS
 
 SIZE: dict[str, Any] = {
     "hidden_size": 48,

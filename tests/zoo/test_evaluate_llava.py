@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtr.zoo import evaluate_llava, load_vlm, questions
+from recipes import evaluate_llava
+from vtr.zoo import load_vlm, questions
 from vtr.zoo.questions import KINDS, prompt, vqa
 
 

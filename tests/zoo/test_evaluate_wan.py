@@ -13,8 +13,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 import vtr
-from vtr.zoo import evaluate_wan, judge, wan, wan_report
-from vtr.zoo.evaluate_wan import Nearest, Top
+from recipes import evaluate_wan, wan_report
+from recipes.evaluate_wan import Nearest, Top
+from vtr.evaluate import judge
+from vtr.zoo import wan
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import vtr
+from recipes.train_llava import Recipe, Trainer, choose, presence, turn_mask
 from vtr.zoo import llava, load_vlm, questions, scenes
-from vtr.zoo.train_llava import Recipe, Trainer, choose, presence, turn_mask
 
 SMALL = Recipe(tower_steps=2, language_steps=3, batch=4, pictures=100)
 

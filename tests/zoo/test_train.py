@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vtr.zoo import data, train, vit
-from vtr.zoo.train_vit import Recipe, Trainer, choose_patches
+from recipes import train
+from recipes.train_vit import Recipe, Trainer, choose_patches
+from vtr.zoo import data, vit
 
 SMALL = Recipe(steps=6, batch=4, dropping=0.7, warmup=2)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vtr import demo, demo_video
+from vtr.cli import demo, demo_video
 from vtr.zoo.video_questions import KINDS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ask_video.py"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import vtr
-from vtr.zoo import evaluate_video, load_vlm, video_questions
-from vtr.zoo.evaluate_video import RandomFrames, methods_at
+from recipes import evaluate_video
+from recipes.evaluate_video import RandomFrames, methods_at
+from vtr.zoo import load_vlm, video_questions
 from vtr.zoo.video_questions import KINDS, VideoSample, video_qa
 
 

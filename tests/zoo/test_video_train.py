@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from recipes.train_video import NOTHING, UNCLEAR, Recipe, Trainer, facts, look, owners
 from vtr.zoo import clips as video
 from vtr.zoo import data, video_llava, video_questions
 from vtr.zoo.clips import COLOURS, QUADRANTS, clips
-from vtr.zoo.train_video import NOTHING, UNCLEAR, Recipe, Trainer, facts, look, owners
 from vtr.zoo.video_questions import KINDS, QUARTERS, TIMES, VOCABULARY, ask, text
 
 SMALL = Recipe(steps=4, settling=2, batch=4, clips=8)

@@ -14,7 +14,9 @@ pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 import vtr
-from vtr.zoo import judge, train, train_wan, wan
+from recipes import train, train_wan
+from vtr.evaluate import judge
+from vtr.zoo import wan
 from vtr.zoo.videos import DIRECTIONS, SPEED, STEPS, fitting, glyphs, videos
 
 

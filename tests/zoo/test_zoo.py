@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import vtr.zoo
-from vtr.zoo import data, evaluate, vit
+from recipes import evaluate
+from vtr.zoo import data, vit
 
 
 def test_listing_matches_the_files():

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.diffusers import CONTEXT, ENDED
+from vtr.core.method import Method, Reduction
+from vtr.core.recompute import Again, adopt, release
+from vtr.core.site import ModelInfo
+from vtr.core.trace import Trace
+from vtr.core.wrapping import Bound, Entry, Wrapping, _Absent
 from vtr.diffusion import block as _block
 from vtr.diffusion import recompute as _recompute
 from vtr.diffusion.attention import compute
@@ -22,11 +27,6 @@ from vtr.diffusion.session import ScheduleRef, Session
 from vtr.diffusion.site import AttentionSite, Call
 from vtr.diffusion.targets import Experts, locate, supported
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.method import Method, Reduction
-from vtr.recompute import Again, adopt, release
-from vtr.signals import ModelInfo
-from vtr.trace import Trace
-from vtr.wrapping import Bound, Entry, Wrapping, _Absent
 
 __all__ = ["FAMILIES", "locate", "wrap"]
 
@@ -253,11 +253,11 @@ class DiffusionWrapping(Wrapping):
         return function(Again(self, self, block), *args, **kwargs)
 
     def facts(self) -> dict[str, Any]:
-        """For :class:`vtr.recompute.Again`: what belongs to the running call."""
+        """For :class:`vtr.core.recompute.Again`: what belongs to the running call."""
         return _recompute.facts(self)
 
     def repeating(self, facts: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """For :class:`vtr.recompute.Again`: a call as it was."""
+        """For :class:`vtr.core.recompute.Again`: a call as it was."""
         return _recompute.repeating(self, facts)
 
     @torch.compiler.disable

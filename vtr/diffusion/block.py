@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vtr.compat.diffusers import batch_parts_of
+from vtr.core.method import Method, Reduction
+from vtr.core.tokens import TokenMap, take
+from vtr.core.trace import StageRecord
 from vtr.diffusion.site import Call
-from vtr.method import Method, Reduction
-from vtr.tokens import TokenMap, take
-from vtr.trace import StageRecord
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vtr.trace import Trace
+from vtr.core.trace import Trace
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import vtr
 from vtr.compat.transformers import cache_of
+from vtr.core.method import Method
 from vtr.errors import UnsupportedModelError
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.prompts import Prompt, cut
 from vtr.evaluate.store import Row
-from vtr.flops import cache_bytes, count_flops
-from vtr.method import Method
+from vtr.inspect.flops import cache_bytes, count_flops
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtr.budget import Keep, check_keep
-from vtr.method import Method, create, registry
+from vtr.core.budget import Keep, check_keep
+from vtr.core.method import Method, create, registry
 
 DRAWS = 16
 """Different random subsets that the samples of one seed share: sample ``n`` gets number ``n % 16``.
@@ -161,14 +161,14 @@ def parse_methods(text: str) -> list[Any]:
 
 def parse_method(text: str) -> Any:
     """A method, ``None`` for ``dense``, a plan for a file (``plan.json``)."""
-    from vtr.cli import parse_method as plain
+    from vtr.cli.commands import parse_method as plain
 
     return None if text == "dense" else plain(text)
 
 
 def as_methods(given: Any) -> list[tuple[Method, ...]]:
     """What a user calls methods, as one tuple of methods for each configuration."""
-    from vtr.plan import Plan
+    from vtr.core.plan import Plan
 
     if given is None:
         return []

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtr.budget import Keep
+from vtr.core.budget import Keep
 from vtr.evaluate.cells import Cell, keep_of
 from vtr.evaluate.results import Outcome, Results
 from vtr.evaluate.store import Store

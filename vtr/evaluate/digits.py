@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import vtr
-from vtr.flops import count_flops
-from vtr.method import Method
+from vtr.core.method import Method
+from vtr.inspect.flops import count_flops
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from vtr import api
-from vtr.budget import count, spread
+from vtr.core.budget import count, spread
 from vtr.evaluate import loading
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.runner import Job
-from vtr.flops import count_flops
+from vtr.inspect.flops import count_flops
 from vtr.methods.downsample import smaller
-from vtr.vision.encoder import square_grid
+from vtr.vision.encoders.session import square_grid
 
 TEXT = 60  # words of a question with its template, for the estimate
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import vtr
-from vtr.flops import count_flops
-from vtr.method import Method
+from vtr.core.method import Method
+from vtr.inspect.flops import count_flops
 from vtr.zoo.questions import Sample, evaluate_vlm, prompt
 
 if TYPE_CHECKING:

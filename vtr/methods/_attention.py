@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vtr.method import Reduction, Stage
+from vtr.core.method import Reduction, Stage
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._schedule import Scheduled
-from vtr.signals import ModelInfo, Site
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtr.tokens import TokenMap, top_indices
+from vtr.core.tokens import TokenMap, top_indices
 
 
 def by_representative(representative: Tensor) -> TokenMap:

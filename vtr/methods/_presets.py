@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from vtr.method import registry
+from vtr.core.method import registry
 
 P = TypeVar("P", bound="Presets")
 

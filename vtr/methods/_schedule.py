@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vtr.method import Method
-from vtr.signals import ModelInfo
+from vtr.core.method import Method
+from vtr.core.site import ModelInfo
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.language_signals import LanguageSite, VisualSpan
-from vtr.method import Reduction
+from vtr.core.language_site import LanguageSite, VisualSpan
+from vtr.core.method import Reduction
 from vtr.methods._merge import by_representative
 from vtr.methods._vlm import valid_of
 

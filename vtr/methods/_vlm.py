@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, counts
-from vtr.language_signals import LanguageSite
-from vtr.method import Method, Reduction, Stage
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
+from vtr.core.budget import Keep, counts
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Method, Reduction, Stage
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 
 
 class TextScored(Method):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtr.budget import Keep, check_layers, check_schedule, fit_layers, spread
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_layers, check_schedule, fit_layers, spread
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods._vlm import language, last_used, prune, stage_budget, stored
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, take, top_indices
 
 
 @register

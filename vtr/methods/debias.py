@@ -10,13 +10,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.method import Method, Reduction, Stage, create, register
+from vtr.core.method import Method, Reduction, Stage, create, register
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._presets import Presets
 from vtr.methods._vlm import TextScored, check_number, language, valid_of
 from vtr.methods.fastv import FastV
 from vtr.methods.pyramiddrop import PyramidDrop
 from vtr.methods.sparsevlm import SparseVLM
-from vtr.signals import ModelInfo, Site
 
 STRENGTHS: Mapping[str, Mapping[str, float]] = {
     "pyramiddrop": {

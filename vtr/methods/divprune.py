@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods._presets import Presets
 from vtr.methods._vlm import budget, language, nothing_to_cut, valid_of
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
 
 
 @register

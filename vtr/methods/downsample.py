@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
+from vtr.core.budget import Keep, check_keep, count
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap
 from vtr.errors import UnsupportedMethodError
-from vtr.method import Method, Reduction, Stage, register
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap
 
 
 @register

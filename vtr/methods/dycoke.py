@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count, counts
-from vtr.language_signals import CacheSite, LanguageSite
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep, count, counts
+from vtr.core.language_site import CacheSite, LanguageSite
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, best, clips, in_videos, neighbour_similarity
 from vtr.methods._vlm import check_count, check_number, language, valid_of
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
 
 WINDOW = 4
 

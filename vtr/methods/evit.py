@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vtr.budget import (
+from vtr.core.budget import (
     Keep,
     check_flag,
     check_layers,
@@ -18,9 +18,9 @@ from vtr.budget import (
     geometric,
     third_points,
 )
-from vtr.method import Method, Reduction, Stage, register
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 
 
 @register

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, clips, neighbour_similarity
 from vtr.methods._vlm import language
-from vtr.signals import ModelInfo, Site
 
 FIRST = 255.0  # dissimilarity of the first frame, above every other
 

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep
-from vtr.language_signals import LanguageSite
-from vtr.method import Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Reduction, Stage, register
+from vtr.core.site import ModelInfo
 from vtr.methods._presets import Presets
 from vtr.methods._vlm import (
     TextScored,
@@ -19,7 +20,6 @@ from vtr.methods._vlm import (
     nothing_to_cut,
     prune,
 )
-from vtr.signals import ModelInfo
 
 
 @register

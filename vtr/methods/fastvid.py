@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
-from vtr.language_signals import LanguageSite
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep, count
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._dpc_knn import distances, peaks
 from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, best, clips, shares
 from vtr.methods._vlm import check_count, check_number, language, last_used, stored
-from vtr.signals import ModelInfo, Site
 
 
 @register

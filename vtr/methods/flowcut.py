@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_flag, check_keep, count
+from vtr.core.budget import Keep, check_flag, check_keep, count
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels import attention_rows
-from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._presets import Presets
 from vtr.methods._vlm import budget, language, need_text_after, nothing_to_cut, prune, stored
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, take, top_indices
 
 LANGUAGE_LAYER = 1
 """0-based layer of the language model after which the authors cut."""

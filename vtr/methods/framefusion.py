@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep
-from vtr.language_signals import LanguageSite
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._merge import by_representative
 from vtr.methods._presets import Presets
 from vtr.methods._temporal import best, has_video, in_videos
 from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
-from vtr.signals import ModelInfo, Site
 
 
 @register

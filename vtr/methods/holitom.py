@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count, counts
-from vtr.language_signals import LanguageSite
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep, count, counts
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._dpc_knn import cluster, mean_weights
 from vtr.methods._merge import by_representative
 from vtr.methods._presets import Presets
@@ -33,7 +34,6 @@ from vtr.methods._vlm import (
     stored,
     valid_of,
 )
-from vtr.signals import ModelInfo, Site
 
 NEIGHBOURS = 7
 

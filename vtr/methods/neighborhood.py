@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from vtr.core.method import register
 from vtr.kernels import masks
-from vtr.method import register
 from vtr.methods._order import arrange, grid_order
 from vtr.methods._presets import Presets
 from vtr.methods._static import (

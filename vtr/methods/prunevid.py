@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count, counts
-from vtr.language_signals import LanguageSite
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep, count, counts
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods._dpc_knn import cluster, mean_weights
 from vtr.methods._presets import Presets
 from vtr.methods._temporal import Cutting, clips, shares
 from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
 
 NEIGHBOURS = 7
 ENOUGH = 14  # groups of at most so many tokens are not clustered

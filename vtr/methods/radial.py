@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from vtr.core.method import register
 from vtr.kernels import masks
-from vtr.method import register
 from vtr.methods._presets import Presets
 from vtr.methods._static import Layout, StaticSparse
 

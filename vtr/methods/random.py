@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_layers, check_schedule, fit_layers, spread
-from vtr.language_signals import LanguageSite
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_layers, check_schedule, fit_layers, spread
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods._vlm import prune, stage_budget
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
 
 
 @register

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from vtr.core.method import register
 from vtr.kernels import BlockMask, masks
 from vtr.kernels.masks.build import spans
-from vtr.method import register
 from vtr.methods._order import arrange
 from vtr.methods._static import Layout, StaticSparse
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from vtr.core.method import register
 from vtr.kernels.precision import full_precision
-from vtr.method import register
 from vtr.methods._attention import AttentionMethod
 from vtr.methods._order import Arranged, arrange, block_neighbours, check_order, grid_order
 from vtr.methods._presets import Presets

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from vtr.core.method import Stage, register
 from vtr.kernels import BlockMask, masks
 from vtr.kernels.keys import without_keys
-from vtr.method import Stage, register
 from vtr.methods._order import Arranged, arrange, grid_order
 from vtr.methods._presets import Presets
 from vtr.methods._static import Layout, StaticSparse, Window, check_window, fit_window, sparse
 from vtr.methods._windows import WindowTable, load_windows
 
 if TYPE_CHECKING:
+    from vtr.core.site import ModelInfo
     from vtr.diffusion.site import AttentionSite
-    from vtr.signals import ModelInfo
 
 
 @register

@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_flag, check_layers, check_schedule, fit_layers
-from vtr.language_signals import LanguageSite
-from vtr.method import Reduction, Stage, register
+from vtr.core.budget import Keep, check_flag, check_layers, check_schedule, fit_layers
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Reduction, Stage, register
+from vtr.core.site import ModelInfo
+from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods._dpc_knn import cluster
 from vtr.methods._merge import by_representative
 from vtr.methods._presets import Presets
@@ -23,8 +25,6 @@ from vtr.methods._vlm import (
     scaled_layers,
     stage_budget,
 )
-from vtr.signals import ModelInfo
-from vtr.tokens import TokenMap, take, top_indices
 
 PLUS = {"recycle": False, "heads": 14, "gravity": True}
 """What the second release (SparseVLM+) does otherwise."""

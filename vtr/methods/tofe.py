@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtr.budget import (
+from vtr.core.budget import (
     Keep,
     check_flag,
     check_layers,
@@ -19,10 +19,10 @@ from vtr.budget import (
     fit_layers,
     third_points,
 )
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels import attention_rows
-from vtr.method import Method, Reduction, Stage, register
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, take, top_indices
 
 
 @register

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_flag, check_keep, count
-from vtr.method import Method, Reduction, Stage, register
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, take
+from vtr.core.budget import Keep, check_flag, check_keep, count
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, take
 
 
 @register

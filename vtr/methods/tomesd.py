@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.core.method import Reduction, Stage, register
+from vtr.core.tokens import TokenMap
 from vtr.kernels import bipartite_match
-from vtr.method import Reduction, Stage, register
 from vtr.methods._schedule import Scheduled
-from vtr.tokens import TokenMap
 
 if TYPE_CHECKING:
-    from vtr.signals import ModelInfo
+    from vtr.core.site import ModelInfo
 
 
 @register

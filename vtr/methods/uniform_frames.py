@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep, count
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._temporal import Cutting, clips
 from vtr.methods._vlm import language
-from vtr.signals import ModelInfo, Site
 
 
 @register

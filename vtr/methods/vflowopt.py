@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_flag, check_keep, check_layers, fit_layers
-from vtr.language_signals import LanguageSite, VisualSpan
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_flag, check_keep, check_layers, fit_layers
+from vtr.core.language_site import LanguageSite, VisualSpan
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site, rows_at_once
+from vtr.core.tokens import TokenMap
 from vtr.methods._merge import by_representative
 from vtr.methods._presets import Presets
 from vtr.methods._vlm import (
@@ -27,8 +29,6 @@ from vtr.methods._vlm import (
     stored,
     valid_of,
 )
-from vtr.signals import ModelInfo, Site, rows_at_once
-from vtr.tokens import TokenMap
 
 
 class Tuned(NamedTuple):
@@ -420,7 +420,7 @@ def calibrated_context(site: Site, threshold: float | Tensor, chunk: int | None 
     With A the attention map averaged over heads, r_j = mean_i A_ij and K = {j: r_j > t mean(r)}:
     context_i = mean over k in K of A_ki. An empty K is every token (the authors' code averages the
     empty set). Rows are made ``chunk`` of every sample at a time; None is what
-    :func:`vtr.signals.rows_at_once` says for the batch. ``threshold`` may be a (B, 1) tensor.
+    :func:`vtr.core.site.rows_at_once` says for the batch. ``threshold`` may be a (B, 1) tensor.
     """
     chunk = chunk or rows_at_once(site.batch)
     received = site.attention_received(chunk)

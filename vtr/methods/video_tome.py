@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep, count
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap
 from vtr.methods._temporal import Cutting, clips, shares
 from vtr.methods._vlm import check_count, language
 from vtr.methods.tome import bipartite_soft_matching
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap
 
 
 @register

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.budget import Keep, check_keep, count
+from vtr.core.budget import Keep, check_keep, count
+from vtr.core.language_site import LanguageSite
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels.precision import full_precision
-from vtr.language_signals import LanguageSite
-from vtr.method import Method, Reduction, Stage, register
 from vtr.methods._merge import by_representative
 from vtr.methods._presets import Presets
 from vtr.methods._vlm import alive, budget, language, last_used, nothing_to_cut, stored, valid_of
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, take, top_indices
 
 DROPPED = -1e6
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtr.budget import Keep, check_keep
-from vtr.method import Method, Reduction, Stage, register
+from vtr.core.budget import Keep, check_keep
+from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.site import ModelInfo, Site
 from vtr.methods._presets import Presets
 from vtr.methods._vlm import budget, check_count, language, last_used, prune, stored
-from vtr.signals import ModelInfo, Site
 
 
 @register

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from vtr.api import apply
 from vtr.methods.tofe import ToFe, ToFeModules
-from vtr.vision.blocks import BlockRunner, linear_flops
-from vtr.vision.encoder import EncoderSession
+from vtr.vision.encoders.blocks import BlockRunner, linear_flops
+from vtr.vision.encoders.session import EncoderSession
 
 
 @dataclass(frozen=True)

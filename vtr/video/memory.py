@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.tokens import top_indices
+from vtr.core.tokens import top_indices
 
 if TYPE_CHECKING:
     import numpy as np

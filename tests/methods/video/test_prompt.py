@@ -12,7 +12,7 @@ import torch
 import vtr
 from tests.vision.vlm.models import ENCODES_FIRST, IMAGE, VIDEO, Inputs, llava
 from tests.vision.vlm.videos import VIDEOS, compressed
-from vtr.budget import count
+from vtr.core.budget import count
 
 METHODS: dict[str, Any] = {
     "evs": lambda keep: vtr.EVS(keep=keep),

@@ -8,8 +8,8 @@ from typing import Any
 
 import vtr
 from tests.vision.vlm.picks import PROMPT, Pick
-from vtr.method import Stage
-from vtr.signals import ModelInfo
+from vtr.core.method import Stage
+from vtr.core.site import ModelInfo
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.vision.vlm.models import visual
 from vtr.compat.transformers import cache_of, given_cache
-from vtr.method import Method, Reduction, Stage
-from vtr.signals import ModelInfo, Site
-from vtr.tokens import TokenMap, top_indices
+from vtr.core.method import Method, Reduction, Stage
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
 from vtr.vision.vlm.wrapping import language_of
 
 STEPS = 4

@@ -20,8 +20,8 @@ from tests.vision.vlm.models import FAMILIES, visual
 from tests.vision.vlm.picks import BOTH, DECODER, MIDDLE, PROMPT, Pick
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import cache_of, with_cache
-from vtr.method import Reduction
-from vtr.tokens import TokenMap
+from vtr.core.method import Reduction
+from vtr.core.tokens import TokenMap
 from vtr.vision.vlm.wrapping import language_of
 
 either = pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])

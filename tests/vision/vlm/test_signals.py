@@ -14,8 +14,8 @@ from tests.vision.vlm.models import FAMILIES, IMAGE, visual
 from tests.vision.vlm.picks import PROMPT, STEPS, Pick, generate, same
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import cache_of, language_module, with_cache
-from vtr.method import Reduction
-from vtr.tokens import TokenMap, take
+from vtr.core.method import Reduction
+from vtr.core.tokens import TokenMap, take
 
 CLOSE = 2e-6
 

@@ -17,7 +17,7 @@ import vtr
 from tests.vision.vlm import models, videos
 from tests.vision.vlm.models import IMAGE, VIDEO, Inputs, prompts
 from vtr.errors import UnsupportedMethodError
-from vtr.flops import count_flops
+from vtr.inspect.flops import count_flops
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -11,7 +11,7 @@ import torch
 import vtr
 from tests.vision.vlm import videos
 from tests.vision.vlm.models import FAMILIES
-from vtr.method import Method
+from vtr.core.method import Method
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 POOLED = {"llava_onevision": "are resized", "llava_next_video": "are pooled"}

@@ -13,8 +13,8 @@ from tests.vision.vlm.methods import cutting
 from tests.vision.vlm.models import ENCODES_FIRST, FAMILIES, IMAGE, VIDEO
 from tests.vision.vlm.picks import CLOSE, PROMPT, Pick, generate, same
 from tests.vision.vlm.videos import VIDEOS
-from vtr.method import Reduction
-from vtr.tokens import TokenMap
+from vtr.core.method import Reduction
+from vtr.core.tokens import TokenMap
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

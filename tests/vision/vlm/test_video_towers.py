@@ -106,8 +106,8 @@ def test_towers_show_the_frames_of_videos() -> None:
 
 def test_a_cut_in_video_llavas_tower_is_the_same_cut_at_the_prompt() -> None:
     """The video's own tower; the class token of every frame stays."""
-    from vtr.method import Reduction
-    from vtr.tokens import TokenMap
+    from vtr.core.method import Reduction
+    from vtr.core.tokens import TokenMap
 
     model, inputs = VIDEOS["video_llava"](1)
     generator = torch.Generator().manual_seed(0)
@@ -131,8 +131,8 @@ def test_a_cut_in_video_llavas_tower_is_the_same_cut_at_the_prompt() -> None:
 def test_cuts_in_towers_whose_frames_are_pooled_are_refused() -> None:
     for name in ("llava_onevision_video", "llava_next_video"):
         model, inputs = VIDEOS[name](1)
-        from vtr.method import Reduction
-        from vtr.tokens import TokenMap
+        from vtr.core.method import Reduction
+        from vtr.core.tokens import TokenMap
 
         def cut(site: Any) -> Any:
             return Reduction(TokenMap.keep(torch.arange(5).expand(site.batch, 5), site.n))

@@ -15,7 +15,7 @@ from tests.vision.vlm.looks import Look, seen
 from tests.vision.vlm.models import ENCODES_FIRST, FAMILIES, noise, prompts
 from tests.vision.vlm.picks import BOTH, CLOSE, KEEP_ALL, PROMPT, Masked, generate, gone_of, same
 from tests.vision.vlm.videos import VIDEOS
-from vtr.language_signals import View, VisualSpan
+from vtr.core.language_site import View, VisualSpan
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -8,12 +8,12 @@ from vtr.compat.contract import Expectation
 CONTRACT = (
     Expectation(
         "accelerate.hooks:add_hook_to_module",
-        "vtr/vision/blocks.py, vtr/wrapping.py",
+        "vtr/vision/encoders/blocks.py, vtr/core/wrapping.py",
         calls=(HOOK, FORWARD, "forward"),
     ),
     Expectation(
         "accelerate.hooks:remove_hook_from_module",
-        "vtr/vision/blocks.py, vtr/wrapping.py",
+        "vtr/vision/encoders/blocks.py, vtr/core/wrapping.py",
         calls=(HOOK, FORWARD, "forward"),
     ),
     Expectation("accelerate:Accelerator", "vtr/evaluate/launch.py", has=("num_processes",)),

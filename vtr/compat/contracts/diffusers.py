@@ -94,7 +94,7 @@ CONTRACT = (
     ),
     Expectation(
         "diffusers.models.modeling_utils:ModelMixin",
-        "vtr/recompute.py",
+        "vtr/core/recompute.py",
         calls=(CHECKPOINT,),
     ),
     Expectation(

@@ -15,7 +15,7 @@ from vtr.compat.open_clip import (
 )
 
 _MODULE = "open_clip.transformer"
-_USED = "vtr/vision/open_clip.py"
+_USED = "vtr/vision/encoders/open_clip.py"
 _NAMES = ("ln_1", "ls_1", "ln_2", "ls_2", "mlp", "attn")
 
 CONTRACT = (

@@ -23,7 +23,7 @@ from vtr.compat.timm import (
     VIT,
 )
 
-_ADAPTER, _BLOCKS = "vtr/vision/timm.py", "vtr/vision/timm_blocks.py"
+_ADAPTER, _BLOCKS = "vtr/vision/encoders/timm.py", "vtr/vision/encoders/timm_blocks.py"
 _MODEL = ("blocks", "num_prefix_tokens", "embed_dim", "grad_checkpointing", "global_pool")
 _GRIDDED = (*_MODEL, "cls_token", "patch_embed.num_patches", "patch_embed.grid_size")
 _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
@@ -46,7 +46,7 @@ CONTRACT = (
     ),
     Expectation(f"{MODELS['VisionTransformer']}.pool", _ADAPTER, starts=("x", "pool_type")),
     Expectation(
-        f"{MODELS['VisionTransformer']}._pos_embed", "vtr/zoo/vit.py, vtr/zoo/evaluate.py", starts=("x",)
+        f"{MODELS['VisionTransformer']}._pos_embed", "vtr/zoo/vit.py, recipes/evaluate.py", starts=("x",)
     ),
     Expectation(
         MODELS["Eva"],

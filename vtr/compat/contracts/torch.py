@@ -11,7 +11,7 @@ CONTRACT = (
     ),
     Expectation(PARALLEL[0], "vtr/compat/around.py", calls=("module",)),
     Expectation(PARALLEL[1], "vtr/compat/around.py", has=("module",)),
-    Expectation("torch.distributed.fsdp:FSDPModule", "vtr/vision/timm_blocks.py"),
+    Expectation("torch.distributed.fsdp:FSDPModule", "vtr/vision/encoders/timm_blocks.py"),
     Expectation("torch._dynamo:reset", "vtr/vision/vlm/gate.py"),
     Expectation("torch._dynamo.convert_frame:FRAME_COUNTER", "vtr/vision/vlm/gate.py"),
     Expectation(
@@ -27,12 +27,12 @@ CONTRACT = (
     Expectation("torch.cpu:_is_amx_tile_supported", "vtr/kernels/product.py"),
     Expectation(
         "torch.ops:aten._scaled_dot_product_flash_attention_for_cpu",
-        "vtr/kernels/sdpa.py, vtr/flops.py",
+        "vtr/kernels/sdpa.py, vtr/inspect/flops.py",
     ),
-    Expectation("torch.multiprocessing.reductions:StorageWeakRef", "vtr/recompute.py"),
-    Expectation("torch:_foreach_lerp_", "vtr/zoo/train_wan.py"),
-    Expectation("torch.utils._pytree", "vtr/profiling.py, vtr/memory.py", has=("tree_iter", "tree_map")),
-    Expectation("torch.utils._python_dispatch:TorchDispatchMode", "vtr/memory.py"),
+    Expectation("torch.multiprocessing.reductions:StorageWeakRef", "vtr/core/recompute.py"),
+    Expectation("torch:_foreach_lerp_", "recipes/train_wan.py"),
+    Expectation("torch.utils._pytree", "vtr/inspect/profile.py, vtr/inspect/memory.py", has=("tree_iter", "tree_map")),
+    Expectation("torch.utils._python_dispatch:TorchDispatchMode", "vtr/inspect/memory.py"),
     Expectation(
         "torch.nn.attention.flex_attention:BlockMask.from_kv_blocks",
         "vtr/kernels/flex.py",
@@ -43,5 +43,5 @@ CONTRACT = (
         "vtr/kernels/flex.py",
         takes=("block_mask", "scale", "enable_gqa", "return_aux|return_lse"),
     ),
-    Expectation("torch.nn:Module._replicate_for_data_parallel", "vtr/wrapping.py", calls=("_is_replica",)),
+    Expectation("torch.nn:Module._replicate_for_data_parallel", "vtr/core/wrapping.py", calls=("_is_replica",)),
 )  # fmt: skip

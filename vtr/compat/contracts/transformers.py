@@ -11,8 +11,11 @@ _ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.
 _WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
 _CACHES, _PACKED = "vtr/vision/vlm/cache.py", "vtr/vision/vlm/packed.py"
 _HEAD, _DRAFTS, _SPREADS = (f"vtr/vision/vlm/{name}.py" for name in ("head", "drafts", "spreads"))
-_TOWERS, _LAYERS = "vtr/vision/transformers.py", "vtr/vision/transformers_layers.py"
-_VIDEO, _QUESTIONS = "vtr/vision/video_encoders.py", "vtr/video/questions.py"
+_TOWERS, _LAYERS = (
+    "vtr/vision/encoders/transformers.py",
+    "vtr/vision/encoders/transformers_layers.py",
+)
+_VIDEO, _QUESTIONS = "vtr/video/encoders.py", "vtr/video/questions.py"
 _CACHE = "|".join(names.CACHE)
 _GRIDS = ("image_grid_thw", "video_grid_thw")
 
@@ -52,7 +55,7 @@ def _general() -> Iterator[Expectation]:
     )
     yield Expectation(
         f"{utils}:PreTrainedModel",
-        "vtr/profiling.py, vtr/zoo/llava.py",
+        "vtr/inspect/profile.py, vtr/zoo/llava.py",
         has=("set_attn_implementation", "_from_config"),
     )
     yield Expectation(f"{utils}:PreTrainedModel.loss_function.fget", _HEAD, calls=(names.LOSS,))
@@ -61,7 +64,7 @@ def _general() -> Iterator[Expectation]:
     )
     yield Expectation(
         "transformers.modeling_layers:GradientCheckpointingLayer",
-        f"vtr/vision/vlm/recompute.py, {_LAYERS}, vtr/recompute.py",
+        f"vtr/vision/vlm/recompute.py, {_LAYERS}, vtr/core/recompute.py",
         has=(names.CHECKPOINTED,),
         calls=(names.CHECKPOINT,),
     )
@@ -299,22 +302,24 @@ def _towers() -> Iterator[Expectation]:
         yield Expectation(f"transformers:{name}", _TOWERS)
     for model, name in (("clip", "CLIPVision"), ("siglip", "SiglipVision"), ("vit", "ViT")):
         embedding = f"{_home(model)}:{name}Embeddings"
-        yield Expectation(embedding, "vtr/vision/image.py", has=(names.INTERPOLATES,))
+        yield Expectation(embedding, "vtr/vision/encoders/image.py", has=(names.INTERPOLATES,))
         yield Expectation(
             f"{embedding}.forward",
-            "vtr/vision/image.py",
+            "vtr/vision/encoders/image.py",
             starts=("pixel_values",),
             takes=(names.INTERPOLATES,),
         )
     dino = f"{_home('dinov3_vit')}:DINOv3ViTModel"
     yield Expectation(dino, _TOWERS, built=names.GIVEN_PIXELS)
     yield Expectation(
-        "transformers:SiglipVisionModel", "vtr/vision/pooling.py", built=("post_layernorm", "head")
+        "transformers:SiglipVisionModel",
+        "vtr/vision/encoders/pooling.py",
+        built=("post_layernorm", "head"),
     )
     for model, name in (("siglip", "Siglip"), ("siglip2", "Siglip2")):
         yield Expectation(
             f"{_home(model)}:{name}MultiheadAttentionPoolingHead",
-            f"vtr/vision/pooling.py, {_TOWERS}",
+            f"vtr/vision/encoders/pooling.py, {_TOWERS}",
             built=("attention", "probe", "layernorm", "mlp"),
         )
     yield from _jepa()

@@ -29,7 +29,7 @@ The contract for methods
   and what is cut does not go through the MLP either; where ``info.extra["decoder_middle"]`` is True
   (LLaMA, Mistral and Qwen layers).
 
-At ``prompt`` and ``decoder`` the site is a :class:`vtr.language_signals.LanguageSite`: ``hidden`` (B, N, C),
+At ``prompt`` and ``decoder`` the site is a :class:`vtr.core.language_site.LanguageSite`: ``hidden`` (B, N, C),
 ``valid``, ``map`` (from the visual tokens of the prompt), ``index``, ``text``, ``text_valid``,
 ``text_after``, ``images``, ``spread(scores)`` and, in the decoder, ``queries``/``keys``/``values`` of
 the visual tokens through ``qkv``, ``attention_rows_from_text(rows)`` and ``text_qkv(rows)``.
@@ -38,14 +38,14 @@ visits. ``site.extra["entry"]`` is (B,) int64, the visual tokens of each sample 
 
 Where and when a token is: ``site.frame``, ``site.place`` and ``site.video`` (B, N) int64 number its
 frame through the prompt, its cell in the frame's grid, and its image or video; ``site.videos`` lists
-per sample the images and videos as :class:`vtr.language_signals.VisualSpan` (kind, frames, grid, seconds). A
+per sample the images and videos as :class:`vtr.core.language_site.VisualSpan` (kind, frames, grid, seconds). A
 still image is one frame. What has no cell (newlines, the class token that begins a frame of
 Video-LLaVA) has frame and place -1; packed crops and tiles have a frame and place -1. Qwen's temporal
 patches (two frames of the file) are one frame. InternVL, SmolVLM and prompts of many images give frames
 as still images, which nothing tells from a video: with ``vtr.apply(..., video=True)`` still images of
 the same grid that follow one another are the frames of one video.
 
-``reduce`` returns a :class:`vtr.method.Reduction` over the visual tokens (``map``, and ``weights`` or
+``reduce`` returns a :class:`vtr.core.method.Reduction` over the visual tokens (``map``, and ``weights`` or
 ``tokens`` for merging); text is never touched. A merged token takes the place and the position of its
 representative. ``Method.positions_at(site)`` says whether kept tokens keep their positions; the option
 ``positions=`` of ``vtr.apply`` overrides it. With m-RoPE (Qwen) positions are two-dimensional and are

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtr.compat.transformers import CACHE_ROWS, cache_layer
-from vtr.tokens import TokenMap
+from vtr.core.tokens import TokenMap
 
 ATTRIBUTE = "_vtr_cuts"
 FOLLOW = "_vtr_follow"

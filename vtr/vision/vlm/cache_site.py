@@ -10,7 +10,7 @@ token while the answer is written.
   layer k in every decoding step. There it may choose other tokens, as many as before: a map from all tokens
   of the first visit (``Reduction(..., absolute=True)``), or None.
 
-The site is a :class:`vtr.language_signals.CacheSite`. Layers then hold caches of different lengths, which
+The site is a :class:`vtr.core.language_site.CacheSite`. Layers then hold caches of different lengths, which
 :mod:`vtr.vision.vlm.cache` keeps account of. A second prompt on the same cache (a later turn) may free its
 own tokens; those of the first stay as they were last.
 """
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from vtr.compat.transformers import cache_layer
+from vtr.core.language_site import CacheSite
+from vtr.core.tokens import TokenMap, take
+from vtr.core.trace import StageRecord
+from vtr.core.wrapping import Bound, Entry
 from vtr.errors import UnsupportedMethodError
 from vtr.kernels import attention_rows
-from vtr.language_signals import CacheSite
-from vtr.tokens import TokenMap, take
-from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import FOLLOW, Cuts, Follow, Group, cached, remember
 from vtr.vision.vlm.sequence import Layout, mark, members
-from vtr.wrapping import Bound, Entry
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import Call

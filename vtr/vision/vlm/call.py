@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtr.core.language_site import Frames, LanguageSite, VisualSpan
+from vtr.core.method import Reduction
+from vtr.core.site import QKV
+from vtr.core.tokens import TokenMap
+from vtr.core.trace import StageRecord
+from vtr.core.wrapping import Entry
 from vtr.kernels.precision import lowers
-from vtr.language_signals import Frames, LanguageSite, VisualSpan
-from vtr.method import Reduction
-from vtr.signals import QKV
-from vtr.tokens import TokenMap
-from vtr.trace import StageRecord
 from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
@@ -24,7 +25,6 @@ from vtr.vision.vlm.head import Asked
 from vtr.vision.vlm.recompute import chosen
 from vtr.vision.vlm.rows import Rows, Seen, Tokens
 from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
-from vtr.wrapping import Entry
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping

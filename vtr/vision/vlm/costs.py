@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from vtr.vision.blocks import linear_flops
+from vtr.vision.encoders.blocks import linear_flops
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.language import Last

@@ -73,7 +73,7 @@ class Family:
 
     def fixed_size(self, inner: Any) -> str:
         """Why the tower takes no pictures of another size, or nothing."""
-        from vtr.vision.transformers import TOWERS, fixed_size
+        from vtr.vision.encoders.transformers import TOWERS, fixed_size
 
         towers = {self.tower(inner, "image"), self.tower(inner, "video")}
         if not all(type(t).__name__ in TOWERS for t in towers):

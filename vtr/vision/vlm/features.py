@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtr.language_signals import Frames
-from vtr.trace import Trace
+from vtr.core.language_site import Frames
+from vtr.core.trace import Trace
 from vtr.vision.vlm.frames import KINDS, Piece, frames_of
 from vtr.vision.vlm.pictures import Coarse
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.language_signals import Frames, View, VisualSpan
+from vtr.core.language_site import Frames, View, VisualSpan
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import Call

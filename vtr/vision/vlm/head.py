@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vtr.compat.transformers import FIRST, LOSS, LOSS_ARGUMENTS
+from vtr.core.wrapping import Bound, PerThread
 from vtr.vision.vlm.arguments import named
-from vtr.wrapping import Bound, PerThread
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.outputs import Exit

@@ -26,11 +26,12 @@ from vtr.compat.transformers import (
     check_deepstack,
     given_cache,
 )
+from vtr.core.method import Reduction
+from vtr.core.recompute import Inputs
+from vtr.core.tokens import TokenMap, top_indices
+from vtr.core.trace import Trace
+from vtr.core.wrapping import Bound, Entry
 from vtr.errors import UnsupportedMethodError
-from vtr.method import Reduction
-from vtr.recompute import Inputs
-from vtr.tokens import TokenMap, top_indices
-from vtr.trace import Trace
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
 from vtr.vision.vlm.call import Call, Held
 from vtr.vision.vlm.frames import KINDS
@@ -40,7 +41,6 @@ from vtr.vision.vlm.pictures import regrid
 from vtr.vision.vlm.recompute import Layers, outside
 from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
-from vtr.wrapping import Bound, Entry
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtr.tokens import take
+from vtr.core.tokens import take
 from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
 
 MODES = ("aligned", "reduced")

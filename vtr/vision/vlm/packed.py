@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.transformers import PACKED, WINDOWS
-from vtr.signals import QKV, ModelInfo, Site
-from vtr.tokens import TokenMap
-from vtr.vision.blocks import linear_flops
+from vtr.core.site import QKV, ModelInfo, Site
+from vtr.core.tokens import TokenMap
+from vtr.core.wrapping import Bound, Entry
+from vtr.vision.encoders.blocks import linear_flops
 from vtr.vision.vlm.attention import rotate
-from vtr.wrapping import Bound, Entry
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.features import Capture
@@ -185,7 +185,7 @@ class Rows:
 
 
 def packed_info(session: PackedSession) -> ModelInfo:
-    """What :func:`vtr.vision.encoder.encoder_info` says of other towers."""
+    """What :func:`vtr.vision.encoders.session.encoder_info` says of other towers."""
     return ModelInfo(
         family="",
         depth={"encoder": len(session.blocks)},

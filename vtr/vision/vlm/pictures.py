@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vtr.core.wrapping import Entry
 from vtr.errors import UnsupportedMethodError
-from vtr.vision.image import Grid, Smaller, resized
-from vtr.wrapping import Entry
+from vtr.vision.encoders.image import Grid, Smaller, resized
 
 
 class Pictures:

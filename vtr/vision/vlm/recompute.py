@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from vtr.compat.transformers import checkpoints_around
-from vtr.method import Reduction
-from vtr.recompute import adopt, check_unchanged, release
-from vtr.wrapping import Entry
+from vtr.core.method import Reduction
+from vtr.core.recompute import adopt, check_unchanged, release
+from vtr.core.wrapping import Entry
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import Call

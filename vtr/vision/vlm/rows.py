@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtr.core.site import QKV
+from vtr.core.tokens import take
 from vtr.kernels import attention_rows
 from vtr.kernels.precision import full_precision
-from vtr.signals import QKV
-from vtr.tokens import take
 from vtr.vision.vlm.attention import rotate
 from vtr.vision.vlm.sequence import Layout
 

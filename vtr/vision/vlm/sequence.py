@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtr.tokens import take, top_indices
+from vtr.core.tokens import take, top_indices
 
 
 class Layout:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.transformers import PACKING
-from vtr.language_signals import View
+from vtr.core.language_site import View
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import Piece, loose, plain
 

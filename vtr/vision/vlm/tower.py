@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vtr.vision.blocks import Run
-from vtr.vision.encoder import EncoderSession
+from vtr.vision.encoders.blocks import Run
+from vtr.vision.encoders.session import EncoderSession
 from vtr.vision.vlm.sequence import mark
 
 if TYPE_CHECKING:

@@ -26,13 +26,14 @@ from vtr.compat.transformers import (
     language_module,
     masks_otherwise,
 )
+from vtr.core.method import Method, registry
+from vtr.core.site import ModelInfo
+from vtr.core.trace import Trace
+from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.method import Method, registry
-from vtr.signals import ModelInfo
-from vtr.trace import Trace
-from vtr.vision.encoder import encoder_info, square_grid
-from vtr.vision.image import ask, at_any_size, entry_of, open_image
-from vtr.vision.pooling import has_pooling
+from vtr.vision.encoders.image import ask, at_any_size, entry_of, open_image
+from vtr.vision.encoders.pooling import has_pooling
+from vtr.vision.encoders.session import encoder_info, square_grid
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attention import has_halves, opens, runs_otherwise
 from vtr.vision.vlm.cache_site import PLACES, CacheSession
@@ -56,7 +57,6 @@ from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.pictures import Shrunk
 from vtr.vision.vlm.recompute import Pass
 from vtr.vision.vlm.tower import TowerSession
-from vtr.wrapping import Bound, Entry, PerThread, Wrapping
 
 TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
 
@@ -166,7 +166,7 @@ class VLMWrapping(Wrapping):
         return facts
 
     def _open(self, tower: Any) -> tuple[TowerSession | PackedSession | None, ModelInfo | None]:
-        from vtr.vision.transformers import tower_parts
+        from vtr.vision.encoders.transformers import tower_parts
 
         if form_of(tower) is not None:
             packed = PackedSession(self, tower)

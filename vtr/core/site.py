@@ -1,0 +1,272 @@
+"""What a method may look at: a :class:`Site` shows one place of one model during one call.
+
+Nothing is computed before a method asks. Attention is only ever computed for a few query rows, or
+in chunks of rows: the N x N map is never materialised for a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtr.core.tokens import TokenMap
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def rows_at_once(batch: int) -> int:
+    """How many query rows of every sample are made at a time.
+
+    256, and fewer with more than 16 samples (the frames of a video), so that the rows of all samples
+    together are 4096 at most, or one of each sample.
+    """
+    return min(256, max(1, 4096 // max(1, batch)))
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a method may know of the model before a call.
+
+    Attributes:
+        family: name of the adapter's family, for messages.
+        depth: number of layers per site, e.g. ``{"encoder": 12}``.
+        signals: names of the signals per site.
+        prefix: number of protected tokens in front (CLS, distillation, registers).
+        has_cls: whether the first token is a class token.
+        dim, heads: width and number of heads of the encoder (None where there is none).
+        tokens: visual tokens per image at the model's own resolution, if fixed.
+        extra: family-specific facts.
+    """
+
+    family: str
+    depth: dict[str, int]
+    signals: dict[str, frozenset[str]]
+    prefix: int = 0
+    has_cls: bool = False
+    dim: int | None = None
+    heads: int | None = None
+    tokens: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Site:
+    """One place of the model during one call. All tensors hold visual tokens only.
+
+    Attributes:
+        site, layer: where this is.
+        info: the model.
+        hidden: (B, N, C) hidden states of the visual tokens here (after the attention residual at
+            the ``middle`` of an encoder block, the block's output at its ``end``; C is 0 at the site
+            ``image``, where there are none yet).
+        n, batch, device: sizes.
+        map: TokenMap from the tokens of the model's input to the tokens here.
+        size: (B, N) float32, how many input tokens each one stands for.
+        valid: (B, N) bool or None (all), False for padding.
+        grid: (height, width) of the model's input in tokens, or None.
+        memory: a dict of this method's own for this call, shared by all its stages.
+        training: whether the model is in training mode.
+        modules: the learned modules of this method, or None.
+        keys_of: (features (B, M, C) at the layer's input, their indices (B, M) in the model's input)
+            -> keys (B, H, M, D) of this layer, for tokens that did not go through it; or None.
+        notes: a dict that ends in ``trace.notes``.
+        extra: facts that only some places have. In a vision tower ``"crops"``: the rows of the batch that
+            each image (its crops) or video (its frames) has, in order.
+        mask: () -> mask or bias that this layer's attention adds for the model's input, (B or 1, H or 1,
+            T or 1, T) with T prefix and visual tokens, additive or bool (True is seen); or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: str,
+        layer: int,
+        info: ModelInfo,
+        hidden: Tensor,
+        map: TokenMap,
+        memory: dict[str, Any],
+        valid: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        qkv: Callable[[], QKV] | None = None,
+        scale: float | None = None,
+        prefix: int = 0,
+        key_bias: Tensor | None = None,
+        training: bool = False,
+        modules: torch.nn.Module | None = None,
+        keys_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+        notes: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
+        mask: Callable[[], Tensor | None] | None = None,
+    ) -> None:
+        self.site = site
+        self.layer = layer
+        self.info = info
+        self.hidden = hidden
+        self.map = map
+        self.memory = memory
+        self.valid = valid
+        self.grid = grid
+        self.scale = scale
+        self.prefix = prefix
+        self.key_bias = key_bias
+        self.training = training
+        self.modules = modules
+        self.keys_of = keys_of
+        self.notes = {} if notes is None else notes
+        self.extra = extra or {}
+        self._make_qkv = qkv
+        self._make_mask = mask
+        self._qkv: QKV | None = None
+
+    @property
+    def n(self) -> int:
+        return self.hidden.shape[1]
+
+    @property
+    def batch(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def size(self) -> Tensor:
+        return self.map.size
+
+    @property
+    def index(self) -> Tensor:
+        """(B, N) int64: index of each token in the model's input (its representative's, if merged)."""
+        return self.map.kept
+
+    # ---- attention of this layer ------------------------------------------------------------
+
+    @property
+    def qkv(self) -> QKV:
+        """q, k, v of the layer's attention, (B, H, prefix + N, D), after norms and rotary embedding."""
+        if self._qkv is None:
+            if self._make_qkv is None:
+                raise RuntimeError(f"site {self.site}[{self.layer}] shows no q, k, v")
+            self._qkv = self._make_qkv()
+        return self._qkv
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, H, N, D) keys of the visual tokens."""
+        return self.qkv[1][:, :, self.prefix :]
+
+    @property
+    def values(self) -> Tensor:
+        """(B, H, N, D) values of the visual tokens."""
+        return self.qkv[2][:, :, self.prefix :]
+
+    def attention_from(self, queries: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax rows of ``queries`` (B, H, R, D) over all keys: (B, H, R, prefix + N) float32.
+
+        ``mask``: what the layer adds to these rows, from :meth:`mask_rows`.
+        """
+        from vtr.kernels import attention_rows
+
+        bias, padding = self.key_bias, self.padding_bias
+        if padding is not None:
+            bias = padding if bias is None else bias + padding
+        if mask is not None:
+            bias = mask if bias is None else mask + bias[:, None, None]
+        return attention_rows(queries, self.qkv[1], scale=self.scale, bias=bias)
+
+    def mask_rows(self, rows: Tensor, index: Tensor | None = None) -> Tensor | None:
+        """What the layer's attention adds to the logits of some rows: relative positions, or a mask of
+        the caller's.
+
+        Args:
+            rows: (B, R) int64, the queries' places in the model's input, prefix included.
+            index: (B, M) int64, visual tokens of the input as keys behind the prefix; None is those here.
+
+        Returns:
+            (B, H or 1, R, prefix + M) float32, -inf where a key is not seen; None where nothing is added.
+        """
+        mask = None if self._make_mask is None else self._make_mask()
+        if mask is None:
+            return None
+        index = self.index if index is None else index
+        head = torch.arange(self.prefix, device=self.device).expand(self.batch, -1)
+        columns = torch.cat([head, index.clamp(min=0) + self.prefix], 1)[:, None, None]
+        heads, places = mask.shape[1], mask.shape[3]
+        mask = mask.expand(self.batch, -1, -1, -1)
+        if mask.shape[2] > 1:
+            picked = rows.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, places)
+            mask = mask.gather(2, picked)
+        mask = mask.gather(3, columns.expand(-1, heads, mask.shape[2], -1))
+        if mask.dtype == torch.bool:
+            hidden = ~mask
+            mask = torch.zeros_like(mask, dtype=torch.float32)
+        else:
+            hidden = mask <= torch.finfo(mask.dtype).min  # of its own dtype, in transformers
+        mask = mask.float().masked_fill(hidden, -float("inf"))
+        return mask.expand(-1, -1, rows.shape[1], -1)
+
+    @property
+    def padding_bias(self) -> Tensor | None:
+        """(B, prefix + N) float32, -inf for padding, or None where there is none."""
+        if self.valid is None:
+            return None
+        mask = torch.zeros(self.batch, self.n, device=self.device).masked_fill(
+            ~self.valid, -float("inf")
+        )
+        return torch.cat([mask.new_zeros(self.batch, self.prefix), mask], 1)
+
+    def cls_attention(self, per_head: bool = False) -> Tensor:
+        """Attention of the class token to the visual tokens, float32, (B, N) or (B, H, N).
+
+        The row is normalised over all keys, the class token's own included (EViT, section 3.1 of
+        arXiv 2202.07800); it is not normalised again. One row per head: O(N).
+        """
+        first = torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
+        row = self.attention_from(self.qkv[0][:, :, :1], self.mask_rows(first))
+        row = row[:, :, 0, self.prefix :]
+        return row if per_head else row.mean(1)
+
+    def attention_received(self, chunk: int | None = None) -> Tensor:
+        """Mean attention that each visual token receives from the visual tokens, (B, N) float32.
+
+        Exact; computed for ``chunk`` query rows of every sample at a time. None is :func:`rows_at_once`:
+        memory stays O(N) beside the model's.
+        """
+        chunk = chunk or rows_at_once(self.batch)
+        q = self.qkv[0][:, :, self.prefix :]
+        total = torch.zeros(self.batch, self.n, device=self.device)
+        number = (
+            torch.full((self.batch, 1), float(self.n), device=self.device)
+            if self.valid is None
+            else self.valid.sum(1, keepdim=True).float()
+        )
+        for start in range(0, self.n, chunk):
+            mask = self.mask_rows(self.index[:, start : start + chunk] + self.prefix)
+            rows = self.attention_from(q[:, :, start : start + chunk], mask)
+            rows = rows[..., self.prefix :].mean(1)
+            if self.valid is not None:
+                rows = rows * self.valid[:, start : start + chunk, None]
+            total = total + rows.sum(1)
+        return total / number.clamp(min=1)
+
+    def pooling(self) -> tuple[Tensor, Tensor]:
+        """What the pooling head of a tower makes of the visual tokens (SigLIP's probe).
+
+        Returns:
+            its attention to them, mean over heads, (B, N) float32, and its output (B, C).
+        """
+        if "pooling" not in self.extra:
+            raise RuntimeError(f"the tower at site {self.site}[{self.layer}] has no pooling head")
+        attention, pooled = self.extra["pooling"](self.hidden)
+        return attention, pooled
+
+    def value_norm(self) -> Tensor:
+        """L2 norm of each token's value over the concatenated heads, (B, N) float32."""
+        return torch.linalg.vector_norm(self.values.float(), dim=(1, 3))
+
+    def key_mean(self) -> Tensor:
+        """Keys averaged over heads, (B, N, D): ToMe's metric (arXiv 2210.09461, section 3)."""
+        return self.keys.mean(1)

@@ -1,0 +1,83 @@
+"""What the last call of a wrapped model did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vtr.core.language_site import Frames
+from vtr.core.tokens import TokenMap
+
+
+@dataclass(eq=False)
+class StageRecord:
+    """One reduction.
+
+    Attributes:
+        site: ``image``, ``encoder``, ``projector``, ``prompt``, ``decoder``, ``cache`` or ``block``.
+        layer: 0-based layer after (or inside) which the cut was made.
+        method: name of the method.
+        tokens_in, tokens_out: visual tokens before and after (per sample; the largest of the batch).
+        map: from the tokens before this stage to those after it.
+        total: from the tokens of the model's input to those after this stage.
+        grid: (height, width) or (frames, height, width) of the model's input in tokens, if known.
+        grids: the same per sample where samples may differ (vision-language models: None for a
+            sample without exactly one image), or None where ``grid`` holds for all.
+        frames: where and when each visual token of the prompt is (vision-language models), or None.
+    """
+
+    site: str
+    layer: int
+    method: str
+    tokens_in: int
+    tokens_out: int
+    map: TokenMap
+    total: TokenMap
+    grid: tuple[int, ...] | None = None
+    grids: tuple[tuple[int, ...] | None, ...] | None = None
+    frames: Frames | None = None
+
+    def grid_of(self, sample: int) -> tuple[int, ...] | None:
+        """The grid of one sample, if known."""
+        return self.grid if self.grids is None else self.grids[sample]
+
+
+@dataclass(eq=False)
+class Trace:
+    """Everything that happened in one call of a wrapped model.
+
+    Attributes:
+        stages: one record per reduction, in order.
+        tokens: per site and layer, the (visual) tokens that went through its first half (attention)
+            and its second half (MLP): ``tokens["encoder"][layer] == (before, after)``.
+        batch: samples in the call.
+    """
+
+    stages: list[StageRecord] = field(default_factory=list)
+    tokens: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    batch: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def count(self, site: str, layer: int, before: int, after: int) -> None:
+        self.tokens.setdefault(site, {})[layer] = (before, after)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(B, N_out) indices, in the model's input, of the tokens alive after the last stage."""
+        return self.stages[-1].total.kept if self.stages else None
+
+    def summary(self) -> str:
+        """One line per stage, and per attention layer of a generator, as text."""
+        lines = [
+            f"{s.site}[{s.layer}] {s.method}: {s.tokens_in} -> {s.tokens_out} tokens"
+            for s in self.stages
+        ]
+        lines += [
+            f"attention[{layer}]: {100 * note['density']:.1f} % of {self.tokens['attention'][layer][0]}"
+            " tokens' pairs"
+            for layer, note in self.notes.get("attention", {}).items()
+            if "density" in note
+        ]
+        return "\n".join(lines) or "no reduction took place"

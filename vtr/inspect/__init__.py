@@ -1,0 +1,1 @@
+"""What a wrapped model did: reports, measured profiles, FLOPs, memory and pictures."""

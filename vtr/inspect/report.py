@@ -1,0 +1,110 @@
+"""The report of a handle: the last call, dense against reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vtr.core.method import Method
+    from vtr.core.wrapping import Wrapping
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers of the last call, per sample.
+
+    Attributes:
+        methods: what was applied.
+        stages: one dict per reduction (site, layer, method, tokens_in, tokens_out).
+        flops: per part of the model, ``(dense, reduced)`` FLOPs (two per multiply-add), from the
+            layers' own shapes and the tokens that went through them.
+        kv_bytes: ``(dense, reduced)`` bytes of the KV cache, or None where there is none.
+    """
+
+    methods: tuple[str, ...]
+    stages: tuple[dict[str, Any], ...]
+    flops: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kv_bytes: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, wrapping: Wrapping, methods: Sequence[Method]) -> Report:
+        """Of the last call; ``methods`` names those of a handle that is paused or removed by now."""
+        trace = wrapping.trace
+        costs = wrapping.costs()
+        if costs is None:
+            raise RuntimeError(
+                "the model has not been called since vtr.apply, or in its last call not with a picture; "
+                "call it, then report()"
+            )
+        return cls(
+            tuple(map(str, [e.method for e in wrapping.active] or methods)),
+            tuple(
+                {
+                    "site": s.site,
+                    "layer": s.layer,
+                    "method": s.method,
+                    "tokens_in": s.tokens_in,
+                    "tokens_out": s.tokens_out,
+                }
+                for s in trace.stages
+            ),
+            {k: v for k, v in costs.items() if k != "kv_bytes"},
+            costs.get("kv_bytes"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "methods": list(self.methods),
+            "stages": list(self.stages),
+            "flops": {k: {"dense": d, "reduced": r} for k, (d, r) in self.flops.items()},
+            "kv_bytes": None
+            if self.kv_bytes is None
+            else {"dense": self.kv_bytes[0], "reduced": self.kv_bytes[1]},
+        }
+
+    def table(self) -> Table:
+        """A rich table; printing a report in a rich console shows it."""
+        from rich.table import Table
+
+        table = Table(title=" + ".join(self.methods) or "nothing applied")
+        for column in ("what", "dense", "reduced", "ratio"):
+            table.add_column(column, justify="left" if column == "what" else "right")
+        for stage in self.stages:
+            n, m = stage["tokens_in"], stage["tokens_out"]
+            table.add_row(
+                f"tokens {stage['site']}[{stage['layer']}]", str(n), str(m), f"{m / n:.2f}"
+            )
+        for part, (dense, reduced) in self.flops.items():
+            table.add_row(
+                f"GFLOPs {part}",
+                f"{dense / 1e9:.3f}",
+                f"{reduced / 1e9:.3f}",
+                f"{reduced / dense:.2f}",
+            )
+        if self.kv_bytes is not None:
+            dense, reduced = self.kv_bytes
+            table.add_row(
+                "KV MiB", f"{dense / 2**20:.2f}", f"{reduced / 2**20:.2f}", f"{reduced / dense:.2f}"
+            )
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def as_text(shown: Any, width: int = 120) -> str:
+    """What a rich console shows, for ``print``: no colours, at most ``width`` columns."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    out = StringIO()
+    Console(file=out, width=width, color_system=None).print(shown)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

@@ -1,0 +1,1 @@
+"""Image encoders: timm, open_clip, and the vision towers of transformers."""
