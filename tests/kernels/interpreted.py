@@ -24,13 +24,10 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 
-def _compare(q, k, v, mask, dtype, row_scale=None, added=None):
-    out, lse = block_sparse_attention(
-        q, k, v, mask, row_scale=row_scale, added=added, return_lse=True, backend="triton"
-    )
-    expected, expected_lse = block_sparse_attention_reference(
-        q, k, v, mask, row_scale=row_scale, added=added
-    )
+def _compare(q, k, v, mask, dtype, row_scale=None, added=None, scale=None):
+    given = {"row_scale": row_scale, "added": added, "scale": scale}
+    out, lse = block_sparse_attention(q, k, v, mask, **given, return_lse=True, backend="triton")
+    expected, expected_lse = block_sparse_attention_reference(q, k, v, mask, **given)
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
@@ -54,6 +51,25 @@ def test_blocks(block):
     n = 2 * block[0] + 7, 2 * block[1] + 9
     q, k, v = qkv(1, 1, 1, *n, 64)
     _compare(q, k, v, BlockMask.from_dense(token_mask(n, block), block=block), torch.float32)
+
+
+@pytest.mark.parametrize("scale", [0.7, 0.0, -0.2])
+def test_scales_of_any_sign(scale):
+    """Rows without keys among them: the maximum of a row is scaled, and -inf times 0 is NaN."""
+    q, k, v, mask = make("ragged")
+    _compare(q, k, v, mask, torch.float32, scale=scale)
+    weights = torch.randn(q.shape), torch.randn(q.shape[:3])
+    got, expected = (
+        _gradients(call, (q, k, v), weights)
+        for call in (
+            lambda *t: block_sparse_attention(
+                *t, mask, scale=scale, return_lse=True, backend="triton"
+            ),
+            lambda *t: block_sparse_attention_reference(*t, mask, scale=scale),
+        )
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
 def test_strided_input():

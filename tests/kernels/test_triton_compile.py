@@ -34,7 +34,7 @@ from vtr.kernels.triton_common import split_dim
 SHARED = 99 * 1024
 TYPES = {
     "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "ADDED": "*fp32", "PART_OUT": "*fp32",
-    "PART_LSE": "*fp32", "TILES": "*u8", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
+    "PART_LSE": "*fp32", "TILES": "*i32", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
     "scale": "fp32", "scale_log2": "fp32",
 }  # fmt: skip
 ELEMENTS = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV", "A", "B"}
@@ -159,6 +159,17 @@ def test_work_lists_are_not_made_in_a_capture(monkeypatch):
     with pytest.raises(RuntimeError, match="call once with this mask before the capture"):
         triton_common.refuse_capture(torch.device("cuda"), "work lists are made")
     triton_common.refuse_capture(torch.device("cpu"), "work lists are made")
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+def test_tiles_are_packed_bit_by_bit(width):
+    tiles = torch.rand(3, 16, width) < 0.5
+    words = triton_common.pack_tiles(tiles)
+    bits = min(32, width)
+    assert words.shape == (3, 16, width // bits) and words.dtype == torch.int32
+    for j in range(width):
+        assert torch.equal((words[..., j // bits] >> (j % bits)) & 1, tiles[..., j].int())
+    assert triton_common.pack_tiles(tiles[:0]).shape == (1, 16, width // bits)
 
 
 def test_bipartite():

@@ -35,8 +35,11 @@ from vtr.kernels.csr import Csr
 from vtr.kernels.triton_common import (
     Config,
     dot,
+    expand_words,
     load_row,
     load_rows,
+    load_words,
+    pack_tiles,
     precision,
     products,
     refuse_capture,
@@ -68,13 +71,13 @@ def _step(
     if D1 > 0:
         k1 = load_rows(k_base, key, stride_k, k_len, D0, D1, D, UNIT, MASKED)
         scores = dot(q1, tl.trans(k1), scores, PRECISION, UPCAST)
-    scores = scores * scale_log2
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1))
+    # m is scaled, the scores are not: one multiply-add each. Right for a scale above 0 alone.
+    m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
     # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    weights = tl.exp2(scores - m_safe[:, None])
+    weights = tl.exp2(tl.fma(scores, scale_log2, -m_safe[:, None]))
     keep = tl.exp2(m - m_safe)
     total = total * keep + tl.sum(weights, 1)
     v0 = load_rows(v_base, key, stride_v, k_len, 0, D0, D, UNIT, MASKED)
@@ -101,6 +104,8 @@ def _forward_kernel(
 ):  # fmt: skip
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
+    BITS: tl.constexpr = 32 if MASK_N >= 32 else MASK_N
+    WORDS: tl.constexpr = MASK_N // BITS
     # One axis of programs, the heads outermost: the others end at 65,535.
     lane = tl.program_id(0) // (items * SUB_M)
     item = tl.program_id(0) % (items * SUB_M) // SUB_M
@@ -130,19 +135,40 @@ def _forward_kernel(
         acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], dtype=tl.float32)
         inner = tl.arange(0, BLOCK_N)
 
+        # The block of the next step is read one step ahead: a load that waits for another load of
+        # its own step is not prefetched by the compiler.
+        block = tl.load(COL + first, first < last, other=0)
         for step in range(first * SUB_N, middle * SUB_N):
-            start = tl.load(COL + step // SUB_N) * MASK_N + (step % SUB_N) * BLOCK_N
-            key = start.to(tl.int64) + inner
+            key = (block * MASK_N + (step % SUB_N) * BLOCK_N).to(tl.int64) + inner
+            ahead = (step + 1) // SUB_N
+            block = tl.load(COL + ahead, ahead < last, other=0)
             m, total, acc0, acc1 = _step(
                 q0, q1, m, total, acc0, acc1, k_base, v_base, stride_ks, stride_vs, key, k_len, True,
                 scale_log2, D, D0, D1, UNIT, False, PRECISION, UPCAST,
             )  # fmt: skip
+        # The bits of a partial block too, into registers: through shared memory they would take the
+        # room of a stage of keys. Its number therefore is read two steps ahead.
+        tile = tl.load(TILE + middle, middle < last, other=0)
+        within = sub * BLOCK_M + offset
+        words = load_words(TILES, tile, within, 0, MASK_M, WORDS, BITS, BLOCK_N, False)
+        tile = tl.load(TILE + middle + 1 // SUB_N, middle + 1 // SUB_N < last, other=0)
         for step in range(middle * SUB_N, last * SUB_N):
-            column = (step % SUB_N) * BLOCK_N + inner
-            key = (tl.load(COL + step // SUB_N) * MASK_N).to(tl.int64) + column
-            tile = tl.load(TILE + step // SUB_N).to(tl.int64)
-            within = (sub * BLOCK_M + offset)[:, None] * MASK_N + column[None, :]
-            seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
+            column = step % SUB_N * BLOCK_N
+            key = (block * MASK_N + column).to(tl.int64) + inner
+            seen = expand_words(words, column, BITS, BLOCK_N, False)
+            words = load_words(
+                TILES,
+                tile,
+                within,
+                (step + 1) % SUB_N * BLOCK_N,
+                MASK_M,
+                WORDS,
+                BITS,
+                BLOCK_N,
+                False,
+            )
+            block = tl.load(COL + (step + 1) // SUB_N, (step + 1) // SUB_N < last, other=0)
+            tile = tl.load(TILE + (step + 2) // SUB_N, (step + 2) // SUB_N < last, other=0)
             m, total, acc0, acc1 = _step(
                 q0, q1, m, total, acc0, acc1, k_base, v_base, stride_ks, stride_vs, key, k_len, seen,
                 scale_log2, D, D0, D1, UNIT, True, PRECISION, UPCAST,
@@ -190,11 +216,13 @@ class Lists:
     ``items`` (P, I, 5) int32: query block (-1: nothing), first, middle and last entry, and the
     part of ``heavy`` that it is (-1: a whole row); the longest first, so that no long row is left
     for the end. ``heavy`` (P, R) int64: the rows that were cut, each into ``pieces``, -1 for none.
+    ``words``: what partial blocks keep (:func:`vtr.kernels.triton_common.pack_tiles`).
     """
 
     items: Tensor
     heavy: Tensor
     pieces: int
+    words: Tensor
     rows: Csr
     grid: tuple[int, int, int]  # patterns, query blocks, key blocks
 
@@ -225,7 +253,7 @@ def lists_of(mask: list[Tensor], dims: list[int]) -> Lists:
 
 
 def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
-    _, row_ptr, split, col, tile = mask[:5]
+    _, row_ptr, split, col, tile, tiles = mask[:6]
     q_len, k_len, bm, bn = dims
     nq, nk = -(-q_len // bm), -(-k_len // bn)
     patterns = split.numel() // nq
@@ -258,7 +286,8 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
     order = torch.where(items[..., 0] < 0, -1, length).argsort(dim=1, descending=True, stable=True)
     items = items.gather(1, order.unsqueeze(-1).expand_as(items)).int().contiguous()
 
-    return Lists(items, heavy, pieces, Csr(row_ptr, split, col, tile), (patterns, nq, nk))
+    rows = Csr(row_ptr, split, col, tile)
+    return Lists(items, heavy, pieces, pack_tiles(tiles), rows, (patterns, nq, nk))
 
 
 def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
@@ -286,8 +315,10 @@ def forward(
     mask: list[Tensor], dims: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
+    if scale <= 0.0:  # the kernel scales the maximum of a row, which wants a scale above 0
+        q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    pattern, _, _, col, tile, tiles = mask[:6]
+    pattern, _, _, col, tile = mask[:5]
     batch, heads, q_len, dim = q.shape
     lists = lists_of(mask, dims)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -299,7 +330,6 @@ def forward(
     rows = q if added is None else added.contiguous()
     main, rest = split_dim(dim)
     items = lists.items.shape[1]
-    bits = tiles.view(torch.uint8)
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
 
     unit, strides = unit_strides(q, k, v, out)
@@ -307,7 +337,7 @@ def forward(
     def launch(config: Config) -> None:
         _forward_kernel[(items * (dims[2] // config.block_m) * batch * heads,)](
             q, k, v, scales, rows, out, lse, part_out, part_lse,
-            lists.items, pattern, col, tile, bits,
+            lists.items, pattern, col, tile, lists.words,
             *strides, *steps,
             heads, heads // k.shape[1], items, parts, q_len, k.shape[2], scale * _LOG2E,
             D=dim, D0=main, D1=rest, UNIT=unit, MASK_M=dims[2], MASK_N=dims[3],

@@ -25,7 +25,9 @@ from torch import Tensor
 from vtr.kernels.triton_common import (
     Config,
     dot,
+    expand_words,
     load_rows,
+    load_words,
     precision,
     products,
     refuse_capture,
@@ -58,7 +60,7 @@ def _dq_step(
         v1 = load_rows(v_base, key, stride_v, k_len, D0, D1, D, UNIT, MASKED)
         scores = dot(q1, tl.trans(k1), scores, PRECISION, UPCAST)
         inner = dot(g1, tl.trans(v1), inner, PRECISION, UPCAST)
-    weights = tl.exp2(scores * scale_log2 - line[:, None])
+    weights = tl.exp2(tl.fma(scores, scale_log2, -line[:, None]))
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
     slope = weights * (inner - delta[:, None])
@@ -82,6 +84,8 @@ def _dq_kernel(
 ):  # fmt: skip
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
+    BITS: tl.constexpr = 32 if MASK_N >= 32 else MASK_N
+    WORDS: tl.constexpr = MASK_N // BITS
     lane = tl.program_id(0) // (items * SUB_M)
     item = tl.program_id(0) % (items * SUB_M) // SUB_M
     sub = tl.program_id(0) % SUB_M
@@ -115,19 +119,29 @@ def _dq_kernel(
     dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], dtype=tl.float32)
     inner = tl.arange(0, BLOCK_N)
+    # One step ahead, as in the forward, so that K and V are prefetched.
+    block = tl.load(COL + first, first < last, other=0)
     for step in range(first * SUB_N, middle * SUB_N):
-        start = tl.load(COL + step // SUB_N) * MASK_N + (step % SUB_N) * BLOCK_N
-        key = start.to(tl.int64) + inner
+        key = (block * MASK_N + (step % SUB_N) * BLOCK_N).to(tl.int64) + inner
+        ahead = (step + 1) // SUB_N
+        block = tl.load(COL + ahead, ahead < last, other=0)
         dq0, dq1 = _dq_step(
             q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_ks, stride_vs, key,
             k_len, True, scale_log2, D, D0, D1, UNIT, False, PRECISION, UPCAST,
         )  # fmt: skip
+    tile = tl.load(TILE + middle, middle < last, other=0)
+    within = sub * BLOCK_M + offset
+    words = load_words(TILES, tile, within, 0, MASK_M, WORDS, BITS, BLOCK_N, False)
+    tile = tl.load(TILE + middle + 1 // SUB_N, middle + 1 // SUB_N < last, other=0)
     for step in range(middle * SUB_N, last * SUB_N):
-        column = (step % SUB_N) * BLOCK_N + inner
-        key = (tl.load(COL + step // SUB_N) * MASK_N).to(tl.int64) + column
-        tile = tl.load(TILE + step // SUB_N).to(tl.int64)
-        within = (sub * BLOCK_M + offset)[:, None] * MASK_N + column[None, :]
-        seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
+        column = step % SUB_N * BLOCK_N
+        key = (block * MASK_N + column).to(tl.int64) + inner
+        seen = expand_words(words, column, BITS, BLOCK_N, False)
+        words = load_words(
+            TILES, tile, within, (step + 1) % SUB_N * BLOCK_N, MASK_M, WORDS, BITS, BLOCK_N, False
+        )
+        block = tl.load(COL + (step + 1) // SUB_N, (step + 1) // SUB_N < last, other=0)
+        tile = tl.load(TILE + (step + 2) // SUB_N, (step + 2) // SUB_N < last, other=0)
         dq0, dq1 = _dq_step(
             q0, q1, g0, g1, line, delta, dq0, dq1, k_base, v_base, stride_ks, stride_vs, key,
             k_len, seen, scale_log2, D, D0, D1, UNIT, True, PRECISION, UPCAST,
@@ -158,7 +172,7 @@ def _dkv_step(
     line = tl.load(line_base + row, row < q_len, other=float("inf"))
     line = tl.where(line == float("-inf"), float("inf"), line * 1.4426950408889634)
     delta = tl.load(delta_base + row, row < q_len, other=0.0)
-    weights = tl.exp2(scores * scale_log2 - line[None, :])
+    weights = tl.exp2(tl.fma(scores, scale_log2, -line[None, :]))
     if MASKED:
         weights = tl.where(seen, weights, 0.0)
     slope = weights * (inner - delta[None, :])
@@ -185,6 +199,8 @@ def _dkv_kernel(
 ):  # fmt: skip
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
+    BITS: tl.constexpr = 32 if MASK_N >= 32 else MASK_N
+    WORDS: tl.constexpr = MASK_N // BITS
     lane = tl.program_id(0) // (columns * SUB_N)
     place = tl.program_id(0) % (columns * SUB_N) // SUB_N
     sub = tl.program_id(0) % SUB_N
@@ -220,20 +236,28 @@ def _dkv_kernel(
         first = tl.load(ROW_PTR + entry)
         middle = tl.load(SPLIT + entry)
         last = tl.load(ROW_PTR + entry + 1)
+        row_block = tl.load(COL + first, first < last, other=0)
         for step in range(first * SUB_M, middle * SUB_M):
-            start = tl.load(COL + step // SUB_M) * MASK_M + (step % SUB_M) * BLOCK_M
-            row = start.to(tl.int64) + inner
+            row = (row_block * MASK_M + (step % SUB_M) * BLOCK_M).to(tl.int64) + inner
+            ahead = (step + 1) // SUB_M
+            row_block = tl.load(COL + ahead, ahead < last, other=0)
             dk0, dk1, dv0, dv1 = _dkv_step(
                 k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_qs, stride_gs,
                 LSE + at, DELTA + at, row, q_len, True, scale_log2,
                 D, D0, D1, UNIT, False, PRECISION, UPCAST,
             )  # fmt: skip
+        tile = tl.load(TILE + middle, middle < last, other=0)
+        words = load_words(TILES, tile, inner, sub * BLOCK_N, MASK_M, WORDS, BITS, BLOCK_N, True)
+        tile = tl.load(TILE + middle + 1 // SUB_M, middle + 1 // SUB_M < last, other=0)
         for step in range(middle * SUB_M, last * SUB_M):
-            line = (step % SUB_M) * BLOCK_M + inner
-            row = (tl.load(COL + step // SUB_M) * MASK_M).to(tl.int64) + line
-            tile = tl.load(TILE + step // SUB_M).to(tl.int64)
-            within = line[None, :] * MASK_N + column[:, None]
-            seen = tl.load(TILES + tile * MASK_M * MASK_N + within) != 0
+            row = (row_block * MASK_M + step % SUB_M * BLOCK_M).to(tl.int64) + inner
+            seen = expand_words(words, sub * BLOCK_N, BITS, BLOCK_N, True)
+            within = (step + 1) % SUB_M * BLOCK_M + inner
+            words = load_words(
+                TILES, tile, within, sub * BLOCK_N, MASK_M, WORDS, BITS, BLOCK_N, True
+            )
+            row_block = tl.load(COL + (step + 1) // SUB_M, (step + 1) // SUB_M < last, other=0)
+            tile = tl.load(TILE + (step + 2) // SUB_M, (step + 2) // SUB_M < last, other=0)
             dk0, dk1, dv0, dv1 = _dkv_step(
                 k0, k1, v0, v1, dk0, dk1, dv0, dv1, q_base, g_base, stride_qs, stride_gs,
                 LSE + at, DELTA + at, row, q_len, seen, scale_log2,
@@ -273,12 +297,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv; ``delta`` (B, H, Sq) float32."""
     q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
-    pattern, row_ptr, split, col, tile, tiles = mask[:6]
+    pattern, row_ptr, split, col, tile = mask[:5]
     batch, heads, q_len, dim = q.shape
     key_heads, k_len = k.shape[1], k.shape[2]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     lse, delta = lse.contiguous(), delta.float().contiguous()
-    bits = tiles.view(torch.uint8)
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
     main, rest = split_dim(dim)
     rows, columns = -(-q_len // dims[2]), -(-k_len // dims[3])
@@ -300,7 +323,7 @@ def backward(
 
     def launch_dq(config: Config) -> None:
         _dq_kernel[(rows * (dims[2] // config.block_m) * batch * heads,)](
-            q, k, v, dout, lse, delta, dq, items, pattern, col, tile, bits,
+            q, k, v, dout, lse, delta, dq, items, pattern, col, tile, lists.words,
             *inputs, *of_dq, *steps,
             heads, heads // key_heads, rows, q_len, k_len, scale, scale * _LOG2E,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shared,
@@ -310,7 +333,7 @@ def backward(
     def launch_dkv(config: Config) -> None:
         _dkv_kernel[(columns * (dims[3] // config.block_n) * batch * key_heads,)](
             q, k, v, dout, lse, delta, dk, dv, by_use,
-            by.row_ptr, by.split, by.col, by.tile, pattern, bits,
+            by.row_ptr, by.split, by.col, by.tile, pattern, lists.words,
             *inputs, *of_dkv, *steps,
             heads, key_heads, heads // key_heads, columns, q_len, k_len, scale, scale * _LOG2E,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, **shared,

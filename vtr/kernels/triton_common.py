@@ -168,3 +168,41 @@ def store_rows(
     pointer = base + row[:, None] * stride * UNIT + column[None, :]
     inside = (row[:, None] < limit) & (column[None, :] < D)
     tl.store(pointer, value.to(base.dtype.element_ty), inside)
+
+
+def pack_tiles(tiles: Tensor) -> Tensor:
+    """(T, bm, bn) bool to (max(T, 1), bm, bn / 32) int32: bit j of word w is key 32 w + j. Blocks of 16
+    keys have one word with 16 bits. An eighth of the bytes, and a row of a block is 16 bytes at most."""
+    bits = tiles.view(torch.uint8) if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:]).byte()
+    for width in (1, 2, 4):
+        bits = bits[..., ::2] | (bits[..., 1::2] << width)
+    words = torch.int32 if tiles.shape[-1] >= 32 else torch.int16
+    return bits.contiguous().view(words).int()
+
+
+@triton.jit
+def load_words(
+    words, tile, line, start, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
+    WIDTH: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """The words of partial block ``tile`` (see :func:`pack_tiles`) that hold queries ``line`` and keys
+    ``start`` .. ``start + WIDTH``: (queries, words), or (words, queries) with ACROSS."""
+    word = start // BITS + tl.arange(0, WIDTH // BITS if WIDTH > BITS else 1)
+    base = words + tile.to(tl.int64) * (ROWS * WORDS)
+    if ACROSS:
+        return tl.load(base + line[None, :] * WORDS + word[:, None])
+    else:
+        return tl.load(base + line[:, None] * WORDS + word[None, :])
+
+
+@triton.jit
+def expand_words(words, start, BITS: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr):
+    """A bit of :func:`load_words` per query and key, as bool."""
+    bit = start % BITS + tl.arange(0, BITS if WIDTH > BITS else WIDTH)
+    if ACROSS:
+        found = words[:, None, :] >> bit[None, :, None]
+        found = tl.reshape(found, [WIDTH, words.shape[1]])
+    else:
+        found = words[:, :, None] >> bit[None, None, :]
+        found = tl.reshape(found, [words.shape[0], WIDTH])
+    return (found & 1) != 0
