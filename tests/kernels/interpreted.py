@@ -40,7 +40,7 @@ def test_forward(name, dtype):
     _compare(q, k, v, mask, dtype, torch.rand(q.shape[:3]), added_rows(q, mask, dtype))
 
 
-@pytest.mark.parametrize("dim", [72, 96, 128])
+@pytest.mark.parametrize("dim", [32, 48, 72, 88, 96, 128, 160, 256])
 def test_head_dims(dim):
     q, k, v, mask = make("grouped", dim, torch.float32)
     _compare(q, k, v, mask, torch.float32, added=added_rows(q, mask))

@@ -20,7 +20,7 @@ from vtr.kernels.product import gains
 BACKENDS = ("triton", "flex", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the Triton kernels are built for; flex and sdpa take any head dim.
-TRITON_DIMS = (64, 72, 96, 128)
+TRITON_DIMS = tuple(sorted({72, 88, *range(32, 257, 16)}))
 # Compiling FlexAttention takes half a minute, so on the CPU it must have much to gain: live
 # query-key pairs over all heads. On 2 cores this is about a second of work.
 _FLEX_PAIRS = 1 << 23
@@ -60,8 +60,8 @@ def block_sparse_attention(
             added after ``row_scale`` to each output row of that block before it is rounded
             (Rectified SpaAttn's pooled values). Not the LSE.
         return_lse: also return the natural log-sum-exp of each row's scaled scores.
-        backend: ``"triton"`` (GPU; head dims 64, 72, 96, 128; blocks of 16, 32, 64 or 128
-            tokens), ``"flex"`` (compiled FlexAttention), ``"sdpa"`` (gathers key blocks, needs no
+        backend: ``"triton"`` (GPU; head dims 32 to 256 in steps of 16, 72 and 88; blocks of 16,
+            32, 64 or 128 tokens), ``"flex"`` (compiled FlexAttention), ``"sdpa"`` (gathers key blocks, needs no
             compiler), ``"reference"`` (eager, the whole map in memory), or ``"auto"``: the fastest
             that can do what is asked. Backends differ by rounding only.
 

@@ -275,18 +275,29 @@ def _dkv_kernel(
 def _configs(kernel: str, dim: int, bm: int, bn: int, kind: str) -> list[Config]:
     """Candidates as of the forward, but smaller: the backward holds two products more, and the kernel
     over columns (``kernel="dkv"``) two sums, for which few queries at a time leave it registers."""
+    width = sum(split_dim(dim))
     if kind == "exact":
-        tries = [(16, 16, 8, 1), (32, 32, 8, 1)] if dim > 64 else [(32, 32, 8, 1), (32, 32, 8, 2)]
-    elif dim <= 64:
-        tries = [(64, 64, 4, 2), (128, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)]
-        if kernel == "dkv":
-            tries = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 128, 8, 2)]
+        tries = [(16, 16, 8, 1), (32, 32, 8, 1)] if width > 64 else [(32, 32, 8, 1), (32, 32, 8, 2)]
+        if width > 128:
+            tries = [(16, 16, 8, 1)]
+    elif kernel == "dq":
+        if width <= 96:
+            tries = [(64, 64, 4, 3), (64, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)]
+        elif width <= 128:
+            tries = [(64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 8, 3), (128, 64, 8, 3)]
+        else:
+            tries = [(16, 32, 4, 3), (64, 32, 8, 3), (128, 32, 8, 3)]
+            tries += [(64, 64, 8, 3)] if width <= 192 else []
+    elif width <= 64:
+        tries = [(32, 64, 4, 3), (32, 128, 8, 3), (64, 64, 8, 3), (64, 128, 8, 3)]
+    elif width <= 128:
+        tries = [(32, 64, 8, 3), (32, 128, 8, 3)]
+    elif width <= 192:
+        tries = [(16, 64, 8, 3), (32, 64, 8, 3)]
     else:
-        tries = [(32, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)]
-        if kernel == "dkv":
-            tries = [(32, 64, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2), (64, 128, 8, 2)]
+        tries = [(16, 32, 8, 3), (16, 64, 8, 3)]
     if kind == "tf32":
-        tries = [(32, 32, 4, 2), *tries]
+        tries = [(32, 32, 4, 2) if width <= 128 else (16, 16, 4, 2), *tries]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
     return list(dict.fromkeys(found))
 
