@@ -11,7 +11,7 @@ EXTRAS := vision,vlm,video,diffusion,ui,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
-.PHONY: demo test lint types contract compat canary lock gpu docs clean \
+.PHONY: demo test lint types contract compat candidates canary lock gpu docs clean \
 	$(VENV)-newest $(VENV)-canary
 
 $(BIN)/uv: requirements/uv.txt
@@ -80,6 +80,10 @@ canary: $(VENV)-canary
 	$(call run,canary,$(COMPAT))
 
 run = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$(1)/bin/python -m pytest -n 2 -m $(2) tests
+
+# Every configuration that the Triton kernels choose from, compiled for sm_90: some minutes, no GPU.
+candidates: $(VENV)/.installed
+	VTR_EVERY_CANDIDATE=1 $(RUN) pytest -n 2 tests/kernels/test_triton_candidates.py
 
 # On a machine with a CUDA device: the gpu tests, and the benchmarks, which write benchmarks/results/.
 # Uses the Python that is there, because a GPU machine brings its own torch: make gpu PYTHON=python3

@@ -16,10 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from tests.kernels.compiled import compiled, constants_of
 from vtr.kernels import (
     BlockMask,
     triton_attention,
@@ -32,46 +30,6 @@ from vtr.kernels.triton_common import split_dim
 
 # Bytes of shared memory that one program may use on an RTX 30 or 40; an H100 or H200 has 227 KiB.
 SHARED = 99 * 1024
-TYPES = {
-    "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "ADDED": "*fp32", "PART_OUT": "*fp32",
-    "PART_LSE": "*fp32", "TILES": "*i32", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
-    "scale": "fp32", "scale_log2": "fp32",
-}  # fmt: skip
-ELEMENTS = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV", "A", "B"}
-
-
-def _compile(kernel, element, constants, warps, stages, aligned=False):
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ELEMENTS:
-            signature[name] = f"*{element}"
-        elif name in TYPES:
-            signature[name] = TYPES[name]
-        elif name.isupper():
-            signature[name] = "*i32"
-        else:
-            signature[name] = "i32"
-        # As at a launch: pointers are multiples of 16, strides where their unit does not stand for it.
-        if signature[name].startswith("*") or (aligned and name.startswith("stride_")):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": stages},
-    )
-
-
-def _constants(dim, config, bm, bn):
-    main, rest = split_dim(dim)
-    return {
-        "D": dim, "D0": main, "D1": rest, "UNIT": 8, "MASK_M": bm, "MASK_N": bn, "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n, "PRECISION": "ieee", "UPCAST": False,
-    }  # fmt: skip
-
-
 CASES = [("bf16", 128, 128, 128), ("fp16", 72, 128, 64), ("fp32", 64, 64, 64), ("bf16", 96, 16, 16)]
 KINDS = {"bf16": "half", "fp16": "half", "fp32": "exact"}
 
@@ -79,8 +37,8 @@ KINDS = {"bf16": "half", "fp16": "half", "fp32": "exact"}
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES)
 def test_forward(element, dim, bm, bn):
     config = triton_attention._configs(dim, bm, bn, KINDS[element])[0]
-    constants = {**_constants(dim, config, bm, bn), "HAS_ROW_SCALE": True, "HAS_ADDED": True}
-    made = _compile(
+    constants = {**constants_of(dim, config, bm, bn), "HAS_ROW_SCALE": True, "HAS_ADDED": True}
+    made = compiled(
         triton_attention._forward_kernel, element, constants, config.warps, config.stages
     )
     assert made.metadata.shared <= SHARED
@@ -93,8 +51,8 @@ def test_forward(element, dim, bm, bn):
 @pytest.mark.parametrize(("element", "dim", "bm", "bn"), CASES[:2])
 def test_backward(kernel, element, dim, bm, bn):
     config = triton_backward._configs(kernel, dim, bm, bn, KINDS[element])[0]
-    constants = _constants(dim, config, bm, bn)
-    made = _compile(
+    constants = constants_of(dim, config, bm, bn)
+    made = compiled(
         getattr(triton_backward, f"_{kernel}_kernel"),
         element,
         constants,
@@ -108,9 +66,9 @@ def test_backward(kernel, element, dim, bm, bn):
 def test_float32_where_the_user_allows_tf32():
     """Twice the bytes of bfloat16 in the same memory, on tensor cores."""
     config = triton_attention._configs(128, 128, 128, "tf32")[0]
-    constants = {**_constants(128, config, 128, 128), "PRECISION": "tf32"}
+    constants = {**constants_of(128, config, 128, 128), "PRECISION": "tf32"}
     constants |= {"HAS_ROW_SCALE": False, "HAS_ADDED": False}
-    made = _compile(
+    made = compiled(
         triton_attention._forward_kernel, "fp32", constants, config.warps, config.stages
     )
     assert made.metadata.shared <= SHARED
@@ -121,7 +79,7 @@ def test_joining_heavy_rows():
     main, rest = split_dim(72)
     constants = {"D": 72, "D0": main, "D1": rest, "MASK_M": 128, "ROWS": 16}
     constants |= {"HAS_ROW_SCALE": True, "HAS_ADDED": True}
-    made = _compile(triton_join._join_kernel, "bf16", constants, 4, 3)
+    made = compiled(triton_join._join_kernel, "bf16", constants, 4, 3)
     assert made.metadata.shared <= SHARED
 
 
@@ -175,7 +133,7 @@ def test_tiles_are_packed_bit_by_bit(width):
 def test_bipartite():
     constants = {"D": 72, "CHUNK": 64, "BLOCK_M": 64, "BLOCK_N": 64, "HAS_MASK": True}
     constants |= {"UNIT": 8, "UPCAST": False}
-    made = _compile(triton_bipartite._match_kernel, "fp32", constants, 4, 3)
+    made = compiled(triton_bipartite._match_kernel, "fp32", constants, 4, 3)
     assert made.metadata.shared <= SHARED
 
 

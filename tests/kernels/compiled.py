@@ -1,0 +1,100 @@
+"""Compiles the Triton kernels as a launch would, without a GPU, and reads what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vtr.kernels.triton_common import split_dim
+
+TYPES = {
+    "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "ADDED": "*fp32", "PART_OUT": "*fp32",
+    "PART_LSE": "*fp32", "TILES": "*i32", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
+    "scale": "fp32", "scale_log2": "fp32",
+}  # fmt: skip
+ELEMENTS = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV", "A", "B"}
+
+
+def compiled(kernel, element, constants, warps, stages, aligned=False, capability=90):
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ELEMENTS:
+            signature[name] = f"*{element}"
+        elif name in TYPES:
+            signature[name] = TYPES[name]
+        elif name.isupper():
+            signature[name] = "*i32"
+        else:
+            signature[name] = "i32"
+        # As at a launch: pointers are multiples of 16, strides where their unit does not stand for it.
+        if signature[name].startswith("*") or (aligned and name.startswith("stride_")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+
+
+def constants_of(dim, config, bm, bn):
+    main, rest = split_dim(dim)
+    return {
+        "D": dim, "D0": main, "D1": rest, "UNIT": 8, "MASK_M": bm, "MASK_N": bn, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "PRECISION": "ieee", "UPCAST": False,
+    }  # fmt: skip
+
+
+@dataclass
+class Report:
+    """What the compilers said: shared memory and spilled bytes, warnings, and by main loop how many
+    groups of copies may still be under way when it waits for the ones that it needs."""
+
+    shared: int
+    spilled: int
+    warnings: list[str]
+    in_flight: list[list[int]]
+
+
+def report(kernel, element, constants, config, capability=90) -> Report:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), knobs.compilation.scope(), knobs.nvidia.scope():
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        made = compiled(
+            kernel, element, constants, config.warps, config.stages, capability=capability
+        )
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said.getvalue())
+    assert spills, said.getvalue()
+    return Report(
+        shared=made.metadata.shared,
+        spilled=max(map(int, spills.groups())),
+        warnings=sorted(set(re.findall(r"C7\d\d\d", said.getvalue()))),
+        in_flight=_in_flight(made.asm["ttgir"]),
+    )
+
+
+def _in_flight(text: str) -> list[list[int]]:
+    """The ``async_wait`` of each loop that multiplies."""
+    depth, open_loops, loops = 0, [], []
+    for line in text.splitlines():
+        if "scf.for" in line:
+            loops.append({"waits": [], "multiplies": False})
+            open_loops.append((depth, loops[-1]))
+        if open_loops:
+            loop = open_loops[-1][1]
+            loop["waits"] += map(int, re.findall(r"async_wait.*num = (\d+)", line))
+            loop["multiplies"] |= "warp_group_dot " in line or "tt.dot " in line
+        depth += line.count("{") - line.count("}")
+        while open_loops and depth <= open_loops[-1][0]:
+            open_loops.pop()
+    return [loop["waits"] for loop in loops if loop["multiplies"]]
