@@ -18,9 +18,11 @@ there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,7 @@ from vtr.kernels.triton_common import (
     Config,
     dot,
     expand_words,
+    interpreting,
     load_row,
     load_rows,
     load_words,
@@ -333,6 +336,46 @@ def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def forward_kernel(name: str | None) -> Iterator[None]:
+    """Forces the forward kernel inside of the block, for tests and benchmarks: ``"gluon"`` (raises
+    where it cannot run), ``"triton"``, or None for the choice that is made without."""
+    global _forced
+    if name not in ("gluon", "triton", None):
+        raise ValueError(f'name must be "gluon", "triton" or None, not {name!r}')
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def _gluon() -> Any:
+    """The module of the Hopper kernel, or why this Triton's Gluon, which is experimental, lacks it."""
+    if interpreting():
+        return "Gluon has no interpreter"
+    try:
+        from vtr.kernels import gluon_attention
+    except (ImportError, AttributeError) as error:
+        return f"the Gluon of the installed triton package lacks a name: {error}"
+    return gluon_attention
+
+
+def _hopper(q: Tensor, k: Tensor, v: Tensor, block: list[int], scale: float) -> Any:
+    """The module of the Hopper kernel where it is to run, else None."""
+    if _forced == "triton":
+        return None
+    module = _gluon()
+    why = module if isinstance(module, str) else module.refuses(q, k, v, block, scale)
+    if why and _forced == "gluon":
+        raise RuntimeError(f"{why}; the Triton kernel runs without forward_kernel")
+    return None if why else module
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
     mask: list[Tensor], dims: list[int], scale: float,
@@ -369,10 +412,18 @@ def forward(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
+    hopper = _hopper(q, k, v, dims[2:], scale)
     kind = products(q.dtype)
     key = ("forward", q.device, q.dtype, kind, dim, *dims[2:], lists.items.shape[1] > 512)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
-        tuned(key, _configs(dim, dims[2], dims[3], kind), launch)
+        if hopper is None:
+            tuned(key, _configs(dim, dims[2], dims[3], kind), launch)
+        else:
+            hopper.launch(
+                q, k, v, None if row_scale is None else scales, None if added is None else rows,
+                out, lse, part_out, part_lse, lists.items, mask, dims[2:], scale * _LOG2E,
+                hopper.plan(dim, dims[2:]),
+            )  # fmt: skip
         if parts:
             triton_join.join(
                 out, lse, part_out, part_lse,

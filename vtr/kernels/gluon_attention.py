@@ -1,0 +1,402 @@
+"""Block-sparse flash attention for Hopper in Gluon: the forward kernel and its launch.
+
+The arithmetic is that of :mod:`vtr.kernels.triton_attention`, which calls this module where
+:func:`refuses` finds nothing against it and is what runs otherwise. What differs is who does what
+(warp specialisation as in FlashAttention-3, Shah et al. 2024): one warp copies the key blocks of a row
+into two rings of shared memory, K and V apart, through the tensor memory accelerator (TMA); each
+consumer, a group of four warps, holds 64 queries and has the next scores and the last values in the
+tensor cores while it computes weights.
+
+Rings. A slot of a ring has two barriers. ``full`` completes when the copy has arrived (one arrival, with
+the bytes expected), ``empty`` when every consumer has read it (one arrival each). Tile j uses slot j mod
+STAGES in round j div STAGES; consumers wait for phase ``round & 1`` of ``full``, the producer for the
+other phase of ``empty``, which a fresh barrier counts as complete. ``tests/kernels/test_gluon.py`` plays
+the protocol through.
+
+Tails. Descriptors have four axes (batch, head, token, head dim), so that rows past the end of a head read
+as zeros and are not written, whatever lies behind them in memory.
+"""
+
+# Device functions are typed by Triton when they are compiled.
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Renamed in Triton 3.7 or later.
+_copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+_ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+    b, h, key_head, row, first, last,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Copies the queries of the row, and its key blocks one after the other as slots become free."""
+    SUB_N: gl.constexpr = MASK_N // BLOCK_N
+    if last > first:
+        mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
+        for g in gl.static_range(GROUPS):
+            _copy_in(q_desc, [b, h, row + g * 64, 0], q_full, q_s.index(g))
+        column = gl.load(COL + first)
+        for j in range(0, (last - first) * SUB_N):
+            key = column * MASK_N + (j % SUB_N) * BLOCK_N
+            following = first + (j + 1) // SUB_N
+            column = gl.load(COL + following, mask=following < last, other=0)
+            slot = j % STAGES
+            other_phase = ((j // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(slot), other_phase)
+            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+            _copy_in(k_desc, [b, key_head, key, 0], k_full.index(slot), k_s.index(slot))
+            mbarrier.wait(v_empty.index(slot), other_phase)
+            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+            _copy_in(v_desc, [b, key_head, key, 0], v_full.index(slot), v_s.index(slot))
+
+
+@gluon.jit
+def _hide(
+    scores, j, first, TILE, BITS, WHICH: gl.constexpr,
+    MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Scores with -inf wherever the tile of a partial block has a zero bit."""
+    layout: gl.constexpr = scores.type.layout
+    SUB_N: gl.constexpr = MASK_N // BLOCK_N
+    tile = gl.load(TILE + first + j // SUB_N).to(gl.int64)
+    row = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
+    words = BITS + (tile * MASK_M + row) * (MASK_N // 32) + (j % SUB_N) * (BLOCK_N // 32)
+    bits = gl.zeros([64, BLOCK_N], gl.int32, layout)
+    for w in gl.static_range(BLOCK_N // 32):
+        word = gl.load(words + w)
+        bits = gl.where((column // 32 == w)[None, :], word[:, None], bits)
+    seen = ((bits >> (column % 32)[None, :]) & 1) != 0
+    return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
+def _step(
+    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, j, first, scale_log2,
+    TILE, BITS, WHICH: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
+    MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Scores of tile j and values of tile j - 1, both in the tensor cores; then the weights of tile j."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    slot = j % STAGES
+    before = (j - 1) % STAGES
+    mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+    keys = k_s.index(slot).reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    scores_later = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
+    values = v_s.index(before).reshape([BLOCK_N, q.shape[1]])
+    acc_later = warpgroup_mma(weights, values, acc, is_async=True)
+    scores = warpgroup_mma_wait(1, [scores_later])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    if MASKED:
+        scores = _hide(scores, j, first, TILE, BITS, WHICH, MASK_M, MASK_N, BLOCK_N)
+    m_new = gl.maximum(m, gl.max(scores, 1) * scale_log2)
+    # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
+    m_safe = gl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    new = gl.exp2(scores * scale_log2 - m_safe[:, None])
+    keep = gl.exp2(m - m_safe)
+    total = total * keep + gl.sum(new, 1)
+    acc = warpgroup_mma_wait(0, [acc_later])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    weights = gl.convert_layout(new.to(weights.dtype), weights.type.layout)
+    acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return weights, m_new, total, acc
+
+
+@gluon.jit
+def _consume(
+    o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+    b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
+    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK_M: gl.constexpr,
+    MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+    HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
+):  # fmt: skip
+    """Attends for queries 64 WHICH.. of the row and writes what becomes of them."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    w_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    SUB_N: gl.constexpr = MASK_N // BLOCK_N
+    full = (middle - first) * SUB_N
+    count = (last - first) * SUB_N
+    m = gl.full([64], float("-inf"), gl.float32, s_rows)
+    total = gl.zeros([64], gl.float32, s_rows)
+    acc = gl.zeros([64, D], gl.float32, o_layout)
+    if count > 0:
+        q = q_s.index(WHICH).reshape([64, D])
+        mbarrier.wait(q_full, 0)
+        mbarrier.wait(k_full.index(0), 0)
+        keys = k_s.index(0).reshape([BLOCK_N, D]).permute((1, 0))
+        zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+        scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
+        mbarrier.arrive(k_empty.index(0), count=1)
+        if full == 0:
+            scores = _hide(scores, 0, first, TILE, BITS, WHICH, MASK_M, MASK_N, BLOCK_N)
+        m = gl.max(scores, 1) * scale_log2
+        m_safe = gl.where(m == float("-inf"), 0.0, m)
+        new = gl.exp2(scores * scale_log2 - m_safe[:, None])
+        total = gl.sum(new, 1)
+        weights = gl.convert_layout(new.to(q.dtype), w_layout)
+        for j in range(1, full):
+            weights, m, total, acc = _step(
+                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, j, first,
+                scale_log2, TILE, BITS, WHICH, False, STAGES, MASK_M, MASK_N, BLOCK_N,
+            )  # fmt: skip
+        for j in range(gl.maximum(full, 1), count):
+            weights, m, total, acc = _step(
+                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, j, first,
+                scale_log2, TILE, BITS, WHICH, True, STAGES, MASK_M, MASK_N, BLOCK_N,
+            )  # fmt: skip
+        end = (count - 1) % STAGES
+        mbarrier.wait(v_full.index(end), ((count - 1) // STAGES) & 1)
+        values = v_s.index(end).reshape([BLOCK_N, D])
+        acc = warpgroup_mma(weights, values, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc])
+
+    # ---- epilogue ----
+    nothing = total == 0.0
+    factor = 1.0 / gl.where(nothing, 1.0, total)
+    lse = gl.where(nothing, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453)
+    local = WHICH * 64 + gl.arange(0, 64, s_rows)
+    row = row_block * MASK_M + local
+    if part >= 0:
+        # A part of a heavy row: kept apart in float32, joined after the launch.
+        at = (lane.to(gl.int64) * parts + part) * MASK_M
+        line = at + WHICH * 64 + gl.arange(0, 64, o_rows)
+        column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+        out = acc * gl.convert_layout(factor, o_rows)[:, None]
+        gl.store(PART_OUT + line[:, None] * D + column[None, :], out)
+        gl.store(PART_LSE + at + local, lse)
+    elif row_block >= 0:
+        at = lane.to(gl.int64) * q_len
+        if HAS_ROW_SCALE:
+            factor *= gl.load(ROW_SCALE + at + row, mask=row < q_len, other=0.0).to(gl.float32)
+        out = acc * gl.convert_layout(factor, o_rows)[:, None]
+        if HAS_ADDED:
+            column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+            line = lane.to(gl.int64) * ((q_len + MASK_M - 1) // MASK_M) + row_block
+            out += gl.load(ADDED + line * D + column).to(gl.float32)[None, :]
+        # Through the place of the queries, which nobody reads any more.
+        place = q_s.index(WHICH)
+        _sync()
+        place.reshape([64, D]).store(out.to(q_s.dtype))
+        fence_async_shared()
+        _sync()
+        _copy_out(o_desc, [b, h, row_block * MASK_M + WHICH * 64, 0], place)
+        gl.store(LSE + at + row, lse, mask=row < q_len)
+        tma.store_wait(0)
+
+
+# How long the lists are differs from mask to mask; nothing is gained by knowing it.
+@gluon.jit(do_not_specialize=["items", "parts"])
+def _hopper_kernel(
+    q_desc, k_desc, v_desc, o_desc, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+    ITEMS, PATTERN, COL, TILE, BITS, stride_pb, stride_ph,
+    heads, group, items, parts, q_len, scale_log2,
+    D: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
+):  # fmt: skip
+    GROUPS: gl.constexpr = MASK_M // 64
+    lane = gl.program_id(0) // items
+    item = gl.program_id(0) % items
+    b = lane // heads
+    h = lane % heads
+    pattern = gl.load(PATTERN + b.to(gl.int64) * stride_pb + h.to(gl.int64) * stride_ph)
+    entry = ITEMS + (pattern.to(gl.int64) * items + item) * 5
+    row_block = gl.load(entry)
+    first = gl.load(entry + 1)
+    middle = gl.load(entry + 2)
+    last = gl.load(entry + 3)
+    part = gl.load(entry + 4)
+    # Heavy rows have a whole entry besides their parts, which says that there is nothing to do.
+    middle = gl.where(row_block >= 0, middle, first)
+    last = gl.where(row_block >= 0, last, first)
+
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
+    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
+    fence_async_shared()
+
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (_consume, (
+                o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
+                0, D, STAGES, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+            )),
+            (_consume, (
+                o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
+                1, D, STAGES, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+            )),
+            (_produce, (
+                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                b, h, h // group, row_block * MASK_M, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (
+                o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
+                0, D, STAGES, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+            )),
+            (_produce, (
+                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                b, h, h // group, row_block * MASK_M, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
+            )),
+        ], [1], [24])  # fmt: skip
+
+
+# ---- launch -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One variant of the kernel: keys of a tile, slots of each ring, and the registers of a thread
+    that the program is launched with (None: as many as there are for one program on a processor)."""
+
+    block_n: int
+    stages: int
+    registers: int | None = None
+
+
+def plan(dim: int, block: Sequence[int]) -> Plan:
+    """The variant for a head dim and a mask's blocks: of 128 queries one program on a processor, of
+    64 queries two, each with the shared memory and the registers that there are."""
+    if block[0] == 64:
+        return Plan(64, {128: 3, 64: 6}[dim], 128)
+    return Plan(block[1], {128: 2, 64: 4}[dim] * 128 // block[1])
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float) -> str:
+    """Why a call cannot run here, "" if it can."""
+    if not q.is_cuda or _capability(q.device)[0] != 9:
+        return "the Hopper kernel needs a device of compute capability 9.x"
+    if q.dtype not in _ELEMENTS:
+        return f"the Hopper kernel computes in bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"the Hopper kernel has head dims 64 and 128, not {q.shape[-1]}"
+    if any(n not in (64, 128) for n in block):
+        return f"the Hopper kernel has blocks of 64 and 128 tokens, not {tuple(block)}"
+    if not scale > 0:
+        return f"the Hopper kernel scales scores by a positive number, not {scale}"
+    if not all(_copyable(t) for t in (q, k, v)):
+        return (
+            "the Hopper kernel copies q, k and v by descriptors: none is empty, each begins at a "
+            "multiple of 16 bytes, its last axis is contiguous, and the strides of the others are "
+            "positive multiples of 8 elements"
+        )
+    return ""
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _copyable(t: Tensor) -> bool:
+    if t.numel() == 0 or t.data_ptr() % 16 or t.stride(-1) != 1:
+        return False
+    axes = zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    return all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in axes)
+
+
+@functools.cache
+def _layout(rows: int, dim: int, dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], _ELEMENTS[dtype])
+
+
+def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
+    dim = t.shape[-1]
+    strides = list(t.stride())
+    for axis in (2, 1, 0):  # the stride of an axis of one is never used, but must be in order
+        if t.shape[axis] == 1:
+            strides[axis] = t.shape[axis + 1] * strides[axis + 1]
+    block = [1, 1, rows, dim]
+    return TensorDescriptor(t, list(t.shape), strides, block, _layout(rows, dim, t.dtype))
+
+
+def pack(tiles: Tensor) -> Tensor:
+    """(T, M, N) bool as (T, M, N / 32) int32 words, column c in bit c mod 32 of word c div 32."""
+    # Eight bytes of 0 and 1 times this have the eight as their highest byte, the first lowest.
+    eights = tiles.contiguous().view(torch.uint8).view(torch.int64) * 0x0102040810204080
+    return (eights >> 56).to(torch.int8).view(torch.int32)
+
+
+_bits: dict[int, Tensor] = {}
+
+
+def _bits_of(mask: list[Tensor]) -> Tensor:
+    key = int(mask[6])
+    if key not in _bits:
+        _bits[key] = pack(mask[5])
+        weakref.finalize(mask[6], _bits.pop, key, None)
+    return _bits[key]
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None, out: Tensor,
+    lse: Tensor, part_out: Tensor, part_lse: Tensor, items: Tensor, mask: list[Tensor],
+    block: Sequence[int], scale_log2: float, plan: Plan,
+) -> None:  # fmt: skip
+    """Fills ``out`` and ``lse``, of heavy rows ``part_out`` and ``part_lse``, as the Triton kernel
+    does; for what :func:`refuses` has nothing against, on the current device."""
+    pattern, _, _, col, tile = mask[:5]
+    batch, heads, q_len, dim = q.shape
+    steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
+    _hopper_kernel[(batch * heads * items.shape[1],)](
+        _descriptor(q, 64), _descriptor(k, plan.block_n), _descriptor(v, plan.block_n),
+        _descriptor(out, 64), lse if row_scale is None else row_scale,
+        lse if added is None else added, lse, part_out, part_lse,
+        items, pattern, col, tile, _bits_of(mask), *steps,
+        heads, heads // k.shape[1], items.shape[1], part_out.shape[1], q_len, scale_log2,
+        D=dim, MASK_M=block[0], MASK_N=block[1], BLOCK_N=plan.block_n, STAGES=plan.stages,
+        HAS_ROW_SCALE=row_scale is not None, HAS_ADDED=added is not None,
+        num_warps=4, maxnreg=plan.registers,
+    )  # fmt: skip
