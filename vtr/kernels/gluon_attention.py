@@ -380,6 +380,17 @@ def _bits_of(mask: list[Tensor]) -> Tensor:
     return _bits[key]
 
 
+def constants(
+    dim: int, block: Sequence[int], plan: Plan, scaled: bool, adding: bool
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    return {
+        "D": dim, "MASK_M": block[0], "MASK_N": block[1], "BLOCK_N": plan.block_n,
+        "STAGES": plan.stages, "HAS_ROW_SCALE": scaled, "HAS_ADDED": adding,
+        "num_warps": 4, "maxnreg": plan.registers,
+    }  # fmt: skip
+
+
 def launch(
     q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None, out: Tensor,
     lse: Tensor, part_out: Tensor, part_lse: Tensor, items: Tensor, mask: list[Tensor],
@@ -396,7 +407,5 @@ def launch(
         lse if added is None else added, lse, part_out, part_lse,
         items, pattern, col, tile, _bits_of(mask), *steps,
         heads, heads // k.shape[1], items.shape[1], part_out.shape[1], q_len, scale_log2,
-        D=dim, MASK_M=block[0], MASK_N=block[1], BLOCK_N=plan.block_n, STAGES=plan.stages,
-        HAS_ROW_SCALE=row_scale is not None, HAS_ADDED=added is not None,
-        num_warps=4, maxnreg=plan.registers,
+        **constants(dim, block, plan, row_scale is not None, added is not None),
     )  # fmt: skip

@@ -345,7 +345,7 @@ def forward_kernel(name: str | None) -> Iterator[None]:
     where it cannot run), ``"triton"``, or None for the choice that is made without."""
     global _forced
     if name not in ("gluon", "triton", None):
-        raise ValueError(f'name must be "gluon", "triton" or None, not {name!r}')
+        raise ValueError(f'name must be "gluon", "triton" or None, not "{name}"')
     before, _forced = _forced, name
     try:
         yield
