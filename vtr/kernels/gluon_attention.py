@@ -41,6 +41,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from vtr.kernels.triton_common import refuse_capture
+
 # Renamed in Triton 3.7 or later.
 _copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -77,12 +79,11 @@ def _produce(
 
 
 @gluon.jit
-def _hide(
-    scores, j, first, TILE, BITS, WHICH: gl.constexpr,
+def _bits(
+    j, first, TILE, BITS, layout: gl.constexpr, WHICH: gl.constexpr,
     MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Scores with -inf wherever the tile of a partial block has a zero bit."""
-    layout: gl.constexpr = scores.type.layout
+    """For each score of a partial tile the word that has its bit: a few registers of every thread."""
     SUB_N: gl.constexpr = MASK_N // BLOCK_N
     tile = gl.load(TILE + first + j // SUB_N).to(gl.int64)
     row = WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
@@ -92,14 +93,24 @@ def _hide(
     for w in gl.static_range(BLOCK_N // 32):
         word = gl.load(words + w)
         bits = gl.where((column // 32 == w)[None, :], word[:, None], bits)
-    seen = ((bits >> (column % 32)[None, :]) & 1) != 0
-    return gl.where(seen, scores, float("-inf"))
+    return bits
+
+
+@gluon.jit
+def _hide(scores, bits, BLOCK_N: gl.constexpr):
+    """The scores whose bit is set, -inf for the others."""
+    column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, scores.type.layout))
+    # Without predicates, which the compiler would collect in words and take apart again: all ones
+    # where the bit is set, and 0xff800000 is -inf.
+    seen = (bits << (31 - column % 32)[None, :]) >> 31
+    hidden = (scores.to(gl.int32, bitcast=True) & seen) | (-0x800000 & ~seen)
+    return hidden.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
 def _step(
-    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, j, first, scale_log2,
-    TILE, BITS, WHICH: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
+    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j, first, scale_log2,
+    TILE, BITS, WHICH: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile j and values of tile j - 1, both in the tensor cores; then the weights of tile j."""
@@ -107,16 +118,22 @@ def _step(
     slot = j % STAGES
     before = (j - 1) % STAGES
     mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+    if TURNS:
+        mbarrier.wait(turns.index(WHICH), (j & 1) ^ WHICH)
     keys = k_s.index(slot).reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
     zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     scores_later = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
     values = v_s.index(before).reshape([BLOCK_N, q.shape[1]])
     acc_later = warpgroup_mma(weights, values, acc, is_async=True)
+    if TURNS:
+        mbarrier.arrive(turns.index(1 - WHICH), count=1)
+    if MASKED:
+        bits = _bits(j, first, TILE, BITS, s_layout, WHICH, MASK_M, MASK_N, BLOCK_N)
     scores = warpgroup_mma_wait(1, [scores_later])
     mbarrier.arrive(k_empty.index(slot), count=1)
     if MASKED:
-        scores = _hide(scores, j, first, TILE, BITS, WHICH, MASK_M, MASK_N, BLOCK_N)
+        scores = _hide(scores, bits, BLOCK_N)
     m_new = gl.maximum(m, gl.max(scores, 1) * scale_log2)
     # A row that has seen nothing yet has m = -inf, and -inf - -inf is NaN.
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
@@ -133,9 +150,9 @@ def _step(
 @gluon.jit
 def _consume(
     o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
     b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, MASK_M: gl.constexpr,
+    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, MASK_M: gl.constexpr,
     MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
@@ -161,7 +178,8 @@ def _consume(
         scores = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(k_empty.index(0), count=1)
         if full == 0:
-            scores = _hide(scores, 0, first, TILE, BITS, WHICH, MASK_M, MASK_N, BLOCK_N)
+            bits = _bits(0, first, TILE, BITS, s_layout, WHICH, MASK_M, MASK_N, BLOCK_N)
+            scores = _hide(scores, bits, BLOCK_N)
         m = gl.max(scores, 1) * scale_log2
         m_safe = gl.where(m == float("-inf"), 0.0, m)
         new = gl.exp2(scores * scale_log2 - m_safe[:, None])
@@ -169,13 +187,13 @@ def _consume(
         weights = gl.convert_layout(new.to(q.dtype), w_layout)
         for j in range(1, full):
             weights, m, total, acc = _step(
-                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, j, first,
-                scale_log2, TILE, BITS, WHICH, False, STAGES, MASK_M, MASK_N, BLOCK_N,
+                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
+                first, scale_log2, TILE, BITS, WHICH, False, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N,
             )  # fmt: skip
         for j in range(gl.maximum(full, 1), count):
             weights, m, total, acc = _step(
-                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, j, first,
-                scale_log2, TILE, BITS, WHICH, True, STAGES, MASK_M, MASK_N, BLOCK_N,
+                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
+                first, scale_log2, TILE, BITS, WHICH, True, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N,
             )  # fmt: skip
         end = (count - 1) % STAGES
         mbarrier.wait(v_full.index(end), ((count - 1) // STAGES) & 1)
@@ -224,7 +242,7 @@ def _hopper_kernel(
     ITEMS, PATTERN, COL, TILE, BITS, stride_pb, stride_ph,
     heads, group, items, parts, q_len, scale_log2,
     D: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = MASK_M // 64
     lane = gl.program_id(0) // items
@@ -251,7 +269,10 @@ def _hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
     mbarrier.init(q_full, count=1)
+    mbarrier.init(turns.index(0), count=1)
+    mbarrier.init(turns.index(1), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=GROUPS)
@@ -263,15 +284,15 @@ def _hopper_kernel(
         gl.warp_specialize([
             (_consume, (
                 o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
                 b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-                0, D, STAGES, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+                0, D, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_consume, (
                 o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
                 b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-                1, D, STAGES, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+                1, D, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
@@ -282,9 +303,9 @@ def _hopper_kernel(
         gl.warp_specialize([
             (_consume, (
                 o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
+                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
                 b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-                0, D, STAGES, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+                0, D, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
@@ -304,6 +325,7 @@ class Plan:
     block_n: int
     stages: int
     registers: int | None = None
+    turns: bool = False
 
 
 def plan(dim: int, block: Sequence[int]) -> Plan:
@@ -369,15 +391,16 @@ def pack(tiles: Tensor) -> Tensor:
     return (eights >> 56).to(torch.int8).view(torch.int32)
 
 
-_bits: dict[int, Tensor] = {}
+_packed: dict[int, Tensor] = {}
 
 
-def _bits_of(mask: list[Tensor]) -> Tensor:
+def _packed_of(mask: list[Tensor]) -> Tensor:
     key = int(mask[6])
-    if key not in _bits:
-        _bits[key] = pack(mask[5])
-        weakref.finalize(mask[6], _bits.pop, key, None)
-    return _bits[key]
+    if key not in _packed:
+        refuse_capture(mask[3].device, "tiles are packed")
+        _packed[key] = pack(mask[5])
+        weakref.finalize(mask[6], _packed.pop, key, None)
+    return _packed[key]
 
 
 def constants(
@@ -386,7 +409,7 @@ def constants(
     """What the kernel is compiled for."""
     return {
         "D": dim, "MASK_M": block[0], "MASK_N": block[1], "BLOCK_N": plan.block_n,
-        "STAGES": plan.stages, "HAS_ROW_SCALE": scaled, "HAS_ADDED": adding,
+        "STAGES": plan.stages, "TURNS": plan.turns, "HAS_ROW_SCALE": scaled, "HAS_ADDED": adding,
         "num_warps": 4, "maxnreg": plan.registers,
     }  # fmt: skip
 
@@ -405,7 +428,7 @@ def launch(
         _descriptor(q, 64), _descriptor(k, plan.block_n), _descriptor(v, plan.block_n),
         _descriptor(out, 64), lse if row_scale is None else row_scale,
         lse if added is None else added, lse, part_out, part_lse,
-        items, pattern, col, tile, _bits_of(mask), *steps,
+        items, pattern, col, tile, _packed_of(mask), *steps,
         heads, heads // k.shape[1], items.shape[1], part_out.shape[1], q_len, scale_log2,
         **constants(dim, block, plan, row_scale is not None, added is not None),
     )  # fmt: skip
