@@ -70,7 +70,7 @@ def _compile(dim, block, dtype=torch.bfloat16, epilogue=False):
     return gluon._hopper_kernel.run(
         gluon._descriptor(q, 64), gluon._descriptor(q, plan.block_n),
         gluon._descriptor(q, plan.block_n), gluon._descriptor(q, 64), rows, rows, rows, rows, rows,
-        numbers, numbers, numbers, numbers, numbers, 0, 0, 2, 1, 4, 0, 256, 0.1,
+        numbers, numbers, numbers, numbers, numbers, 0, 0, 2, 1, 4, 0, 256, 0.1, block[0] == 128,
         **gluon.constants(dim, block, plan, epilogue, epilogue), grid=(1,), warmup=True,
     )  # fmt: skip
 
@@ -122,6 +122,18 @@ def test_packed_tiles_hold_the_bits_of_the_bytes(block):
     bits = (words[..., column // 32] >> (column % 32)) & 1
     assert torch.equal(bits.bool(), tiles)
     assert gluon.pack(tiles[:0]).shape == (0, block[0], block[1] // 32)
+
+
+def test_items_carry_the_key_block_of_their_first_entry():
+    live = torch.rand(2, 9, 9) < 0.4
+    live[:, 3] = False
+    mask = BlockMask.from_blocks(live, q_len=288, k_len=288, block=32)
+    items = shared.lists_of(mask.tensors(), [288, 288, 32, 32]).items
+    walk = gluon.walk(mask.tensors(), items)
+    assert walk is gluon.walk(mask.tensors(), items)
+    assert torch.equal(walk.items[..., :5], items) and walk.items.is_contiguous()
+    for _, first, _, last, _, column, *_ in walk.items.flatten(0, 1).tolist():
+        assert first == last or column == mask.col[first]
 
 
 class _Barrier:

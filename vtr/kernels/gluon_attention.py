@@ -54,7 +54,7 @@ _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
-    b, h, key_head, row, first, last,
+    b, h, key_head, row, column, first, last,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Copies the queries of the row, and its key blocks one after the other as slots become free."""
@@ -63,7 +63,6 @@ def _produce(
         mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
         for g in gl.static_range(GROUPS):
             _copy_in(q_desc, [b, h, row + g * 64, 0], q_full, q_s.index(g))
-        column = gl.load(COL + first)
         for j in range(0, (last - first) * SUB_N):
             key = column * MASK_N + (j % SUB_N) * BLOCK_N
             following = first + (j + 1) // SUB_N
@@ -240,7 +239,7 @@ def _consume(
 def _hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
     ITEMS, PATTERN, COL, TILE, BITS, stride_pb, stride_ph,
-    heads, group, items, parts, q_len, scale_log2,
+    heads, group, items, parts, q_len, scale_log2, ONE_PATTERN: gl.constexpr,
     D: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, TURNS: gl.constexpr, HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
@@ -249,13 +248,17 @@ def _hopper_kernel(
     item = gl.program_id(0) % items
     b = lane // heads
     h = lane % heads
-    pattern = gl.load(PATTERN + b.to(gl.int64) * stride_pb + h.to(gl.int64) * stride_ph)
-    entry = ITEMS + (pattern.to(gl.int64) * items + item) * 5
+    # The first copies wait for what is read here, so that it is one read where it can be.
+    entry = ITEMS + item.to(gl.int64) * 8
+    if not ONE_PATTERN:
+        pattern = gl.load(PATTERN + b.to(gl.int64) * stride_pb + h.to(gl.int64) * stride_ph)
+        entry += pattern.to(gl.int64) * items * 8
     row_block = gl.load(entry)
     first = gl.load(entry + 1)
     middle = gl.load(entry + 2)
     last = gl.load(entry + 3)
     part = gl.load(entry + 4)
+    column = gl.load(entry + 5)
     # Heavy rows have a whole entry besides their parts, which says that there is nothing to do.
     middle = gl.where(row_block >= 0, middle, first)
     last = gl.where(row_block >= 0, last, first)
@@ -296,7 +299,7 @@ def _hopper_kernel(
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
-                b, h, h // group, row_block * MASK_M, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
+                b, h, h // group, row_block * MASK_M, column, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
@@ -309,7 +312,7 @@ def _hopper_kernel(
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
-                b, h, h // group, row_block * MASK_M, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
+                b, h, h // group, row_block * MASK_M, column, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
             )),
         ], [1], [24])  # fmt: skip
 
@@ -391,16 +394,31 @@ def pack(tiles: Tensor) -> Tensor:
     return (eights >> 56).to(torch.int8).view(torch.int32)
 
 
-_packed: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Walk:
+    """What the kernel reads of a mask. ``items`` (P, I, 8) int32: those of the work lists and the key
+    block of the first entry. ``bits``: see :func:`pack`."""
+
+    items: Tensor
+    bits: Tensor
 
 
-def _packed_of(mask: list[Tensor]) -> Tensor:
+_walks: dict[int, Walk] = {}
+
+
+def walk(mask: list[Tensor], items: Tensor) -> Walk:
+    """Makes it on the first use of a mask; ``items`` (P, I, 5) are those of its work lists."""
     key = int(mask[6])
-    if key not in _packed:
+    if key not in _walks:
         refuse_capture(mask[3].device, "tiles are packed")
-        _packed[key] = pack(mask[5])
-        weakref.finalize(mask[6], _packed.pop, key, None)
-    return _packed[key]
+        col = mask[3]
+        longer = items.new_zeros(*items.shape[:2], 8)
+        longer[..., :5] = items
+        if col.numel():
+            longer[..., 5] = col[items[..., 1].clamp(max=col.numel() - 1)]
+        _walks[key] = Walk(longer, pack(mask[5]))
+        weakref.finalize(mask[6], _walks.pop, key, None)
+    return _walks[key]
 
 
 def constants(
@@ -422,13 +440,14 @@ def launch(
     """Fills ``out`` and ``lse``, of heavy rows ``part_out`` and ``part_lse``, as the Triton kernel
     does; for what :func:`refuses` has nothing against, on the current device."""
     pattern, _, _, col, tile = mask[:5]
+    way = walk(mask, items)
     batch, heads, q_len, dim = q.shape
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
     _hopper_kernel[(batch * heads * items.shape[1],)](
         _descriptor(q, 64), _descriptor(k, plan.block_n), _descriptor(v, plan.block_n),
         _descriptor(out, 64), lse if row_scale is None else row_scale,
         lse if added is None else added, lse, part_out, part_lse,
-        items, pattern, col, tile, _packed_of(mask), *steps,
-        heads, heads // k.shape[1], items.shape[1], part_out.shape[1], q_len, scale_log2,
+        way.items, pattern, col, tile, way.bits, *steps,
+        heads, heads // k.shape[1], items.shape[1], part_out.shape[1], q_len, scale_log2, items.shape[0] == 1,
         **constants(dim, block, plan, row_scale is not None, added is not None),
     )  # fmt: skip
