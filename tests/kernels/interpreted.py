@@ -157,7 +157,7 @@ class _Launches:
 
 def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch):
     """Triton launches on the current device; axes but the first end at 65,535 programs."""
-    from vtr.kernels import triton_attention, triton_backward, triton_bipartite, triton_join
+    from vtr.kernels import triton_attention, triton_backward, triton_join
 
     monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
     monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
@@ -174,7 +174,6 @@ def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch
     for module, names in (
         (triton_attention, ["_forward_kernel"]),
         (triton_backward, ["_dq_kernel", "_dkv_kernel"]),
-        (triton_bipartite, ["_match_kernel"]),
         (triton_join, ["_join_kernel"]),
     ):
         for name in names:
@@ -185,27 +184,9 @@ def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch
     mask = BlockMask.from_blocks(live, q_len=288, k_len=288, block=16)
     q, k, v = (t.requires_grad_() for t in qkv(1, 1, 1, 288, 288, 64))
     block_sparse_attention(q, k, v, mask, backend="triton").sum().backward()
-    triton_bipartite.match(*(torch.randn(3, 40, 16) for _ in range(2)), None)
     for name, launches in notes.items():
         assert launches, name
         assert all(len(grid) == 1 and inside for grid, inside in launches), name
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 3, 8), (2, 70, 131, 72)], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-def test_bipartite_match(shape, dtype, masked):
-    from vtr.kernels.bipartite import _match_tiles
-    from vtr.kernels.triton_bipartite import match
-
-    batch, rows, columns, dim = shape
-    # Products of small integers are exact, so ties are ties.
-    a = torch.randint(-2, 3, (batch, rows, dim)).to(dtype)
-    b = torch.randint(-2, 3, (batch, columns, dim)).to(dtype)
-    mask = torch.rand(batch, columns) > 0.5 if masked else None
-    score, index = match(a, b, mask)
-    expected, choice = _match_tiles(a, b, mask)
-    assert torch.equal(score, expected) and torch.equal(index, choice)
 
 
 @pytest.mark.parametrize("name", ["ragged", "grouped"])

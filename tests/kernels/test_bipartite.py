@@ -117,6 +117,102 @@ def test_own_memory_is_linear():
     assert largest <= 2 * max(bipartite._TILE, bipartite._MIN_ROWS * rows) < rows * rows // 10
 
 
+# ---- on a GPU ---------------------------------------------------------------------------------
+
+
+def _rounded(x, bits=10):
+    """x with the factors of a product as TF32 has them."""
+    fraction, exponent = torch.frexp(x)
+    return torch.ldexp((fraction * 2 ** (bits + 1)).round(), exponent - bits - 1)
+
+
+@pytest.fixture(params=["float32", "tf32"])
+def on_gpu(request, monkeypatch):
+    """The code for GPUs, on tiles of 2,000 scores; with TF32 where the user allows it."""
+    monkeypatch.setattr(bipartite, "_GPU_TILE", 2000)
+    bmm = torch.bmm
+    monkeypatch.setattr(bipartite, "_half_product", lambda a, b: bmm(a.float(), b.float()))
+    if request.param == "tf32":
+        monkeypatch.setattr(bipartite, "_lowers_float32", lambda: True)
+        monkeypatch.setattr(
+            bipartite, "_search",
+            lambda a, b, mask, product=lambda a, b: bmm(_rounded(a), _rounded(b)), search=bipartite._search:
+                search(a, b, mask, product),
+        )  # fmt: skip
+    return bipartite._match_on_gpu
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (9, 20, 30), (2, 130, 97), (3, 300, 901)], ids=str)
+@pytest.mark.parametrize("masked", ["", "shared", "own"])
+def test_on_a_gpu_the_same_choice(on_gpu, size, masked):
+    torch.manual_seed(3)
+    batch, rows, columns = size
+    # Products of small integers are exact, so ties are ties.
+    a = torch.randint(-2, 3, (batch, rows, 8)).float()
+    b = torch.randint(-2, 3, (batch, columns, 8)).float()
+    mask = None
+    if masked:
+        mask = torch.rand(columns) > 0.5 if masked == "shared" else torch.rand(batch, columns) > 0.5
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        score, index = on_gpu(a.to(dtype), b.to(dtype), mask)
+        expected, choice = _plain(a, b, None, mask)
+        assert score.dtype == torch.float32 and index.dtype == torch.int64
+        assert torch.equal(score, expected) and torch.equal(index, choice)
+
+
+def test_on_a_gpu_products_are_float32_whatever_is_allowed(on_gpu):
+    torch.manual_seed(4)
+    a, b = _unit(2, 200, 64), _unit(2, 210, 64)
+    score, index = on_gpu(a, b, None)
+    exact = a.double() @ b.double().mT
+    assert (score - exact.amax(2)).abs().max() < 4e-7
+    chosen = exact.gather(2, index[..., None])[..., 0]
+    assert (chosen - exact.amax(2)).abs().max() < 4e-7
+    assert ((_rounded(a) @ _rounded(b).mT).amax(2) - exact.amax(2)).abs().max() > 1e-5
+
+
+def test_on_a_gpu_memory_is_that_of_a_tile(on_gpu):
+    found = []
+    kept = bipartite._scores
+
+    def scores(*args):
+        found.append(kept(*args).numel())
+        return kept(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bipartite, "_scores", scores)
+        on_gpu(_unit(3, 640, 8), _unit(3, 20, 8), None)
+    # As high as its number of rows divides: less than twice a tile.
+    assert sum(found) == 3 * 640 * 20 and max(found) < 2 * 2000
+
+
+def test_on_a_gpu_halves_are_multiplied_as_halves(monkeypatch):
+    a = _unit(2, 40, 16, dtype=torch.float16)
+    called = []
+    monkeypatch.setattr(
+        bipartite, "_half_product", lambda a, b: called.append(a.dtype) or a.float() @ b.float()
+    )
+    bipartite._match_on_gpu(a, a, None)
+    assert called == [torch.float16]
+    settings = torch.backends.cuda.matmul  # which cannot be patched
+    before, settings.allow_fp16_accumulation = settings.allow_fp16_accumulation, True
+    try:
+        score, _ = bipartite._match_on_gpu(a, a, None)
+    finally:
+        settings.allow_fp16_accumulation = before
+    assert called == [torch.float16]
+    torch.testing.assert_close(score, _plain(a, a)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_compiles_whole(monkeypatch, dtype):
+    monkeypatch.setattr(bipartite, "_match_tiles", bipartite._match_on_gpu)
+    a = _unit(2, 70, 16, dtype=dtype)
+    compiled = torch.compile(bipartite_match, fullgraph=True, backend="eager")
+    for got, expected in zip(compiled(a, a), _plain(a, a), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-7, rtol=0)
+
+
 def test_no_gradient_flows():
     a = _unit(1, 40, 8).requires_grad_()
     score, _ = bipartite_match(a, _unit(1, 40, 8))

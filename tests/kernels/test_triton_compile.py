@@ -22,7 +22,6 @@ from vtr.kernels import (
     BlockMask,
     triton_attention,
     triton_backward,
-    triton_bipartite,
     triton_common,
     triton_join,
 )
@@ -128,13 +127,6 @@ def test_tiles_are_packed_bit_by_bit(width):
     for j in range(width):
         assert torch.equal((words[..., j // bits] >> (j % bits)) & 1, tiles[..., j].int())
     assert triton_common.pack_tiles(tiles[:0]).shape == (1, 16, width // bits)
-
-
-def test_bipartite():
-    constants = {"D": 72, "CHUNK": 64, "BLOCK_M": 64, "BLOCK_N": 64, "HAS_MASK": True}
-    constants |= {"UNIT": 8, "UPCAST": False}
-    made = compiled(triton_bipartite._match_kernel, "fp32", constants, 4, 3)
-    assert made.metadata.shared <= SHARED
 
 
 def test_work_lists_cover_every_block_once(monkeypatch):

@@ -1,13 +1,15 @@
 """Best match of every A token among the B tokens, without holding the Na x Nb matrix.
 
 The matching step of ToMe (Bolya et al., "Token Merging", ICLR 2023, section 3): for each token of
-set A the most similar token of set B. Scores are made tile by tile and reduced while they are in
-cache, so the memory of its own is O(Na + Nb) and the reduction costs a fraction of the product.
+set A the most similar token of set B. Scores are made tile by tile: on the CPU they are reduced while
+they are in cache, so that the memory of its own is O(Na + Nb) and the reduction costs a fraction of the
+product; on a GPU tiles have a fixed number of scores.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -28,6 +30,10 @@ _FEW = 1 << 14
 # Reductions are vectorised in steps of this many elements; more than a few over are slow.
 _VECTOR = 32
 _OVER = 4
+# Scores per tile on a GPU: 64 MiB of float32, enough to keep it busy.
+_GPU_TILE = 1 << 24
+
+Search = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 
 
 def bipartite_match(
@@ -62,14 +68,10 @@ def bipartite_match(
         metric_a, metric_b = metric_a.detach(), metric_b.detach()
     if a_bias is not None and a_bias.requires_grad:
         a_bias = a_bias.detach()
-    if metric_a.is_cuda:
-        from vtr.kernels.triton_bipartite import match
-
+    match = _match_on_gpu if metric_a.is_cuda else _match_tiles
+    # Autocast would round the products, and with them the ranks that say which index is first.
+    with full_precision(metric_a.device) if lowers(metric_a.device) else nullcontext():
         score, index = match(metric_a, metric_b, b_mask)
-    else:
-        # Autocast would round the products, and with them the ranks that say which index is first.
-        with full_precision(metric_a.device) if lowers(metric_a.device) else nullcontext():
-            score, index = _match_tiles(metric_a, metric_b, b_mask)
     if a_bias is not None:
         score.add_(a_bias)
     return score, index
@@ -85,11 +87,7 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
         return _search(a, b, b_mask)
     # A compiled function cannot ask for the threads, and may run with others.
     tile = _TILE * (1 if torch.compiler.is_compiling() else torch.get_num_threads())
-    # Tiles of equal height: a last tile of a row or two would run at a vector product's speed,
-    # and with its order of summation.
-    samples = -(-batch // -(-batch // max(1, tile // (rows * columns))))
-    tiles = 1 if samples > 1 else max(1, rows // max(_MIN_ROWS, tile // columns))
-    search = _search
+    search: Search = _search
     if columns >= _SHORT_ROW:
         search = functools.partial(_compare, columns=columns)
         pad = -columns % _VECTOR
@@ -98,12 +96,68 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
             b = torch.cat([b, b[:, -1:].expand(batch, pad, b.shape[2])], dim=1)
             if b_mask is not None:
                 b_mask = torch.cat([b_mask, b_mask[..., -1:].expand(*b_mask.shape[:-1], pad)], -1)
+    return _in_tiles(a, b, b_mask, search, tile)
+
+
+def _match_on_gpu(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By the vendor's products: a kernel that holds no scores at all was half as fast."""
+    search: Search = _search
+    half = a.dtype in (torch.bfloat16, torch.float16)
+    if half and not torch.compiler.is_compiling() and _sums_in_float32(a.dtype):
+        search = functools.partial(_search, product=_half_product)
+    else:
+        a, b = a.float(), b.float()
+        if _lowers_float32():
+            # One product of the parts: high high + high low + low high.
+            (high, low), (b_high, b_low) = _parts(a), _parts(b)
+            a, b = torch.cat([high, high, low], 2), torch.cat([b_high, b_low, b_high], 2)
+    if graph_maker():
+        return search(a, b, b_mask)
+    return _in_tiles(a, b, b_mask, search, _GPU_TILE)
+
+
+def _half_product(a: Tensor, b: Tensor) -> Tensor:
+    """Exact products on tensor cores, summed and left in float32: ``bmm`` of halves alone would round
+    the sums."""
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+@torch.compiler.assume_constant_result
+def _sums_in_float32(dtype: torch.dtype) -> bool:
+    """Whether cuBLAS does so; ROCm has no such product, and users may allow sums in float16."""
+    settings = torch.backends.cuda.matmul
+    lowered = dtype == torch.float16 and getattr(settings, "allow_fp16_accumulation", False)
+    return torch.version.hip is None and not lowered
+
+
+@torch.compiler.assume_constant_result
+def _lowers_float32() -> bool:
+    """Whether the user allows TF32 in torch's products, which keeps 10 bits of the factors' 23."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as the sum of what TF32 keeps of it and a rest, which TF32 rounds by less than 2^-21 of x."""
+    high = (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+    return high, x - high
+
+
+def _in_tiles(
+    a: Tensor, b: Tensor, b_mask: Tensor | None, search: Search, tile: int
+) -> tuple[Tensor, Tensor]:
+    """Search tiles of about ``tile`` scores: of several samples, or of some rows of one."""
+    batch, rows, _ = a.shape
+    columns = b.shape[1]
+    # Tiles of equal height: a last tile of a row or two would run at a vector product's speed,
+    # and with its order of summation.
+    samples = -(-batch // -(-batch // max(1, tile // (rows * columns))))
+    tiles = 1 if samples > 1 else max(1, rows // max(_MIN_ROWS, tile // columns))
     if samples == batch and tiles == 1:
         return search(a, b, b_mask)
     if b_mask is not None:
         b_mask = b_mask.expand(batch, -1)
     height = -(-rows // tiles)
-    score = a.new_empty(batch, rows)
+    score = a.new_empty(batch, rows, dtype=torch.float32)
     index = torch.empty(batch, rows, dtype=torch.int64, device=a.device)
     for i in range(0, batch, samples):
         these = slice(i, i + samples)
@@ -114,15 +168,26 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
     return score, index
 
 
-def _scores(a: Tensor, b: Tensor, b_mask: Tensor | None) -> Tensor:
-    scores = torch.bmm(a, b.mT)
+def _scores(
+    a: Tensor,
+    b: Tensor,
+    b_mask: Tensor | None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.bmm,
+) -> Tensor:
+    scores = product(a, b.mT)
     if b_mask is not None:
         scores.masked_fill_(~(b_mask.unsqueeze(1) if b_mask.ndim == 2 else b_mask), float("-inf"))
     return scores
 
 
-def _search(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _scores(a, b, b_mask).max(2)
+def _search(
+    a: Tensor,
+    b: Tensor,
+    b_mask: Tensor | None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.bmm,
+) -> tuple[Tensor, Tensor]:
+    # The index is that of the first maximum, as torch's documentation promises.
+    found: tuple[Tensor, Tensor] = _scores(a, b, b_mask, product).max(2)
     return found
 
 
