@@ -11,7 +11,7 @@ EXTRAS := vision,vlm,video,diffusion,ui,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
-.PHONY: demo test lint types contract compat candidates canary lock gpu docs clean \
+.PHONY: demo test lint types contract compat candidates canary lock gpu gpu-first docs clean \
 	$(VENV)-newest $(VENV)-canary
 
 $(BIN)/uv: requirements/uv.txt
@@ -85,8 +85,11 @@ run = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$(1)/bin/python -m pytest -n 2 
 candidates: $(VENV)/.installed
 	VTR_EVERY_CANDIDATE=1 $(RUN) pytest -n 2 tests/kernels/test_triton_candidates.py
 
-# On a machine with a CUDA device: the gpu tests, and the benchmarks, which write benchmarks/results/.
+# On a machine with a CUDA device. gpu-first: what to know in five minutes; gpu: the gpu tests, and the benchmarks, which write benchmarks/results/.
 # Uses the Python that is there, because a GPU machine brings its own torch: make gpu PYTHON=python3
+gpu-first:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_first.py all --out gpu_first
+
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
 	PYTHONPATH=. $(PYTHON) benchmarks/vit.py

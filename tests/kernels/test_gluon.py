@@ -273,12 +273,23 @@ def test_other_devices_run_the_portable_kernel(monkeypatch):
 
 def test_the_kernel_can_be_chosen(simulated):
     q, k, v = _tensors()
-    assert shared._hopper(q, k, v, [128, 128], 0.1) is gluon
-    with shared.forward_kernel("triton"):
-        assert shared._hopper(q, k, v, [128, 128], 0.1) is None
-    assert shared._hopper(q, k, v, [128, 128], 0.1) is gluon
+    assert shared._hopper(q, k, v, [128, 128], 0.1) is None
+    with shared.forward_kernel("gluon"):
+        assert shared._hopper(q, k, v, [128, 128], 0.1) is gluon
+        with shared.forward_kernel("triton"):
+            assert shared._hopper(q, k, v, [128, 128], 0.1) is None
+    assert shared._hopper(q, k, v, [128, 128], 0.1) is None
     with pytest.raises(ValueError, match='"gluon", "triton" or None, not "cuda"'):
         shared.forward_kernel("cuda").__enter__()
+
+
+def test_a_kernel_chosen_by_the_environment_must_exist():
+    code = "import vtr.kernels.triton_attention"
+    environment = {**os.environ, "VTR_FORWARD_KERNEL": "cuda"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert 'VTR_FORWARD_KERNEL must be "gluon" or "triton", not "cuda"' in run.stderr
 
 
 def test_a_gluon_that_lacks_a_name_leaves_the_portable_kernel(monkeypatch):

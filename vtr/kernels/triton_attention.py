@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -336,13 +337,19 @@ def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-_forced: str | None = None
+# The Hopper kernel compiles and its prototype ran well, but itself it has not run on a GPU yet: until
+# ``make gpu-first`` has, it is used on request only.
+_forced: str | None = os.environ.get("VTR_FORWARD_KERNEL")
+if _forced not in ("gluon", "triton", None):
+    raise ValueError(f'VTR_FORWARD_KERNEL must be "gluon" or "triton", not "{_forced}"')
 
 
 @contextlib.contextmanager
 def forward_kernel(name: str | None) -> Iterator[None]:
-    """Forces the forward kernel inside of the block, for tests and benchmarks: ``"gluon"`` (raises
-    where it cannot run), ``"triton"``, or None for the choice that is made without."""
+    """Force the forward kernel inside of the block: ``"gluon"`` (the Hopper kernel; raises if it cannot
+    run), ``"triton"``, or ``None`` for the default, which is ``"triton"`` on every device today.
+
+    The environment variable ``VTR_FORWARD_KERNEL`` sets the same for a whole process."""
     global _forced
     if name not in ("gluon", "triton", None):
         raise ValueError(f'name must be "gluon", "triton" or None, not "{name}"')
@@ -366,14 +373,16 @@ def _gluon() -> Any:
 
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor, block: list[int], scale: float) -> Any:
-    """The module of the Hopper kernel where it is to run, else None."""
-    if _forced == "triton":
+    """The module of the Hopper kernel if it is asked for, else None."""
+    if _forced != "gluon":
         return None
     module = _gluon()
     why = module if isinstance(module, str) else module.refuses(q, k, v, block, scale)
-    if why and _forced == "gluon":
-        raise RuntimeError(f"{why}; the Triton kernel runs without forward_kernel")
-    return None if why else module
+    if why:
+        raise RuntimeError(
+            f"{why}; the Triton kernel runs without forward_kernel and VTR_FORWARD_KERNEL"
+        )
+    return module
 
 
 def forward(
