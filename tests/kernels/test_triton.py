@@ -50,6 +50,12 @@ def test_importing_the_package_imports_no_triton():
 GPU_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
+@pytest.fixture(autouse=True)
+def _choices_of_its_own(monkeypatch, tmp_path):
+    """What these tests choose is not for others."""
+    monkeypatch.setenv("VTR_CACHE", str(tmp_path))
+
+
 @pytest.fixture
 def untuned(monkeypatch):
     """The first configuration of each kernel: to time all of them for 60 kinds of call takes an hour."""

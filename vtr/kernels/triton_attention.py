@@ -37,6 +37,7 @@ from vtr.kernels import triton_backward, triton_join
 from vtr.kernels.csr import Csr
 from vtr.kernels.triton_common import (
     Config,
+    amount,
     dot,
     expand_words,
     interpreting,
@@ -423,7 +424,8 @@ def forward(
 
     hopper = _hopper(q, k, v, dims[2:], scale)
     kind = products(q.dtype)
-    key = ("forward", q.device, q.dtype, kind, dim, *dims[2:], lists.items.shape[1] > 512)
+    programs = amount(q.device, items * batch * heads)
+    key = ("forward", q.device, q.dtype, kind, dim, *dims[2:], programs)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
         if hopper is None:
             tuned(key, _configs(dim, dims[2], dims[3], kind), launch)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vtr.kernels.triton_common import (
     Config,
+    amount,
     dot,
     expand_words,
     load_rows,
@@ -354,6 +355,8 @@ def backward(
     kind = products(q.dtype)
     key = (q.device, q.dtype, kind, dim, *dims[2:])
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
-        tuned(("dq", *key), _configs("dq", dim, dims[2], dims[3], kind), launch_dq)
-        tuned(("dkv", *key), _configs("dkv", dim, dims[2], dims[3], kind), launch_dkv)
+        programs = amount(q.device, rows * batch * heads)
+        tuned(("dq", *key, programs), _configs("dq", dim, dims[2], dims[3], kind), launch_dq)
+        programs = amount(q.device, columns * batch * key_heads)
+        tuned(("dkv", *key, programs), _configs("dkv", dim, dims[2], dims[3], kind), launch_dkv)
     return dq, dk, dv

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vtr.kernels import choices
 
 try:
     import triton
@@ -44,19 +47,45 @@ _best: dict[tuple[Any, ...], Config] = {}
 def tuned(
     key: tuple[Any, ...], configs: Sequence[Config], launch: Callable[[Config], None]
 ) -> None:
-    """Launches with the fastest of the configurations, measured on the first call of a key.
+    """Launches with the fastest of the configurations, measured on the first call of a key and kept on
+    disk (:mod:`vtr.kernels.choices`).
 
     Triton's own autotuner needs a GPU even to be asked, so it cannot be used in the interpreter;
     there, and while a CUDA graph is captured, the first configuration runs, which must therefore
-    fit any device. ``launch`` must give the same result however often it runs.
+    fit any device. ``launch`` must give the same result however often it runs. ``key``: the
+    kernel, the device, and what else the choice depends on.
     """
     chosen = _best.get(key)
     if chosen is None:
-        if interpreting() or len(configs) == 1 or torch.cuda.is_current_stream_capturing():
+        if interpreting() or len(configs) == 1:
             launch(configs[0])
             return
-        chosen = _best[key] = _measure(configs, launch)
+        name, device, *rest = key
+        machine, kind = choices.machine(device), " ".join(map(str, [name, *rest]))
+        candidates = [astuple(config) for config in configs]
+        kept = choices.find(machine, kind)
+        if kept not in candidates:
+            if torch.cuda.is_current_stream_capturing():
+                launch(configs[0])
+                return
+            kept = choices.keep(machine, kind, astuple(_measure(configs, launch)), candidates)
+        chosen = configs[candidates.index(kept)]
+        _best[key] = chosen
     launch(chosen)
+
+
+def amount(device: torch.device, programs: int) -> str:
+    """A class of program counts, for the key of tuning: what is best for a device that is filled many
+    times over is not for one that is not filled once."""
+    if interpreting():
+        return "few"
+    rounds = programs / _multiprocessors(device)
+    return "few" if rounds < 2 else "some" if rounds < 16 else "many"
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _measure(configs: Sequence[Config], launch: Callable[[Config], None]) -> Config:

@@ -1,0 +1,115 @@
+"""Tuned tile sizes on disk: found by the next process, and never in the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from vtr.kernels import choices
+
+CHOICE = (128, 64, 8, 3)
+OTHER = (64, 64, 4, 3)
+BOTH = [CHOICE, OTHER]
+
+
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("VTR_CACHE", str(tmp_path / "made" / "later"))
+
+
+def test_what_was_kept_is_found_and_printed():
+    assert choices.find("H, torch 2", "forward 128") is None and not choices.load()
+    assert choices.keep("H, torch 2", "forward 128", CHOICE, BOTH) == CHOICE
+    choices.keep("H, torch 3", "forward 128", OTHER, BOTH)
+    assert choices.find("H, torch 2", "forward 128") == CHOICE
+    assert choices.find("H, torch 2", "forward 64") is None
+    assert choices.report().splitlines() == [
+        str(choices.path()),
+        "H, torch 2",
+        "  forward 128: 128 x 64, 8 warps, 3 stages",
+        "H, torch 3",
+        "  forward 128: 64 x 64, 4 warps, 3 stages",
+    ]
+    assert [file.name for file in choices.path().parent.iterdir()] == ["kernels-1.json"]
+
+
+def test_the_first_process_wins():
+    choices.keep("H", "dq", CHOICE, BOTH)
+    assert choices.keep("H", "dq", OTHER, BOTH) == choices.find("H", "dq") == CHOICE
+    # Unless what it chose is no candidate any more.
+    assert choices.keep("H", "dq", OTHER, [OTHER]) == choices.find("H", "dq") == OTHER
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", '{"H": 3}', '{"H": {"dq": [1, 2]}}', '{"H": {"dq": [1, 2, 3, "4"]}}'],
+)
+def test_a_broken_file_is_said_and_replaced(text, caplog):
+    choices.path().parent.mkdir(parents=True)
+    choices.path().write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert choices.find("H", "dq") is None
+    assert "are ignored" in caplog.text and str(choices.path()) in caplog.text
+    assert choices.keep("H", "dq", CHOICE, BOTH) == CHOICE
+    assert json.loads(choices.path().read_text()) == {"H": {"dq": list(CHOICE)}}
+
+
+def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VTR_CACHE", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        assert choices.keep("H", "dq", CHOICE, BOTH) == CHOICE
+    assert "cannot be written" in caplog.text
+
+
+def test_tuning_measures_once_for_all_processes(monkeypatch):
+    pytest.importorskip("triton")
+    from vtr.kernels import triton_common
+    from vtr.kernels.triton_common import Config
+
+    configs = [Config(64, 64, 4, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 4)]
+    ran, measured = [], []
+
+    def measure(given, launch):
+        measured.append(given)
+        return given[1]
+
+    def process(key, given=configs):
+        monkeypatch.setattr(triton_common, "_best", {})
+        for _ in range(2):
+            triton_common.tuned(key, given, ran.append)
+        return ran[-1]
+
+    monkeypatch.setattr(triton_common, "_measure", measure)
+    monkeypatch.setattr(triton_common, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    key = ("forward", torch.device("cuda", 1), torch.bfloat16, "half", 128, 128, 128, "many")
+    assert process(key) == process(key) == configs[1] and len(measured) == 1
+    assert process((*key[:-1], "few")) == configs[1] and len(measured) == 2
+    # A choice that is no candidate any more is measured again, and one is made in no capture.
+    for _ in range(2):
+        assert process(key, configs[::2]) == configs[2] and len(measured) == 3
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert process(key) == configs[2]
+    assert process(("dq", *key[1:])) == configs[0] and len(measured) == 3
+    assert choices.load().popitem()[1].keys() == {
+        "forward torch.bfloat16 half 128 128 128 many",
+        "forward torch.bfloat16 half 128 128 128 few",
+    }
+
+
+def test_a_small_call_does_not_choose_for_a_large_one(monkeypatch):
+    pytest.importorskip("triton")
+    from vtr.kernels import triton_common
+    from vtr.kernels.triton_common import amount
+
+    monkeypatch.setattr(triton_common, "interpreting", lambda: False)
+    monkeypatch.setattr(triton_common, "_multiprocessors", lambda device: 132)  # of an H200
+    device = torch.device("cuda")
+    assert [amount(device, n) for n in (8, 263, 264, 2111, 2112, 12_288)] == [
+        "few", "few", "some", "some", "many", "many",
+    ]  # fmt: skip

@@ -1,0 +1,103 @@
+"""The tile sizes that tuning chose, kept on disk, so that processes on one machine choose alike.
+
+Other tiles sum in another order, so a choice made anew in each process could round otherwise there.
+``python -m vtr.kernels.choices`` prints what is kept; to tune again, delete the file it names.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+_VERSION = 1  # of the file; a new number forgets what was chosen for other kernels
+_log = logging.getLogger(__name__)
+
+Choice = tuple[int, int, int, int]
+Choices = dict[str, dict[str, Choice]]
+
+
+def path() -> Path:
+    """The file: in ``$VTR_CACHE``, else in ``vtr`` in the user's cache folder."""
+    root = os.environ.get("VTR_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(root).expanduser() if root else Path(base).expanduser() / "vtr"
+    return home / f"kernels-{_VERSION}.json"
+
+
+def machine(device: torch.device) -> str:
+    """What choices hold for: the name of the device, the versions of torch and Triton."""
+    triton = importlib.metadata.version("triton")
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton}"
+
+
+def load() -> Choices:
+    """All choices, by machine and kind of call: rows and columns of a tile, warps, stages.
+
+    A file that cannot be read counts as empty, with a warning in the log.
+    """
+    file = path()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {m: {k: _choice(c) for k, c in kinds.items()} for m, kinds in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _log.warning("kernel choices in %s are ignored: %s", file, error)
+        return {}
+
+
+def _choice(values: Sequence[int]) -> Choice:
+    m, n, warps, stages = values
+    if not all(type(value) is int for value in values):
+        raise ValueError(f"a choice is four integers, not {values!r}")
+    return m, n, warps, stages
+
+
+def find(machine: str, kind: str) -> Choice | None:
+    """What was chosen for a kind of call, None if nothing was."""
+    return load().get(machine, {}).get(kind)
+
+
+def keep(machine: str, kind: str, choice: Choice, candidates: Collection[Choice]) -> Choice:
+    """Write a choice; returns the one to use, which is another process's if that came first and is
+    one of the candidates.
+
+    A file that cannot be written is left alone, with a warning in the log.
+    """
+    file, found = path(), load()
+    kinds = found.setdefault(machine, {})
+    if kinds.get(kind) in candidates:
+        return kinds[kind]
+    kinds[kind] = choice
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: no other process reads half a file.
+        with tempfile.NamedTemporaryFile(
+            "w", dir=file.parent, prefix=file.name, delete=False, encoding="utf-8"
+        ) as aside:
+            json.dump(found, aside, indent=1, sort_keys=True)
+        os.replace(aside.name, file)
+    except OSError as error:
+        _log.warning("kernel choices cannot be written to %s: %s", file, error)
+    return choice
+
+
+def report() -> str:
+    """The file and its choices, a line each."""
+    lines = [str(path())]
+    for name, kinds in sorted(load().items()):
+        lines.append(name)
+        for kind, (m, n, warps, stages) in sorted(kinds.items()):
+            lines.append(f"  {kind}: {m} x {n}, {warps} warps, {stages} stages")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
