@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.cases import SHAPES, added_rows, make, qkv, token_mask
 from tests.simulated import gpu, moved
@@ -142,6 +143,16 @@ def test_strides_that_are_no_multiple_of_8(dim):
     wide = torch.zeros(2, 2, 75, dim + 3)
     wide[..., :dim] = q
     _compare(wide[..., :dim], k, v, mask, torch.float32)
+
+
+def test_flops_of_the_backward_are_those_that_it_does():
+    """Seven products, not five: scores and dO V^T are made for dQ, and again for dK and dV."""
+    q, k, v, mask = make("ragged")
+    q.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        block_sparse_attention(q, k, v, mask, backend="triton").sum().backward()
+    pairs = mask.density * 75 * 59 * 2 * 2
+    assert counter.get_total_flops() == pytest.approx((4 + 14) * 64 * pairs, rel=1e-6)
 
 
 class _Launches:

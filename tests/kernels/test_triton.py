@@ -57,7 +57,16 @@ def _choices_of_its_own(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def untuned(monkeypatch):
+def portable():
+    """The Triton forward on a Hopper device too, which else runs a kernel of its own."""
+    from vtr.kernels.triton_attention import forward_kernel
+
+    with forward_kernel("triton"):
+        yield
+
+
+@pytest.fixture
+def untuned(monkeypatch, portable):
     """The first configuration of each kernel: to time all of them for 60 kinds of call takes an hour."""
     from vtr.kernels import triton_common
 
@@ -110,7 +119,7 @@ def test_gpu_backends_agree_on_a_long_ragged_mask(backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("which", range(5))
 @pytest.mark.parametrize(("dim", "dtype"), [(128, torch.float16), (72, torch.bfloat16)], ids=str)
-def test_gpu_every_configuration_is_right(dim, dtype, which, monkeypatch):
+def test_gpu_every_configuration_is_right(dim, dtype, which, monkeypatch, portable):
     from triton.runtime.errors import OutOfResources
 
     from vtr.kernels import triton_common

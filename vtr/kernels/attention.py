@@ -284,9 +284,7 @@ def _backward_operator(
         delta = (delta - dlse).masked_fill(lse == float("-inf"), 0.0)
     if row_scale is not None:
         dout = (dout * row_scale.unsqueeze(-1)).to(dout.dtype)
-    # Compiled FlexAttention has no operator for its backward; the Triton one serves it where it can.
-    by_flex = q.is_cuda and backend.startswith("flex")
-    if backend == "triton" or (by_flex and not _triton_refuses(q, dims[2:])):
+    if _backward_in_triton(q, dims, backend):
         from vtr.kernels import triton_attention
 
         return triton_attention.backward(dout, delta, q, k, v, lse, mask, dims, scale)
@@ -294,6 +292,12 @@ def _backward_operator(
 
     with full_precision(q.device):
         return sdpa.backward(dout, delta, q, k, v, lse, mask, dims, scale)
+
+
+def _backward_in_triton(q: Tensor, dims: list[int], backend: str) -> bool:
+    """Compiled FlexAttention has no operator for its backward; the Triton one serves it where it can."""
+    by_flex = q.is_cuda and backend.startswith("flex")
+    return backend == "triton" or (by_flex and not _triton_refuses(q, dims[2:]))
 
 
 @_backward_operator.register_fake
@@ -371,7 +375,10 @@ def _backward_flops(
     row_scale: Any,
     mask: Any,
     dims: Any,
+    scale: Any,
+    backend: str,
     *_: Any,
     **__: Any,
 ) -> int:
-    return _flops(q, mask, dims, 5)
+    # Scores and dO V^T are made by both Triton kernels, that over rows and that over columns.
+    return _flops(q, mask, dims, 7 if _backward_in_triton(q, dims, backend) else 5)
