@@ -38,7 +38,9 @@ from tests.vision.vlm.picks import (
     same,
 )
 from tests.vision.vlm.videos import video_llama_3
+from vtr.compat.transformers import cache_of, with_cache
 from vtr.vision.vlm.gate import forget_compiled
+from vtr.vision.vlm.language import LanguageSession
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -453,3 +455,62 @@ def test_generate_of_a_model_that_gives_all_logits_reads_no_padding() -> None:
         assert live[:, 0].all() and plain.shape[:2] == live.shape
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a[1], b[1], rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize(("method", "stops"), [(PROMPT, {0}), (DECODER, {0, 2, 3})])
+def test_decoding_steps_pass_layers_at_which_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch, method: Pick, stops: set[int]
+) -> None:
+    model, inputs = made("llava", 2)
+    entered: list[list[int]] = []
+    before = LanguageSession.before_layer
+
+    def noted(self: LanguageSession, i: int, *args: Any) -> Any:
+        if i == 0:
+            entered.append([])
+        entered[-1].append(i)
+        return before(self, i, *args)
+
+    monkeypatch.setattr(LanguageSession, "before_layer", noted)
+    layers = len(model.model.language_model.layers)
+    with vtr.apply(model, method):
+        plain = generate(model, inputs, max_new_tokens=3)
+        cache = cache_of(plain)
+        assert [len(e) for e in entered] == [layers, len(stops), len(stops)]
+        assert set(entered[1]) == stops
+        # With gradients a layer's input is noted, whatever happens before it.
+        entered.clear()
+        token = plain.sequences[:, -1:]
+        mask = torch.ones(2, inputs["input_ids"].shape[1] + 3, dtype=torch.long)
+        mask[:, : inputs["input_ids"].shape[1]] = inputs["attention_mask"]
+        again = copy.deepcopy(cache)
+        without = model(
+            input_ids=token, attention_mask=mask, **with_cache(type(model).forward, cache)
+        ).logits
+        with torch.enable_grad():
+            found = model(
+                input_ids=token, attention_mask=mask, **with_cache(type(model).forward, again)
+            ).logits
+        assert [len(e) for e in entered] == [len(stops), layers]
+        assert torch.equal(found, without)
+
+
+def test_a_step_that_failed_leaves_the_cache_guarded() -> None:
+    model, inputs = made("llava", 1)
+    token, ids = inputs["input_ids"][:, -1:], inputs["input_ids"]
+    mask = torch.ones(1, ids.shape[1] + 1, dtype=torch.long)
+    with vtr.apply(model, PROMPT):
+        cache = cache_of(model(**inputs, use_cache=True))
+        layer = model.model.language_model.layers[-1]
+        with pytest.raises(ValueError, match="columns, expected"):
+            model(
+                input_ids=token,
+                attention_mask=mask[:, 1:],
+                **with_cache(type(model).forward, cache),
+            )
+        hook = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=token, attention_mask=mask, **with_cache(type(model).forward, cache))
+        hook.remove()
+    with pytest.raises(RuntimeError, match="only be continued while a method is applied"):
+        model(input_ids=token, attention_mask=mask, **with_cache(type(model).forward, cache))

@@ -201,6 +201,19 @@ def remember(cache: Any, cuts: Cuts) -> None:
         cache.__dict__["get_seq_length"] = SeenTokens(cache)
 
 
+def unlock(cache: Any, cuts: Cuts) -> None:
+    """A wrapped model begins to run with this cache: its layers need not pass the guard."""
+    cuts.open = True
+    cache.__dict__.pop("update", None)
+
+
+def lock(cache: Any, cuts: Cuts) -> None:
+    """The wrapped model is done."""
+    cuts.open = False
+    if cuts_of(cache) is not None:
+        cache.__dict__["update"] = Guard(cache)
+
+
 def forget(cache: Any) -> None:
     for name in (ATTRIBUTE, FOLLOW, "update", "get_seq_length", *CACHE_ROWS):
         cache.__dict__.pop(name, None)

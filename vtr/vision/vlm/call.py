@@ -92,7 +92,7 @@ class Call:
         self.history = history
         self.cuts = cuts
         self.positions = positions
-        self.cache = cache
+        self.cache = self.given = cache
         self.visual = visual = None if kinds is None else kinds > 0
         self.layout = self.entered = Layout(live, visual)
         self.segments: list[tuple[int, Layout]] = []

@@ -32,7 +32,7 @@ from vtr.core.tokens import TokenMap, top_indices
 from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, Entry
 from vtr.errors import UnsupportedMethodError
-from vtr.vision.vlm.cache import cuts_of, forget, length_of, remember
+from vtr.vision.vlm.cache import cuts_of, forget, length_of, lock, remember, unlock
 from vtr.vision.vlm.call import Call, Held
 from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.head import Asked
@@ -69,6 +69,27 @@ class Last:
         self.layout: Layout | None = None
 
 
+class BeforeLayer(Bound):
+    """The hook in front of layer ``i``. A decoding step on a GPU takes as long as Python does, so that
+    layers at which nothing changes are passed at once."""
+
+    def __init__(self, session: LanguageSession, i: int) -> None:
+        super().__init__(session, "before_layer", i)
+        self.layer = i
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:  # type: ignore[override]
+        session = self.owner
+        if session.stops is None or self.layer in session.stops:
+            return session.before_layer(self.layer, module, args, kwargs)
+        call = session.call
+        if call.override is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.device != call.live.device:
+            return session.before_layer(self.layer, module, args, kwargs)
+        return args, {**kwargs, **call.override}
+
+
 class LanguageSession:
     """Runs the stages of all active methods in one language model.
 
@@ -79,6 +100,8 @@ class LanguageSession:
     Attributes:
         asked: what the coming call is for.
         way: how the last call's sequence left the language model, None if nothing was cut.
+        stops: the layers before which something changes in the running decoding step; None in other
+            calls, where it may at all.
         columns: (B, L') of the last call, see :attr:`vtr.api.Handle.columns`.
     """
 
@@ -92,19 +115,21 @@ class LanguageSession:
         self.call: Call | None = None
         self.last: Last | None = None
         self.way: Exit | None = None
+        self.stops: set[int] | None = None
         self.inputs = Inputs()  # of layers that are not what their modules are given
         self.checkpoints = Layers(self)
         self._columns: Callable[[], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
-        gone = ("pending", "call", "last", "way", "_columns")
+        gone = ("pending", "call", "last", "way", "stops", "_columns")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def install(self) -> None:
         """Plan the visits and set the hooks."""
         owner = self.owner
         self.visits, self.call, self.pending, self.asked = {}, None, None, Asked()
+        self.stops = None
         for entry, stage in owner.stages():
             if stage.site in ("image", "encoder", "cache"):
                 continue
@@ -117,9 +142,7 @@ class LanguageSession:
         owner.hook(module.register_forward_hook(Bound(self, "after"), prepend=True))
         owner.hook(module.register_forward_hook(Bound(self, "end"), always_call=True))
         for i, layer in enumerate(self.layers):
-            owner.hook(
-                layer.register_forward_pre_hook(Bound(self, "before_layer", i), with_kwargs=True)
-            )
+            owner.hook(layer.register_forward_pre_hook(BeforeLayer(self, i), with_kwargs=True))
             if ("decoder", i, "middle") in self.visits:
                 norm, mlp = layer.post_attention_layernorm, layer.mlp
                 owner.hook(norm.register_forward_pre_hook(Bound(self, "before_mlp", i)))
@@ -131,7 +154,7 @@ class LanguageSession:
     # ---- the entry --------------------------------------------------------------------------
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.call, kinds, self.pending = None, self.pending, None
+        self.call, self.stops, kinds, self.pending = None, None, self.pending, None
         asked, self.asked, self.way = self.asked, Asked(), None
         embeds, cache = kwargs.get("inputs_embeds"), given_cache(kwargs)
         if embeds is None:
@@ -157,8 +180,6 @@ class LanguageSession:
         if module.training and torch.is_grad_enabled() and self._runs_again(past):
             # Some models make one for every call: the layers would not fill it.
             cache, kwargs = None, {k: v for k, v in kwargs.items() if k not in CACHE}
-        if cuts is not None:
-            cuts.open = True
         mask = self._mask(kwargs.get("attention_mask"), cuts, batch, before, length, embeds.device)
         if mask is None:
             live = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
@@ -176,11 +197,15 @@ class LanguageSession:
         if asked.last and not call.aligned:  # padding that a cut makes anew goes to the left
             call.layout.right = False
         self.call = call
+        if cuts is not None:
+            unlock(cache, cuts)
         if kinds is not None:
             self._begin(call)
             self._hold(call)
             embeds = self._prompt(call, embeds)
             call.entered = call.layout
+        elif not torch.is_grad_enabled() and not embeds.requires_grad:
+            self.stops = {0, *call.boundaries()}
         if not call.changed and cuts is None:
             if embeds is kwargs["inputs_embeds"]:
                 return None
@@ -354,7 +379,7 @@ class LanguageSession:
         )
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        call, self.call = self.call, None
+        call, self.call, self.stops = self.call, None, None
         if call is None:
             return
         cuts = call.record()
@@ -383,9 +408,9 @@ class LanguageSession:
 
     def end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """Also after an exception: nothing of the call is left."""
-        call, self.call = self.call, None
+        call, self.call, self.stops = self.call, None, None
         if call is not None and call.cuts is not None:
-            call.cuts.open = False
+            lock(call.given, call.cuts)
 
     # ---- its layers -------------------------------------------------------------------------
 
