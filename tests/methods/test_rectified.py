@@ -9,7 +9,8 @@ import torch
 
 from tests.methods.sites import Run, tensors
 from vtr.core.method import create
-from vtr.methods._order import block_neighbours, grid_order, hilbert_order
+from vtr.methods import _rectify
+from vtr.methods._order import block_neighbours, grid_order, hilbert_order, select_wide
 from vtr.methods._rectify import (
     critical_blocks,
     gains_outweigh_errors,
@@ -331,3 +332,40 @@ def test_autocast_does_not_change_the_choice_of_blocks():
     want = Run(method, grid)(qkv)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(Run(method, grid)(qkv), want)
+
+
+# ---- what takes other ways on a GPU ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [48, 50, 7])
+def test_the_spread_of_blocks_by_a_norm(monkeypatch, tokens):
+    x = _qkv(tokens=tokens)[0]
+    mean = torch.stack([part.mean(2) for part in x.split(16, 2)], 2)
+    wanted = [
+        (part - own[:, :, None]).abs().mean(2)
+        for part, own in zip(x.split(16, 2), mean.unbind(2), strict=True)
+    ]
+    torch.testing.assert_close(_rectify._spread(x, mean, 16), torch.stack(wanted, 2))
+    found = []
+    monkeypatch.setattr(
+        _rectify,
+        "_absolute_mean",
+        lambda part, dtype: found.append(part) or _rectify._norm_mean(part, dtype),
+    )
+    torch.testing.assert_close(_rectify._spread(x, mean, 16), torch.stack(wanted, 2))
+    assert found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [16, 72, 5])
+def test_tokens_are_reordered_in_words_of_any_width(dtype, dim):
+    index = torch.randperm(11)
+    for x in (
+        torch.randn(2, 3, 11, dim).to(dtype),
+        torch.randn(2, 11, 3, dim).to(dtype).transpose(1, 2),  # heads behind tokens
+        torch.randn(2, 3, 11, dim + 1).to(dtype)[..., 1:],  # rows that begin anywhere
+        torch.randn(2, 3, dim, 11).to(dtype).mT,  # columns
+    ):
+        found = select_wide(x, index)
+        assert found.dtype == dtype and found.is_contiguous()
+        assert torch.equal(found, x[:, :, index])

@@ -96,6 +96,23 @@ def arrange(grid: Tensor, text: int, text_first: bool) -> Arranged | None:
     return Arranged(order, order.argsort())
 
 
+def reorder(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``index`` (M,) of x (B, H, S, D): (B, H, M, D), contiguous."""
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if not x.is_cuda or learns or torch.compiler.is_compiling():
+        return x.index_select(2, index)
+    return select_wide(x, index)
+
+
+def select_wide(x: Tensor, index: Tensor) -> Tensor:
+    """:func:`reorder` in words of 16 bytes where the rows are such words: CUDA's ``index_select``
+    moves element by element, and works out where each of them goes."""
+    steps = (x.shape[3], x.storage_offset(), *x.stride()[:3])
+    if x.stride(3) != 1 or any(n * x.element_size() % 16 for n in steps):
+        return x.index_select(2, index)
+    return x.view(torch.complex128).index_select(2, index).view(x.dtype)
+
+
 def block_neighbours(shape: Sequence[int], order: Tensor, block: int) -> Tensor:
     """Which blocks of the reordered tokens touch: (NB, NB) bool, symmetric, True on the diagonal.
 

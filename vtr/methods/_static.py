@@ -14,7 +14,7 @@ from torch import Tensor
 from vtr.kernels import BlockMask, block_sparse_attention
 from vtr.kernels.keys import without_keys
 from vtr.methods._attention import AttentionMethod
-from vtr.methods._order import Arranged
+from vtr.methods._order import Arranged, reorder
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
@@ -99,7 +99,7 @@ def sparse(
     if site.text_valid is not None:
         mask = _for_valid_text(site, layout)
     if arranged is not None:
-        q, k, v = (t.index_select(2, arranged.order) for t in (q, k, v))
+        q, k, v = (reorder(t, arranged.order) for t in (q, k, v))
         if row_scale is not None:
             row_scale = row_scale.index_select(2, arranged.order)
     found = block_sparse_attention(
@@ -108,7 +108,7 @@ def sparse(
     )  # fmt: skip
     out, lse = found if isinstance(found, tuple) else (found, None)
     if arranged is not None:
-        out = out.index_select(2, arranged.back)
+        out = reorder(out, arranged.back)
         lse = None if lse is None else lse.index_select(2, arranged.back)
     return out, lse
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from vtr.core.method import register
 from vtr.kernels.precision import full_precision
 from vtr.methods._attention import AttentionMethod
-from vtr.methods._order import Arranged, arrange, block_neighbours, check_order, grid_order
+from vtr.methods._order import (
+    Arranged,
+    arrange,
+    block_neighbours,
+    check_order,
+    grid_order,
+    reorder,
+)
 from vtr.methods._presets import Presets
 from vtr.methods._rectify import rectified_attention
 
@@ -98,7 +105,7 @@ class RectifiedSparse(Presets, AttentionMethod):
         arranged, always = self._places(site)
         q, k, v = site.q, site.k, site.v
         if arranged is not None:
-            q, k, v = (t.index_select(2, arranged.order) for t in (q, k, v))
+            q, k, v = (reorder(t, arranged.order) for t in (q, k, v))
         # The choice of blocks compares close numbers: autocast would round them.
         with full_precision(q.device):
             out = rectified_attention(
@@ -106,7 +113,7 @@ class RectifiedSparse(Presets, AttentionMethod):
                 block=self.block, p=self.p, drop=self.drop, always=always, rectify=self.rectify,
                 backend=site.backend, count=site.count,
             )  # fmt: skip
-        return out if arranged is None else out.index_select(2, arranged.back)
+        return out if arranged is None else reorder(out, arranged.back)
 
     def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor | None]:
         """The order of the tokens and the blocks that always see each other, once per grid."""
