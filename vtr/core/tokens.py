@@ -121,14 +121,16 @@ class TokenMap:
         """
         self._check(x, self.n_in, "merge")
         batch, n_in, n_out = x.shape[0], self.n_in, self.n_out
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        w = torch.ones_like(self.source, dtype=wide.dtype) if weights is None else weights
-        w = w.to(wide.dtype)
+        # Halves are widened by the product with the weights: a copy of all of x would be the largest
+        # tensor here.
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        w = torch.ones_like(self.source, dtype=wide) if weights is None else weights
+        w = w.to(wide)
         if normalize:
             total = _scatter_sum(w, self.source, n_out)
             w = w / take(total, self.source.clamp(min=0)).clamp_min(torch.finfo(w.dtype).tiny)
         kept = self.kept.clamp(min=0) if self.padded else self.kept
-        out = take(wide, kept) * take(w, kept)[..., None]
+        out = take(x, kept) * take(w, kept)[..., None]
         if self.padded:
             out = _zero(out, ~self.valid)
         moved = n_in if self.padded else n_in - n_out
@@ -146,13 +148,9 @@ class TokenMap:
                 travel = torch.argsort(is_rep, dim=1, stable=True)[:, :moved]
                 live = take(self.source, travel) >= 0
             slot = take(self.source, travel).clamp(min=0)
-            part = take(wide, travel) * (take(w, travel) * live)[..., None]
+            part = take(x, travel) * (take(w, travel) * live)[..., None]
             row = torch.arange(batch, device=x.device)[:, None] * n_out + slot
-            out = (
-                out.flatten(0, 1)
-                .index_add(0, row.flatten(), part.flatten(0, 1))
-                .unflatten(0, (batch, n_out))
-            )
+            out.view(batch * n_out, -1).index_add_(0, row.flatten(), part.flatten(0, 1))
         return out.to(x.dtype)
 
     def restore(self, y: Tensor, fill: Fill | Tensor = "copy") -> Tensor:
