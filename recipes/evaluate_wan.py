@@ -1,6 +1,6 @@
 """``python -m recipes.evaluate_wan``: the built-in generator, dense and with sparse attention.
 
-Without options: the dense model on 200 prompts, read by :mod:`vtr.evaluate.judge`. With ``--sparse`` the
+Without options: the dense model on 200 prompts, read by :mod:`vtr.evaluate.digit_judge`. With ``--sparse`` the
 comparison that ``docs/diffusion-digits.md`` shows is made and written to ``--out``: every method at
 three densities beside a random mask, attention inside the own frame, and the blocks with the most
 attention, which takes the dense map to find.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +20,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.evaluate import judge as judging
+from vtr.evaluate import digit_judge
+from vtr.evaluate.generator import BATCH, measure
 from vtr.kernels import BlockMask
 from vtr.methods._attention import AttentionMethod
 from vtr.methods._static import Layout, StaticSparse
-from vtr.zoo.videos import DIRECTIONS, fitting
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
 
 BLOCK = 16
 DENSITIES = (0.5, 0.25, 0.125)
-SEED = 3
 KNOB = ("radial", "Re-ttention of it", "random")  # what is shown at other shares of dense steps
-BATCH = 20
 
 
 # ---- masks to compare with --------------------------------------------------------------------
@@ -105,53 +102,6 @@ class Top(AttentionMethod):
         return ((seen @ v) / total).to(v.dtype)
 
 
-# ---- generation -------------------------------------------------------------------------------
-
-
-def asked(n: int, frames: int = 5, height: int = 16, width: int = 32) -> tuple[Tensor, Tensor]:
-    """Digits and directions of ``n`` prompts, each ``(n,)`` int64; every pair as often as another."""
-    possible = torch.tensor(fitting(frames, height, width))
-    index = torch.arange(n)
-    return index % 10, possible[(index // 10 + index) % len(possible)]
-
-
-def generate(
-    pipe: Any,
-    digits: Tensor,
-    directions: Tensor,
-    seed: int = SEED,
-    *,
-    steps: int | None = None,
-    frames: int = 5,
-    tick: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """One video for each prompt, ``(n, 1, frames, 16, 32)`` float32 in about [-1, 1].
-
-    The noise depends on the seed and the place of a prompt in the list only.
-    """
-    options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
-    found = []
-    for start in range(0, len(digits), BATCH):
-        pairs = zip(digits[start : start + BATCH], directions[start : start + BATCH], strict=True)
-        out = pipe(
-            [f"a {int(digit)} moving {DIRECTIONS[int(way)]}" for digit, way in pairs],
-            num_frames=frames,
-            generator=torch.Generator().manual_seed(seed + start),
-            output_type="latent",
-            **options,
-        )
-        found.append(out.frames.float())
-        tick()
-    return torch.cat(found)
-
-
-def psnr(videos: Tensor, reference: Tensor) -> float:
-    """Mean over videos of the peak signal-to-noise ratio in dB, pixels in [0, 1]; at most 90."""
-    difference = judging.grey_levels(videos) - judging.grey_levels(reference)
-    error = difference.square().mean((1, 2, 3)).clamp(min=1e-9)
-    return float((-10 * error.log10()).mean())
-
-
 # ---- the comparison ---------------------------------------------------------------------------
 
 
@@ -204,57 +154,6 @@ def cases(dense_steps: float, densities: tuple[float, ...] = DENSITIES) -> Itera
         if density < 0.5:
             yield Case("own frame", density, Nearest(density=density, order="frame", **common))
         yield Case("top of the dense map", density, Top(density=density, **common))
-
-
-def density_of(handle: Any) -> float:
-    """Mean density of the sparse calls that a handle saw."""
-    notes = handle.trace.notes.get("attention", {})
-    seen = [entry["density"] for entry in notes.values() if "density" in entry]
-    return float(sum(seen) / len(seen)) if seen else 1.0
-
-
-def measure(
-    pipe: Any,
-    method: AttentionMethod | None,
-    n: int,
-    reference: Tensor | None,
-    *,
-    seed: int = SEED,
-    steps: int | None = None,
-    frames: int = 5,
-    tick: Callable[[], object] = lambda: None,
-) -> tuple[dict[str, Any], Tensor]:
-    """A row of the comparison and the videos it is about.
-
-    Returns:
-        the row: the fields of :class:`vtr.evaluate.judge.Verdict`, ``density`` of the sparse calls,
-        ``work``, the part of dense attention that the last batch's whole run computed, ``psnr`` to ``reference`` in dB, ``seconds`` of the calling thread's processor time per
-        video (all of the work where torch has one thread); and the videos.
-    """
-    import vtr
-
-    digits, directions = asked(n, frames)
-    options: dict[str, Any] = {"seed": seed, "steps": steps, "frames": frames, "tick": tick}
-    start = time.thread_time()
-    density = work = 1.0
-    if method is None:
-        videos = generate(pipe, digits, directions, **options)
-    else:
-        with vtr.apply(pipe, method) as handle:
-            videos = generate(pipe, digits, directions, **options)
-            density = density_of(handle)
-            whole, done = handle.report().flops["attention, this run"]
-            work = done / whole
-    seconds = (time.thread_time() - start) / n
-    verdict = judging.judge(videos, digits, directions)
-    row = {
-        "density": round(density, 3),
-        "work": round(work, 3),
-        **{key: round(value, 3) for key, value in verdict._asdict().items()},
-        "psnr": None if reference is None else round(psnr(videos, reference), 2),
-        "seconds": round(seconds, 3),
-    }
-    return row, videos
 
 
 def compare(
@@ -313,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     pipe = load_pipeline(options.weights or "digits-wan", torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    certain = judging.accuracy()
+    certain = digit_judge.accuracy()
     print("judge on real held-out videos:", {k: round(v, 4) for k, v in certain._asdict().items()})
     if not options.sparse:
         row, _ = measure(pipe, None, options.videos, None)
@@ -331,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"wrote {options.out}.json, .md and .png")
 
 
-def asdict_verdict(verdict: judging.Verdict) -> dict[str, float]:
+def asdict_verdict(verdict: digit_judge.Verdict) -> dict[str, float]:
     return {key: round(value, 4) for key, value in verdict._asdict().items()}
 
 

@@ -7,11 +7,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vtr.evaluate.judge import grey_levels
+from vtr.evaluate.generator import sheet, strip
 
 Row = dict[str, Any]
 
@@ -119,30 +118,6 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def strip(videos: Tensor, scale: int = 3) -> np.ndarray:
-    """Frames of videos side by side, ``(height, width)`` uint8: ``videos`` is ``(n, 1, F, H, W)``."""
-    grey = (grey_levels(videos) * 255).round().byte().numpy()
-    frames = grey.reshape(-1, *grey.shape[-2:])
-    framed = np.pad(frames, ((0, 0), (1, 1), (1, 1)), constant_values=90)
-    return np.concatenate(list(framed.repeat(scale, 1).repeat(scale, 2)), 1)
-
-
-def sheet(strips: list[tuple[str, np.ndarray]], margin: int = 170) -> Any:
-    """Strips with their names at the left, a PIL image."""
-    from PIL import Image, ImageDraw
-
-    height = sum(picture.shape[0] + 4 for _, picture in strips)
-    width = margin + max(picture.shape[1] for _, picture in strips)
-    image = Image.new("RGB", (width, height), (32, 32, 32))
-    draw = ImageDraw.Draw(image)
-    top = 0
-    for name, picture in strips:
-        draw.text((6, top + picture.shape[0] // 2 - 6), name, fill=(230, 230, 230))
-        image.paste(Image.fromarray(picture).convert("RGB"), (margin, top))
-        top += picture.shape[0] + 4
-    return image
 
 
 def write(

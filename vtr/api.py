@@ -20,7 +20,7 @@ from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vtr.core.plan import Plan
-    from vtr.inspect.report import Report
+    from vtr.core.report import Report
 
 # Top-level package of a model's class -> the adapter module for it. An adapter module has
 #   locate(target) -> nn.Module | None   the module to patch, or None if it is not one of its models;
@@ -127,7 +127,7 @@ class Handle:
 
     def report(self) -> Report:
         """The last call, dense against reduced: tokens, FLOPs, KV bytes."""
-        from vtr.inspect.report import Report
+        from vtr.core.report import Report
 
         return Report.of(self._wrapping, self.methods)
 

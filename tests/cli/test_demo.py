@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vtr.cli import demo
+from vtr.cli import demo, demo_diffusion, demo_vit
 from vtr.evaluate import digits
 
 
 def test_the_demo_writes_its_table_its_numbers_and_its_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "IMAGES", 20)
+    monkeypatch.setattr(demo_vit, "IMAGES", 20)
     results = demo.run(["vit"], tmp_path, Console(quiet=True))
     assert json.loads((tmp_path / "results.json").read_text()) == results
     rows = results["vit"]
@@ -31,8 +31,6 @@ def test_the_demo_writes_its_table_its_numbers_and_its_pictures(tmp_path, monkey
 
 def test_the_generators_part_writes_rows_and_a_contact_sheet(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    from vtr.cli import demo_diffusion
-
     monkeypatch.setattr(demo_diffusion, "VIDEOS", 2)
     rows = demo.run(["diffusion"], tmp_path, Console(quiet=True))["diffusion"]
     assert [row["attention"] for row in rows] == list(demo_diffusion.methods())
@@ -51,9 +49,9 @@ def test_an_unknown_part_is_refused_before_anything_is_written(tmp_path):
 
 def test_the_plot_has_a_line_per_method(tmp_path):
     pytest.importorskip("matplotlib")
-    dense = digits.Result("dense", 0.97, 144, 1000, 1.0)
+    dense = digits.DigitsResult("dense", 0.97, 144, 1000, 1.0)
     sweep = {
-        name: [digits.Result(name, 0.9 - 0.1 * i, 10, 500 - 100 * i, 2.0) for i in range(3)]
+        name: [digits.DigitsResult(name, 0.9 - 0.1 * i, 10, 500 - 100 * i, 2.0) for i in range(3)]
         for name in ("A", "B")
     }
     digits.plot(sweep, dense, str(tmp_path / "plot.png"))

@@ -9,6 +9,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import vtr
+from vtr.core.report import as_text
+from vtr.evaluate import clips
+from vtr.inspect.drawing import stack
+from vtr.zoo import load_vlm
+from vtr.zoo.clips import write
+from vtr.zoo.video_questions import KINDS, VideoSample, answers, video_qa
+
 MODEL = "digits-video"
 SEED = 5
 SHARE = 0.25
@@ -17,25 +25,15 @@ CLIPS = 8  # behind the table of accuracies, seven questions about each
 
 def methods() -> dict[str, Any]:
     """The methods of the demo, by the names of its tables."""
-    from recipes.evaluate_video import methods_at
-
-    every = methods_at(SHARE)
+    every = clips.methods_at(SHARE)
     return {
         name: every[name]
         for name in ("random tokens", "uniform frames", "DyCoke", "EVS", "FastVID")
     }
 
 
-def video(out: Path, console: Console) -> tuple[Any, str]:
+def run(out: Path, console: Console) -> tuple[Any, str]:
     """The built-in video model on a generated file and on held-out clips."""
-    import vtr
-    from recipes import evaluate_video
-    from vtr.cli.demo import plain
-    from vtr.inspect.drawing import stack
-    from vtr.zoo import load_vlm
-    from vtr.zoo.clips import write
-    from vtr.zoo.video_questions import KINDS, VideoSample, answers, video_qa
-
     model, processor = load_vlm(MODEL)
     asked = video_qa(len(KINDS), seed=SEED, per_second=8)
     file = write(out / "video.mp4", asked[0].frames)
@@ -63,7 +61,7 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
     console.print(table)
 
     held_out = video_qa(CLIPS * len(KINDS), seed=SEED + 1)
-    results = evaluate_video.evaluate(
+    results = clips.evaluate(
         model,
         processor,
         held_out,
@@ -71,7 +69,7 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
         methods=lambda share: chosen,
         progress=console.is_terminal,
     )
-    accuracy = evaluate_video.table(
+    accuracy = clips.table(
         results, f"built-in video model, {len(held_out)} held-out questions", kinds=()
     )
     console.print(accuracy)
@@ -82,7 +80,7 @@ def video(out: Path, console: Console) -> tuple[Any, str]:
             {"method": r.name, "tokens": r.tokens, "accuracy": r.accuracy} for r in results
         ],
     }
-    return found, plain(table) + plain(accuracy)
+    return found, f"{as_text(table)}\n{as_text(accuracy)}"
 
 
 def _mark(said: str, right: str) -> str:

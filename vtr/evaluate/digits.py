@@ -22,7 +22,7 @@ TOFE_WEIGHTS = "digits-tofe"
 
 
 @dataclass(frozen=True)
-class Result:
+class DigitsResult:
     """One configuration on the held-out digits.
 
     Attributes:
@@ -97,7 +97,7 @@ def evaluate(
     seeds: Sequence[int] = (0, 1, 2),
     passes: int = 2,
     progress: bool = False,
-) -> list[Result]:
+) -> list[DigitsResult]:
     """Accuracy, tokens, FLOPs and speed of a classifier with each method (None: dense), alternating.
 
     Methods that draw random numbers are run with every seed, and their accuracies averaged.
@@ -131,7 +131,7 @@ def evaluate(
                         right[slot].append(hits / len(labels))
                     bar()
     return [
-        Result(
+        DigitsResult(
             "dense" if m is None else str(m),
             sum(right[slot]) / len(right[slot]),
             facts[slot][0],
@@ -143,7 +143,7 @@ def evaluate(
     ]
 
 
-def table(results: Sequence[Result], title: str) -> Table:
+def table(results: Sequence[DigitsResult], title: str) -> Table:
     """A rich table of results, dense first."""
     from rich.table import Table
 
@@ -164,11 +164,11 @@ def table(results: Sequence[Result], title: str) -> Table:
     return out
 
 
-def to_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
+def to_dicts(results: Sequence[DigitsResult]) -> list[dict[str, Any]]:
     return [asdict(r) for r in results]
 
 
-def plot(sweep: dict[str, list[Result]], dense: Result, path: str) -> None:
+def plot(sweep: dict[str, list[DigitsResult]], dense: DigitsResult, path: str) -> None:
     """Accuracy against FLOPs, one line per method."""
     from vtr.errors import missing
 

@@ -12,7 +12,7 @@ from typing import Any
 from vtr.compat.tested import TESTED, installed
 from vtr.errors import missing
 from vtr.evaluate.harness import named, raise_fault
-from vtr.evaluate.judges import asks_judge, leaves
+from vtr.evaluate.judged_tasks import asks_judge, leaves
 from vtr.evaluate.tasks import BUILTIN
 from vtr.evaluate.tasks.video import VIDEO
 

@@ -22,7 +22,7 @@ TOKENS = 144
 
 
 @dataclass(frozen=True)
-class Result:
+class VlmResult:
     """One configuration on the held-out questions.
 
     Attributes:
@@ -74,7 +74,7 @@ def evaluate(
     batch_size: int = 50,
     positions: str | None = "original",
     progress: bool = False,
-) -> list[Result]:
+) -> list[VlmResult]:
     """Accuracy and cost of a vision-language model with each method, dense first.
 
     ``positions="original"`` holds for all methods: the built-in model was trained with them, and
@@ -116,7 +116,7 @@ def evaluate(
                     whole, flops = (cost, None) if method is None else (whole, (whole, cost))
             mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
             out.append(
-                Result(
+                VlmResult(
                     "dense" if method is None else str(method),
                     mean.pop("mean"),
                     mean,
@@ -138,7 +138,7 @@ def _prefill(model: Any, processor: Any, sample: Sample) -> int:
     return count_flops(lambda: model(**inputs, logits_to_keep=1, use_cache=True))
 
 
-def table(results: Sequence[Result], title: str) -> Table:
+def table(results: Sequence[VlmResult], title: str) -> Table:
     """A rich table, dense first."""
     from rich.table import Table
 
@@ -158,5 +158,5 @@ def table(results: Sequence[Result], title: str) -> Table:
     return out
 
 
-def to_dicts(results: Sequence[Result]) -> list[dict[str, Any]]:
+def to_dicts(results: Sequence[VlmResult]) -> list[dict[str, Any]]:
     return [asdict(r) for r in results]

@@ -135,7 +135,7 @@ class Profile:
         return self.table()
 
     def __str__(self) -> str:
-        from vtr.inspect.report import as_text
+        from vtr.core.report import as_text
 
         return as_text(self)
 

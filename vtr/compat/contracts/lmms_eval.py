@@ -52,5 +52,5 @@ CONTRACT = (
     Expectation("lmms_eval.evaluator:evaluate", _MODEL, calls=("clean",)),
     Expectation("lmms_eval.api.task:ConfigurableTask.construct_requests", "vtr/evaluate/prompts.py", calls=("doc_to_visual",)),
     Expectation("lmms_eval.api.task:ConfigurableMessagesTask.construct_requests", "vtr/evaluate/prompts.py", calls=("doc_to_messages",)),
-    Expectation("lmms_eval.utils:load_yaml_config", "vtr/evaluate/judges.py", takes=("yaml_path", "mode")),
+    Expectation("lmms_eval.utils:load_yaml_config", "vtr/evaluate/judged_tasks.py", takes=("yaml_path", "mode")),
 )  # fmt: skip

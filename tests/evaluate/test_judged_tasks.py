@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vtr.evaluate.judges import asks_judge, leaves
+from vtr.evaluate.judged_tasks import asks_judge, leaves
 
 SCORING = '''
 import requests

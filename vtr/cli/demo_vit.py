@@ -1,0 +1,61 @@
+"""``vtr demo vit``: the built-in ViT on held-out digits, dense and with every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import vtr
+from vtr.core.report import as_text
+from vtr.evaluate import digits
+from vtr.inspect.drawing import row, stack
+from vtr.zoo import data, load, samples
+
+IMAGES = 1000
+
+
+def run(out: Path, console: Console) -> tuple[Any, str]:
+    """The built-in ViT on held-out digits, dense and with every method."""
+    model = load("digits-vit")
+    pixels, labels = samples("digits-vit", IMAGES, seed=123)
+    methods = digits.demo_methods()
+    results = digits.evaluate(model, methods, pixels, labels, progress=console.is_terminal)
+    title = f"built-in ViT, {IMAGES} held-out digits, CPU, {torch.get_num_threads()} threads"
+    table = digits.table(results, title)
+    console.print(table)
+    # The pictures show digits on something that the eye can see; the table counts all of them.
+    light = [i for i, p in enumerate(pixels) if data.denormalise(p).mean() > 0.25]
+    stages, compared = _sheets(model, methods, pixels[(light or [0])[:4]])
+    stages.save(out / "vit-stages.png")
+    compared.save(out / "vit.png")
+    return digits.to_dicts(results), as_text(table)
+
+
+def _sheets(model: Any, methods: Sequence[Any], pixels: torch.Tensor) -> tuple[Any, Any]:
+    """Two pictures: one digit, every stage of every method; and several digits, one panel per method."""
+    views = [data.denormalise(p) for p in pixels]
+    stages: list[Any] = []
+    columns: list[Any] = []
+    with torch.inference_mode():
+        for method in methods:
+            with vtr.apply(model, method) as handle:
+                model(pixels)
+                trace = handle.trace
+            stages.append(vtr.draw(trace, views[0], panels=4, size=192))
+            # Where frozen tokens come back at the end, the stage to see is the one before.
+            least = min(reversed(trace.stages), key=lambda stage: stage.tokens_out)
+            one = vtr.Trace([least])
+            first = not columns
+            columns.append(
+                stack(
+                    [
+                        vtr.draw(one, view, sample=i, size=144, show_input=first)
+                        for i, view in enumerate(views)
+                    ]
+                )
+            )
+    return stack(stages), row(columns)
