@@ -315,7 +315,7 @@ def test_memory_that_ran_out_is_no_failed_compilation(monkeypatch):
     ("dim", "block", "triton", "expected"),
     [
         (64, 128, True, "triton"),
-        (80, 128, True, "flex or sdpa"),
+        (40, 128, True, "flex or sdpa"),
         (64, 256, True, "flex or sdpa"),
         (64, 128, False, "sdpa"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vtr.compat.torch import is_fake, transformed
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
-from vtr.kernels.precision import full_precision
+from vtr.kernels.precision import full_precision, lowers
 from vtr.kernels.product import gains
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
@@ -167,6 +168,10 @@ def _triton_refuses(q: Tensor, block: Sequence[int]) -> str:
     return ""
 
 
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
 def _validate(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tensor | None,
     added: Tensor | None,
@@ -176,23 +181,25 @@ def _validate(
             f"mask must be a vtr.kernels.BlockMask, got {type(mask).__module__}."
             f"{type(mask).__name__}; BlockMask.from_dense or BlockMask.from_flex makes one"
         )
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(f"need q (B, H, Sq, D) and equal k, v (B, Hk, Sk, D); got {shapes}")
+        raise ValueError(
+            f"need q (B, H, Sq, D) and equal k, v (B, Hk, Sk, D); got {_shapes(q, k, v)}"
+        )
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"q and k differ in batch or head dim: {shapes}")
+        raise ValueError(f"q and k differ in batch or head dim: {_shapes(q, k, v)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
+        raise ValueError(f"query heads must be a multiple of key heads: {_shapes(q, k, v)}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; convert them to one dtype")
     allowed = DTYPES if q.is_cuda else (*DTYPES, torch.float64)
     if q.dtype not in allowed:
         raise ValueError(f"dtype {q.dtype} is none of {', '.join(map(str, allowed))}")
-    devices = {str(t.device) for t in (q, k, v)} | {str(mask.device)}
-    devices |= {str(t.device) for t in (row_scale, added) if t is not None}
-    if len(devices) > 1:
+    others = [k.device, v.device, mask.device]
+    others += [t.device for t in (row_scale, added) if t is not None]
+    if any(device != q.device for device in others):
+        devices = ", ".join(sorted(map(str, {q.device, *others})))
         raise ValueError(
-            f"q, k, v, mask, row_scale and added are on different devices ({', '.join(sorted(devices))}); "
+            f"q, k, v, mask, row_scale and added are on different devices ({devices}); "
             "move them, the mask with mask.to(device)"
         )
     if (q.shape[2], k.shape[2]) != (mask.q_len, mask.k_len):
@@ -230,7 +237,7 @@ def _operator(
     mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Precision is that of q: autocast would round the products that float32 is summed from.
-    with full_precision(q.device):
+    with full_precision(q.device) if lowers(q.device) else nullcontext():
         return _forward(q, k, v, row_scale, added, mask, dims, scale, need_lse, backend)
 
 

@@ -295,6 +295,7 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
     return Lists(items, heavy, pieces, pack_tiles(tiles), rows, (patterns, nq, nk))
 
 
+@functools.cache  # asked in every call
 def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
     """Candidates, one that fits every device first (99 KiB of shared memory). Tiles divide the mask's
     blocks; ``kind`` is that of :func:`vtr.kernels.triton_common.products`.

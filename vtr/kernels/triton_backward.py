@@ -14,6 +14,7 @@ gradients are the same in every run.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -273,6 +274,7 @@ def _dkv_kernel(
         store_rows(dv_base, key, stride_dvs, k_len, dv1, D0, D1, D, UNIT)
 
 
+@functools.cache  # asked in every call
 def _configs(kernel: str, dim: int, bm: int, bn: int, kind: str) -> list[Config]:
     """Candidates as of the forward, but smaller: the backward holds two products more, and the kernel
     over columns (``kernel="dkv"``) two sums, for which few queries at a time leave it registers."""

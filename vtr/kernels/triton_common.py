@@ -26,8 +26,11 @@ except ImportError as error:  # torch for macOS and Windows comes without Triton
     ) from error
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors.
+
+    Triton itself reads the variable once, when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
@@ -105,6 +108,7 @@ def _measure(configs: Sequence[Config], launch: Callable[[Config], None]) -> Con
     return min(times, key=lambda c: times[c])
 
 
+@functools.cache
 def split_dim(dim: int) -> tuple[int, int]:
     """A head dim as a power of two and a padded rest (0: none): 72 is 64 + 16, 96 is 64 + 32.
 
