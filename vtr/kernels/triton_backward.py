@@ -296,7 +296,7 @@ def _configs(kernel: str, dim: int, bm: int, bn: int, kind: str) -> list[Config]
     elif width <= 128:
         tries = [(32, 64, 8, 3), (32, 128, 8, 3)]
     elif width <= 192:
-        tries = [(16, 64, 8, 3), (32, 64, 8, 3)]
+        tries = [(16, 64, 8, 3), (32, 64, 8, 3)] if width <= 160 else [(16, 64, 8, 3)]
     else:
         tries = [(16, 32, 8, 3), (16, 64, 8, 3)]
     if kind == "tf32":
