@@ -122,8 +122,9 @@ def test_gpu_backends_agree_on_a_long_ragged_mask(backend):
 def test_gpu_every_configuration_is_right(dim, dtype, which, monkeypatch, portable):
     from triton.runtime.errors import OutOfResources
 
-    from vtr.kernels import triton_common
+    from vtr.kernels import triton_attention, triton_common
 
+    monkeypatch.setattr(triton_attention, "_forced", "triton")
     monkeypatch.setattr(triton_common, "_best", {})
     monkeypatch.setattr(
         triton_common, "_measure", lambda configs, launch: configs[which % len(configs)]
