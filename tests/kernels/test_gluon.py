@@ -113,26 +113,14 @@ def test_variants_compile_well(dim, block, dtype, epilogue, hopper_target, tmp_p
     assert "0 bytes spill stores" in report and "warning" not in report, report
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_packed_tiles_hold_the_bits_of_the_bytes(block):
-    tiles = torch.rand(5, *block) > 0.5
-    words = gluon.pack(tiles)
-    assert words.shape == (5, block[0], block[1] // 32) and words.dtype == torch.int32
-    column = torch.arange(block[1])
-    bits = (words[..., column // 32] >> (column % 32)) & 1
-    assert torch.equal(bits.bool(), tiles)
-    assert gluon.pack(tiles[:0]).shape == (0, block[0], block[1] // 32)
-
-
 def test_items_carry_the_key_block_of_their_first_entry():
     live = torch.rand(2, 9, 9) < 0.4
     live[:, 3] = False
     mask = BlockMask.from_blocks(live, q_len=288, k_len=288, block=32)
-    items = shared.lists_of(mask.tensors(), [288, 288, 32, 32]).items
-    walk = gluon.walk(mask.tensors(), items)
-    assert walk is gluon.walk(mask.tensors(), items)
-    assert torch.equal(walk.items[..., :5], items) and walk.items.is_contiguous()
-    for _, first, _, last, _, column, *_ in walk.items.flatten(0, 1).tolist():
+    lists = shared.lists_of(mask.tensors(), [288, 288, 32, 32])
+    longer = lists.longer_items
+    assert torch.equal(longer[..., :5], lists.items) and longer.is_contiguous()
+    for _, first, _, last, _, column, *_ in longer.flatten(0, 1).tolist():
         assert first == last or column == mask.col[first]
 
 

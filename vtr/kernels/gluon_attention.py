@@ -23,7 +23,6 @@ as zeros and are not written, whatever lies behind them in memory.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +39,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from vtr.kernels.triton_common import refuse_capture
 
 # Renamed in Triton 3.7 or later.
 _copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -387,40 +384,6 @@ def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), strides, block, _layout(rows, dim, t.dtype))
 
 
-def pack(tiles: Tensor) -> Tensor:
-    """(T, M, N) bool as (T, M, N / 32) int32 words, column c in bit c mod 32 of word c div 32."""
-    # Eight bytes of 0 and 1 times this have the eight as their highest byte, the first lowest.
-    eights = tiles.contiguous().view(torch.uint8).view(torch.int64) * 0x0102040810204080
-    return (eights >> 56).to(torch.int8).view(torch.int32)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What the kernel reads of a mask. ``items`` (P, I, 8) int32: those of the work lists and the key
-    block of the first entry. ``bits``: see :func:`pack`."""
-
-    items: Tensor
-    bits: Tensor
-
-
-_walks: dict[int, Walk] = {}
-
-
-def walk(mask: list[Tensor], items: Tensor) -> Walk:
-    """Makes it on the first use of a mask; ``items`` (P, I, 5) are those of its work lists."""
-    key = int(mask[6])
-    if key not in _walks:
-        refuse_capture(mask[3].device, "tiles are packed")
-        col = mask[3]
-        longer = items.new_zeros(*items.shape[:2], 8)
-        longer[..., :5] = items
-        if col.numel():
-            longer[..., 5] = col[items[..., 1].clamp(max=col.numel() - 1)]
-        _walks[key] = Walk(longer, pack(mask[5]))
-        weakref.finalize(mask[6], _walks.pop, key, None)
-    return _walks[key]
-
-
 def constants(
     dim: int, block: Sequence[int], plan: Plan, scaled: bool, adding: bool
 ) -> dict[str, Any]:
@@ -434,20 +397,21 @@ def constants(
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None, out: Tensor,
-    lse: Tensor, part_out: Tensor, part_lse: Tensor, items: Tensor, mask: list[Tensor],
+    lse: Tensor, part_out: Tensor, part_lse: Tensor, lists: Any, mask: list[Tensor],
     block: Sequence[int], scale_log2: float, plan: Plan,
 ) -> None:  # fmt: skip
     """Fills ``out`` and ``lse``, of heavy rows ``part_out`` and ``part_lse``, as the Triton kernel
-    does; for what :func:`refuses` has nothing against, on the current device."""
+    does; for what :func:`refuses` has nothing against, on the current device. ``lists``: the mask's
+    :class:`vtr.kernels.triton_attention.Lists`."""
     pattern, _, _, col, tile = mask[:5]
-    way = walk(mask, items)
+    items = lists.longer_items
     batch, heads, q_len, dim = q.shape
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
     _hopper_kernel[(batch * heads * items.shape[1],)](
         _descriptor(q, 64), _descriptor(k, plan.block_n), _descriptor(v, plan.block_n),
         _descriptor(out, 64), lse if row_scale is None else row_scale,
         lse if added is None else added, lse, part_out, part_lse,
-        way.items, pattern, col, tile, way.bits, *steps,
+        items, pattern, col, tile, lists.words, *steps,
         heads, heads // k.shape[1], items.shape[1], part_out.shape[1], q_len, scale_log2, items.shape[0] == 1,
         **constants(dim, block, plan, row_scale is not None, added is not None),
     )  # fmt: skip

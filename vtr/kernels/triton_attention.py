@@ -231,6 +231,18 @@ class Lists:
     rows: Csr
     grid: tuple[int, int, int]  # patterns, query blocks, key blocks
 
+    @functools.cached_property
+    def longer_items(self) -> Tensor:
+        """(P, I, 8) int32: ``items`` and the key block of the first entry, so that the Hopper kernel
+        begins to copy after one read."""
+        refuse_capture(self.items.device, "work lists are made")
+        longer = self.items.new_zeros(*self.items.shape[:2], 8)
+        longer[..., :5] = self.items
+        col = self.rows.col
+        if col.numel():
+            longer[..., 5] = col[self.items[..., 1].clamp(max=col.numel() - 1)]
+        return longer
+
     # For the backward alone: a mask made anew in every call of a model that only runs never needs it.
     @functools.cached_property
     def columns(self) -> Csr:
@@ -433,7 +445,7 @@ def forward(
         else:
             hopper.launch(
                 q, k, v, None if row_scale is None else scales, None if added is None else rows,
-                out, lse, part_out, part_lse, lists.items, mask, dims[2:], scale * _LOG2E,
+                out, lse, part_out, part_lse, lists, mask, dims[2:], scale * _LOG2E,
                 hopper.plan(dim, dims[2:]),
             )  # fmt: skip
         if parts:
