@@ -217,7 +217,7 @@ def page(found: list[Row], results: dict[str, Any]) -> str:
 
 def presets(name: str) -> list[tuple[str, str]]:
     """The presets of a method, as they are called and what they stand for."""
-    from vtr.core.method import registry
+    from vtr.core.registry import registry
     from vtr.evaluate.cells import spelled
 
     cls = registry()[name]

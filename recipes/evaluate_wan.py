@@ -23,8 +23,8 @@ from torch import Tensor
 from vtr.evaluate import digit_judge
 from vtr.evaluate.generator import BATCH, measure
 from vtr.kernels import BlockMask
-from vtr.methods._attention import AttentionMethod
-from vtr.methods._static import Layout, StaticSparse
+from vtr.methods.common.attention import AttentionMethod
+from vtr.methods.common.static import Layout, StaticSparse
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vtr
-from vtr.core.method import registry
+from vtr.core.registry import registry
 
 pytest.importorskip("tomllib")  # from Python 3.11 on
 ROOT = Path(__file__).parents[1]

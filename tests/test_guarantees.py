@@ -14,7 +14,8 @@ from torch import nn
 import vtr
 from tests.tiny import Watch, images, ours, vit
 from tests.vision.towers import build, pixels, tower_of
-from vtr.core.method import Method, registry
+from vtr.core.method import Method
+from vtr.core.registry import registry
 
 MODEL = vit()
 

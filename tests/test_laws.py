@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import vtr
 from tests.tiny import images, vit
-from vtr.core.method import Method, registry
+from vtr.core.method import Method
+from vtr.core.registry import registry
 from vtr.core.trace import Trace
 
 MODEL = vit(depth=8)

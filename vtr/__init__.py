@@ -19,11 +19,12 @@ _PUBLIC = {
     "Handle": "vtr.api",
     "methods": "vtr.api",
     "supported": "vtr.api",
-    "create": "vtr.core.method",
+    "create": "vtr.core.registry",
     "Method": "vtr.core.method",
     "Reduction": "vtr.core.method",
     "Stage": "vtr.core.method",
-    "register": "vtr.core.method",
+    "TokenMethod": "vtr.core.method",
+    "register": "vtr.core.registry",
     "Site": "vtr.core.site",
     "ModelInfo": "vtr.core.site",
     "TokenMap": "vtr.core.tokens",
@@ -108,6 +109,7 @@ __all__ = [
     "ToMe",
     "ToMeSD",
     "TokenMap",
+    "TokenMethod",
     "Trace",
     "UniformFrames",
     "UnsupportedMethodError",
@@ -134,8 +136,9 @@ if TYPE_CHECKING:
     from vtr import video as video
     from vtr import zoo as zoo
     from vtr.api import Handle, apply, handles, methods, supported
-    from vtr.core.method import Method, Reduction, Stage, create, register
+    from vtr.core.method import Method, Reduction, Stage, TokenMethod
     from vtr.core.plan import Plan
+    from vtr.core.registry import create, register
     from vtr.core.site import ModelInfo, Site
     from vtr.core.tokens import TokenMap
     from vtr.core.trace import Trace

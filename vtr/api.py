@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vtr.compat.around import unwrapped
 from vtr.compat.tested import blaming, untested
-from vtr.core.method import Method, create, registry
+from vtr.core.method import Method
+from vtr.core.registry import create, registry
 from vtr.core.trace import Trace
 from vtr.core.wrapping import Entry, Wrapping, wrapping_of
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError

@@ -11,7 +11,7 @@ from PIL import Image
 
 import vtr
 from vtr.cli import commands as cli
-from vtr.methods._presets import with_presets
+from vtr.core.registry import with_presets
 
 MODEL = "timm:vit_tiny_patch16_224"
 

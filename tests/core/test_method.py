@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import pytest
 
 import vtr
-from vtr.core.method import Method, Stage, register, registry
+from vtr.core.method import Method, Stage
+from vtr.core.registry import register, registry
 from vtr.core.site import ModelInfo
 
 BAD_KEEP = [0, -3, 0.0, 1.01, math.nan, True, "x", 1j]
@@ -143,7 +144,7 @@ def test_two_methods_cannot_share_a_name() -> None:
 
 
 def test_a_class_of_another_method_does_not_take_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtr.core.method._REGISTRY", registry())
+    monkeypatch.setattr("vtr.core.registry._REGISTRY", registry())
 
     @register
     @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import vtr
-from vtr.core.method import Method, registry
+from vtr.core.method import Method
+from vtr.core.registry import registry
 
 CHANGED = (
     vtr.EViT(keep=(0.5, 0.4), layers=(1, 3), fuse=False),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.kernels import BlockMask
-from vtr.methods._attention import AttentionMethod
+from vtr.methods.common.attention import AttentionMethod
 
 pytest.importorskip("diffusers")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vtr
 from tests.diffusion.models import CASES, Case, Fixed, eager, token_mask
-from vtr.core.method import Method, Reduction, Stage
+from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.tokens import TokenMap
 from vtr.diffusion.processor import SiteProcessor
 from vtr.kernels import BlockMask
@@ -194,7 +194,7 @@ def chosen(batch: int, tokens: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Half(Method):
+class Half(TokenMethod):
     """Attention of half the tokens among themselves; the others copy the one before them."""
 
     name: ClassVar[str] = "half"

@@ -8,11 +8,11 @@ import sys
 import pytest
 
 import vtr
+from vtr.core.registry import with_presets
 from vtr.evaluate import reproduce
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.compare import COLUMNS
 from vtr.evaluate.results import Outcome, Results
-from vtr.methods._presets import with_presets
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.methods.sites import Run, tensors
-from vtr.core.method import registry
+from vtr.core.registry import registry
 from vtr.kernels import masks
-from vtr.methods import _rectify
-from vtr.methods._static import StaticSparse
+from vtr.methods.common import rectify
+from vtr.methods.common.static import StaticSparse
 from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.radial import RadialAttention
 from vtr.methods.random_sparse import OwnFrame, RandomSparse
@@ -83,7 +83,7 @@ def test_every_token_sees_itself(name, monkeypatch):
         chosen.append(mask)
         return q
 
-    monkeypatch.setattr(_rectify, "block_sparse_attention", look)
+    monkeypatch.setattr(rectify, "block_sparse_attention", look)
     draw = random.Random(name)
     for _ in range(GRIDS):
         grid, text = _grid(draw)

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from vtr.core.method import registry
-from vtr.methods._schedule import Scheduled
+from vtr.core.registry import registry
+from vtr.methods.common.schedule import Scheduled
 
 LEAD = {
     "neighborhood": ("window", (3, 3, 3)),

@@ -14,8 +14,8 @@ import vtr
 from tests.vision.vlm.models import build, llava, noise, prompts
 from vtr.cli.commands import parse_method
 from vtr.core.method import Method
+from vtr.core.registry import with_presets
 from vtr.core.site import ModelInfo
-from vtr.methods._presets import with_presets
 
 WITH = with_presets()
 

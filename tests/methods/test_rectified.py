@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.methods.sites import Run, tensors
-from vtr.core.method import create
-from vtr.methods import _rectify
-from vtr.methods._order import block_neighbours, grid_order, hilbert_order, select_wide
-from vtr.methods._rectify import (
+from vtr.core.registry import create
+from vtr.methods.common import rectify
+from vtr.methods.common.order import block_neighbours, grid_order, hilbert_order, select_wide
+from vtr.methods.common.rectify import (
     critical_blocks,
     gains_outweigh_errors,
     implicit_attention,
@@ -345,14 +345,14 @@ def test_the_spread_of_blocks_by_a_norm(monkeypatch, tokens):
         (part - own[:, :, None]).abs().mean(2)
         for part, own in zip(x.split(16, 2), mean.unbind(2), strict=True)
     ]
-    torch.testing.assert_close(_rectify._spread(x, mean, 16), torch.stack(wanted, 2))
+    torch.testing.assert_close(rectify._spread(x, mean, 16), torch.stack(wanted, 2))
     found = []
     monkeypatch.setattr(
-        _rectify,
+        rectify,
         "_absolute_mean",
-        lambda part, dtype: found.append(part) or _rectify._norm_mean(part, dtype),
+        lambda part, dtype: found.append(part) or rectify._norm_mean(part, dtype),
     )
-    torch.testing.assert_close(_rectify._spread(x, mean, 16), torch.stack(wanted, 2))
+    torch.testing.assert_close(rectify._spread(x, mean, 16), torch.stack(wanted, 2))
     assert found
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.methods.sites import TOLERANCE, Run, attention, tensors
-from vtr.core.method import create
-from vtr.methods._kept import Kept, kept_bytes
+from vtr.core.registry import create
+from vtr.methods.common.kept import Kept, kept_bytes
 from vtr.methods.radial import RadialAttention
 from vtr.methods.random_sparse import OwnFrame
 from vtr.methods.rectified import RectifiedSparse

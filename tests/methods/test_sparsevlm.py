@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vtr
 from tests.vision.vlm.models import IMAGE, llava
-from vtr.methods._dpc_knn import cluster
+from vtr.methods.common.dpc_knn import cluster
 from vtr.methods.sparsevlm import clusters_of, raters, recycle
 
 from .slow import Seen, Sequence, best, features, run, samples

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.methods.sites import TOLERANCE, Run, attention, tensors, visible
-from vtr.core.method import create
+from vtr.core.registry import create
 from vtr.kernels import masks
-from vtr.methods._static import compact_tile, fit_window, sparse
+from vtr.methods.common.static import compact_tile, fit_window, sparse
 from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.random_sparse import OwnFrame, RandomSparse
 from vtr.methods.sliding_tile import SlidingTile, dividing_tile

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtr.core.method import create
+from vtr.core.registry import create
 from vtr.methods.tomesd import ToMeSD, cell_split, merge_map
 
 GRIDS = [(1, 4, 6), (2, 4, 4), (3, 5, 7), (1, 1, 9)]

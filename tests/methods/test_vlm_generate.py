@@ -12,7 +12,7 @@ from torch import Tensor
 import vtr
 from tests.vision.vlm.models import IMAGE, Inputs, llava, prompts
 from vtr.compat.transformers import cache_of
-from vtr.core.method import registry
+from vtr.core.registry import registry
 
 MODEL, _ = llava(1)
 IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(11))

@@ -11,7 +11,7 @@ import torch
 import vtr
 from tests.diffusion.models import CASES, replaced
 from tests.methods.sites import Run, attention, tensors, visible
-from vtr.core.method import create
+from vtr.core.registry import create
 from vtr.methods.sliding_tile import SlidingTile
 
 GRID, TILE = (4, 5, 8), (2, 3, 4)  # 2 x 2 x 2 tiles, smaller ones at the end of the second axis

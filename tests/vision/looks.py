@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import vtr
-from vtr.core.method import Method, Reduction, Stage
+from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import take
 
 
 @dataclass(frozen=True)
-class Look(Method):
+class Look(TokenMethod):
     """Opens the attention of every layer and changes nothing."""
 
     name: ClassVar[str] = "look"

@@ -14,7 +14,7 @@ import torch
 import vtr
 from tests.tiny import images, vit
 from tests.vision.timm_models import build
-from vtr.core.method import Method, Reduction, Stage
+from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
 
@@ -58,7 +58,7 @@ def test_pooling_of_a_pruned_sequence_is_the_plain_one() -> None:
 
 
 @dataclass(frozen=True)
-class Ragged(Method):
+class Ragged(TokenMethod):
     """Keeps a number of tokens that is each sample's own."""
 
     name: ClassVar[str] = "ragged"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ from rich.table import Table
 from vtr.cli import loading
 from vtr.cli.doctor import doctor
 from vtr.cli.evaluate import evaluate
+from vtr.core.registry import parse as parse_method
 from vtr.errors import VtrError
 
 app = typer.Typer(
@@ -115,7 +115,7 @@ def methods(
 
 
 def _presets(as_json: bool) -> None:
-    from vtr.methods._presets import with_presets
+    from vtr.core.registry import with_presets
 
     made: dict[str, dict[str, Any]] = {k: cls.presets() for k, cls in with_presets().items()}
     if as_json:
@@ -360,44 +360,6 @@ def plot(
 
 app.command("eval")(evaluate)
 app.command("doctor")(doctor)
-
-
-def parse_method(text: str) -> Any:
-    """``evit:keep=0.5,layers=1+2+3`` -> EViT(keep=0.5, layers=(1, 2, 3)). A '+' joins a tuple.
-
-    ``debias(fastv:keep=64):strength=2`` wraps a method; a file ``plan.json`` is a plan.
-    """
-    from vtr.core.method import create
-    from vtr.core.plan import Plan
-
-    if text.endswith(".json"):
-        return Plan.load(text)
-    options: dict[str, Any] = {}
-    wrapped = re.fullmatch(r"([^(:]*)\((.*)\)(?::([^()]*))?", text)
-    if wrapped:
-        name, rest = wrapped[1], wrapped[3] or ""
-        options["method"] = parse_method(wrapped[2])
-    else:
-        name, _, rest = text.partition(":")
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"--method {text!r}: write options as name=value, got {part!r}")
-        options[key.strip()] = _value(value.strip())
-    return create(name.strip(), **options)
-
-
-def _value(text: str) -> Any:
-    if "+" in text:
-        return tuple(_value(part) for part in text.split("+"))
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 if __name__ == "__main__":

@@ -1,28 +1,22 @@
-"""The base of all methods, and their registry.
+"""The bases of all methods, and what a method returns.
 
 A method is a frozen dataclass: comparable, printable, serialisable, and checked when constructed. It
 says at which sites it looks and cuts (:meth:`Method.stages`), and computes the cut from what the
-site shows (:meth:`Method.reduce`). It never names a model class.
+site shows (:meth:`TokenMethod.reduce`). It never names a model class.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
 from vtr.errors import UnsupportedMethodError
-
-M = TypeVar("M", bound="type[Method]")
-
-_REGISTRY: dict[str, type[Method]] = {}
 
 
 class Stage(NamedTuple):
@@ -43,7 +37,7 @@ class Stage(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What :meth:`Method.reduce` decided.
+    """What :meth:`TokenMethod.reduce` decided.
 
     Attributes:
         map: from the tokens of the site to those that go on.
@@ -70,25 +64,19 @@ class Reduction(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """Base class. A subclass is a frozen dataclass decorated with :func:`register`.
+    """Base of all methods. A subclass is a frozen dataclass decorated with :func:`vtr.register`.
+
+    What a method decides is in one of two bases: :class:`TokenMethod` (which tokens a model computes
+    with) and :class:`vtr.methods.base.AttentionMethod` (what an attention call computes).
 
     Class attributes:
         name: for configs and command lines.
         paper: title, venue and arXiv number.
         sites: where it acts, for the table of methods.
-        needs: signals that it reads, per site: ``{"encoder": {"cls_attention"}}``.
+        needs: signals that it reads, per site: ``{"encoder": frozenset({"cls_attention"})}``.
         training: ``"none"``, ``"optional"`` or ``"required"``.
-        size_weighted: tokens' sizes count when the model pools them (merging methods).
         learned: whether :meth:`build` makes modules.
         alone: no other method may reduce at the same site (its maps start at the model's input).
-        rejoins: behind an encoder all of its tokens are there again, so that nothing there has to know of its
-            cuts. May be a property, as may be the next one.
-        data_dependent: how many tokens are left depends on the image. No graph of fixed sizes can hold that,
-            so that ``torch.export`` and ``torch.jit.trace`` are refused.
-        carries_gradients: what a visit leaves in ``site.memory``, ``site.notes`` or a policy has gradients
-            that later visits use; reentrant activation checkpointing would lose them, and is refused.
-        positions: what becomes of positions in a language model after a cut: ``"original"`` (kept)
-            or ``"compact"`` (numbered anew), the paper's own choice; an option of ``apply``.
     """
 
     name: ClassVar[str] = ""
@@ -96,13 +84,8 @@ class Method:
     sites: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[Mapping[str, frozenset[str]]] = {}
     training: ClassVar[str] = "none"
-    size_weighted: ClassVar[bool] = False
     learned: ClassVar[bool] = False
     alone: ClassVar[bool] = False
-    rejoins: ClassVar[bool] = False
-    data_dependent: ClassVar[bool] = False
-    carries_gradients: ClassVar[bool] = False
-    positions: ClassVar[str] = "original"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -123,24 +106,8 @@ class Method:
         object.__setattr__(self, field, value)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        """Where :meth:`reduce` is called, in order. Raises ``ValueError`` for layers that do not exist."""
+        """List the visits, in order. Raises ``ValueError`` for layers that do not exist."""
         raise NotImplementedError(f"{type(self).__name__} must define stages(info)")
-
-    def reduce(self, site: Site) -> Reduction | None:
-        """Decide the cut at ``site``, or look and return None."""
-        raise NotImplementedError(f"{type(self).__name__} must define reduce(site)")
-
-    def positions_at(self, site: str) -> str:
-        """:attr:`positions` after a cut at ``site``, for methods whose papers treat their cuts differently."""
-        return self.positions
-
-    def cuts_at(self, stage: Stage) -> bool:
-        """Whether the visit may shorten the sequence (False: it only looks)."""
-        return stage.cuts
-
-    def biased_layers(self, info: ModelInfo) -> frozenset[int]:
-        """Encoder layers whose attention counts each key by its size (proportional attention)."""
-        return frozenset()
 
     def build(self, info: ModelInfo) -> nn.Module | None:
         """Make the modules of a method that learns; the handle owns them, the model does not."""
@@ -191,73 +158,39 @@ class Method:
         return {"name": self.name, **options}
 
 
-def _no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
+@dataclass(frozen=True)
+class TokenMethod(Method):
+    """Base of the methods that decide which visual tokens a model computes with.
 
+    A subclass defines :meth:`Method.stages` and :meth:`reduce`. For a method that ranks tokens by a score,
+    :class:`vtr.methods.base.ScoredMethod` defines both.
 
-def register(cls: M) -> M:
-    """Class decorator: make a method known to :func:`create`, the tables and the common tests."""
-    if not cls.name or not cls.paper or not cls.sites:
-        raise TypeError(f"{cls.__name__} must define name, paper and sites")
-    fields = dataclasses.fields(cls)
-    bare = [f.name for f in fields if f.init and _no_default(f)]
-    if bare:  # tables and "supported" make one of each method
-        raise TypeError(f"{cls.__name__}: give defaults to {', '.join(bare)}")
-    if _REGISTRY.setdefault(cls.name, cls) is not cls:
-        raise TypeError(f"a method named {cls.name!r} is registered already")
-    return cls
-
-
-def registry() -> dict[str, type[Method]]:
-    """All registered methods by name (imports :mod:`vtr.methods`)."""
-    import vtr.methods  # noqa: F401
-
-    return dict(sorted(_REGISTRY.items()))
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "")
-
-
-def create(name: str, *, preset: str | None = None, **options: Any) -> Method:
-    """Make a method by its name: ``create("evit", keep=0.7)``. Lists are taken as tuples.
-
-    Capitals, hyphens and underscores do not count, and the name of the class is one of the method's.
-
-    Args:
-        name: of the method.
-        preset: a published setting to start from (``Method.presets()`` of the methods that have some,
-            or ``vtr methods --presets``); ``options`` change it.
-
-    Raises:
-        ValueError: there is no such method, or it has no such option or preset, or not with this value.
+    Class attributes:
+        size_weighted: tokens count by their sizes when the model pools them (merging methods).
+        rejoins: all tokens of an encoder are there again behind it, so that nothing there has to know of
+            its cuts. May be a property, as may be the next one.
+        data_dependent: the number of tokens left depends on the image. No graph of fixed sizes can hold
+            that, so that ``torch.export`` and ``torch.jit.trace`` are refused.
+        carries_gradients: what a visit leaves in ``site.memory``, ``site.notes`` or a policy has gradients
+            that later visits use; reentrant activation checkpointing would lose them, and is refused.
+        positions: whether kept tokens keep their positions in a language model (``"original"``) or are
+            numbered anew (``"compact"``), the paper's own choice; an option of ``apply``.
     """
-    known = registry()
-    # A name before the class of another: a method of one's own may be ``class EViT`` as well.
-    aliases = {_plain(cls.__name__): cls for cls in known.values()}
-    aliases |= {_plain(k): cls for k, cls in known.items()}
-    cls = known.get(name) or aliases.get(_plain(name)) if isinstance(name, str) else None
-    if cls is None:
-        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no method {name!r}.{hint} Known: {', '.join(known)}")
-    fields = [f.name for f in dataclasses.fields(cls) if f.init]
-    for option in options:
-        if option not in fields:
-            raise ValueError(f"{cls.name} has no option {option!r}; it has: {', '.join(fields)}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    make: Any = cls
-    if preset is not None:
-        from vtr.methods._presets import with_presets
 
-        some = with_presets()
-        if cls.name not in some:
-            raise ValueError(
-                f"{cls.name} has no presets; methods that have some: {', '.join(some)}"
-            )
-        make = partial(some[cls.name].preset, preset)
-    try:
-        made: Method = make(**options)
-        return made
-    except TypeError as error:
-        raise ValueError(f"{cls.name}: {error}") from error
+    size_weighted: ClassVar[bool] = False
+    rejoins: ClassVar[bool] = False
+    data_dependent: ClassVar[bool] = False
+    carries_gradients: ClassVar[bool] = False
+    positions: ClassVar[str] = "original"
+
+    def reduce(self, site: Site) -> Reduction | None:
+        """Decide the cut at ``site``, or look and return None."""
+        raise NotImplementedError(f"{type(self).__name__} must define reduce(site)")
+
+    def positions_at(self, site: str) -> str:
+        """:attr:`positions` after a cut at ``site``, for methods whose papers treat their cuts differently."""
+        return self.positions
+
+    def biased_layers(self, info: ModelInfo) -> frozenset[int]:
+        """Encoder layers whose attention counts each key by its size (proportional attention)."""
+        return frozenset()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtr.core.method import Method, create
+from vtr.core.method import Method
+from vtr.core.registry import create
 
 VERSION = 1
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from vtr.compat import accelerate
 from vtr.compat.torch import is_replica
-from vtr.core.method import Method, Stage
+from vtr.core.method import Method, Stage, TokenMethod
 from vtr.core.site import ModelInfo
 from vtr.core.trace import Trace
 from vtr.errors import UnsupportedModelError
@@ -69,6 +69,12 @@ class Entry:
         self.options = options
         self.modules = modules
         self.paused = False
+
+    @property
+    def token_method(self) -> TokenMethod:
+        """The method, which has been checked to be one that acts on tokens."""
+        assert isinstance(self.method, TokenMethod)
+        return self.method
 
     def modules_like(self, x: torch.Tensor) -> nn.Module | None:
         """The learned modules on the device of ``x`` (they follow the model lazily)."""
@@ -131,7 +137,7 @@ class Wrapping:
                         f"it cannot be combined with {other.method.name} there"
                     )
             for stage in dict.fromkeys(entry.method.stages(self.info)):
-                if not entry.method.cuts_at(stage):
+                if not stage.cuts:
                     continue
                 first = seen.setdefault((stage.site, stage.layer), entry)
                 if first is not entry:

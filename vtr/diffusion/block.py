@@ -87,7 +87,7 @@ def enter(
         wrapping.state.setdefault((which, index, call.branch, "block", number), {}),
         wrapping.shared.setdefault((which, index), {}), wrapping.memory.setdefault(which, {}), notes,
     )  # fmt: skip
-    reduction = entry.method.reduce(site)
+    reduction = entry.token_method.reduce(site)
     if reduction is None or reduction.map is None:
         return
     if reduction.map.padded or reduction.map.n_in != tokens:

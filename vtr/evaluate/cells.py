@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtr.core.budget import Keep, check_keep
-from vtr.core.method import Method, create, registry
+from vtr.core.method import Method
+from vtr.core.registry import create, registry
 
 DRAWS = 16
 """Different random subsets that the samples of one seed share: sample ``n`` gets number ``n % 16``.

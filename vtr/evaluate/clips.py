@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 import vtr
-from vtr.core.method import Method, Reduction, Stage
+from vtr.core.method import Method, Reduction, Stage, TokenMethod
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._vlm import language, prune
+from vtr.methods.common.vlm import language, prune
 from vtr.zoo.video_questions import KINDS, VideoSample, answers, score
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ TOKENS = 289
 
 
 @dataclass(frozen=True)
-class RandomFrames(Method):
+class RandomFrames(TokenMethod):
     """Baseline: whole frames drawn by chance, as many as :class:`vtr.UniformFrames` would keep.
 
     Drawn per sample from torch's global generator; prompts with one video. Separators stay.

@@ -167,7 +167,7 @@ def _layers(cell: Cell, info: Any, visual: int) -> list[int]:
         keep = getattr(holder, "keep", None)
         if keep is None:
             continue
-        stages = [s for s in method.stages(info) if method.cuts_at(s)]
+        stages = [s for s in method.stages(info) if s.cuts]
         early = [s for s in stages if s.site != "decoder"]
         late = sorted((s for s in stages if s.site == "decoder"), key=lambda s: s.layer)
         if early:

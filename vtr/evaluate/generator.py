@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vtr
 from vtr.evaluate.digit_judge import grey_levels, judge
-from vtr.methods._attention import AttentionMethod
+from vtr.methods.common.attention import AttentionMethod
 from vtr.zoo.videos import DIRECTIONS, fitting
 
 SEED = 3

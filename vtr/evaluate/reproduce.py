@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vtr.core.method import Method, create
+from vtr.core.method import Method
+from vtr.core.registry import create, with_presets
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.compare import COLUMNS, PublishedRow, PublishedTable, beside, number, tables
 from vtr.evaluate.results import Results
-from vtr.methods._presets import with_presets
 
 
 class Weights(NamedTuple):

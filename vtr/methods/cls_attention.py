@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtr.core.budget import Keep, check_layers, check_schedule, fit_layers, spread
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
-from vtr.methods._vlm import language, last_used, prune, stage_budget, stored
+from vtr.methods.common.vlm import language, last_used, prune, stage_budget, stored
 
 
 @register
 @dataclass(frozen=True)
-class CLSAttention(Method):
+class CLSAttention(TokenMethod):
     """Keep the visual tokens that the class token attends to most.
 
     At each layer of ``layers`` the score is the mean over heads of the class token's attention row

@@ -10,10 +10,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.core.method import Method, Reduction, Stage, create, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import create, register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import TextScored, check_number, language, valid_of
+from vtr.methods.common.vlm import TextScored, check_number, language, valid_of
 from vtr.methods.fastv import FastV
 from vtr.methods.pyramiddrop import PyramidDrop
 from vtr.methods.sparsevlm import SparseVLM
@@ -52,7 +53,7 @@ _FASTV = FastV()
 
 @register
 @dataclass(frozen=True)
-class Debias(Presets, Method):
+class Debias(Presets, TokenMethod):
     """Attention debiasing (arXiv 2508.17807): correct the score of a method before it ranks.
 
     Text-to-image attention grows towards the end of the image (a recency trend) and rests on padding.
@@ -94,7 +95,7 @@ class Debias(Presets, Method):
     """The authors' scripts, both corrections on: FastV with 128 tokens behind layer 2 (156 on average),
     the others with about 128 on average."""
 
-    method: Method = _FASTV
+    method: TokenMethod = _FASTV
     strength: float | None = None
     padding: float | bool = True
 

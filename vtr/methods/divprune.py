@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import budget, language, nothing_to_cut, valid_of
+from vtr.methods.common.vlm import budget, language, nothing_to_cut, valid_of
 
 
 @register
 @dataclass(frozen=True)
-class DivPrune(Presets, Method):
+class DivPrune(Presets, TokenMethod):
     """DivPrune (CVPR 2025): max-min diversity of the visual tokens at the entry of the language model.
 
     With the distance d_ij = 1 - cos(x_i, x_j) of the projected tokens: the first token is the one

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
 from vtr.errors import UnsupportedMethodError
@@ -17,7 +18,7 @@ from vtr.errors import UnsupportedMethodError
 
 @register
 @dataclass(frozen=True)
-class Downsample(Method):
+class Downsample(TokenMethod):
     """Give the model a smaller picture, so that it makes fewer tokens of it.
 
     The plain baseline of VTC-Bench (arXiv 2510.07143), where it beats many methods on common

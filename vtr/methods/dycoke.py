@@ -11,19 +11,20 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count, counts
 from vtr.core.language_site import CacheSite, LanguageSite
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
-from vtr.methods._presets import Presets
-from vtr.methods._temporal import Cutting, best, clips, in_videos, neighbour_similarity
-from vtr.methods._vlm import check_count, check_number, language, valid_of
+from vtr.methods.common.temporal import Cutting, best, clips, in_videos, neighbour_similarity
+from vtr.methods.common.vlm import check_count, check_number, language, valid_of
 
 WINDOW = 4
 
 
 @register
 @dataclass(frozen=True)
-class DyCoke(Presets, Method):
+class DyCoke(Presets, TokenMethod):
     """DyCoke (CVPR 2025, arXiv 2411.15024): temporal merging, then a dynamic KV cache.
 
     Before the language model, in windows of four frames, the first stays whole. Frames 1 and 3 are

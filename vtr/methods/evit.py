@@ -18,14 +18,15 @@ from vtr.core.budget import (
     geometric,
     third_points,
 )
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
 
 
 @register
 @dataclass(frozen=True)
-class EViT(Method):
+class EViT(TokenMethod):
     """Token reorganisation, "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800).
 
     At each stage, with s_j the class token's attention to token j in that block (mean over heads,

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._presets import Presets
-from vtr.methods._temporal import Cutting, clips, neighbour_similarity
-from vtr.methods._vlm import language
+from vtr.methods.common.temporal import Cutting, clips, neighbour_similarity
+from vtr.methods.common.vlm import language
 
 FIRST = 255.0  # dissimilarity of the first frame, above every other
 
 
 @register
 @dataclass(frozen=True)
-class EVS(Presets, Method):
+class EVS(Presets, TokenMethod):
     """Efficient Video Sampling (arXiv 2510.14624): one global ranking by the change in time.
 
     The dissimilarity of a token is 1 - cosine between its embedding and that of its place in the frame

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage, register
+from vtr.core.method import Reduction, Stage
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import (
+from vtr.methods.common.vlm import (
     TextScored,
     budget,
     check_count,

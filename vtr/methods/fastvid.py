@@ -12,17 +12,18 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._dpc_knn import distances, peaks
-from vtr.methods._presets import Presets
-from vtr.methods._temporal import Cutting, best, clips, shares
-from vtr.methods._vlm import check_count, check_number, language, last_used, stored
+from vtr.methods.common.dpc_knn import distances, peaks
+from vtr.methods.common.temporal import Cutting, best, clips, shares
+from vtr.methods.common.vlm import check_count, check_number, language, last_used, stored
 
 
 @register
 @dataclass(frozen=True)
-class FastVID(Presets, Method):
+class FastVID(Presets, TokenMethod):
     """FastVID (NeurIPS 2025, arXiv 2503.11187): dynamic density pruning.
 
     Segments: a video is cut between neighbouring frames at the ``segments - 1`` smallest cosines of their

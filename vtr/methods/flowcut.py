@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_flag, check_keep, count
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels import attention_rows
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import budget, language, need_text_after, nothing_to_cut, prune, stored
+from vtr.methods.common.vlm import budget, language, need_text_after, nothing_to_cut, prune, stored
 
 LANGUAGE_LAYER = 1
 """0-based layer of the language model after which the authors cut."""
@@ -23,7 +24,7 @@ LANGUAGE_LAYER = 1
 
 @register
 @dataclass(frozen=True)
-class FlowCut(Presets, Method):
+class FlowCut(Presets, TokenMethod):
     """FlowCut (NeurIPS 2025, arXiv 2505.19536).
 
     Per encoder layer, for visual tokens j: inflow r_j, the class token's attention row (mean over heads,

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._merge import by_representative
-from vtr.methods._presets import Presets
-from vtr.methods._temporal import best, has_video, in_videos
-from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
+from vtr.methods.common.merge import by_representative
+from vtr.methods.common.temporal import best, has_video, in_videos
+from vtr.methods.common.vlm import check_count, check_number, language, need_text_after, valid_of
 
 
 @register
 @dataclass(frozen=True)
-class FrameFusion(Presets, Method):
+class FrameFusion(Presets, TokenMethod):
     """FrameFusion (ICCV 2025, arXiv 2501.01986): similarity first, importance once.
 
     At the entry of layer 0 and then between attention and MLP of every layer, a token of a video is

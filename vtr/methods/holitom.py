@@ -11,12 +11,13 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count, counts
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._dpc_knn import cluster, mean_weights
-from vtr.methods._merge import by_representative
-from vtr.methods._presets import Presets
-from vtr.methods._temporal import (
+from vtr.methods.common.dpc_knn import cluster, mean_weights
+from vtr.methods.common.merge import by_representative
+from vtr.methods.common.temporal import (
     Cutting,
     best,
     clips,
@@ -25,7 +26,7 @@ from vtr.methods._temporal import (
     ranks,
     shares,
 )
-from vtr.methods._vlm import (
+from vtr.methods.common.vlm import (
     check_count,
     check_number,
     language,
@@ -40,7 +41,7 @@ NEIGHBOURS = 7
 
 @register
 @dataclass(frozen=True)
-class HoliTom(Presets, Method):
+class HoliTom(Presets, TokenMethod):
     """HoliTom (NeurIPS 2025, arXiv 2505.21334): holistic token merging.
 
     In time: a token is static between two frames where its cosine to the same place in the next frame is

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from vtr.core.method import register
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.kernels import masks
-from vtr.methods._order import arrange, grid_order
-from vtr.methods._presets import Presets
-from vtr.methods._static import (
+from vtr.methods.common.order import arrange, grid_order
+from vtr.methods.common.static import (
     Layout,
     StaticSparse,
     Window,

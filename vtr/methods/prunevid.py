@@ -12,13 +12,14 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count, counts
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
-from vtr.methods._dpc_knn import cluster, mean_weights
-from vtr.methods._presets import Presets
-from vtr.methods._temporal import Cutting, clips, shares
-from vtr.methods._vlm import check_count, check_number, language, need_text_after, valid_of
+from vtr.methods.common.dpc_knn import cluster, mean_weights
+from vtr.methods.common.temporal import Cutting, clips, shares
+from vtr.methods.common.vlm import check_count, check_number, language, need_text_after, valid_of
 
 NEIGHBOURS = 7
 ENOUGH = 14  # groups of at most so many tokens are not clustered
@@ -27,7 +28,7 @@ LAYER = 11  # the first with fewer tokens, in models of 28 and of 32 layers
 
 @register
 @dataclass(frozen=True)
-class PruneVid(Presets, Method):
+class PruneVid(Presets, TokenMethod):
     """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
 
     Frames are clustered by density peaks (k = 7) on the mean of their embeddings into 0.25 T clusters, which

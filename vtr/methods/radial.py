@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from vtr.core.method import register
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.kernels import masks
-from vtr.methods._presets import Presets
-from vtr.methods._static import Layout, StaticSparse
+from vtr.methods.common.static import Layout, StaticSparse
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite

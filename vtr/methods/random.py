@@ -10,15 +10,16 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_layers, check_schedule, fit_layers, spread
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
-from vtr.methods._vlm import prune, stage_budget
+from vtr.methods.common.vlm import prune, stage_budget
 
 
 @register
 @dataclass(frozen=True)
-class Random(Method):
+class Random(TokenMethod):
     """Keep a uniformly random subset of the visual tokens.
 
     One subset is drawn per call and shared by the samples of the batch, so that a sample gets in a

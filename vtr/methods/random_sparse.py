@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.method import register
+from vtr.core.registry import register
 from vtr.kernels import BlockMask, masks
 from vtr.kernels.masks.build import spans
-from vtr.methods._order import arrange
-from vtr.methods._static import Layout, StaticSparse
+from vtr.methods.common.order import arrange
+from vtr.methods.common.static import Layout, StaticSparse
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite

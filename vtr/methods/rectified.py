@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.method import register
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.kernels.precision import full_precision
-from vtr.methods._attention import AttentionMethod
-from vtr.methods._order import (
+from vtr.methods.common.attention import AttentionMethod
+from vtr.methods.common.order import (
     Arranged,
     arrange,
     block_neighbours,
@@ -19,8 +20,7 @@ from vtr.methods._order import (
     grid_order,
     reorder,
 )
-from vtr.methods._presets import Presets
-from vtr.methods._rectify import rectified_attention
+from vtr.methods.common.rectify import rectified_attention
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite

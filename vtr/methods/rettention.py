@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.method import create, register
+from vtr.core.presets import Presets
+from vtr.core.registry import create, register
 from vtr.kernels import BlockMask, masks
-from vtr.methods._attention import AttentionMethod
-from vtr.methods._kept import PRECISIONS, Kept, kept_bytes
-from vtr.methods._presets import Presets
-from vtr.methods._static import Layout, StaticSparse, sparse
+from vtr.methods.common.attention import AttentionMethod
+from vtr.methods.common.kept import PRECISIONS, Kept, kept_bytes
+from vtr.methods.common.static import Layout, StaticSparse, sparse
 
 if TYPE_CHECKING:
     from vtr.core.site import ModelInfo

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.method import Stage, register
+from vtr.core.method import Stage
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.kernels import BlockMask, masks
 from vtr.kernels.keys import without_keys
-from vtr.methods._order import Arranged, arrange, grid_order
-from vtr.methods._presets import Presets
-from vtr.methods._static import Layout, StaticSparse, Window, check_window, fit_window, sparse
-from vtr.methods._windows import WindowTable, load_windows
+from vtr.methods.common.order import Arranged, arrange, grid_order
+from vtr.methods.common.static import Layout, StaticSparse, Window, check_window, fit_window, sparse
+from vtr.methods.common.windows import WindowTable, load_windows
 
 if TYPE_CHECKING:
     from vtr.core.site import ModelInfo

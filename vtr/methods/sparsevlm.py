@@ -10,13 +10,14 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_flag, check_layers, check_schedule, fit_layers
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage, register
+from vtr.core.method import Reduction, Stage
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap, take, top_indices
-from vtr.methods._dpc_knn import cluster
-from vtr.methods._merge import by_representative
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import (
+from vtr.methods.common.dpc_knn import cluster
+from vtr.methods.common.merge import by_representative
+from vtr.methods.common.vlm import (
     TextScored,
     check_count,
     need_text_after,

@@ -19,7 +19,8 @@ from vtr.core.budget import (
     fit_layers,
     third_points,
 )
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels import attention_rows
@@ -27,7 +28,7 @@ from vtr.kernels import attention_rows
 
 @register
 @dataclass(frozen=True)
-class ToFe(Method):
+class ToFe(TokenMethod):
     """Lagged token freezing and reusing (ToFe, arXiv 2507.16260).
 
     Before each block in ``layers`` all tokens are scored, the frozen ones too: the best go through

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_flag, check_keep, count
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take
 
 
 @register
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(TokenMethod):
     """Token Merging, "Your ViT But Faster" (ICLR 2023, arXiv 2210.09461).
 
     In every block, between attention and MLP: tokens are split alternately into A and B, each A

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.method import Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.tokens import TokenMap
 from vtr.kernels import bipartite_match
-from vtr.methods._schedule import Scheduled
+from vtr.methods.common.schedule import Scheduled
 
 if TYPE_CHECKING:
     from vtr.core.site import ModelInfo
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ToMeSD(Scheduled):
+class ToMeSD(Scheduled, TokenMethod):
     """Token Merging for Stable Diffusion (CVPR workshops 2023, arXiv 2303.17604), for transformers.
 
     The grid is cut into cells. One token of each cell is a destination, the others are sources; each

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._temporal import Cutting, clips
-from vtr.methods._vlm import language
+from vtr.methods.common.temporal import Cutting, clips
+from vtr.methods.common.vlm import language
 
 
 @register
 @dataclass(frozen=True)
-class UniformFrames(Method):
+class UniformFrames(TokenMethod):
     """Keep whole frames at even distances, as if the video had been sampled more coarsely.
 
     Of T frames the (i + 1/2) T / n-th stay for i = 0 .. n - 1. n does not depend on the content: as many

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_flag, check_keep, check_layers, fit_layers
 from vtr.core.language_site import LanguageSite, VisualSpan
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site, rows_at_once
 from vtr.core.tokens import TokenMap
-from vtr.methods._merge import by_representative
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import (
+from vtr.methods.common.merge import by_representative
+from vtr.methods.common.vlm import (
     alive,
     budget,
     check_number,
@@ -49,7 +50,7 @@ RELEASED: Mapping[float, Tuned] = {
 
 @register
 @dataclass(frozen=True)
-class VFlowOpt(Presets, Method):
+class VFlowOpt(Presets, TokenMethod):
     """VFlowOpt (ICCV 2025, arXiv 2508.05211): visual information flow, pruned in three stages.
 
     The importance of a token is calibrated context: with A the head-averaged attention map of the

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
-from vtr.methods._temporal import Cutting, clips, shares
-from vtr.methods._vlm import check_count, language
+from vtr.methods.common.temporal import Cutting, clips, shares
+from vtr.methods.common.vlm import check_count, language
 from vtr.methods.tome import bipartite_soft_matching
 
 
 @register
 @dataclass(frozen=True)
-class VideoToMe(Method):
+class VideoToMe(TokenMethod):
     """Token Merging (ICLR 2023, arXiv 2210.09461) over the space-time tokens of a video.
 
     The paper merges space-time tokens in the blocks of a video transformer (section 5); here the tokens

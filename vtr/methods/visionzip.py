@@ -11,20 +11,29 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels.precision import full_precision
-from vtr.methods._merge import by_representative
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import alive, budget, language, last_used, nothing_to_cut, stored, valid_of
+from vtr.methods.common.merge import by_representative
+from vtr.methods.common.vlm import (
+    alive,
+    budget,
+    language,
+    last_used,
+    nothing_to_cut,
+    stored,
+    valid_of,
+)
 
 DROPPED = -1e6
 
 
 @register
 @dataclass(frozen=True)
-class VisionZip(Presets, Method):
+class VisionZip(Presets, TokenMethod):
     """VisionZip (CVPR 2025, arXiv 2412.04467): dominant tokens, and contextual ones from the rest.
 
     In the encoder layer whose output the projector reads: dominant are the tokens of highest class

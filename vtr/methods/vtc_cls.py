@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtr.core.budget import Keep, check_keep
-from vtr.core.method import Method, Reduction, Stage, register
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods._presets import Presets
-from vtr.methods._vlm import budget, check_count, language, last_used, prune, stored
+from vtr.methods.common.vlm import budget, check_count, language, last_used, prune, stored
 
 
 @register
 @dataclass(frozen=True)
-class VTCCLS(Presets, Method):
+class VTCCLS(Presets, TokenMethod):
     """VTC-CLS (arXiv 2412.05819): class attention, summed over the last layers of the encoder.
 
     s_l[j] is the mean over heads of layer l's attention from the class token to patch j (softmax over

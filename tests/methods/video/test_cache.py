@@ -43,7 +43,7 @@ def size(out: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class EveryOther(vtr.Method):
+class EveryOther(vtr.TokenMethod):
     """Frees every other token from a layer on."""
 
     name: ClassVar[str] = "every-other"

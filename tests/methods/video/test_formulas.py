@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import vtr
 from tests.methods.video.by_hand import SEEDS, clip, cos, dpc, top
-from vtr.methods._dpc_knn import cluster, distances, mean_weights, peaks
-from vtr.methods._temporal import shares
+from vtr.methods.common.dpc_knn import cluster, distances, mean_weights, peaks
+from vtr.methods.common.temporal import shares
 from vtr.methods.dycoke import thin
 from vtr.methods.evs import changed, dissimilarity
 from vtr.methods.framefusion import chain_cosine, chains

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vtr
 from tests.methods.video.by_hand import SEEDS, clip, cos, dpc, summed, top
-from vtr.methods._temporal import shares
+from vtr.methods.common.temporal import shares
 from vtr.methods.holitom import merge_into_nearest, windows
 
 

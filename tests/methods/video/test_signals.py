@@ -16,7 +16,7 @@ from tests.vision.vlm.videos import VIDEOS, frames, transformers
 
 
 @dataclasses.dataclass(frozen=True)
-class Look(vtr.Method):
+class Look(vtr.TokenMethod):
     """Calls a function at a decoder site."""
 
     name: ClassVar[str] = "look"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import vtr
-from vtr.core.method import registry
+from vtr.core.registry import registry
 
 
 def method_of(name: str) -> vtr.Method:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.vision.vlm.models import visual
 from vtr.compat.transformers import cache_of, given_cache
-from vtr.core.method import Method, Reduction, Stage
+from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
 from vtr.vision.vlm.wrapping import language_of
@@ -21,7 +21,7 @@ CLOSE = 3e-5  # float32, two orders of the same sums
 
 
 @dataclass(frozen=True)
-class Pick(Method):
+class Pick(TokenMethod):
     """Keep so many of each sample's tokens: the ones with the largest norm, at given stages.
 
     Args:

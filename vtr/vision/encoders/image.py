@@ -64,7 +64,7 @@ def ask(
         modules=entry.modules_like(like),
         notes=notes,
     )
-    reduction = entry.method.reduce(site)
+    reduction = entry.token_method.reduce(site)
     if reduction is None:
         return None
     if reduction.map is None or reduction.grid is None:

@@ -85,7 +85,7 @@ class Passes:
             return
         # A block without gradients whose input has some: the first pass of reentrant checkpointing.
         for entry in run.entries:
-            if entry.method.carries_gradients:
+            if entry.token_method.carries_gradients:
                 raise RuntimeError(
                     f"{entry.method.name} hands values with gradients from block to block, which reentrant "
                     "checkpointing cuts off: checkpoint with use_reentrant=False (transformers: "

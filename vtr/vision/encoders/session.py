@@ -113,7 +113,7 @@ class EncoderSession:
                 probed.add(stage.layer)
             looks = looks or "pixels" in wanted
         for entry in owner.active:
-            biased |= entry.method.biased_layers(owner.info)
+            biased |= entry.token_method.biased_layers(owner.info)
         self.probed, self.biased = frozenset(probed), frozenset(biased)
         for layer, runner in enumerate(self.runners):
             place_forward(owner, runner.block, Bound(self, "forward", layer))
@@ -318,7 +318,7 @@ class EncoderSession:
     ) -> Tensor:
         for number, entry in enumerate(self.visits.get((layer, place), ())):
             site = self._site(run, entry, layer, x, probe, kwargs)
-            reduction = entry.method.reduce(site)
+            reduction = entry.token_method.reduce(site)
             at = (layer, place, number)
             if run.first is not None:
                 sizes = site.map.size
@@ -400,7 +400,7 @@ class EncoderSession:
             ones = reduction.weights.new_ones(run.batch, p)
             x = whole.merge(x, torch.cat([ones, reduction.weights], 1), reduction.normalize)
         run.map = step if reduction.absolute or run.map is None else run.map.then(step)
-        run.merged = run.merged or entry.method.size_weighted
+        run.merged = run.merged or entry.token_method.size_weighted
         if x.shape[1] - p != run.map.n_out:
             raise RuntimeError(
                 f"{entry.method.name} returned {x.shape[1] - p} tokens for {run.map!r}"
@@ -461,7 +461,7 @@ class EncoderSession:
         for entry in self.owner.active:
             worked = root.training or any(s.method == entry.method.name for s in trace.stages)
             if entry.modules is not None and worked:
-                reduced += entry.method.overhead(entry.modules, tokens)
+                reduced += entry.token_method.overhead(entry.modules, tokens)
         return dense, reduced
 
 

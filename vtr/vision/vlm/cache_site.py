@@ -113,7 +113,7 @@ class CacheSession:
         if call.visual is None or call.cache is None or not self.visits:
             return
         for entry, layer, place in self.visits:
-            reduction = entry.method.reduce(self._site(call, entry, layer))
+            reduction = entry.token_method.reduce(self._site(call, entry, layer))
             if reduction is not None and reduction.map is not None:
                 self._free(call, entry, layer, place, reduction.map)
         self.query = None
@@ -273,7 +273,7 @@ class CacheSession:
             follow.kept,
             follow.state,
         )
-        reduction = entry.method.reduce(site)
+        reduction = entry.token_method.reduce(site)
         if reduction is not None and reduction.map is not None:
             exchange(call.cache, follow, reduction.map.kept)
 

@@ -263,7 +263,7 @@ class Call:
             def choose(hidden: Tensor) -> Reduction | None:
                 site = self.site(entry, name, layer, place, hidden)
                 with self.casting(False):  # scores are float32: autocast would round their products
-                    return entry.method.reduce(site)
+                    return entry.token_method.reduce(site)
 
             inside = self.inside
             reduction = chosen(choose, hidden, entry.method.name) if inside else choose(hidden)

@@ -357,7 +357,7 @@ class LanguageSession:
         step = TokenMap.merged(kept, source.masked_fill(~valid, -1), padded)
         entry = next(iter(coarse.values())).entry
         embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
-        numbered = entry.options.get("positions") or entry.method.positions_at("prompt")
+        numbered = entry.options.get("positions") or entry.token_method.positions_at("prompt")
         if self.owner.mrope and numbered == "compact" and call.positions.dim() == 3:
             call.positions, call.layout.tail = regrid(
                 call.positions.expand(-1, len(slots), -1), call.live, slots, moves

@@ -152,7 +152,7 @@ class PackedSession:
                 modules=entry.modules_like(output),
                 notes=owner.trace.notes,
             )
-            if entry.method.reduce(site) is not None:
+            if entry.token_method.reduce(site) is not None:
                 raise RuntimeError(f"{entry.method.name} cuts in a tower that cannot be cut")
 
     def split(self, x: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from vtr.compat.transformers import (
     language_module,
     masks_otherwise,
 )
-from vtr.core.method import Method, registry
+from vtr.core.method import Method, TokenMethod
+from vtr.core.registry import registry
 from vtr.core.site import ModelInfo
 from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
@@ -223,7 +224,7 @@ class VLMWrapping(Wrapping):
         if self.mrope:
             return False
         chosen = entry.options.get("positions")
-        return (entry.method.positions_at(site) if chosen is None else chosen) == "compact"
+        return (entry.token_method.positions_at(site) if chosen is None else chosen) == "compact"
 
     @property
     def output(self) -> str:
@@ -271,7 +272,7 @@ class VLMWrapping(Wrapping):
         self.check_flash(options)
         # What a tower cuts is taken out of the prompt as well.
         stages = method.stages(self.info)
-        shortens = any(stage.site != "encoder" or method.cuts_at(stage) for stage in stages)
+        shortens = any(stage.site != "encoder" or stage.cuts for stage in stages)
         odd = runs_otherwise(self.layers[0]) or masks_otherwise()
         if odd and shortens:
             odd = self.why(f"{odd}, by which a cut is carried out")
@@ -282,7 +283,7 @@ class VLMWrapping(Wrapping):
                 "windows count tokens, and would reach further back after a cut"
             )
         for stage in stages:
-            if stage.site == "encoder" and self.family.cuts and method.cuts_at(stage):
+            if stage.site == "encoder" and self.family.cuts and stage.cuts:
                 raise UnsupportedMethodError(
                     f"{method.name} cuts inside the vision tower, which {self.info.family} does not "
                     f"allow: {self.family.cuts}"
@@ -309,9 +310,9 @@ class VLMWrapping(Wrapping):
 
     def takes_videos(self, method: Method) -> bool:
         """Whether a method that works on this model works for its videos, too."""
-        if not self.family.pooled or method.rejoins:
+        if not self.family.pooled or (isinstance(method, TokenMethod) and method.rejoins):
             return True
-        return not any(s.site == "encoder" and method.cuts_at(s) for s in method.stages(self.info))
+        return not any(s.site == "encoder" and s.cuts for s in method.stages(self.info))
 
     def for_videos(self, without: Collection[str]) -> str:
         """Names of the methods that work for videos, without some of them."""

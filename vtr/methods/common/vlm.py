@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, counts
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Method, Reduction, Stage
+from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
 
 
-class TextScored(Method):
+class TextScored(TokenMethod):
     """A method whose cuts rank the visual tokens by a text-to-image attention score.
 
     ``reduce`` is :meth:`score` followed by :meth:`select`, so that a wrapper (``Debias``) can correct
@@ -30,7 +30,7 @@ class TextScored(Method):
 
     def first_cut(self, info: ModelInfo) -> Stage:
         """The first stage that cuts by such a score."""
-        return next(s for s in self.stages(info) if s.site == "decoder" and self.cuts_at(s))
+        return next(s for s in self.stages(info) if s.site == "decoder" and s.cuts)
 
     def score(self, site: LanguageSite) -> Tensor | None:
         """(B, N) float32 ranking score, higher is better; None where nothing is cut here."""

@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from vtr.core.method import registry
-
 P = TypeVar("P", bound="Presets")
 
 
@@ -46,9 +44,3 @@ class Presets:
     def presets(cls: type[P]) -> dict[str, P]:
         """All published settings by name, each as a configured method."""
         return {name: cls.preset(name) for name in cls.PRESETS}
-
-
-def with_presets() -> dict[str, type[Presets]]:
-    """The registered methods that have published settings, by name."""
-    known = registry().items()
-    return {name: cls for name, cls in known if issubclass(cls, Presets) and cls.PRESETS}

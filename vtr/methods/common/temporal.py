@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vtr.core.language_site import LanguageSite, VisualSpan
 from vtr.core.method import Reduction
-from vtr.methods._merge import by_representative
-from vtr.methods._vlm import valid_of
+from vtr.methods.common.merge import by_representative
+from vtr.methods.common.vlm import valid_of
 
 
 class Clip(NamedTuple):

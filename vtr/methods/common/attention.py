@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vtr.core.method import Reduction, Stage
-from vtr.core.site import ModelInfo, Site
-from vtr.methods._schedule import Scheduled
+from vtr.core.method import Stage
+from vtr.core.site import ModelInfo
+from vtr.methods.common.schedule import Scheduled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,3 @@ class AttentionMethod(Scheduled):
     def attend(self, site: AttentionSite) -> Tensor:
         """The attention output, (B, H, S, D) in the dtype of q. Called where it is not dense."""
         raise NotImplementedError
-
-    def reduce(self, site: Site) -> Reduction | None:
-        raise TypeError(f"{self.name} acts inside attention: attend() is its entry")

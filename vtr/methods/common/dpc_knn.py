@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtr.methods._temporal import best
+from vtr.methods.common.temporal import best
 
 _INF = float("inf")
 

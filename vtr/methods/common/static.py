@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vtr.kernels import BlockMask, block_sparse_attention
 from vtr.kernels.keys import without_keys
-from vtr.methods._attention import AttentionMethod
-from vtr.methods._order import Arranged, reorder
+from vtr.methods.common.attention import AttentionMethod
+from vtr.methods.common.order import Arranged, reorder
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite

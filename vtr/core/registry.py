@@ -1,0 +1,133 @@
+"""The registry: registered methods by name, and methods from names, options and text."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from functools import partial
+from typing import Any, TypeVar
+
+from vtr.core.method import Method
+from vtr.core.presets import Presets
+
+M = TypeVar("M", bound="type[Method]")
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def _no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known to :func:`create`, the tables and the common tests."""
+    if not cls.name or not cls.paper or not cls.sites:
+        raise TypeError(f"{cls.__name__} must define name, paper and sites")
+    fields = dataclasses.fields(cls)
+    bare = [f.name for f in fields if f.init and _no_default(f)]
+    if bare:  # tables and "supported" make one of each method
+        raise TypeError(f"{cls.__name__}: give defaults to {', '.join(bare)}")
+    if _REGISTRY.setdefault(cls.name, cls) is not cls:
+        raise TypeError(f"a method named {cls.name!r} is registered already")
+    return cls
+
+
+def registry() -> dict[str, type[Method]]:
+    """All registered methods by name (imports :mod:`vtr.methods`)."""
+    import vtr.methods  # noqa: F401
+
+    return dict(sorted(_REGISTRY.items()))
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def create(name: str, *, preset: str | None = None, **options: Any) -> Method:
+    """Make a method by its name: ``create("evit", keep=0.7)``. Lists are taken as tuples.
+
+    Capitals, hyphens and underscores do not count, and the name of the class is one of the method's.
+
+    Args:
+        name: of the method.
+        preset: a published setting to start from (``Method.presets()`` of the methods that have some,
+            or ``vtr methods --presets``); ``options`` change it.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option or preset, or not with this value.
+    """
+    known = registry()
+    # A name before the class of another: a method of one's own may be ``class EViT`` as well.
+    aliases = {_plain(cls.__name__): cls for cls in known.values()}
+    aliases |= {_plain(k): cls for k, cls in known.items()}
+    cls = known.get(name) or aliases.get(_plain(name)) if isinstance(name, str) else None
+    if cls is None:
+        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no method {name!r}.{hint} Known: {', '.join(known)}")
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    for option in options:
+        if option not in fields:
+            raise ValueError(f"{cls.name} has no option {option!r}; it has: {', '.join(fields)}")
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    make: Any = cls
+    if preset is not None:
+        some = with_presets()
+        if cls.name not in some:
+            raise ValueError(
+                f"{cls.name} has no presets; methods that have some: {', '.join(some)}"
+            )
+        make = partial(some[cls.name].preset, preset)
+    try:
+        made: Method = make(**options)
+        return made
+    except TypeError as error:
+        raise ValueError(f"{cls.name}: {error}") from error
+
+
+def with_presets() -> dict[str, type[Presets]]:
+    """The registered methods that have published settings, by name."""
+    known = registry().items()
+    return {name: cls for name, cls in known if issubclass(cls, Presets) and cls.PRESETS}
+
+
+def parse(text: str) -> Any:
+    """Make a method from its text form: ``evit:keep=0.5,layers=1+2+3``. A '+' joins a tuple.
+
+    ``debias(fastv:keep=64):strength=2`` wraps a method. The name of a file, ``plan.json``, gives the
+    :class:`vtr.Plan` saved in it.
+
+    Raises:
+        ValueError: the text has an option without a value, or :func:`create` refuses what it names.
+    """
+    if text.endswith(".json"):
+        from vtr.core.plan import Plan  # which makes its methods with create()
+
+        return Plan.load(text)
+    options: dict[str, Any] = {}
+    wrapped = re.fullmatch(r"([^(:]*)\((.*)\)(?::([^()]*))?", text)
+    if wrapped:
+        name, rest = wrapped[1], wrapped[3] or ""
+        options["method"] = parse(wrapped[2])
+    else:
+        name, _, rest = text.partition(":")
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"--method {text!r}: write options as name=value, got {part!r}")
+        options[key.strip()] = _value(value.strip())
+    return create(name.strip(), **options)
+
+
+def _value(text: str) -> Any:
+    if "+" in text:
+        return tuple(_value(part) for part in text.split("+"))
+    if text.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,64 @@
+"""What the author of a method imports: ``from vtr.methods.base import ScoredMethod, register``.
+
+Bases, from the least to write to the most:
+
+- :class:`TokenMethod`: decides which visual tokens a model computes with, in ``reduce(site)``.
+- :class:`AttentionMethod`: decides what an attention call of a diffusion transformer computes.
+
+A method is a frozen dataclass, decorated with :func:`register` (outermost) and
+``@dataclass(frozen=True)``. Everything else here is used by them: budgets (``Keep`` and the checks of
+options), published settings (:class:`Presets`), visits (:class:`Stage`), and results
+(:class:`Reduction` over a :class:`TokenMap`).
+"""
+
+from __future__ import annotations
+
+from vtr.core.budget import (
+    Keep,
+    check_flag,
+    check_keep,
+    check_layers,
+    check_schedule,
+    count,
+    counts,
+    fit_layers,
+    geometric,
+    spread,
+    third_points,
+)
+from vtr.core.language_site import CacheSite, LanguageSite, VisualSpan
+from vtr.core.method import Method, Reduction, Stage, TokenMethod
+from vtr.core.presets import Presets
+from vtr.core.registry import register
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, take, top_indices
+from vtr.methods.common.attention import AttentionMethod
+
+__all__ = [
+    "AttentionMethod",
+    "CacheSite",
+    "Keep",
+    "LanguageSite",
+    "Method",
+    "ModelInfo",
+    "Presets",
+    "Reduction",
+    "Site",
+    "Stage",
+    "TokenMap",
+    "TokenMethod",
+    "VisualSpan",
+    "check_flag",
+    "check_keep",
+    "check_layers",
+    "check_schedule",
+    "count",
+    "counts",
+    "fit_layers",
+    "geometric",
+    "register",
+    "spread",
+    "take",
+    "third_points",
+    "top_indices",
+]
