@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import vtr
-from vtr.diffusion.site import AttentionSite, Call
+from vtr.diffusion.site import AttentionSite, CallFacts
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ["grid", "heads", "dim", "dtype", "method", "first_call_ms", "work", "ms", "efficiency"]
@@ -58,7 +58,7 @@ class Layer:
 
     def __call__(self, step: int = 1) -> Any:
         q, k, v = self.qkv
-        call = Call(run=0, step=step, steps=50, timestep=900.0, branch="cond", grid=self.grid)
+        call = CallFacts(run=0, step=step, steps=50, timestep=900.0, branch="cond", grid=self.grid)
         self.notes = {}
         site = AttentionSite(
             call=call, layer=0, layers=1, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5,

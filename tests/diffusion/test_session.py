@@ -148,13 +148,13 @@ def test_states_are_let_go(name: str) -> None:
 
     class Look(Watch):
         def attend(self, site: Any) -> Tensor:
-            held.append({key[1] for key in wrapping.state})
+            held.append({key[1] for key in wrapping.run.states})
             return super().attend(site)
 
     with vtr.apply(pipe, Look()) as handle:
         wrapping: Any = handle._wrapping
         pipes.call(pipe, name, 8)
-        assert not wrapping.state
+        assert not wrapping.run.states
     assert held[0] == {0}
     assert held[-1] == ({1} if name == "wan2.2" else {0})
 

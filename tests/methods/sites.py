@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vtr.diffusion.site import AttentionSite, Call
+from vtr.diffusion.site import AttentionSite, CallFacts
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -48,7 +48,7 @@ class Run:
 
     def site(self, qkv, step=0, training=False):
         q, k, v = qkv
-        call = Call(
+        call = CallFacts(
             run=0, step=step, steps=self.steps, timestep=1000.0 - step, branch="cond", grid=self.grid,
             text_first=self.text_first, text_valid=self.text_valid, training=training,
         )  # fmt: skip

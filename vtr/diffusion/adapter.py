@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.diffusers import CONTEXT, ENDED
-from vtr.core.method import Method, Reduction
+from vtr.core.method import Method
 from vtr.core.recompute import Again, adopt, release
 from vtr.core.site import ModelInfo
 from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, Entry, Wrapping, _Absent
 from vtr.diffusion import block as _block
-from vtr.diffusion import recompute as _recompute
 from vtr.diffusion.attention import compute
 from vtr.diffusion.block import parts_of
 from vtr.diffusion.families import FAMILIES as _FAMILIES
 from vtr.diffusion.families import blocks_of, layers_of
 from vtr.diffusion.processor import SiteProcessor, site_processor
+from vtr.diffusion.run import DiffusionCall, DiffusionRun, Paddings
 from vtr.diffusion.session import ScheduleRef, Session
-from vtr.diffusion.site import AttentionSite, Call
+from vtr.diffusion.site import AttentionSite, BlockSite, CallFacts
 from vtr.diffusion.targets import Experts, locate, supported
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 
@@ -40,8 +40,18 @@ def wrap(root: nn.Module) -> Wrapping:
 
 class DiffusionWrapping(Wrapping):
     """Patches: the processor of every attention layer, ``cache_context`` (names of branches), and a
-    pre-hook of the transformer (grid, step). State of methods is per (method, transformer, branch,
-    layer) and ends with the run.
+    pre-hook of the transformer (grid, step).
+
+    Attributes:
+        members: the transformers.
+        family, heads, head_dim: what they are.
+        block_of: the block of each attention layer.
+        schedule: the pipeline or scheduler that runs them.
+        by_layer, by_block: the method of each attention layer and block that has one.
+        shared: dicts of methods by (method, transformer) that live across runs, for masks.
+        session: counts runs and steps.
+        contexts: names of the branches that are open.
+        run, call: the last ones; ``call`` is None before the first.
 
     Options of ``apply``, for a transformer without its pipeline:
         steps: denoising steps of a run.
@@ -76,27 +86,16 @@ class DiffusionWrapping(Wrapping):
     def _forget(self) -> None:
         """No run has begun."""
         self.session = Session()
-        self.call: Call | None = None
-        self.steps: int | None = None
-        self.batch = self.rows = 0
-        self.sample: dict[int, int] = {}
-        self.visited: dict[int, int] = {}  # transformer -> its last step
-        self.began: dict[int, int] = {}  # transformer -> its first step
-        self.reduced: dict[int, Reduction] = {}
-        self.text: int | None = None
-        self.texts: list[Tensor] = []
-        self.state: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.run = DiffusionRun()
+        self.call: DiffusionCall | None = None
         self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
-        self.memory: dict[int, dict[str, Any]] = {}
-        self.costed: list[Any] = [0.0, 0.0]
-        self.again = False  # in a block that runs again for its backward pass
+        self._paddings = Paddings()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy starts without a run: tensors of one may belong to a graph, masks are made again.
-        names = ["state", "shared", "memory", "sample", "visited", "began", "reduced"]
-        empty: dict[str, Any] = {**{name: {} for name in names}, "texts": [], "contexts": []}
+        # A copy starts without a run: tensors of one may belong to a graph, masks are built again.
         state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
-        return {**state, **empty, "_trace": Trace(), "session": Session(), "call": None}
+        fresh = {"session": Session(), "run": DiffusionRun(), "call": None, "shared": {}}
+        return {**state, **fresh, "contexts": [], "_paddings": Paddings(), "_trace": Trace()}
 
     def attach(self, target: Any) -> None:
         """Remember the pipeline that ``apply`` was given: it knows the schedule."""
@@ -159,8 +158,8 @@ class DiffusionWrapping(Wrapping):
                         "this transformer is wrapped by another vtr.apply (on the pipeline, or on "
                         "the transformer itself): give all methods to one of them"
                     )
-                self.patch(attention, "processor", self._processor(current, index, layer))
-            self._install_blocks(index, member)
+                self.patch(attention, "processor", self._processor(current, layer))
+            self._install_blocks(member)
             if hasattr(member, CONTEXT):
                 self.patch(member, CONTEXT, Bound(self, "context", index))
                 self.patch(member, ENDED, Bound(self, "ended", index))
@@ -168,13 +167,13 @@ class DiffusionWrapping(Wrapping):
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
 
-    def _processor(self, current: Any, index: int, layer: int) -> SiteProcessor:
+    def _processor(self, current: Any, layer: int) -> SiteProcessor:
         around = None
         if self.block_of[layer] in self.by_block:
-            around = Bound(self, "around", index, layer)
-        return site_processor(current, Bound(self, "attention", index, layer), around)
+            around = Bound(self, "around", layer)
+        return site_processor(current, Bound(self, "attention", layer), around)
 
-    def _install_blocks(self, index: int, member: Any) -> None:
+    def _install_blocks(self, member: Any) -> None:
         if self.family.loops:
             part = getattr(member, self.family.loops)
             self.hook(part.register_forward_pre_hook(Bound(self, "count_rows")))
@@ -183,9 +182,7 @@ class DiffusionWrapping(Wrapping):
             if entry is None:
                 continue
             self.hook(
-                block.register_forward_pre_hook(
-                    Bound(self, "block", index, number), with_kwargs=True
-                )
+                block.register_forward_pre_hook(Bound(self, "block", number), with_kwargs=True)
             )
             if "mlp" in parts_of(entry.method):
                 mlp = getattr(block, cast(str, self.family.mlp))
@@ -242,7 +239,7 @@ class DiffusionWrapping(Wrapping):
 
     def ended(self, index: int, *args: Any, **kwargs: Any) -> None:
         """In place of what a pipeline calls on its transformers at its end: states are let go."""
-        self.state.clear()
+        self.run.states.clear()
         self.session.end()
         member = self.members[index]
         getattr(type(member), ENDED)(member, *args, **kwargs)
@@ -252,13 +249,19 @@ class DiffusionWrapping(Wrapping):
         """In place of diffusers' ``function`` that checkpoints a block."""
         return function(Again(self, self, block), *args, **kwargs)
 
-    def facts(self) -> dict[str, Any]:
-        """For :class:`vtr.core.recompute.Again`: what belongs to the running call."""
-        return _recompute.facts(self)
+    def facts(self) -> DiffusionCall | None:
+        """For :class:`vtr.core.recompute.Again`: the running call."""
+        return self.call
 
-    def repeating(self, facts: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """For :class:`vtr.core.recompute.Again`: a call as it was."""
-        return _recompute.repeating(self, facts)
+    @contextlib.contextmanager
+    def repeating(self, facts: DiffusionCall | None) -> Iterator[None]:
+        """For :class:`vtr.core.recompute.Again`: put an earlier call in place, and back the last."""
+        now = self.call
+        self.call = None if facts is None else facts.repeated()
+        try:
+            yield
+        finally:
+            self.call = now
 
     @torch.compiler.disable
     def enter(
@@ -267,7 +270,6 @@ class DiffusionWrapping(Wrapping):
         """At the start of a forward call of a transformer."""
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         view = self.family.view(model, given)
-        text_valid = self.same_text(view.text_valid)
         name, facts = self.contexts[-1] if self.contexts else (None, {})
         time = given["timestep"]
         value = float(time.max()) if isinstance(time, Tensor) else float(time)
@@ -275,8 +277,7 @@ class DiffusionWrapping(Wrapping):
         clock, latents = self.schedule.clock(), None
         if not clock.tells_steps:
             latents = torch.linalg.vector_norm(given["hidden_states"].detach(), dtype=torch.float32)
-        before = self.session.run
-        run, step, branch = self.session.enter(
+        number, step, branch = self.session.enter(
             index,
             value,
             name=name,
@@ -287,75 +288,62 @@ class DiffusionWrapping(Wrapping):
             rising=self.family.rising,
             training=model.training,
         )
-        if run != before:
-            self.state.clear()
-            self.visited.clear()
-            self.began.clear()
-            self.costed = [0.0, 0.0]
-            self.steps = self.schedule.steps(*rounded)
-        self.visited[index] = step
-        began = self.began.setdefault(index, step)
-        for other, last in self.visited.items():
-            if last < step - 1:  # an expert whose part of the run is over
-                for key in [k for k in self.state if k[1] == other]:
-                    del self.state[key]
+        if number != self.run.number:
+            self.run = DiffusionRun(number, self.schedule.steps(*rounded))
         said = [e.options["steps"] for e in self.active if e.options.get("steps")]
-        steps = said[0] if said else facts.get("num_inference_steps") or self.steps
-        self.call = Call(
-            run, step, steps, value, branch, view.grid, self.family.text_first, text_valid,
-            model.training, index, step - began,
-        )  # fmt: skip
-        self.text = None
-        self.sample.clear()
-        self.memory.clear()
-        self.reduced.clear()
-        self.batch = self.rows = given["hidden_states"].shape[0]
-        self._trace = Trace(batch=self.batch, notes={"attention": {}})
-        self._adopt(index, model)
+        seen = CallFacts(
+            run=number,
+            step=step,
+            steps=said[0] if said else facts.get("num_inference_steps") or self.run.steps,
+            timestep=value,
+            branch=branch,
+            grid=view.grid,
+            text_first=self.family.text_first,
+            text_valid=self.same_text(view.text_valid),
+            training=model.training,
+            expert=index,
+            expert_step=self.run.enter(index, step),
+        )
+        batch = given["hidden_states"].shape[0]
+        self._trace = Trace(batch=batch, notes={"attention": {}})
+        self.call = DiffusionCall(seen, batch, batch, self._trace, self.run.costs)
+        self._adopt(model)
 
     def same_text(self, valid: Tensor | None) -> Tensor | None:
-        """The padding of an earlier call if it is the same: what is made for it is kept by object."""
-        if valid is None:
-            return None
-        for known in self.texts:
-            same = known.shape == valid.shape and known.device == valid.device
-            if same and torch.equal(known, valid):
-                return known
-        with torch.inference_mode(False):
-            valid = valid.clone()
-        self.texts = [valid, *self.texts[:7]]
-        return valid
+        """The padding of an earlier call if it is equal; see :class:`Paddings`."""
+        return self._paddings.same(valid)
 
-    def _adopt(self, index: int, model: nn.Module) -> None:
+    def _adopt(self, model: nn.Module) -> None:
         """Wrap processors and checkpointing that were set after apply (fused projections...)."""
         adopt(self, model)
         for layer, (_, attention) in enumerate(layers_of(self.family, model)):
             current: Any = attention.processor
             if not isinstance(current, SiteProcessor):
-                attention.__dict__["processor"] = self._processor(current, index, layer)
+                attention.__dict__["processor"] = self._processor(current, layer)
 
     @torch.compiler.disable
     def attention(
-        self, index: int, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """In place of the attention function of a processor."""
-        return compute(self, index, layer, function, args, kwargs)
+        return compute(self, layer, function, args, kwargs)
 
     @torch.compiler.disable
     def count_rows(self, module: nn.Module, args: Any) -> None:
         """Before the blocks, which may be compiled whole: FasterCache leaves out half of some batches."""
-        self.rows = args[0].shape[0]
+        if self.call is not None:
+            self.call.rows = args[0].shape[0]
 
     @torch.compiler.disable
     def block(
-        self, index: int, number: int, module: nn.Module, args: tuple[Any, ...],
+        self, number: int, module: nn.Module, args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         """At the input of a block: what its tokens are merged into."""
-        _block.enter(self, index, number, module, args, kwargs)
+        _block.enter(self, number, args, kwargs)
 
     @torch.compiler.disable
-    def around(self, index: int, layer: int, function: Any, args: Any, kwargs: Any) -> Any:
+    def around(self, layer: int, function: Any, args: Any, kwargs: Any) -> Any:
         """In place of a processor, where tokens may be merged around it."""
         return _block.attention(self, layer, function, args, kwargs)
 
@@ -367,43 +355,39 @@ class DiffusionWrapping(Wrapping):
     def after_mlp(self, number: int, module: nn.Module, args: Any, out: Any) -> Any:
         return _block.after_mlp(self, number, out)
 
-    def site(
-        self, index: int, layer: int, entry: Entry, call: Call, heads: tuple[Tensor, Tensor, Tensor],
+    def attention_site(
+        self, layer: int, entry: Entry, facts: CallFacts, heads: tuple[Tensor, Tensor, Tensor],
         scale: float, dense: Callable[[], Tensor],
     ) -> AttentionSite:  # fmt: skip
         """The site of one attention call, with the state of its method."""
-        which = self.entries.index(entry)
+        assert self.call is not None
+        which, index = self.entries.index(entry), facts.expert
         q, k, v = heads
         return AttentionSite(
-            call=call, layer=layer, layers=self.info.depth["attention"], q=q, k=k, v=v, scale=scale,
+            call=facts, layer=layer, layers=self.info.depth["attention"], q=q, k=k, v=v, scale=scale,
             dense=dense,
-            state=self.state.setdefault((which, index, call.branch, layer), {}),
+            state=self.run.state(which, index, facts.branch, layer),
             shared=self.shared.setdefault((which, index), {}),
-            memory=self.memory.setdefault(which, {}),
-            notes=self._trace.notes["attention"].setdefault(layer, {}),
+            memory=self.call.memory.setdefault(which, {}),
+            notes=self.call.notes(layer),
             modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
         )  # fmt: skip
 
-    def release(self, index: int, layer: int, entry: Entry, call: Call) -> None:
-        """Let go of what :meth:`site` gave as the state of this method, layer and branch."""
-        self.state.pop((self.entries.index(entry), index, call.branch, layer), None)
+    def block_site(self, number: int, hidden: Tensor) -> BlockSite:
+        """The site of one block, with the state of its method."""
+        assert self.call is not None
+        facts, which = self.call.facts, self.entries.index(self.by_block[number])
+        return BlockSite(
+            call=facts, layer=number, layers=self.info.depth["block"], hidden=hidden,
+            state=self.run.state(which, facts.expert, facts.branch, "block", number),
+            shared=self.shared.setdefault((which, facts.expert), {}),
+            memory=self.call.memory.setdefault(which, {}),
+            notes=self.call.trace.notes.setdefault("block", {}).setdefault(number, {}),
+        )  # fmt: skip
 
-    def record(self, layer: int, q: Tensor, k: Tensor, notes: dict[str, Any]) -> None:
-        """Count a call: per sample, dense against what was computed."""
-        tokens = q.shape[2]
-        merged = self.reduced.get(self.block_of[layer])
-        gone = merged.map.n_in - merged.map.n_out if merged is not None and merged.map else 0
-        self._trace.count("attention", layer, tokens, tokens)
-        dense = 4.0 * q.shape[1] * q.shape[3] * (tokens + gone) * (k.shape[2] + gone)
-        share = (
-            tokens * k.shape[2] / ((tokens + gone) * (k.shape[2] + gone))
-            if gone
-            else notes.get("work", notes.get("density", 1.0))
-        )
-        note = self._trace.notes["attention"].setdefault(layer, notes)
-        note["flops"] = (dense, dense * share)
-        part = dense * q.shape[0] / max(self.batch, 1)
-        self.costed = [self.costed[0] + part, self.costed[1] + part * share]
+    def release(self, layer: int, entry: Entry, facts: CallFacts) -> None:
+        """Let go of what :meth:`attention_site` gave as the state of this method and branch."""
+        self.run.release(self.entries.index(entry), facts.expert, facts.branch, layer)
 
     def costs(self) -> dict[str, Any] | None:
         layers = self._trace.notes.get("attention")
@@ -412,13 +396,8 @@ class DiffusionWrapping(Wrapping):
         last = [note["flops"] for note in layers.values() if "flops" in note]
         return {
             "attention, last call": (round(sum(d for d, _ in last)), round(sum(float(r) for _, r in last))),
-            "attention, this run": (round(float(self.costed[0])), round(float(self.costed[1]))),
+            "attention, this run": (round(float(self.run.costs[0])), round(float(self.run.costs[1]))),
         }  # fmt: skip
-
-    @property
-    def current(self) -> Trace:
-        """The trace that is being written; reading it does not wait for the device."""
-        return self._trace
 
     @property
     def trace(self) -> Trace:

@@ -13,7 +13,8 @@ from torch import Tensor
 from vtr.compat.diffusers import DISPATCHED, parallel_of
 from vtr.compat.torch import in_backward
 from vtr.diffusion.parallel import Ulysses
-from vtr.diffusion.site import Call
+from vtr.diffusion.run import DiffusionCall
+from vtr.diffusion.site import CallFacts
 from vtr.kernels.precision import lowered
 
 if TYPE_CHECKING:
@@ -22,13 +23,12 @@ if TYPE_CHECKING:
 
 def compute(
     wrapping: DiffusionWrapping,
-    index: int,
     layer: int,
     function: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Attention of layer ``layer`` of transformer ``index``, by its method or as it was.
+    """Compute the attention of a layer, by its method or as it was.
 
     ``function`` is diffusers' dispatch, with (B, S, H, D), or torch's, with (B, H, S, D); the
     result is in its layout.
@@ -45,9 +45,10 @@ def compute(
 
     entry = wrapping.by_layer.get(layer)
     if entry is None:
-        wrapping.record(layer, q, k, {})
+        _record(wrapping, call, layer, q, k)
         return function(*args, **kwargs)
-    frames, height, width = call.grid
+    facts = call.facts
+    frames, height, width = facts.grid
     parallel = parallel_of(given.get("parallel_config"))
     ulysses = None
     if parallel is not None:
@@ -56,21 +57,19 @@ def compute(
     q, k, v = lowered(q, k, v)
     _check(wrapping, layer, call, q, given)
     # Only a backward pass may have another call's text; to look at a mask waits for the device.
-    late = call.training and not wrapping.again and in_backward()
+    late = facts.training and not call.again and in_backward()
     if late and ulysses is None and given.get("attn_mask") is not None:
-        call = _own_text(wrapping, call, given["attn_mask"])
+        facts = _own_text(wrapping, facts, given["attn_mask"])
     if wrapping.family.loops:
-        number = wrapping.sample.get(layer, 0)
-        wrapping.sample[layer] = number + 1
-        sample = wrapping.batch - wrapping.rows + number % max(wrapping.rows, 1)
-        call = dataclasses.replace(call, branch=f"{call.branch}/{sample}", text_valid=None)
+        branch = f"{facts.branch}/{call.next_sample(layer)}"
+        facts = dataclasses.replace(facts, branch=branch, text_valid=None)
 
     def dense() -> Tensor:
         if ulysses is None:
             out: Tensor = function(*args, **kwargs)
             return out if heads_first else out.transpose(1, 2)
         # The exchange is done: what is left is the plain call on all tokens of these heads.
-        mask = _padding(call, q) if given.get("attn_mask") is not None else None
+        mask = _seen(facts, q) if given.get("attn_mask") is not None else None
         rest = {
             **given,
             **dict(zip(DISPATCHED, (t.transpose(1, 2) for t in (q, k, v)), strict=False)),
@@ -79,66 +78,77 @@ def compute(
         return out.transpose(1, 2)
 
     scale = given.get("scale")
-    site = wrapping.site(
-        index, layer, entry, call, (q, k, v),
+    site = wrapping.attention_site(
+        layer, entry, facts, (q, k, v),
         1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale), dense,
     )  # fmt: skip
     site.notes.pop("work", None)
     method: Any = entry.method
     out = site.dense() if method.is_dense(site) else method.attend(site)
-    if wrapping.again and site.state:
+    if call.again and site.state:
         raise RuntimeError(
             f"{method.name} carries its state from step to step of a generation, which activation "
             "checkpointing cannot go back to: call disable_gradient_checkpointing() on the transformer"
         )
     if out.shape != q.shape or out.dtype != q.dtype:
         raise RuntimeError(
-            f"{method.name} made {out.dtype} {tuple(out.shape)} of {q.dtype} {tuple(q.shape)}"
+            f"{method.name}: attend() returned {out.dtype} {tuple(out.shape)}, and the attention of "
+            f"this call is {q.dtype} {tuple(q.shape)} (batch, heads, tokens, head dim)"
         )
-    if call.steps is not None and call.step == call.steps - 1:
+    if facts.steps is not None and facts.step == facts.steps - 1:
         # The run is over for this layer and branch, and not every pipeline says so at its end.
-        wrapping.release(index, layer, entry, call)
-    wrapping.record(layer, q, k, site.notes)
+        wrapping.release(layer, entry, facts)
+    _record(wrapping, call, layer, q, k)
     if ulysses is not None:
         out = ulysses.scatter(out)
     return out if heads_first else out.transpose(1, 2)
 
 
-def _own_text(wrapping: DiffusionWrapping, call: Call, mask: Tensor) -> Call:
-    """The call with the padded text of ``mask`` (B, 1, 1, S), which this layer was given.
+def _record(
+    wrapping: DiffusionWrapping, call: DiffusionCall, layer: int, q: Tensor, k: Tensor
+) -> None:
+    call.record(layer, q, k, call.reduced.get(wrapping.block_of[layer]))
+
+
+def _own_text(wrapping: DiffusionWrapping, facts: CallFacts, mask: Tensor) -> CallFacts:
+    """The facts with the padded text of ``mask`` (B, 1, 1, S), which this layer was given.
 
     Activation checkpointing runs a layer again in the backward pass; by then the transformer may have
     been called with another text.
     """
-    frames, height, width = call.grid
+    frames, height, width = facts.grid
     text = mask.shape[-1] - frames * height * width
-    valid: Tensor | None = mask[:, 0, 0, :text] if call.text_first else mask[:, 0, 0, -text:]
+    valid: Tensor | None = mask[:, 0, 0, :text] if facts.text_first else mask[:, 0, 0, -text:]
     if text <= 0 or bool(mask.all()):
         valid = None
-    return dataclasses.replace(call, text_valid=wrapping.same_text(valid))
+    return dataclasses.replace(facts, text_valid=wrapping.same_text(valid))
 
 
-def _padding(call: Call, q: Tensor) -> Tensor:
+def _seen(facts: CallFacts, q: Tensor) -> Tensor:
     """(B, 1, 1, S) bool: which keys are not padded text."""
     seen = q.new_ones(q.shape[0], 1, 1, q.shape[2], dtype=torch.bool)
-    if call.text_valid is not None:
-        text = call.text_valid.shape[1]
-        part = slice(0, text) if call.text_first else slice(q.shape[2] - text, None)
-        seen[:, 0, 0, part] = call.text_valid
+    if facts.text_valid is not None:
+        text = facts.text_valid.shape[1]
+        part = slice(0, text) if facts.text_first else slice(q.shape[2] - text, None)
+        seen[:, 0, 0, part] = facts.text_valid
     return seen
 
 
 def _check(
-    wrapping: DiffusionWrapping, layer: int, call: Call, q: Tensor, given: dict[str, Any]
+    wrapping: DiffusionWrapping,
+    layer: int,
+    call: DiffusionCall,
+    q: Tensor,
+    given: dict[str, Any],
 ) -> None:
     """Raise where the call is not what the family's calls are."""
     family = wrapping.family
-    frames, height, width = call.grid
+    frames, height, width = call.facts.grid
     text = q.shape[2] - frames * height * width
     if text > 0 and family.joint and not family.loops:
-        wrapping.text = text if wrapping.text is None else wrapping.text
-    other = wrapping.text is not None and text not in (0, wrapping.text)
-    if call.training and (other or text < 0 or (text and not family.joint)):
+        call.text = text if call.text is None else call.text
+    other = call.text is not None and text not in (0, call.text)
+    if call.facts.training and (other or text < 0 or (text and not family.joint)):
         raise RuntimeError(
             f"attention layer {layer} of {family.name} has {q.shape[2]} tokens, which are not those of "
             f"the last call of the transformer ({frames} x {height} x {width}). Under activation "

@@ -18,42 +18,9 @@ from vtr.compat.diffusers import batch_parts_of
 from vtr.core.method import Method, Reduction
 from vtr.core.tokens import TokenMap, take
 from vtr.core.trace import StageRecord
-from vtr.diffusion.site import Call
 
 if TYPE_CHECKING:
     from vtr.diffusion.adapter import DiffusionWrapping
-
-
-class BlockSite:
-    """What a method sees at the input of a block.
-
-    The facts of :class:`vtr.diffusion.site.Call` (``run``, ``step``, ``steps``, ``timestep``,
-    ``branch``, ``grid``, ``training``, ``expert``, ``expert_step``) are attributes here too.
-
-    Attributes:
-        site: ``"block"``.
-        layer, layers: 0-based number of the block and how many there are.
-        hidden: (B, N, C) hidden states of the image or video tokens, in raster order, frame by frame.
-        state: dict of this (method, transformer, branch, block) for one run.
-        shared: dict of this (method, transformer) that lives across runs.
-        memory: dict of this method for one forward call.
-        notes: dict that ends in ``trace.notes["block"][layer]``.
-    """
-
-    site = "block"
-
-    def __init__(
-        self, call: Call, layer: int, layers: int, hidden: Tensor, state: dict[str, Any],
-        shared: dict[Any, Any], memory: dict[str, Any], notes: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.call = call
-        self.layer, self.layers, self.hidden = layer, layers, hidden
-        self.state, self.shared, self.memory, self.notes = state, shared, memory, notes
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "call":
-            raise AttributeError(name)
-        return getattr(self.call, name)
 
 
 def parts_of(method: Method) -> frozenset[str]:
@@ -62,17 +29,16 @@ def parts_of(method: Method) -> frozenset[str]:
     return parts
 
 
-def enter(
-    wrapping: DiffusionWrapping, index: int, number: int, module: Any, args: Any, kwargs: Any
-) -> None:
-    """At the input of block ``number`` of transformer ``index``: let the method choose the map."""
+def enter(wrapping: DiffusionWrapping, number: int, args: Any, kwargs: Any) -> None:
+    """Let the method choose the map, at the input of a block."""
     call = wrapping.call
-    wrapping.reduced.pop(number, None)
     if call is None:
         return
+    call.reduced.pop(number, None)
     entry = wrapping.by_block[number]
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    frames, height, width = call.grid
+    grid = call.facts.grid
+    frames, height, width = grid
     tokens = frames * height * width
     if hidden.shape[1] != tokens:
         raise RuntimeError(
@@ -80,13 +46,7 @@ def enter(
             f"{frames} x {height} x {width} = {tokens}: {entry.method.name} cannot merge where "
             "something else is in the sequence, or where it is split between devices"
         )
-    which = wrapping.entries.index(entry)
-    notes = wrapping.current.notes.setdefault("block", {}).setdefault(number, {})
-    site: Any = BlockSite(
-        call, number, wrapping.info.depth["block"], hidden,
-        wrapping.state.setdefault((which, index, call.branch, "block", number), {}),
-        wrapping.shared.setdefault((which, index), {}), wrapping.memory.setdefault(which, {}), notes,
-    )  # fmt: skip
+    site: Any = wrapping.block_site(number, hidden)
     reduction = entry.token_method.reduce(site)
     if reduction is None or reduction.map is None:
         return
@@ -95,12 +55,15 @@ def enter(
             f"{entry.method.name} made {reduction.map!r} for {tokens} tokens; the map at a block must "
             "start at all of them and have as many slots for every sample"
         )
-    wrapping.reduced[number] = reduction
+    call.reduced[number] = reduction
     made = reduction.map
-    record = StageRecord(
-        "block", number, entry.method.name, tokens, made.n_out, made, made, call.grid
-    )
-    wrapping.current.stages.append(record)
+    record = StageRecord("block", number, entry.method.name, tokens, made.n_out, made, made, grid)
+    call.trace.stages.append(record)
+
+
+def _reduction(wrapping: DiffusionWrapping, number: int) -> Reduction | None:
+    """How the tokens of a block are merged in this call."""
+    return None if wrapping.call is None else wrapping.call.reduced.get(number)
 
 
 def _merge(wrapping: DiffusionWrapping, reduction: Reduction, x: Tensor) -> Tensor:
@@ -140,7 +103,7 @@ def attention(
 ) -> Any:
     """A processor's ``function`` on merged tokens, its result for all of them."""
     number = wrapping.block_of[layer]
-    reduction = wrapping.reduced.get(number)
+    reduction = _reduction(wrapping, number)
     if reduction is None or "attention" not in parts_of(wrapping.by_block[number].method):
         return function(*args, **kwargs)
     given = inspect.signature(function).bind(*args, **kwargs)
@@ -230,7 +193,7 @@ _PER_SAMPLE = frozenset(
 
 def before_mlp(wrapping: DiffusionWrapping, number: int, args: tuple[Any, ...]) -> Any:
     """The MLP's arguments with merged tokens."""
-    reduction = wrapping.reduced.get(number)
+    reduction = _reduction(wrapping, number)
     if reduction is None:
         return None
     return (_merge(wrapping, reduction, args[0]), *args[1:])
@@ -238,5 +201,5 @@ def before_mlp(wrapping: DiffusionWrapping, number: int, args: tuple[Any, ...]) 
 
 def after_mlp(wrapping: DiffusionWrapping, number: int, out: Tensor) -> Any:
     """The MLP's result for all tokens."""
-    reduction = wrapping.reduced.get(number)
+    reduction = _reduction(wrapping, number)
     return None if reduction is None else _restore(wrapping, reduction, out)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 Grid = tuple[int, int, int]
 
 
-class View(NamedTuple):
+class SequenceView(NamedTuple):
     """What the arguments of one forward call say: ``grid`` (frames, height, width) in tokens, and
     ``text_valid`` (B, T) bool for joint text with padding, else None."""
 
@@ -25,7 +25,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Family:
+class DiffusionFamily:
     """One family.
 
     Attributes:
@@ -50,7 +50,7 @@ class Family:
     name: str
     classes: tuple[str, ...]
     blocks: tuple[str, ...]
-    view: Callable[[Any, dict[str, Any]], View]
+    view: Callable[[Any, dict[str, Any]], SequenceView]
     attention: tuple[str, ...] = ("attn1",)
     mlp: str | None = None
     rope: str | None = None
@@ -64,12 +64,12 @@ class Family:
     video: bool = False
 
 
-def blocks_of(family: Family, model: Any) -> list[nn.Module]:
+def blocks_of(family: DiffusionFamily, model: Any) -> list[nn.Module]:
     """The blocks of a transformer, in order."""
     return [block for name in family.blocks for block in getattr(model, name)]
 
 
-def layers_of(family: Family, model: Any) -> list[tuple[int, nn.Module]]:
+def layers_of(family: DiffusionFamily, model: Any) -> list[tuple[int, nn.Module]]:
     """The attention modules in order, each with the number of its block."""
     return [
         (number, module)
@@ -91,33 +91,33 @@ def _grid(size: Sequence[int], patch: Sequence[int]) -> Grid:
     return frames, height, width
 
 
-def _latent(model: Any, given: dict[str, Any]) -> View:
+def _latent(model: Any, given: dict[str, Any]) -> SequenceView:
     """(B, C, F, H, W) and a patch size with or without time."""
     patch = model.config.patch_size
     if isinstance(patch, int):
         patch = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
-    return View(_grid(given["hidden_states"].shape[-3:], patch))
+    return SequenceView(_grid(given["hidden_states"].shape[-3:], patch))
 
 
-def _hunyuan_video(model: Any, given: dict[str, Any]) -> View:
+def _hunyuan_video(model: Any, given: dict[str, Any]) -> SequenceView:
     mask = given["encoder_attention_mask"]
     # The model counts the valid tokens and takes that many from the start.
     count = mask.sum(1, dtype=torch.int64)
     valid = torch.arange(mask.shape[1], device=mask.device) < count[:, None]
-    return View(_latent(model, given).grid, None if bool(valid.all()) else valid)
+    return SequenceView(_latent(model, given).grid, None if bool(valid.all()) else valid)
 
 
-def _cogvideox(model: Any, given: dict[str, Any]) -> View:
+def _cogvideox(model: Any, given: dict[str, Any]) -> SequenceView:
     shape, side = given["hidden_states"].shape, model.config.patch_size
-    return View(_grid((shape[1], *shape[3:]), (model.config.patch_size_t or 1, side, side)))
+    return SequenceView(_grid((shape[1], *shape[3:]), (model.config.patch_size_t or 1, side, side)))
 
 
-def _image(model: Any, given: dict[str, Any]) -> View:
+def _image(model: Any, given: dict[str, Any]) -> SequenceView:
     side = model.config.patch_size
-    return View(_grid((1, *given["hidden_states"].shape[-2:]), (1, side, side)))
+    return SequenceView(_grid((1, *given["hidden_states"].shape[-2:]), (1, side, side)))
 
 
-def _ltx(model: Any, given: dict[str, Any]) -> View:
+def _ltx(model: Any, given: dict[str, Any]) -> SequenceView:
     sizes = [given.get(name) for name in ("num_frames", "height", "width")]
     known = [int(n) for n in sizes if n is not None]
     if len(known) < 3:
@@ -125,10 +125,10 @@ def _ltx(model: Any, given: dict[str, Any]) -> View:
             "the LTX transformer was called without num_frames, height and width (conditions are "
             "packed with the video): the place of its tokens is not known; use LTXPipeline"
         )
-    return View((known[0], known[1], known[2]))
+    return SequenceView((known[0], known[1], known[2]))
 
 
-def _flux(model: Any, given: dict[str, Any]) -> View:
+def _flux(model: Any, given: dict[str, Any]) -> SequenceView:
     ids = given["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
     frames, height, width = (int(n) + 1 for n in (ids.amax(0) - ids.amin(0)).tolist())
@@ -137,10 +137,10 @@ def _flux(model: Any, given: dict[str, Any]) -> View:
             f"img_ids names {ids.shape[0]} tokens that are no {frames} x {height} x {width} grid "
             "(images of several sizes in one sequence): attention over them cannot be thinned out"
         )
-    return View((frames, height, width))
+    return SequenceView((frames, height, width))
 
 
-def _qwen(model: Any, given: dict[str, Any]) -> View:
+def _qwen(model: Any, given: dict[str, Any]) -> SequenceView:
     shapes = given["img_shapes"]
     images = [tuple(s) for s in (shapes[0] if isinstance(shapes[0], list) else [shapes[0]])]
     if len({(height, width) for _, height, width in images}) != 1:
@@ -153,49 +153,49 @@ def _qwen(model: Any, given: dict[str, Any]) -> View:
     valid = None if mask is None else mask.bool()
     if valid is not None and bool(valid.all()):
         valid = None
-    return View((frames, int(images[0][1]), int(images[0][2])), valid)
+    return SequenceView((frames, int(images[0][1]), int(images[0][2])), valid)
 
 
 _BLOCKS = ("transformer_blocks",)
 _DUAL_SINGLE = ("transformer_blocks", "single_transformer_blocks")
 
 FAMILIES = (
-    Family(
+    DiffusionFamily(
         "Wan", ("WanTransformer3DModel",), ("blocks",), _latent, mlp="ffn", rope="rotary_emb",
         video=True,
     ),
-    Family(
+    DiffusionFamily(
         "HunyuanVideo", ("HunyuanVideoTransformer3DModel",), _DUAL_SINGLE, _hunyuan_video,
         attention=("attn",), rope="image_rotary_emb", joint=True, masked=True, video=True,
     ),
-    Family(
+    DiffusionFamily(
         "CogVideoX", ("CogVideoXTransformer3DModel",), _BLOCKS, _cogvideox, mlp="ff",
         rope="image_rotary_emb", joint=True, text_first=True, video=True,
     ),
-    Family(
+    DiffusionFamily(
         "Mochi", ("MochiTransformer3DModel",), _BLOCKS, _latent, mlp="ff", rope="image_rotary_emb",
         joint=True, rising=True, loops="time_embed", video=True,
     ),
-    Family(
+    DiffusionFamily(
         "LTX-Video", ("LTXVideoTransformer3DModel",), _BLOCKS, _ltx, mlp="ff",
         rope="image_rotary_emb", video=True,
     ),
-    Family(
+    DiffusionFamily(
         "Flux", ("FluxTransformer2DModel",), _DUAL_SINGLE, _flux, attention=("attn",),
         rope="image_rotary_emb", joint=True, text_first=True, scale=1000.0,
     ),
-    Family(
+    DiffusionFamily(
         "Qwen-Image", ("QwenImageTransformer2DModel",), _BLOCKS, _qwen, attention=("attn",),
         mlp="img_mlp", rope="image_rotary_emb", split_rope=True, joint=True, text_first=True, masked=True,
         scale=1000.0,
     ),
-    Family(
+    DiffusionFamily(
         "SD3", ("SD3Transformer2DModel",), _BLOCKS, _image, attention=("attn", "attn2"), mlp="ff",
         joint=True,
     ),
-    Family("PixArt", ("PixArtTransformer2DModel",), _BLOCKS, _image, mlp="ff"),
-    Family("DiT", ("DiTTransformer2DModel",), _BLOCKS, _image, mlp="ff"),
-    Family(
+    DiffusionFamily("PixArt", ("PixArtTransformer2DModel",), _BLOCKS, _image, mlp="ff"),
+    DiffusionFamily("DiT", ("DiTTransformer2DModel",), _BLOCKS, _image, mlp="ff"),
+    DiffusionFamily(
         "HunyuanDiT", ("HunyuanDiT2DModel",), ("blocks",), _image, mlp="ff",
         rope="image_rotary_emb",
     ),
@@ -226,7 +226,7 @@ REFUSED = {
 }
 
 
-def family_of(model: Any) -> Family | None:
+def family_of(model: Any) -> DiffusionFamily | None:
     """The family of a transformer, by the name of its class or of one it derives from."""
     for cls in type(model).__mro__:
         for family in FAMILIES:

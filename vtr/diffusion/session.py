@@ -13,8 +13,8 @@ from torch import Tensor
 from vtr.compat.diffusers import BEGIN, CURRENT, POSITION
 
 
-class Place(NamedTuple):
-    """Run, step and branch of a call, as in :class:`vtr.diffusion.site.Call`."""
+class Moment(NamedTuple):
+    """Run, step and branch of a call, as in :class:`vtr.diffusion.site.CallFacts`."""
 
     run: int
     step: int
@@ -169,7 +169,7 @@ class Session:
         latents: Tensor | None = None,
         rising: bool = False,
         training: bool = False,
-    ) -> Place:
+    ) -> Moment:
         """Register a call.
 
         Args:
@@ -208,7 +208,7 @@ class Session:
         self.clock = clock if times is not None else clock._replace(times=self.clock.times)
         branch = str(sum(m == member for m, _ in self.seen)) if name is None else name
         self.seen.add((member, branch))
-        return Place(self.run, step, branch)
+        return Moment(self.run, step, branch)
 
     def _compare(
         self, time: float, clock: Clock, name: str | None, again: bool,

@@ -1,4 +1,4 @@
-"""What a sparse-attention method sees of one attention call of a diffusion transformer."""
+"""What methods see of a diffusion transformer: one attention call, or the input of one block."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vtr.kernels.keys import without_keys
 
 
 @dataclass
-class Call:
-    """One forward call of the transformer, the same for all its attention layers.
+class CallFacts:
+    """Facts of one forward call of the transformer, the same for all its layers.
 
     Attributes:
         run: 0-based number of the generation since ``vtr.apply``. Rises when a new one starts.
         step: 0-based denoising step of this run.
-        steps: denoising steps of this run, or None where nobody says.
+        steps: denoising steps of this run, or None if their number is not known.
         timestep: what the scheduler gave, the largest of the batch (tokens of a condition have 0).
         branch: which call of the step this is: the name that the pipeline gives it (``"cond"``,
             ``"uncond"``, ``"cond_uncond"``), else its number in the step (``"0"``, ``"1"``).
@@ -48,10 +48,22 @@ class Call:
     expert_step: int = 0
 
 
-class AttentionSite:
+class _InCall:
+    """Shows the facts of its call as attributes."""
+
+    call: CallFacts
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what the site itself lacks.
+        if name == "call":
+            raise AttributeError(name)
+        return getattr(self.call, name)
+
+
+class AttentionSite(_InCall):
     """One self- or joint-attention call of one layer.
 
-    Everything of :class:`Call` (``run``, ``step``, ``steps``, ``timestep``, ``branch``, ``grid``,
+    Everything of :class:`CallFacts` (``run``, ``step``, ``steps``, ``timestep``, ``branch``, ``grid``,
     ``text_first``, ``text_valid``, ``training``, ``expert``, ``expert_step``) is an attribute here too.
 
     Attributes:
@@ -86,7 +98,7 @@ class AttentionSite:
     def __init__(
         self,
         *,
-        call: Call,
+        call: CallFacts,
         layer: int,
         layers: int,
         q: Tensor,
@@ -111,12 +123,6 @@ class AttentionSite:
         self.modules = modules
         self.backend = backend
         self._dense = dense
-
-    def __getattr__(self, name: str) -> Any:
-        # Only reached for what is not here: the facts of the whole call.
-        if name == "call":
-            raise AttributeError(name)
-        return getattr(self.call, name)
 
     @property
     def tokens(self) -> int:
@@ -245,3 +251,30 @@ class AttentionSite:
         :meth:`sparse` do it themselves."""
         self.notes["density"] = share
         self.notes["work"] = self.notes.get("work", 0.0) + share
+
+
+class BlockSite(_InCall):
+    """The input of one block, before anything in it is computed.
+
+    Everything of :class:`CallFacts` (``run``, ``step``, ``steps``, ``timestep``, ``branch``, ``grid``,
+    ``training``, ``expert``, ``expert_step``) is an attribute here too.
+
+    Attributes:
+        site: ``"block"``.
+        layer, layers: 0-based number of the block and how many there are.
+        hidden: (B, N, C) hidden states of the image or video tokens, in raster order, frame by frame.
+        state: dict of this (method, transformer, branch, block) for one run.
+        shared: dict of this (method, transformer) that lives across runs.
+        memory: dict of this method for one forward call.
+        notes: dict that ends in ``trace.notes["block"][layer]``.
+    """
+
+    site = "block"
+
+    def __init__(
+        self, *, call: CallFacts, layer: int, layers: int, hidden: Tensor, state: dict[str, Any],
+        shared: dict[Any, Any], memory: dict[str, Any], notes: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.call = call
+        self.layer, self.layers, self.hidden = layer, layers, hidden
+        self.state, self.shared, self.memory, self.notes = state, shared, memory, notes

@@ -9,7 +9,7 @@ from torch import nn
 from vtr.compat.around import unwrapped
 from vtr.compat.diffusers import TRANSFORMERS
 from vtr.compat.tested import explain
-from vtr.diffusion.families import FAMILIES, Family, family_of, layers_of, refusal_of
+from vtr.diffusion.families import FAMILIES, DiffusionFamily, family_of, layers_of, refusal_of
 from vtr.errors import UnsupportedModelError
 
 _EXPERTS = "_vtr_experts"
@@ -63,7 +63,7 @@ def locate(target: Any) -> nn.Module | None:
     return experts
 
 
-def supported(model: Any) -> Family:
+def supported(model: Any) -> DiffusionFamily:
     family = family_of(model)
     if family is None:
         raise UnsupportedModelError(_refuse(type(model).__name__, refusal_of(model)))

@@ -22,7 +22,7 @@ try:
 except ImportError as error:  # torch for macOS and Windows comes without Triton
     raise RuntimeError(
         "the Triton kernels need the triton package, which is not installed; without it attention on "
-        'CUDA has backend="sdpa", and bipartite_match runs on the CPU alone'
+        'CUDA has backend="sdpa"'
     ) from error
 
 

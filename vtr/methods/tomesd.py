@@ -86,7 +86,7 @@ class ToMeSD(Scheduled, TokenMethod):
         return frozenset(part for part, on in wanted.items() if on)
 
     def reduce(self, site: Any) -> Reduction | None:
-        """The map of a :class:`vtr.diffusion.block.BlockSite`, None in dense steps."""
+        """The map of a :class:`vtr.diffusion.site.BlockSite`, None in dense steps."""
         if self.is_dense(site):
             return None
         generator = None
