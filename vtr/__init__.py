@@ -18,6 +18,7 @@ _PUBLIC = {
     "handles": "vtr.api",
     "Handle": "vtr.api",
     "methods": "vtr.api",
+    "register_adapter": "vtr.core.adapters",
     "supported": "vtr.api",
     "create": "vtr.core.registry",
     "Method": "vtr.core.method",
@@ -126,6 +127,7 @@ __all__ = [
     "methods",
     "profile",
     "register",
+    "register_adapter",
     "supported",
 ]
 
@@ -136,6 +138,7 @@ if TYPE_CHECKING:
     from vtr import video as video
     from vtr import zoo as zoo
     from vtr.api import Handle, apply, handles, methods, supported
+    from vtr.core.adapters import register_adapter
     from vtr.core.method import Method, Reduction, Stage, TokenMethod
     from vtr.core.plan import Plan
     from vtr.core.registry import create, register

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from vtr.compat.around import unwrapped
 from vtr.compat.tested import blaming, untested
+from vtr.core.adapters import ADAPTERS, adapters, located, wrapped
 from vtr.core.method import Method
 from vtr.core.registry import create, registry
 from vtr.core.trace import Trace
@@ -22,18 +22,6 @@ from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 if TYPE_CHECKING:
     from vtr.core.plan import Plan
     from vtr.core.report import Report
-
-# Top-level package of a model's class -> the adapter module for it. An adapter module has
-#   locate(target) -> nn.Module | None   the module to patch, or None if it is not one of its models;
-#                                        raises UnsupportedModelError for a known model with a reason
-#   wrap(root) -> Wrapping
-#   FAMILIES: tuple[str, ...]            what it supports, for messages
-ADAPTERS: dict[str, tuple[str, ...]] = {
-    "timm": ("vtr.vision.encoders.timm",),
-    "open_clip": ("vtr.vision.encoders.open_clip",),
-    "transformers": ("vtr.vision.vlm", "vtr.vision.encoders.transformers", "vtr.video.encoders"),
-    "diffusers": ("vtr.diffusion.adapter",),
-}
 
 MethodLike = Method | str | dict[str, Any]
 
@@ -300,35 +288,35 @@ def _method(method: Any) -> Method:
 
 
 def _locate(target: Any) -> tuple[ModuleType, nn.Module]:
-    tried = []
+    tried: list[ModuleType] = []
     target = unwrapped(target)
-    for cls in type(target).__mro__:
-        package = cls.__module__.partition(".")[0]
-        for path in ADAPTERS.get(package, ()):
-            if path in tried:
-                continue
-            tried.append(path)
-            with blaming(package):
-                adapter = importlib.import_module(path)
-                root = adapter.locate(target)
-            if root is not None:
-                return adapter, root
-    known = "; ".join(f"{package}" for package in ADAPTERS)
-    if tried:
-        families = [f for path in tried for f in importlib.import_module(path).FAMILIES]
-        known = ", ".join(families)
+    for package in _packages(target):
+        with blaming(package):
+            for adapter in adapters(package):
+                if adapter in tried:
+                    continue
+                tried.append(adapter)
+                root = located(adapter, target)
+                if root is not None:
+                    return adapter, root
+    known = ", ".join(family for adapter in tried for family in adapter.FAMILIES)
+    known = known or "; ".join(ADAPTERS)
     library = _library(target)
     raise UnsupportedModelError(
         f"no adapter for {type(target).__module__}.{type(target).__qualname__}. {_part(target)}"
-        f"Supported: {known}. A model of your own: see 'Add an adapter' in CONTRIBUTING.md"
+        f"Supported: {known}. A model of your own: see vtr.register_adapter"
         + (f". If it is a supported one: {untested(library)}" if untested(library) else "")
     )
 
 
 def _library(target: Any) -> str:
     """The package of the library that a model is of; empty if it is of none with an adapter."""
-    packages = (cls.__module__.partition(".")[0] for cls in type(target).__mro__)
-    return next((package for package in packages if package in ADAPTERS), "")
+    return next((package for package in _packages(target) if package in ADAPTERS), "")
+
+
+def _packages(target: Any) -> list[str]:
+    """Top-level packages of a target's class and its base classes, once each, in order."""
+    return list(dict.fromkeys(cls.__module__.partition(".")[0] for cls in type(target).__mro__))
 
 
 def _part(target: Any) -> str:
@@ -337,18 +325,16 @@ def _part(target: Any) -> str:
     if not isinstance(inner, nn.Module):
         return ""
     for name, module in inner.named_modules(prefix="" if inner is target else "model"):
-        packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-        if module is target or not packages & ADAPTERS.keys():
+        if module is target:
             continue
-        paths = [path for package in packages & ADAPTERS.keys() for path in ADAPTERS[package]]
-        for path in paths:
+        for adapter in (adapter for package in _packages(module) for adapter in adapters(package)):
             try:
-                if importlib.import_module(path).locate(module) is None:
+                if located(adapter, module) is None:
                     continue
             except UnsupportedModelError:
                 continue
-            whole = " (with output='restored' where what follows it needs every token)"
-            encoder = path.startswith("vtr.vision.") and path != "vtr.vision.vlm"
+            whole = " (with output='restored' if what follows it needs every token)"
+            encoder = adapter.__name__.startswith("vtr.vision.encoders.")
             return (
                 f"Its part {name}, a {type(module).__name__}, is supported: apply to that"
                 f"{whole if encoder else ''}. "
@@ -359,6 +345,6 @@ def _part(target: Any) -> str:
 def _wrapping(target: Any) -> Wrapping:
     adapter, root = _locate(target)
     with blaming(_library(target)):
-        wrapping = wrapping_of(root) or adapter.wrap(root)
+        wrapping = wrapping_of(root) or wrapped(adapter, root)
         wrapping.attach(target)
     return wrapping

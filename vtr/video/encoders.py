@@ -11,6 +11,7 @@ VideoMAE classifier that reads the first token.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from vtr.compat.torch import in_backward
 from vtr.compat.transformers import VIDEO_AROUND as AROUND
 from vtr.compat.transformers import VIDEO_TOWERS as TOWERS
 from vtr.compat.transformers import attention_implementation
-from vtr.core.wrapping import Bound, Wrapping
+from vtr.core.wrapping import Bound
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.vision.encoders.pooling import log_sizes, weighted_mean
-from vtr.vision.encoders.session import EncoderSession, encoder_info
+from vtr.vision.encoders.pooling import log_sizes
 from vtr.vision.encoders.transformers import _named, layer_runners
+from vtr.vision.encoders.wrapping import EncoderWrapping
 
 FAMILIES = tuple(f"transformers {name}" for name in TOWERS)
 
@@ -36,15 +37,8 @@ _REFUSED = {
 }
 
 
-class VideoWrapping(Wrapping):
-    """A wrapped transformers video encoder.
-
-    Options:
-        output: ``"reduced"`` (the sequence has the tokens that are left) or ``"restored"`` (full
-            length: merged tokens are copied back, dropped ones have the value they had last).
-    """
-
-    options = {"output": "reduced"}
+class VideoWrapping(EncoderWrapping):
+    """A wrapped transformers video encoder."""
 
     def __init__(self, root: Any) -> None:
         around = _named(root, AROUND)
@@ -52,40 +46,36 @@ class VideoWrapping(Wrapping):
         self.tower: Any = getattr(root, attribute) if attribute else root
         name = _named(self.tower, TOWERS)
         assert name is not None
-        path, self.prefix, self.pixels = TOWERS[name]
+        path, prefix, self.pixels = TOWERS[name]
         if self.use == "mean" and root.fc_norm is None:
             self.use = "first"  # the classifier reads token 0, whatever became of it
-        runners = layer_runners(self.tower, name, path, self.prefix)
+        runners = layer_runners(self.tower, name, path, prefix)
         config = self.tower.config
-        info = encoder_info(
+        super().__init__(
+            root,
             f"transformers {type(root).__name__}",
             runners,
-            prefix=self.prefix,
-            has_cls=self.prefix == 1,
+            prefix=prefix,
+            has_cls=prefix == 1,
             dim=config.hidden_size,
             heads=runners[0].heads,
             tokens=_tokens(config),
         )
-        super().__init__(root, info)
-        self.session = EncoderSession(self, runners, self.prefix, self.grid)
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
         """(frames, rows, columns) of the call; None where the caller has masked tokens."""
         shape = self.session.shape
-        return shape if shape is not None and shape[0] * shape[1] * shape[2] == tokens else None
+        return shape if shape is not None and math.prod(shape) == tokens else None
 
-    def check(self, method: Any, options: dict[str, Any]) -> None:
-        if options.get("output", "reduced") not in ("reduced", "restored"):
-            raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
-        super().check(method, options)
+    def restores(self) -> bool:
+        return self.use == "first" or super().restores()
 
     def install(self) -> None:
-        self.session.install()
+        super().install()
         self.hook(self.tower.register_forward_pre_hook(Bound(self, "look"), with_kwargs=True))
         root: Any = self.root
         if self.use == "mean":
-            self.hook(self.tower.register_forward_hook(Bound(self, "take_mean")))
-            self.hook(root.fc_norm.register_forward_pre_hook(Bound(self, "give_mean")))
+            self.weigh_mean(self.tower, root.fc_norm)
         if self.use == "pooler":
             pooler = root.pooler
             parts = [(layer, layer.self_attn) for layer in pooler.self_attention_layers]
@@ -97,7 +87,7 @@ class VideoWrapping(Wrapping):
     # ---- the input --------------------------------------------------------------------------
 
     def look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the grid of the call, and whether its end needs the full length."""
+        """Note the grid of the call, and whether V-JEPA 2's predictor or masks need the full length."""
         given = inspect.signature(type(self.tower).forward).bind(self.tower, *args, **kwargs)
         named = dict(given.arguments)
         named.update(named.pop("kwargs", {}))
@@ -109,26 +99,11 @@ class VideoWrapping(Wrapping):
             if frames < tube:  # V-JEPA 2 repeats a single frame
                 frames *= tube
             self.session.shape = (frames // tube, height // high, width // wide)
-        whole = self.use == "first" or any(
-            e.options.get("output") == "restored" for e in self.active
-        )
+        whole = False
         if hasattr(self.tower, "predictor"):
             masks = named.get("context_mask") is not None or named.get("target_mask") is not None
-            whole = whole or masks or not named.get("skip_predictor", False)
+            whole = masks or not named.get("skip_predictor", False)
         self.session.whole = whole
-
-    # ---- pooling: merged tokens count by their size --------------------------------------------
-
-    def take_mean(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        sequence = output[0]
-        sizes = self.session.pool_sizes(sequence)
-        self.session.mean = None if sizes is None else weighted_mean(sequence, sizes)
-
-    def give_mean(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.session.mean is None:
-            return None
-        mean, self.session.mean = self.session.mean, None
-        return (mean.to(args[0].dtype),)
 
     def weigh_keys(
         self, number: int, attention: Any, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,9 +129,6 @@ class VideoWrapping(Wrapping):
                 "model.set_attn_implementation('sdpa')"
             )
         return args, {**kwargs, "attention_mask": bias.expand(-1, 1, args[0].shape[1], -1)}
-
-    def costs(self) -> dict[str, Any] | None:
-        return {"encoder": self.session.flops()} if self.trace.tokens else None
 
 
 def _tube(config: Any) -> tuple[int, int, int]:

@@ -41,7 +41,7 @@ class BlockRunner:
         """x plus its MLP branch."""
         raise NotImplementedError
 
-    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+    def narrow(self, kwargs: dict[str, Any], run: EncoderRun) -> dict[str, Any]:
         """The block's keyword arguments for the tokens that are left (positions, masks)."""
         return kwargs
 
@@ -97,7 +97,7 @@ class WholeBlock(BlockRunner):
         return before * linear_flops(self.block)
 
 
-class State(NamedTuple):
+class BlockEntry(NamedTuple):
     """What a run knows at the entry of a block."""
 
     map: TokenMap | None
@@ -107,7 +107,7 @@ class State(NamedTuple):
     notes: dict[str, Any]
 
 
-class Run:
+class EncoderRun:
     """The state of one forward pass, or of a block that runs again for the backward pass.
 
     ``map`` and ``tokens`` are of the sequence that enters the blocks.
@@ -143,9 +143,9 @@ class Run:
         self.checkpointed = False
         self.watched = False
         self.entries: list[Entry] = []
-        self.entered: dict[int, State] = {}
+        self.entered: dict[int, BlockEntry] = {}
         self.cuts: dict[tuple[int, str, int], TokenMap | None] = {}
-        self.first: Run | None = None
+        self.first: EncoderRun | None = None
         self.late = False
         self.output: weakref.ref[Tensor] | None = None
         self.after: tuple[int, StorageWeakRef | None] | None = None
@@ -154,9 +154,9 @@ class Run:
     def enter(self, layer: int) -> None:
         """Remember the state at the entry of a block."""
         memory, notes = copied(self.memory), copied(self.trace.notes)
-        self.entered[layer] = State(self.map, self.merged, self.policy, memory, notes)
+        self.entered[layer] = BlockEntry(self.map, self.merged, self.policy, memory, notes)
 
-    def again(self, layer: int) -> Run:
+    def again(self, layer: int) -> EncoderRun:
         """The run as it was at the entry of a block; what it finds there is not part of the call's trace."""
         made = copy.copy(self)
         made.map, made.merged, made.policy, memory, notes = self.entered[layer]
@@ -258,6 +258,17 @@ def narrow_bias(bias: Tensor, now: TokenMap, prefix: int) -> Tensor:
         bias = bias.gather(2, index)
     index = kept[:, None, None, :].expand(batch, heads, bias.shape[2], kept.shape[1])
     return bias.gather(3, index)
+
+
+def block_flops(attention: nn.Module, mlp: nn.Module, width: int, before: int, after: int) -> int:
+    """FLOPs of one sample in a block of attention and MLP (two per multiply-add).
+
+    Args:
+        width: channels of all heads together.
+        before, after: tokens in the attention and in the MLP.
+    """
+    square = 4 * before * before * width
+    return before * linear_flops(attention) + square + after * linear_flops(mlp)
 
 
 def linear_flops(module: nn.Module) -> int:

@@ -19,10 +19,16 @@ from vtr.compat.torch import kind_of
 from vtr.core.wrapping import Bound, Wrapping
 from vtr.errors import UnsupportedModelError
 from vtr.vision.encoders.attention import Probe
-from vtr.vision.encoders.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
-from vtr.vision.encoders.image import entry_of, open_image
-from vtr.vision.encoders.pooling import log_sizes, weighted_mean
-from vtr.vision.encoders.session import EncoderSession, encoder_info, square_grid
+from vtr.vision.encoders.blocks import (
+    BlockRunner,
+    EncoderRun,
+    linear_flops,
+    narrow_bias,
+    place_forward,
+)
+from vtr.vision.encoders.image import entry_of
+from vtr.vision.encoders.session import square_grid
+from vtr.vision.encoders.wrapping import EncoderWrapping
 
 FAMILIES = (
     "open_clip VisionTransformer",
@@ -126,7 +132,7 @@ class ClipBlock(BlockRunner):
     def checkpointed(self) -> bool:
         return bool(getattr(self.transformer, "grad_checkpointing", False))
 
-    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+    def narrow(self, kwargs: dict[str, Any], run: EncoderRun) -> dict[str, Any]:
         mask = kwargs.get("attn_mask")
         if mask is None or run.map is None:
             return kwargs
@@ -171,22 +177,15 @@ def _heads_of(mask: Tensor | None, attn: Any) -> Tensor | None:
     return mask.reshape(-1, *mask.shape[2:])
 
 
-class OpenClipWrapping(Wrapping):
-    """A wrapped VisionTransformer of open_clip.
-
-    Options:
-        output: ``"reduced"`` (tokens, where the tower returns them, are those that are left) or
-            ``"restored"`` (full length: merged tokens are copied back, dropped ones have the value
-            they had last).
-    """
-
-    options = {"output": "reduced"}
+class OpenClipWrapping(EncoderWrapping):
+    """A wrapped VisionTransformer of open_clip."""
 
     def __init__(self, model: Any) -> None:
         prefix = 1  # the class token, which this tower always has
         transformer = model.transformer
         runners = [_runner(b, transformer, prefix) for b in transformer.resblocks]
-        info = encoder_info(
+        super().__init__(
+            model,
             f"open_clip {type(model).__name__}",
             runners,
             prefix=prefix,
@@ -194,28 +193,20 @@ class OpenClipWrapping(Wrapping):
             dim=transformer.width,
             heads=runners[0].block.attn.num_heads,  # type: ignore[union-attr,arg-type]
             tokens=model.grid_size[0] * model.grid_size[1],
+            fixed_size="",
         )
-        open_image(info, "")
-        super().__init__(model, info)
-        self.session = EncoderSession(self, runners, prefix, self.grid)
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
         size: Any = self.session.shape or self.root.grid_size
         return tuple(size) if size[0] * size[1] == tokens else square_grid(tokens)
 
-    def check(self, method: Any, options: dict[str, Any]) -> None:
-        if options.get("output", "reduced") not in ("reduced", "restored"):
-            raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
-        super().check(method, options)
-
     def install(self) -> None:
+        super().install()
         model: Any = self.root
-        self.session.install()
         if not getattr(model.transformer, "batch_first", True):
             for block in model.transformer.resblocks:
                 self.patch(block, "forward", Bound(self, "tokens_first", block.__dict__["forward"]))
-        self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
-        self.patch(model, "forward_intermediates", Bound(self, "forward_intermediates"))
+        self.patch(model, "forward_intermediates", Bound(self, "whole", "forward_intermediates"))
         if entry_of(self) is not None:
             self.patch(model, compat.EMBEDDING, Bound(self, "embeds"))
         if model.attn_pool is None:
@@ -225,7 +216,7 @@ class OpenClipWrapping(Wrapping):
         if model.attn_pool_contrastive is not None and model.attn_pool_type == "parallel":
             poolers.append(model.attn_pool_contrastive)  # a cascade's second pool sees queries only
         for pooler in poolers:
-            place_forward(self, pooler.attn, Bound(self, "pool_attention", pooler.attn))
+            self.weigh_pooling(pooler.attn)
 
     def embeds(self, images: Tensor) -> Tensor:
         """The tower's embedding of pictures that a method may make smaller.
@@ -251,37 +242,14 @@ class OpenClipWrapping(Wrapping):
         """A block that holds (T, B, C), around the session's (B, T, C)."""
         return forward(x.transpose(0, 1), *args, **kwargs).transpose(0, 1)
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Intermediate features at full length: they are reshaped to grids by the model."""
-        self.session.whole = True
-        try:
-            model: Any = self.root
-            return type(model).forward_intermediates(model, *args, **kwargs)
-        finally:
-            self.session.whole = False
-
     # ---- pooling: merged tokens count by their size --------------------------------------------
 
     def global_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         model: Any = self.root
-        sizes = self.session.pool_sizes(x)
-        if sizes is None or model.pool_type != "avg":
+        mean = self.weighted_mean(x)
+        if mean is None or model.pool_type != "avg":
             return getattr(type(model), compat.POOLING)(model, x)
-        tokens = x[:, self.info.prefix :]
-        return weighted_mean(tokens, sizes), tokens
-
-    def pool_attention(
-        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
-    ) -> Any:
-        """An attentional pooler, whose queries see each token as often as it was merged."""
-        sizes = self.session.pool_sizes(key)
-        if sizes is not None:
-            ones = sizes.new_ones(sizes.shape[0], self.info.prefix)
-            kwargs["key_padding_mask"] = log_sizes(torch.cat([ones, sizes], 1)).to(query.dtype)
-        return type(attn).forward(attn, query, key, value, **kwargs)
-
-    def costs(self) -> dict[str, Any] | None:
-        return {"encoder": self.session.flops()} if self.trace.tokens else None
+        return mean, x[:, self.info.prefix :]
 
 
 def _runner(block: nn.Module, transformer: nn.Module, prefix: int) -> BlockRunner:

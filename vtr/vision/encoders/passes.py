@@ -2,7 +2,7 @@
 
 timm and open_clip checkpoint a block from outside, and so may the caller: the block's input tells which
 call it is (:class:`vtr.core.recompute.Inputs`). The layers of newer transformers do so in their own forward,
-in place of which the session's runs: it is done by hand, with :class:`Pass`.
+in place of which the session's runs: it is done by hand, with :class:`BlockPass`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor
 from vtr.compat.torch import in_backward
 from vtr.core.recompute import Guard, Inputs, check_unchanged, storage
 from vtr.core.wrapping import PerThread, Wrapping
-from vtr.vision.encoders.blocks import Run
+from vtr.vision.encoders.blocks import EncoderRun
 
 
-class Pass:
+class BlockPass:
     """A pass through a block for a checkpointing function; see :class:`vtr.core.recompute.Again`."""
 
     def __init__(
-        self, block: Callable[..., Any], layer: int, run: Run, kwargs: dict[str, Any]
+        self, block: Callable[..., Any], layer: int, run: EncoderRun, kwargs: dict[str, Any]
     ) -> None:
         self.block, self.layer, self.run, self.kwargs = block, layer, run, kwargs
 
     def __call__(self, x: Tensor) -> Any:
         return self.block(self.layer, self.run, x, self.kwargs)
 
-    def facts(self) -> Run:
+    def facts(self) -> EncoderRun:
         return self.run
 
     @contextmanager
-    def repeating(self, facts: Run) -> Iterator[None]:
+    def repeating(self, facts: EncoderRun) -> Iterator[None]:
         now, self.run = self.run, facts.again(self.layer)
         try:
             yield
@@ -53,7 +53,7 @@ class Passes:
         late: the last run of this thread in a backward pass.
     """
 
-    late = PerThread[Run | None]()
+    late = PerThread[EncoderRun | None]()
 
     def __init__(self, owner: Wrapping) -> None:
         self.owner = owner
@@ -67,7 +67,7 @@ class Passes:
         self.__dict__.update(state)
         self.own = threading.local()
 
-    def watch(self, run: Run, layer: int, x: Tensor) -> None:
+    def watch(self, run: EncoderRun, layer: int, x: Tensor) -> None:
         """At the entry of a block: remember what a second pass will have to know, if gradients may come.
 
         Raises:
@@ -94,7 +94,7 @@ class Passes:
                 )
         x.register_hook(Guard(self.owner, run.entries))
 
-    def leave(self, run: Run, layer: int, x: Tensor) -> None:
+    def leave(self, run: EncoderRun, layer: int, x: Tensor) -> None:
         """At the end of a block, with its output."""
         if run.late:
             self.late, run.after = run, (layer + 1, storage(x))
@@ -109,14 +109,14 @@ class Passes:
         """Methods change: the last block of reentrant checkpointing, whose output had no graph when it was
         made, is guarded now. (The name is that of a hook's end, as which the owner calls it.)"""
         for run in self.inputs.values():
-            if not isinstance(run, Run):
+            if not isinstance(run, EncoderRun):
                 continue
             output = None if run.output is None else run.output()
             if output is not None and output.grad_fn is not None:
                 output.register_hook(Guard(self.owner, run.entries))
             run.output = None
 
-    def again(self, layer: int, x: Tensor) -> Run | None:
+    def again(self, layer: int, x: Tensor) -> EncoderRun | None:
         """The run of a call as it was at this block, which a backward pass runs again; None outside of
         backward passes, and where one runs the whole encoder.
 
@@ -125,7 +125,7 @@ class Passes:
         """
         if not in_backward():
             return None
-        run: Run | None = self.inputs.find(x, layer)
+        run: EncoderRun | None = self.inputs.find(x, layer)
         if run is not None:
             check_unchanged(self.owner, run.entries)
             return run.again(layer)

@@ -23,10 +23,10 @@ from vtr.core.trace import StageRecord
 from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.attention import Probe
-from vtr.vision.encoders.blocks import BlockRunner, Run, place_forward
+from vtr.vision.encoders.blocks import BlockRunner, EncoderRun, place_forward
 from vtr.vision.encoders.graphs import check_graph, refuse_symbolic
 from vtr.vision.encoders.image import Smaller, ask, entry_of, resized
-from vtr.vision.encoders.passes import Pass, Passes
+from vtr.vision.encoders.passes import BlockPass, Passes
 from vtr.vision.encoders.pooling import Pooling, has_pooling
 
 ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
@@ -53,7 +53,7 @@ class EncoderSession:
         passes: tells a call's passes through its blocks from those of its backward pass.
     """
 
-    run = PerThread[Run | None]()
+    run = PerThread[EncoderRun | None]()
     pixels = PerThread[Tensor | None]()
     whole = PerThread[bool](False)
     shape = PerThread[tuple[int, ...] | None]()
@@ -80,7 +80,7 @@ class EncoderSession:
         self.grid = grid
         self.tower = tower
         self.own = threading.local()
-        self.latest: Run | None = None
+        self.latest: EncoderRun | None = None
         self.passes = Passes(owner)
         self.restoring = False
         self.visits: dict[tuple[int, str], list[Entry]] = {}
@@ -174,7 +174,7 @@ class EncoderSession:
     def _uncompiled(self, layer: int, x: Tensor, kwargs: dict[str, Any]) -> Any:
         return self._pass(layer, self.passes.again(layer, x), x, kwargs)
 
-    def _pass(self, layer: int, run: Run | None, x: Tensor, kwargs: dict[str, Any]) -> Any:
+    def _pass(self, layer: int, run: EncoderRun | None, x: Tensor, kwargs: dict[str, Any]) -> Any:
         """A block in a run of a backward pass, or (None) in the running call."""
         if run is None:
             run = self._begin(x) if layer == 0 else self.run
@@ -185,7 +185,7 @@ class EncoderSession:
         checkpoint = self.runners[layer].checkpoints()
         if checkpoint is None:
             return self.block(layer, run, x, kwargs)
-        block = Pass(self.block, layer, run, kwargs)
+        block = BlockPass(self.block, layer, run, kwargs)
         return checkpoint(Again(self.owner, block, block), x)
 
     def _checkpointed(self) -> bool:
@@ -195,7 +195,7 @@ class EncoderSession:
             bool(flag) or any(r.checkpointed() for r in self.runners)
         )
 
-    def block(self, layer: int, run: Run, x: Tensor, kwargs: dict[str, Any]) -> Any:
+    def block(self, layer: int, run: EncoderRun, x: Tensor, kwargs: dict[str, Any]) -> Any:
         """One pass through a block: of a call, or of its backward pass."""
         runner = self.runners[layer]
         compiling = torch.compiler.is_compiling()
@@ -221,7 +221,7 @@ class EncoderSession:
             self.passes.leave(run, layer, x)
         return runner.returned(x)
 
-    def _finish(self, run: Run) -> None:
+    def _finish(self, run: EncoderRun) -> None:
         """After the last block."""
         run.memory.clear()
         if (
@@ -231,11 +231,11 @@ class EncoderSession:
         if self.small is not None:
             self.small = None
 
-    def _begin(self, x: Tensor) -> Run:
+    def _begin(self, x: Tensor) -> EncoderRun:
         if x.dim() != 3:
             raise TypeError(f"expected a (batch, tokens, channels) sequence, got {tuple(x.shape)}")
         whole = self.restoring or self.whole
-        run = Run(x.shape[0], x.shape[1] - self.prefix, self.prefix, whole)
+        run = EncoderRun(x.shape[0], x.shape[1] - self.prefix, self.prefix, whole)
         if run.tokens < 1:
             raise ValueError(f"the sequence has {x.shape[1]} tokens, {self.prefix} of them prefix")
         check_graph(self.owner.active)
@@ -254,7 +254,7 @@ class EncoderSession:
             self._note(run, run.image)
         return run
 
-    def _note(self, run: Run, small: Smaller) -> None:
+    def _note(self, run: EncoderRun, small: Smaller) -> None:
         """Record that the pictures were made smaller."""
         step = small.map
         if run.tokens != step.n_out:
@@ -267,7 +267,7 @@ class EncoderSession:
             StageRecord("image", 0, name, step.n_in, step.n_out, step, step, small.before)
         )
 
-    def _expect(self, run: Run, x: Tensor, layer: int) -> None:
+    def _expect(self, run: EncoderRun, x: Tensor, layer: int) -> None:
         now = run.tokens if run.map is None or run.restoring else run.map.n_out
         if run.restoring and run.image is not None and layer > 0:
             now = run.image.map.n_in
@@ -283,7 +283,7 @@ class EncoderSession:
                 "keep all blocks of the encoder on one device"
             )
 
-    def _probe(self, run: Run, layer: int) -> Probe | None:
+    def _probe(self, run: EncoderRun, layer: int) -> Probe | None:
         padded = run.map is not None and run.map.padded
         if not self.runners[layer].split:
             if padded:
@@ -309,7 +309,7 @@ class EncoderSession:
 
     def _visit(
         self,
-        run: Run,
+        run: EncoderRun,
         layer: int,
         place: str,
         x: Tensor,
@@ -331,7 +331,7 @@ class EncoderSession:
 
     def _site(
         self,
-        run: Run,
+        run: EncoderRun,
         entry: Entry,
         layer: int,
         x: Tensor,
@@ -372,7 +372,7 @@ class EncoderSession:
             mask=lambda: self.runners[layer].mask(kwargs),
         )
 
-    def _extra(self, run: Run) -> dict[str, Any]:
+    def _extra(self, run: EncoderRun) -> dict[str, Any]:
         extra: dict[str, Any] = {} if run.pixels is None else {"pixels": run.pixels}
         if run.crops is not None:
             extra["crops"] = run.crops
@@ -381,7 +381,7 @@ class EncoderSession:
         return extra
 
     def _commit(
-        self, run: Run, entry: Entry, layer: int, x: Tensor, reduction: Reduction
+        self, run: EncoderRun, entry: Entry, layer: int, x: Tensor, reduction: Reduction
     ) -> Tensor:
         p = self.prefix
         if reduction.map is None:  # nothing moves: new values, or a policy for training
@@ -437,7 +437,7 @@ class EncoderSession:
             )
         return None
 
-    def _sizes(self, run: Run, x: Tensor) -> Tensor | None:
+    def _sizes(self, run: EncoderRun, x: Tensor) -> Tensor | None:
         if run.policy is not None:  # training: as if they were gone
             none = run.policy.sum(1, keepdim=True) == 0
             return run.policy + none if x.shape[1] == run.tokens + self.prefix else None

@@ -21,14 +21,15 @@ from vtr.compat.timm import (
     classes,
     pooling_name,
 )
-from vtr.core.wrapping import Bound, Wrapping
+from vtr.core.wrapping import Bound
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.blocks import BlockRunner
 from vtr.vision.encoders.graphs import refuse_symbolic
-from vtr.vision.encoders.image import entry_of, open_image
+from vtr.vision.encoders.image import entry_of
 from vtr.vision.encoders.pooling import log_sizes, weighted_mean
-from vtr.vision.encoders.session import EncoderSession, encoder_info, square_grid
+from vtr.vision.encoders.session import square_grid
 from vtr.vision.encoders.timm_blocks import runner_of
+from vtr.vision.encoders.wrapping import EncoderWrapping
 
 FAMILIES = tuple(f"timm {name}" for name in MODELS)
 
@@ -51,21 +52,15 @@ _REFUSED = {
 }
 
 
-class TimmWrapping(Wrapping):
-    """A wrapped timm encoder.
-
-    Options:
-        output: ``"reduced"`` (the features have the tokens that are left) or ``"restored"`` (full
-            length: merged tokens are copied back, dropped ones have the value they had last).
-    """
-
-    options = {"output": "reduced"}
+class TimmWrapping(EncoderWrapping):
+    """A wrapped timm encoder."""
 
     def __init__(self, model: Any) -> None:
         prefix = int(getattr(model, "num_prefix_tokens", 0))
         runners: list[BlockRunner] = [runner_of(b, prefix) for b in model.blocks]
         first = model.blocks[0]
-        info = encoder_info(
+        super().__init__(
+            model,
             f"timm {type(model).__name__}",
             runners,
             prefix=prefix,
@@ -74,10 +69,8 @@ class TimmWrapping(Wrapping):
             dim=getattr(model, "embed_dim", None),
             heads=getattr(getattr(first, "attn", None), "num_heads", None),
             tokens=getattr(getattr(model, "patch_embed", None), "num_patches", None),
+            fixed_size=fixed_size(model),
         )
-        open_image(info, fixed_size(model))
-        super().__init__(model, info)
-        self.session = EncoderSession(self, runners, prefix, self.grid)
         self.strict = False  # whether images must have the model's own size
 
     def grid(self, tokens: int) -> tuple[int, ...] | None:
@@ -114,15 +107,9 @@ class TimmWrapping(Wrapping):
             )
         return (self.session.shrink(images, grid, module.patch_size), *args[1:])
 
-    def check(self, method: Any, options: dict[str, Any]) -> None:
-        if options.get("output", "reduced") not in ("reduced", "restored"):
-            raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
-        super().check(method, options)
-
     def install(self) -> None:
+        super().install()
         model: Any = self.root
-        self.session.install()
-        self.session.restoring = any(e.options.get("output") == "restored" for e in self.active)
         embed: Any = getattr(model, "patch_embed", None)
         if isinstance(model, _NAFLEX_VIT) and entry_of(self) is not None:
             embed = model.embeds
@@ -152,11 +139,7 @@ class TimmWrapping(Wrapping):
             given = kwargs.get("x")
             self._look_naflex(given if isinstance(given, dict) else {**kwargs, "patches": given})
             args = ()
-        self.session.whole = True
-        try:
-            return type(model).forward_intermediates(model, *args, **kwargs)
-        finally:
-            self.session.whole = False
+        return self.whole("forward_intermediates", *args, **kwargs)
 
     def forward_naflex(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.root
@@ -182,7 +165,7 @@ class TimmWrapping(Wrapping):
     def pool(self, x: Tensor, pool_type: str | None = None, **kwargs: Any) -> Tensor:
         """The model's pooling with merged tokens weighed by their size."""
         model: Any = self.root
-        sizes = self.session.pool_sizes(x)
+        sizes = self.sizes(x)
         kind = model.global_pool if pool_type is None else pool_type
         attn_pool = model.attn_pool
         if sizes is None or (attn_pool is None and kind not in ("avg", "avgmax", "max")):
@@ -190,10 +173,8 @@ class TimmWrapping(Wrapping):
             return original(model, x, pool_type, **kwargs)
         p = self.info.prefix
         # Eva has no such option: its attention pool sees the prefix tokens, its mean does not.
-        if getattr(model, "pool_include_prefix", attn_pool is not None):
-            sizes = torch.cat([sizes.new_ones(x.shape[0], p), sizes], 1)
-        else:
-            x = x[:, p:]
+        if not getattr(model, "pool_include_prefix", attn_pool is not None):
+            x, sizes = x[:, p:], sizes[:, p:]
         if isinstance(attn_pool, _ATTENTION_POOL):
             return attn_pool(x, attn_mask=log_sizes(sizes)[:, None, None, :].to(x.dtype))
         if attn_pool is not None:
@@ -209,17 +190,12 @@ class TimmWrapping(Wrapping):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Beit's and relpos' head, whose mean over tokens stands inside ``forward_head``."""
         model: Any = self.root
-        sizes = self.session.pool_sizes(x)
-        pooled = getattr(model, "global_pool", None)
-        if sizes is None or pooled != "avg":
+        mean = self.weighted_mean(x)
+        if mean is None or getattr(model, "global_pool", None) != "avg":
             return type(model).forward_head(model, x, pre_logits)
         # A token whose value is the weighted mean makes the plain mean of the head right.
-        mean = weighted_mean(x[:, self.info.prefix :], sizes)
         short = torch.cat([x[:, : self.info.prefix], mean[:, None]], 1)
         return type(model).forward_head(model, short, pre_logits)
-
-    def costs(self) -> dict[str, Any] | None:
-        return {"encoder": self.session.flops()} if self.trace.tokens else None
 
 
 def fixed_size(model: Any) -> str:

@@ -15,9 +15,9 @@ from vtr.core.wrapping import Bound, Wrapping
 from vtr.vision.encoders.attention import Probe
 from vtr.vision.encoders.blocks import (
     BlockRunner,
-    Run,
+    EncoderRun,
     WholeBlock,
-    linear_flops,
+    block_flops,
     narrow_bias,
     narrow_rope,
     place_forward,
@@ -77,7 +77,7 @@ class TimmBlock(BlockRunner):
         scale = getattr(self.block, f"ls{half}", None)
         return y if scale is None else scale(y)
 
-    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+    def narrow(self, kwargs: dict[str, Any], run: EncoderRun) -> dict[str, Any]:
         if run.map is None:
             return kwargs
         kwargs = _narrow(kwargs, run, self.prefix)
@@ -105,9 +105,8 @@ class TimmBlock(BlockRunner):
     def flops(self, before: int, after: int) -> int:
         attn: Any = self.block.attn
         width = getattr(attn, "attn_dim", None) or attn.proj.in_features
-        attention = before * linear_flops(attn) + 4 * before * before * width
         mlp: Any = self.block.mlp
-        return attention + after * linear_flops(mlp)
+        return block_flops(attn, mlp, width, before, after)
 
 
 class TimmWhole(WholeBlock):
@@ -117,11 +116,11 @@ class TimmWhole(WholeBlock):
         super().__init__(block)
         self.prefix = prefix
 
-    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+    def narrow(self, kwargs: dict[str, Any], run: EncoderRun) -> dict[str, Any]:
         return kwargs if run.map is None else _narrow(kwargs, run, self.prefix)
 
 
-def _narrow(kwargs: dict[str, Any], run: Run, prefix: int) -> dict[str, Any]:
+def _narrow(kwargs: dict[str, Any], run: EncoderRun, prefix: int) -> dict[str, Any]:
     """Rotary rows and the mask of the tokens that are left."""
     kwargs = dict(kwargs)
     rope, mask = kwargs.get("rope"), kwargs.get("attn_mask")

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from vtr.compat.tested import explain
@@ -23,10 +22,9 @@ from vtr.compat.transformers import AROUND, GIVEN_PIXELS, INTERPOLATES, TIMM, TO
 from vtr.core.wrapping import Bound, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.blocks import BlockRunner, place_forward
-from vtr.vision.encoders.image import at_any_size, entry_of, open_image
-from vtr.vision.encoders.pooling import log_sizes, weighted_mean
-from vtr.vision.encoders.session import EncoderSession, encoder_info, square_grid
+from vtr.vision.encoders.image import at_any_size, entry_of
 from vtr.vision.encoders.transformers_layers import LAYERS, LayerRunner
+from vtr.vision.encoders.wrapping import EncoderWrapping
 
 FAMILIES = (*(f"transformers {name}" for name in TOWERS), "transformers TimmWrapperModel")
 
@@ -113,51 +111,22 @@ def layer_runners(tower: nn.Module, name: str, path: str, prefix: int) -> list[L
     return runners
 
 
-class TransformersWrapping(Wrapping):
-    """A wrapped transformers vision tower.
-
-    Options:
-        output: ``"reduced"`` (the sequence has the tokens that are left) or ``"restored"`` (full
-            length: merged tokens are copied back, dropped ones have the value they had last).
-    """
-
-    options = {"output": "reduced"}
+class TransformersWrapping(EncoderWrapping):
+    """A wrapped transformers vision tower."""
 
     def __init__(self, root: Any) -> None:
         self.tower, self.use = _split(root)
         self.reshapes = self.use == "grid" or type(self.tower).__name__.endswith("Backbone")
         parts = tower_parts(self.tower)
-        info = encoder_info(
-            f"transformers {type(root).__name__}",
-            parts.runners,
-            prefix=parts.prefix,
-            has_cls=parts.has_cls,
-            dim=parts.dim,
-            heads=parts.heads,
-            tokens=parts.tokens,
-            pixels=True,
-        )
-        open_image(info, fixed_size(self.tower))
-        super().__init__(root, info)
-        self.session = EncoderSession(self, parts.runners, parts.prefix, self.grid, self.tower)
+        family, size = f"transformers {type(root).__name__}", fixed_size(self.tower)
+        super().__init__(root, family, **parts._asdict(), tower=self.tower, fixed_size=size)
 
-    def grid(self, tokens: int) -> tuple[int, ...] | None:
-        shape = self.session.shape
-        if shape is not None and shape[0] * shape[1] == tokens:
-            return shape
-        return square_grid(tokens)
-
-    def check(self, method: Any, options: dict[str, Any]) -> None:
-        if options.get("output", "reduced") not in ("reduced", "restored"):
-            raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
-        super().check(method, options)
+    def restores(self) -> bool:
+        return self.reshapes or super().restores()
 
     def install(self) -> None:
+        super().install()
         tower: Any = self.tower
-        self.session.install()
-        self.session.restoring = self.reshapes or any(
-            e.options.get("output") == "restored" for e in self.active
-        )
         before = tower.register_forward_pre_hook(Bound(self, "look"), with_kwargs=True)
         self.hook(before)
         if entry_of(self) is not None:
@@ -169,11 +138,10 @@ class TransformersWrapping(Wrapping):
         head: Any = getattr(tower, "head", None)
         if isinstance(getattr(head, "attention", None), nn.MultiheadAttention):  # SigLIP's pooling
             place_forward(self, head, Bound(self, "pool_head"))
-            place_forward(self, head.attention, Bound(self, "pool_attention"))
+            self.weigh_pooling(head.attention)
         if self.use == "mean":
             root: Any = self.root
-            self.hook(tower.register_forward_hook(Bound(self, "take_mean")))
-            self.hook(root.classifier.register_forward_pre_hook(Bound(self, "give_mean")))
+            self.weigh_mean(tower, root.classifier)
 
     # ---- the input --------------------------------------------------------------------------
 
@@ -215,8 +183,6 @@ class TransformersWrapping(Wrapping):
             kwargs = {**kwargs, "pixel_values": small}
         return at_any_size(module, args, kwargs)
 
-    # ---- pooling: merged tokens count by their size --------------------------------------------
-
     def pool_head(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """SigLIP's head; a mask over all input patches (all of them valid) has no say any more."""
         head: Any = self.tower.head
@@ -224,29 +190,6 @@ class TransformersWrapping(Wrapping):
         if attention_mask is None or reduced:
             return type(head).forward(head, x)
         return type(head).forward(head, x, attention_mask)
-
-    def pool_attention(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
-        attention: Any = self.tower.head.attention  # type: ignore[union-attr]
-        sizes = self.session.pool_sizes(key)
-        if sizes is not None:
-            kwargs["key_padding_mask"] = log_sizes(sizes).to(query.dtype)
-        return type(attention).forward(attention, query, key, value, **kwargs)
-
-    def take_mean(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        sequence = output[0]
-        sizes = self.session.pool_sizes(sequence)
-        self.session.mean = (
-            None if sizes is None else weighted_mean(sequence[:, self.info.prefix :], sizes)
-        )
-
-    def give_mean(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.session.mean is None:
-            return None
-        mean, self.session.mean = self.session.mean, None
-        return (torch.cat([args[0][:, : -mean.shape[1]], mean], 1),)
-
-    def costs(self) -> dict[str, Any] | None:
-        return {"encoder": self.session.flops()} if self.trace.tokens else None
 
 
 # ---- small things ---------------------------------------------------------------------------

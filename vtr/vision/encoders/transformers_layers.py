@@ -26,7 +26,13 @@ from vtr.compat.transformers import (
 from vtr.core.wrapping import Bound, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.attention import Probe
-from vtr.vision.encoders.blocks import BlockRunner, Run, linear_flops, narrow_bias, place_forward
+from vtr.vision.encoders.blocks import (
+    BlockRunner,
+    EncoderRun,
+    linear_flops,
+    narrow_bias,
+    place_forward,
+)
 
 
 class LayerRunner(BlockRunner):
@@ -153,7 +159,7 @@ class LayerRunner(BlockRunner):
     def checkpoints(self) -> Callable[..., Any] | None:
         return checkpoint_within(self.block) if torch.is_grad_enabled() else None
 
-    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+    def narrow(self, kwargs: dict[str, Any], run: EncoderRun) -> dict[str, Any]:
         if run.map is None:
             return kwargs
         kwargs = dict(kwargs)
@@ -265,7 +271,7 @@ class VJEPA2Layer(LayerRunner):
     def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
         return None  # as in narrow: the attention is given no mask
 
-    def narrow(self, kwargs: dict[str, Any], run: Run) -> dict[str, Any]:
+    def narrow(self, kwargs: dict[str, Any], run: EncoderRun) -> dict[str, Any]:
         # The layer gives its attention the numbers of the tokens and nothing else.
         kwargs = {"position_mask": kwargs.get("position_mask")}
         if run.map is not None:

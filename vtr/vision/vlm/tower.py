@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vtr.vision.encoders.blocks import Run
+from vtr.vision.encoders.blocks import EncoderRun
 from vtr.vision.encoders.session import EncoderSession
 from vtr.vision.vlm.sequence import mark
 
@@ -34,7 +34,7 @@ class TowerSession(EncoderSession):
         tokens = patches + self.prefix
         return sum(runner.flops(tokens, tokens) for runner in self.runners)
 
-    def _begin(self, x: Tensor) -> Run:
+    def _begin(self, x: Tensor) -> EncoderRun:
         trace = self.owner.trace
         run = super()._begin(x)
         if self.capture is not None:
@@ -54,7 +54,7 @@ class TowerSession(EncoderSession):
                 )
         return run
 
-    def _finish(self, run: Run) -> None:
+    def _finish(self, run: EncoderRun) -> None:
         capture = self.capture
         if capture is not None:
             capture.memory = dict(run.memory)

@@ -1,0 +1,163 @@
+"""The base of all encoder adapters: what they share around their blocks.
+
+An adapter gives one :class:`~vtr.vision.encoders.blocks.BlockRunner` per block and the facts of its model.
+:class:`EncoderWrapping` runs methods in the blocks, gives outputs their length, weighs merged tokens in
+the model's pooling, and counts FLOPs. What only one library does stays in its adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtr.core.wrapping import Bound, Wrapping
+from vtr.vision.encoders.blocks import BlockRunner, place_forward
+from vtr.vision.encoders.image import open_image
+from vtr.vision.encoders.pooling import log_sizes, weighted_mean
+from vtr.vision.encoders.session import EncoderSession, encoder_info, square_grid
+
+
+class EncoderWrapping(Wrapping):
+    """A wrapped encoder whose blocks hold one sequence (batch, prefix + tokens, channels).
+
+    Options of ``vtr.apply``:
+        output: ``"reduced"`` (outputs have the tokens that are left) or ``"restored"`` (full length:
+            merged tokens are copied back, dropped ones have the value they had last).
+
+    Args:
+        root: the module that is patched, and that users call.
+        family: name for messages, such as ``"timm VisionTransformer"``.
+        runners: one per block, in order.
+        prefix: number of protected tokens in front of the visual ones (class token, registers).
+        has_cls: whether the first of them is a class token.
+        dim, heads: width and number of heads of the blocks, if all have the same.
+        tokens: visual tokens of an image of the model's own size, if it has one.
+        tower: the module that is given the images (B, C, H, W), if methods may look at their pixels.
+        fixed_size: why the model takes no images of another size, empty if the adapter makes them
+            smaller (:meth:`EncoderSession.shrink`), None if it makes no statement.
+
+    Raises:
+        UnsupportedModelError: one block is used at several depths.
+    """
+
+    options = {"output": "reduced"}
+
+    def __init__(
+        self,
+        root: nn.Module,
+        family: str,
+        runners: Sequence[BlockRunner],
+        *,
+        prefix: int = 0,
+        has_cls: bool = False,
+        dim: int | None = None,
+        heads: int | None = None,
+        tokens: int | None = None,
+        tower: nn.Module | None = None,
+        fixed_size: str | None = None,
+    ) -> None:
+        info = encoder_info(
+            family,
+            runners,
+            prefix=prefix,
+            has_cls=has_cls,
+            dim=dim,
+            heads=heads,
+            tokens=tokens,
+            pixels=tower is not None,
+        )
+        if fixed_size is not None:
+            open_image(info, fixed_size)
+        super().__init__(root, info)
+        self.session = EncoderSession(self, runners, prefix, self.grid, tower)
+
+    # ---- for adapters to extend -------------------------------------------------------------
+
+    def grid(self, tokens: int) -> tuple[int, ...] | None:
+        """Rows and columns (of a video: frames, rows and columns) of the running call's ``tokens``; None
+        if they are unknown. By default that of ``session.shape``, or a square."""
+        shape = self.session.shape
+        if shape is not None and math.prod(shape) == tokens:
+            return shape
+        return square_grid(tokens)
+
+    def restores(self) -> bool:
+        """Whether block outputs have full length in every call."""
+        return any(e.options.get("output") == "restored" for e in self.active)
+
+    def install(self) -> None:
+        """Put the runners in place of the blocks. An adapter extends it with its pooling and its inputs."""
+        self.session.install()
+        self.session.restoring = self.restores()
+
+    # ---- pooling: merged tokens count by their size ------------------------------------------
+
+    def sizes(self, x: Tensor) -> Tensor | None:
+        """(B, prefix + N) float32 weights of the tokens of x (B, prefix + N, C) in a pooling, or None if
+        all count alike. A prefix token counts once."""
+        sizes = self.session.pool_sizes(x)
+        if sizes is None:
+            return None
+        return torch.cat([sizes.new_ones(sizes.shape[0], self.info.prefix), sizes], 1)
+
+    def weighted_mean(self, x: Tensor) -> Tensor | None:
+        """Mean (B, C) of the visual tokens of x (B, prefix + N, C), each counted as often as it was
+        merged; None if the model's own mean is right."""
+        sizes = self.session.pool_sizes(x)
+        return None if sizes is None else weighted_mean(x[:, self.info.prefix :], sizes)
+
+    def weigh_mean(self, sequence: nn.Module, head: nn.Module) -> None:
+        """Weigh the mean over tokens that a model takes between two of its modules.
+
+        Args:
+            sequence: the module whose output, or its first item, is the sequence that is averaged.
+            head: the module that is given the mean, as the last channels of its input.
+        """
+        self.hook(sequence.register_forward_hook(Bound(self, "take_mean")))
+        self.hook(head.register_forward_pre_hook(Bound(self, "give_mean")))
+
+    def take_mean(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        self.session.mean = self.weighted_mean(output if isinstance(output, Tensor) else output[0])
+
+    def give_mean(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.session.mean is None:
+            return None
+        mean, self.session.mean = self.session.mean, None
+        given = args[0]
+        return (torch.cat([given[:, : -mean.shape[1]], mean.to(given.dtype)], 1), *args[1:])
+
+    def weigh_pooling(self, attention: nn.Module) -> None:
+        """Weigh the keys of an ``nn.MultiheadAttention`` whose queries pool the sequence."""
+        place_forward(self, attention, Bound(self, "pool_attention", attention))
+
+    def pool_attention(
+        self, attention: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Any:
+        sizes = self.sizes(key)
+        if sizes is not None:
+            kwargs["key_padding_mask"] = log_sizes(sizes).to(query.dtype)
+        return type(attention).forward(attention, query, key, value, **kwargs)
+
+    # ---- outputs that need every token -------------------------------------------------------
+
+    def whole(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the model with block outputs of full length, because it makes grids of them."""
+        self.session.whole = True
+        try:
+            return getattr(type(self.root), name)(self.root, *args, **kwargs)
+        finally:
+            self.session.whole = False
+
+    # ---- options and costs -------------------------------------------------------------------
+
+    def check(self, method: Any, options: dict[str, Any]) -> None:
+        if options.get("output", "reduced") not in ("reduced", "restored"):
+            raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
+        super().check(method, options)
+
+    def costs(self) -> dict[str, Any] | None:
+        return {"encoder": self.session.flops()} if self.trace.tokens else None
