@@ -126,7 +126,7 @@ def _check(module: ModuleType) -> None:
     if lacking:
         raise TypeError(
             f"the adapter {module.__name__} has no {' and no '.join(lacking)}: it must define "
-            "locate(target), wrap(root) and FAMILIES, see 'Add an adapter' in CONTRIBUTING.md"
+            "locate(target), wrap(root) and FAMILIES, see vtr.register_adapter"
         )
     families = module.FAMILIES
     if not isinstance(families, tuple) or not all(isinstance(name, str) for name in families):
