@@ -5,58 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
-
-
-def spread(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights of a size that makes scores differ clearly from token to token."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.dim() >= 2 and not name.endswith(("pos_embed", "token", "latent", "table")):
-                fan_in = p[0].numel()
-                p.copy_(noise * 1.2 * fan_in**-0.5)
-            elif "norm" in name and name.endswith("weight"):
-                p.copy_(1 + 0.1 * noise)
-            elif name.endswith("gamma") or "gamma_" in name:
-                p.copy_(0.6 + 0.1 * noise)
-            else:
-                p.copy_(0.3 * noise)
-    return model.eval()
-
-
-def vit(seed: int = 0, **options: Any) -> VisionTransformer:
-    """A timm ViT: 64 pixels, 8 x 8 tokens, width 48, 6 blocks."""
-    settings: dict[str, Any] = {
-        "img_size": 64,
-        "patch_size": 8,
-        "embed_dim": 48,
-        "depth": 6,
-        "num_heads": 3,
-        "num_classes": 10,
-    }
-    return spread(VisionTransformer(**{**settings, **options}), seed)  # type: ignore[return-value]
-
-
-def images(batch: int = 2, seed: int = 0, size: int = 64) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def ours(model: nn.Module) -> list[str]:
-    """Everything in a model that the package could have left behind."""
-    found = []
-    for name, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if "vtr" in key or type(value).__module__.startswith("vtr"):
-                found.append(f"{name}.{key}")
-            if key.endswith("hooks") and value:
-                found.append(f"{name}.{key}")
-    return found
+from vtr.testing.models.encoders import images as images
+from vtr.testing.models.encoders import spread as spread
+from vtr.testing.models.encoders import vit as vit
+from vtr.testing.remains import ours as ours
 
 
 def site(

@@ -1,0 +1,390 @@
+"""The kinds of models that the laws are held on, with what a law must know of each.
+
+A kind builds a tiny random model of a real class and two different samples, makes one batch of them, and
+calls the model. Its library is imported when the model is built.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+
+
+class Layers(NamedTuple):
+    """Where the layers of a site are, and what in them sees the tokens.
+
+    Attributes:
+        path: end of the path of the list of layers (a regular expression).
+        first: path in a layer of the module that sees the tokens of its first half; empty is the layer.
+        second: the same for its second half; empty if there is no such module.
+    """
+
+    path: str
+    first: str = ""
+    second: str = "mlp"
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """One kind of model.
+
+    Attributes:
+        name: of the kind, for the argument ``kinds`` and for messages.
+        library: what must be installed.
+        layers: site -> the layers whose tokens are counted.
+        prefix: tokens in front of the visual ones in the encoder.
+        options: of :func:`vtr.apply`.
+        sides: sides of the padding in a batch; empty if a batch has no padding.
+        tolerance: absolute and relative, between float32 results of a sample alone and in a batch.
+        compiles: whether torch.compile is tried; it takes a second and more.
+    """
+
+    name: str
+    library: str
+    layers: Mapping[str, Layers] = field(default_factory=dict)
+    prefix: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sides: tuple[str, ...] = ()
+    tolerance: float = 2e-4
+    compiles: bool = False
+
+    #: sites whose records have one row per sample
+    rows = ("image", "encoder")
+    #: a method with one of these sites leaves as many tokens as its budget says
+    counted = frozenset({"encoder"})
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def installed(self) -> bool:
+        """Whether the library of the models is there."""
+        return importlib.util.find_spec(self.library) is not None
+
+    def build(self) -> Any:
+        """Return a new model in evaluation mode, float32; always the same weights."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> Any:
+        """The model of this process: laws leave it as it was."""
+        return _built(self)
+
+    @property
+    def samples(self) -> list[Inputs]:
+        """Two samples, each as the model is called with it alone."""
+        raise NotImplementedError
+
+    def changed(self, sample: Inputs) -> Inputs:
+        """The sample with other pixels, of the same size."""
+        raise NotImplementedError
+
+    def batch(self, samples: list[Inputs], side: str = "left") -> Inputs:
+        """One call with all samples, padded at a side where the model pads."""
+        raise NotImplementedError
+
+    def call(self, model: Any, inputs: Inputs) -> Tensor:
+        """Call the model: what each sample gets, (B, ...)."""
+        raise NotImplementedError
+
+    def forward(self, model: Any, inputs: Inputs) -> Tensor:
+        """Call the model once."""
+        return self.call(model, inputs)
+
+    def steady(self, out: Tensor) -> Tensor:
+        """The part of a result that rounding moves little."""
+        return out
+
+    def images(self, sample: Inputs) -> list[tuple[int, int]]:
+        """The visual tokens of each image or video of a sample, and how many of them are separators."""
+        raise NotImplementedError
+
+    def visual(self, site: str, length: int, sample: Inputs) -> int:
+        """The visual tokens in a sequence of ``length`` columns that a layer at ``site`` got for a sample."""
+        return length - self.prefix
+
+    def cast(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+        """The inputs with floating-point tensors of another type."""
+        return {k: _cast(v, dtype) for k, v in inputs.items()}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@functools.cache
+def _built(kind: Kind) -> Any:
+    return kind.build()
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder(Kind):
+    """An encoder of images or clips: one tensor of pixels."""
+
+    make: Callable[[], nn.Module] = nn.Module
+    pixels: Callable[[int, int], Tensor] = torch.empty  # (batch, seed)
+    tokens: int = 64
+
+    def build(self) -> Any:
+        return self.make()
+
+    @property
+    def samples(self) -> list[Inputs]:
+        return [{"x": self.pixels(1, seed)} for seed in range(2)]
+
+    def changed(self, sample: Inputs) -> Inputs:
+        return {"x": sample["x"].flip(-1) * 0.7}
+
+    def batch(self, samples: list[Inputs], side: str = "left") -> Inputs:
+        return {"x": torch.cat([s["x"] for s in samples])}
+
+    def call(self, model: Any, inputs: Inputs) -> Tensor:
+        return result(model(inputs["x"]))
+
+    def images(self, sample: Inputs) -> list[tuple[int, int]]:
+        return [(self.tokens, 0)]
+
+
+def result(output: Any) -> Tensor:
+    """The tensor of an encoder's output that has one row per sample whatever was cut."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "image_features" in output:
+        return output["image_features"]
+    for name in ("logits", "pooler_output"):
+        found = getattr(output, name, None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    if isinstance(output, tuple):
+        return output[0]  # type: ignore[no-any-return]
+    return output.last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class Language(Kind):
+    """A vision-language model: a prompt per sample, and three tokens generated behind it."""
+
+    family: str = ""
+    video: bool = False
+    steps: int = 3
+    separators: int = 0
+
+    rows = ("prompt", "decoder", "cache")
+    counted = frozenset({"prompt", "decoder"})
+
+    def _made(self) -> tuple[Any, Inputs]:
+        from vtr.testing.models import videos, vlms
+
+        return (videos.VIDEOS if self.video else vlms.FAMILIES)[self.family](2)
+
+    def build(self) -> Any:
+        return self._made()[0]
+
+    @functools.cached_property
+    def _samples(self) -> list[Inputs]:
+        from vtr.testing.models import prompts
+
+        return prompts.split(self._made()[1])
+
+    @property
+    def samples(self) -> list[Inputs]:
+        return [dict(sample) for sample in self._samples]
+
+    def changed(self, sample: Inputs) -> Inputs:
+        return {
+            k: v.flip(-1) * 0.7 if k.startswith("pixel_values") else v for k, v in sample.items()
+        }
+
+    def batch(self, samples: list[Inputs], side: str = "left") -> Inputs:
+        from vtr.testing.models import prompts
+
+        lengths = [s["input_ids"].shape[1] for s in samples]
+        width = max(lengths)
+        left = [width - n if side == "left" else 0 for n in lengths]
+        return prompts.padded(samples, left, width)
+
+    def call(self, model: Any, inputs: Inputs) -> Tensor:
+        mask = inputs["attention_mask"]
+        if not mask[:, -1].all():  # generate is for prompts that end in the last column
+            logits = model(**inputs).logits
+            last = (mask * torch.arange(mask.shape[1])).argmax(1)
+            return logits[torch.arange(len(last)), last][:, None]  # type: ignore[no-any-return]
+        out = model.generate(
+            **inputs,
+            max_new_tokens=self.steps,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(out.logits, 1)
+
+    def forward(self, model: Any, inputs: Inputs) -> Tensor:
+        return model(**inputs).logits  # type: ignore[no-any-return]
+
+    def steady(self, out: Tensor) -> Tensor:
+        return out[:, 0]  # another first token changes all that follows
+
+    def images(self, sample: Inputs) -> list[tuple[int, int]]:
+        from vtr.testing.models.vlms import visual
+
+        runs = "".join("x" if v else " " for v in visual(sample["input_ids"])[0].tolist()).split()
+        return [(len(run), self.separators) for run in runs]
+
+    def visual(self, site: str, length: int, sample: Inputs) -> int:
+        if site == "encoder":
+            return length - self.prefix
+        from vtr.testing.models.vlms import visual
+
+        return length - int((~visual(sample["input_ids"])).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion(Kind):
+    """A diffusion transformer: one run of three denoising steps."""
+
+    case: str = ""
+    times: tuple[float, ...] = (900.0, 600.0, 300.0)
+
+    rows = ("block",)
+    counted = frozenset()
+
+    @property
+    def facts(self) -> Any:
+        from vtr.testing.models.diffusion import CASES
+
+        return CASES[self.case]
+
+    def build(self) -> Any:
+        return self.facts.build()
+
+    @property
+    def samples(self) -> list[Inputs]:
+        both = self.facts.call(batch=2)
+        return [
+            {k: v[i : i + 1] if _per_sample(v) else v for k, v in both.items()} for i in range(2)
+        ]
+
+    def changed(self, sample: Inputs) -> Inputs:
+        return {**sample, "hidden_states": sample["hidden_states"].flip(-1) * 0.7}
+
+    def batch(self, samples: list[Inputs], side: str = "left") -> Inputs:
+        first = samples[0]
+        return {
+            k: type(v)(s[k][0] for s in samples) if isinstance(v, list)
+            else torch.cat([s[k] for s in samples]) if _per_sample(v, 1) else v
+            for k, v in first.items()
+        }  # fmt: skip
+
+    def call(self, model: Any, inputs: Inputs) -> Tensor:
+        given = inputs["timestep"]
+        return torch.stack(
+            [model(**{**inputs, "timestep": given * (t / self.times[0])})[0] for t in self.times], 1
+        )
+
+    def visual(self, site: str, length: int, sample: Inputs) -> int:
+        return length - (self.facts.text if length > self.facts.tokens else 0)
+
+
+def _per_sample(value: Any, batch: int = 2) -> bool:
+    return isinstance(value, (Tensor, list)) and len(value) == batch
+
+
+def _timm(**options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from vtr.testing.models.encoders import vit
+
+        return vit(depth=4, **options)  # type: ignore[no-any-return]
+
+    return make
+
+
+def _encoder(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from vtr.testing.models import encoders
+
+        return getattr(encoders, name)()  # type: ignore[no-any-return]
+
+    return make
+
+
+def _images(size: int) -> Callable[[int, int], Tensor]:
+    from vtr.testing.models.encoders import images
+
+    return lambda batch, seed: images(batch, seed, size)
+
+
+def _clips(batch: int, seed: int) -> Tensor:
+    from vtr.testing.models.encoders import clips
+
+    return clips(batch, seed)
+
+
+def _tower(name: str, prefix: int, layers: str = "encoder.layers", **more: Any) -> Encoder:
+    return Encoder(
+        f"transformers-{name.replace('_', '-')}", "transformers", {"encoder": Layers(layers)},
+        prefix=prefix, make=_encoder(name), pixels=_images(32), **more,
+    )  # fmt: skip
+
+
+def _clips_of(name: str, prefix: int) -> Encoder:
+    layers = {"encoder": Layers("(encoder.layer|layers)", second="")}
+    return Encoder(name, "transformers", layers, prefix=prefix, make=_encoder(name), pixels=_clips)
+
+
+_DECODER = Layers("language_model.layers", "self_attn.o_proj")
+_BLOCKS = {"encoder": Layers("blocks")}
+
+
+def _language(name: str, family: str, tower: Layers | None = None, **more: Any) -> Language:
+    layers = {"decoder": _DECODER} if tower is None else {"encoder": tower, "decoder": _DECODER}
+    return Language(
+        name, "transformers", layers, sides=("left", "right"), family=family, **more
+    )  # fmt: skip
+
+
+def _diffusion(name: str, blocks: str, attention: str, **more: Any) -> Diffusion:
+    layers = {"attention": Layers(blocks, attention, "")}
+    return Diffusion(name, "diffusers", layers, case=name, tolerance=3e-5, **more)
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Encoder("timm", "timm", _BLOCKS, 1, make=_timm(), pixels=_images(64), compiles=True),
+        Encoder(
+            "timm-without-class-token", "timm", _BLOCKS, pixels=_images(64),
+            make=_timm(class_token=False, global_pool="avg"),
+        ),
+        Encoder(
+            "timm-with-registers", "timm", _BLOCKS, 5, pixels=_images(64), make=_timm(reg_tokens=4)
+        ),
+        Encoder(
+            "open_clip", "open_clip", {"encoder": Layers("visual.transformer.resblocks")}, 1,
+            pixels=_images(32), make=_encoder("open_clip"),
+        ),
+        _tower("clip", 1),
+        _tower("siglip", 0),
+        _tower("dinov2_registers", 4, "encoder.layer"),
+        _clips_of("vivit", 1),
+        _clips_of("videomae", 0),
+        _language("llava-next", "llava_next", Layers("encoder.layers", "self_attn.out_proj"), prefix=1),
+        _language("qwen2.5-vl", "qwen2_5_vl"),
+        _language("qwen3-vl", "qwen3_vl"),
+        _language("internvl", "internvl", prefix=1),
+        _language("llava-onevision-video", "llava_onevision_video", video=True, separators=1),
+        _diffusion("wan", "blocks", "attn1.to_out.0"),
+        _diffusion("cogvideox", "transformer_blocks", "attn1.to_out.0"),
+        _diffusion("hunyuan-video", "transformer_blocks", ""),
+    )
+}  # fmt: skip
+"""Every kind by its name: encoders, vision-language models, then diffusion transformers."""

@@ -1,0 +1,123 @@
+"""``check_method``: hold a method to the laws on every kind of model that shows what it needs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+from vtr.core.method import Method
+from vtr.errors import UnsupportedMethodError
+from vtr.testing import attention, life, tokens
+from vtr.testing.examples import Examples, examples
+from vtr.testing.kinds import KINDS, Kind
+from vtr.testing.trial import Trial
+
+Law = Callable[[Trial], None]
+
+LIFE: dict[str, Law] = {
+    "off is bit-identical": life.off,
+    "the same call twice gives the same": life.repeated,
+    "an exception inside leaves the model usable": life.exception,
+    "a deep copy is independent": life.deepcopy,
+    "low precision": life.precision,
+    "torch.compile": life.compiles,
+    "a method is a value": life.plain,
+}
+TOKENS: dict[str, Law] = {
+    "keep everything is the model": tokens.everything,
+    "maps are whole": tokens.maps,
+    "exact counts": tokens.counts,
+    "one token is enough": tokens.one,
+    "a sample alone equals the sample in a padded batch": tokens.alone,
+    "no leak between samples": tokens.leak,
+    "the trace says the truth": tokens.truth,
+    **LIFE,
+}
+ATTENTION: dict[str, Law] = {
+    "keep everything is dense attention": attention.everything,
+    "text is dense both ways": attention.text,
+    "a sample alone equals the sample in a batch": attention.alone,
+    "no leak between samples": attention.leak,
+    **LIFE,
+}
+
+
+def laws_of(method: type[Method] | Method) -> dict[str, Law]:
+    """The laws that a method is held to, by name: those of its sites."""
+    return ATTENTION if "attention" in method.sites else TOKENS
+
+
+def check_method(
+    method: type[Method] | Method, kinds: Iterable[str] | None = None
+) -> tuple[str, ...]:
+    """Hold a method to the laws on tiny models of every kind that shows what it needs.
+
+    Args:
+        method: a class, of which :func:`vtr.testing.examples` makes settings, or an instance.
+        kinds: names in :data:`vtr.testing.KINDS`; None is every kind whose library is installed.
+
+    Returns:
+        the kinds that it was held to the laws on.
+
+    Raises:
+        AssertionError: a law is broken; the message names the law, the method and the kind of model. Also
+            if no kind of model supports the method, or none is reduced by it.
+        ValueError: there is no such kind.
+    """
+    chosen = list(KINDS) if kinds is None else list(kinds)
+    unknown = [name for name in chosen if name not in KINDS]
+    if unknown:
+        raise ValueError(f"no kind {', '.join(unknown)}; there are: {', '.join(KINDS)}")
+    settings = examples(method)
+    held, reduced, reasons = [], False, []
+    for name in chosen:
+        kind = KINDS[name]
+        if kinds is None and not kind.installed:
+            continue
+        reason = refused(kind, settings)
+        if reason:
+            reasons.append(f"{name}: {reason}")
+            continue
+        reduced |= _hold(Trial(kind, settings))
+        held.append(name)
+    first = settings.some[0]
+    if not held:
+        raise AssertionError(f"{first} works on no kind of model. {'; '.join(reasons)}")
+    if not reduced:
+        raise AssertionError(
+            f"{first} reduces nothing on {', '.join(held)}: give examples() with settings that do"
+        )
+    return tuple(held)
+
+
+def refused(kind: Kind, settings: Examples) -> str:
+    """Why a kind of model does not take a method; empty if it does."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial = Trial(kind, settings)
+            trial.run(trial.method, trial.batch)  # some inputs are refused when they come
+    except (UnsupportedMethodError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _hold(trial: Trial) -> bool:
+    """Hold one trial to all laws; whether the method reduced something."""
+    module = attention if "attention" in trial.method.sites else tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, law in laws_of(trial.method).items():
+            hold(name, law, trial)
+        return module.reduces(trial)
+
+
+def hold(name: str, law: Law, trial: Trial) -> None:
+    """Hold a trial to one law, with its name, the method and the kind in the error."""
+    head = f"law {name!r}, {trial.method} on {trial.kind}"
+    try:
+        law(trial)
+    except AssertionError as error:
+        raise AssertionError(f"{head}: {error}") from error
+    except Exception as error:
+        raise AssertionError(f"{head}: raised {type(error).__name__}: {error}") from error

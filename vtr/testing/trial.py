@@ -1,0 +1,159 @@
+"""One trial: a method on a kind of model, what was computed so far, and how a broken law is told."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtr
+from vtr.core.method import Method
+from vtr.core.trace import StageRecord, Trace
+from vtr.testing.examples import Examples
+from vtr.testing.kinds import Inputs, Kind
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a call gave: one row per sample, and the trace."""
+
+    out: Tensor
+    trace: Trace
+
+
+class Trial:
+    """A method's settings on one kind of model. Laws share what they compute.
+
+    Attributes:
+        kind: of model.
+        settings: of the method.
+        method: the first that reduces.
+    """
+
+    def __init__(self, kind: Kind, settings: Examples) -> None:
+        self.kind = kind
+        self.settings = settings
+        self.method = settings.some[0]
+
+    def run(self, method: Method, inputs: Inputs, model: Any = None) -> Ran:
+        """Call the model under a method that is taken off again."""
+        with self.applied(method, model) as handle:
+            return self.again(handle, inputs, model)
+
+    @contextlib.contextmanager
+    def applied(self, method: Method, model: Any = None) -> Iterator[vtr.Handle]:
+        """Apply a method to the kind's model, or to another one like it."""
+        model = self.kind.model if model is None else model
+        handle = vtr.apply(model, method, **self.kind.options)
+        try:
+            yield handle
+        finally:
+            handle.remove()
+
+    def again(self, handle: vtr.Handle, inputs: Inputs, model: Any = None) -> Ran:
+        """Call a model that a method is applied to."""
+        out = self.call(inputs, model)
+        return Ran(out, handle.trace)
+
+    def call(self, inputs: Inputs, model: Any = None) -> Tensor:
+        """Call the model as it is."""
+        torch.manual_seed(7)  # methods may draw from the global generator
+        with torch.no_grad():
+            return self.kind.call(self.kind.model if model is None else model, inputs)
+
+    @property
+    def native(self) -> Tensor:
+        """What the batch gets without a method."""
+        return _native(self.kind)
+
+    @property
+    def batch(self) -> Inputs:
+        return _batch(self.kind)
+
+    @functools.cached_property
+    def reduced(self) -> Ran:
+        """What the batch gets under the method."""
+        return self.run(self.method, self.batch)
+
+    @functools.cached_property
+    def alone(self) -> list[Ran]:
+        """What each sample gets alone under the method."""
+        return [self.run(self.method, sample) for sample in self.kind.samples]
+
+    def own(self, trace: Trace) -> list[StageRecord]:
+        """The records of a trace with one row per sample."""
+        return [r for r in trace.stages if r.site in self.kind.rows]
+
+
+@functools.cache
+def _batch(kind: Kind) -> Inputs:
+    return kind.batch(kind.samples)
+
+
+@functools.cache
+def _native(kind: Kind) -> Tensor:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return kind.call(kind.model, _batch(kind))
+
+
+@functools.cache
+def lowered(kind: Kind, dtype: torch.dtype) -> Any:
+    """The kind's model in another type."""
+    return copy.deepcopy(kind.model).to(dtype)
+
+
+def require(fact: object, message: str) -> None:
+    """Raise ``AssertionError`` unless ``fact`` holds (also under ``python -O``)."""
+    if not fact:
+        raise AssertionError(message)
+
+
+def equal(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Raise ``AssertionError`` unless two tensors have the same bits."""
+    require(
+        found.shape == wanted.shape,
+        f"{what}: the shape is {tuple(found.shape)}, not {tuple(wanted.shape)}",
+    )
+    if not torch.equal(found, wanted):
+        far = float((found.float() - wanted.float()).abs().max())
+        raise AssertionError(
+            f"{what}: {int((found != wanted).sum())} values differ, by up to {far:.3g}"
+        )
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    """Raise ``AssertionError`` unless two tensors agree within an absolute and relative tolerance."""
+    require(
+        found.shape == wanted.shape,
+        f"{what}: the shape is {tuple(found.shape)}, not {tuple(wanted.shape)}",
+    )
+    if not torch.allclose(found, wanted, atol=tolerance, rtol=tolerance):
+        far = float((found.float() - wanted.float()).abs().max())
+        raise AssertionError(
+            f"{what}: the largest difference is {far:.3g}, more than {tolerance:g}"
+        )
+
+
+def kept(record: StageRecord, sample: int) -> list[int]:
+    """The tokens of the model's input that a sample has after a stage."""
+    row = record.total.kept[sample]
+    found: list[int] = row[row >= 0].tolist()
+    return found
+
+
+class Probe(RuntimeError):
+    """What a law raises inside a model."""
+
+
+def instead(method: Method, name: str, value: Callable[..., Any]) -> Method:
+    """A copy of a method that has ``value`` in the place of one of its functions."""
+    other = copy.copy(method)
+    object.__setattr__(other, name, value)  # methods are frozen
+    return other
