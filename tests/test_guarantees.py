@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vtr
-from tests.tiny import Watch, images, ours, vit
+from tests.tiny import Watch, images, interrupted, ours, vit
 from tests.vision.towers import build, pixels, tower_of
 from vtr.core.method import Method
 from vtr.core.registry import registry
@@ -248,30 +248,6 @@ def test_two_models_in_two_threads() -> None:
         assert len(set(kept[i])) == 1
 
 
-def interrupted(model: nn.Module, inside: nn.Module, x: torch.Tensor, other: Any) -> Any:
-    """``model(x)``, while whose pass through ``inside`` another thread calls ``other()``."""
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with torch.no_grad():
-                other()
-        except BaseException as error:
-            errors.append(error)
-
-    def give_way(module: nn.Module, args: Any) -> None:
-        hook.remove()
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-
-    hook = inside.register_forward_pre_hook(give_way)
-    with torch.no_grad():
-        out = model(x)
-    assert not errors, errors
-    return out
-
-
 @pytest.mark.parametrize(
     "method", [vtr.ToMe(keep=0.4), vtr.EViT(keep=0.5), vtr.ToFe(keep=0.4)], ids=lambda m: m.name
 )
@@ -286,13 +262,15 @@ def test_one_model_in_two_threads(method: Method) -> None:
         for inside in (model.blocks[1], model.blocks[4], model.norm, model.fc_norm):
             got: list[torch.Tensor] = []
             assert torch.equal(
-                interrupted(model, inside, first, lambda got=got: got.append(model(second))),
+                interrupted(
+                    lambda: model(first), inside, lambda got=got: got.append(model(second))
+                ),
                 expected,
             )
             assert torch.equal(got[0], other)
             assert len(handle.trace.stages) == stages
             grids = lambda: model.forward_intermediates(first)  # noqa: E731
-            assert torch.equal(interrupted(model, inside, first, grids), expected)
+            assert torch.equal(interrupted(lambda: model(first), inside, grids), expected)
 
 
 def test_a_classifier_in_two_threads() -> None:
@@ -303,5 +281,5 @@ def test_a_classifier_in_two_threads() -> None:
         with torch.no_grad():
             expected = model(first).logits
         for inside in (tower_of(model).layernorm, model.classifier):
-            got = interrupted(model, inside, first, lambda: model(second))
+            got = interrupted(lambda: model(first), inside, lambda: model(second))
             assert torch.equal(got.logits, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,30 @@ from vtr.testing.models.encoders import images as images
 from vtr.testing.models.encoders import spread as spread
 from vtr.testing.models.encoders import vit as vit
 from vtr.testing.remains import ours as ours
+
+
+def interrupted(call: Callable[[], Any], inside: nn.Module, other: Callable[[], Any]) -> Any:
+    """``call()``; when it enters ``inside`` it waits for another thread that calls ``other()``."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                other()
+        except BaseException as error:
+            errors.append(error)
+
+    def give_way(module: nn.Module, args: Any) -> None:
+        hook.remove()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    hook = inside.register_forward_pre_hook(give_way)
+    with torch.no_grad():
+        out = call()
+    assert not errors, errors
+    return out
 
 
 def site(

@@ -105,7 +105,9 @@ class Handle:
         """(B, L') int64, for each column that the last call of a VLM has left, the column of the sequence
         that the call was given; -1 for padding.
 
-        What to index outputs by with ``output="reduced"``: ``labels.gather(1, columns.clamp(min=0))``. After
+        Index by it what belongs to outputs with ``output="reduced"``:
+        ``labels.gather(1, columns.clamp(min=0))``. If several threads call the model, each reads those
+        of its own last call. After
         generate it is the map of the prompt: decoding steps have one column and leave it as it is.
 
         Raises:

@@ -8,6 +8,7 @@ set the patches; it sets them only through :meth:`patch` and :meth:`hook`, so th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, Generic, Protocol, TypeVar
@@ -36,9 +37,28 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
+class Threaded:
+    """Base of classes with :class:`PerThread` attributes. They are left out of copies: what belongs to a
+    running call may be part of an autograd graph, and the copy is not being called."""
+
+    def __init__(self) -> None:
+        self.own = threading.local()
+
+    def forget(self) -> None:
+        """Give all attributes their defaults, in every thread."""
+        self.own = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.own = threading.local()
+
+
 class PerThread(Generic[Value]):
-    """An attribute with a value of its own in every thread, so that several threads may call one model
-    at a time, as they may without a method. Lives in the owner's ``own``, a ``threading.local``.
+    """An attribute that has another value in every thread, so that several threads may call one model
+    at a time, as they may without a method. The values are in ``own`` of the :class:`Threaded` owner.
 
     Args:
         default: the value where none was set.
@@ -85,7 +105,7 @@ class Entry:
         return self.modules
 
 
-class Wrapping:
+class Wrapping(Threaded):
     """Base of the adapters' wrappings.
 
     Attributes:
@@ -99,6 +119,7 @@ class Wrapping:
     options: dict[str, Any] = {}
 
     def __init__(self, root: nn.Module, info: ModelInfo) -> None:
+        super().__init__()
         self.root = root
         self.info = info
         self.entries: list[Entry] = []
@@ -225,7 +246,7 @@ class Wrapping:
 
     def __getstate__(self) -> dict[str, Any]:
         # The trace of the last call may hold tensors of an autograd graph, which cannot be copied.
-        return {**self.__dict__, "trace": Trace()}
+        return {**super().__getstate__(), "trace": Trace()}
 
     def columns(self) -> torch.Tensor:
         """See :attr:`vtr.api.Handle.columns`."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vtr
+from tests.tiny import interrupted
 from tests.vision.vlm.looks import seen
 from tests.vision.vlm.models import (
     FAMILIES,
@@ -39,8 +40,8 @@ from tests.vision.vlm.picks import (
 )
 from tests.vision.vlm.videos import video_llama_3
 from vtr.compat.transformers import cache_of, with_cache
-from vtr.vision.vlm.gate import forget_compiled
 from vtr.vision.vlm.language import LanguageSession
+from vtr.vision.vlm.nesting import forget_compiled
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -110,21 +111,66 @@ def test_threads_get_what_they_get_alone(method: vtr.Method) -> None:
     assert report["flops"]["language"]["reduced"] < report["flops"]["language"]["dense"]
 
 
-def test_no_other_thread_comes_in_between_features_made_by_way_of_others() -> None:
-    """Qwen3-VL's get_video_features calls get_image_features: others wait for the end of the first."""
+def places(model: Any) -> list[Any]:
+    """Modules of LLaVA, from the tower to the head."""
+    inner = model.model
+    lm = inner.language_model
+    tower = [inner.vision_tower.encoder.layers[0], inner.multi_modal_projector]
+    return [*tower, lm, *lm.layers, lm.layers[1].mlp, lm.norm, model.lm_head]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [DECODER, vtr.FlowCut(keep=6), vtr.VTCCLS(keep=4), vtr.VFlowOpt(keep=4), vtr.Downsample()],
+    ids=lambda m: m.name,
+)
+def test_a_call_that_another_thread_interrupts(method: vtr.Method) -> None:
+    """Wherever the call of another thread comes in between, both have what they have alone."""
+    model, _ = llava(1)
+    first, second = asked(0), asked(1)
+
+    def answer(inputs: dict[str, Any]) -> Any:
+        found = generate(model, inputs, max_new_tokens=3)
+        return found.sequences, torch.stack(found.logits), handle.columns
+
+    with vtr.apply(model, method) as handle:
+        alone, other = answer(first), answer(second)
+        for inside in places(model):
+            got: list[Any] = []
+            mine = interrupted(
+                lambda: answer(first), inside, lambda got=got: got.append(answer(second))
+            )
+            for a, b in ((mine, alone), (got[0], other)):
+                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), inside
+
+
+def test_losses_of_two_threads() -> None:
+    model, inputs = llava(2)
+    labels = torch.where(inputs["input_ids"] == IMAGE, -100, inputs["input_ids"])
+    with vtr.apply(model, DECODER):
+        wanted = model(**inputs, labels=labels)
+        for inside in (model.model.language_model.layers[2], model.lm_head):
+            got = interrupted(
+                lambda: model(**inputs, labels=labels), inside, lambda: model(**asked(1))
+            )
+            assert torch.equal(got.loss, wanted.loss) and torch.equal(got.logits, wanted.logits)
+
+
+def test_features_made_by_way_of_others_in_two_threads() -> None:
+    """Qwen3-VL's get_video_features calls get_image_features, while another thread does the same."""
     model, _ = qwen3_vl(1)
+    videos, grid = noise(32, 3 * 2 * 4 * 4), torch.tensor([[2, 4, 4]])
     with vtr.apply(model, DECODER) as handle:
-        wrapping = handle._wrapping
-        gate, describe, held = wrapping.gate, wrapping.family.describe, []
+        lengths: list[Any] = []
 
-        def look(*args: Any) -> None:
-            held.append(gate.thread)
-            describe(*args)
+        def make() -> None:
+            model.model.get_video_features(videos, grid)
+            captures = handle._wrapping.captures.of
+            lengths.append({kind: capture.lengths for kind, capture in captures.items()})
 
-        wrapping.family.describe = look
-        videos, grid = noise(32, 3 * 2 * 4 * 4), torch.tensor([[2, 4, 4]])
-        model.model.get_video_features(videos, grid)
-        assert held == [threading.get_ident()] and gate.thread is None
+        make()
+        interrupted(make, model.model.visual.blocks[1], make)
+    assert lengths == [{"video": [8]}] * 3
 
 
 def test_a_model_called_inside_its_own_call_is_refused() -> None:
@@ -142,13 +188,13 @@ def test_a_model_called_inside_its_own_call_is_refused() -> None:
         wanted = model(**inputs).logits
         handle_of_hook = layer.register_forward_pre_hook(hook)
         assert torch.equal(model(**inputs).logits, wanted)
-        assert len(caught) == 2 and handle._wrapping.gate.thread is None
+        assert len(caught) == 2 and not handle._wrapping.nesting.levels
         handle_of_hook.remove()
         assert torch.equal(model(**inputs).logits, wanted)
 
 
-def test_a_call_that_was_interrupted_keeps_nobody_waiting() -> None:
-    """A KeyboardInterrupt runs no hooks."""
+def test_after_an_interrupt_the_model_can_be_called_again() -> None:
+    """A KeyboardInterrupt runs no hooks: in its thread and in others."""
 
     class Interrupted(Pick):
         def reduce(self, site: Any) -> Any:
@@ -168,7 +214,8 @@ def test_a_call_that_was_interrupted_keeps_nobody_waiting() -> None:
         thread = threading.Thread(target=lambda: out.append(generate(model, inputs)), daemon=True)
         thread.start()
         thread.join(60)
-    assert torch.equal(out[0].sequences, wanted)
+        out.append(generate(model, inputs))
+    assert all(torch.equal(answer.sequences, wanted) for answer in out) and len(out) == 2
 
 
 def test_nothing_of_a_call_is_left_after_an_exception() -> None:
@@ -181,7 +228,7 @@ def test_nothing_of_a_call_is_left_after_an_exception() -> None:
         with pytest.raises(ZeroDivisionError):
             model(**inputs)
         session = handle._wrapping
-        assert session.language.call is None and session.gate.thread is None
+        assert session.language.call is None and not session.nesting.levels
         copy.deepcopy(model)
 
 

@@ -7,7 +7,6 @@ in place of which the session's runs: it is done by hand, with :class:`BlockPass
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from vtr.compat.torch import in_backward
 from vtr.core.recompute import Guard, Inputs, check_unchanged, storage
-from vtr.core.wrapping import PerThread, Wrapping
+from vtr.core.wrapping import PerThread, Threaded, Wrapping
 from vtr.vision.encoders.blocks import EncoderRun
 
 
@@ -45,7 +44,7 @@ class BlockPass:
             self.run = now
 
 
-class Passes:
+class Passes(Threaded):
     """Tells the passes of calls through the blocks of an encoder from those of backward passes.
 
     Attributes:
@@ -56,16 +55,9 @@ class Passes:
     late = PerThread[EncoderRun | None]()
 
     def __init__(self, owner: Wrapping) -> None:
+        super().__init__()
         self.owner = owner
         self.inputs = Inputs()
-        self.own = threading.local()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "own"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.own = threading.local()
 
     def watch(self, run: EncoderRun, layer: int, x: Tensor) -> None:
         """At the entry of a block: remember what a second pass will have to know, if gradients may come.

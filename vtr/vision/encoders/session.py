@@ -7,7 +7,6 @@ stay as they are), keeps the token map of the running call, and calls the method
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from vtr.core.recompute import Again, repeated
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
 from vtr.core.trace import StageRecord
-from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
+from vtr.core.wrapping import Bound, Entry, PerThread, Threaded, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.attention import Probe
 from vtr.vision.encoders.blocks import BlockRunner, EncoderRun, place_forward
@@ -32,7 +31,7 @@ from vtr.vision.encoders.pooling import Pooling, has_pooling
 ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
 
 
-class EncoderSession:
+class EncoderSession(Threaded):
     """Runs the stages of all active methods inside the blocks of one encoder.
 
     Args:
@@ -69,6 +68,7 @@ class EncoderSession:
         grid: Callable[[int], tuple[int, ...] | None],
         tower: nn.Module | None = None,
     ) -> None:
+        super().__init__()
         self.owner = owner
         self.runners = list(runners)
         if len({id(r.block) for r in self.runners}) < len(self.runners):
@@ -79,7 +79,6 @@ class EncoderSession:
         self.prefix = prefix
         self.grid = grid
         self.tower = tower
-        self.own = threading.local()
         self.latest: EncoderRun | None = None
         self.passes = Passes(owner)
         self.restoring = False
@@ -88,17 +87,13 @@ class EncoderSession:
         self.biased: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The running call belongs to this model; its tensors may be part of an autograd graph.
-        return {**{k: v for k, v in self.__dict__.items() if k != "own"}, "latest": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.own = threading.local()
+        return {**super().__getstate__(), "latest": None}
 
     def install(self) -> None:
         """Plan the visits and put the runners in place."""
         owner = self.owner
-        self.visits, self.own, self.latest = {}, threading.local(), None
+        self.forget()
+        self.visits, self.latest = {}, None
         probed: set[int] = set()
         biased: set[int] = set()
         looks = False
@@ -249,10 +244,14 @@ class EncoderSession:
             run.late = True  # the whole encoder runs again, and has its trace already
             return run
         self.latest = run
-        self.owner.trace = run.trace
+        self._trace(run)
         if run.image is not None:
             self._note(run, run.image)
         return run
+
+    def _trace(self, run: EncoderRun) -> None:
+        """Make the trace of a run that begins known."""
+        self.owner.trace = run.trace
 
     def _note(self, run: EncoderRun, small: Smaller) -> None:
         """Record that the pictures were made smaller."""

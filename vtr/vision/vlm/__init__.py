@@ -78,8 +78,8 @@ What is where
 -------------
 
 ``wrapping`` (facts, hooks), ``arguments`` and ``costs`` (of a call), ``head`` (who calls; logits and loss),
-``outputs`` (in which columns they are), ``gate`` (threads and compiled code), ``families`` (what differs
-between models), ``pictures`` (smaller ones), ``tower`` and ``packed`` (methods inside vision towers),
+``outputs`` (in which columns they are), ``nesting`` (calls inside of calls, compiled code), ``families`` (what
+differs between models), ``pictures`` (smaller ones), ``tower`` and ``packed`` (methods inside vision towers),
 ``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (which frame and place each has),
 ``language`` (hooks on the language model), ``call`` (one call of it: sites and cuts), ``rows`` (its
 attention, as methods see it), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
@@ -97,7 +97,7 @@ with gradients only without ``use_reentrant``. A checkpoint of the caller's own 
 Other calls
 -----------
 
-Threads may call a wrapped model at the same time: one forward call runs while the others wait. A model
+Threads may call a wrapped model at the same time; a call inside its own call (in a hook, say) is refused. A model
 that ``torch.compile`` has compiled before ``apply`` is compiled again (code compiled without hooks would
 not see them). Image features that the caller gives (``mm_encoder_outputs``, ``image_hidden_states``)
 are cut like others, but methods that look into the tower refuse them, and which image a token belongs to

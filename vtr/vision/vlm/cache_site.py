@@ -48,14 +48,9 @@ class CacheSession:
     def __init__(self, owner: VLMWrapping) -> None:
         self.owner = owner
         self.visits: list[tuple[Entry, int, str]] = []
-        self.query: tuple[Tensor, Layout] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "query": None}
 
     def install(self) -> None:
         owner = self.owner
-        self.query = None
         self.visits = [(e, s.layer, s.place) for e, s in owner.stages() if s.site == "cache"]
         if len(self.visits) > 1:
             names = ", ".join(entry.method.name for entry, _, _ in self.visits)
@@ -89,12 +84,12 @@ class CacheSession:
             for x in kwargs["position_embeddings"]
         )
         q, _, _ = project(self.owner.layers[i], take(hidden, last), (cos, sin), ("q",))
-        self.query = q, call.layout
+        call.newest = q, call.layout
 
     def newest(self, call: Call, layer: int, columns: Tensor) -> Tensor:
         """(B, N) attention of the newest token to cached ``columns`` (B, N) of a layer; -1 gives 0."""
-        assert self.query is not None
-        query, layout = self.query
+        assert call.newest is not None
+        query, layout = call.newest
         device = query.device
         mask = torch.cat([call.columns_before(layer).to(device), layout.live.to(device)], 1)
         found = cached(call.cache, layer, mask.shape[1])
@@ -116,7 +111,6 @@ class CacheSession:
             reduction = entry.token_method.reduce(self._site(call, entry, layer))
             if reduction is not None and reduction.map is not None:
                 self._free(call, entry, layer, place, reduction.map)
-        self.query = None
 
     def _site(self, call: Call, entry: Entry, layer: int) -> CacheSite:
         look = self._columns(call, layer - 1)
@@ -153,7 +147,7 @@ class CacheSession:
             memory=call.memory.setdefault(key, {}),
             training=owner.root.training,
             modules=None,
-            notes=owner.trace.notes,
+            notes=owner.tracing.notes,
             extra={} if step else {"entry": call.entry},
             text=torch.zeros(batch, 0, 0, device=device),
             text_valid=nothing,
@@ -216,10 +210,10 @@ class CacheSession:
                 _shorten(
                     cache.layers[i], columns, candidates if follow is not None else None, follow
                 )
-            if self.owner.language.last is not None:
+            if call.last is not None:
                 number = (columns >= 0).sum(1) - before.sum(1)
                 for i in range(begin, end):
-                    self.owner.language.last.held[i] = number
+                    call.last.held[i] = number
         remember(cache, Cuts(groups, old.length))
         if follow is not None:
             cache.__dict__[ATTRIBUTE] = follow
@@ -229,7 +223,7 @@ class CacheSession:
     def _record(
         self, call: Call, entry: Entry, layer: int, step: TokenMap, total: TokenMap
     ) -> None:
-        self.owner.trace.stages.append(
+        self.owner.tracing.stages.append(
             StageRecord(
                 "cache",
                 layer,

@@ -61,6 +61,29 @@ class Held:
             )
 
 
+class Last:
+    """What the last prefill did, for the loss and the report.
+
+    Attributes:
+        live: (B, L) bool, the sequence as it came in.
+        past: (B,) columns that the cache held before.
+        entered: per layer, (B, L') bool of the tokens that entered it.
+        halved: the same for the second half (MLP) of layers that were cut in the middle.
+        held: per layer whose cache was freed of tokens, (B,) tokens of this call that it holds.
+        layout: the sequence at the end, None where nothing was cut.
+        captures: what the towers did for it.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.live = call.live
+        self.captures = call.owner.captures
+        self.past = call.columns_before(0).sum(1)
+        self.entered: list[Tensor] = []
+        self.halved: dict[int, Tensor] = {}
+        self.held: dict[int, Tensor] = {}
+        self.layout: Layout | None = None
+
+
 class Call:
     """The state of one call of the language model: a prefill, a later turn, or a decoding step.
 
@@ -110,6 +133,12 @@ class Call:
         self.synced: Layout | None = None
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
+        self.last: Last | None = None  # what a prefill did
+        # Layers before which something changes in a decoding step; None in other calls: it may before any.
+        self.stops: set[int] | None = None
+        self.newest: tuple[Tensor, Layout] | None = (
+            None  # the newest token's query, and its sequence
+        )
         self.half: Tensor | None = None  # the residual of a layer that was cut in the middle
         self.full = live.shape
         if kinds is not None and visual is not None:
@@ -313,7 +342,7 @@ class Call:
             memory=self.memory.setdefault(key, captures.memory(key)),
             training=owner.root.training,
             modules=entry.modules_like(hidden),
-            notes=owner.trace.notes,
+            notes=owner.tracing.notes,
             extra={"entry": self.entry},
             text=rows_of(hidden, text),
             text_valid=text >= 0,
@@ -366,7 +395,7 @@ class Call:
     def _record(
         self, entry: Entry, name: str, layer: int, step: TokenMap, before: TokenMap
     ) -> None:
-        self.owner.trace.stages.append(
+        self.owner.tracing.stages.append(
             StageRecord(
                 name,
                 layer,

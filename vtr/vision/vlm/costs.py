@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vtr.vision.encoders.blocks import linear_flops
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.language import Last
+    from vtr.vision.vlm.call import Last
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 

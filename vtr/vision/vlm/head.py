@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vtr.compat.transformers import FIRST, LOSS, LOSS_ARGUMENTS
-from vtr.core.wrapping import Bound, PerThread
+from vtr.core.wrapping import Bound, PerThread, Threaded
 from vtr.vision.vlm.arguments import named
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Made:
         return ids is self.ids and embeds is self.embeds
 
 
-class Head:
+class Head(Threaded):
     """Computes logits and loss from the tokens that were left, whatever columns the outputs have.
 
     The head of a language model is the costliest part for columns that hold nothing: it runs on what is
@@ -66,25 +65,17 @@ class Head:
     """
 
     made = PerThread[Made | None]()
+    asked = PerThread[Asked | None]()  # inside of a call of the model
+    short = PerThread[Tensor | None]()
 
     def __init__(self, owner: VLMWrapping) -> None:
+        super().__init__()
         self.owner = owner
-        self.own = threading.local()
-        self.asked: Asked | None = None  # inside of a call of the model
-        self.short: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "asked": None, "short": None}
-        return {k: v for k, v in state.items() if k != "own"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.own = threading.local()
 
     def install(self) -> None:
         owner = self.owner
         root: Any = owner.root
-        self.asked = self.short = None
+        self.forget()
         if hasattr(root, "prepare_inputs_for_generation"):
             bound = Bound(self, "prepare")
             # generate reads the signature to know which inputs to pass.

@@ -30,10 +30,10 @@ from vtr.core.method import Reduction
 from vtr.core.recompute import Inputs
 from vtr.core.tokens import TokenMap, top_indices
 from vtr.core.trace import Trace
-from vtr.core.wrapping import Bound, Entry
+from vtr.core.wrapping import Bound, Entry, PerThread, Threaded
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, lock, remember, unlock
-from vtr.vision.vlm.call import Call, Held
+from vtr.vision.vlm.call import Call, Held, Last
 from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.head import Asked
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
@@ -46,29 +46,6 @@ if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 
-class Last:
-    """What the last prefill did, for the loss and the report.
-
-    Attributes:
-        live: (B, L) bool, the sequence as it came in.
-        past: (B,) columns that the cache held before.
-        entered: per layer, (B, L') bool of the tokens that entered it.
-        halved: the same for the second half (MLP) of layers that were cut in the middle.
-        held: per layer whose cache was freed of tokens, (B,) tokens of this call that it holds.
-        layout: the sequence at the end, None where nothing was cut.
-        captures: what the towers did for it.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self.live = call.live
-        self.captures = call.owner.captures
-        self.past = call.columns_before(0).sum(1)
-        self.entered: list[Tensor] = []
-        self.halved: dict[int, Tensor] = {}
-        self.held: dict[int, Tensor] = {}
-        self.layout: Layout | None = None
-
-
 class BeforeLayer(Bound):
     """The hook in front of layer ``i``. A decoding step on a GPU takes as long as Python does, so that
     layers at which nothing changes are passed at once."""
@@ -79,9 +56,9 @@ class BeforeLayer(Bound):
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:  # type: ignore[override]
         session = self.owner
-        if session.stops is None or self.layer in session.stops:
-            return session.before_layer(self.layer, module, args, kwargs)
         call = session.call
+        if call is None or call.stops is None or self.layer in call.stops:
+            return session.before_layer(self.layer, module, args, kwargs)
         if call.override is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -90,7 +67,7 @@ class BeforeLayer(Bound):
         return args, {**kwargs, **call.override}
 
 
-class LanguageSession:
+class LanguageSession(Threaded):
     """Runs the stages of all active methods in one language model.
 
     Args:
@@ -98,38 +75,38 @@ class LanguageSession:
         module: the language model, with ``layers`` and ``rotary_emb``.
 
     Attributes:
-        asked: what the coming call is for.
-        way: how the last call's sequence left the language model, None if nothing was cut.
-        stops: the layers before which something changes in the running decoding step; None in other
-            calls, where it may at all.
-        columns: (B, L') of the last call, see :attr:`vtr.api.Handle.columns`.
+        pending: (B, L) int8, the kinds of the visual tokens of this thread's coming call, or None.
+        asked: what the coming call of this thread is for.
+        call: the running call of this thread.
+        way: how the sequence of this thread's last call left the language model, None if nothing was cut.
+        last: what the prefill did that began last, in any thread.
     """
 
+    pending = PerThread[Tensor | None]()
+    asked = PerThread[Asked](Asked())
+    call = PerThread[Call | None]()
+    way = PerThread[Exit | None]()
+    made = PerThread[Callable[[], Tensor] | None]()  # the columns of this thread's last call
+
     def __init__(self, owner: VLMWrapping, module: Any) -> None:
+        super().__init__()
         self.owner = owner
         self.module = module
         self.layers = module.layers
         self.visits: dict[tuple[str, int, str], list[tuple[Entry, str]]] = {}
-        self.pending: Tensor | None = None
-        self.asked = Asked()
-        self.call: Call | None = None
         self.last: Last | None = None
-        self.way: Exit | None = None
-        self.stops: set[int] | None = None
         self.inputs = Inputs()  # of layers that are not what their modules are given
         self.checkpoints = Layers(self)
-        self._columns: Callable[[], Tensor] | None = None
+        self._columns: Callable[[], Tensor] | None = None  # of the call that began or ended last
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
-        gone = ("pending", "call", "last", "way", "stops", "_columns")
-        return {**self.__dict__, **dict.fromkeys(gone)}
+        return {**super().__getstate__(), "last": None, "_columns": None}
 
     def install(self) -> None:
         """Plan the visits and set the hooks."""
         owner = self.owner
-        self.visits, self.call, self.pending, self.asked = {}, None, None, Asked()
-        self.stops = None
+        self.forget()
+        self.visits = {}
         for entry, stage in owner.stages():
             if stage.site in ("image", "encoder", "cache"):
                 continue
@@ -154,7 +131,7 @@ class LanguageSession:
     # ---- the entry --------------------------------------------------------------------------
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.call, self.stops, kinds, self.pending = None, None, self.pending, None
+        self.call, kinds, self.pending = None, self.pending, None
         asked, self.asked, self.way = self.asked, Asked(), None
         embeds, cache = kwargs.get("inputs_embeds"), given_cache(kwargs)
         if embeds is None:
@@ -169,10 +146,10 @@ class LanguageSession:
         before = past if cuts is None else past + cuts.offset
         if not past or length > 1:  # decoding steps have one column
             shape = (before, batch, length, embeds.device)
-            self._columns = partial(every_column, kwargs.get("attention_mask"), *shape)
+            self.made = self._columns = partial(every_column, kwargs.get("attention_mask"), *shape)
         if kinds is None:
             if past == 0:
-                self.owner.trace = Trace()
+                self.owner.begin(Trace())
             if cuts is None:
                 return None
         for entry in self.owner.active:
@@ -205,7 +182,7 @@ class LanguageSession:
             embeds = self._prompt(call, embeds)
             call.entered = call.layout
         elif not torch.is_grad_enabled() and not embeds.requires_grad:
-            self.stops = {0, *call.boundaries()}
+            call.stops = {0, *call.boundaries()}
         if not call.changed and cuts is None:
             if embeds is kwargs["inputs_embeds"]:
                 return None
@@ -271,8 +248,8 @@ class LanguageSession:
         self.owner.enter()
         towers = self.owner.captures.trace
         stages, tokens = list(towers.stages), dict(towers.tokens)
-        self.owner.trace = Trace(stages, tokens, call.live.shape[0], towers.notes)
-        self.last = Last(call)
+        self.owner.begin(Trace(stages, tokens, call.live.shape[0], towers.notes))
+        self.last = call.last = Last(call)
 
     def _hold(self, call: Call) -> None:
         """Without a cache, generate runs the prompt in every call: what is chosen in the first one holds."""
@@ -294,7 +271,7 @@ class LanguageSession:
             return
         held.again(shape)
         call.held, call.repeats = held, held.choices
-        owner.trace.notes.update(held.notes)
+        owner.tracing.notes.update(held.notes)
 
     def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
         captures = self.owner.captures
@@ -330,9 +307,10 @@ class LanguageSession:
 
     def columns(self) -> Tensor:
         """See :attr:`vtr.api.Handle.columns`."""
-        if self._columns is None:
+        made = self.made or self._columns
+        if made is None:
             raise RuntimeError("the model has not been called since the method was applied")
-        return self._columns()
+        return made()
 
     def _unrepeated(self, call: Call, embeds: Tensor) -> Tensor:
         """The prompt with the tokens of smaller pictures, each once."""
@@ -379,7 +357,7 @@ class LanguageSession:
         )
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        call, self.call, self.stops = self.call, None, None
+        call, self.call = self.call, None
         if call is None:
             return
         cuts = call.record()
@@ -387,16 +365,16 @@ class LanguageSession:
             remember(call.cache, cuts)
         self.owner.cache.after(call)
         if call.held is not None:
-            call.held.done, call.held.notes = True, dict(self.owner.trace.notes)
+            call.held.done, call.held.notes = True, dict(self.owner.tracing.notes)
         if call.changed:
             self._leave(call, output)
 
     def _leave(self, call: Call, output: Any) -> None:
         """The sequence leaves with the columns of what is left, or with those that were given."""
         asked, layout = call.asked, call.layout
-        if self.last is not None:
-            self.last.layout = layout
-        self._columns = partial(columns, layout)
+        if call.last is not None:
+            call.last.layout = layout
+        self.made = self._columns = partial(columns, layout)
         self.way = Exit(layout, call.live.shape[1], call.aligned)
         if self.owner.output == "aligned":
             align(output, self.way, [*call.left, layout])
@@ -408,7 +386,7 @@ class LanguageSession:
 
     def end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         """Also after an exception: nothing of the call is left."""
-        call, self.call, self.stops = self.call, None, None
+        call, self.call = self.call, None
         if call is not None and call.cuts is not None:
             lock(call.given, call.cuts)
 
@@ -444,11 +422,11 @@ class LanguageSession:
                 hidden = call.visit(entry, name, i, "start", hidden)
                 self._sync(call, i, hidden)
             n = call.layout.slots.shape[1]
-            self.owner.trace.count("decoder", i, n, n)
+            self.owner.tracing.count("decoder", i, n, n)
             if i == 0:
                 call.left.append(call.layout)
-            if self.last is not None:
-                self.last.entered.append(call.layout.live)
+            if call.last is not None:
+                call.last.entered.append(call.layout.live)
             if ("decoder", i, "end") in self.visits or ("decoder", i, "middle") in self.visits:
                 assert call.rope is not None
                 call.seen = Seen(i, hidden, call.rope, call.layout, True)
@@ -490,9 +468,9 @@ class LanguageSession:
         call.half = None if hidden is args[0] else hidden
         if call.again:
             return (hidden,)
-        if self.last is not None:
-            self.last.halved[i] = call.layout.live
-        self.owner.trace.count("decoder", i, before, call.layout.slots.shape[1])
+        if call.last is not None:
+            call.last.halved[i] = call.layout.live
+        self.owner.tracing.count("decoder", i, before, call.layout.slots.shape[1])
         return (hidden,)
 
     def after_mlp(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from vtr.compat.transformers import PACKED, WINDOWS
 from vtr.core.site import QKV, ModelInfo, Site
 from vtr.core.tokens import TokenMap
-from vtr.core.wrapping import Bound, Entry
+from vtr.core.wrapping import Bound, Entry, PerThread, Threaded
 from vtr.vision.encoders.blocks import linear_flops
 from vtr.vision.vlm.attention import rotate
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.features import Capture
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
@@ -48,7 +47,7 @@ def form_of(tower: Any) -> Form | None:
     return None
 
 
-class PackedSession:
+class PackedSession(Threaded):
     """Shows a method the tower's layers, one row per image (or frame), padded to the largest.
 
     Patches are in the order in which the merger reads them: 2 x 2 neighbours follow one another. Qwen2.5's
@@ -56,21 +55,20 @@ class PackedSession:
     also in layers that attend within windows themselves. Nothing is cut here.
     """
 
+    capture = PerThread[Any]()
+    lengths = PerThread[list[int]](make=list)
+    order = PerThread[Tensor | None]()
+    entered = PerThread[Tensor | None]()
+
     def __init__(self, owner: VLMWrapping, tower: Any) -> None:
+        super().__init__()
         self.owner = owner
         self.tower = tower
         form = form_of(tower)
         assert form is not None
         self.form = form
         self.blocks: Any = form.blocks
-        self.capture: Capture | None = None
         self.visits: dict[int, list[Entry]] = {}
-        self.lengths: list[int] = []
-        self.order: Tensor | None = None
-        self.entered: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "capture": None, "order": None, "entered": None}
 
     def facts(self) -> dict[str, Any]:
         attention: Any = getattr(self.blocks[0], self.form.attention)
@@ -125,7 +123,8 @@ class PackedSession:
         self, layer: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         entered, self.entered = self.entered, None
-        if self.capture is None or entered is None:
+        capture = self.capture
+        if capture is None or entered is None:
             return
         rows = Rows(self, module, entered, kwargs["position_embeddings"])
         number = torch.tensor(self.lengths, device=output.device)
@@ -134,8 +133,8 @@ class PackedSession:
         valid = index < number[:, None]
         padded = min(self.lengths) < width
         owner = self.owner
-        self.capture.crops = len(self.lengths)
-        self.capture.patches = list(self.lengths)
+        capture.crops = len(self.lengths)
+        capture.patches = list(self.lengths)
         for entry in self.visits[layer]:
             key = owner.entries.index(entry)
             site = Site(
@@ -144,13 +143,13 @@ class PackedSession:
                 info=owner.info,
                 hidden=self.split(output),
                 map=TokenMap.keep(torch.where(valid, index, -1), width, padded),
-                memory=self.capture.memory.setdefault(key, {}),
+                memory=capture.memory.setdefault(key, {}),
                 valid=valid if padded else None,
                 qkv=rows,
                 scale=float(getattr(module, self.form.attention).scaling),
                 training=owner.root.training,
                 modules=entry.modules_like(output),
-                notes=owner.trace.notes,
+                notes=owner.tracing.notes,
             )
             if entry.token_method.reduce(site) is not None:
                 raise RuntimeError(f"{entry.method.name} cuts in a tower that cannot be cut")

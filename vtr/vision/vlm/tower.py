@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from vtr.core.wrapping import PerThread
 from vtr.vision.encoders.blocks import EncoderRun
 from vtr.vision.encoders.session import EncoderSession
 from vtr.vision.vlm.sequence import mark
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.features import Capture
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 
@@ -20,10 +18,7 @@ class TowerSession(EncoderSession):
     go on to the language model: what methods stored, and which tokens are left."""
 
     owner: VLMWrapping
-    capture: Capture | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "capture": None}
+    capture = PerThread[Any]()
 
     def install(self) -> None:
         super().install()
@@ -34,25 +29,24 @@ class TowerSession(EncoderSession):
         tokens = patches + self.prefix
         return sum(runner.flops(tokens, tokens) for runner in self.runners)
 
-    def _begin(self, x: Tensor) -> EncoderRun:
-        trace = self.owner.trace
-        run = super()._begin(x)
-        if self.capture is not None:
-            if self.capture.crops:
-                raise RuntimeError(
-                    "the vision tower ran twice for one prompt: methods that look inside it need all "
-                    "crops in one call"
-                )
-            trace.batch = run.batch
-            self.owner.trace = run.trace = trace
-            self.capture.crops = run.batch
-            run.crops = self.capture.numbers()
-            if sum(run.crops) != run.batch:
-                raise RuntimeError(
-                    f"the vision tower got {run.batch} crops or frames, but images of "
-                    f"{run.crops} were expected: give the model pixels as its processor makes them"
-                )
-        return run
+    def _trace(self, run: EncoderRun) -> None:
+        capture = self.capture
+        if capture is None:
+            self.owner.begin(run.trace)
+            return
+        if capture.crops:
+            raise RuntimeError(
+                "the vision tower ran twice for one prompt: methods that look inside it need all crops in "
+                "one call"
+            )
+        run.trace = self.owner.tracing
+        run.trace.batch = capture.crops = run.batch
+        run.crops = capture.numbers()
+        if sum(run.crops) != run.batch:
+            raise RuntimeError(
+                f"the vision tower got {run.batch} crops or frames, but images of {run.crops} were "
+                "expected: give the model pixels as its processor makes them"
+            )
 
     def _finish(self, run: EncoderRun) -> None:
         capture = self.capture
@@ -60,8 +54,6 @@ class TowerSession(EncoderSession):
             capture.memory = dict(run.memory)
             if run.map is not None:
                 capture.alive = mark(run.map.kept, run.tokens)
-                cutters = dict.fromkeys(
-                    s.method for s in self.owner.trace.stages if s.site == "encoder"
-                )
+                cutters = dict.fromkeys(s.method for s in run.trace.stages if s.site == "encoder")
                 capture.cutters = tuple(cutters)
         super()._finish(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -43,16 +42,9 @@ from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.families import Family, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
-from vtr.vision.vlm.gate import (
-    FEATURES,
-    INNER,
-    LANGUAGE,
-    ROOT,
-    Gate,
-    forget_compiled,
-)
 from vtr.vision.vlm.head import Asked, Head
 from vtr.vision.vlm.language import LanguageSession
+from vtr.vision.vlm.nesting import INNER, LANGUAGE, ROOT, Nesting, forget_compiled
 from vtr.vision.vlm.outputs import MODES
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.pictures import Shrunk
@@ -83,35 +75,30 @@ class VLMWrapping(Wrapping):
     held = PerThread[Held | None]()
     # A layer that the backward pass runs again: in a thread of its own on a GPU.
     again = PerThread[Pass | None]()
+    # What this thread's call writes to; ``trace`` is that of the call that began last, in any thread.
+    tracing = PerThread[Trace](make=Trace)
+    # Arguments of steps between tower and language model, while a ``get_..._features`` runs.
+    running = PerThread[dict[str, Any] | None]()
+    # Whether the tower is given pictures of another size.
+    resizing = PerThread[bool](False)
+    # Arguments of the model's call for the entry of the language model.
+    forwarded = PerThread[dict[str, Any]](make=dict)
 
     def __init__(self, root: Any, inner: Any, family: Family) -> None:
         self.inner = inner
         self.family = family
         self.lm: Any = language_of(inner)
         self.layers: Any = self.lm.layers
-        self.own = threading.local()
-        self.gate = Gate(Bound(self, "inside"))
-        self.running: dict[str, Any] | None = None
-        self.resizing = False  # whether the tower is given pictures of another size
+        self.nesting = Nesting()
         self.towers: dict[str, TowerSession | PackedSession] = {}
-        self.forwarded: dict[str, Any] = {}
         super().__init__(root, self._info())
         self.language = LanguageSession(self, self.lm)
         self.cache = CacheSession(self)
         self.head = Head(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What belongs to a running call is not copied: its tensors may be part of an autograd graph.
-        state = {**super().__getstate__(), "running": None, "forwarded": {}}
-        return {k: v for k, v in state.items() if k != "own"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.own = threading.local()
-
-    def inside(self) -> tuple[Any, ...]:
-        """What stands as ``self`` on the stack of a thread that runs the model."""
-        return self, self.root, self.inner, self.lm
+    def begin(self, trace: Trace) -> None:
+        """A call begins in this thread, and writes to this trace."""
+        self.tracing = self.trace = trace
 
     # ---- what the model is ------------------------------------------------------------------
 
@@ -342,7 +329,7 @@ class VLMWrapping(Wrapping):
         levels = [(self.root, ROOT), (inner, INNER), (self.lm, LANGUAGE)]
         levels = levels[self.root is inner :]
         for module, level in levels:
-            enter = Bound(self.gate, "enter", level)
+            enter = Bound(self.nesting, "enter", level)
             self.hook(module.register_forward_pre_hook(enter))
         if any(stage.site == "encoder" for _, stage in self.stages()):
             for session in dict.fromkeys(self.towers.values()):
@@ -373,7 +360,7 @@ class VLMWrapping(Wrapping):
             self.patch(self.root, COMPILES, Bound(self, "never"))
             self.patch(self.root, DRAFTS, Bound(self, "drafts"))
         for module, level in levels:
-            leave = Bound(self.gate, "leave", level)
+            leave = Bound(self.nesting, "leave", level)
             self.hook(module.register_forward_hook(leave, always_call=True))
 
     def drafts(self, *args: Any, **kwargs: Any) -> DraftsAfterPrompt:
@@ -390,14 +377,9 @@ class VLMWrapping(Wrapping):
     def features(self, name: str, modality: str, *args: Any, **kwargs: Any) -> Any:
         """``get_image_features``: remember what becomes of the tower's tokens."""
         method = getattr(type(self.inner), name)
-        outside = self.gate.take(FEATURES)
-        try:
-            if self.running is not None:  # one modality made by way of the other
-                return method(self.inner, *args, **kwargs)
-            return self._capture(method, modality, args, kwargs)
-        finally:
-            if outside:
-                self.gate.leave(FEATURES)
+        if self.running is not None:  # one modality made by way of the other
+            return method(self.inner, *args, **kwargs)
+        return self._capture(method, modality, args, kwargs)
 
     def _capture(
         self, method: Any, modality: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -406,9 +388,9 @@ class VLMWrapping(Wrapping):
             self.captures = Captures()
         if not self.captures.of:
             self.captures.trace = Trace()
-        self.trace = self.captures.trace
+        self.begin(self.captures.trace)
         capture = Capture(modality)
-        self.running = {}
+        running = self.running = {}
         bound = inspect.signature(method).bind(self.inner, *args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         capture.numbers = partial(self.family.crops, self.inner, capture, given)
@@ -426,7 +408,7 @@ class VLMWrapping(Wrapping):
                 if shrunk is not None:
                     capture.coarse = shrunk.widen(out)
                     found = out.pooler_output
-                given |= self.running
+                given |= running
                 capture.lengths = [x.shape[:-1].numel() for x in found]
                 first = first_token(out)
                 capture.first = None if first is None else first.clone()
@@ -445,7 +427,7 @@ class VLMWrapping(Wrapping):
         if entry is None or pictures is None:
             return None
         blank, memory = torch.empty(0, device="cpu"), dict[str, Any]()
-        notes = self.trace.notes
+        notes = self.tracing.notes
         shrunk = Shrunk(pictures, lambda grid: ask(self, entry, 1, grid, blank, memory, notes))
         return None if shrunk.entry is None else shrunk
 
