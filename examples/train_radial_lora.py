@@ -1,13 +1,15 @@
 """Fine-tune a video generator under a radial mask with LoRA, at its own length and at twice that.
 
-python examples/train_radial_lora.py                    # the built-in model, about 40 minutes of a core
-python examples/train_radial_lora.py --frames 5 --steps 400
+From the repository's root, since the loss is that of recipes/train_wan.py:
+
+PYTHONPATH=. python examples/train_radial_lora.py                    # the built-in model, about 40 minutes of a core
+PYTHONPATH=. python examples/train_radial_lora.py --frames 5 --steps 400
 
 A radial mask takes motion from a model that was trained with all of the attention. A few low-rank
 weights that learn under the mask give it back, and learn lengths that the model was not trained on
 (Li et al., NeurIPS 2025, arXiv 2506.19852, section 4.4 trains such weights for longer videos).
 Training runs through the block-sparse kernel and its backward pass. Digit and direction are read by
-vtr.evaluate.judge before and after, on the same prompts and noise.
+vtr.evaluate.digit_judge before and after, on the same prompts and noise.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from rich.progress import track
 from rich.table import Table
 
 import vtr
-from recipes import evaluate_wan, train_wan
+from recipes import train_wan
+from vtr.evaluate.generator import measure
 from vtr.zoo import wan
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -67,7 +70,7 @@ def measure(
 ) -> dict[str, Any]:
     """Shares of right digits and directions, and the density."""
     with torch.autocast("cpu", torch.bfloat16):
-        row, _ = evaluate_wan.measure(pipe, method, videos, None, frames=frames, steps=steps)
+        row, _ = measure(pipe, method, videos, None, frames=frames, steps=steps)
     return row
 
 

@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import vtr
 from vtr.cli import commands as cli
-from vtr.core.registry import with_presets
+from vtr.cli import shared
+from vtr.core.registry import parse, with_presets
 
 MODEL = "timm:vit_tiny_patch16_224"
 
@@ -88,7 +90,7 @@ def test_profile_measures_at_every_batch_size(run):
 
 
 def test_tables_fit_a_terminal_of_80_columns(run, monkeypatch):
-    monkeypatch.setattr(cli, "console", cli.Console(width=80))
+    monkeypatch.setattr(shared, "console", Console(width=80))
     _, out, _ = run("profile", MODEL, "-k", "random", "--size", "64", "--repeats", "1")
     assert "…" not in out and "Random()" in out
     _, out, _ = run("methods")
@@ -110,7 +112,7 @@ def test_draw_writes_a_picture(run, photo, tmp_path):
 
 
 def test_pictures_are_normalised_as_a_tower_was_trained():
-    from vtr.cli.loading import preprocess
+    from vtr.cli.inputs import preprocess
 
     open_clip = pytest.importorskip("open_clip")
     white = Image.new("RGB", (40, 40), "white")
@@ -126,7 +128,7 @@ def test_pictures_are_normalised_as_a_tower_was_trained():
 
 
 def test_a_photo_is_read_upright(tmp_path):
-    from vtr.cli.loading import read_image
+    from vtr.cli.inputs import read_image
 
     tags = Image.Exif()
     tags[0x0112] = 6  # the camera was turned to the left
@@ -155,7 +157,7 @@ def test_what_cut_nothing_is_not_drawn(run, photo):
 
 
 def test_a_picture_of_sixteen_bits_is_not_white(tmp_path):
-    from vtr.cli.loading import read_image
+    from vtr.cli.inputs import read_image
 
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(grey * 257).save(tmp_path / "deep.png")
@@ -258,13 +260,13 @@ def test_a_mistake_is_one_line_and_a_status(run, arguments, words):
 
 
 def test_methods_are_read_from_text():
-    assert cli.parse_method("evit:keep=0.5,layers=1+2,fuse=false") == vtr.EViT(
+    assert parse("evit:keep=0.5,layers=1+2,fuse=false") == vtr.EViT(
         keep=0.5, layers=(1, 2), fuse=False
     )
-    assert cli.parse_method("evit:keep=12,layers=none") == vtr.EViT(keep=12)
+    assert parse("evit:keep=12,layers=none") == vtr.EViT(keep=12)
     fastv = vtr.FastV(keep=9, layer=3)
-    assert cli.parse_method("debias(fastv:keep=9,layer=3)") == vtr.Debias(fastv)
-    assert cli.parse_method("debias(fastv:keep=9,layer=3):strength=2,padding=0.5") == vtr.Debias(
+    assert parse("debias(fastv:keep=9,layer=3)") == vtr.Debias(fastv)
+    assert parse("debias(fastv:keep=9,layer=3):strength=2,padding=0.5") == vtr.Debias(
         fastv, strength=2, padding=0.5
     )
 

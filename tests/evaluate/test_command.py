@@ -114,9 +114,9 @@ def test_files_that_cannot_be_written_do_not_cost_the_table(run, monkeypatch):
 
 
 def test_a_dry_run_loads_nothing_and_writes_nothing(run, tmp_path, monkeypatch):
-    from vtr.evaluate import loading
+    from vtr.zoo import loading
 
-    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_found", lambda *a, **k: pytest.fail("the model was loaded"))
     arguments = ("--method", "fastv,divprune", "--keep", "36", "--dry-run")
     status, out, _ = run(*arguments)
     assert status == 0 and "2.3 million parameters" in out and "FastV(keep=36)" in out
@@ -197,9 +197,9 @@ def test_a_store_of_another_kind_is_refused(run, tmp_path):
 
 
 def test_published_numbers_need_a_published_model(run, monkeypatch):
-    from vtr.evaluate import loading
+    from vtr.zoo import loading
 
-    monkeypatch.setattr(loading, "find", lambda name: pytest.fail("it was not said at once"))
+    monkeypatch.setattr(loading, "find_vlm", lambda name: pytest.fail("it was not said at once"))
     status, _, err = run("--compare", "published", "--limit", "2")
     assert status == 2 and "no published numbers of builtin" in err
 

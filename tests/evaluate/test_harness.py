@@ -11,8 +11,9 @@ pytest.importorskip("lmms_eval")
 
 from vtr.compat.tested import TESTED
 from vtr.errors import HarnessError
-from vtr.evaluate import harness, loading
+from vtr.evaluate import harness
 from vtr.evaluate.runner import evaluate, prepare, run
+from vtr.zoo import loading
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def test_a_package_without_a_module_is_named_before_the_weights(monkeypatch, ver
 
     monkeypatch.setattr(evaluator._enable_reentrant_filelocks, "_patched", False, raising=False)
     monkeypatch.setitem(sys.modules, "filelock._api", None)
-    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_found", lambda *a, **k: pytest.fail("the model was loaded"))
     versions["filelock"] = "4.3.1"
     with pytest.raises(HarnessError) as caught:
         evaluate(methods="flowcut", keep=36, limit=2)

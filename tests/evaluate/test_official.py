@@ -13,8 +13,9 @@ pytest.importorskip("lmms_eval")
 pytest.importorskip("pyarrow")
 
 from tests.evaluate import mirror
-from vtr.evaluate import answering, loading
+from vtr.evaluate import answering
 from vtr.evaluate.store import Row, Store
+from vtr.zoo import loading
 
 N = mirror.NUMBER
 
@@ -139,4 +140,4 @@ def test_changed_pictures_are_asked_again(hub, monkeypatch, tmp_path):
 
 def test_a_model_id_is_not_taken_for_a_task_folder(hub):
     with pytest.raises(ValueError, match="no model"):
-        loading.find("lmms-lab-encoder-nothing")
+        loading.find_vlm("lmms-lab-encoder-nothing")

@@ -10,10 +10,11 @@ import torch
 
 import vtr
 from tests.evaluate.conftest import QUESTIONS
-from vtr.evaluate import loading
 from vtr.evaluate.cells import Cell
+from vtr.evaluate.fingerprint import fingerprint
 from vtr.evaluate.store import Row, Store, cell_id
 from vtr.evaluate.tasks import SEED
+from vtr.zoo import loading
 
 pytest.importorskip("lmms_eval")
 
@@ -379,7 +380,7 @@ def _prompt(sample):
 def test_mistakes_are_named_before_anything_is_loaded(monkeypatch, options, message):
     from vtr.evaluate.runner import evaluate
 
-    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_found", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match=message):
         evaluate(**options)
 
@@ -408,7 +409,7 @@ def test_a_task_without_data_ends_before_the_weights(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)  # it is tried five times
-    monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_found", lambda *a, **k: pytest.fail("the model was loaded"))
     with pytest.raises(ValueError, match="data of the task vqav2_val cannot be loaded"):
         evaluate(tasks="vqav2_val", limit=2)
 
@@ -425,23 +426,23 @@ def test_model_arguments_that_do_not_exist_are_refused():
 
 
 def test_the_fingerprint_sees_weights_and_processor_not_where_they_are(tmp_path):
-    ref = loading.find("builtin")
-    model, processor = loading.load(ref)
-    first = loading.fingerprint(model, processor)
+    ref = loading.find_vlm("builtin")
+    model, processor = loading.load_found(ref)
+    first = fingerprint(model, processor)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    copy, copied = loading.load(loading.find(str(tmp_path)))
-    assert loading.fingerprint(copy, copied) == first
+    copy, copied = loading.load_found(loading.find_vlm(str(tmp_path)))
+    assert fingerprint(copy, copied) == first
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
-    changed = loading.fingerprint(model, processor)
+    changed = fingerprint(model, processor)
     assert changed != first
     processor.chat_template += " "
-    assert loading.fingerprint(model, processor) != changed
-    assert loading.fingerprint(model.half(), processor) != changed
+    assert fingerprint(model, processor) != changed
+    assert fingerprint(model.half(), processor) != changed
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        loading.find(str(tmp_path))
+        loading.find_vlm(str(tmp_path))
 
 
 def test_nothing_is_imported_with_the_package():

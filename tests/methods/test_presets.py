@@ -12,9 +12,8 @@ import torch
 
 import vtr
 from tests.vision.vlm.models import build, llava, noise, prompts
-from vtr.cli.commands import parse_method
 from vtr.core.method import Method
-from vtr.core.registry import with_presets
+from vtr.core.registry import parse, with_presets
 from vtr.core.site import ModelInfo
 
 WITH = with_presets()
@@ -25,9 +24,9 @@ def test_a_preset_is_an_ordinary_configuration() -> None:
     assert vtr.FlowCut.preset("llava-1.5-7b/64", end=20) == vtr.FlowCut(keep=64, end=20)
     assert vtr.create("flowcut", preset="llava-1.5-7b/64") == vtr.FlowCut(keep=64)
     assert vtr.create("FlowCut", preset="llava-1.5-7b/64", end=20) == vtr.FlowCut(keep=64, end=20)
-    assert parse_method("flowcut:preset=llava-1.5-7b/64") == vtr.FlowCut(keep=64)
-    assert parse_method("flowcut:preset=llava-1.5-7b/64,end=20") == vtr.FlowCut(keep=64, end=20)
-    assert parse_method("radial:preset=wan2.2") == vtr.RadialAttention.preset("wan2.2")
+    assert parse("flowcut:preset=llava-1.5-7b/64") == vtr.FlowCut(keep=64)
+    assert parse("flowcut:preset=llava-1.5-7b/64,end=20") == vtr.FlowCut(keep=64, end=20)
+    assert parse("radial:preset=wan2.2") == vtr.RadialAttention.preset("wan2.2")
 
 
 @pytest.mark.parametrize("name", WITH)
@@ -38,7 +37,7 @@ def test_presets_lists_them_all_and_they_come_back_from_json(name: str) -> None:
     for preset, method in found.items():
         assert isinstance(method, Method) and type(method) is cls
         assert method == cls.preset(preset) == vtr.create(name, preset=preset)
-        assert parse_method(f"{name}:preset={preset}") == method, "a command line can say it"
+        assert parse(f"{name}:preset={preset}") == method, "a command line can say it"
         assert vtr.create(**json.loads(json.dumps(method.to_dict()))) == method
 
 

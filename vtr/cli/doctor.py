@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from vtr.cli.diagnosis import ABSENT, BROKEN, GOOD, UNTESTED, Diagnosis, Finding
 from vtr.compat import contract
 from vtr.compat.tested import TESTED, installed
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 #: Packages whose internals are not used: package -> (distribution, extra that installs it).
 OTHERS = {
@@ -34,60 +30,6 @@ OTHERS = {
     "ftfy": ("ftfy", "diffusion"),
     "matplotlib": ("matplotlib", "ui"),
 }
-GOOD, ABSENT, UNTESTED, BROKEN = "ok", "not here", "not tested", "broken"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        name: a library, a device, a backend.
-        status: ``"ok"``; ``"not here"`` (something optional); ``"not tested"`` (a version that the
-            tests have not run on); ``"broken"``.
-        detail: versions, sizes, errors, and what to do.
-    """
-
-    name: str
-    status: str
-    detail: str = ""
-
-
-@dataclass
-class Diagnosis:
-    """What ``vtr doctor`` found, part by part."""
-
-    parts: dict[str, list[Finding]] = field(default_factory=dict)
-
-    @property
-    def broken(self) -> list[str]:
-        """What vtr needs, or an optional library that is there, and does not work."""
-        return [
-            f"{part}: {f.name}: {f.detail}"
-            for part, found in self.parts.items()
-            for f in found
-            if f.status == BROKEN
-        ]
-
-    def to_json(self) -> str:
-        """The findings by part, and whether nothing is broken."""
-        parts = {part: [asdict(f) for f in found] for part, found in self.parts.items()}
-        return json.dumps({**parts, "ok": not self.broken}, indent=2)
-
-    def __rich__(self) -> Table:
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(title="vtr doctor", title_justify="left")
-        for column in ("", "name", "status", "detail"):
-            table.add_column(column, no_wrap=column in ("name", "status"))
-        colours = {GOOD: "green", ABSENT: "dim", UNTESTED: "yellow", BROKEN: "bold red"}
-        for part, found in self.parts.items():
-            for i, f in enumerate(found):
-                shown = f"[{colours[f.status]}]{f.status}[/]"
-                table.add_row("" if i else part, f.name, shown, escape(f.detail))
-            table.add_section()
-        return table
 
 
 def examine() -> Diagnosis:

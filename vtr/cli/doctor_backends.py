@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vtr.cli.doctor import ABSENT, BROKEN, GOOD, Finding
+from vtr.cli.diagnosis import ABSENT, BROKEN, GOOD, Finding
 
 TOKENS, BLOCK, DIM = 192, 64, 64
 FRAMES, GREY = 6, 30  # frame i is grey of 30 i

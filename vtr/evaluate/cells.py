@@ -9,7 +9,7 @@ from typing import Any
 
 from vtr.core.budget import Keep, check_keep
 from vtr.core.method import Method
-from vtr.core.registry import create, registry
+from vtr.core.registry import create, parse, registry
 
 DRAWS = 16
 """Different random subsets that the samples of one seed share: sample ``n`` gets number ``n % 16``.
@@ -162,9 +162,7 @@ def parse_methods(text: str) -> list[Any]:
 
 def parse_method(text: str) -> Any:
     """A method, ``None`` for ``dense``, a plan for a file (``plan.json``)."""
-    from vtr.cli.commands import parse_method as plain
-
-    return None if text == "dense" else plain(text)
+    return None if text == "dense" else parse(text)
 
 
 def as_methods(given: Any) -> list[tuple[Method, ...]]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.zoo.data import _sklearn
+from vtr.zoo.data import scikit_learn
 from vtr.zoo.videos import GLYPH, SPEED, STEPS, Videos, glyphs, videos
 
 # A generated background is not exactly black. Unless it is made so, faint noise decides between
@@ -63,7 +63,7 @@ def classifier() -> Any:
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    _sklearn()
+    scikit_learn()
     from sklearn.svm import SVC
 
     images, labels = glyphs("train")

@@ -10,12 +10,12 @@ import torch
 
 from vtr import api
 from vtr.core.budget import count, spread
-from vtr.evaluate import loading
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.runner import Job
 from vtr.inspect.flops import count_flops
 from vtr.methods.downsample import smaller
 from vtr.vision.encoders.session import square_grid
+from vtr.zoo import loading
 
 TEXT = 60  # words of a question with its template, for the estimate
 
@@ -85,7 +85,7 @@ def estimate(job: Job) -> DryRun:
     The tower's FLOPs are those of the dense one, also for methods that cut inside it or before it: an upper
     bound.
     """
-    bones = loading.skeleton(job.ref)
+    bones = loading.vlm_skeleton(job.ref)
     parameters = sum(p.numel() for p in bones.parameters())
     itemsize = _itemsize(job, bones)
     wrapping: Any = api._wrapping(bones)

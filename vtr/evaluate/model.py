@@ -16,12 +16,13 @@ from lmms_eval.api.model import lmms
 
 from vtr.compat.lmms_eval import pads
 from vtr.compat.lmms_eval import place as location
-from vtr.evaluate import loading
 from vtr.evaluate.answering import Answerer, Work, explain
 from vtr.evaluate.cells import DRAWS, Cell, as_methods, parse_keeps, sweep
+from vtr.evaluate.fingerprint import file_hash, fingerprint
 from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.prompts import prompt_of
 from vtr.evaluate.store import Row, Store
+from vtr.zoo import loading
 
 AUTO = {"cuda": 64, "cpu": 32}  # where an automatic batch size begins
 
@@ -55,7 +56,7 @@ class VTRChat(lmms):
 
     def __init__(
         self,
-        pretrained: str | loading.ModelRef = "builtin",
+        pretrained: str | loading.VlmReference = "builtin",
         method: Any = None,
         keep: Any = None,
         positions: str | None = None,
@@ -79,10 +80,10 @@ class VTRChat(lmms):
         cell = one_cell(method, keep, seed)
         self._rank, self._world_size = ranks()
         self._device = place(device, self._rank)
-        self.ref = loading.find(pretrained) if isinstance(pretrained, str) else pretrained
+        self.ref = loading.find_vlm(pretrained) if isinstance(pretrained, str) else pretrained
         self.positions = self.ref.positions if positions is None else positions
-        model, processor = loading.load(self.ref, self._device, dtype)
-        self.fingerprint = loading.fingerprint(model, processor)
+        model, processor = loading.load_found(self.ref, self._device, dtype)
+        self.fingerprint = fingerprint(model, processor)
         # Not an attribute that is a module: lmms-eval's clean() would delete it.
         self._answerer = Answerer(
             model,
@@ -171,7 +172,7 @@ class VTRChat(lmms):
         if cell.methods:
             described["positions"] = self.positions
         trained = [str(path) for m in cell.methods if (path := getattr(m, "weights", None))]
-        files = {path: loading.file_hash(path) for path in trained if Path(path).is_file()}
+        files = {path: file_hash(path) for path in trained if Path(path).is_file()}
         if files:  # modules that a method brings: a path does not say what lies there
             described["weights"] = files
         return described

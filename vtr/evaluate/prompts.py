@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vtr.compat.lmms_eval import asked
-from vtr.evaluate.loading import file_hash
+from vtr.evaluate.fingerprint import file_hash
 
 GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
 DEFAULT_NEW_TOKENS = 128

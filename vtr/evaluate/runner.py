@@ -11,13 +11,14 @@ from typing import Any
 
 from vtr.compat.lmms_eval import without_bars
 from vtr.errors import VtrError
-from vtr.evaluate import harness, loading, official
+from vtr.evaluate import harness, official
 from vtr.evaluate.cells import Cell, all_methods, as_methods, parse_keeps, sweep
 from vtr.evaluate.difficulty import with_downsample
 from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.results import Outcome, Results, outcome_of
 from vtr.evaluate.store import Store
 from vtr.evaluate.tasks import BUILTIN
+from vtr.zoo import loading
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Job:
         manager: lmms-eval's task manager.
     """
 
-    ref: loading.ModelRef
+    ref: loading.VlmReference
     tasks: tuple[str, ...]
     cells: tuple[Cell, ...]
     limit: int | None = None
@@ -123,8 +124,8 @@ def prepare(
         sweep([group], keeps, numbers)
     manager = official.manager(names, include)
     official.check(names, manager, judge, limit)
-    ref = loading.find(model)
-    bones = loading.skeleton(ref)
+    ref = loading.find_vlm(model)
+    bones = loading.vlm_skeleton(ref)
     if everything:
         groups = [*all_methods(bones), *groups]
     cells = sweep(groups, keeps, numbers, dense)

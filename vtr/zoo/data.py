@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.zoo.packaged import check
+
 Split = Literal["train", "heldout"]
 
 IMAGE = 96  # pixels
@@ -59,7 +61,8 @@ class _Sources(NamedTuple):
     split: dict[str, Tensor]  # indices into glyphs
 
 
-def _sklearn() -> Any:
+def scikit_learn() -> Any:
+    """scikit-learn with its data sets imported, or an error that says what to install."""
     try:
         import sklearn.datasets
         import sklearn.model_selection
@@ -73,7 +76,7 @@ def _sklearn() -> Any:
 
 @lru_cache(maxsize=1)
 def _sources() -> _Sources:
-    sklearn = _sklearn()
+    sklearn = scikit_learn()
     digits = sklearn.datasets.load_digits()
     raw = torch.tensor(digits.images / 16.0, dtype=torch.float32)[:, None]
     # The border keeps strokes that touch the edge of the 8 x 8 original whole when rotated.
@@ -222,3 +225,28 @@ def digits(
     colour = 0.75 + 0.25 * torch.rand(n, 3, 1, 1, generator=generator)
     pixels = torch.lerp(backgrounds(n, generator), colour, mask)
     return Digits(normalise(pixels), _sources().labels[index], coverage(mask))
+
+
+def samples(name: str, n: int, seed: int = 0, split: str = "heldout") -> tuple[Tensor, Tensor]:
+    """Inputs that a built-in model understands, with the right answers.
+
+    Args:
+        name: one of the names of :func:`vtr.zoo.models`.
+        n: how many.
+        seed: the same seed gives the same samples.
+        split: ``"heldout"`` draws from digits that training never showed, ``"train"`` from the
+            others.
+
+    Returns:
+        images ``(n, 3, 96, 96)`` float32, normalised, and labels ``(n,)`` int64. For
+        ``"digits-vit"``, :func:`digits` gives the place of the digit as well.
+
+    Raises:
+        ValueError: there is no model of this name, or ``n`` or ``split`` is out of range.
+        ImportError: scikit-learn is not installed.
+    """
+    check(name)
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
+    batch = digits(n, torch.Generator().manual_seed(seed), split)  # type: ignore[arg-type]
+    return batch.images, batch.labels

@@ -40,7 +40,7 @@ class Videos(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _glyphs() -> tuple[Tensor, Tensor]:
-    digits = data._sklearn().datasets.load_digits()
+    digits = data.scikit_learn().datasets.load_digits()
     return torch.tensor(digits.images / 16.0, dtype=torch.float32), torch.tensor(digits.target)
 
 

@@ -70,7 +70,7 @@ def _general() -> Iterator[Expectation]:
     )
     yield Expectation(
         "transformers:AutoModelForImageTextToText",
-        "vtr/evaluate/loading.py",
+        "vtr/zoo/loading.py",
         has=("_model_mapping",),
     )
 

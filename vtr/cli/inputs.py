@@ -1,46 +1,16 @@
-"""Models and inputs as they are named on the command line."""
+"""Pictures, videos and questions for the models that a command names."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-NAMES = "digits-vit, timm:NAME, open_clip:NAME, digits-llava, digits-video, a folder or a hub id of a VLM"
+from vtr.zoo.loading import VLMS
+
 QUESTIONS = {
     "digits-llava": "how many digits are there ?",
     "digits-video": "which digit is blue ?",
 }
-
-
-def is_vlm(name: str) -> bool:
-    """Whether a name means a vision-language model: built in, a folder, or an id of the hub."""
-    if name in QUESTIONS or os.path.isdir(name):
-        return True
-    return "/" in name and ":" not in name
-
-
-def load_vlm(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
-    """A vision-language model in eval mode, and its processor.
-
-    Raises:
-        ValueError: there is no such model, or it cannot be loaded.
-    """
-    from vtr.evaluate import loading
-
-    return loading.load(loading.find(name), device, dtype)
-
-
-def positions(name: str) -> dict[str, str]:
-    """Options of ``vtr.apply``: the built-in models were trained with tokens at their own places."""
-    return {"positions": "original"} if name in QUESTIONS else {}
-
-
-def vlm_skeleton(name: str) -> Any:
-    """The same without weights, for what only asks about its form."""
-    from vtr.evaluate import loading
-
-    return loading.skeleton(loading.find(name))
 
 
 def vlm_inputs(
@@ -53,7 +23,9 @@ def vlm_inputs(
     """
     video = hasattr(picture, "for_processor")
     what = "video" if video else "image"
-    text = question or QUESTIONS.get(name, f"What is in this {'video' if video else 'picture'}?")
+    text = question or QUESTIONS.get(
+        VLMS.get(name, ""), f"What is in this {'video' if video else 'picture'}?"
+    )
     content = [{"type": what}, {"type": "text", "text": text}]
     turn = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
@@ -77,62 +49,6 @@ def vlm_canvas(inputs: dict[str, Any], picture: Any) -> Any:
     if pixels is not None and pixels.dim() == 4 and pixels.shape[:2] == (1, 3):
         return pixels[0]
     return picture
-
-
-def load_model(name: str, pretrained: bool = False, size: int | None = None) -> Any:
-    """A built-in model, ``timm:NAME`` or ``open_clip:NAME`` (random weights unless ``pretrained``).
-
-    ``size`` makes a model of a library for images of that side; built-in models have their own.
-    """
-    library, colon, rest = name.partition(":")
-    if not colon:
-        from vtr import zoo
-
-        try:
-            return zoo.load(name)
-        except ValueError as error:
-            raise ValueError(f"{error}. A model is one of: {NAMES}") from error
-    make = {"timm": _timm_model, "open_clip": _open_clip_model}.get(library)
-    if make is None:
-        raise ValueError(
-            f"model must be a built-in name, timm:NAME or open_clip:NAME, got {name!r}"
-        )
-    try:
-        return make(rest, pretrained, size).eval()
-    except (OSError, RuntimeError, TypeError) as error:
-        what = "load pretrained weights of" if pretrained else "make"
-        raise ValueError(f"cannot {what} {name}: {error}") from error
-
-
-def _timm_model(name: str, pretrained: bool, size: int | None) -> Any:
-    from vtr.errors import missing
-
-    try:
-        import timm
-    except ImportError as error:
-        raise missing("timm", "vision", "timm models") from error
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}")
-    options = {} if size is None else {"img_size": size}
-    return timm.create_model(name, pretrained=pretrained, **options)
-
-
-def _open_clip_model(name: str, pretrained: bool, size: int | None) -> Any:
-    from vtr.errors import missing
-
-    try:
-        import open_clip
-    except ImportError as error:
-        raise missing("open_clip_torch", "vision", "open_clip models") from error
-    if name not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {name!r}")
-    tag = None
-    if pretrained:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if not tags:
-            raise ValueError(f"open_clip has no pretrained weights of {name!r}")
-        tag = tags[0]
-    return open_clip.create_model(name, pretrained=tag, force_image_size=size).visual
 
 
 def image_size(model: Any) -> int:

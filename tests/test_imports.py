@@ -1,0 +1,182 @@
+"""Imports inside of vtr go one way: between its folders by a list, and never in a circle.
+
+Read from the syntax trees, so that imports inside of functions and under ``TYPE_CHECKING`` count.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Container, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Folder -> the folders that it may import. `contracts` is vtr/compat/contracts, which says of the libraries
+# what the adapters expect; `vtr` is vtr/__init__.py, which gives names to users: only commands use it.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "compat": {"errors"},
+    "kernels": {"compat", "errors"},
+    "core": {"kernels", "compat", "errors"},
+    "zoo": {"compat", "errors"},
+    "vision": {"core", "kernels", "compat", "errors"},
+    "video": {"vision", "core", "compat", "errors"},
+    "diffusion": {"core", "kernels", "compat", "errors"},
+    "contracts": {"diffusion", "compat"},
+    "methods": {"diffusion", "zoo", "core", "kernels", "errors"},
+    "api": {"core", "compat", "errors"},
+    "inspect": {"api", "core", "compat"},
+    "train": {"api", "methods", "vision"},
+    "testing": {
+        "api",
+        "methods",
+        "vision",
+        "video",
+        "diffusion",
+        "core",
+        "kernels",
+        "compat",
+        "errors",
+    },
+    "evaluate": {
+        *("api", "inspect", "methods", "zoo", "video", "vision", "core"),
+        *("kernels", "compat", "errors"),
+    },
+    "vtr": {"api", "inspect", "methods", "core", "errors"},
+    "cli": {
+        *("vtr", "evaluate", "inspect", "methods", "zoo", "video", "core"),
+        *("kernels", "compat", "errors"),
+    },
+    "__main__": {"cli"},
+}
+
+
+def sources(*folders: str) -> dict[str, str]:
+    """The Python files under folders of the repository: name of the module to source."""
+    found = {}
+    for file in sorted(f for folder in folders for f in (ROOT / folder).rglob("*.py")):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = file.read_text(encoding="utf-8")
+    return found
+
+
+def imports(source: str, known: Container[str]) -> set[str]:
+    """The modules among ``known`` that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the whole module"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner
+            # Of names that are no modules, the module that has them.
+            if any(name not in known for name in inner):
+                found.add(str(node.module))
+    return {name for name in found if name in known}
+
+
+def folder(module: str) -> str:
+    """The part of :data:`ALLOWED` that a module of vtr belongs to."""
+    parts = module.split(".")
+    if parts[1:3] == ["compat", "contracts"]:
+        return "contracts"
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def graph(files: Mapping[str, str]) -> dict[str, set[str]]:
+    """Each module of ``files`` (name to source) with the modules that it imports."""
+    return {name: imports(source, files) - {name} for name, source in files.items()}
+
+
+def forbidden(arrows: Mapping[str, set[str]]) -> list[str]:
+    """The imports between folders that :data:`ALLOWED` does not have."""
+    return [
+        f"{name} imports {other}: {folder(name)} may not import {folder(other)}"
+        for name, others in arrows.items()
+        for other in sorted(others)
+        if folder(other) not in {folder(name), *ALLOWED[folder(name)]}
+    ]
+
+
+def circle(arrows: Mapping[str, set[str]]) -> str:
+    """A circle of imports, in words; empty if there is no circle."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return " imports ".join(reversed(error.args[1]))
+    return ""
+
+
+@pytest.fixture(scope="module")
+def package() -> dict[str, str]:
+    return sources("vtr")
+
+
+def test_every_import_between_folders_is_in_the_list(package):
+    assert forbidden(graph(package)) == []
+
+
+def test_the_list_goes_one_way():
+    assert circle(ALLOWED) == ""
+
+
+def test_no_modules_import_each_other_in_a_circle(package):
+    assert circle(graph(package)) == ""
+
+
+def test_the_package_imports_nothing_that_is_not_installed(package):
+    beside = sources("recipes", "tests", "benchmarks", "examples")
+    for name, source in package.items():
+        assert not imports(source, beside), name
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("vtr.core.tokens", "from vtr.methods.fastv import FastV"),
+        ("vtr.kernels.masks", "if TYPE_CHECKING:\n    from vtr.core import site"),
+        ("vtr.methods.fastv", "def apply():\n    import vtr.api"),
+        ("vtr.evaluate.cells", "def draw():\n    from vtr import draw"),
+        ("vtr.vision.vlm", "class A:\n    def f(self):\n        from vtr.diffusion import adapter"),
+    ],
+)
+def test_a_planted_import_is_caught(package, module, line):
+    (found,) = forbidden(graph({**package, module: f"{package[module]}\n{line}\n"}))
+    assert found.startswith(f"{module} imports vtr")
+
+
+def test_a_planted_circle_is_caught(package):
+    source = package["vtr.errors"]
+    planted = {
+        **package,
+        "vtr.errors": f"{source}\ndef f():\n    from vtr.errors_more import g\n",
+        "vtr.errors_more": "if TYPE_CHECKING:\n    from vtr.errors import VtrError\n",
+    }
+    assert "vtr.errors_more" in circle(graph(planted))
+
+
+# ---- names of classes ---------------------------------------------------------------------------
+
+
+def shared_names(files: Mapping[str, str]) -> dict[str, list[str]]:
+    """Public classes of one name, with the modules that define them."""
+    found = defaultdict(list)
+    for name, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(name)
+    return {name: where for name, where in found.items() if len(where) > 1}
+
+
+def test_no_two_classes_share_a_name(package):
+    assert shared_names(package) == {}
+
+
+def test_a_planted_name_is_caught(package):
+    planted = {**package, "vtr.errors": "class Trace:\n    pass\n"}
+    assert shared_names(planted)["Trace"] == ["vtr.core.trace", "vtr.errors"]

@@ -1,0 +1,84 @@
+"""``vtr methods`` and ``vtr supported``: which methods there are, and which work on a model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from vtr.cli import shared
+from vtr.zoo import loading
+
+
+def methods(
+    presets: Annotated[
+        bool, typer.Option("--presets", help="list the published settings instead")
+    ] = False,
+    as_json: shared.JsonOption = False,
+) -> None:
+    """List every method: paper, sites, signals, options; or its published settings."""
+    import vtr
+
+    if presets:
+        _presets(as_json)
+        return
+    rows = vtr.methods()
+    if as_json:
+        print(json.dumps([vars(r) for r in rows], indent=2))
+        return
+    table = Table(title="methods", show_lines=True)
+    for column in ("name", "paper, options, signals", "sites", "training"):
+        table.add_column(column, no_wrap=column == "name")
+    for r in rows:
+        about = f"{escape(r.paper)}\n[dim]options: {', '.join(r.options)}"
+        about += f"\nreads: {', '.join(r.needs)}" if r.needs else ""
+        table.add_row(r.name, about, ", ".join(r.sites), r.training)
+    shared.console.print(table)
+
+
+def _presets(as_json: bool) -> None:
+    from vtr.core.registry import with_presets
+
+    made: dict[str, dict[str, Any]] = {k: cls.presets() for k, cls in with_presets().items()}
+    if as_json:
+        print(
+            json.dumps(
+                {k: {p: m.to_dict() for p, m in v.items()} for k, v in made.items()}, indent=2
+            )
+        )
+        return
+    table = Table(title="published settings: METHOD:preset=NAME", show_lines=False)
+    for column in ("method", "preset", "is"):
+        table.add_column(column, overflow="fold")
+    for name, found in made.items():
+        for preset, method in found.items():
+            table.add_row(name, preset, escape(str(method)))
+        table.add_section()
+    shared.console.print(table)
+
+
+def supported(model: shared.ModelArgument, as_json: shared.JsonOption = False) -> None:
+    """Say which methods work on a model, and why the others do not."""
+    import vtr
+
+    net = _skeleton(model)
+    rows = vtr.supported(net)
+    if as_json:
+        print(json.dumps([vars(r) for r in rows], indent=2))
+        return
+    table = Table(title=model)
+    for column in ("method", "works", "why not, or what for"):
+        table.add_column(column, no_wrap=column == "method")
+    for r in rows:
+        table.add_row(r.name, "yes" if r.supported else "no", escape(r.reason or r.note))
+    shared.console.print(table)
+
+
+def _skeleton(model: str) -> Any:
+    """A model for what only asks about its form: a vision-language model without weights."""
+    if loading.is_vlm(model):
+        return loading.vlm_skeleton(loading.find_vlm(model))
+    return loading.load_encoder(model)
