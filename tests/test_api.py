@@ -208,6 +208,7 @@ def test_handles_of_a_model() -> None:
 
 def test_importing_is_cheap_and_pulls_in_no_model_library() -> None:
     heavy = [
+        "torch._dynamo",
         "transformers",
         "timm",
         "diffusers",

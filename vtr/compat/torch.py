@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,19 @@ def kind_of(module: Any) -> type:
         if not any(base.__name__ == "FSDPModule" for base in cls.__mro__):
             return cls
     return type(module)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Mark a function whose result a compiled graph takes as a constant.
+
+    The same as ``torch.compiler.assume_constant_result``, which imports the compiler (seconds) to set
+    one attribute.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def forget_compiled() -> None:

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from vtr.compat.torch import graph_maker
+from vtr.compat.torch import constant_in_graphs, graph_maker
 from vtr.kernels.precision import full_precision, lowers
 
 # Score elements per tile and thread: 1 MiB of float32, which stays in a core's second-level cache.
@@ -122,7 +122,7 @@ def _half_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _sums_in_float32(dtype: torch.dtype) -> bool:
     """Whether cuBLAS does so; ROCm has no such product, and users may allow sums in float16."""
     settings = torch.backends.cuda.matmul
@@ -130,7 +130,7 @@ def _sums_in_float32(dtype: torch.dtype) -> bool:
     return torch.version.hip is None and not lowered
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _lowers_float32() -> bool:
     """Whether the user allows TF32 in torch's products, which keeps 10 bits of the factors' 23."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -43,5 +43,10 @@ CONTRACT = (
         "vtr/kernels/flex.py",
         takes=("block_mask", "scale", "enable_gqa", "return_aux|return_lse"),
     ),
+    Expectation(
+        "torch._dynamo.decorators:assume_constant_result",
+        "vtr/compat/torch.py",
+        calls=("_dynamo_marked_constant",),
+    ),
     Expectation("torch.nn:Module._replicate_for_data_parallel", "vtr/core/wrapping.py", calls=("_is_replica",)),
 )  # fmt: skip
