@@ -6,7 +6,6 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -220,7 +219,7 @@ def test_importing_is_cheap_and_pulls_in_no_model_library() -> None:
         "sklearn",
     ]
     code = (
-        "import torch, sys, time; t = time.process_time(); import vtr; vtr.methods(); vtr.ToMe; "
+        "import torch, sys, time; t = time.process_time(); import vtr; vtr.list_methods(); vtr.ToMe; "
         f"print(time.process_time() - t, [m for m in {heavy!r} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -245,18 +244,35 @@ def test_public_names_resolve() -> None:
 
 
 def test_type_checkers_see_every_public_name() -> None:
-    source = Path(str(vtr.__file__)).read_text()
-    (written,) = [
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    """A checker reads the stub; `python recipes/public_names.py` writes it."""
+    from recipes.public_names import stub
+
+    written = Path(str(vtr.__file__)).with_suffix(".pyi").read_text()
+    assert written == stub(), "run: python recipes/public_names.py"
+    names = [
+        alias.asname
+        for node in ast.parse(written).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     ]
-    names = ast.literal_eval(written)  # a checker reads a list of strings and nothing else
-    assert sorted(names) == sorted([*vtr._PUBLIC, "__version__"])
+    assert sorted(n for n in names if n) == sorted([*vtr._PUBLIC, *vtr._PACKAGES])
 
 
-def test_methods_stays_a_function_after_the_package_is_imported() -> None:
-    import vtr.methods as package
+def test_one_table_lists_the_methods() -> None:
+    """The registry of a new process holds the classes of the table, and every file is in it."""
+    code = (
+        "import vtr; from vtr.methods import TABLE\n"
+        "found = vtr.list_methods(); names = [m.cls for m in found]\n"
+        "assert sorted(names) == sorted(TABLE), names\n"
+        "assert set(TABLE) <= set(vtr.__all__) and all(getattr(vtr, n).name for n in TABLE)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    files = {f.stem for f in Path(str(vtr.methods.__file__)).parent.glob("*.py")}
+    assert files - {"__init__", "base"} == set(vtr.methods.TABLE.values())
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        vtr.methods.Nothing  # noqa: B018
 
-    rows: Any = vtr.methods()
-    assert [r.name for r in rows] == [r.name for r in package()]
+
+def test_methods_is_a_package() -> None:
+    assert not callable(vtr.methods) and vtr.methods.FastV is vtr.FastV
+    assert "FastV" in dir(vtr.methods)

@@ -35,7 +35,7 @@ import torch
 before = set(sys.modules)
 import vtr
 vtr.apply, vtr.supported, vtr.Handle, vtr.TokenMap, vtr.Plan, vtr.ToMe(r=8)
-assert vtr.methods()
+assert vtr.list_methods()
 try:
     vtr.apply(torch.nn.Linear(2, 2), "evit")
 except vtr.UnsupportedModelError:

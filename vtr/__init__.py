@@ -8,24 +8,27 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from vtr.methods import TABLE
 
 __version__ = "0.1.0"
 
-# Public name -> module. Resolved on first use, so that `import vtr` stays cheap.
+# Public name -> module. Resolved on first use, so that `import vtr` stays cheap. Type checkers read the same
+# names in __init__.pyi, which `python recipes/public_names.py` writes.
 _PUBLIC = {
     "apply": "vtr.api",
     "handles": "vtr.api",
     "Handle": "vtr.api",
-    "methods": "vtr.api",
+    "list_methods": "vtr.api",
     "register_adapter": "vtr.core.adapters",
     "supported": "vtr.api",
     "create": "vtr.core.registry",
+    "register": "vtr.core.registry",
     "Method": "vtr.core.method",
     "Reduction": "vtr.core.method",
     "Stage": "vtr.core.method",
     "TokenMethod": "vtr.core.method",
-    "register": "vtr.core.registry",
     "Site": "vtr.core.site",
     "ModelInfo": "vtr.core.site",
     "TokenMap": "vtr.core.tokens",
@@ -37,152 +40,12 @@ _PUBLIC = {
     "MissingDependencyError": "vtr.errors",
     "UnsupportedModelError": "vtr.errors",
     "UnsupportedMethodError": "vtr.errors",
-    "CLSAttention": "vtr.methods.cls_attention",
-    "EViT": "vtr.methods.evit",
-    "Debias": "vtr.methods.debias",
-    "DivPrune": "vtr.methods.divprune",
-    "Downsample": "vtr.methods.downsample",
-    "FastV": "vtr.methods.fastv",
-    "PyramidDrop": "vtr.methods.pyramiddrop",
-    "SparseVLM": "vtr.methods.sparsevlm",
-    "VFlowOpt": "vtr.methods.vflowopt",
-    "VisionZip": "vtr.methods.visionzip",
-    "VTCCLS": "vtr.methods.vtc_cls",
-    "FlowCut": "vtr.methods.flowcut",
-    "DyCoke": "vtr.methods.dycoke",
-    "EVS": "vtr.methods.evs",
-    "FastVID": "vtr.methods.fastvid",
-    "FrameFusion": "vtr.methods.framefusion",
-    "HoliTom": "vtr.methods.holitom",
-    "UniformFrames": "vtr.methods.uniform_frames",
-    "VideoToMe": "vtr.methods.video_tome",
-    "PruneVid": "vtr.methods.prunevid",
-    "RadialAttention": "vtr.methods.radial",
-    "Random": "vtr.methods.random",
-    "ToFe": "vtr.methods.tofe",
-    "ToMe": "vtr.methods.tome",
-    "ToMeSD": "vtr.methods.tomesd",
-    "NeighborhoodAttention": "vtr.methods.neighborhood",
-    "OwnFrame": "vtr.methods.random_sparse",
-    "RandomSparse": "vtr.methods.random_sparse",
-    "RectifiedSparse": "vtr.methods.rectified",
-    "Rettention": "vtr.methods.rettention",
-    "SlidingTile": "vtr.methods.sliding_tile",
+    **{name: f"vtr.methods.{module}" for name, module in TABLE.items()},
 }
 
-_PACKAGES = frozenset({"evaluate", "kernels", "train", "video", "zoo"})
+_PACKAGES = frozenset({"evaluate", "kernels", "methods", "testing", "train", "video", "zoo"})
 
-# Written out: a type checker reads nothing else.
-__all__ = [
-    "EVS",
-    "VTCCLS",
-    "CLSAttention",
-    "Debias",
-    "DivPrune",
-    "Downsample",
-    "DyCoke",
-    "EViT",
-    "FastV",
-    "FastVID",
-    "FlowCut",
-    "FrameFusion",
-    "Handle",
-    "HoliTom",
-    "Method",
-    "MissingDependencyError",
-    "ModelInfo",
-    "NeighborhoodAttention",
-    "OwnFrame",
-    "Plan",
-    "PruneVid",
-    "PyramidDrop",
-    "RadialAttention",
-    "Random",
-    "RandomSparse",
-    "RectifiedSparse",
-    "Reduction",
-    "Rettention",
-    "Site",
-    "SlidingTile",
-    "SparseVLM",
-    "Stage",
-    "ToFe",
-    "ToMe",
-    "ToMeSD",
-    "TokenMap",
-    "TokenMethod",
-    "Trace",
-    "UniformFrames",
-    "UnsupportedMethodError",
-    "UnsupportedModelError",
-    "VFlowOpt",
-    "VideoToMe",
-    "VisionZip",
-    "VtrError",
-    "__version__",
-    "apply",
-    "create",
-    "draw",
-    "handles",
-    "methods",
-    "profile",
-    "register",
-    "register_adapter",
-    "supported",
-]
-
-if TYPE_CHECKING:
-    from vtr import evaluate as evaluate
-    from vtr import kernels as kernels
-    from vtr import train as train
-    from vtr import video as video
-    from vtr import zoo as zoo
-    from vtr.api import Handle, apply, handles, methods, supported
-    from vtr.core.adapters import register_adapter
-    from vtr.core.method import Method, Reduction, Stage, TokenMethod
-    from vtr.core.plan import Plan
-    from vtr.core.registry import create, register
-    from vtr.core.site import ModelInfo, Site
-    from vtr.core.tokens import TokenMap
-    from vtr.core.trace import Trace
-    from vtr.errors import (
-        MissingDependencyError,
-        UnsupportedMethodError,
-        UnsupportedModelError,
-        VtrError,
-    )
-    from vtr.inspect.drawing import draw
-    from vtr.inspect.profile import profile
-    from vtr.methods.cls_attention import CLSAttention
-    from vtr.methods.debias import Debias
-    from vtr.methods.divprune import DivPrune
-    from vtr.methods.downsample import Downsample
-    from vtr.methods.dycoke import DyCoke
-    from vtr.methods.evit import EViT
-    from vtr.methods.evs import EVS
-    from vtr.methods.fastv import FastV
-    from vtr.methods.fastvid import FastVID
-    from vtr.methods.flowcut import FlowCut
-    from vtr.methods.framefusion import FrameFusion
-    from vtr.methods.holitom import HoliTom
-    from vtr.methods.neighborhood import NeighborhoodAttention
-    from vtr.methods.prunevid import PruneVid
-    from vtr.methods.pyramiddrop import PyramidDrop
-    from vtr.methods.radial import RadialAttention
-    from vtr.methods.random import Random
-    from vtr.methods.random_sparse import OwnFrame, RandomSparse
-    from vtr.methods.rectified import RectifiedSparse
-    from vtr.methods.rettention import Rettention
-    from vtr.methods.sliding_tile import SlidingTile
-    from vtr.methods.sparsevlm import SparseVLM
-    from vtr.methods.tofe import ToFe
-    from vtr.methods.tome import ToMe
-    from vtr.methods.tomesd import ToMeSD
-    from vtr.methods.uniform_frames import UniformFrames
-    from vtr.methods.vflowopt import VFlowOpt
-    from vtr.methods.video_tome import VideoToMe
-    from vtr.methods.visionzip import VisionZip
-    from vtr.methods.vtc_cls import VTCCLS
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 
 def __getattr__(name: str) -> Any:

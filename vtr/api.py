@@ -235,8 +235,8 @@ class MethodInfo:
     options: tuple[str, ...]
 
 
-def methods() -> list[MethodInfo]:
-    """Every registered method: name, paper, sites, signals it needs, whether it needs training."""
+def list_methods() -> list[MethodInfo]:
+    """List every registered method: name, paper, sites, signals it needs, whether it needs training."""
     return [
         MethodInfo(
             name,

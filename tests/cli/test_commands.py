@@ -42,10 +42,10 @@ def photo(tmp_path):
 def test_methods_lists_every_registered_method(run):
     status, out, _ = run("methods")
     assert status == 0
-    for info in vtr.methods():
+    for info in vtr.list_methods():
         assert info.name in out
     status, out, _ = run("methods", "--json")
-    assert {row["name"] for row in json.loads(out)} == {info.name for info in vtr.methods()}
+    assert {row["name"] for row in json.loads(out)} == {info.name for info in vtr.list_methods()}
 
 
 def test_methods_lists_published_settings(run):

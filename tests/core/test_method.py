@@ -104,7 +104,7 @@ def test_every_method_is_a_frozen_value(name: str) -> None:
 
 
 def test_the_table_of_methods() -> None:
-    rows = {row.name: row for row in vtr.methods()}
+    rows = {row.name: row for row in vtr.list_methods()}
     assert list(rows) == list(registry())
     assert rows["evit"].cls == "EViT" and "2202.07800" in rows["evit"].paper
     assert rows["evit"].needs == ("cls_attention",) and "keep" in rows["evit"].options

@@ -25,7 +25,7 @@ def methods(
     if presets:
         _presets(as_json)
         return
-    rows = vtr.methods()
+    rows = vtr.list_methods()
     if as_json:
         print(json.dumps([vars(r) for r in rows], indent=2))
         return

@@ -34,9 +34,10 @@ def register(cls: M) -> M:
 
 
 def registry() -> dict[str, type[Method]]:
-    """All registered methods by name (imports :mod:`vtr.methods`)."""
-    import vtr.methods  # noqa: F401
+    """All registered methods by name, those of :data:`vtr.methods.TABLE` among them."""
+    from vtr.methods import load
 
+    load()
     return dict(sorted(_REGISTRY.items()))
 
 

@@ -1,87 +1,67 @@
-"""One file per published method. Importing this package registers them all.
+"""One file per published method, listed in :data:`TABLE`.
 
-``vtr.methods`` is also the function that lists them: the package can be called.
+Authors of methods import :mod:`vtr.methods.base`. Nothing is loaded before it is used.
 """
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
+import importlib
 from typing import Any
 
-from vtr.methods.cls_attention import CLSAttention
-from vtr.methods.debias import Debias
-from vtr.methods.divprune import DivPrune
-from vtr.methods.downsample import Downsample
-from vtr.methods.dycoke import DyCoke
-from vtr.methods.evit import EViT
-from vtr.methods.evs import EVS
-from vtr.methods.fastv import FastV
-from vtr.methods.fastvid import FastVID
-from vtr.methods.flowcut import FlowCut
-from vtr.methods.framefusion import FrameFusion
-from vtr.methods.holitom import HoliTom
-from vtr.methods.neighborhood import NeighborhoodAttention
-from vtr.methods.prunevid import PruneVid
-from vtr.methods.pyramiddrop import PyramidDrop
-from vtr.methods.radial import RadialAttention
-from vtr.methods.random import Random
-from vtr.methods.random_sparse import OwnFrame, RandomSparse
-from vtr.methods.rectified import RectifiedSparse
-from vtr.methods.rettention import Rettention
-from vtr.methods.sliding_tile import SlidingTile
-from vtr.methods.sparsevlm import SparseVLM
-from vtr.methods.tofe import ToFe
-from vtr.methods.tome import ToMe
-from vtr.methods.tomesd import ToMeSD
-from vtr.methods.uniform_frames import UniformFrames
-from vtr.methods.vflowopt import VFlowOpt
-from vtr.methods.video_tome import VideoToMe
-from vtr.methods.visionzip import VisionZip
-from vtr.methods.vtc_cls import VTCCLS
+TABLE: dict[str, str] = {
+    "CLSAttention": "cls_attention",
+    "Debias": "debias",
+    "DivPrune": "divprune",
+    "Downsample": "downsample",
+    "DyCoke": "dycoke",
+    "EVS": "evs",
+    "EViT": "evit",
+    "FastV": "fastv",
+    "FastVID": "fastvid",
+    "FlowCut": "flowcut",
+    "FrameFusion": "framefusion",
+    "HoliTom": "holitom",
+    "NeighborhoodAttention": "neighborhood",
+    "OwnFrame": "random_sparse",
+    "PruneVid": "prunevid",
+    "PyramidDrop": "pyramiddrop",
+    "RadialAttention": "radial",
+    "Random": "random",
+    "RandomSparse": "random_sparse",
+    "RectifiedSparse": "rectified",
+    "Rettention": "rettention",
+    "SlidingTile": "sliding_tile",
+    "SparseVLM": "sparsevlm",
+    "ToFe": "tofe",
+    "ToMe": "tome",
+    "ToMeSD": "tomesd",
+    "UniformFrames": "uniform_frames",
+    "VFlowOpt": "vflowopt",
+    "VTCCLS": "vtc_cls",
+    "VideoToMe": "video_tome",
+    "VisionZip": "visionzip",
+}
+"""The class of every method, and its module in this package.
 
-__all__ = [
-    "EVS",
-    "VTCCLS",
-    "CLSAttention",
-    "Debias",
-    "DivPrune",
-    "Downsample",
-    "DyCoke",
-    "EViT",
-    "FastV",
-    "FastVID",
-    "FlowCut",
-    "FrameFusion",
-    "HoliTom",
-    "NeighborhoodAttention",
-    "OwnFrame",
-    "PruneVid",
-    "PyramidDrop",
-    "RadialAttention",
-    "Random",
-    "RandomSparse",
-    "RectifiedSparse",
-    "Rettention",
-    "SlidingTile",
-    "SparseVLM",
-    "ToFe",
-    "ToMe",
-    "ToMeSD",
-    "UniformFrames",
-    "VFlowOpt",
-    "VideoToMe",
-    "VisionZip",
-]
+The one list of methods: public names, command line, tables of the documentation and tests derive from it.
+"""
+
+__all__ = ["TABLE", "load", *TABLE]
 
 
-class _Callable(ModuleType):
-    """`vtr.methods()` is public, and importing the package of that name would hide it."""
-
-    def __call__(self) -> list[Any]:
-        from vtr.api import methods
-
-        return methods()
+def load() -> None:
+    """Import every module of :data:`TABLE`, which registers the methods."""
+    for name in TABLE:
+        getattr(importlib.import_module(f"vtr.methods.{TABLE[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Callable
+def __getattr__(name: str) -> Any:
+    if name not in TABLE:
+        raise AttributeError(f"module 'vtr.methods' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"vtr.methods.{TABLE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *TABLE])

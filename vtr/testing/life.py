@@ -9,8 +9,8 @@ import torch
 
 import vtr
 from vtr.testing.maps import check_trace
-from vtr.testing.remains import Facts, ours
 from vtr.testing.models.blocks import layers_of
+from vtr.testing.remains import Facts, ours
 from vtr.testing.trial import Probe, Trial, close, equal, instead, lowered, require
 
 

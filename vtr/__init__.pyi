@@ -1,0 +1,66 @@
+# Written by `python recipes/public_names.py`; a test compares it with vtr._PUBLIC.
+
+from vtr import evaluate as evaluate
+from vtr import kernels as kernels
+from vtr import methods as methods
+from vtr import testing as testing
+from vtr import train as train
+from vtr import video as video
+from vtr import zoo as zoo
+from vtr.api import Handle as Handle
+from vtr.api import apply as apply
+from vtr.api import handles as handles
+from vtr.api import list_methods as list_methods
+from vtr.api import supported as supported
+from vtr.core.adapters import register_adapter as register_adapter
+from vtr.core.method import Method as Method
+from vtr.core.method import Reduction as Reduction
+from vtr.core.method import Stage as Stage
+from vtr.core.method import TokenMethod as TokenMethod
+from vtr.core.plan import Plan as Plan
+from vtr.core.registry import create as create
+from vtr.core.registry import register as register
+from vtr.core.site import ModelInfo as ModelInfo
+from vtr.core.site import Site as Site
+from vtr.core.tokens import TokenMap as TokenMap
+from vtr.core.trace import Trace as Trace
+from vtr.errors import MissingDependencyError as MissingDependencyError
+from vtr.errors import UnsupportedMethodError as UnsupportedMethodError
+from vtr.errors import UnsupportedModelError as UnsupportedModelError
+from vtr.errors import VtrError as VtrError
+from vtr.inspect.drawing import draw as draw
+from vtr.inspect.profile import profile as profile
+from vtr.methods.cls_attention import CLSAttention as CLSAttention
+from vtr.methods.debias import Debias as Debias
+from vtr.methods.divprune import DivPrune as DivPrune
+from vtr.methods.downsample import Downsample as Downsample
+from vtr.methods.dycoke import DyCoke as DyCoke
+from vtr.methods.evit import EViT as EViT
+from vtr.methods.evs import EVS as EVS
+from vtr.methods.fastv import FastV as FastV
+from vtr.methods.fastvid import FastVID as FastVID
+from vtr.methods.flowcut import FlowCut as FlowCut
+from vtr.methods.framefusion import FrameFusion as FrameFusion
+from vtr.methods.holitom import HoliTom as HoliTom
+from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
+from vtr.methods.prunevid import PruneVid as PruneVid
+from vtr.methods.pyramiddrop import PyramidDrop as PyramidDrop
+from vtr.methods.radial import RadialAttention as RadialAttention
+from vtr.methods.random import Random as Random
+from vtr.methods.random_sparse import OwnFrame as OwnFrame
+from vtr.methods.random_sparse import RandomSparse as RandomSparse
+from vtr.methods.rectified import RectifiedSparse as RectifiedSparse
+from vtr.methods.rettention import Rettention as Rettention
+from vtr.methods.sliding_tile import SlidingTile as SlidingTile
+from vtr.methods.sparsevlm import SparseVLM as SparseVLM
+from vtr.methods.tofe import ToFe as ToFe
+from vtr.methods.tome import ToMe as ToMe
+from vtr.methods.tomesd import ToMeSD as ToMeSD
+from vtr.methods.uniform_frames import UniformFrames as UniformFrames
+from vtr.methods.vflowopt import VFlowOpt as VFlowOpt
+from vtr.methods.video_tome import VideoToMe as VideoToMe
+from vtr.methods.visionzip import VisionZip as VisionZip
+from vtr.methods.vtc_cls import VTCCLS as VTCCLS
+
+__version__: str
+__all__: list[str]
