@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import re
 from functools import partial
 from typing import Any, TypeVar
@@ -35,9 +36,7 @@ def register(cls: M) -> M:
 
 def registry() -> dict[str, type[Method]]:
     """All registered methods by name, those of :data:`vtr.methods.TABLE` among them."""
-    from vtr.methods import load
-
-    load()
+    importlib.import_module("vtr.methods").load()  # by its name: core knows no method
     return dict(sorted(_REGISTRY.items()))
 
 
