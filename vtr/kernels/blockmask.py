@@ -106,7 +106,7 @@ class BlockMask:
         maps = flat.view(-1, nq, nk)
         p, r, c = maps.nonzero(as_tuple=True)
         tile = torch.full_like(c, -1)
-        return cls._finish(
+        return cls.from_entries(
             q_len, k_len, (bm, bn), pattern, maps.shape[0], p * nq + r, c, tile,
             torch.zeros(0, bm, bn, dtype=torch.bool, device=blocks.device),
         )  # fmt: skip
@@ -143,7 +143,7 @@ class BlockMask:
         cut_out = tokens[p[part], r[part], c[part]]
         first, classes = _csr.unique_rows(cut_out.flatten(1))
         tile[part] = classes
-        return cls._finish(
+        return cls.from_entries(
             q_len, k_len, (bm, bn), pattern, count, p * nq + r, c, tile, cut_out[first]
         )
 
@@ -182,13 +182,13 @@ class BlockMask:
         keep = torch.ones_like(partial)
         keep[partial] = tokens.flatten(1).any(1)
         pattern = torch.arange(batch * heads, device=num.device, dtype=torch.int32)
-        return cls._finish(
+        return cls.from_entries(
             q_len, k_len, (bm, bn), pattern.view(batch, heads), batch * heads,
             row[keep], col[keep], tile[keep], tokens[first],
         )  # fmt: skip
 
     @classmethod
-    def _finish(
+    def from_entries(
         cls, q_len: int, k_len: int, block: tuple[int, int], pattern: Tensor, patterns: int,
         row: Tensor, col: Tensor, tile: Tensor, tiles: Tensor,
     ) -> BlockMask:  # fmt: skip
@@ -313,7 +313,7 @@ class BlockMask:
         """Queries and keys exchanged: ``mask.transpose().to_dense() == mask.to_dense().mT``."""
         nq, nk = self.grid
         made = _csr.transpose(self.csr, self.patterns, nq, nk)
-        return BlockMask._finish(
+        return BlockMask.from_entries(
             self.k_len, self.q_len, self.block[::-1], self.pattern, self.patterns,
             _csr.row_of(made), made.col.long(), made.tile.long(), self.tiles.transpose(1, 2),
         )  # fmt: skip
@@ -358,7 +358,7 @@ class BlockMask:
                 rows.append(torch.full_like(live, p * nq + r))
         every = torch.cat(tiles)
         first, classes = _csr.unique_rows(every.flatten(1))
-        return BlockMask._finish(
+        return BlockMask.from_entries(
             self.q_len, self.k_len, self.block, self.pattern, self.patterns,
             torch.cat(rows), torch.cat(cols), classes[torch.cat(ids)], every[first],
         )  # fmt: skip

@@ -4,16 +4,25 @@ Each says at token level which keys a query sees, and is built block by block wi
 token-level map of the sequence. All are made on the CPU; ``mask.to(device)`` moves one.
 """
 
-from vtr.kernels.masks.bands import band, frame_band, spatial, temporal, temporal_order
+from vtr.kernels.masks.bands import (
+    band,
+    frame_band,
+    frame_window,
+    spatial,
+    temporal,
+    temporal_order,
+)
 from vtr.kernels.masks.build import exact
 from vtr.kernels.masks.chance import random
 from vtr.kernels.masks.grids import neighborhood, sliding_tile, tile_order
 from vtr.kernels.masks.radial import radial
+from vtr.kernels.masks.text import with_text
 
 __all__ = [
     "band",
     "exact",
     "frame_band",
+    "frame_window",
     "neighborhood",
     "radial",
     "random",
@@ -22,4 +31,5 @@ __all__ = [
     "temporal",
     "temporal_order",
     "tile_order",
+    "with_text",
 ]

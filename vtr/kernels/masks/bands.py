@@ -66,6 +66,23 @@ def frame_band(
 
 
 @on_cpu
+def frame_window(frames: int, tokens_per_frame: int, radius: int, *, block: int = 128) -> BlockMask:
+    """All keys of the frames at most ``radius`` frames away."""
+    positive(frames=frames, tokens_per_frame=tokens_per_frame)
+    not_negative(radius=radius)
+    total = frames * tokens_per_frame
+    frame = torch.arange(total, device="cpu") // tokens_per_frame
+
+    def rule(i: Tensor, j: Tensor) -> Tensor:
+        return (frame[i] - frame[j]).abs() <= radius
+
+    low, high = spans(frame, block)
+    maybe = torch.maximum(low[:, None] - high, low - high[:, None]) <= radius
+    surely = torch.maximum(high[:, None] - low, high - low[:, None]) <= radius
+    return exact(rule, total, total, block=block, maybe=maybe, surely=surely)
+
+
+@on_cpu
 def spatial(
     frames: int, tokens_per_frame: int, width: int, *, text: int = 0, block: int = 128
 ) -> BlockMask:

@@ -111,7 +111,7 @@ def exact(
         else torch.zeros(0, bm, bn, device="cpu").bool()
     )
     pattern = torch.zeros(1, 1, dtype=torch.int32, device="cpu")
-    return BlockMask._finish(q_len, k_len, (bm, bn), pattern, 1, row, col, tile, stack)
+    return BlockMask.from_entries(q_len, k_len, (bm, bn), pattern, 1, row, col, tile, stack)
 
 
 def spans(values: Tensor, block: int) -> tuple[Tensor, Tensor]:

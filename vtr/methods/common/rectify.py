@@ -232,7 +232,7 @@ def grid_and_text_mask(
     number = torch.where(partial, number, -1).expand(batch, columns)
     b, h, r, c = live.nonzero(as_tuple=True)
     pattern = torch.arange(batch * heads, device=device).view(batch, heads)
-    return BlockMask._finish(
+    return BlockMask.from_entries(
         tokens, keys, (block, block), pattern, batch * heads,
         (b * heads + h) * blocks + r, c, number[b, c], tiles,
     )  # fmt: skip
