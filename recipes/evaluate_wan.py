@@ -23,8 +23,8 @@ from torch import Tensor
 from vtr.evaluate import digit_judge
 from vtr.evaluate.generator import BATCH, measure
 from vtr.kernels import BlockMask
+from vtr.methods.base import Grid, MaskedAttention
 from vtr.methods.common.attention import AttentionMethod
-from vtr.methods.common.static import Layout, StaticSparse
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
@@ -38,7 +38,7 @@ KNOB = ("radial", "Re-ttention of it", "random")  # what is shown at other share
 
 
 @dataclass(frozen=True)
-class Nearest(StaticSparse):
+class Nearest(MaskedAttention):
     """The nearest key blocks of every query block, as many for each; no published method.
 
     Args:
@@ -53,12 +53,12 @@ class Nearest(StaticSparse):
     density: float = 0.25
     order: str = "radial"
 
-    def make_layout(self, site: AttentionSite) -> Layout:
-        frames, height, width = site.grid
+    def grid_mask(self, grid: Grid) -> BlockMask:
+        frames, height, width = grid
         per_frame = height * width // self.block
-        if per_frame * self.block != height * width or site.text:
+        if per_frame * self.block != height * width:
             raise ValueError(
-                f"this mask wants frames of whole blocks and no text: {height} x {width} tokens are "
+                f"this mask wants frames of whole blocks: {height} x {width} tokens are "
                 f"no multiple of {self.block}"
             )
         blocks = frames * per_frame
@@ -73,7 +73,7 @@ class Nearest(StaticSparse):
         live = torch.zeros(blocks, blocks, dtype=torch.bool)
         live.scatter_(1, cost.argsort(dim=1, stable=True)[:, :keep], True)
         total = frames * height * width
-        return Layout(BlockMask.from_blocks(live, q_len=total, k_len=total, block=self.block))
+        return BlockMask.from_blocks(live, q_len=total, k_len=total, block=self.block)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def cases(dense_steps: float, densities: tuple[float, ...] = DENSITIES) -> Itera
     # Windows that are whole tiles of 4 x 4 tokens, so that no block is cut.
     windows = {0.5: (3, 8, 12), 0.25: (3, 4, 12), 0.125: (5, 4, 4)}
     for density in densities:
-        radial: StaticSparse = Nearest(density=density, **common)
+        radial: MaskedAttention = Nearest(density=density, **common)
         if density == 0.5:  # the least that the method itself reaches on five frames
             radial = vtr.RadialAttention(decay=0.05, sink=False, **common)
         yield Case("radial", density, radial)

@@ -52,10 +52,10 @@ def test_joint_text_is_dense_wherever_it_stands(name: str) -> None:
     seen = []
 
     class Look(vtr.RadialAttention):
-        def make_layout(self, site: Any) -> Any:
-            layout = super().make_layout(site)
-            seen.append((site.text, site.text_first, layout.mask.to_dense()))
-            return layout
+        def sequence_mask(self, site: Any) -> Any:
+            made = super().sequence_mask(site)
+            seen.append((site.text, site.text_first, made.mask.to_dense()))
+            return made
 
     method = Look(block=16, decay=0.05, sink=False)
     with vtr.apply(model, method):
@@ -103,11 +103,8 @@ def test_the_densities_of_the_paper() -> None:
     for name, frames, want in (("wan2.1-14b", 18, 0.287), ("wan2.2", 20, 0.349),
                                ("hunyuanvideo", 30, 0.275)):  # fmt: skip
         method = vtr.RadialAttention.preset(name)
-
-        class Site:
-            grid, text, text_first = (frames, 48, 80), 0, False
-
-        assert method.make_layout(Site()).mask.density == pytest.approx(want, abs=6e-4)  # type: ignore[arg-type]
+        mask: Any = method.grid_mask((frames, 48, 80)).mask
+        assert mask(0).density == pytest.approx(want, abs=6e-4)
 
 
 def test_options_are_checked() -> None:

@@ -10,8 +10,8 @@ import torch
 from tests.methods.sites import Run, tensors
 from vtr.core.registry import registry
 from vtr.kernels import masks
+from vtr.methods.base import MaskedAttention
 from vtr.methods.common import rectify
-from vtr.methods.common.static import StaticSparse
 from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.radial import RadialAttention
 from vtr.methods.random_sparse import OwnFrame, RandomSparse
@@ -70,7 +70,7 @@ METHODS = {
 
 
 def test_every_method_with_a_mask_is_held_to_the_law():
-    static = {name for name, cls in registry().items() if issubclass(cls, StaticSparse)}
+    static = {name for name, cls in registry().items() if issubclass(cls, MaskedAttention)}
     assert static | {"rectified-sparse"} == {name.partition(",")[0] for name in METHODS}
 
 
@@ -91,8 +91,8 @@ def test_every_token_sees_itself(name, monkeypatch):
         first = draw.random() < 0.5 and "released" not in name
         qkv = tensors(grid, text, batch=1, heads=2, dim=2, seed=draw.randint(0, 99))
         site = Run(method, grid, text_first=first).site(qkv)
-        if isinstance(method, StaticSparse):
-            layout = method.make_layout(site)
+        if isinstance(method, MaskedAttention):
+            layout = method.sequence_mask(site)
             back = (
                 torch.arange(qkv[0].shape[2]) if layout.arranged is None else layout.arranged.back
             )

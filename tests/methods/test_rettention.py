@@ -180,7 +180,7 @@ def test_the_radial_mask():
     qkv = tensors(grid)
     run = Run(method, grid)
     run(qkv, 0)
-    seen = inner.layout(Run(inner, grid).site(qkv)).mask.to_dense()
+    seen = inner.sequence_mask(Run(inner, grid).site(qkv)).mask.to_dense()
     assert not seen.all()
     sparse, lse = attention(*qkv, seen, 0.25)
     expected = sparse * torch.exp(lse - attention(*qkv, torch.tensor(True), 0.25)[1])[..., None]
@@ -267,7 +267,7 @@ def test_the_bands_of_the_authors(grid, text, half):
     site = Run(Rettention(), grid, text_first=True).site(
         [torch.zeros(1, 1, torch.Size(grid).numel() + text, 1)] * 3
     )
-    mask = Rettention().make_layout(site).mask.to_dense()
+    mask = Rettention().sequence_mask(site).mask.to_dense()
     places, row = grid[1] * grid[2], 700
     band = torch.zeros(places, dtype=torch.bool)
     band[row - half : row + half + 1] = True

@@ -11,10 +11,12 @@ import torch
 from tests.methods.sites import TOLERANCE, Run, attention, tensors, visible
 from vtr.core.registry import create
 from vtr.kernels import masks
-from vtr.methods.common.static import compact_tile, fit_window, sparse
+from vtr.methods.base import masked_attention
+from vtr.methods.common.grid_windows import compact_tile, fit_window
+from vtr.methods.common.tiles import dividing_tile
 from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.random_sparse import OwnFrame, RandomSparse
-from vtr.methods.sliding_tile import SlidingTile, dividing_tile
+from vtr.methods.sliding_tile import SlidingTile
 
 GRID = (3, 5, 6)
 GRID_16 = ((5, 8, 8), 16)
@@ -83,11 +85,11 @@ def test_keeps_what_it_says(name, text_first, padded):
     seen = _with_text(grid_mask(), text, text_first)[None]
     seen = (seen & visible(GRID, text, text_first, valid, 2)[:, None])[:, None]
     expected, expected_lse = attention(*qkv, seen, 0.25)
-    out, lse = sparse(site, method.layout(site), return_lse=True)
+    out, lse = masked_attention(site, method.sequence_mask(site), return_lse=True)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
     scale = torch.rand(2, 4, 97)
-    scaled, _ = sparse(site, method.layout(site), row_scale=scale)
+    scaled, _ = masked_attention(site, method.sequence_mask(site), row_scale=scale)
     torch.testing.assert_close(scaled, out * scale[..., None], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(method.attend(site), out)
     assert 0 < run.notes["density"] <= 1
@@ -120,12 +122,12 @@ def test_random_blocks(text, density):
     method = RandomSparse(density=density, block=16)
     qkv = tensors((4, 6, 8), text, heads=3)
     runs = [Run(method, (4, 6, 8), layer=i) for i in range(2)]
-    first, second = (r.method.layout(r.site(qkv)).mask.to_dense(blocks=True) for r in runs)
+    first, second = (r.method.sequence_mask(r.site(qkv)).mask.to_dense(blocks=True) for r in runs)
     grid = first[0, :, :12, :12]
     assert (grid.sum(-1) == round(density * 12)).all() and grid[:, range(12), range(12)].all()
     assert not torch.equal(first, second) and not torch.equal(first[0, 0], first[0, 1])
     assert first[..., 12:].all() and first[..., 12:, :].all()
-    again = method.layout(Run(method, (4, 6, 8)).site(qkv)).mask
+    again = method.sequence_mask(Run(method, (4, 6, 8)).site(qkv)).mask
     assert torch.equal(again.to_dense(blocks=True), first)
 
 
@@ -157,9 +159,9 @@ def test_the_mask_is_made_once_per_size():
     class Counting(OwnFrame):
         made = 0
 
-        def make_layout(self, site):
+        def grid_mask(self, grid):
             Counting.made += 1
-            return super().make_layout(site)
+            return super().grid_mask(grid)
 
     run = Run(Counting(block=16), GRID)
     for step in range(3):
@@ -173,13 +175,13 @@ def test_masks_of_sizes_that_are_gone_are_let_go():
     """Where the text is as long as its prompt, every prompt has a mask of its own."""
     run = Run(OwnFrame(block=16), GRID)
     for text in range(20):
-        run.method.layout(run.site(tensors(GRID, text, batch=1, heads=1)))
+        run.method.sequence_mask(run.site(tensors(GRID, text, batch=1, heads=1)))
     held = run.shared["vtr.size"]
     assert len(held) == 20, "in one run (prompts of a batch) every one comes again"
     for text in range(20, 23):
         site = run.site(tensors(GRID, text, batch=1, heads=1))
         site.call.run = text
-        run.method.layout(site)
+        run.method.sequence_mask(site)
         assert len(held) == 16
 
 
@@ -202,7 +204,7 @@ def test_filled_tiles_cost_what_their_window_holds(grid, block):
     assert math.prod(tile) <= block and math.prod(tiles) * block <= 1.1 * math.prod(grid)
     method = SlidingTile(window=0.25, block=block)
     q = torch.zeros(1, 1, math.prod(grid), 1)
-    layout = method.layout(Run(method, grid).site([q, q, q]))
+    layout = method.sequence_mask(Run(method, grid).site([q, q, q]))
     window = math.prod(fit_window(0.25, tiles)) / math.prod(tiles)
     assert layout.density <= 1.21 * window
 
@@ -229,7 +231,7 @@ def test_a_window_of_a_share(counts, share):
 def test_the_settings_of_the_papers_have_whole_blocks(method, share):
     """On 30 x 48 x 80 tokens: as much work as the window holds, and not one partial block."""
     q = torch.zeros(1, 1, 30 * 48 * 80, 1)
-    mask = method.make_layout(Run(method, (30, 48, 80)).site([q, q, q])).mask
+    mask = method.sequence_mask(Run(method, (30, 48, 80)).site([q, q, q])).mask
     assert mask.density == pytest.approx(share, abs=1e-6)
     assert not bool((mask.tile >= 0).any())
 

@@ -50,7 +50,7 @@ def test_the_own_frame_is_all_that_own_frame_sees(pipe):
 
 def test_the_nearest_blocks_want_whole_blocks():
     with pytest.raises(ValueError, match="no multiple of 128"):
-        Nearest(block=128).make_layout(SimpleNamespace(grid=(5, 8, 10), text=0))
+        Nearest(block=128).grid_mask((5, 8, 10))
 
 
 def test_the_top_of_the_dense_map_is_the_blocks_with_the_most_attention():

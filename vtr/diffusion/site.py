@@ -135,6 +135,15 @@ class AttentionSite(_InCall):
         """Index of the first image or video token in the sequence."""
         return self.text if self.call.text_first else 0
 
+    @property
+    def valid_mask(self) -> Tensor:
+        """(B, S) bool, False for padding of the text in the joint sequence."""
+        text = self.text_valid
+        rest = torch.ones(self.q.shape[0], self.tokens, dtype=torch.bool, device=self.q.device)
+        if text is None:
+            text = rest.new_ones(self.q.shape[0], self.text)
+        return torch.cat([text, rest] if self.call.text_first else [rest, text], 1)
+
     def dense(self, return_lse: bool = False) -> Any:
         """What the model computes unwrapped, (B, H, S, D): the same call on the same layout.
 
@@ -181,7 +190,8 @@ class AttentionSite(_InCall):
             raise ValueError(
                 f"the mask is for {mask.q_len} x {mask.k_len} tokens, attention layer {self.layer} "
                 f"has {length}: {frames} x {height} x {width} of the image or video and {self.text} "
-                "of text; build it from site.grid and site.text"
+                "of text. A method whose mask follows from the grid derives from MaskedAttention and "
+                "writes grid_mask(grid): the base adds the text"
             )
         return self._attend(mask, row_scale, return_lse, **more)
 
@@ -225,11 +235,8 @@ class AttentionSite(_InCall):
             return mask
 
         def make() -> tuple[BlockMask, BlockMask]:
-            if valid is None:
-                return mask, mask.to(device)
-            rest = valid.new_ones(valid.shape[0], self.tokens)
-            parts = (valid, rest) if self.call.text_first else (rest, valid)
-            return mask, without_keys(mask.to(device), torch.cat(parts, 1))
+            here = mask.to(device)
+            return mask, here if valid is None else without_keys(here, self.valid_mask)
 
         # The mask is kept with what was made of it: its number is only its own while it lives.
         made: BlockMask = self.for_text(("vtr.local", int(mask.ident), str(device)), make)[1]

@@ -3,7 +3,10 @@
 Bases, from the least to write to the most:
 
 - :class:`TokenMethod`: decides which visual tokens a model computes with, in ``reduce(site)``.
-- :class:`AttentionMethod`: decides what an attention call of a diffusion transformer computes.
+- :class:`AttentionMethod`: decides what an attention call of a diffusion transformer computes, in
+  ``attend(site)``.
+- :class:`MaskedAttention`: an attention method whose mask follows from the grid of tokens. You write
+  ``grid_mask(grid)`` alone.
 
 A method is a frozen dataclass, decorated with :func:`register` (outermost) and
 ``@dataclass(frozen=True)``. Everything else here is used by them: budgets (``Keep`` and the checks of
@@ -33,16 +36,27 @@ from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods.common.attention import AttentionMethod
+from vtr.methods.common.masked import (
+    Grid,
+    GridMask,
+    MaskedAttention,
+    SequenceMask,
+    masked_attention,
+)
 
 __all__ = [
     "AttentionMethod",
     "CacheSite",
+    "Grid",
+    "GridMask",
     "Keep",
     "LanguageSite",
+    "MaskedAttention",
     "Method",
     "ModelInfo",
     "Presets",
     "Reduction",
+    "SequenceMask",
     "Site",
     "Stage",
     "TokenMap",
@@ -56,6 +70,7 @@ __all__ = [
     "counts",
     "fit_layers",
     "geometric",
+    "masked_attention",
     "register",
     "spread",
     "take",

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from vtr.core.presets import Presets
-from vtr.core.registry import register
 from vtr.kernels import masks
-from vtr.methods.common.order import arrange, grid_order
-from vtr.methods.common.static import (
-    Layout,
-    StaticSparse,
-    Window,
-    check_window,
-    compact_tile,
-    fit_window,
-)
-
-if TYPE_CHECKING:
-    from vtr.diffusion.site import AttentionSite
+from vtr.methods.base import Grid, GridMask, MaskedAttention, Presets, register
+from vtr.methods.common.grid_windows import GridWindow, check_window, compact_tile, fit_window
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class NeighborhoodAttention(Presets, StaticSparse):
+class NeighborhoodAttention(Presets, MaskedAttention):
     """Generalised neighborhood attention, GNA (arXiv 2504.16922).
 
     Along each axis of the grid, groups of ``stride`` neighbouring queries share the window of the
@@ -52,7 +40,7 @@ class NeighborhoodAttention(Presets, StaticSparse):
     }
     """For 30 x 48 x 80 tokens (0.09 of the grid)."""
 
-    window: Window = field(default=0.25, kw_only=False)
+    window: GridWindow = field(default=0.25, kw_only=False)
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     tile: tuple[int, ...] | None = None
@@ -68,8 +56,7 @@ class NeighborhoodAttention(Presets, StaticSparse):
                 raise ValueError(f"{name} must be a positive int or several, got {value!r}")
             self._set(name, check_window(value, name))
 
-    def make_layout(self, site: AttentionSite) -> Layout:
-        grid = site.grid
+    def grid_mask(self, grid: Grid) -> GridMask:
         tile = compact_tile(grid, self.block) if self.tile is None else fit_window(self.tile, grid)
         window = fit_window(self.window, grid)
         mask = masks.neighborhood(
@@ -78,10 +65,9 @@ class NeighborhoodAttention(Presets, StaticSparse):
             stride=fit_window(self.stride, grid),
             dilation=_dilation(self.dilation, window),
             tile=tile,
-            text=site.text,
             block=self.block,
         )
-        return Layout(mask, arrange(grid_order(grid, tile), site.text, site.text_first))
+        return GridMask(mask, masks.tile_order(grid, tile))
 
 
 def _dilation(dilation: int | tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ...]:

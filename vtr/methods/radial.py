@@ -6,20 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from vtr.core.presets import Presets
-from vtr.core.registry import register
-from vtr.kernels import masks
-from vtr.methods.common.static import Layout, StaticSparse
-
-if TYPE_CHECKING:
-    from vtr.diffusion.site import AttentionSite
+from vtr.kernels import BlockMask, masks
+from vtr.methods.base import Grid, GridMask, MaskedAttention, Presets, register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class RadialAttention(Presets, StaticSparse):
+class RadialAttention(Presets, MaskedAttention):
     """A static mask, the same for every layer, head and prompt: :func:`vtr.kernels.masks.radial`.
 
     It thins out frames that are far apart: one frame is dense. Models of images are refused.
@@ -61,11 +56,13 @@ class RadialAttention(Presets, StaticSparse):
         if self.rule not in ("paper", "released"):
             raise ValueError(f'rule must be "paper" or "released", got {self.rule!r}')
 
-    def make_layout(self, site: AttentionSite) -> Layout:
-        frames, height, width = site.grid
-        return Layout(
-            masks.radial(
+    def grid_mask(self, grid: Grid) -> GridMask:
+        frames, height, width = grid
+
+        def behind(text: int) -> BlockMask:
+            return masks.radial(
                 frames, height * width, block=self.block, decay=self.decay, sink=self.sink,
-                text=site.text, text_first=site.text_first, rule=self.rule,
-            )
-        )  # fmt: skip
+                text=text, text_first=True, rule=self.rule,
+            )  # fmt: skip
+
+        return GridMask(behind, whole_blocks=True)

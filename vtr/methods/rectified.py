@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.presets import Presets
-from vtr.core.registry import register
 from vtr.kernels.precision import full_precision
-from vtr.methods.common.attention import AttentionMethod
+from vtr.methods.base import AttentionMethod, Presets, register
 from vtr.methods.common.order import (
     Arranged,
     arrange,

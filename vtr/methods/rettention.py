@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -10,21 +9,28 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.presets import Presets
-from vtr.core.registry import create, register
+from vtr.core.registry import create
 from vtr.kernels import BlockMask, masks
-from vtr.methods.common.attention import AttentionMethod
-from vtr.methods.common.kept import PRECISIONS, Kept, kept_bytes
-from vtr.methods.common.static import Layout, StaticSparse, sparse
+from vtr.methods.base import (
+    AttentionMethod,
+    Grid,
+    GridMask,
+    MaskedAttention,
+    ModelInfo,
+    Presets,
+    SequenceMask,
+    masked_attention,
+    register,
+)
+from vtr.methods.common.kept import PRECISIONS, Measured, kept_bytes, warn_if_short
 
 if TYPE_CHECKING:
-    from vtr.core.site import ModelInfo
     from vtr.diffusion.site import AttentionSite
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Rettention(Presets, StaticSparse):
+class Rettention(Presets, MaskedAttention):
     """Re-ttention, statistically reshaped attention (NeurIPS 2025, arXiv 2505.22918).
 
     A softmax over the keys S of a sparse mask has a smaller denominator than the dense one, so it
@@ -103,7 +109,7 @@ class Rettention(Presets, StaticSparse):
         if isinstance(self.density, bool) or not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density!r}")
         if self.mask is not None and (
-            not isinstance(self.mask, StaticSparse)
+            not isinstance(self.mask, MaskedAttention)
             or isinstance(self.mask, Rettention)
             or not self.mask.stays()
         ):
@@ -130,22 +136,23 @@ class Rettention(Presets, StaticSparse):
 
     # ---- the mask ---------------------------------------------------------------------------
 
-    def make_layout(self, site: AttentionSite) -> Layout:
-        if isinstance(self.mask, StaticSparse):
-            return self.mask.make_layout(site)
-        frames, height, width = site.grid
-        places = height * width
-        band = masks.frame_band(
-            frames, places, max(1, int(places * self.density)), text=site.text,
-            text_first=site.text_first, block=self.block,
-        )  # fmt: skip
-        if self.whole_blocks:
-            live = band.to_dense(blocks=True)
-            band = BlockMask.from_blocks(live, q_len=band.q_len, k_len=band.k_len, block=self.block)
-        return Layout(band)
+    def sequence_mask(self, site: AttentionSite) -> SequenceMask:
+        if isinstance(self.mask, MaskedAttention):
+            return self.mask.sequence_mask(site)
+        return super().sequence_mask(site)
 
-    def layout_key(self, site: AttentionSite) -> tuple[object, ...]:
-        return self.mask.layout_key(site) if isinstance(self.mask, StaticSparse) else ()
+    def grid_mask(self, grid: Grid) -> GridMask:
+        frames, height, width = grid
+        wide = max(1, int(height * width * self.density))
+
+        def behind(text: int) -> BlockMask:
+            band = masks.frame_band(frames, height * width, wide, text=text, block=self.block)
+            if not self.whole_blocks:
+                return band
+            live = band.to_dense(blocks=True)
+            return BlockMask.from_blocks(live, q_len=band.q_len, k_len=band.k_len, block=self.block)
+
+        return GridMask(behind, whole_blocks=self.whole_blocks)
 
     # ---- a call -----------------------------------------------------------------------------
 
@@ -156,31 +163,31 @@ class Rettention(Presets, StaticSparse):
                 "such steps: call model.eval() to generate, and train under the mask itself "
                 "(RadialAttention, SlidingTile, NeighborhoodAttention)"
             )
-        layout = self.layout(site)
+        mask = self.sequence_mask(site)
         known: Measured | None = site.state.get("measured")
         if known is None or not 0 <= site.step - known.step < self.refresh:
-            return self._refresh(site, layout, known)
+            return self._refresh(site, mask, known)
         if known.ratio.shape[:2] != site.q.shape[:2]:  # guidance was switched off, say
-            return self._refresh(site, layout, known)
-        known.check(site, layout)
+            return self._refresh(site, mask, known)
+        known.check(site.layer, mask.mask)
         site.notes["kept_bytes"] = known.bytes
         ratio = known.ratio + self.drift * max(0, site.step - known.step - 1)
         if self.clamp:
             ratio = ratio.clamp(max=1.0)
-        out, _ = sparse(site, layout, row_scale=ratio)
+        out, _ = masked_attention(site, mask, row_scale=ratio)
         if known.residual is not None:
             out = (out + known.residual.load(out.device)).to(out.dtype)
         return out
 
-    def _refresh(self, site: AttentionSite, layout: Layout, known: Measured | None) -> Tensor:
+    def _refresh(self, site: AttentionSite, mask: SequenceMask, known: Measured | None) -> Tensor:
         dense, whole = site.dense(return_lse=True)
         if known is None:
             known = site.state["measured"] = Measured(self.precision, self.offload, self.residual)
             self._announce(site)
-        found, part = sparse(site, layout, return_lse=True)
+        found, part = masked_attention(site, mask, return_lse=True)
         assert part is not None
         known.ratio = torch.exp(part - whole).detach()
-        known.step, known.ident = site.step, int(layout.mask.ident)
+        known.step, known.ident = site.step, int(mask.mask.ident)
         if known.residual is not None:
             known.residual.store(dense - (found * known.ratio.unsqueeze(-1)).to(dense.dtype))
         site.notes["kept_bytes"] = known.bytes
@@ -224,41 +231,4 @@ class Rettention(Presets, StaticSparse):
         site.notes["rettention_bytes"] = {**size, "branch": site.branch, "on_cpu": self.offload}
         if site.q.is_cuda and not site.memory.get("announced"):
             site.memory["announced"] = True
-            free, _ = torch.cuda.mem_get_info(site.q.device)
-            need = size["ratio"] + (0 if self.offload else size["residual"])
-            if need > free:
-                warnings.warn(
-                    f"Re-ttention will keep {need / 2**30:.1f} GiB for this branch of the guidance, "
-                    f'and {free / 2**30:.1f} GiB are free; precision="float8" keeps about half of '
-                    "that, offload=True keeps it in CPU memory, residual=False next to nothing",
-                    stacklevel=2,
-                )
-
-
-class Measured:
-    """What a layer and branch keep from their last dense step.
-
-    Attributes:
-        ratio: (B, H, S) float32. residual: of (B, H, S, D), or None. step: when it was measured.
-        ident: the mask that it was measured with.
-    """
-
-    def __init__(self, precision: str | None, offload: bool, residual: bool) -> None:
-        self.ratio = torch.empty(0, device="cpu")
-        self.residual = Kept(precision, offload) if residual else None
-        self.step = -1
-        self.ident = -1
-
-    @property
-    def bytes(self) -> int:
-        """Memory of both."""
-        residual = 0 if self.residual is None else self.residual.bytes
-        return self.ratio.numel() * self.ratio.element_size() + residual
-
-    def check(self, site: AttentionSite, layout: Layout) -> None:
-        """Raises where the ratio is not one of this mask."""
-        if self.ident != int(layout.mask.ident):
-            raise RuntimeError(
-                f"layer {site.layer}: the mask has changed since step {self.step}, when Re-ttention "
-                "measured its ratio; the size must stay the same for a whole run"
-            )
+            warn_if_short(size["ratio"] + (0 if self.offload else size["residual"]), site.q.device)

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from vtr.core.method import Stage
-from vtr.core.presets import Presets
-from vtr.core.registry import register
-from vtr.kernels import BlockMask, masks
-from vtr.kernels.keys import without_keys
-from vtr.methods.common.order import Arranged, arrange, grid_order
-from vtr.methods.common.static import Layout, StaticSparse, Window, check_window, fit_window, sparse
-from vtr.methods.common.windows import WindowTable, load_windows
+from vtr.kernels import masks
+from vtr.methods.base import (
+    Grid,
+    GridMask,
+    MaskedAttention,
+    ModelInfo,
+    Presets,
+    Stage,
+    masked_attention,
+    register,
+)
+from vtr.methods.common.grid_windows import GridWindow, check_window, fit_window
+from vtr.methods.common.tiles import filled_tiles, tiles_of
+from vtr.methods.common.windows import load_windows
 
 if TYPE_CHECKING:
-    from vtr.core.site import ModelInfo
     from vtr.diffusion.site import AttentionSite
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SlidingTile(Presets, StaticSparse):
+class SlidingTile(Presets, MaskedAttention):
     """Sliding Tile Attention (ICML 2025, arXiv 2502.04507).
 
     The grid is cut into tiles; each tile sees the tiles of a window around it, shifted at the borders
@@ -67,7 +69,7 @@ class SlidingTile(Presets, StaticSparse):
     ``assets/mask_strategy_hunyuan.json`` on FastVideo's branch ``sta_do_not_delete``, read from the
     working directory or from ``preset("hunyuanvideo-searched", table=path)``."""
 
-    window: Window = field(default=0.25, kw_only=False)
+    window: GridWindow = field(default=0.25, kw_only=False)
     tile: tuple[int, ...] | None = None
     table: str | None = None
 
@@ -88,24 +90,34 @@ class SlidingTile(Presets, StaticSparse):
     def stays(self) -> bool:
         return self.table is None
 
-    def layout_key(self, site: AttentionSite) -> tuple[object, ...]:
+    def mask_key(self, site: AttentionSite) -> tuple[object, ...]:
         return (self.window,)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         if self.table is not None:
-            table, layers = load_windows(self.table), info.depth.get("attention", 0)
-            if (table.layers, table.heads) != (layers, info.heads):
-                raise ValueError(
-                    f"table={self.table!r} is for {table.layers} layers of {table.heads} heads; "
-                    f"{info.family} here has {layers} of {info.heads}"
-                )
+            load_windows(self.table).check_model(info)
         return super().stages(info)
+
+    def grid_mask(self, grid: Grid) -> GridMask:
+        if self.tile is None:
+            return filled_tiles(grid, self.window, self.block)
+        tile = fit_window(self.tile, grid)
+        tiles = tiles_of(grid, tile)
+        window = fit_window(self.window, tiles)
+        if any(w > n for w, n in zip(window, tiles, strict=True)):
+            raise ValueError(
+                f"window={self.window} of tiles {tile} is for a larger grid: {grid} tokens "
+                f"(frames, height, width) are {tiles} tiles. Give window as a share of the grid "
+                "(window=0.25), and tile=None for a tile that fits it"
+            )
+        mask = masks.sliding_tile(grid, tile, window, block=self.block)
+        return GridMask(mask, masks.tile_order(grid, tile))
 
     def attend(self, site: AttentionSite) -> Tensor:
         if self.table is None:
             return super().attend(site)
         table = load_windows(self.table)
-        _check_run(table, self.tile or (), site)
+        table.check_run(site, tiles_of(site.grid, fit_window(self.tile or (), site.grid)))
         chosen = table.index[site.step, site.layer]
         numbers = chosen.unique().tolist()
         if [table.windows[n] for n in numbers] == [table.whole]:
@@ -120,98 +132,6 @@ class SlidingTile(Presets, StaticSparse):
         parts, work = [], site.notes.get("work", 0.0)
         for number, own in zip(numbers, heads, strict=True):
             of_window = replace(self, window=table.windows[number], table=None)
-            parts.append(sparse(site, of_window.layout(site), heads=own)[0])
+            parts.append(masked_attention(site, of_window.sequence_mask(site), heads=own)[0])
         site.notes["density"] = site.notes["work"] - work
         return torch.cat(parts, 1).index_select(1, back)
-
-    def make_layout(self, site: AttentionSite) -> Layout:
-        if self.tile is None:
-            return self._filled(site)
-        tile = fit_window(self.tile, site.grid)
-        tiles = tuple(-(-n // t) for n, t in zip(site.grid, tile, strict=True))
-        window = fit_window(self.window, tiles)
-        if any(w > n for w, n in zip(window, tiles, strict=True)):
-            raise ValueError(
-                f"window={self.window} of tiles {tile} is for a larger grid: {site.grid} tokens "
-                f"(frames, height, width) are {tiles} tiles. Give window as a share of the grid "
-                "(window=0.25), and tile=None for a tile that fits it"
-            )
-        mask = masks.sliding_tile(site.grid, tile, window, text=site.text, block=self.block)
-        return Layout(mask, arrange(grid_order(site.grid, tile), site.text, site.text_first))
-
-    def _filled(self, site: AttentionSite) -> Layout:
-        """Every tile a block: what it lacks is filled with tokens that nobody sees."""
-        tile = dividing_tile(site.grid, self.block)
-        tiles = tuple(-(-n // t) for n, t in zip(site.grid, tile, strict=True))
-        number, tokens = math.prod(tiles), math.prod(site.grid)
-        near = masks.sliding_tile(
-            tiles, (1, 1, 1), fit_window(self.window, tiles), block=self.block
-        )
-        places = number * self.block
-        blocks = number + -(-site.text // self.block)
-        live = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
-        live[:number, :number] = near.to_dense()
-        total = places + site.text
-        mask = BlockMask.from_blocks(live, q_len=total, k_len=total, block=self.block)
-
-        order = grid_order(site.grid, tile)
-        axes = torch.unravel_index(order, site.grid)
-        of = torch.zeros_like(order)
-        for axis, step, count in zip(axes, tile, tiles, strict=True):
-            of = of * count + axis // step
-        held = torch.bincount(of, minlength=number)
-        # The place of a token: its tile's block, and its number in the tile.
-        place = of * self.block + torch.arange(tokens, device="cpu") - (held.cumsum(0) - held)[of]
-        real = torch.zeros(total, dtype=torch.bool, device="cpu")
-        real[place] = True
-        real[places:] = True
-        first = site.text if site.text_first else 0
-        words = torch.arange(site.text, device="cpu") + (0 if site.text_first else tokens)
-        source = torch.full((total,), first, dtype=torch.int64, device="cpu")
-        source[place] = order + first
-        source[places:] = words
-        back = torch.empty(tokens + site.text, dtype=torch.int64, device="cpu")
-        back[order + first] = place
-        back[words] = torch.arange(places, total, device="cpu")
-        if not bool(real.all()):
-            mask = without_keys(mask, real[None])
-        return Layout(mask, Arranged(source, back))
-
-
-def _check_run(table: WindowTable, tile: Window, site: AttentionSite) -> None:
-    """Raise where a run is not one of the table."""
-    if site.training:
-        raise RuntimeError(
-            "a table has windows for the steps of a generation, and training has no such steps: "
-            "train under one window (window=)"
-        )
-    if site.q.shape[1] != table.heads:
-        raise RuntimeError(
-            f"the table has windows for {table.heads} heads, and {site.q.shape[1]} are here: heads "
-            "that are split between processes are not known by number"
-        )
-    if site.steps not in (None, table.steps) or site.step >= table.steps:
-        raise RuntimeError(
-            f"the table is for {table.steps} denoising steps, this run has "
-            f"{site.steps or 'more'}: call the pipeline with num_inference_steps={table.steps}"
-        )
-    tile = fit_window(tile, site.grid)
-    tiles = tuple(-(-n // t) for n, t in zip(site.grid, tile, strict=True))
-    if tiles != table.whole:
-        raise RuntimeError(
-            f"the table is for {table.whole} tiles; {site.grid} tokens (frames, height, width) are "
-            f"{tiles} tiles of {tile}"
-        )
-
-
-def dividing_tile(grid: Sequence[int], block: int) -> tuple[int, ...]:
-    """The tile of at most ``block`` tokens whose blocks hold the fewest empty places, and of those
-    about equal the one with sides most alike."""
-
-    def cost(tile: tuple[int, ...]) -> float:
-        places = math.prod(-(-n // t) for n, t in zip(grid, tile, strict=True)) * block
-        sides = [t / min(n, 8) for t, n in zip(tile, grid, strict=True) if n > 1] or [1.0]
-        return math.log(places) + 0.04 * math.log(max(sides) / min(sides))
-
-    sizes = [range(1, min(n, block) + 1) for n in grid]
-    return min((t for t in product(*sizes) if math.prod(t) <= block), key=cost)

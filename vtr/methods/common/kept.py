@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
+
+from vtr.kernels import BlockMask
 
 PRECISIONS = {
     "float32": torch.float32,
@@ -69,3 +73,44 @@ def kept_bytes(rows: int, dim: int, precision: str) -> int:
     """What :class:`Kept` needs for ``rows`` rows of ``dim`` values."""
     extra = 2 if precision == "float8" else 0
     return rows * (dim * PRECISIONS[precision].itemsize + extra)
+
+
+class Measured:
+    """What a layer and branch keep from their last dense step.
+
+    Attributes:
+        ratio: (B, H, S) float32. residual: of (B, H, S, D), or None. step: when it was measured.
+        ident: the mask that it was measured with.
+    """
+
+    def __init__(self, precision: str | None, offload: bool, residual: bool) -> None:
+        self.ratio = torch.empty(0, device="cpu")
+        self.residual = Kept(precision, offload) if residual else None
+        self.step = -1
+        self.ident = -1
+
+    @property
+    def bytes(self) -> int:
+        """Memory of both."""
+        residual = 0 if self.residual is None else self.residual.bytes
+        return self.ratio.numel() * self.ratio.element_size() + residual
+
+    def check(self, layer: int, mask: BlockMask) -> None:
+        """Raise ``RuntimeError`` if the ratio is not one of this mask."""
+        if self.ident != int(mask.ident):
+            raise RuntimeError(
+                f"layer {layer}: the mask has changed since step {self.step}, when Re-ttention "
+                "measured its ratio; the size must stay the same for a whole run"
+            )
+
+
+def warn_if_short(need: int, device: torch.device) -> None:
+    """Warn if a GPU has fewer than ``need`` bytes free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    if need > free:
+        warnings.warn(
+            f"Re-ttention will keep {need / 2**30:.1f} GiB for this branch of the guidance, "
+            f'and {free / 2**30:.1f} GiB are free; precision="float8" keeps about half of '
+            "that, offload=True keeps it in CPU memory, residual=False next to nothing",
+            stacklevel=2,
+        )

@@ -76,8 +76,8 @@ class Arranged(NamedTuple):
     """Tokens put in another order: ``x[:, :, order]`` there, ``y[:, :, back]`` back.
 
     Attributes:
-        order: (M,) int64, the model's index of each place: grid tokens, then text. M > S where some
-            places are filled up with tokens that stand elsewhere too.
+        order: (M,) int64, the model's index of each place: grid tokens, then text. M > S if some
+            places are filled up with tokens that are elsewhere too.
         back: (S,) int64, the place of each token of the model.
     """
 
@@ -86,14 +86,23 @@ class Arranged(NamedTuple):
 
 
 def arrange(grid: Tensor, text: int, text_first: bool) -> Arranged | None:
-    """The sequence with its grid tokens in the order ``grid`` and the text behind them; None where
-    it is in that order already."""
-    tokens = grid.numel()
+    """The sequence with its grid tokens in the order ``grid`` and the text behind them; None if it
+    is in that order already.
+
+    Args:
+        grid: (M,) int64, the raster index of the token in each place, on the CPU; -1 for a place
+            without one, which is filled up with the first token.
+    """
+    real = torch.cat([grid >= 0, torch.ones(text, dtype=torch.bool, device="cpu")])
+    tokens = int(real.sum()) - text
     words = torch.arange(text, device="cpu") + (0 if text_first else tokens)
-    order = torch.cat([grid.cpu() + (text if text_first else 0), words])
-    if torch.equal(order, torch.arange(tokens + text, device="cpu")):
+    order = torch.cat([grid.clamp(min=0) + (text if text_first else 0), words])
+    places = torch.arange(order.numel(), device="cpu")
+    if torch.equal(order, places):
         return None
-    return Arranged(order, order.argsort())
+    back = torch.empty(tokens + text, dtype=torch.int64, device="cpu")
+    back[order[real]] = places[real]
+    return Arranged(order, back)
 
 
 def reorder(x: Tensor, index: Tensor) -> Tensor:

@@ -6,9 +6,14 @@ import functools
 import json
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vtr.core.site import ModelInfo
+    from vtr.diffusion.site import AttentionSite
 
 Window = tuple[int, int, int]
 
@@ -18,10 +23,12 @@ class WindowTable:
     """Windows of tiles (frames, height, width) by step, layer and head.
 
     Attributes:
+        path: the file.
         windows: the different ones.
         index: (steps, layers, heads) int64, the window of each.
     """
 
+    path: str
     windows: tuple[Window, ...]
     index: Tensor
 
@@ -42,6 +49,42 @@ class WindowTable:
         """The largest window along each axis: the tiles of the grid that the table is for."""
         frames, height, width = (max(axis) for axis in zip(*self.windows, strict=True))
         return frames, height, width
+
+    def check_model(self, info: ModelInfo) -> None:
+        """Raise ``ValueError`` if the table is for another number of layers or heads."""
+        layers = info.depth.get("attention", 0)
+        if (self.layers, self.heads) != (layers, info.heads):
+            raise ValueError(
+                f"table={self.path!r} is for {self.layers} layers of {self.heads} heads; "
+                f"{info.family} here has {layers} of {info.heads}"
+            )
+
+    def check_run(self, site: AttentionSite, tiles: tuple[int, ...]) -> None:
+        """Raise ``RuntimeError`` if the call is of a run that the table is not for.
+
+        Args:
+            tiles: of the site's grid, per axis.
+        """
+        if site.training:
+            raise RuntimeError(
+                "a table has windows for the steps of a generation, and training has no such steps: "
+                "train under one window (window=)"
+            )
+        if site.q.shape[1] != self.heads:
+            raise RuntimeError(
+                f"the table has windows for {self.heads} heads, and {site.q.shape[1]} are here: "
+                "heads that are split between processes are not known by number"
+            )
+        if site.steps not in (None, self.steps) or site.step >= self.steps:
+            raise RuntimeError(
+                f"the table is for {self.steps} denoising steps, this run has "
+                f"{site.steps or 'more'}: call the pipeline with num_inference_steps={self.steps}"
+            )
+        if tiles != self.whole:
+            raise RuntimeError(
+                f"the table is for {self.whole} tiles; {site.grid} tokens (frames, height, width) "
+                f"are {tiles} tiles here"
+            )
 
 
 def load_windows(path: str) -> WindowTable:
@@ -93,4 +136,4 @@ def _load(path: str, changed: int, size: int) -> WindowTable:
     index = torch.empty(steps, layers, heads, dtype=torch.int64, device="cpu")
     flat = [number[entries[key]] for key in sorted(entries)]
     index.view(-1).copy_(torch.tensor(flat, device="cpu"))
-    return WindowTable(windows, index)  # type: ignore[arg-type]
+    return WindowTable(path, windows, index)  # type: ignore[arg-type]
