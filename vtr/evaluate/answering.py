@@ -268,7 +268,7 @@ def _left(handle: Any, visual: Tensor) -> tuple[Tensor, Tensor]:
     last = handle._wrapping.language.last
     if last is None or not last.entered:  # prompts without a picture are never cut
         return visual, visual.double()
-    words = last.live.sum(1).cpu() - visual
+    words = last.valid.sum(1).cpu() - visual
     # A layer that is cut in its middle hands on what its second half held.
     halves = [last.halved.get(i, live) for i, live in enumerate(last.entered)]
     layers = torch.stack([live.sum(1).cpu() - words for live in last.entered])

@@ -498,7 +498,7 @@ def test_generate_of_a_model_that_gives_all_logits_reads_no_padding() -> None:
     with vtr.apply(model, method, output="reduced") as handle:
         left, right = generate(model, inputs).logits, generate(model, turned).logits
         plain = model(**turned).logits  # not generate's: padding stays on its side
-        live = handle._wrapping.language.last.layout.live
+        live = handle._wrapping.language.last.layout.valid
         assert live[:, 0].all() and plain.shape[:2] == live.shape
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a[1], b[1], rtol=0, atol=CLOSE)

@@ -31,7 +31,7 @@ from tests.vision.vlm.picks import (
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.vision.vlm.outputs import Exit, align
-from vtr.vision.vlm.sequence import Layout
+from vtr.vision.vlm.sequence import SequenceLayout
 
 ALL = FAMILIES | VIDEOS
 LENGTHS = (2, 4)  # of the completions
@@ -454,7 +454,9 @@ def test_generate_is_the_same_in_both_ways(name: str) -> None:
 
 
 def test_hidden_states_of_unknown_places_are_refused() -> None:
-    layout = Layout(torch.ones(1, 3, dtype=torch.bool), torch.tensor([[False, True, False]]))
+    layout = SequenceLayout(
+        torch.ones(1, 3, dtype=torch.bool), torch.tensor([[False, True, False]])
+    )
     output = {"last_hidden_state": torch.ones(1, 3, 2), "hidden_states": (torch.ones(1, 3, 2),) * 2}
     with pytest.raises(
         RuntimeError, match="2 hidden states for 4 layers, which cannot be lined up"

@@ -12,8 +12,8 @@ CONTRACT = (
     Expectation(PARALLEL[0], "vtr/compat/around.py", calls=("module",)),
     Expectation(PARALLEL[1], "vtr/compat/around.py", has=("module",)),
     Expectation("torch.distributed.fsdp:FSDPModule", "vtr/vision/encoders/timm_blocks.py"),
-    Expectation("torch._dynamo:reset", "vtr/vision/vlm/gate.py"),
-    Expectation("torch._dynamo.convert_frame:FRAME_COUNTER", "vtr/vision/vlm/gate.py"),
+    Expectation("torch._dynamo:reset", "vtr/vision/vlm/nesting.py"),
+    Expectation("torch._dynamo.convert_frame:FRAME_COUNTER", "vtr/vision/vlm/nesting.py"),
     Expectation(
         "torch._dynamo.config", "vtr/kernels/flex.py", has=("patch", "recompile_limit|cache_size_limit")
     ),

@@ -143,7 +143,7 @@ class SeenTokens:
         return real + cuts.offset
 
 
-class Guard:
+class CacheGuard:
     """``cache.update`` of such a cache: a model that does not know of the cuts would read it wrongly."""
 
     def __init__(self, cache: Any) -> None:
@@ -159,7 +159,7 @@ class Guard:
         return type(self.cache).update(self.cache, *args, **kwargs)
 
 
-class Rows:
+class CachedRows:
     """A method of a cache that moves its rows (beam search, several continuations of one prompt): the
     records move with them.
 
@@ -193,10 +193,10 @@ def cuts_of(cache: Any) -> Cuts | None:
 def remember(cache: Any, cuts: Cuts) -> None:
     cuts.open = False
     cache.__dict__[ATTRIBUTE] = cuts
-    cache.__dict__["update"] = Guard(cache)
+    cache.__dict__["update"] = CacheGuard(cache)
     for name in CACHE_ROWS:
         if hasattr(type(cache), name):
-            cache.__dict__[name] = Rows(cache, name)
+            cache.__dict__[name] = CachedRows(cache, name)
     if cuts.offset:
         cache.__dict__["get_seq_length"] = SeenTokens(cache)
 
@@ -211,7 +211,7 @@ def lock(cache: Any, cuts: Cuts) -> None:
     """The wrapped model is done."""
     cuts.open = False
     if cuts_of(cache) is not None:
-        cache.__dict__["update"] = Guard(cache)
+        cache.__dict__["update"] = CacheGuard(cache)
 
 
 def forget(cache: Any) -> None:

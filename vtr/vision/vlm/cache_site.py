@@ -31,10 +31,10 @@ from vtr.errors import UnsupportedMethodError
 from vtr.kernels import attention_rows
 from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import FOLLOW, Cuts, Follow, Group, cached, remember
-from vtr.vision.vlm.sequence import Layout, mark, members
+from vtr.vision.vlm.sequence import SequenceLayout, mark, members
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.call import Call
+    from vtr.vision.vlm.call import LanguageCall
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 PLACES = ("from", "before", "follow")
@@ -76,9 +76,9 @@ class CacheSession:
         # The layers of a model may be spread over several devices.
         device = next(module.parameters(), hidden).device
         hidden = hidden if device.type == "meta" else hidden.to(device)
-        live = call.layout.live.to(hidden.device)
-        index = torch.arange(live.shape[1], device=live.device)
-        last = torch.where(live, index, 0).amax(1, keepdim=True)
+        valid = call.layout.valid.to(hidden.device)
+        index = torch.arange(valid.shape[1], device=valid.device)
+        last = torch.where(valid, index, 0).amax(1, keepdim=True)
         cos, sin = (
             take(x.to(hidden.device).expand(hidden.shape[0], -1, -1), last)
             for x in kwargs["position_embeddings"]
@@ -86,12 +86,12 @@ class CacheSession:
         q, _, _ = project(self.owner.layers[i], take(hidden, last), (cos, sin), ("q",))
         call.newest = q, call.layout
 
-    def newest(self, call: Call, layer: int, columns: Tensor) -> Tensor:
+    def newest(self, call: LanguageCall, layer: int, columns: Tensor) -> Tensor:
         """(B, N) attention of the newest token to cached ``columns`` (B, N) of a layer; -1 gives 0."""
         assert call.newest is not None
         query, layout = call.newest
         device = query.device
-        mask = torch.cat([call.columns_before(layer).to(device), layout.live.to(device)], 1)
+        mask = torch.cat([call.columns_before(layer).to(device), layout.valid.to(device)], 1)
         found = cached(call.cache, layer, mask.shape[1])
         if found is None:
             raise _refused(call.cache)
@@ -103,7 +103,7 @@ class CacheSession:
 
     # ---- after the prompt -------------------------------------------------------------------
 
-    def after(self, call: Call) -> None:
+    def after(self, call: LanguageCall) -> None:
         """The prompt is done, and the cache carries the record of its cuts."""
         if call.visual is None or call.cache is None or not self.visits:
             return
@@ -112,7 +112,7 @@ class CacheSession:
             if reduction is not None and reduction.map is not None:
                 self._free(call, entry, layer, place, reduction.map)
 
-    def _site(self, call: Call, entry: Entry, layer: int) -> CacheSite:
+    def _site(self, call: LanguageCall, entry: Entry, layer: int) -> CacheSite:
         look = self._columns(call, layer - 1)
         return self._make(
             call, entry, layer, call.map, look, 0, None, call.memory.setdefault(STATE, {})
@@ -120,7 +120,7 @@ class CacheSession:
 
     def _make(
         self,
-        call: Call,
+        call: LanguageCall,
         entry: Entry,
         layer: int,
         now: TokenMap,
@@ -158,27 +158,29 @@ class CacheSession:
             rows=None,
         )
 
-    def _layout(self, call: Call, layer: int) -> Layout:
+    def _layout(self, call: LanguageCall, layer: int) -> SequenceLayout:
         """The sequence of this call as the layer had it."""
         return [call.entered, *(lay for first, lay in call.segments if first <= layer)][-1]
 
-    def _columns(self, call: Call, layer: int) -> Tensor:
-        """(B, N) where the tokens that are alive at the end stand in a layer's cache."""
+    def _columns(self, call: LanguageCall, layer: int) -> Tensor:
+        """(B, N) where the tokens that are left at the end are in a layer's cache."""
         layout = self._layout(call, layer)
-        where = layout.places(call.live.shape[1])
+        where = layout.places(call.valid.shape[1])
         kept = call.map.kept
         position = call.arrived.gather(1, kept.clamp(min=0))
         columns = where.gather(1, position).masked_fill(kept < 0, -1)
         return torch.where(columns < 0, -1, columns + call.columns_before(layer).shape[1])
 
-    def _free(self, call: Call, entry: Entry, layer: int, place: str, step: TokenMap) -> None:
+    def _free(
+        self, call: LanguageCall, entry: Entry, layer: int, place: str, step: TokenMap
+    ) -> None:
         cache, depth = call.cache, len(self.owner.layers)
         first, stop = (0, layer) if place == "before" else (layer, depth)
         for i in range(first, stop):
             if cache_layer(cache, i, growing=True) is None:
                 raise _refused(cache)
         total = call.map.then(step)
-        length = call.live.shape[1]
+        length = call.valid.shape[1]
         follow = None
         if place == "follow":
             look = self._columns(call, layer - 1)
@@ -221,7 +223,7 @@ class CacheSession:
             self._record(call, entry, layer, step, total)
 
     def _record(
-        self, call: Call, entry: Entry, layer: int, step: TokenMap, total: TokenMap
+        self, call: LanguageCall, entry: Entry, layer: int, step: TokenMap, total: TokenMap
     ) -> None:
         self.owner.tracing.stages.append(
             StageRecord(
@@ -250,10 +252,10 @@ class CacheSession:
         follow = _follow_of(call.cache)
         if follow is None or follow.method != entry.method:
             return
-        if follow.look.shape[0] != call.live.shape[0]:
+        if follow.look.shape[0] != call.valid.shape[0]:
             raise RuntimeError(
                 f"the KV cache was made for {follow.look.shape[0]} sequences and is used for "
-                f"{call.live.shape[0]}: {entry.method.name} cannot choose again for repeated samples; "
+                f"{call.valid.shape[0]}: {entry.method.name} cannot choose again for repeated samples; "
                 "repeat them before the prompt, or let it choose once"
             )
         follow.step += 1
@@ -275,7 +277,7 @@ class CacheSession:
 class Known:
     """Frames after the prompt; there are none in a decoding step."""
 
-    def __init__(self, call: Call, joined: bool, step: int) -> None:
+    def __init__(self, call: LanguageCall, joined: bool, step: int) -> None:
         self.call, self.joined, self.step = call, joined, step
 
     def __call__(self) -> Any:

@@ -21,10 +21,10 @@ from vtr.vision.vlm.attention import project
 from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.frames import KINDS
-from vtr.vision.vlm.head import Asked
+from vtr.vision.vlm.head import Purpose
 from vtr.vision.vlm.recompute import chosen
-from vtr.vision.vlm.rows import Rows, Seen, Tokens
-from vtr.vision.vlm.sequence import Layout, follow, positions_along, put, rows_of
+from vtr.vision.vlm.rows import Seen, TextRows, VisualQKV
+from vtr.vision.vlm.sequence import SequenceLayout, follow, positions_along, put, rows_of
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
@@ -61,11 +61,11 @@ class Held:
             )
 
 
-class Last:
+class PrefillRecord:
     """What the last prefill did, for the loss and the report.
 
     Attributes:
-        live: (B, L) bool, the sequence as it came in.
+        valid: (B, L) bool, the sequence as it came in.
         past: (B,) columns that the cache held before.
         entered: per layer, (B, L') bool of the tokens that entered it.
         halved: the same for the second half (MLP) of layers that were cut in the middle.
@@ -74,23 +74,23 @@ class Last:
         captures: what the towers did for it.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.live = call.live
+    def __init__(self, call: LanguageCall) -> None:
+        self.valid = call.valid
         self.captures = call.owner.captures
         self.past = call.columns_before(0).sum(1)
         self.entered: list[Tensor] = []
         self.halved: dict[int, Tensor] = {}
         self.held: dict[int, Tensor] = {}
-        self.layout: Layout | None = None
+        self.layout: SequenceLayout | None = None
 
 
-class Call:
+class LanguageCall:
     """The state of one call of the language model: a prefill, a later turn, or a decoding step.
 
     Args:
         owner: the wrapping.
         past: columns in the first layer's cache.
-        live: (B, L) bool, False for padding.
+        valid: (B, L) bool, False for padding.
         history: (B, given - L) bool or None: padding mask of the earlier columns as they were given.
         cuts: what the cache carries from earlier calls.
         kinds: (B, L) int8, 1 for tokens of images, 2 for those of videos, else 0; None where nothing can
@@ -102,7 +102,7 @@ class Call:
         self,
         owner: VLMWrapping,
         past: int,
-        live: Tensor,
+        valid: Tensor,
         history: Tensor | None,
         cuts: Cuts | None,
         kinds: Tensor | None,
@@ -111,46 +111,45 @@ class Call:
     ) -> None:
         self.owner = owner
         self.past = past
-        self.live = live
+        self.valid = valid
         self.history = history
         self.cuts = cuts
         self.positions = positions
         self.cache = self.given = cache
         self.visual = visual = None if kinds is None else kinds > 0
-        self.layout = self.entered = Layout(live, visual)
-        self.segments: list[tuple[int, Layout]] = []
-        self.left: list[Layout] = []  # of what entered layer 0, then of what left each layer
-        self.asked, self.aligned = Asked(), True
+        self.layout = self.entered = SequenceLayout(valid, visual)
+        self.segments: list[tuple[int, SequenceLayout]] = []
+        # Of what entered layer 0, then of what left each layer.
+        self.left: list[SequenceLayout] = []
+        self.purpose, self.aligned = Purpose(), True
         self.held: Held | None = None
-        self.choices: dict[Any, Reduction | None] = {}  # of the visits so far
-        self.repeats: dict[Any, Reduction | None] | None = (
-            None  # those of an earlier run, to be made again
-        )
+        # Of the visits so far, and those of an earlier run that are to be made again.
+        self.choices: dict[Any, Reduction | None] = {}
+        self.repeats: dict[Any, Reduction | None] | None = None
         self.again = False  # a layer of the call runs again, in the backward pass
         self.inside = False  # a layer runs that will run again
         self.outside: int | None = None  # the layer whose cuts before it are made
         self.rope: tuple[Tensor, Tensor] | None = None
-        self.synced: Layout | None = None
+        self.synced: SequenceLayout | None = None
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
-        self.last: Last | None = None  # what a prefill did
+        self.last: PrefillRecord | None = None  # what a prefill did
         # Layers before which something changes in a decoding step; None in other calls: it may before any.
         self.stops: set[int] | None = None
-        self.newest: tuple[Tensor, Layout] | None = (
-            None  # the newest token's query, and its sequence
-        )
+        # The newest token's query, and the sequence that it is of.
+        self.newest: tuple[Tensor, SequenceLayout] | None = None
         self.half: Tensor | None = None  # the residual of a layer that was cut in the middle
-        self.full = live.shape
+        self.full = valid.shape
         if kinds is not None and visual is not None:
-            self.kinds = kinds.masked_fill(~live, 0)
+            self.kinds = kinds.masked_fill(~valid, 0)
             slots = self.arrived = self.layout.slots
-            self.rank = (live.long().cumsum(1) - 1).clamp(min=0)
-            self.entry = self.layout.valid.sum(1)
-            place = torch.arange(slots.shape[1], device=live.device).expand_as(slots)
-            kept = torch.where(slots < 0, -1, place)
-            self.map = TokenMap.keep(kept, slots.shape[1], self.layout.ragged)
+            self.rank = (valid.long().cumsum(1) - 1).clamp(min=0)
+            self.entry = self.layout.valid_slots.sum(1)
+            place = torch.arange(slots.shape[1], device=valid.device).expand_as(slots)
+            kept = torch.where(self.layout.valid_slots, place, -1)
+            self.map = TokenMap.keep(kept, slots.shape[1], self.layout.has_padding)
         self.memory: dict[int, dict[str, Any]] = {}
-        self.casts = casts_of(live.device)
+        self.casts = casts_of(valid.device)
         self.changed = False
         self._frames: dict[bool, Frames] = {}
         self._counts: list[list[int]] | None = None
@@ -164,7 +163,7 @@ class Call:
 
     # What is known of a call, all of it on one device.
     _PLACED = (
-        *("live", "history", "positions", "visual", "kinds", "arrived", "rank", "entry", "map"),
+        *("valid", "history", "positions", "visual", "kinds", "arrived", "rank", "entry", "map"),
         *(
             "layout",
             "entered",
@@ -180,12 +179,13 @@ class Call:
 
     def to(self, device: torch.device) -> None:
         """Follow the hidden states: the layers of a model may be spread over several devices."""
-        if device == self.live.device:
+        if device == self.valid.device:
             return
-        layouts: dict[int, tuple[Layout, Layout]] = {}  # which of them are one is asked with ``is``
+        # Layouts are compared with ``is``: one stays one.
+        layouts: dict[int, tuple[SequenceLayout, SequenceLayout]] = {}
 
         def there(x: Any) -> Any:
-            if isinstance(x, Layout):
+            if isinstance(x, SequenceLayout):
                 return layouts.setdefault(id(x), (x, x.to(device)))[1]
             if isinstance(x, (Tensor, TokenMap)):
                 return x.to(device)
@@ -205,19 +205,19 @@ class Call:
     def shift(self, layer: int) -> Tensor | None:
         """(B,) by how much positions of this call move down in this layer because of earlier calls."""
         found = None if self.cuts is None else self.cuts.group(layer).shift
-        return None if found is None else found.to(self.live.device)
+        return None if found is None else found.to(self.valid.device)
 
     def columns_before(self, layer: int) -> Tensor:
         """(B, past of this layer) bool: the cached columns that are tokens."""
-        batch = self.live.shape[0]
+        batch = self.valid.shape[0]
         if self.cuts is None:
             if self.history is not None:
                 return self.history
-            return torch.ones(batch, self.past, dtype=torch.bool, device=self.live.device)
+            return torch.ones(batch, self.past, dtype=torch.bool, device=self.valid.device)
         group = self.cuts.group(layer)
         tail = self.cuts.after(self.past)
         if self.history is None:
-            later = torch.ones(batch, tail, dtype=torch.bool, device=self.live.device)
+            later = torch.ones(batch, tail, dtype=torch.bool, device=self.valid.device)
         else:
             later = self.history[:, self.cuts.length :]
         return torch.cat([group.mask.to(later.device), later], 1)
@@ -230,7 +230,7 @@ class Call:
         """Position ids of the tokens in this layer."""
         layout, out = self.layout, self.positions
         if self.changed:
-            out = positions_along(out, layout.index, ~layout.live)
+            out = positions_along(out, layout.index, layout.valid)
         shift = self.shift(layer)
         if layout.adjust is not None:
             out = out - layout.adjust
@@ -244,13 +244,13 @@ class Call:
 
     def mask(self, layer: int) -> Tensor:
         """(B, past of this layer + L) int64 padding mask."""
-        return torch.cat([self.columns_before(layer), self.layout.live], 1).long()
+        return torch.cat([self.columns_before(layer), self.layout.valid], 1).long()
 
     def record(self, always: bool = False) -> Cuts | None:
         """What the cache must carry from now on; None where no call has cut anything (unless ``always``)."""
         if not self.changed and not always:
             return self.cuts
-        length = self.live.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
+        length = self.valid.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
         groups = []
         for first in sorted({0, *self.boundaries(), *(layer for layer, _ in self.segments)}):
             now = [self.entered, *(lay for layer, lay in self.segments if layer <= first)][-1]
@@ -258,7 +258,7 @@ class Call:
             groups.append(
                 Group(
                     first,
-                    torch.cat([self.columns_before(first), now.live], 1),
+                    torch.cat([self.columns_before(first), now.valid], 1),
                     now.tail if shift is None else shift if now.tail is None else now.tail + shift,
                 )
             )
@@ -303,7 +303,7 @@ class Call:
         """``torch.autocast`` as the model runs under it, or without it; nothing where it does not."""
         if self.casts is None:
             return nullcontext()
-        return torch.autocast(self.live.device.type, self.casts, enabled=on)
+        return torch.autocast(self.valid.device.type, self.casts, enabled=on)
 
     def project(
         self, where: Seen, tokens: Tensor, rope: tuple[Tensor, Tensor], which: Sequence[str]
@@ -316,8 +316,9 @@ class Call:
         layout, owner = self.layout, self.owner
         tokens = rows_of(hidden, layout.slots)
         text = layout.text()
-        order = torch.where(text < 0, hidden.shape[1], text)
-        first = torch.where(layout.valid, layout.slots, hidden.shape[1]).amin(1, keepdim=True)
+        text_valid = text >= 0
+        order = torch.where(text_valid, text, hidden.shape[1])
+        first = torch.where(layout.valid_slots, layout.slots, hidden.shape[1]).amin(1, keepdim=True)
         key = owner.entries.index(entry)
         captures = owner.captures
         signals: dict[str, Any] = {"rows": None, "qkv": None}
@@ -326,8 +327,8 @@ class Call:
             if place == "start" and self.rope is not None:
                 where = Seen(layer, hidden, self.rope, layout, False)
             signals = {
-                "rows": Rows(self, where, text),
-                "qkv": Tokens(self, where),
+                "rows": TextRows(self, where, text),
+                "qkv": VisualQKV(self, where),
                 "scale": owner.scale(layer),
             }
         spread = captures.spreader(self)
@@ -337,7 +338,7 @@ class Call:
             info=owner.info,
             hidden=tokens,
             map=self.map,
-            valid=layout.valid if self.map.padded else None,
+            valid=layout.valid_slots if self.map.padded else None,
             grid=self.grid(),
             memory=self.memory.setdefault(key, captures.memory(key)),
             training=owner.root.training,
@@ -345,8 +346,8 @@ class Call:
             notes=owner.tracing.notes,
             extra={"entry": self.entry},
             text=rows_of(hidden, text),
-            text_valid=text >= 0,
-            text_after=(text >= 0) & (order > first),
+            text_valid=text_valid,
+            text_after=text_valid & (order > first),
             images=self.images(),
             frames=Moments(self, bool(entry.options.get("video"))),
             spread=spread,
@@ -378,10 +379,10 @@ class Call:
                     rows_of(hidden, layout.slots), reduction.weights, reduction.normalize
                 )
             taken = step.kept.clamp(min=0)
-            slots = layout.slots.gather(1, taken).masked_fill(step.kept < 0, -1)
+            slots = layout.slots.gather(1, taken).masked_fill(~step.valid, -1)
             hidden = put(hidden, slots, values)
         compact = self.owner.compact(entry, name)
-        self.layout, index, pad = layout.cut(step.kept, self.rank, compact)
+        self.layout, index, valid = layout.cut(step.kept, self.rank, compact)
         before = self.map
         self.map = before.then(step)
         self.changed = True
@@ -389,8 +390,8 @@ class Call:
             self._record(entry, name, layer, step, before)
         if self.rope is not None:
             cos, sin = self.rope
-            self.rope = (follow(cos, index, pad, 1), follow(sin, index, pad))
-        return follow(hidden, index, pad)
+            self.rope = (follow(cos, index, valid, 1), follow(sin, index, valid))
+        return follow(hidden, index, valid)
 
     def _record(
         self, entry: Entry, name: str, layer: int, step: TokenMap, before: TokenMap
@@ -410,7 +411,7 @@ class Call:
             )
         )
 
-    def repeat(self) -> Call:
+    def repeat(self) -> LanguageCall:
         """The call as it is now, for a layer that runs again: methods are not asked anew."""
         twin = copy.copy(self)
         twin.again, twin.inside = True, False
@@ -443,7 +444,7 @@ class Call:
 class Moments:
     """Frames of a call, made when a method asks for them."""
 
-    def __init__(self, call: Call, joined: bool) -> None:
+    def __init__(self, call: LanguageCall, joined: bool) -> None:
         self.call, self.joined = call, joined
 
     def __call__(self) -> Frames:

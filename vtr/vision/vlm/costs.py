@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from vtr.vision.encoders.blocks import linear_flops
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.call import Last
+    from vtr.vision.vlm.call import PrefillRecord
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 
-def tower_costs(owner: VLMWrapping, last: Last) -> tuple[int, int] | None:
+def tower_costs(owner: VLMWrapping, last: PrefillRecord) -> tuple[int, int] | None:
     """FLOPs of towers and projectors for the pictures as they were given and as the towers saw them, per
     sample; None where they were the same.
 
@@ -31,7 +31,7 @@ def tower_costs(owner: VLMWrapping, last: Last) -> tuple[int, int] | None:
                 totals[i] += made[key]
     if not totals[0]:
         return None
-    batch = last.live.shape[0]
+    batch = last.valid.shape[0]
     return round(totals[0] / batch), round(totals[1] / batch)
 
 
@@ -57,7 +57,7 @@ def _picture_flops(owner: VLMWrapping, kind: str, tokens: int, patches: int) -> 
 Lengths = list[tuple[Tensor, Tensor]]  # per layer, (B,) tokens in the attention, and in the MLP
 
 
-def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
+def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
     """``language`` FLOPs and ``kv_bytes`` of the last prefill, dense and reduced, per sample.
 
     Per layer and sample with n tokens after p cached ones: two per multiply-add of every linear layer,
@@ -65,9 +65,9 @@ def language_costs(owner: VLMWrapping, last: Last) -> dict[str, Any]:
     counter does); the vocabulary is read out for one token. Bytes are those of keys and values in the
     model's dtype.
     """
-    dense: Lengths = [(last.live.sum(1),) * 2] * len(owner.layers)
+    dense: Lengths = [(last.valid.sum(1),) * 2] * len(owner.layers)
     reduced: Lengths = [
-        (live.sum(1), last.halved.get(i, live).sum(1)) for i, live in enumerate(last.entered)
+        (valid.sum(1), last.halved.get(i, valid).sum(1)) for i, valid in enumerate(last.entered)
     ] or dense
     held = [(last.held.get(i, n), m) for i, (n, m) in enumerate(reduced)]
     root: Any = owner.root

@@ -18,7 +18,7 @@ from vtr.vision.vlm.pictures import Images, Patches, Pictures, Tiles
 from vtr.vision.vlm.spreads import Average, Groups, Packing, Pooled, Shuffled, rows
 
 
-class Family:
+class VLMFamily:
     """The plain case (LLaVA-1.5): every patch of every crop becomes one visual token.
 
     Attributes:
@@ -88,7 +88,7 @@ class Family:
         return Images(name, given[name], patch, patch) if name else None
 
 
-class Packed(Family):
+class Packed(VLMFamily):
     """LLaVA-NeXT and LLaVA-OneVision: crops are put together, padding is cut off, rows get newlines.
 
     Scores go through the model's own packing, in place of the features.
@@ -146,7 +146,7 @@ class NextVideo(Packed):
         capture.spread = Pooled(Average(stride), videos, frames)
 
 
-class VideoLlava(Family):
+class VideoLlava(VLMFamily):
     """Video-LLaVA: a tower for images and one for videos; every frame begins with its class token."""
 
     title = "Video-LLaVA"
@@ -167,7 +167,7 @@ class VideoLlava(Family):
         capture.spread = Pooled(None, videos, frames, opening=1)
 
 
-class Qwen(Family):
+class Qwen(VLMFamily):
     """Qwen2-VL and later: a tower token stands for merge x merge patches, which follow one another."""
 
     cuts = (
@@ -214,7 +214,7 @@ class Qwen(Family):
         ]
 
 
-class InternVL(Family):
+class InternVL(VLMFamily):
     """InternVL: pixel shuffle joins 2 x 2 patches of every tile."""
 
     title = "InternVL"
@@ -236,7 +236,7 @@ class InternVL(Family):
         capture.spread = Shuffled(inner, float(inner.config.downsample_ratio))
 
 
-class Idefics(Family):
+class Idefics(VLMFamily):
     """Idefics3 and SmolVLM: tiles with text between them; a sample's tiles are one image to a budget.
 
     Their towers are not opened: methods look at the prompt and in the decoder.
@@ -271,7 +271,7 @@ class Idefics(Family):
         capture.tiled = capture.scattered = True
 
 
-class VideoLlama3(Family):
+class VideoLlama3(VLMFamily):
     """VideoLLaMA3: frames at their own resolution, of which merge x merge patches become one token.
 
     Its processor may leave tokens out that did not change (``video_compression_mask``).
@@ -340,8 +340,8 @@ def still(n: int) -> Piece:
 
 
 # Inner class (the one that owns ``language_model``) -> family.
-SUPPORTED: dict[str, Callable[[], Family]] = {
-    "LlavaModel": Family,
+SUPPORTED: dict[str, Callable[[], VLMFamily]] = {
+    "LlavaModel": VLMFamily,
     "LlavaNextModel": lambda: Packed("LLaVA-NeXT"),
     "LlavaOnevisionModel": lambda: Packed(
         "LLaVA-OneVision", "behind the tower the frames of a video are resized to a smaller grid"
@@ -391,7 +391,7 @@ def inner_of(model: Any) -> nn.Module | None:
     return None
 
 
-def family_of(inner: nn.Module) -> Family | None:
+def family_of(inner: nn.Module) -> VLMFamily | None:
     """The family of an inner model, None where it is no VLM that is known.
 
     Raises:

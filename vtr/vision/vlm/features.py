@@ -14,7 +14,7 @@ from vtr.vision.vlm.frames import KINDS, Piece, frames_of
 from vtr.vision.vlm.pictures import Coarse
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.call import Call
+    from vtr.vision.vlm.call import LanguageCall
 
 Grid = tuple[int, ...] | None
 Spreader = Callable[[Tensor], list[Tensor]]
@@ -35,7 +35,7 @@ class Capture:
         spread: scores (crops, patches) or features (crops, patches, D) -> per image a (length,) or
             (length, D) float32 tensor, NaN for separators; or None where the tower's tokens cannot be
             followed.
-        alive: (crops, patches) bool, the tower's tokens that were left, or None (all).
+        left: (crops, patches) bool, the tower's tokens that were left, or None (all).
         separators: whether separators stay where the tower was cut.
         cutters: names of the methods that cut in the tower.
         crops: size of the tower's batch.
@@ -54,7 +54,7 @@ class Capture:
         self.tiled = False
         self.scattered = False
         self.spread: Spreader | None = None
-        self.alive: Tensor | None = None
+        self.left: Tensor | None = None
         self.separators = False
         self.cutters: tuple[str, ...] = ()
         self.crops = 0
@@ -90,7 +90,7 @@ class Captures:
         names = dict.fromkeys(name for memory in found for name in memory)
         return {name: join([m.get(name) for m in found], captures, name) for name in names}
 
-    def rows(self, call: Call, kind: str) -> list[tuple[int, int]]:
+    def rows(self, call: LanguageCall, kind: str) -> list[tuple[int, int]]:
         """(start, stop) of each sample's tokens in the flat sequence of all tokens of a modality.
 
         Beam search and several returned sequences repeat samples after the tower has run.
@@ -121,10 +121,10 @@ class Captures:
             for piece, stays in zip(capture.pieces, parts, strict=True)
         ]
 
-    def spreader(self, call: Call) -> Spread:
+    def spreader(self, call: LanguageCall) -> Spread:
         return Spread(self, call)
 
-    def frames(self, call: Call, joined: bool) -> Frames:
+    def frames(self, call: LanguageCall, joined: bool) -> Frames:
         """Where and when the visual tokens are; unknown where the tower did not run."""
         per_sample: dict[str, list[list[Piece]]] = {}
         for kind in self.of:
@@ -189,7 +189,7 @@ class Spread:
     The crops are those of images and those of videos, in the order in which the towers ran.
     """
 
-    def __init__(self, captures: Captures, call: Call) -> None:
+    def __init__(self, captures: Captures, call: LanguageCall) -> None:
         self.captures, self.call = captures, call
 
     def __call__(self, scores: Tensor, newline: float | None) -> Tensor:
@@ -208,8 +208,8 @@ class Spread:
                     f"{' and '.join(of)}s: give one row per crop, made by a look into the tower"
                 )
             parts = scores.split(crops)
-        shape = (call.live.shape[0], call.map.n_in, *scores.shape[2:])
-        out = torch.full(shape, -float("inf"), device=call.live.device)
+        shape = (call.valid.shape[0], call.map.n_in, *scores.shape[2:])
+        out = torch.full(shape, -float("inf"), device=call.valid.device)
         for kind, part in zip(of, parts, strict=True):
             self.lay(out, kind, part)
         gone = out.isnan()
@@ -224,9 +224,9 @@ class Spread:
         capture = self.captures.of[kind]
         if capture.spread is None:
             raise RuntimeError("this family's visual tokens cannot be traced to the tower's")
-        if capture.alive is not None and scores.shape[1] != capture.alive.shape[1]:
+        if capture.left is not None and scores.shape[1] != capture.left.shape[1]:
             raise ValueError(
-                f"a method has scores of {scores.shape[1]} of the {capture.alive.shape[1]} tokens of "
+                f"a method has scores of {scores.shape[1]} of the {capture.left.shape[1]} tokens of "
                 f"each crop: {', '.join(capture.cutters)} cut the tower before it looked. Methods that "
                 "look into the tower go together with cuts behind it: use one of the two"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 from vtr.core.language_site import Frames, View, VisualSpan
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.call import Call
+    from vtr.vision.vlm.call import LanguageCall
 
 KINDS = {"image": 1, "video": 2}
 
@@ -80,7 +80,7 @@ class _Group(NamedTuple):
 
 
 def frames_of(
-    call: Call,
+    call: LanguageCall,
     pieces: dict[str, list[list[Piece]]],
     tiled: bool,
     scattered: bool,
@@ -137,7 +137,7 @@ def frames_of(
                 )
             )
         videos.append(spans)
-    three = torch.stack([frame, place, video]).to(call.live.device, non_blocking=True)
+    three = torch.stack([frame, place, video]).to(call.valid.device, non_blocking=True)
     return Frames(three[0], three[1], three[2], videos)
 
 

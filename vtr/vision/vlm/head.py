@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Purpose:
     """What a call of the model is for.
 
     Attributes:
@@ -65,7 +65,7 @@ class Head(Threaded):
     """
 
     made = PerThread[Made | None]()
-    asked = PerThread[Asked | None]()  # inside of a call of the model
+    purpose = PerThread[Purpose | None]()  # inside of a call of the model
     short = PerThread[Tensor | None]()
 
     def __init__(self, owner: VLMWrapping) -> None:
@@ -105,22 +105,22 @@ class Head(Threaded):
         keep = given.get("logits_to_keep")
         generating = made is not None and made.are(given)
         first = made is not None and generating and made.first
-        self.asked, self.short = Asked(generating, first, 0 if keep is None else keep), None
+        self.purpose, self.short = Purpose(generating, first, 0 if keep is None else keep), None
 
     def leave(self, *_: Any) -> None:
         """At the end of a call of the model, also after an exception."""
-        self.asked = self.short = None
+        self.purpose = self.short = None
 
     # ---- logits and loss --------------------------------------------------------------------
 
     def _way(self) -> Exit | None:
         """How the sequence of the running call left the language model; None if nothing was cut."""
-        return None if self.asked is None else self.owner.language.way
+        return None if self.purpose is None else self.owner.language.way
 
     def shorten(self, module: Any, args: tuple[Any, ...]) -> Any:
         """The head enters: it is given what is left."""
         way, self.short = self._way(), None
-        if way is None or not way.aligned or self.asked is None or not self.asked.everything:
+        if way is None or not way.aligned or self.purpose is None or not self.purpose.everything:
             return None
         hidden = args[0]
         if hidden.dim() != 3 or hidden.shape[1] != way.length or way.width == way.length:

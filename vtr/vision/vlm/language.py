@@ -33,14 +33,14 @@ from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, Entry, PerThread, Threaded
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, lock, remember, unlock
-from vtr.vision.vlm.call import Call, Held, Last
+from vtr.vision.vlm.call import Held, LanguageCall, PrefillRecord
 from vtr.vision.vlm.frames import KINDS
-from vtr.vision.vlm.head import Asked
+from vtr.vision.vlm.head import Purpose
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.pictures import regrid
 from vtr.vision.vlm.recompute import Layers, outside
 from vtr.vision.vlm.rows import Seen
-from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
+from vtr.vision.vlm.sequence import SequenceLayout, follow, padding_mask
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
@@ -62,7 +62,7 @@ class BeforeLayer(Bound):
         if call.override is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.device != call.live.device:
+        if hidden.device != call.valid.device:
             return session.before_layer(self.layer, module, args, kwargs)
         return args, {**kwargs, **call.override}
 
@@ -76,15 +76,15 @@ class LanguageSession(Threaded):
 
     Attributes:
         pending: (B, L) int8, the kinds of the visual tokens of this thread's coming call, or None.
-        asked: what the coming call of this thread is for.
+        purpose: what the coming call of this thread is for.
         call: the running call of this thread.
         way: how the sequence of this thread's last call left the language model, None if nothing was cut.
         last: what the prefill did that began last, in any thread.
     """
 
     pending = PerThread[Tensor | None]()
-    asked = PerThread[Asked](Asked())
-    call = PerThread[Call | None]()
+    purpose = PerThread[Purpose](Purpose())
+    call = PerThread[LanguageCall | None]()
     way = PerThread[Exit | None]()
     made = PerThread[Callable[[], Tensor] | None]()  # the columns of this thread's last call
 
@@ -94,7 +94,7 @@ class LanguageSession(Threaded):
         self.module = module
         self.layers = module.layers
         self.visits: dict[tuple[str, int, str], list[tuple[Entry, str]]] = {}
-        self.last: Last | None = None
+        self.last: PrefillRecord | None = None
         self.inputs = Inputs()  # of layers that are not what their modules are given
         self.checkpoints = Layers(self)
         self._columns: Callable[[], Tensor] | None = None  # of the call that began or ended last
@@ -132,7 +132,7 @@ class LanguageSession(Threaded):
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.call, kinds, self.pending = None, self.pending, None
-        asked, self.asked, self.way = self.asked, Asked(), None
+        purpose, self.purpose, self.way = self.purpose, Purpose(), None
         embeds, cache = kwargs.get("inputs_embeds"), given_cache(kwargs)
         if embeds is None:
             return None
@@ -159,19 +159,19 @@ class LanguageSession(Threaded):
             cache, kwargs = None, {k: v for k, v in kwargs.items() if k not in CACHE}
         mask = self._mask(kwargs.get("attention_mask"), cuts, batch, before, length, embeds.device)
         if mask is None:
-            live = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
+            valid = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
             history = None
         else:
-            live, history = mask[:, before:], mask[:, :before] if before else None
+            valid, history = mask[:, before:], mask[:, :before] if before else None
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(before, before + length, device=embeds.device)[None]
         if kinds is not None:
             kinds = kinds.to(embeds.device)
-        call = Call(self.owner, past, live, history, cuts, kinds, positions, cache)
+        call = LanguageCall(self.owner, past, valid, history, cuts, kinds, positions, cache)
         reduced = self.owner.output == "reduced"
-        call.asked, call.aligned = asked, not (reduced or asked.generating)
-        if asked.last and not call.aligned:  # padding that a cut makes anew goes to the left
+        call.purpose, call.aligned = purpose, not (reduced or purpose.generating)
+        if purpose.last and not call.aligned:  # padding that a cut makes anew goes to the left
             call.layout.right = False
         self.call = call
         if cuts is not None:
@@ -195,10 +195,10 @@ class LanguageSession(Threaded):
             "position_ids": call.moved(0),
         }
         if call.changed:
-            index, pad = call.layout.index, ~call.layout.live
+            index, valid = call.layout.index, call.layout.valid
             stack = kwargs.get(DEEPSTACK_MASKS)
             if stack is not None:
-                new[DEEPSTACK_MASKS] = follow(stack, index, pad, False)
+                new[DEEPSTACK_MASKS] = follow(stack, index, valid, False)
                 features = kwargs.get(DEEPSTACK_FEATURES)
                 if features is not None:
                     stays = _kept(call.layout, stack)
@@ -206,7 +206,7 @@ class LanguageSession(Threaded):
             for name in TOKEN_TYPES:
                 value = kwargs.get(name)
                 if isinstance(value, Tensor) and value.shape[-1] == length:
-                    new[name] = follow(value, index, pad)
+                    new[name] = follow(value, index, valid)
         return args, new
 
     def _runs_again(self, past: int) -> bool:
@@ -223,7 +223,7 @@ class LanguageSession(Threaded):
             )
         return True
 
-    def running(self) -> Call | None:
+    def running(self) -> LanguageCall | None:
         """The running call, or that of the layer which this thread's backward pass runs again."""
         again = self.owner.again
         return self.call if again is None else again.call
@@ -241,20 +241,20 @@ class LanguageSession(Threaded):
                     "dynamic cache, or one sample at a time"
                 )
             return None
-        return two_dimensional(mask, batch, before + length, device)
+        return padding_mask(mask, batch, before + length, device)
 
-    def _begin(self, call: Call) -> None:
+    def _begin(self, call: LanguageCall) -> None:
         """A new trace, with what the tower has done already."""
         self.owner.enter()
         towers = self.owner.captures.trace
         stages, tokens = list(towers.stages), dict(towers.tokens)
-        self.owner.begin(Trace(stages, tokens, call.live.shape[0], towers.notes))
-        self.last = call.last = Last(call)
+        self.owner.begin(Trace(stages, tokens, call.valid.shape[0], towers.notes))
+        self.last = call.last = PrefillRecord(call)
 
-    def _hold(self, call: Call) -> None:
+    def _hold(self, call: LanguageCall) -> None:
         """Without a cache, generate runs the prompt in every call: what is chosen in the first one holds."""
         owner = self.owner
-        if not call.asked.generating:
+        if not call.purpose.generating:
             return
         if call.cache is not None:
             owner.held = None
@@ -266,28 +266,28 @@ class LanguageSession(Threaded):
                 "without one: use use_cache=True"
             )
         shape, held = call.layout.slots.shape, owner.held
-        if held is None or not held.done or call.asked.first:
+        if held is None or not held.done or call.purpose.first:
             call.held = owner.held = Held(shape, call.choices)
             return
         held.again(shape)
         call.held, call.repeats = held, held.choices
         owner.tracing.notes.update(held.notes)
 
-    def _prompt(self, call: Call, embeds: Tensor) -> Tensor:
+    def _prompt(self, call: LanguageCall, embeds: Tensor) -> Tensor:
         captures = self.owner.captures
         embeds = self._unrepeated(call, embeds)
-        cut = {kind: c for kind, c in captures.of.items() if c.alive is not None}
+        cut = {kind: c for kind, c in captures.of.items() if c.left is not None}
         if cut:
-            alive = torch.ones(call.layout.slots.shape, device=embeds.device)
+            left = torch.ones(call.layout.slots.shape, device=embeds.device)
             for kind, capture in cut.items():
-                assert capture.alive is not None
-                captures.spreader(call).lay(alive, kind, capture.alive)
-                alive = alive.nan_to_num(float(capture.separators))
+                assert capture.left is not None
+                captures.spreader(call).lay(left, kind, capture.left)
+                left = left.nan_to_num(float(capture.separators))
             names = dict.fromkeys(name for capture in cut.values() for name in capture.cutters)
-            joined = (alive > 0) & (alive < 1)
+            joined = (left > 0) & (left < 1)
             if bool(joined.any()):
                 self._refuse_joined(call, list(names), joined)
-            keep = (alive > 0.5) & call.layout.valid
+            keep = (left > 0.5) & call.layout.valid_slots
             kept, padded = top_indices(keep.float(), keep.sum(1), keep)
             entry = next(e for e in self.owner.active if e.method.name in names)
             step = TokenMap.keep(kept, call.map.n_out, padded)
@@ -312,13 +312,13 @@ class LanguageSession(Threaded):
             raise RuntimeError("the model has not been called since the method was applied")
         return made()
 
-    def _unrepeated(self, call: Call, embeds: Tensor) -> Tensor:
+    def _unrepeated(self, call: LanguageCall, embeds: Tensor) -> Tensor:
         """The prompt with the tokens of smaller pictures, each once."""
         captures = self.owner.captures
         coarse = {kind: c.coarse for kind, c in captures.of.items() if c.coarse is not None}
         if not coarse:
             return embeds
-        slots, valid = call.layout.slots, call.layout.valid
+        slots, valid = call.layout.slots, call.layout.valid_slots
         moves = torch.zeros(*slots.shape, 3, dtype=torch.long, device=embeds.device)
         for kind, found in coarse.items():
             if captures.of[kind].stays is not None:
@@ -338,11 +338,11 @@ class LanguageSession(Threaded):
         numbered = entry.options.get("positions") or entry.token_method.positions_at("prompt")
         if self.owner.mrope and numbered == "compact" and call.positions.dim() == 3:
             call.positions, call.layout.tail = regrid(
-                call.positions.expand(-1, len(slots), -1), call.live, slots, moves
+                call.positions.expand(-1, len(slots), -1), call.valid, slots, moves
             )
         return embeds
 
-    def _refuse_joined(self, call: Call, names: list[str], joined: Tensor) -> None:
+    def _refuse_joined(self, call: LanguageCall, names: list[str], joined: Tensor) -> None:
         """Patches that are left and patches that are gone became one visual token."""
         owner = self.owner
         kinds = call.kinds.gather(1, call.arrived.clamp(min=0))
@@ -369,16 +369,16 @@ class LanguageSession(Threaded):
         if call.changed:
             self._leave(call, output)
 
-    def _leave(self, call: Call, output: Any) -> None:
+    def _leave(self, call: LanguageCall, output: Any) -> None:
         """The sequence leaves with the columns of what is left, or with those that were given."""
-        asked, layout = call.asked, call.layout
+        purpose, layout = call.purpose, call.layout
         if call.last is not None:
             call.last.layout = layout
         self.made = self._columns = partial(columns, layout)
-        self.way = Exit(layout, call.live.shape[1], call.aligned)
+        self.way = Exit(layout, call.valid.shape[1], call.aligned)
         if self.owner.output == "aligned":
             align(output, self.way, [*call.left, layout])
-        elif not isinstance(asked.keep, int):
+        elif not isinstance(purpose.keep, int):
             raise ValueError(
                 "logits_to_keep as a tensor has columns that were given, which output='reduced' does not "
                 "return: use output='aligned', or all logits and handle.columns"
@@ -426,7 +426,7 @@ class LanguageSession(Threaded):
             if i == 0:
                 call.left.append(call.layout)
             if call.last is not None:
-                call.last.entered.append(call.layout.live)
+                call.last.entered.append(call.layout.valid)
             if ("decoder", i, "end") in self.visits or ("decoder", i, "middle") in self.visits:
                 assert call.rope is not None
                 call.seen = Seen(i, hidden, call.rope, call.layout, True)
@@ -443,7 +443,7 @@ class LanguageSession(Threaded):
             ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         )
 
-    def _enter_device(self, call: Call, i: int, module: Any, hidden: Tensor) -> Tensor:
+    def _enter_device(self, call: LanguageCall, i: int, module: Any, hidden: Tensor) -> Tensor:
         """Hidden states go to the layer's device before its methods see them, not only inside of it."""
         if all(("decoder", i, place) not in self.visits for place in ("start", "middle", "end")):
             return hidden
@@ -469,7 +469,7 @@ class LanguageSession(Threaded):
         if call.again:
             return (hidden,)
         if call.last is not None:
-            call.last.halved[i] = call.layout.live
+            call.last.halved[i] = call.layout.valid
         self.owner.tracing.count("decoder", i, before, call.layout.slots.shape[1])
         return (hidden,)
 
@@ -484,14 +484,14 @@ class LanguageSession(Threaded):
         call = self.running()
         return None if call is None else self.halves(call, output)
 
-    def halves(self, call: Call, output: Any) -> Any:
+    def halves(self, call: LanguageCall, output: Any) -> Any:
         """The output of a layer that was cut in its middle; None for others."""
         if call.half is None:
             return None
         half, call.half = call.half, None
         return (half, *output[1:]) if isinstance(output, tuple) else half
 
-    def _sync(self, call: Call, i: int, hidden: Tensor) -> None:
+    def _sync(self, call: LanguageCall, i: int, hidden: Tensor) -> None:
         """Mask and rotary tables for the tokens that enter layer ``i``."""
         cut = call.synced is not call.layout
         if not cut and (i == 0 or i not in call.boundaries()):
@@ -517,29 +517,29 @@ class LanguageSession(Threaded):
         if call is not None and call.layout is not call.entered:
             call.to(hidden.device)
             masks = masks.to(hidden.device)
-            index, pad = _between(call.entered, call.layout)
+            index, valid = _between(call.entered, call.layout)
             stays = torch.zeros_like(masks)
-            b, s = (~pad).nonzero(as_tuple=True)
+            b, s = valid.nonzero(as_tuple=True)
             stays[b.to(masks.device), index[b, s].to(masks.device)] = True
             features = features[stays[masks].to(features.device)]
-            masks = follow(masks, index, pad, False)
+            masks = follow(masks, index, valid, False)
         return getattr(type(self.module), DEEPSTACK)(self.module, hidden, masks, features)
 
 
-def _kept(layout: Layout, visual: Tensor) -> Tensor:
+def _kept(layout: SequenceLayout, visual: Tensor) -> Tensor:
     """(number of visual tokens,) bool: which of the entries of a (B, L) mask are left."""
     stays = torch.zeros_like(visual)
-    b, s = layout.live.nonzero(as_tuple=True)
+    b, s = layout.valid.nonzero(as_tuple=True)
     stays[b, layout.index[b, s]] = True
     return stays[visual]
 
 
-def _between(old: Layout, new: Layout) -> tuple[Tensor, Tensor]:
-    """Index and padding that take the sequence of ``old`` to that of ``new``."""
+def _between(old: SequenceLayout, new: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """Index and validity that take the sequence of ``old`` to that of ``new``."""
     batch, length = old.index.shape
     width = int(max(old.index.max(), new.index.max())) + 1
     place = torch.zeros(batch, width, dtype=torch.long, device=old.index.device)
     slot = torch.arange(length, device=old.index.device).expand(batch, length)
-    b, s = old.live.nonzero(as_tuple=True)
+    b, s = old.valid.nonzero(as_tuple=True)
     place[b, old.index[b, s]] = slot[b, s]
-    return place.gather(1, new.index), ~new.live
+    return place.gather(1, new.index), new.valid

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtr.core.tokens import take
-from vtr.vision.vlm.sequence import Layout, follow, two_dimensional
+from vtr.vision.vlm.sequence import SequenceLayout, follow, padding_mask
 
 MODES = ("aligned", "reduced")
 
@@ -22,7 +22,7 @@ class Exit:
         aligned: whether what leaves the language model has these columns, not those of ``layout``.
     """
 
-    def __init__(self, layout: Layout, length: int, aligned: bool) -> None:
+    def __init__(self, layout: SequenceLayout, length: int, aligned: bool) -> None:
         self.layout = layout
         self.length = length
         self.aligned = aligned
@@ -31,7 +31,7 @@ class Exit:
     @property
     def width(self) -> int:
         """Columns that are left: those of the sample with the most tokens."""
-        return self.layout.live.shape[1]
+        return self.layout.valid.shape[1]
 
     def widen(self, x: Tensor) -> Tensor:
         """x (B, width, C) in the given columns (B, length, C), zeros at padding and cut tokens."""
@@ -41,16 +41,16 @@ class Exit:
 
     def shorten(self, x: Tensor, fill: Any = 0) -> Tensor:
         """What is left of x (B, length, ...): (B, width, ...), ``fill`` at padding."""
-        return follow(x, self.layout.index, ~self.layout.live, fill)
+        return follow(x, self.layout.index, self.layout.valid, fill)
 
     def targets(self, labels: Tensor) -> Tensor:
         """Labels (B, length) of what is left, -100 at padding.
 
-        Also -100 at each sample's first token, which nothing precedes: in a batch, padding may stand
+        Also -100 at each sample's first token, which nothing precedes: in a batch, padding may come
         before it.
         """
-        live = self.layout.live.to(labels.device)
-        first = live & (live.long().cumsum(1) == 1)
+        valid = self.layout.valid.to(labels.device)
+        first = valid & (valid.long().cumsum(1) == 1)
         return self.shorten(labels, -100).masked_fill(first, -100)
 
 
@@ -61,7 +61,7 @@ def spread(x: Tensor, places: Tensor) -> Tensor:
     return out.masked_fill_((places < 0)[..., None], 0)  # as large as all logits: no second copy
 
 
-def align(output: Any, way: Exit, layouts: list[Layout]) -> None:
+def align(output: Any, way: Exit, layouts: list[SequenceLayout]) -> None:
     """Put the outputs of a language model into the given columns, as far as ``way.aligned`` says.
 
     Hidden states of layers always, each by what was left there: they are as long as the layers made them.
@@ -99,13 +99,13 @@ def align(output: Any, way: Exit, layouts: list[Layout]) -> None:
     output["hidden_states"] = tuple(aligned)
 
 
-def columns(layout: Layout) -> Tensor:
+def columns(layout: SequenceLayout) -> Tensor:
     """(B, L') int64: the column that each token was given in, -1 for padding."""
-    return torch.where(layout.live, layout.index, -1)
+    return torch.where(layout.valid, layout.index, -1)
 
 
 def every_column(mask: Any, before: int, batch: int, length: int, device: torch.device) -> Tensor:
     """:func:`columns` of a call of ``length`` columns, after ``before`` others, that nothing was cut of."""
     every = torch.arange(length, device=device).expand(batch, length)
-    live = two_dimensional(mask, batch, before + length, device)
-    return every if live is None else torch.where(live[:, before:], every, -1)
+    valid = padding_mask(mask, batch, before + length, device)
+    return every if valid is None else torch.where(valid[:, before:], every, -1)

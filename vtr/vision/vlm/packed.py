@@ -126,7 +126,7 @@ class PackedSession(Threaded):
         capture = self.capture
         if capture is None or entered is None:
             return
-        rows = Rows(self, module, entered, kwargs["position_embeddings"])
+        rows = PackedQKV(self, module, entered, kwargs["position_embeddings"])
         number = torch.tensor(self.lengths, device=output.device)
         width = max(self.lengths)
         index = torch.arange(width, device=output.device).expand(len(self.lengths), width)
@@ -161,7 +161,7 @@ class PackedSession(Threaded):
         return nn.utils.rnn.pad_sequence(list(x.split(self.lengths)), batch_first=True)
 
 
-class Rows:
+class PackedQKV:
     """q, k, v of a layer, (images, H, largest, D)."""
 
     def __init__(

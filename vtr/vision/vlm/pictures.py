@@ -254,7 +254,7 @@ class _Places:
         return type(found)(wide.split(lengths))
 
 
-def regrid(positions: Tensor, live: Tensor, slots: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+def regrid(positions: Tensor, valid: Tensor, slots: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
     """m-RoPE positions of a prompt whose pictures became smaller, as the model makes them for these.
 
     Rows and columns of a picture are counted from the position at which it begins, and what follows it
@@ -262,20 +262,20 @@ def regrid(positions: Tensor, live: Tensor, slots: Tensor, moves: Tensor) -> tup
 
     Args:
         positions: (3 or 4, B, L) int64; of four the first is left as it is.
-        live: (B, L) bool, False for padding.
-        slots: (B, N) int64, where the visual tokens stand, -1 for padding.
+        valid: (B, L) bool, False for padding.
+        slots: (B, N) int64, where the visual tokens are, -1 for padding.
         moves: (B, N, 3) int64, :attr:`Coarse.moves`.
 
     Returns:
         the positions, right for text and for tokens that are kept; (B,) by how much tokens that come
         later move down.
     """
-    length = live.shape[1]
-    valid = slots >= 0
-    kept = valid & (moves[..., 0] == 0)
+    length = valid.shape[1]
+    visual = slots >= 0
+    kept = visual & (moves[..., 0] == 0)
     less = moves[..., 1:].permute(2, 0, 1)
     place = positions[-2:].gather(2, slots.clamp(min=0).expand(2, -1, -1))
-    fresh = torch.ones_like(valid)  # a picture begins, or a video without text between its frames
+    fresh = torch.ones_like(visual)  # a picture begins, or a video without text between its frames
     fresh[:, 1:] = slots[:, 1:] != slots[:, :-1] + 1
     block = fresh.long().cumsum(1) - 1
 
@@ -283,15 +283,15 @@ def regrid(positions: Tensor, live: Tensor, slots: Tensor, moves: Tensor) -> tup
         none = torch.full_like(slots, -1)
         return none.scatter_reduce(1, block, torch.where(of, values, -1), "amax")
 
-    drop = last(place.amax(0), valid) - last((place - less).amax(0), kept)
+    drop = last(place.amax(0), visual) - last((place - less).amax(0), kept)
     # One column more: of padding, and what the last token would move behind the prompt.
-    blank = torch.zeros(len(live), length + 1, dtype=torch.long, device=live.device)
-    shift = blank.scatter_add(1, last(slots, valid) + 1, drop).cumsum(1)[:, :length]
-    column = torch.where(valid, slots, length)
+    blank = torch.zeros(len(valid), length + 1, dtype=torch.long, device=valid.device)
+    shift = blank.scatter_add(1, last(slots, visual) + 1, drop).cumsum(1)[:, :length]
+    column = torch.where(visual, slots, length)
     out = positions.clone()
     out[-3:] -= shift
     for axis in (0, 1):
         out[axis - 2] -= blank.scatter(1, column, less[axis])[:, :length]
     # generate goes on from the last token's position, which a long video's times may lie behind.
-    end = torch.where(live, torch.arange(length, device=live.device), 0).amax(1, keepdim=True)
+    end = torch.where(valid, torch.arange(length, device=valid.device), 0).amax(1, keepdim=True)
     return out, shift.gather(1, end)[:, 0]

@@ -21,7 +21,7 @@ from vtr.core.recompute import adopt, check_unchanged, release
 from vtr.core.wrapping import Entry
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.call import Call
+    from vtr.vision.vlm.call import LanguageCall
     from vtr.vision.vlm.language import LanguageSession
 
 
@@ -46,7 +46,7 @@ class Checkpointed:
             and call is not None
             and call.visual is not None
         )
-        return function(Pass(session, block, call if cuts else None), *args)
+        return function(LayerPass(session, block, call if cuts else None), *args)
 
 
 class Layers:
@@ -66,7 +66,7 @@ class Layers:
             release(part, layer)
 
 
-class Pass:
+class LayerPass:
     """A layer whose runs after the first are those of the backward pass.
 
     Args:
@@ -75,12 +75,12 @@ class Pass:
     """
 
     def __init__(
-        self, session: LanguageSession, block: Callable[..., Any], call: Call | None
+        self, session: LanguageSession, block: Callable[..., Any], call: LanguageCall | None
     ) -> None:
         self.session, self.block = session, block
         self.entries: list[Entry] | None = None
         self.first, self.state = call, None if call is None else call.repeat()
-        self.call: Call | None = None
+        self.call: LanguageCall | None = None
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any) -> Any:
@@ -97,7 +97,7 @@ class Pass:
         finally:
             owner.again, self.call = outer, None
 
-    def _run(self, call: Call | None, args: tuple[Any, ...]) -> Any:
+    def _run(self, call: LanguageCall | None, args: tuple[Any, ...]) -> Any:
         if call is None:
             return self.block(*args)
         call.inside = True

@@ -12,10 +12,10 @@ from vtr.core.tokens import take
 from vtr.kernels import attention_rows
 from vtr.kernels.precision import full_precision
 from vtr.vision.vlm.attention import rotate
-from vtr.vision.vlm.sequence import Layout
+from vtr.vision.vlm.sequence import SequenceLayout
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.call import Call
+    from vtr.vision.vlm.call import LanguageCall
 
 
 class Seen:
@@ -24,7 +24,12 @@ class Seen:
     __slots__ = ("done", "hidden", "layer", "layout", "rope")
 
     def __init__(
-        self, layer: int, hidden: Tensor, rope: tuple[Tensor, Tensor], layout: Layout, done: bool
+        self,
+        layer: int,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layout: SequenceLayout,
+        done: bool,
     ) -> None:
         self.layer = layer
         self.hidden = hidden
@@ -33,10 +38,10 @@ class Seen:
         self.done = done
 
 
-class Tokens:
+class VisualQKV:
     """q, k, v of the visual tokens at a decoder site."""
 
-    def __init__(self, call: Call, where: Seen | None) -> None:
+    def __init__(self, call: LanguageCall, where: Seen | None) -> None:
         self.call, self.where = call, where
 
     def __call__(self) -> QKV:
@@ -49,10 +54,10 @@ class Tokens:
         return q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
 
-class Rows:
+class TextRows:
     """Attention of text rows at a decoder site."""
 
-    def __init__(self, call: Call, where: Seen | None, text: Tensor) -> None:
+    def __init__(self, call: LanguageCall, where: Seen | None, text: Tensor) -> None:
         self.call, self.where, self.text = call, where, text
 
     def __call__(self, rows: Tensor) -> tuple[QKV, Tensor]:
@@ -70,7 +75,7 @@ class Rows:
         keys = call.keys(where)
         before = call.columns_before(where.layer)
         column = torch.arange(where.hidden.shape[1], device=slots.device)
-        sees = call.layout.live[:, None] & (column <= wanted[..., None])
+        sees = call.layout.valid[:, None] & (column <= wanted[..., None])
         earlier = before[:, None].expand(-1, slots.shape[1], -1) & (wanted >= 0)[..., None]
         allowed = torch.cat([earlier, sees], 2)[:, None]
         weights = attention_rows(q, keys.to(q), scale=module.self_attn.scaling, bias=allowed)
@@ -78,7 +83,7 @@ class Rows:
         index = target.clamp(min=0)[:, None, None].expand(
             -1, weights.shape[1], weights.shape[2], -1
         )
-        seen = weights.gather(3, index).masked_fill((call.layout.slots < 0)[:, None, None], 0)
+        seen = weights.gather(3, index).masked_fill(~call.layout.valid_slots[:, None, None], 0)
         groups = q.shape[1] // own.shape[1]
         return (q, own.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)), seen
 
@@ -97,25 +102,25 @@ class Rows:
         text, visual = turned(wanted), turned(layout.slots)
         with full_precision(text.device):
             product = text @ visual.transpose(1, 2) / width**0.5
-        none = (wanted < 0)[..., None] | (layout.slots < 0)[:, None]
+        none = (wanted < 0)[..., None] | ~layout.valid_slots[:, None]
         return product.masked_fill(none, 1.0)
 
     def received(self, chunk: int) -> Tensor:
         """(B, N): mean attention over heads and all queries of this call."""
         call, where = self.call, checked(self.call, self.where)
         layout, module = call.layout, call.owner.layers[where.layer]
-        batch, length = layout.live.shape
+        batch, length = layout.valid.shape
         keys, before = call.keys(where), call.columns_before(where.layer)
         column = torch.arange(length, device=keys.device)
         target = layout.slots.clamp(min=0) + before.shape[1]
         total = torch.zeros(layout.slots.shape, device=keys.device)
         for start in range(0, length, chunk):
             rows = column[start : start + chunk].expand(batch, -1)
-            real = layout.live.gather(1, rows)
+            real = layout.valid.gather(1, rows)
             cos, sin = where.rope
             rope = (along(cos, rows), along(sin, rows))
             q, _, _ = call.project(where, take(where.hidden, rows), rope, ("q",))
-            sees = layout.live[:, None] & (column <= rows[..., None])
+            sees = layout.valid[:, None] & (column <= rows[..., None])
             earlier = before[:, None].expand(-1, rows.shape[1], -1)
             allowed = torch.cat([earlier, sees], 2) & real[..., None]
             weights = attention_rows(
@@ -123,10 +128,10 @@ class Rows:
             )
             paid = weights.mean(1).masked_fill(~real[..., None], 0).sum(1)
             total = total + paid.gather(1, target)
-        return (total / layout.live.sum(1, keepdim=True)).masked_fill(layout.slots < 0, 0)
+        return (total / layout.valid.sum(1, keepdim=True)).masked_fill(~layout.valid_slots, 0)
 
 
-def checked(call: Call, where: Seen | None) -> Seen:
+def checked(call: LanguageCall, where: Seen | None) -> Seen:
     if where is None:
         raise RuntimeError("the layer's input was not seen: a method looked before the model ran")
     if where.layout is not call.layout:
@@ -138,5 +143,5 @@ def checked(call: Call, where: Seen | None) -> Seen:
 
 
 def along(x: Tensor, slots: Tensor) -> Tensor:
-    """Rows ``slots`` (B, K) of rotary tables (B or 1, L, D)."""
+    """TextRows ``slots`` (B, K) of rotary tables (B or 1, L, D)."""
     return take(x.expand(slots.shape[0], -1, -1), slots)

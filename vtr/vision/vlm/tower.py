@@ -53,7 +53,7 @@ class TowerSession(EncoderSession):
         if capture is not None:
             capture.memory = dict(run.memory)
             if run.map is not None:
-                capture.alive = mark(run.map.kept, run.tokens)
+                capture.left = mark(run.map.kept, run.tokens)
                 cutters = dict.fromkeys(s.method for s in run.trace.stages if s.site == "encoder")
                 capture.cutters = tuple(cutters)
         super()._finish(run)

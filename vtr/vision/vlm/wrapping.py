@@ -40,15 +40,15 @@ from vtr.vision.vlm.cache_site import PLACES, CacheSession
 from vtr.vision.vlm.call import Held
 from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
-from vtr.vision.vlm.families import Family, find
+from vtr.vision.vlm.families import VLMFamily, find
 from vtr.vision.vlm.features import Capture, Captures, first_token
-from vtr.vision.vlm.head import Asked, Head
+from vtr.vision.vlm.head import Head, Purpose
 from vtr.vision.vlm.language import LanguageSession
 from vtr.vision.vlm.nesting import INNER, LANGUAGE, ROOT, Nesting, forget_compiled
 from vtr.vision.vlm.outputs import MODES
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.pictures import Shrunk
-from vtr.vision.vlm.recompute import Pass
+from vtr.vision.vlm.recompute import LayerPass
 from vtr.vision.vlm.tower import TowerSession
 
 TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
@@ -74,7 +74,7 @@ class VLMWrapping(Wrapping):
     # What methods chose for a generate without a cache.
     held = PerThread[Held | None]()
     # A layer that the backward pass runs again: in a thread of its own on a GPU.
-    again = PerThread[Pass | None]()
+    again = PerThread[LayerPass | None]()
     # What this thread's call writes to; ``trace`` is that of the call that began last, in any thread.
     tracing = PerThread[Trace](make=Trace)
     # Arguments of steps between tower and language model, while a ``get_..._features`` runs.
@@ -84,7 +84,7 @@ class VLMWrapping(Wrapping):
     # Arguments of the model's call for the entry of the language model.
     forwarded = PerThread[dict[str, Any]](make=dict)
 
-    def __init__(self, root: Any, inner: Any, family: Family) -> None:
+    def __init__(self, root: Any, inner: Any, family: VLMFamily) -> None:
         self.inner = inner
         self.family = family
         self.lm: Any = language_of(inner)
@@ -472,7 +472,7 @@ class VLMWrapping(Wrapping):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.language.pending = None
-        self.language.asked = self.head.asked or Asked()
+        self.language.purpose = self.head.purpose or Purpose()
         given = named(module, args, kwargs)
         made = given.get(ENCODER_OUTPUTS)
         elsewhere = made is not None and not (isinstance(made, dict) and self.captures.made(made))
@@ -490,7 +490,7 @@ class VLMWrapping(Wrapping):
         if last is None:
             return None
         costs: dict[str, Any] = {}
-        batch = last.live.shape[0]
+        batch = last.valid.shape[0]
         made = last.captures.of
         if "encoder" in self.trace.tokens and made:
             tower = self.towers[next(iter(made))]
