@@ -28,7 +28,7 @@ from rich.table import Table
 
 import vtr
 from recipes import train_wan
-from vtr.evaluate.generator import measure
+from vtr.evaluate import generator
 from vtr.zoo import wan
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -70,7 +70,7 @@ def measure(
 ) -> dict[str, Any]:
     """Shares of right digits and directions, and the density."""
     with torch.autocast("cpu", torch.bfloat16):
-        row, _ = measure(pipe, method, videos, None, frames=frames, steps=steps)
+        row, _ = generator.measure(pipe, method, videos, None, frames=frames, steps=steps)
     return row
 
 
