@@ -12,7 +12,7 @@ from typing import Any
 
 from vtr.methods import TABLE
 
-__version__ = "0.1.0"
+from vtr.core.version import VERSION as __version__
 
 # Public name -> module. Resolved on first use, so that `import vtr` stays cheap. Type checkers read the same
 # names in __init__.pyi, which `python recipes/public_names.py` writes.

@@ -9,7 +9,8 @@ import pytest
 import vtr
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.compare import COLUMNS, compared, matching, tables
-from vtr.evaluate.results import Outcome, Results
+from vtr.evaluate.outcomes import Outcome
+from vtr.evaluate.results import Results
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 

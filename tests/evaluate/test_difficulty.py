@@ -12,8 +12,9 @@ import pytest
 import vtr
 from vtr.evaluate.cells import Cell, as_methods, keep_of, sweep
 from vtr.evaluate.difficulty import Share, by_difficulty, is_right, with_downsample
-from vtr.evaluate.results import Outcome, Results
-from vtr.evaluate.store import Row, Store
+from vtr.evaluate.outcomes import Outcome
+from vtr.evaluate.results import Results
+from vtr.evaluate.store import Store, StoredAnswer
 
 # Ten questions; 1 is a right answer. The dense model gets eight right (0 to 7); from the smaller picture
 # it gets 0 to 4 of them, and 8, which the dense model does not: easy are 0 to 4, difficult 5, 6 and 7.
@@ -42,7 +43,7 @@ def filled(store: Store, limit: int | None = None, task: str = "own") -> Results
     outcomes = []
     for name, cell in cells().items():
         id = store.cell({"is": name})
-        rows = [Row(d, 0, "p", "a") for d in range(10)]
+        rows = [StoredAnswer(d, 0, "p", "a") for d in range(10)]
         store.put(id, task, rows)
         store.scored(id, task, {d: {"exact_match": float(x)} for d, x in enumerate(RIGHT[name])})
         outcomes.append(Outcome(cell, id, task, {"exact_match": 0.5}, limit or 10))

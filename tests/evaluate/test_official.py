@@ -14,7 +14,7 @@ pytest.importorskip("pyarrow")
 
 from tests.evaluate import mirror
 from vtr.evaluate import answering
-from vtr.evaluate.store import Row, Store
+from vtr.evaluate.store import Store, StoredAnswer
 from vtr.zoo import loading
 
 N = mirror.NUMBER
@@ -79,7 +79,7 @@ def test_the_scores_are_those_of_the_rules(hub, monkeypatch, tmp_path):
 
     def told(self, works, handle):
         prompts.update({(w.task, w.doc): w.prompt for w in works})
-        return [Row(w.doc, w.idx, w.prompt.key, ORACLE[w.task](w.doc)) for w in works]
+        return [StoredAnswer(w.doc, w.idx, w.prompt.key, ORACLE[w.task](w.doc)) for w in works]
 
     monkeypatch.setattr(answering.Answerer, "_generate", told)
     results = run(prepare(tasks=list(EXPECTED)), submissions=tmp_path)

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from vtr.evaluate.cells import Cell
-from vtr.evaluate.results import outcome_of
-from vtr.evaluate.store import Row, Store
+from vtr.evaluate.outcomes import outcome_of
+from vtr.evaluate.store import Store, StoredAnswer
 
 pytest.importorskip("lmms_eval")
 
@@ -103,8 +103,8 @@ def test_repeated_questions_that_all_raised_are_a_failure():
     with Store() as store:
         name = store.cell({})
         for idx in (0, 1):
-            store.put(name, "own", [Row(doc, idx, "", "", error="no") for doc in (0, 1)])
+            store.put(name, "own", [StoredAnswer(doc, idx, "", "", error="no") for doc in (0, 1)])
         outcome = outcome_of(store, Cell(), name, "own", found, None)
         assert outcome.errors == 4 and "every sample raised" in str(outcome.failure)
-        store.put(name, "own", [Row(0, 0, "p", "3")])
+        store.put(name, "own", [StoredAnswer(0, 0, "p", "3")])
         assert outcome_of(store, Cell(), name, "own", found, None).failure is None

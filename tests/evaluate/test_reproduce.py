@@ -12,7 +12,8 @@ from vtr.core.registry import with_presets
 from vtr.evaluate import reproduce
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.compare import COLUMNS
-from vtr.evaluate.results import Outcome, Results
+from vtr.evaluate.outcomes import Outcome
+from vtr.evaluate.results import Results
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 

@@ -12,7 +12,7 @@ import vtr
 from tests.evaluate.conftest import QUESTIONS
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.fingerprint import fingerprint
-from vtr.evaluate.store import Row, Store, cell_id
+from vtr.evaluate.store import Store, StoredAnswer, cell_id
 from vtr.evaluate.tasks import SEED
 from vtr.zoo import loading
 
@@ -240,7 +240,7 @@ def test_answers_without_a_word_are_counted(monkeypatch):
         answering.Answerer,
         "_generate",
         lambda self, works, handle: [
-            Row(w.doc, 0, w.prompt.key, "" if w.doc in (1, 3) else "7", tokens_in=144)
+            StoredAnswer(w.doc, 0, w.prompt.key, "" if w.doc in (1, 3) else "7", tokens_in=144)
             for w in works
         ],
     )

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from vtr.evaluate.store import APPLICATION, VERSION, Row, Store, cell_id
+from vtr.evaluate.store import APPLICATION, VERSION, Store, StoredAnswer, cell_id
 
 ROOT = Path(__file__).parents[2]
 
 
-def row(doc: int, answer: str = "yes", prompt: str = "p", **more) -> Row:
-    return Row(doc, 0, prompt, answer, **more)
+def row(doc: int, answer: str = "yes", prompt: str = "p", **more) -> StoredAnswer:
+    return StoredAnswer(doc, 0, prompt, answer, **more)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_batch_is_written_whole_or_not_at_all(path):
     with Store(path) as store:
         cell = store.cell({})
         with pytest.raises(sqlite3.IntegrityError):
-            store.put(cell, "gqa", [row(0), Row(1, 0, None, "yes")])  # type: ignore[arg-type]
+            store.put(cell, "gqa", [row(0), StoredAnswer(1, 0, None, "yes")])  # type: ignore[arg-type]
         assert store.rows(cell, "gqa") == {}
 
 
@@ -135,14 +135,14 @@ def test_a_store_that_cannot_be_opened_or_written_is_named(tmp_path):
 
 WRITER = """
 import sys
-from vtr.evaluate.store import Row, Store
+from vtr.evaluate.store import StoredAnswer, Store
 name, path, first, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 store = Store(path)
 cell = store.cell({"same": True})
 print("ready", flush=True)
 sys.stdin.readline()
 for doc in range(first, first + number):
-    store.put(cell, "gqa", [Row(doc, 0, "p", name)])
+    store.put(cell, "gqa", [StoredAnswer(doc, 0, "p", name)])
     print(doc, flush=True)
 """
 

@@ -11,8 +11,9 @@ from rich.console import Console
 import vtr
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.official import headline, plain_metrics
-from vtr.evaluate.results import Outcome, Results, costs
-from vtr.evaluate.store import Row
+from vtr.evaluate.outcomes import Outcome, costs
+from vtr.evaluate.results import Results
+from vtr.evaluate.store import StoredAnswer
 from vtr.evaluate.table import BEGIN, END, pareto, plot, score_text, styles
 
 DENSE = {
@@ -117,8 +118,11 @@ def test_headlines():
 
 
 def test_costs_leave_out_samples_that_raised():
-    rows = [Row(i, 0, "p", "a", seconds=s, batch=2, flops=10.0) for i, s in enumerate((1, 2, 9))]
-    rows.append(Row(3, 0, "p", "", error="x", seconds=100.0))
+    rows = [
+        StoredAnswer(i, 0, "p", "a", seconds=s, batch=2, flops=10.0)
+        for i, s in enumerate((1, 2, 9))
+    ]
+    rows.append(StoredAnswer(3, 0, "p", "", error="x", seconds=100.0))
     assert costs(rows) == {"flops": 10.0, "seconds": 2, "batch": 2}
     assert costs([]) == {}
 

@@ -15,7 +15,7 @@ SAMPLE = frozenset(
 )
 
 
-class Asked(NamedTuple):
+class AnswerRequest(NamedTuple):
     """A request for an answer.
 
     Attributes:
@@ -46,7 +46,7 @@ def place(request: Any) -> tuple[Any, str, str]:
     return doc, task, split
 
 
-def asked(request: Any) -> Asked:
+def asked(request: Any) -> AnswerRequest:
     """A request of ``generate_until`` in either layout of arguments.
 
     ``(context, generation, doc_to_visual, doc, task, split)`` for simple tasks,
@@ -55,8 +55,8 @@ def asked(request: Any) -> Asked:
     """
     given = request.args
     if isinstance(given[1], Mapping) and isinstance(given[0], str):
-        return Asked(given[0], given[2], None, given[1], *place(request))
-    return Asked("", None, given[-5], given[-4], *place(request))
+        return AnswerRequest(given[0], given[2], None, given[1], *place(request))
+    return AnswerRequest("", None, given[-5], given[-4], *place(request))
 
 
 def likelihood(request: Any) -> tuple[str, Any, Callable[[Any], Any] | None, Any, str, str]:

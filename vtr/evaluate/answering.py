@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vtr
+from vtr.api import apply, handles
 from vtr.compat.transformers import cache_of
 from vtr.core.method import Method
 from vtr.errors import UnsupportedModelError
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.prompts import Prompt, cut
-from vtr.evaluate.store import Row
+from vtr.evaluate.store import StoredAnswer
 from vtr.inspect.flops import cache_bytes, count_flops
 
 
@@ -80,7 +80,7 @@ class Answerer:
         """A handle, or a context that does nothing where there are no methods."""
         if not methods:
             return nullcontext()
-        return vtr.apply(self.model, list(methods), positions=self.positions)
+        return apply(self.model, list(methods), positions=self.positions)
 
     def check(self, cell: Cell) -> None:
         """Raise where the cell's methods cannot work on the model."""
@@ -89,7 +89,9 @@ class Answerer:
 
     # ---- batches ----------------------------------------------------------------------------
 
-    def answers(self, works: Sequence[Work], cell: Cell) -> Iterator[list[tuple[Work, Row]]]:
+    def answers(
+        self, works: Sequence[Work], cell: Cell
+    ) -> Iterator[list[tuple[Work, StoredAnswer]]]:
         """Answer all, a batch at a time; what a batch made is to be stored before the next begins."""
         groups: dict[tuple[Any, ...], list[Work]] = {}
         for work in works:
@@ -108,7 +110,7 @@ class Answerer:
                         yield done
                         start += len(part)
 
-    def _answered(self, works: list[Work], handle: Any) -> list[tuple[Work, Row]] | None:
+    def _answered(self, works: list[Work], handle: Any) -> list[tuple[Work, StoredAnswer]] | None:
         """A batch. Where it raises, sample by sample: what raises alone is recorded so.
 
         None when memory ran out and the batches are smaller from now on: to be tried again.
@@ -125,7 +127,7 @@ class Answerer:
             torch.cuda.empty_cache()
         if len(works) == 1:
             (work,) = works
-            return [(work, Row(work.doc, work.idx, work.prompt.key, "", error=text))]
+            return [(work, StoredAnswer(work.doc, work.idx, work.prompt.key, "", error=text))]
         if full and self.adapts:
             self.size = len(works) // 2
             return None
@@ -166,7 +168,7 @@ class Answerer:
         return moved
 
     @torch.inference_mode()
-    def _generate(self, works: list[Work], handle: Any) -> list[Row]:
+    def _generate(self, works: list[Work], handle: Any) -> list[StoredAnswer]:
         prompts = [w.prompt for w in works]
         inputs = self.encode(prompts)
         torch.manual_seed(_number(self.seed, works[0].task, works[0].doc, works[0].idx))
@@ -185,7 +187,7 @@ class Answerer:
         for i, work in enumerate(works):
             dense = self._dense_cost(work.prompt, int(given[i]), int(visual[i]))
             rows.append(
-                Row(
+                StoredAnswer(
                     work.doc,
                     work.idx,
                     work.prompt.key,
@@ -235,7 +237,7 @@ class Answerer:
 
     def _counted(self, prompt: Prompt) -> Cost | None:
         inputs = self.encode([prompt])
-        paused = [h for h in vtr.handles(self.model) if not h.paused] if _known(self.model) else []
+        paused = [h for h in handles(self.model) if not h.paused] if _known(self.model) else []
         for handle in paused:
             handle.pause()
         try:
@@ -255,7 +257,7 @@ class Answerer:
 
 def _known(model: Any) -> bool:
     try:
-        vtr.handles(model)
+        handles(model)
     except UnsupportedModelError:
         return False
     return True

@@ -10,9 +10,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-import vtr
+from vtr.api import apply
 from vtr.core.method import Method, Reduction, Stage, TokenMethod
 from vtr.core.site import ModelInfo, Site
+from vtr.methods import (
+    EVS,
+    DyCoke,
+    FastVID,
+    FrameFusion,
+    HoliTom,
+    PruneVid,
+    Random,
+    UniformFrames,
+    VideoToMe,
+)
 from vtr.methods.common.vlm import language, prune
 from vtr.zoo.video_questions import KINDS, VideoSample, answers, score
 
@@ -53,7 +64,7 @@ class RandomFrames(TokenMethod):
             count, each = int(frame.max()) + 1, int((frame == 0).sum())
             drawn = torch.rand(count).to(here.device)
             chances[i] = torch.where(frame < 0, chances[i], drawn[frame.clamp(min=0)])
-            number[i] += vtr.UniformFrames(keep=self.keep).retained(count, each)
+            number[i] += UniformFrames(keep=self.keep).retained(count, each)
         return prune(here, chances, number)
 
 
@@ -67,19 +78,19 @@ def methods_at(share: float) -> dict[str, Method]:
     """
     per_frame: int | float = (4 * share - 1) / 3 if share > 0.25 else 1
     methods: dict[str, Method] = {
-        "random tokens": vtr.Random(keep=share, site="prompt"),
+        "random tokens": Random(keep=share, site="prompt"),
         "random frames": RandomFrames(keep=share),
-        "uniform frames": vtr.UniformFrames(keep=share),
-        "DyCoke": vtr.DyCoke(keep=per_frame, kv=None),
-        "DyCoke, cache too": vtr.DyCoke(keep=per_frame),
-        "EVS": vtr.EVS(keep=share),
-        "FastVID": vtr.FastVID(keep=share),
-        "HoliTom": vtr.HoliTom(keep=share, inner=None),
-        "HoliTom, inner too": vtr.HoliTom(keep=share),
-        "PruneVid": vtr.PruneVid(keep=share, inner=None),
-        "PruneVid, inner too": vtr.PruneVid(keep=share),
-        "FrameFusion": vtr.FrameFusion(keep=share),
-        "ToMe over time": vtr.VideoToMe(keep=share),
+        "uniform frames": UniformFrames(keep=share),
+        "DyCoke": DyCoke(keep=per_frame, kv=None),
+        "DyCoke, cache too": DyCoke(keep=per_frame),
+        "EVS": EVS(keep=share),
+        "FastVID": FastVID(keep=share),
+        "HoliTom": HoliTom(keep=share, inner=None),
+        "HoliTom, inner too": HoliTom(keep=share),
+        "PruneVid": PruneVid(keep=share, inner=None),
+        "PruneVid, inner too": PruneVid(keep=share),
+        "FrameFusion": FrameFusion(keep=share),
+        "ToMe over time": VideoToMe(keep=share),
     }
     if share < 0.25:
         del methods["DyCoke"], methods["DyCoke, cache too"]
@@ -122,7 +133,7 @@ def measure(
     """One configuration on samples; positions of tokens are kept, whatever the paper's default."""
     start = time.perf_counter()
     torch.manual_seed(0)
-    applied = nullcontext() if method is None else vtr.apply(model, method, positions="original")
+    applied = nullcontext() if method is None else apply(model, method, positions="original")
     with applied as handle:
         scores = score(samples, answers(model, processor, samples))
         seconds = time.perf_counter() - start

@@ -16,7 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vtr.evaluate.results import Line, Outcome, Results
+from vtr.evaluate.outcomes import Line, Outcome
+from vtr.evaluate.results import Results
 
 Reading = Callable[[dict[str, float]], float | None]
 

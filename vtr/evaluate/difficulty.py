@@ -19,7 +19,8 @@ from typing import Any
 
 from vtr.core.budget import Keep
 from vtr.evaluate.cells import Cell, keep_of
-from vtr.evaluate.results import Outcome, Results
+from vtr.evaluate.outcomes import Outcome
+from vtr.evaluate.results import Results
 from vtr.evaluate.store import Store
 from vtr.methods.downsample import Downsample
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import vtr
+from vtr.api import apply
 from vtr.core.method import Method
 from vtr.inspect.flops import count_flops
+from vtr.methods import CLSAttention, Downsample, EViT, FlowCut, Random, ToFe, ToMe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,14 +46,14 @@ class DigitsResult:
 def demo_methods() -> list[Method]:
     """The settings of the demo: about a third of the dense FLOPs."""
     return [
-        vtr.Downsample(keep=49),
-        vtr.Random(keep=0.12, layers=(1,)),
-        vtr.CLSAttention(keep=0.12, layers=(1,)),
-        vtr.EViT(keep=0.4, layers=(1, 2, 3)),
-        vtr.FlowCut(keep=0.12, end=2),
-        vtr.ToMe(r=(48, 32, 16, 8, 8)),
-        vtr.ToFe(keep=(0.2, 0.15, 0.1)),
-        vtr.ToFe(keep=(0.09, 0.08, 0.07), weights=TOFE_WEIGHTS),
+        Downsample(keep=49),
+        Random(keep=0.12, layers=(1,)),
+        CLSAttention(keep=0.12, layers=(1,)),
+        EViT(keep=0.4, layers=(1, 2, 3)),
+        FlowCut(keep=0.12, end=2),
+        ToMe(r=(48, 32, 16, 8, 8)),
+        ToFe(keep=(0.2, 0.15, 0.1)),
+        ToFe(keep=(0.09, 0.08, 0.07), weights=TOFE_WEIGHTS),
     ]
 
 
@@ -67,13 +68,13 @@ def sweep_methods() -> dict[str, list[Method]]:
         (0.09, 0.08, 0.07),
     )
     return {
-        "Downsample": [vtr.Downsample(keep=k) for k in shares],
-        "Random": [vtr.Random(keep=k, layers=(1,)) for k in shares],
-        "CLSAttention": [vtr.CLSAttention(keep=k, layers=(1,)) for k in shares],
-        "EViT": [vtr.EViT(keep=k, layers=(1, 2, 3)) for k in (0.9, 0.7, 0.5, 0.35, 0.25)],
-        "FlowCut": [vtr.FlowCut(keep=k, end=2) for k in shares],
+        "Downsample": [Downsample(keep=k) for k in shares],
+        "Random": [Random(keep=k, layers=(1,)) for k in shares],
+        "CLSAttention": [CLSAttention(keep=k, layers=(1,)) for k in shares],
+        "EViT": [EViT(keep=k, layers=(1, 2, 3)) for k in (0.9, 0.7, 0.5, 0.35, 0.25)],
+        "FlowCut": [FlowCut(keep=k, end=2) for k in shares],
         "ToMe": [
-            vtr.ToMe(r=r)
+            ToMe(r=r)
             for r in (
                 (16, 16, 16, 8, 8),
                 (32, 24, 16, 8, 8),
@@ -82,8 +83,8 @@ def sweep_methods() -> dict[str, list[Method]]:
                 (72, 36, 18, 9, 4),
             )
         ],
-        "ToFe": [vtr.ToFe(keep=keep) for keep in stages],
-        "ToFe (trained)": [vtr.ToFe(keep=keep, weights=TOFE_WEIGHTS) for keep in stages],
+        "ToFe": [ToFe(keep=keep) for keep in stages],
+        "ToFe (trained)": [ToFe(keep=keep, weights=TOFE_WEIGHTS) for keep in stages],
     }
 
 
@@ -106,14 +107,14 @@ def evaluate(
     right: list[list[float]] = [[] for _ in chosen]
     times = [float("inf")] * len(chosen)
     facts: list[tuple[int, int]] = [(0, 0)] * len(chosen)
-    total = passes * len(chosen) + sum(len(seeds) - 1 for m in chosen if isinstance(m, vtr.Random))
+    total = passes * len(chosen) + sum(len(seeds) - 1 for m in chosen if isinstance(m, Random))
     with _bar(total, progress) as bar, torch.inference_mode():
         for turn in range(passes):
             for slot, method in enumerate(chosen):
-                runs = seeds if isinstance(method, vtr.Random) and turn == 0 else seeds[:1]
+                runs = seeds if isinstance(method, Random) and turn == 0 else seeds[:1]
                 for seed in runs:
                     torch.manual_seed(seed)
-                    with nullcontext() if method is None else vtr.apply(model, method) as handle:
+                    with nullcontext() if method is None else apply(model, method) as handle:
                         if turn == 0 and seed == seeds[0]:
                             flops = count_flops(model, images[:1])
                             tokens = model.patch_embed.num_patches

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import vtr
+from vtr.api import apply
 from vtr.evaluate.digit_judge import grey_levels, judge
 from vtr.methods.common.attention import AttentionMethod
 from vtr.zoo.videos import DIRECTIONS, fitting
@@ -95,7 +95,7 @@ def measure(
     if method is None:
         videos = generate(pipe, digits, directions, **options)
     else:
-        with vtr.apply(pipe, method) as handle:
+        with apply(pipe, method) as handle:
             videos = generate(pipe, digits, directions, **options)
             density = density_of(handle)
             whole, done = handle.report().flops["attention, this run"]

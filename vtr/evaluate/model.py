@@ -16,12 +16,13 @@ from lmms_eval.api.model import lmms
 
 from vtr.compat.lmms_eval import pads
 from vtr.compat.lmms_eval import place as location
+from vtr.core.version import VERSION
 from vtr.evaluate.answering import Answerer, Work, explain
 from vtr.evaluate.cells import DRAWS, Cell, as_methods, parse_keeps, sweep
 from vtr.evaluate.fingerprint import file_hash, fingerprint
 from vtr.evaluate.launch import join, place, ranks
 from vtr.evaluate.prompts import prompt_of
-from vtr.evaluate.store import Row, Store
+from vtr.evaluate.store import Store, StoredAnswer
 from vtr.zoo import loading
 
 AUTO = {"cuda": 64, "cpu": 32}  # where an automatic batch size begins
@@ -158,13 +159,11 @@ class VTRChat(lmms):
 
         import transformers
 
-        import vtr
-
         described: dict[str, Any] = {
             "model": self.fingerprint,
             "name": type(self.model).__name__,
             **cell.to_dict(),
-            "vtr": vtr.__version__,
+            "vtr": VERSION,
             "lmms_eval": version("lmms_eval"),
             "transformers": transformers.__version__,
             "device": self._device.split(":")[0],
@@ -186,7 +185,7 @@ class VTRChat(lmms):
         recorded with its error and answered with an empty text.
         """
         results: list[Any] = [GenerationResult("", None)] * len(requests)
-        stored: dict[str, dict[tuple[int, int], Row]] = {}
+        stored: dict[str, dict[tuple[int, int], StoredAnswer]] = {}
         waiting: list[Work] = []
         for slot, request in enumerate(requests):
             if pads(request):
@@ -209,7 +208,7 @@ class VTRChat(lmms):
         self,
         slot: int,
         request: Any,
-        stored: dict[str, dict[tuple[int, int], Row]],
+        stored: dict[str, dict[tuple[int, int], StoredAnswer]],
         results: list[Any],
     ) -> Work | None:
         """What is to be asked; None where the answer is known, or the question cannot be put."""
@@ -221,7 +220,9 @@ class VTRChat(lmms):
             answerer = self._answerer
             prompt = prompt_of(request, self.task_dict, answerer.frames).drawn_with(answerer.seed)
         except Exception as error:
-            self.store.put(self._cell_name, task, [Row(doc, idx, "", "", error=explain(error))])
+            self.store.put(
+                self._cell_name, task, [StoredAnswer(doc, idx, "", "", error=explain(error))]
+            )
             self.made[task] += 1
             return None
         row = stored[task].get((doc, idx))
@@ -280,6 +281,6 @@ def _size(batch_size: int | str) -> int:
     return size
 
 
-def _result(row: Row) -> Any:
+def _result(row: StoredAnswer) -> Any:
     counts = TokenCounts(input_tokens=row.prompt_tokens, output_tokens=row.new_tokens)
     return cast(Any, GenerationResult(row.answer, counts))

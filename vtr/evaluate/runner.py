@@ -15,7 +15,8 @@ from vtr.evaluate import harness, official
 from vtr.evaluate.cells import Cell, all_methods, as_methods, parse_keeps, sweep
 from vtr.evaluate.difficulty import with_downsample
 from vtr.evaluate.launch import join, place, ranks
-from vtr.evaluate.results import Outcome, Results, outcome_of
+from vtr.evaluate.outcomes import Outcome, outcome_of
+from vtr.evaluate.results import Results
 from vtr.evaluate.store import Store
 from vtr.evaluate.tasks import BUILTIN
 from vtr.zoo import loading

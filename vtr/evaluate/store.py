@@ -25,7 +25,7 @@ BUSY = 60.0  # seconds to wait for another writer
 
 
 @dataclass(frozen=True)
-class Row:
+class StoredAnswer:
     """One answered sample.
 
     Attributes:
@@ -60,7 +60,7 @@ class Row:
     batch: int | None = None
 
 
-COLUMNS = tuple(f.name for f in fields(Row))
+COLUMNS = tuple(f.name for f in fields(StoredAnswer))
 
 _SCHEMA = """
 CREATE TABLE cells (id TEXT PRIMARY KEY, config TEXT NOT NULL, created REAL NOT NULL);
@@ -199,7 +199,7 @@ class Store:
             )
         return name
 
-    def put(self, cell: str, task: str, rows: Iterable[Row]) -> None:
+    def put(self, cell: str, task: str, rows: Iterable[StoredAnswer]) -> None:
         """Write answered samples, all or none.
 
         The first answer to a question stays: a second writer changes nothing. A row of another
@@ -246,13 +246,13 @@ class Store:
 
     def rows(
         self, cell: str, task: str, docs: Sequence[int] | None = None
-    ) -> dict[tuple[int, int], Row]:
+    ) -> dict[tuple[int, int], StoredAnswer]:
         """Answered samples by ``(doc, idx)``; ``docs`` leaves others out."""
         found = self._db.execute(
             f"SELECT {', '.join(COLUMNS)} FROM samples WHERE cell = ? AND task = ?", (cell, task)
         )
         wanted = None if docs is None else set(docs)
-        rows = (Row(*values) for values in found)
+        rows = (StoredAnswer(*values) for values in found)
         return {(r.doc, r.idx): r for r in rows if wanted is None or r.doc in wanted}
 
     def config(self, cell: str) -> dict[str, Any]:

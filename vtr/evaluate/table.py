@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vtr.evaluate.official import HEADLINE
 
 if TYPE_CHECKING:
-    from vtr.evaluate.results import Line, Results
+    from vtr.evaluate.outcomes import Line, Outcomes
 
 
 def score_text(
@@ -41,7 +41,7 @@ def _number(value: float | None, scale: float = 1.0) -> str:
     return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def columns(results: Results) -> list[tuple[str, Callable[[Line], str]]]:
+def columns(results: Outcomes) -> list[tuple[str, Callable[[Line], str]]]:
     """Headings of the table and what stands below them."""
 
     def score(task: str) -> Callable[[Line], str]:
@@ -69,12 +69,12 @@ def columns(results: Results) -> list[tuple[str, Callable[[Line], str]]]:
     return out
 
 
-def _flops_unit(results: Results) -> tuple[float, str]:
+def _flops_unit(results: Outcomes) -> tuple[float, str]:
     most = max((line.flops or 0 for line in results.lines()), default=0)
     return (1e12, "TFLOPs") if most >= 1e12 else (1e9, "GFLOPs")
 
 
-def notes(results: Results) -> list[str]:
+def notes(results: Outcomes) -> list[str]:
     """What a reader of the table must know."""
     lines = results.lines()
     samples = max((line.samples for line in lines), default=0)
@@ -116,7 +116,7 @@ def _cut_nothing(line: Line) -> bool:
     return line.of_tokens == 1 and line.of_flops == 1
 
 
-def rich_table(results: Results) -> Any:
+def rich_table(results: Outcomes) -> Any:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -136,7 +136,7 @@ def rich_table(results: Results) -> Any:
     return table
 
 
-def markdown(results: Results) -> str:
+def markdown(results: Outcomes) -> str:
     """The table and its notes in Markdown."""
     shown = columns(results)
     rule = ["---" if name == "method" else "---:" for name, _ in shown]
@@ -146,7 +146,7 @@ def markdown(results: Results) -> str:
     return "\n".join([*lines, "", *(f"{note}  " for note in notes(results))]).rstrip() + "\n"
 
 
-def csv_text(results: Results) -> str:
+def csv_text(results: Outcomes) -> str:
     """One row per cell and task: every metric of lmms-eval, every cost, unrounded."""
     metrics = list(dict.fromkeys(k for o in results.outcomes for k in o.metrics))
     costs = list(dict.fromkeys(k for o in results.outcomes for k in o.costs))
@@ -173,7 +173,7 @@ def csv_text(results: Results) -> str:
     return out.getvalue()
 
 
-def plot(results: Results, path: str | Path) -> None:
+def plot(results: Outcomes, path: str | Path) -> None:
     """Score against FLOPs and against tokens, one line per method, the best trade-offs marked.
 
     Raises:
@@ -225,7 +225,7 @@ def plot(results: Results, path: str | Path) -> None:
 NEAR = 12  # points that the second half of the plot shows: methods lie close there
 
 
-def _points(results: Results) -> tuple[bool, dict[str, list[tuple[float, float, float]]]]:
+def _points(results: Outcomes) -> tuple[bool, dict[str, list[tuple[float, float, float]]]]:
     """Whether scores are shares of dense; per method FLOPs in percent, score, mean tokens."""
     lines = results.lines()
     relative = any(line.share is not None for line in lines)
@@ -272,7 +272,7 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 BEGIN, END = "<!-- vtr eval: table -->", "<!-- vtr eval: end -->"
 
 
-def save(results: Results, folder: str | Path, name: str = "evaluation") -> list[Path]:
+def save(results: Outcomes, folder: str | Path, name: str = "evaluation") -> list[Path]:
     """Write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` into a folder.
 
     A ``NAME.md`` that is there and holds the two comment lines :data:`BEGIN` and :data:`END` keeps its

@@ -10,9 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import vtr
+from vtr.api import apply
 from vtr.core.method import Method
 from vtr.inspect.flops import count_flops
+from vtr.methods import (
+    VTCCLS,
+    Debias,
+    DivPrune,
+    Downsample,
+    FastV,
+    FlowCut,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    VFlowOpt,
+    VisionZip,
+)
 from vtr.zoo.questions import Sample, evaluate_vlm, prompt
 
 if TYPE_CHECKING:
@@ -49,18 +62,18 @@ class VlmResult:
 def methods_at(keep: int) -> list[Method]:
     """Every method with ``keep`` of the 144 visual tokens left at the end (a smaller picture: at most)."""
     return [
-        vtr.Downsample(keep=keep),
-        vtr.Random(keep=keep, site="prompt"),
-        vtr.Random(keep=keep, site="encoder", layers=(1,)),
-        vtr.VTCCLS(keep=keep, window=3),
-        vtr.FlowCut(keep=keep),
-        vtr.VisionZip(keep=keep),
-        vtr.DivPrune(keep=keep),
-        vtr.FastV(keep=keep, layer=2),
-        vtr.Debias(vtr.FastV(keep=keep, layer=2)),
-        vtr.PyramidDrop(keep=(max(keep, 72), max(keep, 36), keep)),
-        vtr.SparseVLM(keep=(max(keep, 72), max(keep, 36), keep)),
-        vtr.VFlowOpt(keep=keep),
+        Downsample(keep=keep),
+        Random(keep=keep, site="prompt"),
+        Random(keep=keep, site="encoder", layers=(1,)),
+        VTCCLS(keep=keep, window=3),
+        FlowCut(keep=keep),
+        VisionZip(keep=keep),
+        DivPrune(keep=keep),
+        FastV(keep=keep, layer=2),
+        Debias(FastV(keep=keep, layer=2)),
+        PyramidDrop(keep=(max(keep, 72), max(keep, 36), keep)),
+        SparseVLM(keep=(max(keep, 72), max(keep, 36), keep)),
+        VFlowOpt(keep=keep),
     ]
 
 
@@ -89,7 +102,7 @@ def evaluate(
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("held-out questions", total=len(chosen))
         for method in chosen:
-            runs = seeds if isinstance(method, vtr.Random) else seeds[:1]
+            runs = seeds if isinstance(method, Random) else seeds[:1]
             scores = []
             tokens, flops, cache = TOKENS, None, None
             seconds = 0.0
@@ -98,7 +111,7 @@ def evaluate(
                 with (
                     nullcontext()
                     if method is None
-                    else vtr.apply(model, method, positions=positions) as handle
+                    else apply(model, method, positions=positions) as handle
                 ):
                     start = time.perf_counter()
                     scores.append(evaluate_vlm(model, processor, samples, batch_size=batch_size))

@@ -24,7 +24,7 @@ from vtr.compat.torch import tree_iter, tree_map
 from vtr.compat.transformers import attention_implementation, cache_of
 from vtr.inspect.flops import cache_bytes, count_flops
 from vtr.inspect.memory import PeakMemory
-from vtr.inspect.profile_rows import Profile, Row, verdict
+from vtr.inspect.profile_rows import Profile, ProfileRow, verdict
 
 
 def profile(
@@ -76,7 +76,7 @@ def profile(
         )
     function = model if call is None else call
     notes: list[str] = []
-    rows: list[Row] = []
+    rows: list[ProfileRow] = []
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_fastest_attention(unwrapped(model), notes))
@@ -126,7 +126,7 @@ class _Call:
 
 def _measure(
     call: _Call, wrapped: Sequence[Handle | None], warmup: int, repeats: int, progress: bool
-) -> list[Row]:
+) -> list[ProfileRow]:
     facts = []
     times: list[list[float]] = [[] for _ in wrapped]
     for handle in wrapped:
@@ -138,10 +138,10 @@ def _measure(
         for slot, handle in enumerate(wrapped):
             with _on(handle):
                 times[slot].append(call.seconds())
-    rows: list[Row] = []
+    rows: list[ProfileRow] = []
     for handle, seconds, (flops, peak, cache, tokens) in zip(wrapped, times, facts, strict=True):
         best = min(seconds)
-        row = Row(
+        row = ProfileRow(
             name="dense" if handle is None else " + ".join(map(str, handle.methods)),
             batch=call.batch,
             latency_ms=statistics.median(seconds) * 1e3,

@@ -16,7 +16,7 @@ WORTH_IT = 1.05
 
 
 @dataclass(frozen=True)
-class Row:
+class ProfileRow:
     """One way of running the model at one batch size.
 
     Attributes:
@@ -64,7 +64,7 @@ class Profile:
     """
 
     model: str
-    rows: tuple[Row, ...]
+    rows: tuple[ProfileRow, ...]
     device: str
     dtype: str
     threads: int

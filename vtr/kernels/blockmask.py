@@ -305,7 +305,7 @@ class BlockMask:
     def to_flex(self) -> Any:
         """As a ``torch.nn.attention.flex_attention.BlockMask``; partial blocks keep their exact
         tokens through a ``mask_mod`` that looks them up."""
-        from vtr.kernels.flex import to_flex
+        from vtr.kernels.flex_mask import to_flex
 
         return to_flex(self)
 

@@ -318,7 +318,7 @@ def _hopper_kernel(
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """One variant of the kernel: keys of a tile, slots of each ring, and the registers of a thread
     that the program is launched with (None: as many as there are for one program on a processor)."""
 
@@ -328,12 +328,12 @@ class Plan:
     turns: bool = False
 
 
-def plan(dim: int, block: Sequence[int]) -> Plan:
+def plan(dim: int, block: Sequence[int]) -> KernelPlan:
     """The variant for a head dim and a mask's blocks: of 128 queries one program on a processor, of
     64 queries two, each with the shared memory and the registers that there are."""
     if block[0] == 64:
-        return Plan(64, {128: 3, 64: 6}[dim], 128)
-    return Plan(block[1], {128: 2, 64: 4}[dim] * 128 // block[1])
+        return KernelPlan(64, {128: 3, 64: 6}[dim], 128)
+    return KernelPlan(block[1], {128: 2, 64: 4}[dim] * 128 // block[1])
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float) -> str:
@@ -385,7 +385,7 @@ def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
 
 
 def constants(
-    dim: int, block: Sequence[int], plan: Plan, scaled: bool, adding: bool
+    dim: int, block: Sequence[int], plan: KernelPlan, scaled: bool, adding: bool
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
     return {
@@ -398,11 +398,11 @@ def constants(
 def launch(
     q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None, out: Tensor,
     lse: Tensor, part_out: Tensor, part_lse: Tensor, lists: Any, mask: list[Tensor],
-    block: Sequence[int], scale_log2: float, plan: Plan,
+    block: Sequence[int], scale_log2: float, plan: KernelPlan,
 ) -> None:  # fmt: skip
     """Fills ``out`` and ``lse``, of heavy rows ``part_out`` and ``part_lse``, as the Triton kernel
     does; for what :func:`refuses` has nothing against, on the current device. ``lists``: the mask's
-    :class:`vtr.kernels.triton_attention.Lists`."""
+    :class:`vtr.kernels.triton_lists.Lists`."""
     pattern, _, _, col, tile = mask[:5]
     items = lists.longer_items
     batch, heads, q_len, dim = q.shape

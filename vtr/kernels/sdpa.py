@@ -48,7 +48,7 @@ class Keys:
 
 
 @dataclass
-class Row:
+class QueryStep:
     """One step: some neighbouring queries that see the same keys."""
 
     start: int  # first and last query token
@@ -59,19 +59,19 @@ class Row:
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """Steps per pattern, and the queries that see nothing."""
 
     pattern: list[list[int]]
-    rows: list[list[Row]]
+    rows: list[list[QueryStep]]
     empty: list[list[tuple[int, int]]]
     unseen: Tensor = field(repr=False)  # (T, bm, bn) bool, True: masked
 
 
-_plans: dict[int, Plan] = {}
+_plans: dict[int, StepPlan] = {}
 
 
-def plan_of(mask: list[Tensor], dims: list[int]) -> Plan:
+def plan_of(mask: list[Tensor], dims: list[int]) -> StepPlan:
     """The plan of a mask (its tensors and [q_len, k_len, bm, bn]), made on first use."""
     ident = mask[6]
     key = int(ident)
@@ -81,7 +81,7 @@ def plan_of(mask: list[Tensor], dims: list[int]) -> Plan:
     return _plans[key]
 
 
-def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
+def _make_plan(mask: list[Tensor], dims: list[int]) -> StepPlan:
     pattern, row_ptr, split, col, tile, tiles = mask[:6]
     q_len, k_len, bm, bn = dims
     nq, nk = -(-q_len // bm), -(-k_len // bn)
@@ -107,17 +107,19 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
                 which.append(ids[i])
         return full, part, which
 
-    def make(first: int, last: int, full: list[int], part: list[int], which: list[int]) -> Row:
+    def make(
+        first: int, last: int, full: list[int], part: list[int], which: list[int]
+    ) -> QueryStep:
         start, stop = first * bm, min(last * bm, q_len)
         short = bn - ends[1] if full and full[-1] == nk - 1 else 0
         tiles_of = torch.tensor(which, dtype=torch.int64, device="cpu")
         holes = not full and not bool(some_key[tiles_of, : stop - start].any(0).all())
         keys = Keys.of(part + full, bn, short)
-        return Row(start, stop, keys, tiles_of if part else None, holes)
+        return QueryStep(start, stop, keys, tiles_of if part else None, holes)
 
-    plan = Plan([of[i : i + heads] for i in range(0, len(of), heads)], [], [], ~tiles)
+    plan = StepPlan([of[i : i + heads] for i in range(0, len(of), heads)], [], [], ~tiles)
     for p in range(split.numel() // nq):
-        rows: list[Row] = []
+        rows: list[QueryStep] = []
         empty: list[tuple[int, int]] = []
         r = 0
         while r < nq:
@@ -136,9 +138,9 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> Plan:
     return plan
 
 
-def _move(rows: list[Row], device: torch.device) -> None:
+def _move(rows: list[QueryStep], device: torch.device) -> None:
     """The rows' indices to the device, all in one copy."""
-    places: list[tuple[Row | Keys, str, Tensor]] = []
+    places: list[tuple[QueryStep | Keys, str, Tensor]] = []
     for row in rows:
         if row.partial is not None:
             places.append((row, "partial", row.partial))
@@ -156,7 +158,9 @@ class Scratch:
     once and stays in cache, while allocating it anew would cost more in page faults than the
     gather itself."""
 
-    def __init__(self, plan: Plan, block: int, dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, plan: StepPlan, block: int, dim: int, dtype: torch.dtype, device: torch.device
+    ):
         self.onednn = product.has_onednn(dtype, device)
         self.flash = device.type == "cpu" and dtype != torch.float64 and not self.onednn
         self.exact = dtype == torch.float32  # flash alone accumulates half products in float32
@@ -172,14 +176,14 @@ class Scratch:
         self._parts: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._steps: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
 
-    def by_flash(self, row: Row) -> bool:
+    def by_flash(self, row: QueryStep) -> bool:
         """Whether a step is one call of the CPU's flash attention, or two products and a softmax."""
         if not self.flash:
             return False
         height = row.stop - row.start
         return not (self.exact and height in _PRODUCT_ROWS and height * row.keys.tokens < _TILE)
 
-    def _written(self, row: Row) -> int:
+    def _written(self, row: QueryStep) -> int:
         """Scores of the largest tile that needs room here: oneDNN brings its own, but is not asked
         for small tiles, and the last of any step may be one."""
         scores = (row.stop - row.start) * row.keys.tokens
@@ -187,12 +191,12 @@ class Scratch:
             return min(scores, product.LEAST // self.dim)
         return 0 if self.by_flash(row) else scores
 
-    def height(self, row: Row) -> int:
+    def height(self, row: QueryStep) -> int:
         """Queries of a tile of scores."""
         most = _ONEDNN_TILE // max(1, row.keys.tokens) if self.onednn else row.stop - row.start
         return max(1, min(row.stop - row.start, most))
 
-    def step(self, row: Row) -> tuple[Tensor, ...]:
+    def step(self, row: QueryStep) -> tuple[Tensor, ...]:
         """Of a step with gathered keys: room for its scores and its key and value blocks, and those
         as (D, tokens) and (tokens, D)."""
         assert row.keys.blocks is not None
@@ -247,7 +251,7 @@ class Scratch:
         return self._scores[queries, tokens]
 
 
-def _mask_partial(scores: Tensor, row: Row, plan: Plan, first: int = 0) -> None:
+def _mask_partial(scores: Tensor, row: QueryStep, plan: StepPlan, first: int = 0) -> None:
     """-inf where the partial blocks, which come first, keep nothing; ``first``: query of the row
     that the scores begin with."""
     assert row.partial is not None
@@ -298,7 +302,7 @@ def forward(
 
 
 def _heads(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, dims: list[int], dtype: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, plan: StepPlan, dims: list[int], dtype: torch.dtype
 ) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
     """Every head with its pattern and its keys and values, padded to whole blocks."""
     group = q.shape[1] // k.shape[1]
@@ -315,7 +319,7 @@ def _heads(
 
 
 def _product(
-    query: Tensor, keys: Tensor, values: Tensor, row: Row, plan: Plan, scale: float,
+    query: Tensor, keys: Tensor, values: Tensor, row: QueryStep, plan: StepPlan, scale: float,
     scratch: Scratch, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
     """Scores, softmax and weighted sum written out, on tiles that stay in cache."""
@@ -342,7 +346,7 @@ def _product(
 
 
 def _flash(
-    query: Tensor, keys: Tensor, values: Tensor, row: Row, plan: Plan, scale: float,
+    query: Tensor, keys: Tensor, values: Tensor, row: QueryStep, plan: StepPlan, scale: float,
     scratch: Scratch, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
     """The same through the CPU's flash attention."""

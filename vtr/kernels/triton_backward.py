@@ -41,7 +41,7 @@ from vtr.kernels.triton_common import (
 )
 
 if TYPE_CHECKING:
-    from vtr.kernels.triton_attention import Lists
+    from vtr.kernels.triton_lists import Lists
 
 _LOG2E = math.log2(math.e)
 

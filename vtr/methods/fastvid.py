@@ -149,7 +149,7 @@ class FastVID(Presets, TokenMethod):
         found: Tensor = pooled[crop.clamp(min=0).round().long()]
         return found
 
-    def compress(self, x: Tensor, score: Tensor, frames: Tensor) -> Compressed:
+    def compress(self, x: Tensor, score: Tensor, frames: Tensor) -> FastVIDCut:
         """One video's reduction.
 
         Args:
@@ -182,7 +182,7 @@ class FastVID(Presets, TokenMethod):
         merged = values.clone()
         for start, stop in parts:
             self._merge(values, merged, stands, salient, anchor, start, stop)
-        return Compressed(stands, merged)
+        return FastVIDCut(stands, merged)
 
     def _merge(
         self,
@@ -218,7 +218,7 @@ class FastVID(Presets, TokenMethod):
 NEIGHBOURS = 4
 
 
-class Compressed(NamedTuple):
+class FastVIDCut(NamedTuple):
     """``stands`` (T * P,) the token that stands for each, -1 dropped; ``values`` (T * P, C) float32."""
 
     stands: Tensor

@@ -154,7 +154,7 @@ class HoliTom(Presets, TokenMethod):
                 cutting.put(clip, made.stands, made.weights)
         return cutting.reduction()
 
-    def compress(self, x: Tensor, score: Tensor) -> Compressed:
+    def compress(self, x: Tensor, score: Tensor) -> HoliTomCut:
         """One video's reduction: (T, P, C) embeddings, (T, P) attention received."""
         t, p, _ = x.shape
         index = torch.arange(t * p, device=x.device).view(t, p)
@@ -196,7 +196,7 @@ class HoliTom(Presets, TokenMethod):
         # A token's weight: its share of its window's mean, times that mean's share of its cluster.
         first = stands.flatten()
         weights = weights.flatten() * part.flatten()[first]
-        return Compressed(second.flatten()[first], weights)
+        return HoliTomCut(second.flatten()[first], weights)
 
     def _inner(self, site: LanguageSite) -> Reduction | None:
         assert self.inner is not None
@@ -208,7 +208,7 @@ class HoliTom(Presets, TokenMethod):
         return merge_into_nearest(site.hidden, moving & ~stays, moving & stays, stays)
 
 
-class Compressed(NamedTuple):
+class HoliTomCut(NamedTuple):
     """``stands`` (T * P,) int64, -1 dropped; ``weights`` (T * P,) float32, each slot's sum to 1."""
 
     stands: Tensor

@@ -141,14 +141,14 @@ class PruneVid(Presets, TokenMethod):
         site.memory["groups"] = groups
         return cutting.reduction()
 
-    def compress(self, x: Tensor) -> Compressed:
+    def compress(self, x: Tensor) -> PruneVidCut:
         """One video's reduction, of (T, P, C) embeddings."""
         t, p, _ = x.shape
         device = x.device
         index = torch.arange(t * p, device=device).view(t, p)
         if self.keep is not None and count(self.keep, t * p) == t * p:
             row = torch.arange(t, device=device)[:, None].expand(t, p).flatten()
-            return Compressed(index.flatten(), torch.ones(t * p, device=device), row)
+            return PruneVidCut(index.flatten(), torch.ones(t * p, device=device), row)
         stands, weights = index.clone(), torch.ones(t, p, device=device)
         static = torch.zeros(t, p, dtype=torch.bool, device=device)
         gone, merged = static.clone(), x.float().clone()
@@ -180,7 +180,7 @@ class PruneVid(Presets, TokenMethod):
         first = stands.flatten()
         group = torch.arange(2 * t, device=device).view(t, 2)
         group = torch.where(both[:, 0], group[:, :1], group[:, 1:]).flatten()
-        return Compressed(
+        return PruneVidCut(
             assigned.flatten()[first], weights.flatten() * share.flatten()[first], group
         )
 
@@ -204,7 +204,7 @@ class PruneVid(Presets, TokenMethod):
         return Reduction(TokenMap.keep(kept, site.n, padded))
 
 
-class Compressed(NamedTuple):
+class PruneVidCut(NamedTuple):
     """``stands`` (T * P,) int64; ``weights`` (T * P,) float32, each slot's sum to 1; ``groups`` (T * P,)."""
 
     stands: Tensor

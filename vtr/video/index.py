@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vtr.video.decoding import decode_all
 from vtr.video.errors import Deadline, VideoError
 from vtr.video.media import PLAIN, FirstFrame, Media, av_module, frame_rate, short, video_stream
 from vtr.video.pictures import View, has_alpha, narrow_grey, pixel_aspect, unknown_colours
@@ -138,8 +139,6 @@ def counted_index(
     media: Media, deadline: Deadline, damaged: str, base: VideoMetadata | None = None
 ) -> VideoIndex:
     """The index of a file whose packets carry no usable times: every frame is decoded and counted."""
-    from vtr.video.pyav import decode_all
-
     times: list[float | None] = []
     keys: list[int] = []
     trouble: list[str] = []

@@ -1,0 +1,3 @@
+"""The version of vtr."""
+
+VERSION = "0.1.0"
