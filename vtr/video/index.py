@@ -14,7 +14,7 @@ import numpy as np
 from vtr.video.decoding import decode_all
 from vtr.video.errors import Deadline, VideoError
 from vtr.video.media import PLAIN, FirstFrame, Media, av_module, frame_rate, short, video_stream
-from vtr.video.pictures import View, has_alpha, narrow_grey, pixel_aspect, unknown_colours
+from vtr.video.pictures import FrameView, has_alpha, narrow_grey, pixel_aspect, unknown_colours
 from vtr.video.types import TRANSFERS, VideoMetadata
 
 #: Codecs of animated pictures.
@@ -49,7 +49,7 @@ class VideoIndex:
     seek: np.ndarray
     sizes: np.ndarray
     keys: np.ndarray
-    view: View
+    view: FrameView
     unusual: str
     intra: bool
     reordered: bool
@@ -88,7 +88,7 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
     # AVI has no times, only an order, which is that of decoding.
     if not known or ("avi" in base.container and not intra):
         return counted_index(media, deadline, damaged, base)
-    view = View.of(first, media.name)
+    view = FrameView.of(first, media.name)
     pts, dts, key, discard, lengths, sizes = (
         np.array(column) for column in zip(*rows, strict=True)
     )
@@ -170,7 +170,7 @@ def counted_index(
         np.empty((0, 2), np.int64),
         np.empty(0, np.int64),
         np.array(keys, np.int64),
-        View.of(first, media.name),
+        FrameView.of(first, media.name),
         unusual="its packets say too little about its frames",
         intra=False,
         reordered=True,
@@ -199,7 +199,7 @@ def facts(stream: Any, first: Any, media: Media, trouble: str = "") -> VideoMeta
     reason = unknown_colours(first)
     if reason:
         raise VideoError(media.name, reason)
-    view = View.of(first, media.name)
+    view = FrameView.of(first, media.name)
     height, width = view.size
     aspect = pixel_aspect(stream)
     return VideoMetadata(

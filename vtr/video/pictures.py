@@ -32,7 +32,7 @@ WHOLE, PARTIAL = frozenset({1, 5, 7}), frozenset({2, 3, 4, 6})  # pictures: I, S
 
 
 @dataclass(frozen=True)
-class View:
+class FrameView:
     """How the stored frames of a file are shown.
 
     Attributes:
@@ -47,7 +47,7 @@ class View:
     flip: bool
 
     @classmethod
-    def of(cls, frame: Any, source: str) -> View:
+    def of(cls, frame: Any, source: str) -> FrameView:
         """The view that a file's first frame asks for."""
         return cls(source, (frame.height, frame.width), *turned(frame))
 

@@ -12,7 +12,7 @@ import numpy as np
 from vtr.video.errors import Deadline, VideoError
 from vtr.video.index import facts
 from vtr.video.media import FirstFrame, Media, Source, av_module, frame_rate, video_stream
-from vtr.video.pictures import View
+from vtr.video.pictures import FrameView
 from vtr.video.pyav import decode_all
 from vtr.video.reading import Size, _check, picture_size
 from vtr.video.sampling import slack
@@ -70,13 +70,13 @@ def stream(
                     break
         first = look.found(media.name)
         target = picture_size(facts(stream, first, media), size, square)
-    view = View.of(first, media.name)
+    view = FrameView.of(first, media.name)
     return _frames(media, view, target, fps, start, end, damaged, threads, deadline)
 
 
 def _frames(
     media: Media,
-    view: View,
+    view: FrameView,
     size: tuple[int, int] | None,
     fps: float | None,
     start: float,
