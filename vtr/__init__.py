@@ -10,9 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from vtr.methods import TABLE
-
 from vtr.core.version import VERSION as __version__
+from vtr.methods import TABLE
 
 # Public name -> module. Resolved on first use, so that `import vtr` stays cheap. Type checkers read the same
 # names in __init__.pyi, which `python recipes/public_names.py` writes.
