@@ -83,7 +83,7 @@ def site_of(x: Tensor, method: vtr.Method) -> LanguageSite:
         "a video model",
         {"encoder": 26, "prompt": 1, "decoder": 24, "cache": 24},
         {"encoder": frozenset({"attention_received"})},
-        extra={"decoder_middle": True},
+        decoder_middle=True,
     )
     name = method.stages(info)[-1].site if "prompt" not in method.sites else "prompt"
     nothing = torch.zeros(1, 0, dtype=torch.bool, device=device)
@@ -94,7 +94,7 @@ def site_of(x: Tensor, method: vtr.Method) -> LanguageSite:
         hidden=x.reshape(1, n, c),
         map=TokenMap.identity(1, n, device),
         memory={"score": torch.rand(t, p, device=device)},
-        extra={"entry": torch.tensor([n], device=device)},
+        entry=torch.tensor([n], device=device),
         text=x.new_zeros(1, 0, c),
         text_valid=nothing,
         text_after=nothing,

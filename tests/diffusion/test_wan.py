@@ -138,7 +138,7 @@ def test_quantised_projections_do_not_hide_the_head_dim() -> None:
         weight = block.attn1.to_q.weight
         block.attn1.to_q.weight = torch.nn.Parameter(weight.detach().view(-1, 1))  # as 4 bits are
     with vtr.apply(model, Fixed()) as handle:
-        assert handle._wrapping.info.extra["head_dim"] == 12
+        assert handle._wrapping.info.head_dim == 12
 
 
 def test_unknown_objects_are_refused_with_a_reason() -> None:

@@ -85,7 +85,7 @@ class LanguageSite(Site):
         text_after: (B, T) bool, text tokens that come after the sample's first visual token.
         images: per sample the images of the prompt, in order, as (start, length, grid): the span of
             the image among the sample's visual tokens at the entry of the language model, and its
-            (rows, columns) or (frames, rows, columns) there, None where it is no plain grid.
+            (rows, columns) or (frames, rows, columns) there, None if it is no plain grid.
 
     Where and when a token is (:attr:`frame`, :attr:`place`, :attr:`video`, :attr:`videos`) holds for
     the tokens here, also after earlier cuts; a merged token is where its representative is.
@@ -98,6 +98,7 @@ class LanguageSite(Site):
         text_valid: Tensor,
         text_after: Tensor,
         images: list[list[tuple[int, int, tuple[int, ...] | None]]],
+        entry: Tensor | None,
         frames: Callable[[], Frames],
         spread: Callable[[Tensor, float | None], Tensor],
         rows: Any,
@@ -108,9 +109,17 @@ class LanguageSite(Site):
         self.text_valid = text_valid
         self.text_after = text_after
         self.images = images
+        self._entry = entry
         self._frames = frames
         self._spread = spread
         self._rows = rows
+
+    @property
+    def entry(self) -> Tensor:
+        """(B,) int64: the visual tokens of each sample at the entry of the language model."""
+        if self._entry is None:
+            raise RuntimeError(f"site {self.site}[{self.layer}] knows no prompt in a decoding step")
+        return self._entry
 
     @property
     def frame(self) -> Tensor:
@@ -232,7 +241,7 @@ class CacheSite(LanguageSite):
         kept: (B, K) int64, the tokens chosen last, indices into N, -1 for padding; None at step 0.
         state: a dict of the method's own that lives as long as the cache.
 
-    :attr:`frame`, :attr:`place`, :attr:`video` and :attr:`videos` are known at step 0 only.
+    :attr:`entry`, :attr:`frame`, :attr:`place`, :attr:`video` and :attr:`videos` are known at step 0 only.
     """
 
     def __init__(

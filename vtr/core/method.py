@@ -18,22 +18,57 @@ from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
 from vtr.errors import UnsupportedMethodError
 
+PLACES: dict[str, tuple[str, ...]] = {
+    "image": ("front",),
+    "encoder": ("middle", "end"),
+    "prompt": ("entry",),
+    "decoder": ("end", "start", "middle"),
+    "cache": ("from", "before", "follow"),
+    "attention": ("inside",),
+    "block": ("around",),
+}
+"""The places of a layer at which a method can visit each site; the first is the default.
 
-class Stage(NamedTuple):
-    """One visit of a method: a site, a 0-based layer, and where in the layer.
+- ``image``: in front of the patches; the cut is a smaller picture.
+- ``encoder``: in the ``middle`` of a block, between attention and MLP, or at its ``end``, its output. Where a
+  block cannot be opened, the middle is the end.
+- ``prompt``: the entry of a language model.
+- ``decoder``: at the ``start`` of a layer of a language model (its input, with the q, k, v that it will
+  compute), in its ``middle`` or at its ``end``, both with the q, k, v that it has used. The middle needs
+  ``info.decoder_middle``.
+- ``cache``: the keys and values of a language model after the prompt, in layers ``from`` this one on, in those
+  ``before`` it, or from it on and chosen again while the answer is written (``follow``).
+- ``attention``, ``block``: an attention call, and a block, of a diffusion transformer.
+"""
 
-    ``place`` is ``middle`` (between attention and MLP) or ``end`` (the layer's output). Where a block
-    cannot be opened, ``middle`` falls to ``end``; the adapter's family says so in ``info.extra``. In
-    the ``decoder`` it is ``start`` (the layer's input, with the q, k, v that this layer will make of
-    it), ``middle``, or ``end`` (the layer's output), both with the q, k, v that this layer has used.
-    The site ``image`` (layer 0) is in front of the patches: the cut is a smaller picture.
-    With ``cuts=False`` the visit only looks and never shortens the sequence.
-    """
 
+class _Visit(NamedTuple):
     site: str
     layer: int
-    place: str = "middle"
-    cuts: bool = True
+    place: str
+    cuts: bool
+
+
+class Stage(_Visit):
+    """One visit of a method.
+
+    Args:
+        site: one of :data:`PLACES`.
+        layer: 0-based; 0 at ``image`` and ``prompt``.
+        place: in the layer; None is the site's default, the first of :data:`PLACES`.
+        cuts: False if the visit only looks, and never shortens the sequence.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, site: str, layer: int, place: str | None = None, cuts: bool = True) -> Stage:
+        if place is None:
+            place = PLACES.get(site, ("",))[0]
+        return super().__new__(cls, site, layer, place, cuts)
+
+    def __repr__(self) -> str:
+        look = "" if self.cuts else ", cuts=False"
+        return f"Stage({self.site!r}, {self.layer}, {self.place!r}{look})"
 
 
 class Reduction(NamedTuple):
@@ -118,18 +153,12 @@ class Method:
         return 0
 
     def check(self, info: ModelInfo) -> None:
-        """Raise :class:`UnsupportedMethodError` where the model lacks a site or a signal."""
+        """Raise :class:`vtr.UnsupportedMethodError` if the model lacks a site or a signal."""
         if not set(self.sites) & set(info.depth):
-            raise UnsupportedMethodError(
-                f"{self.name} acts at {' and '.join(map(repr, self.sites))}, which {info.family} does "
-                f"not have (it has: {', '.join(sorted(info.depth)) or 'none'})"
-            )
+            raise self._lacks(info, self.sites)
         for site, wanted in self.requirements(info).items():
             if site not in info.depth:
-                raise UnsupportedMethodError(
-                    f"{self.name} acts at the site '{site}', which {info.family} does not have "
-                    f"(it has: {', '.join(sorted(info.depth)) or 'none'})"
-                )
+                raise self._lacks(info, (site,))
             lacking = sorted(wanted - info.signals.get(site, frozenset()))
             if lacking:
                 raise UnsupportedMethodError(
@@ -138,6 +167,15 @@ class Method:
                     + (" (it has no class token)" if "cls_attention" in lacking else "")
                     + (" (it makes single images)" if "frames" in lacking else "")
                 )
+
+    def _lacks(self, info: ModelInfo, sites: tuple[str, ...]) -> UnsupportedMethodError:
+        why = "; ".join(info.closed[s] for s in sites if s in info.closed)
+        names = " and ".join(map(repr, sites))
+        return UnsupportedMethodError(
+            f"{self.name} acts at {'the site ' if len(sites) == 1 else ''}{names}, which {info.family} "
+            f"does not have (it has: {', '.join(sorted(info.depth)) or 'none'})"
+            + (f": {why}" if why else "")
+        )
 
     def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
         """:attr:`needs`, where it depends on the options or the model."""

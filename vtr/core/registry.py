@@ -9,6 +9,7 @@ import re
 from functools import partial
 from typing import Any, TypeVar
 
+from vtr.core.checks import check_class
 from vtr.core.method import Method
 from vtr.core.presets import Presets
 
@@ -22,9 +23,18 @@ def _no_default(field: dataclasses.Field[Any]) -> bool:
 
 
 def register(cls: M) -> M:
-    """Class decorator: make a method known to :func:`create`, the tables and the common tests."""
-    if not cls.name or not cls.paper or not cls.sites:
-        raise TypeError(f"{cls.__name__} must define name, paper and sites")
+    """Decorate a class of methods, so that :func:`create`, the tables and the common tests know it.
+
+    Raises:
+        TypeError: the class is no dataclass yet, has an option without a default, has a name that is taken,
+            or declares what does not exist (:func:`vtr.core.checks.check_class`).
+    """
+    if "__dataclass_fields__" not in cls.__dict__:
+        raise TypeError(
+            f"{cls.__name__} is not a dataclass when it is registered: write @register above "
+            "@dataclass(frozen=True), so that it sees the options"
+        )
+    check_class(cls)
     fields = dataclasses.fields(cls)
     bare = [f.name for f in fields if f.init and _no_default(f)]
     if bare:  # tables and "supported" make one of each method

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,26 @@ from torch import Tensor
 from vtr.core.tokens import TokenMap
 
 QKV = tuple[Tensor, Tensor, Tensor]
+
+_ATTENTION = frozenset({"queries", "keys", "values", "attention_received"})
+
+SIGNALS: dict[str, frozenset[str]] = {
+    "image": frozenset({"hidden"}),
+    "encoder": _ATTENTION | {"hidden", "pixels", "cls_attention", "keys_of", "pooling"},
+    "prompt": frozenset({"hidden", "text", "encoder_scores"}),
+    "decoder": _ATTENTION | {"hidden", "text", "text_attention", "encoder_scores"},
+    "cache": frozenset({"newest_attention"}),
+    "attention": frozenset({"qkv", "frames"}),
+    "block": frozenset({"hidden"}),
+}
+"""What each site can show; a model shows those in ``info.signals``, and a method asks for them in ``needs``.
+
+``hidden``: the hidden states. ``pixels``: :attr:`Site.pixels`. ``queries``, ``keys``, ``values``, ``qkv``: those of
+the layer's attention. ``cls_attention``, ``attention_received``, ``pooling``: the methods of :class:`Site` of these
+names. ``keys_of``: :attr:`Site.keys_of`. ``text``: the hidden states of the text. ``text_attention``: attention
+of text to visual tokens. ``encoder_scores``: :meth:`LanguageSite.spread` works. ``newest_attention``: that method
+of :class:`CacheSite`. ``frames``: the tokens have a time axis of several frames.
+"""
 
 
 def rows_at_once(batch: int) -> int:
@@ -25,6 +45,15 @@ def rows_at_once(batch: int) -> int:
     together are 4096 at most, or one of each sample.
     """
     return min(256, max(1, 4096 // max(1, batch)))
+
+
+class LanguageSizes(NamedTuple):
+    """Sizes of a language model: channels, query heads, key heads, and channels per head."""
+
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -39,7 +68,15 @@ class ModelInfo:
         has_cls: whether the first token is a class token.
         dim, heads: width and number of heads of the encoder (None where there is none).
         tokens: visual tokens per image at the model's own resolution, if fixed.
-        extra: family-specific facts.
+        last_layer: 0-based encoder layer whose output the model uses (the projector's input in a
+            vision-language model); by default the last one.
+        tower_cuts: whether the encoder can be cut, not only looked into.
+        decoder_middle: whether layers of the language model open between attention and MLP.
+        mrope: whether the language model's positions are two-dimensional, and so are always kept.
+        language: sizes of the language model, None without one.
+        experts: number of a diffusion pipeline's transformers.
+        head_dim: channels per head of a diffusion transformer.
+        closed: sites that the model could have had, with the reason why it has not.
     """
 
     family: str
@@ -50,7 +87,18 @@ class ModelInfo:
     dim: int | None = None
     heads: int | None = None
     tokens: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    last_layer: int = -1
+    tower_cuts: bool = True
+    decoder_middle: bool = False
+    mrope: bool = False
+    language: LanguageSizes | None = None
+    experts: int = 1
+    head_dim: int | None = None
+    closed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.last_layer < 0:
+            object.__setattr__(self, "last_layer", self.depth.get("encoder", 0) - 1)
 
 
 class Site:
@@ -73,8 +121,10 @@ class Site:
         keys_of: (features (B, M, C) at the layer's input, their indices (B, M) in the model's input)
             -> keys (B, H, M, D) of this layer, for tokens that did not go through it; or None.
         notes: a dict that ends in ``trace.notes``.
-        extra: facts that only some places have. In a vision tower ``"crops"``: the rows of the batch that
-            each image (its crops) or video (its frames) has, in order.
+        pixels: (B, 3, height, width), the images as the encoder is given them, for methods that need the
+            signal ``pixels``; else None.
+        crops: in a vision tower the number of rows of the batch that each image (its crops) or video (its
+            frames) has, in order; else None.
         mask: () -> mask or bias that this layer's attention adds for the model's input, (B or 1, H or 1,
             T or 1, T) with T prefix and visual tokens, additive or bool (True is seen); or None.
     """
@@ -98,7 +148,9 @@ class Site:
         modules: torch.nn.Module | None = None,
         keys_of: Callable[[Tensor, Tensor], Tensor] | None = None,
         notes: dict[str, Any] | None = None,
-        extra: dict[str, Any] | None = None,
+        pixels: Tensor | None = None,
+        crops: list[int] | None = None,
+        pool: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         mask: Callable[[], Tensor | None] | None = None,
     ) -> None:
         self.site = site
@@ -116,7 +168,9 @@ class Site:
         self.modules = modules
         self.keys_of = keys_of
         self.notes = {} if notes is None else notes
-        self.extra = extra or {}
+        self.pixels = pixels
+        self.crops = crops
+        self._pool = pool
         self._make_qkv = qkv
         self._make_mask = mask
         self._qkv: QKV | None = None
@@ -258,10 +312,9 @@ class Site:
         Returns:
             its attention to them, mean over heads, (B, N) float32, and its output (B, C).
         """
-        if "pooling" not in self.extra:
+        if self._pool is None:
             raise RuntimeError(f"the tower at site {self.site}[{self.layer}] has no pooling head")
-        attention, pooled = self.extra["pooling"](self.hidden)
-        return attention, pooled
+        return self._pool(self.hidden)
 
     def value_norm(self) -> Tensor:
         """L2 norm of each token's value over the concatenated heads, (B, N) float32."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from vtr.compat import accelerate
 from vtr.compat.torch import is_replica
+from vtr.core.checks import check_method
 from vtr.core.method import Method, Stage, TokenMethod
 from vtr.core.site import ModelInfo
 from vtr.core.trace import Trace
@@ -135,8 +136,7 @@ class Wrapping(Threaded):
 
     def check(self, method: Method, options: dict[str, Any]) -> None:
         """Raise where the method cannot work on this model. Extend it for adapter-specific limits."""
-        method.check(self.info)
-        method.stages(self.info)
+        check_method(method, self.info)
 
     def note(self, method: Method) -> str:
         """What a method works for on this model, if not for all that the model takes; else empty."""

@@ -79,7 +79,8 @@ class DiffusionWrapping(Wrapping):
             {"attention": frozenset(looks), "block": frozenset({"hidden"})},
             dim=self.heads * self.head_dim,
             heads=self.heads,
-            extra={"head_dim": self.head_dim, "experts": len(self.members)},
+            head_dim=self.head_dim,
+            experts=len(self.members),
         )
         super().__init__(root, info)
 

@@ -155,7 +155,7 @@ class Debias(Presets, TokenMethod):
 
     def reduce(self, site: Site) -> Reduction | None:
         if site.site == "encoder":
-            site.memory["padding"] = padding_share(site.extra["pixels"], site.grid)
+            site.memory["padding"] = padding_share(site.pixels, site.grid)
             return None
         here = language(site)
         score = self._inner.score(here)
@@ -168,7 +168,7 @@ class Debias(Presets, TokenMethod):
             strength = self.strength
             if strength is None:
                 strength = RELEASED[self.method.name].strength
-            score = score * recency_weights(site.index, site.extra["entry"], strength)
+            score = score * recency_weights(site.index, here.entry, strength)
             limit = self._limit(site.info)
             if limit is not None:
                 padding = here.spread(self._padding(here), 0.0) > limit

@@ -13,7 +13,6 @@ from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
-from vtr.errors import UnsupportedMethodError
 
 
 @register
@@ -50,15 +49,6 @@ class Downsample(TokenMethod):
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))
-
-    def check(self, info: ModelInfo) -> None:
-        reason = info.extra.get("no_image")
-        if "image" not in info.depth and reason:
-            raise UnsupportedMethodError(
-                f"{self.name} gives the model smaller pictures, which {info.family} does not take: "
-                f"{reason}"
-            )
-        super().check(info)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return (Stage("image", 0),)

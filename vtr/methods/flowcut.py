@@ -100,7 +100,7 @@ class FlowCut(Presets, TokenMethod):
     def _end(self, info: ModelInfo) -> int:
         depth = info.depth["encoder"]
         if self.end is None:
-            return max(0, info.extra.get("last_layer", depth - 1) - 1)
+            return max(0, info.last_layer - 1)
         if self.end >= depth:
             raise ValueError(
                 f"end must be in 0..{depth - 1} for a model of {depth} layers, got {self.end}"
@@ -191,8 +191,8 @@ class FlowCut(Presets, TokenMethod):
                 return None
         else:
             drop = (n - target) / math.sqrt(left) * (1 - relative_entropy(inflow, n) ** 2)
-            if "crops" in site.extra:
-                drop = largest_of(drop, site.extra["crops"])
+            if site.crops is not None:
+                drop = largest_of(drop, site.crops)
             drop = torch.round(drop).clamp(min=0).long()
             k = same(torch.maximum(n - drop, torch.full_like(n, target)))
             if k >= site.n if isinstance(k, int) else site.valid is None and bool((k >= n).all()):
@@ -302,4 +302,4 @@ def instruction_flow(
 
 
 def _cuts_tower(info: ModelInfo) -> bool:
-    return bool(info.extra.get("tower_cuts", True))
+    return info.tower_cuts

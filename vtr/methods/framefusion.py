@@ -88,7 +88,7 @@ class FrameFusion(Presets, TokenMethod):
         return {"decoder": frozenset({"hidden", attention})}
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        place = "middle" if info.extra.get("decoder_middle") else "end"
+        place = "middle" if info.decoder_middle else "end"
         inner = range(info.depth["decoder"] - 1)
         return Stage("decoder", 0, "start"), *(Stage("decoder", i, place) for i in inner)
 

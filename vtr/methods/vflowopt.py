@@ -215,7 +215,7 @@ class VFlowOpt(Presets, TokenMethod):
         if site.site == "encoder":
             importance = calibrated_context(site, self._threshold(site))
             if self.alpha:
-                entropy = patch_entropy(self._denormalised(site.extra["pixels"]), site.grid)
+                entropy = patch_entropy(self._denormalised(site.pixels), site.grid)
                 importance = importance + self.alpha * entropy.softmax(1)
             site.memory["importance"], site.memory["grid"] = importance, site.grid
             return None
@@ -249,7 +249,7 @@ class VFlowOpt(Presets, TokenMethod):
         rows = alive(site).tolist()
         patches: list[int] = []
         at = 0
-        for crops in site.extra.get("crops", [1] * len(rows)):
+        for crops in site.crops or [1] * len(rows):
             patches += [sum(rows[at : at + crops])] * crops
             at += crops
         found = [tuned(min(1.0, self.keep / max(1, n))).threshold for n in patches]
@@ -277,7 +277,7 @@ class VFlowOpt(Presets, TokenMethod):
         """The mean share of tokens that is left of each sample."""
         if not isinstance(self.keep, int):
             return [self._share(site.info)] * site.batch
-        entry, left = torch.stack([site.extra["entry"], budget(site, self.keep)]).tolist()
+        entry, left = torch.stack([site.entry, budget(site, self.keep)]).tolist()
         return [want / max(whole, 1) for want, whole in zip(left, entry, strict=True)]
 
     def _denormalised(self, pixels: Tensor) -> Tensor:

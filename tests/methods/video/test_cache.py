@@ -362,8 +362,12 @@ def test_what_cannot_be_freed_is_refused() -> None:
     ):
         vtr.apply(model, [vtr.DyCoke(layer=LAYER), EveryOther(3)])
     assert not vtr.handles(model)
-    for layer, place in ((0, "from"), (4, "from"), (2, "end")):
-        with pytest.raises(ValueError, match="a cache stage is at one of"):
+    for layer, place, words in (
+        (0, "from", "layer 0 holds the whole cache"),
+        (4, "from", "has layers 0 to 3 there"),
+        (2, "end", "at the place 'end', which does not exist"),
+    ):
+        with pytest.raises(ValueError, match=words):
             vtr.apply(model, EveryOther(layer, place))
     with pytest.raises(ValueError, match=r"layer must be in 0\.\.2 for 4 layers"):
         vtr.apply(model, vtr.DyCoke(layer=3))

@@ -268,7 +268,7 @@ def test_holitom_scores_by_the_last_layer_read() -> None:
     with vtr.apply(model, vtr.HoliTom(layer=2)) as handle:
         info = handle._wrapping.info
     stages = vtr.HoliTom(layer=2).stages(info)
-    assert stages[0] == vtr.Stage("encoder", info.extra["last_layer"], "end", cuts=False)
+    assert stages[0] == vtr.Stage("encoder", info.last_layer, "end", cuts=False)
     assert stages[2] == vtr.Stage("decoder", 1, "end")
 
 

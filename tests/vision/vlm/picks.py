@@ -33,7 +33,7 @@ class Pick(TokenMethod):
     paper: ClassVar[str] = "none"
     sites: ClassVar[tuple[str, ...]] = ("prompt", "decoder")
 
-    at: tuple[tuple[str, int, str], ...] = (("prompt", 0, "middle"),)
+    at: tuple[tuple[str, int, str], ...] = (("prompt", 0, "entry"),)
     keep: tuple[tuple[int, ...], ...] = ((5, 3),)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
@@ -54,10 +54,10 @@ class Pick(TokenMethod):
 
 PROMPT = Pick()
 DECODER = Pick((("decoder", 1, "end"), ("decoder", 3, "start")), ((7, 6), (3, 2)))
-BOTH = Pick((("prompt", 0, "middle"), ("decoder", 2, "start")), ((8, 7), (3, 4)))
+BOTH = Pick((("prompt", 0, "entry"), ("decoder", 2, "start")), ((8, 7), (3, 4)))
 MIDDLE = Pick((("decoder", 1, "middle"), ("decoder", 2, "middle")), ((7, 6), (3, 2)))
 KEEP_ALL = Pick(
-    (("prompt", 0, "middle"), ("decoder", 1, "end"), ("decoder", 2, "middle")),
+    (("prompt", 0, "entry"), ("decoder", 1, "end"), ("decoder", 2, "middle")),
     ((ALL,), (ALL,), (ALL,)),
 )
 

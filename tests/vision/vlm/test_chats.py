@@ -143,9 +143,7 @@ def test_images_are_found_in_the_middle_of_a_chat() -> None:
 
     class Look(Pick):
         def reduce(self, site: Any) -> Any:
-            seen.append(
-                (site.images, site.text_after.sum(1).tolist(), site.extra["entry"].tolist())
-            )
+            seen.append((site.images, site.text_after.sum(1).tolist(), site.entry.tolist()))
             return super().reduce(site)
 
     with vtr.apply(model, Look()):

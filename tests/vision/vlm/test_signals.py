@@ -196,7 +196,7 @@ def test_a_look_at_a_layer_that_was_cut_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize(
-    "at", [("prompt", 0, "middle"), ("decoder", 2, "start"), ("decoder", 2, "middle")]
+    "at", [("prompt", 0, "entry"), ("decoder", 2, "start"), ("decoder", 2, "middle")]
 )
 def test_merged_tokens_stand_where_their_representatives_stood(name: str, at: Any) -> None:
     """Merging equals giving representatives new values first and dropping the others then."""
@@ -295,7 +295,7 @@ def test_qwens_patches_are_in_the_mergers_order(name: str) -> None:
     visual = model.model.visual
     last = len(visual.blocks) - 1
     seen: dict[str, Any] = {}
-    at = (("encoder", last, "end"), ("prompt", 0, "middle"))
+    at = (("encoder", last, "end"), ("prompt", 0, "entry"))
     look(model, at, lambda site: seen.setdefault(site.site, site) and None, inputs)
     tower, prompt = seen["encoder"], seen["prompt"]
     numbers = [96, 64]
@@ -409,7 +409,7 @@ def test_reported_flops_are_those_that_are_counted(name: str) -> None:
         )
 
     dense = counted()
-    at = (("prompt", 0, "middle"), ("decoder", 1, "middle"), ("decoder", 2, "start"))
+    at = (("prompt", 0, "entry"), ("decoder", 1, "middle"), ("decoder", 2, "start"))
     method = Pick(at, ((9,), (6,), (4,)))
     with vtr.apply(model, method) as handle:
         reduced = counted()

@@ -68,7 +68,7 @@ class Scheduled(Method):
         """The layers that are not dense. Raises ``ValueError`` for layers, or transformers, that do
         not exist."""
         depth = info.depth.get(site, 0)
-        experts = info.extra.get("experts", 1)
+        experts = info.experts
         if isinstance(self.dense_steps, tuple) and len(self.dense_steps) != experts:
             raise ValueError(
                 f"dense_steps={self.dense_steps} is for {len(self.dense_steps)} transformers, "

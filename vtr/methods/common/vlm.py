@@ -78,7 +78,7 @@ def stored(site: Site, name: str) -> Tensor:
 
 def last_used(info: ModelInfo) -> int:
     """0-based encoder layer whose output the projector reads."""
-    return int(info.extra.get("last_layer", info.depth["encoder"] - 1))
+    return info.last_layer
 
 
 def alive(site: Site) -> Tensor:
@@ -100,7 +100,7 @@ def budget(site: LanguageSite, keep: Keep) -> Tensor:
 
     An int is a number per image: the images of a sample share the sum of their budgets.
     """
-    entry: Tensor = site.extra["entry"]
+    entry = site.entry
     if isinstance(keep, float):
         return counts(keep, entry)
     sums = [sum(min(keep, length) for _, length, _ in images) for images in site.images]
@@ -118,7 +118,7 @@ def stage_budget(
     if isinstance(keep, tuple):
         return torch.minimum(budget(site, keep[stage]), alive(site))
     last = budget(site, keep)
-    entry = site.extra["entry"].double().clamp(min=1)
+    entry = site.entry.double().clamp(min=1)
     inner = torch.ceil(entry * (last / entry) ** ((stage + 1) / stages) - 1e-9).long()
     return torch.minimum(torch.maximum(inner, last), alive(site))
 

@@ -30,7 +30,7 @@ class Smaller(NamedTuple):
 def open_image(info: ModelInfo, reason: str) -> None:
     """Add the site ``image`` to a model's facts, or the ``reason`` why it takes no smaller pictures."""
     if reason:
-        info.extra["no_image"] = reason
+        info.closed["image"] = reason
     else:
         info.depth["image"] = 1
         info.signals["image"] = frozenset({"hidden"})

@@ -367,17 +367,11 @@ class EncoderSession(Threaded):
             modules=entry.modules_like(x),
             keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
             notes=run.trace.notes,
-            extra=self._extra(run),
+            pixels=run.pixels,
+            crops=run.crops,
+            pool=Pooling(self.tower) if has_pooling(self.tower) else None,
             mask=lambda: self.runners[layer].mask(kwargs),
         )
-
-    def _extra(self, run: EncoderRun) -> dict[str, Any]:
-        extra: dict[str, Any] = {} if run.pixels is None else {"pixels": run.pixels}
-        if run.crops is not None:
-            extra["crops"] = run.crops
-        if has_pooling(self.tower):
-            extra["pooling"] = Pooling(self.tower)
-        return extra
 
     def _commit(
         self, run: EncoderRun, entry: Entry, layer: int, x: Tensor, reduction: Reduction

@@ -9,7 +9,7 @@ The contract for methods
   crop or tile of one, a frame) in visual tokens, and no features; ``Reduction.grid`` says the smaller
   one. The tower is then given smaller pictures, and the prompt has their tokens: the logits are the bare
   model's for these pictures. Does not go together with looks into the tower. Families whose crops are put
-  together by the sizes of the configuration refuse it (``info.extra["no_image"]``).
+  together by the sizes of the configuration refuse it (``info.closed["image"]``).
 - ``Stage("encoder", l, "middle" or "end")``: inside the vision tower, as for any encoder. The batch is
   the **crops** of all images of the call. A method that only looks here (``Stage(..., cuts=False)``) stores
   what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with
@@ -21,12 +21,12 @@ The contract for methods
   the crops are the frames of all videos of the call. A prompt with images and videos runs the tower
   twice; what a method stored per crop in each run is put one behind the other for its later visits.
 - ``Stage("prompt", 0)``: the entry of the language model, after the projector. The batch is the
-  **samples**. The site ``projector`` is the same place.
+  **samples**.
 - ``Stage("decoder", k, "start")``: before layer k, with the q, k, v that layer k will make;
   ``Stage("decoder", k, "end")``: after layer k, with the q, k, v that it has used. Both cuts leave
   layers < k (or <= k) with the full sequence and its whole KV cache. Nothing can be cut after the
   last layer. ``Stage("decoder", k, "middle")``: between attention and MLP of layer k, as at its end,
-  and what is cut does not go through the MLP either; where ``info.extra["decoder_middle"]`` is True
+  and what is cut does not go through the MLP either; where ``info.decoder_middle`` is True
   (LLaMA, Mistral and Qwen layers).
 
 At ``prompt`` and ``decoder`` the site is a :class:`vtr.core.language_site.LanguageSite`: ``hidden`` (B, N, C),
@@ -34,7 +34,7 @@ At ``prompt`` and ``decoder`` the site is a :class:`vtr.core.language_site.Langu
 ``text_after``, ``images``, ``spread(scores)`` and, in the decoder, ``queries``/``keys``/``values`` of
 the visual tokens through ``qkv``, ``attention_rows_from_text(rows)`` and ``text_qkv(rows)``.
 ``site.memory`` is one dict per method for the whole prefill, shared by its encoder, prompt and decoder
-visits. ``site.extra["entry"]`` is (B,) int64, the visual tokens of each sample in the prompt.
+visits. ``site.entry`` is (B,) int64, the visual tokens of each sample in the prompt.
 
 Where and when a token is: ``site.frame``, ``site.place`` and ``site.video`` (B, N) int64 number its
 frame through the prompt, its cell in the frame's grid, and its image or video; ``site.videos`` lists
@@ -56,14 +56,14 @@ A language model that runs FlashAttention 2 or 3 is refused, with the reason, un
 positions with gaps, which it reads as packed sequences; tested with a probe in its place), but its
 results have not been compared on a GPU. SDPA, which has flash kernels of its own, always works.
 
-``info.depth`` has ``encoder``, ``prompt`` (1), ``projector`` (1) and ``decoder``; ``info.signals``:
+``info.depth`` has ``encoder``, ``prompt`` (1) and ``decoder``; ``info.signals``:
 ``encoder`` as for the tower alone; ``prompt``: ``hidden``, ``text``, ``encoder_scores`` (``spread``
 works); ``decoder``: ``hidden``, ``text``, ``queries``, ``keys``, ``values``, ``text_attention``,
 ``encoder_scores``. ``info.has_cls``, ``prefix``, ``dim``, ``heads``, ``tokens`` are the tower's;
-``info.extra``: ``last_layer`` (0-based tower layer whose output the projector reads), ``mrope``,
-``decoder_middle``, ``lm_dim``, ``lm_heads``, ``lm_kv_heads``.
+Further facts are ``last_layer`` (0-based tower layer whose output the projector reads), ``mrope``,
+``decoder_middle``, and ``language``, the sizes of the language model.
 
-``info.tokens`` is None where images differ in their number of tokens; ``info.extra["tower_cuts"]`` is
+``info.tokens`` is None where images differ in their number of tokens; ``info.tower_cuts`` is
 False where the tower can be looked into but not cut. Qwen's and VideoLLaMA3's towers show all
 images and frames padded to the largest, in the order in which their merger reads patches; Idefics3's and
 SmolVLM's are not opened.

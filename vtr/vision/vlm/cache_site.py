@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from vtr.vision.vlm.call import LanguageCall
     from vtr.vision.vlm.wrapping import VLMWrapping
 
-PLACES = ("from", "before", "follow")
 ATTRIBUTE = FOLLOW
 STATE = -1  # of a call's memories, the one that goes on with the cache
 
@@ -148,7 +147,7 @@ class CacheSession:
             training=owner.root.training,
             modules=None,
             notes=owner.tracing.notes,
-            extra={} if step else {"entry": call.entry},
+            entry=None if step else call.entry,
             text=torch.zeros(batch, 0, 0, device=device),
             text_valid=nothing,
             text_after=nothing,

@@ -344,7 +344,7 @@ class LanguageCall:
             training=owner.root.training,
             modules=entry.modules_like(hidden),
             notes=owner.tracing.notes,
-            extra={"entry": self.entry},
+            entry=self.entry,
             text=rows_of(hidden, text),
             text_valid=text_valid,
             text_after=text_valid & (order > first),

@@ -82,8 +82,9 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
 
 
 def _flops(owner: VLMWrapping, lengths: Lengths, past: Tensor) -> float:
-    total = 0.0
-    width = owner.info.extra["lm_heads"] * owner.info.extra["lm_head_dim"]
+    total, sizes = 0.0, owner.info.language
+    assert sizes is not None
+    width = sizes.heads * sizes.head_dim
     for layer, (n, m) in zip(owner.layers, lengths, strict=True):
         number = n.double()
         square = 4 * number * (number + past.to(number)) * width
@@ -94,8 +95,9 @@ def _flops(owner: VLMWrapping, lengths: Lengths, past: Tensor) -> float:
 
 
 def _bytes(owner: VLMWrapping, lengths: Lengths) -> float:
-    extra = owner.info.extra
+    sizes = owner.info.language
+    assert sizes is not None
     # Of the embedding, whose dtype is that of the keys also where linear layers are quantised.
     size = owner.lm.get_input_embeddings().weight.element_size()
-    per_token = 2 * extra["lm_kv_heads"] * extra["lm_head_dim"] * size
+    per_token = 2 * sizes.kv_heads * sizes.head_dim * size
     return sum(float(n.double().mean()) * per_token for n, _ in lengths)

@@ -27,7 +27,7 @@ from vtr.compat.transformers import (
 )
 from vtr.core.method import Method, TokenMethod
 from vtr.core.registry import registry
-from vtr.core.site import ModelInfo
+from vtr.core.site import LanguageSizes, ModelInfo
 from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
@@ -36,7 +36,7 @@ from vtr.vision.encoders.pooling import has_pooling
 from vtr.vision.encoders.session import encoder_info, square_grid
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attention import has_halves, opens, runs_otherwise
-from vtr.vision.vlm.cache_site import PLACES, CacheSession
+from vtr.vision.vlm.cache_site import CacheSession
 from vtr.vision.vlm.call import Held
 from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
@@ -105,37 +105,44 @@ class VLMWrapping(Wrapping):
     def _info(self) -> ModelInfo:
         config = self.lm.config
         layers = len(self.layers)
-        depth = {"prompt": 1, "projector": 1, "decoder": layers, "cache": layers}
+        depth = {"prompt": 1, "decoder": layers, "cache": layers}
         look = frozenset({"hidden", "text"})
         decoder = look
         self.closed = next(filter(None, map(opens, self.layers)), "")
         if not self.closed:
             decoder = look | {"queries", "keys", "values", "text_attention", "attention_received"}
-        extra: dict[str, Any] = {
-            "mrope": self.mrope,
-            "lm_dim": config.hidden_size,
-            "lm_heads": config.num_attention_heads,
-            "lm_kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
-            "lm_head_dim": getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            "tower_cuts": not self.family.cuts,
-            "decoder_middle": has_halves(self.layers[0]),
-        }
+        heads = config.num_attention_heads
+        language = LanguageSizes(
+            config.hidden_size,
+            heads,
+            getattr(config, "num_key_value_heads", heads),
+            getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
         facts = self._tower()
         if facts is not None:
             depth |= facts.depth
             look |= {"encoder_scores"}
             decoder |= {"encoder_scores"}
-            extra["last_layer"] = self.family.last_layer(self.inner, facts.depth["encoder"])
-        common = {} if facts is None else {n: getattr(facts, n) for n in TOWER_FACTS}
+        common: dict[str, Any] = {n: getattr(facts, n) for n in TOWER_FACTS if facts is not None}
+        if facts is not None:
+            common["last_layer"] = self.family.last_layer(self.inner, facts.depth["encoder"])
         if not self.family.fixed:
             common["tokens"] = None
         signals = {} if facts is None else dict(facts.signals)
         if facts is not None and all(map(has_pooling, (s.tower for s in self.towers.values()))):
             signals["encoder"] |= {"pooling"}
         cache = frozenset() if self.closed else frozenset({"newest_attention"})
-        signals |= {"prompt": look, "projector": look, "decoder": decoder, "cache": cache}
-        info = ModelInfo(f"transformers {self.family.title}", depth, signals, extra=extra, **common)
+        signals |= {"prompt": look, "decoder": decoder, "cache": cache}
+        info = ModelInfo(
+            f"transformers {self.family.title}",
+            depth,
+            signals,
+            tower_cuts=not self.family.cuts,
+            decoder_middle=has_halves(self.layers[0]),
+            mrope=self.mrope,
+            language=language,
+            **common,
+        )
         open_image(info, self.family.fixed_size(self.inner))
         return info
 
@@ -275,16 +282,12 @@ class VLMWrapping(Wrapping):
                     f"{method.name} cuts inside the vision tower, which {self.info.family} does not "
                     f"allow: {self.family.cuts}"
                 )
-            if stage.site == "decoder" and stage.place not in ("start", "middle", "end"):
-                raise ValueError(f"a decoder stage is at 'start', 'middle' or 'end', got {stage!r}")
-            if stage.site == "cache" and (
-                stage.place not in PLACES or not 1 <= stage.layer < len(self.layers)
-            ):
+            if stage.site == "cache" and stage.layer < 1:
                 raise ValueError(
-                    f"a cache stage is at one of {PLACES} a layer in 1..{len(self.layers) - 1}, got "
-                    f"{stage!r}"
+                    f"{method.name}: layer 0 holds the whole cache, so that a visit of the cache is at a "
+                    f"layer in 1..{len(self.layers) - 1}, got {stage!r}"
                 )
-            if stage[::2] == ("decoder", "middle") and not self.info.extra["decoder_middle"]:
+            if stage[::2] == ("decoder", "middle") and not self.info.decoder_middle:
                 raise UnsupportedMethodError(
                     f"{method.name} acts between attention and MLP of layer {stage.layer}, where "
                     f"{type(self.layers[0]).__name__} cannot be opened: use the layer's end"

@@ -1,0 +1,166 @@
+"""Methods that keep the tokens of highest score: the author writes the score, the base does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.core.budget import Keep, check_keep, check_layers, check_schedule, fit_layers
+from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.site import ModelInfo, Site
+from vtr.core.tokens import TokenMap, top_indices
+
+
+@dataclass(frozen=True)
+class ScoredMethod(TokenMethod):
+    """Base of the methods that keep the tokens with the highest scores. A subclass writes :meth:`score`.
+
+    The base counts budgets (an int per image, a fraction, one per layer), leaves padding out, keeps samples
+    of different numbers of tokens apart, and breaks ties alike on every device. Nothing is computed if
+    everything may stay.
+
+    A subclass names its ``sites`` and may add two options as fields, which the base understands:
+
+    - ``site: str | None = None``: the one of ``sites`` to cut at; None is the prompt if the model has one,
+      else the first of ``sites`` that it has.
+    - ``layers: tuple[int, ...] | None = None``: 0-based layers to cut at, in an encoder between attention and
+      MLP, in a language model behind them; None is one layer, at a quarter of the depth.
+
+    To cut behind the encoder by what is seen in it, a subclass names the layers in :meth:`looks`, stores in
+    ``site.memory`` in :meth:`look`, and reads with ``site.spread(site.stored(name))`` in :meth:`score`.
+
+    Args:
+        keep: budget, or one per layer of ``layers``.
+    """
+
+    keep: Keep | tuple[Keep, ...] = 0.5
+
+    def validate(self) -> None:
+        layers: Any = getattr(self, "layers", None)
+        if layers is not None:
+            layers = check_layers(layers)
+            self._set("layers", layers)
+        site: str | None = getattr(self, "site", None)
+        if site not in (None, *self.sites):
+            raise ValueError(f"site must be one of {', '.join(self.sites)} or None, got {site!r}")
+        if site == "prompt":
+            self._one_layer()
+        if hasattr(self, "layers"):
+            stages = 1 if layers is None else len(layers)
+            self._set("keep", check_schedule(self.keep, stages, falling=True))
+        else:
+            self._set("keep", check_keep(self.keep))
+
+    def score(self, site: Any) -> Tensor:
+        """Compute (B, N) scores of the tokens at ``site``, in any dtype; the highest stay.
+
+        What padding gets does not matter.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score(site)")
+
+    def looks(self, info: ModelInfo) -> Sequence[int]:
+        """List the 0-based encoder layers at whose end :meth:`look` is called, before a cut behind it."""
+        return ()
+
+    def look(self, site: Any) -> None:
+        """Store in ``site.memory`` what :meth:`score` reads later."""
+
+    def site_of(self, info: ModelInfo) -> str:
+        """Name the site at which this model is cut."""
+        chosen: str | None = getattr(self, "site", None)
+        here = [s for s in self.sites if s in info.depth]
+        return chosen or ("prompt" if "prompt" in here else [*here, self.sites[0]][0])
+
+    def layers_of(self, info: ModelInfo) -> tuple[int, ...]:
+        """List the layers of :meth:`site_of` to cut at. Raises ``ValueError`` if the model lacks one."""
+        layers: tuple[int, ...] | None = getattr(self, "layers", None)
+        depth = info.depth[self.site_of(info)]
+        return (depth // 4,) if layers is None else fit_layers(layers, depth)
+
+    def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
+        sites = {self.site_of(info), *(("encoder",) if self.looks(info) else ())}
+        return {site: self.needs.get(site, frozenset()) for site in sorted(sites)}
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        looks = (Stage("encoder", layer, "end", cuts=False) for layer in self.looks(info))
+        if self.site_of(info) == "prompt":
+            self._one_layer()
+            return (*looks, Stage("prompt", 0))
+        return (*looks, *(Stage(self.site_of(info), layer) for layer in self.layers_of(info)))
+
+    def number(self, site: Any) -> int | Tensor:
+        """Count the tokens to leave at ``site``: one number, or (B,) int64."""
+        cuts = [(s.site, s.layer) for s in self.stages(site.info) if s.cuts]
+        if isinstance(self.keep, tuple) and len(self.keep) != len(cuts):
+            raise ValueError(f"keep has {len(self.keep)} entries for {len(cuts)} layers")
+        found: int | Tensor = site.budget(self.keep, cuts.index((site.site, site.layer)), len(cuts))
+        return found
+
+    def select(
+        self, site: Any, score: Tensor, number: int | Tensor, raw: Tensor
+    ) -> Reduction | None:
+        """Keep the ``number`` best tokens by a (B, N) score.
+
+        ``raw`` is the score before a wrapper (``Debias``) corrected it, for what it does not concern.
+        """
+        return keep_best(site, score, number)
+
+    def reduce(self, site: Any) -> Reduction | None:
+        if not any(
+            s.cuts and (s.site, s.layer) == (site.site, site.layer) for s in self.stages(site.info)
+        ):
+            self.look(site)
+            return None
+        number = to_keep(site, self.number(site))
+        if number is None:
+            return None
+        score = self.score(site)
+        return self.select(site, score, number, score)
+
+    def _one_layer(self) -> None:
+        layers: tuple[int, ...] | None = getattr(self, "layers", None)
+        if layers is not None and len(layers) != 1:
+            raise ValueError(f"layers must be one layer for a cut at the prompt, got {layers}")
+
+
+@dataclass(frozen=True)
+class TextScoredMethod(ScoredMethod):
+    """Base of the methods that rank by text-to-image attention, which ``Debias`` can correct.
+
+    Class attributes:
+        padding_fills: whether tokens whose score a wrapper has suppressed fill up a budget that is larger
+            than the rest.
+    """
+
+    padding_fills: ClassVar[bool] = True
+
+    def first_cut(self, info: ModelInfo) -> Stage:
+        """Find the first visit that cuts by such a score."""
+        return next(s for s in self.stages(info) if s.site == "decoder" and s.cuts)
+
+
+def to_keep(site: Site, number: int | Tensor) -> int | Tensor | None:
+    """Clamp a budget to the tokens at ``site``: one number if all samples agree and none has padding, else
+    (B,) int64; None if every sample may keep all that it has."""
+    if isinstance(number, int):
+        return None if number >= site.n else number
+    wanted, here = torch.stack([number, site.counts]).tolist()  # one look at the device
+    if all(n >= most for n, most in zip(wanted, here, strict=True)):
+        return None
+    return int(wanted[0]) if site.valid is None and len(set(wanted)) == 1 else number
+
+
+def keep_best(site: Site, score: Tensor, number: int | Tensor) -> Reduction:
+    """Keep the ``number`` best tokens of each sample by ``score`` (B, N)."""
+    kept, has_padding = top_indices(score, number, site.valid)
+    return Reduction(TokenMap.keep(kept, site.n, has_padding))
+
+
+def prune(site: Site, score: Tensor, number: Tensor) -> Reduction | None:
+    """Keep the ``number[b]`` best tokens of each sample by ``score`` (B, N); None if that is all."""
+    wanted = to_keep(site, number)
+    return None if wanted is None else keep_best(site, score, wanted)
