@@ -9,6 +9,7 @@ from vtr.compat.contract import Expectation
 
 _ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.py"
 _WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
+_DEEPSTACK = "vtr/vision/vlm/deepstack.py"
 _CACHES, _PACKED = "vtr/vision/vlm/cache.py", "vtr/vision/vlm/packed.py"
 _HEAD, _DRAFTS, _SPREADS = (f"vtr/vision/vlm/{name}.py" for name in ("head", "drafts", "spreads"))
 _TOWERS, _LAYERS = (
@@ -125,12 +126,12 @@ def _language_models() -> Iterator[Expectation]:
     text = f"{_home('qwen3_vl')}:Qwen3VLTextModel"
     yield Expectation(
         f"{text}.{names.DEEPSTACK}",
-        _LANGUAGE,
+        f"{_LANGUAGE}, {_DEEPSTACK}",
         starts=("hidden_states", "visual_pos_masks", "visual_embeds"),
     )
     yield Expectation(
         f"{text}.forward",
-        _LANGUAGE,
+        _DEEPSTACK,
         takes=(names.DEEPSTACK_MASKS, names.DEEPSTACK_FEATURES),
         calls=(names.DEEPSTACK,),
     )
@@ -167,7 +168,7 @@ def _vlms() -> Iterator[Expectation]:
         pixels = tuple({"image": image_pixels, "video": video_pixels}[kind] for kind in kinds)
         yield Expectation(
             inner,
-            f"{_WRAPPING}, {_FAMILIES}",
+            f"{_WRAPPING}, {_FAMILIES}, vtr/vision/vlm/placeholders.py",
             has=(*methods, "get_input_embeddings"),
             calls=methods,
             built=("language_model|text_model", *(ids[kind] for kind in kinds), *parts),

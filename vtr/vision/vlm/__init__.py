@@ -78,10 +78,12 @@ What is where
 -------------
 
 ``wrapping`` (facts, hooks), ``arguments`` and ``costs`` (of a call), ``head`` (who calls; logits and loss),
-``outputs`` (in which columns they are), ``nesting`` (calls inside of calls, compiled code), ``families`` (what
-differs between models), ``pictures`` (smaller ones), ``tower`` and ``packed`` (methods inside vision towers),
+``outputs`` (in which columns they are), ``nesting`` (calls inside of calls, compiled code), ``family`` and
+``families`` (what differs between models), ``placeholders`` (where a prompt has them), ``pictures`` (smaller
+ones), ``tower`` and ``packed`` (methods inside vision towers),
 ``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (which frame and place each has),
-``language`` (hooks on the language model), ``call`` (one call of it: sites and cuts), ``rows`` (its
+``language`` (hooks on the language model), ``prompt`` (its entry), ``middle`` (between the halves of a layer),
+``deepstack`` (Qwen3-VL), ``uncached`` (generate without a cache), ``call`` (one call of it: sites and cuts), ``rows`` (its
 attention, as methods see it), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
 ``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``,
 ``recompute`` (gradient checkpointing).

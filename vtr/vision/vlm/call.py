@@ -27,38 +27,8 @@ from vtr.vision.vlm.rows import Seen, TextRows, VisualQKV
 from vtr.vision.vlm.sequence import SequenceLayout, follow, positions_along, put, rows_of
 
 if TYPE_CHECKING:
+    from vtr.vision.vlm.uncached import Held
     from vtr.vision.vlm.wrapping import VLMWrapping
-
-
-class Held:
-    """What methods chose in the first call of a generate without a cache, whose calls all run the prompt.
-
-    Args:
-        shape: (samples, visual tokens) of the prompt.
-        choices: of every visit, and of the cut that the tower made; filled by the first call.
-
-    Attributes:
-        notes: of the methods.
-        done: whether the first call has ended.
-    """
-
-    def __init__(self, shape: torch.Size, choices: dict[Any, Reduction | None]) -> None:
-        self.shape, self.choices = shape, choices
-        self.notes: dict[str, Any] = {}
-        self.done = False
-
-    def again(self, shape: torch.Size) -> None:
-        """A later call begins.
-
-        Raises:
-            RuntimeError: it has other samples or images.
-        """
-        if shape != self.shape:
-            raise RuntimeError(
-                f"generate without a cache began with {self.shape[0]} samples of up to {self.shape[1]} "
-                f"visual tokens and goes on with {shape[0]} of up to {shape[1]}, for which nothing was "
-                "chosen: use use_cache=True"
-            )
 
 
 class PrefillRecord:

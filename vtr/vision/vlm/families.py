@@ -1,4 +1,4 @@
-"""What differs between the families: where the parts are, and how patches become visual tokens."""
+"""The families of vision-language models: where the parts are, and how patches become visual tokens."""
 
 from __future__ import annotations
 
@@ -9,83 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtr.compat.transformers import PACKING, crop_counter, language_module, placeholder_names
+from vtr.compat.transformers import PACKING, crop_counter, language_module
 from vtr.errors import UnsupportedModelError
-from vtr.vision.vlm.arguments import PIXELS
+from vtr.vision.vlm.family import VLMFamily, pair, patches, still, videos_of
 from vtr.vision.vlm.features import Capture
-from vtr.vision.vlm.frames import KINDS, Piece, loose, plain
-from vtr.vision.vlm.pictures import Images, Patches, Pictures, Tiles
-from vtr.vision.vlm.spreads import Average, Groups, Packing, Pooled, Shuffled, rows
-
-
-class VLMFamily:
-    """The plain case (LLaVA-1.5): every patch of every crop becomes one visual token.
-
-    Attributes:
-        title: for messages.
-        cuts: why the tower cannot be cut inside, or empty.
-        pooled: why a cut inside the tower cannot be followed for videos, or empty.
-        fixed: whether every image has the same number of visual tokens.
-    """
-
-    title = "LLaVA"
-    cuts = ""
-    pooled = ""
-    fixed = True
-
-    def tower(self, inner: Any, kind: str) -> nn.Module | None:
-        """The tower of images or videos."""
-        return getattr(inner, "vision_tower", None)
-
-    def last_layer(self, inner: Any, depth: int) -> int:
-        """0-based tower layer whose output the projector reads (the last of several)."""
-        layer = getattr(inner.config, "vision_feature_layer", -1)
-        layers = [layer] if isinstance(layer, int) else list(layer)
-        return max(i + depth if i < 0 else i - 1 for i in layers)
-
-    def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
-        """Fill ``capture`` after the features were made; ``given`` are the arguments by name."""
-        capture.pieces = [still(n) for n in capture.lengths]
-        sizes, tower = given.get("image_sizes"), self.tower(inner, capture.kind)
-        if sizes is not None:  # a Pixtral tower: every image at its own resolution
-            side = int(getattr(tower, "patch_size", 1))
-            grids = [(h // side, w // side) for h, w in torch.as_tensor(sizes).tolist()]
-            if [h * w for h, w in grids] == capture.lengths:
-                capture.pieces = [plain("image", 1, grid) for grid in grids]
-        capture.spread = rows
-
-    def crops(self, inner: Any, capture: Capture, given: dict[str, Any]) -> list[int]:
-        """How many crops each image has in the tower's batch of ``capture.crops``, or frames each video.
-
-        Asked for when the tower begins; ``given`` are the arguments of the features by name.
-        """
-        if capture.kind == "video":
-            videos, frames = videos_of(given)
-            return [frames] * videos
-        return [1] * capture.crops
-
-    def watch(self, inner: Any) -> str | None:
-        """A method of ``inner`` whose arguments :meth:`describe` needs."""
-        return None
-
-    def enter(self, capture: Capture, given: dict[str, Any]) -> None:
-        """Complete ``capture`` with what only the model's forward is given (:data:`~vtr.compat.transformers.FORWARDED`)."""
-
-    def fixed_size(self, inner: Any) -> str:
-        """Why the tower takes no pictures of another size, or nothing."""
-        from vtr.vision.encoders.transformers import TOWERS, fixed_size
-
-        towers = {self.tower(inner, "image"), self.tower(inner, "video")}
-        if not all(type(t).__name__ in TOWERS for t in towers):
-            names = ", ".join(sorted(type(t).__name__ for t in towers))
-            return f"its tower ({names}) is not understood"
-        return next(filter(None, map(fixed_size, towers)), "")
-
-    def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
-        """The pictures among the arguments of ``get_image_features`` or ``get_video_features``."""
-        name = next((n for n in PIXELS if given.get(n) is not None), "")
-        patch = _pair(inner.config.vision_config.patch_size)
-        return Images(name, given[name], patch, patch) if name else None
+from vtr.vision.vlm.frames import plain
+from vtr.vision.vlm.pictures import Images, Pictures, Tiles
+from vtr.vision.vlm.spreads import Average, Groups, Packing, Pooled, Shuffled
 
 
 class Packed(VLMFamily):
@@ -192,7 +122,7 @@ class Qwen(VLMFamily):
         vision = inner.config.vision_config
         channels = getattr(vision, "in_channels", 3)
         merges = [vision.spatial_merge_size] * len(given[f"{kind}_grid_thw"])
-        return _patches(kind, given, merges, vision.patch_size, channels)
+        return patches(kind, given, merges, vision.patch_size, channels)
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         merge = inner.visual.spatial_merge_size
@@ -225,7 +155,7 @@ class InternVL(VLMFamily):
         return [1] * capture.crops  # how many tiles an image has is not told; nothing is cut here
 
     def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
-        patch = _pair(inner.config.vision_config.patch_size)
+        patch = pair(inner.config.vision_config.patch_size)
         times = round(1 / inner.config.downsample_ratio)
         unit = (times * patch[0], times * patch[1])
         return Images("pixel_values", given["pixel_values"], unit, patch)
@@ -255,7 +185,7 @@ class Idefics(VLMFamily):
         return ""
 
     def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
-        patch = _pair(inner.config.vision_config.patch_size)
+        patch = pair(inner.config.vision_config.patch_size)
         times = inner.config.scale_factor
         unit = (times * patch[0], times * patch[1])
         pixels = given["pixel_values"]
@@ -295,7 +225,7 @@ class VideoLlama3(VLMFamily):
     def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
         vision = inner.config.vision_config
         merges = given[f"{kind}_merge_sizes"].tolist()
-        return _patches(kind, given, merges, vision.patch_size, vision.num_channels)
+        return patches(kind, given, merges, vision.patch_size, vision.num_channels)
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
         grids = given[f"{capture.kind}_grid_thw"].tolist()
@@ -310,33 +240,6 @@ class VideoLlama3(VLMFamily):
     def enter(self, capture: Capture, given: dict[str, Any]) -> None:
         if capture.kind == "video":
             capture.stays = given.get("video_compression_mask")
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size[0], size[1]) if isinstance(size, (list, tuple)) else (size, size)
-
-
-def _patches(
-    kind: str, given: dict[str, Any], merges: list[int], patch: int, channels: int
-) -> Pictures:
-    name = next(n for n in PIXELS if given.get(n) is not None)
-    grids = f"{kind}_grid_thw"
-    return Patches((name, grids), given[name], given[grids], merges, patch, channels)
-
-
-def videos_of(given: dict[str, Any]) -> tuple[int, int]:
-    """Number of videos and of frames of each, from the arguments of ``get_video_features``."""
-    pixels = given.get("pixel_values_videos", given.get("pixel_values"))
-    assert isinstance(pixels, Tensor)
-    return pixels.shape[0], pixels.shape[1]
-
-
-def still(n: int) -> Piece:
-    """An image of ``n`` tokens: a square where that is possible."""
-    side = math.isqrt(n)
-    if side * side != n:
-        return loose("image", torch.zeros(n, dtype=torch.bool, device="cpu"))
-    return plain("image", 1, (side, side))
 
 
 # Inner class (the one that owns ``language_model``) -> family.
@@ -407,33 +310,3 @@ def family_of(inner: nn.Module) -> VLMFamily | None:
         if cls.__name__ in SUPPORTED:
             return SUPPORTED[cls.__name__]()
     return None
-
-
-def visual_ids(config: Any) -> dict[int, int]:
-    """Token ids that images and videos replace, and the number of their kind."""
-    found: dict[int, int] = {}
-    for kind, number in KINDS.items():
-        for name in placeholder_names(kind):
-            value = getattr(config, name, None)
-            if value is not None:
-                found.setdefault(int(value), number)
-    return found
-
-
-def find(inner: Any, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
-    """(B, L) int8: 1 at placeholders of images and 2 at those of videos, else 0.
-
-    By id, or by the embedding of the id; None where there is neither.
-    """
-    given = embeds if ids is None else ids
-    if given is None:
-        return None
-    table = inner.get_input_embeddings()
-    out = torch.zeros(given.shape[:2], dtype=torch.int8, device=given.device)
-    for i, number in visual_ids(inner.config).items():
-        if ids is not None:
-            here = ids == i
-        else:
-            here = (given == table(torch.tensor(i, device=given.device))).all(-1)
-        out[here] = number
-    return out

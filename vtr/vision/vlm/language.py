@@ -19,28 +19,25 @@ from vtr.compat.transformers import (
     CACHE,
     CHECKPOINTED,
     DEEPSTACK,
-    DEEPSTACK_FEATURES,
-    DEEPSTACK_MASKS,
     TOKEN_TYPES,
     causal_mask,
     check_deepstack,
     given_cache,
 )
-from vtr.core.method import Reduction
 from vtr.core.recompute import Inputs
-from vtr.core.tokens import TokenMap, top_indices
 from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, Entry, PerThread, Threaded
-from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.cache import cuts_of, forget, length_of, lock, remember, unlock
-from vtr.vision.vlm.call import Held, LanguageCall, PrefillRecord
-from vtr.vision.vlm.frames import KINDS
+from vtr.vision.vlm.call import LanguageCall, PrefillRecord
+from vtr.vision.vlm.deepstack import deepstack, narrowed
 from vtr.vision.vlm.head import Purpose
+from vtr.vision.vlm.middle import MiddleCuts
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
-from vtr.vision.vlm.pictures import regrid
+from vtr.vision.vlm.prompt import cut_by_tower, without_repetitions
 from vtr.vision.vlm.recompute import Layers, outside
 from vtr.vision.vlm.rows import Seen
-from vtr.vision.vlm.sequence import SequenceLayout, follow, padding_mask
+from vtr.vision.vlm.sequence import follow, padding_mask
+from vtr.vision.vlm.uncached import hold
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
@@ -97,6 +94,7 @@ class LanguageSession(Threaded):
         self.last: PrefillRecord | None = None
         self.inputs = Inputs()  # of layers that are not what their modules are given
         self.checkpoints = Layers(self)
+        self.middle = MiddleCuts(self)
         self._columns: Callable[[], Tensor] | None = None  # of the call that began or ended last
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,11 +118,7 @@ class LanguageSession(Threaded):
         owner.hook(module.register_forward_hook(Bound(self, "end"), always_call=True))
         for i, layer in enumerate(self.layers):
             owner.hook(layer.register_forward_pre_hook(BeforeLayer(self, i), with_kwargs=True))
-            if ("decoder", i, "middle") in self.visits:
-                norm, mlp = layer.post_attention_layernorm, layer.mlp
-                owner.hook(norm.register_forward_pre_hook(Bound(self, "before_mlp", i)))
-                owner.hook(mlp.register_forward_hook(Bound(self, "after_mlp")))
-                owner.hook(layer.register_forward_hook(Bound(self, "after_layer"), prepend=True))
+        self.middle.install()
         if check_deepstack(module):
             owner.patch(module, DEEPSTACK, Bound(self, "deepstack"))
 
@@ -178,7 +172,7 @@ class LanguageSession(Threaded):
             unlock(cache, cuts)
         if kinds is not None:
             self._begin(call)
-            self._hold(call)
+            hold(self.owner, call)
             embeds = self._prompt(call, embeds)
             call.entered = call.layout
         elif not torch.is_grad_enabled() and not embeds.requires_grad:
@@ -195,14 +189,8 @@ class LanguageSession(Threaded):
             "position_ids": call.moved(0),
         }
         if call.changed:
+            new |= narrowed(kwargs, call.layout)
             index, valid = call.layout.index, call.layout.valid
-            stack = kwargs.get(DEEPSTACK_MASKS)
-            if stack is not None:
-                new[DEEPSTACK_MASKS] = follow(stack, index, valid, False)
-                features = kwargs.get(DEEPSTACK_FEATURES)
-                if features is not None:
-                    stays = _kept(call.layout, stack)
-                    new[DEEPSTACK_FEATURES] = [f[stays.to(f.device)] for f in features]
             for name in TOKEN_TYPES:
                 value = kwargs.get(name)
                 if isinstance(value, Tensor) and value.shape[-1] == length:
@@ -251,56 +239,10 @@ class LanguageSession(Threaded):
         self.owner.begin(Trace(stages, tokens, call.valid.shape[0], towers.notes))
         self.last = call.last = PrefillRecord(call)
 
-    def _hold(self, call: LanguageCall) -> None:
-        """Without a cache, generate runs the prompt in every call: what is chosen in the first one holds."""
-        owner = self.owner
-        if not call.purpose.generating:
-            return
-        if call.cache is not None:
-            owner.held = None
-            return
-        if owner.cache.visits:
-            names = ", ".join(entry.method.name for entry, _, _ in owner.cache.visits)
-            raise UnsupportedMethodError(
-                f"{names} frees keys and values of the KV cache when the prompt is done, and generate runs "
-                "without one: use use_cache=True"
-            )
-        shape, held = call.layout.slots.shape, owner.held
-        if held is None or not held.done or call.purpose.first:
-            call.held = owner.held = Held(shape, call.choices)
-            return
-        held.again(shape)
-        call.held, call.repeats = held, held.choices
-        owner.tracing.notes.update(held.notes)
-
     def _prompt(self, call: LanguageCall, embeds: Tensor) -> Tensor:
-        captures = self.owner.captures
-        embeds = self._unrepeated(call, embeds)
-        cut = {kind: c for kind, c in captures.of.items() if c.left is not None}
-        if cut:
-            left = torch.ones(call.layout.slots.shape, device=embeds.device)
-            for kind, capture in cut.items():
-                assert capture.left is not None
-                captures.spreader(call).lay(left, kind, capture.left)
-                left = left.nan_to_num(float(capture.separators))
-            names = dict.fromkeys(name for capture in cut.values() for name in capture.cutters)
-            joined = (left > 0) & (left < 1)
-            if bool(joined.any()):
-                self._refuse_joined(call, list(names), joined)
-            keep = (left > 0.5) & call.layout.valid_slots
-            kept, padded = top_indices(keep.float(), keep.sum(1), keep)
-            entry = next(e for e in self.owner.active if e.method.name in names)
-            step = TokenMap.keep(kept, call.map.n_out, padded)
-            call.choices["tower"] = Reduction(step)
-            if call.repeats is not None:
-                before = call.repeats.get("tower")
-                if before is None or before.map is None or not torch.equal(before.map.kept, kept):
-                    raise RuntimeError(
-                        f"{', '.join(names)} chose other tokens in the vision tower than in the call of "
-                        "generate before: without a cache this version of transformers runs the tower "
-                        "in every call. Use use_cache=True, or a method that chooses the same each time"
-                    )
-            embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
+        """The prompt after all cuts before its first layer."""
+        embeds = without_repetitions(self.owner, call, embeds)
+        embeds = cut_by_tower(self.owner, call, embeds)
         for entry, name in self.visits.get(("prompt", 0, ""), ()):
             embeds = call.visit(entry, name, 0, "", embeds)
         return embeds
@@ -311,50 +253,6 @@ class LanguageSession(Threaded):
         if made is None:
             raise RuntimeError("the model has not been called since the method was applied")
         return made()
-
-    def _unrepeated(self, call: LanguageCall, embeds: Tensor) -> Tensor:
-        """The prompt with the tokens of smaller pictures, each once."""
-        captures = self.owner.captures
-        coarse = {kind: c.coarse for kind, c in captures.of.items() if c.coarse is not None}
-        if not coarse:
-            return embeds
-        slots, valid = call.layout.slots, call.layout.valid_slots
-        moves = torch.zeros(*slots.shape, 3, dtype=torch.long, device=embeds.device)
-        for kind, found in coarse.items():
-            if captures.of[kind].stays is not None:
-                raise UnsupportedMethodError(
-                    f"{found.entry.method.name} makes the frames smaller, and the processor has left "
-                    "tokens of the larger ones out: pass it use_token_compression=False"
-                )
-            flat = found.moves.to(embeds.device, non_blocking=True)
-            captures.spreader(call).write(moves, kind, flat)
-        stays = valid & (moves[..., 0] == 0)
-        kept, padded = top_indices(stays.float(), stays.sum(1), stays)
-        place = torch.arange(slots.shape[1], device=embeds.device) + moves[..., 0]
-        source = (stays.long().cumsum(1) - 1).gather(1, place.clamp(0, slots.shape[1] - 1))
-        step = TokenMap.merged(kept, source.masked_fill(~valid, -1), padded)
-        entry = next(iter(coarse.values())).entry
-        embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
-        numbered = entry.options.get("positions") or entry.token_method.positions_at("prompt")
-        if self.owner.mrope and numbered == "compact" and call.positions.dim() == 3:
-            call.positions, call.layout.tail = regrid(
-                call.positions.expand(-1, len(slots), -1), call.valid, slots, moves
-            )
-        return embeds
-
-    def _refuse_joined(self, call: LanguageCall, names: list[str], joined: Tensor) -> None:
-        """Patches that are left and patches that are gone became one visual token."""
-        owner = self.owner
-        kinds = call.kinds.gather(1, call.arrived.clamp(min=0))
-        if bool((joined & (kinds == KINDS["video"])).any()):
-            raise UnsupportedMethodError(
-                f"{', '.join(names)} cut inside the vision tower, which does not work for videos here: "
-                f"{owner.family.pooled}. For videos use one of {owner.for_videos(names)}"
-            )
-        raise UnsupportedMethodError(
-            f"{', '.join(names)} cut inside the vision tower, but the features of this image are resized to "
-            "fewer tokens: use a smaller image, or a method that cuts at the prompt or in the language model"
-        )
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         call, self.call = self.call, None
@@ -453,44 +351,6 @@ class LanguageSession(Threaded):
             call.to(weight.device)
         return hidden
 
-    # A layer adds the MLP's output to a residual that no hook can reach. So the sum of what is left is
-    # made beside it, and takes the place of the layer's output.
-
-    def before_mlp(self, i: int, module: Any, args: tuple[Any, ...]) -> Any:
-        call = self.running()
-        if call is None or call.visual is None:
-            return None
-        hidden = args[0]
-        call.to(hidden.device)
-        call.full, before = hidden.shape, call.layout.slots.shape[1]
-        for entry, name in self.visits["decoder", i, "middle"]:
-            hidden = call.visit(entry, name, i, "middle", hidden)
-        call.half = None if hidden is args[0] else hidden
-        if call.again:
-            return (hidden,)
-        if call.last is not None:
-            call.last.halved[i] = call.layout.valid
-        self.owner.tracing.count("decoder", i, before, call.layout.slots.shape[1])
-        return (hidden,)
-
-    def after_mlp(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        call = self.running()
-        if call is None or call.half is None:
-            return None
-        call.half = call.half + output
-        return output.new_zeros(()).expand(call.full)
-
-    def after_layer(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        call = self.running()
-        return None if call is None else self.halves(call, output)
-
-    def halves(self, call: LanguageCall, output: Any) -> Any:
-        """The output of a layer that was cut in its middle; None for others."""
-        if call.half is None:
-            return None
-        half, call.half = call.half, None
-        return (half, *output[1:]) if isinstance(output, tuple) else half
-
     def _sync(self, call: LanguageCall, i: int, hidden: Tensor) -> None:
         """Mask and rotary tables for the tokens that enter layer ``i``."""
         cut = call.synced is not call.layout
@@ -511,35 +371,5 @@ class LanguageSession(Threaded):
             "position_ids": None,
         }
 
-    def deepstack(self, hidden: Tensor, masks: Tensor, features: Tensor) -> Tensor:
-        """Qwen3-VL adds features of the tower after its first layers, for tokens that are left."""
-        call = self.call
-        if call is not None and call.layout is not call.entered:
-            call.to(hidden.device)
-            masks = masks.to(hidden.device)
-            index, valid = _between(call.entered, call.layout)
-            stays = torch.zeros_like(masks)
-            b, s = valid.nonzero(as_tuple=True)
-            stays[b.to(masks.device), index[b, s].to(masks.device)] = True
-            features = features[stays[masks].to(features.device)]
-            masks = follow(masks, index, valid, False)
-        return getattr(type(self.module), DEEPSTACK)(self.module, hidden, masks, features)
-
-
-def _kept(layout: SequenceLayout, visual: Tensor) -> Tensor:
-    """(number of visual tokens,) bool: which of the entries of a (B, L) mask are left."""
-    stays = torch.zeros_like(visual)
-    b, s = layout.valid.nonzero(as_tuple=True)
-    stays[b, layout.index[b, s]] = True
-    return stays[visual]
-
-
-def _between(old: SequenceLayout, new: SequenceLayout) -> tuple[Tensor, Tensor]:
-    """Index and validity that take the sequence of ``old`` to that of ``new``."""
-    batch, length = old.index.shape
-    width = int(max(old.index.max(), new.index.max())) + 1
-    place = torch.zeros(batch, width, dtype=torch.long, device=old.index.device)
-    slot = torch.arange(length, device=old.index.device).expand(batch, length)
-    b, s = old.valid.nonzero(as_tuple=True)
-    place[b, old.index[b, s]] = slot[b, s]
-    return place.gather(1, new.index), new.valid
+    def deepstack(self, *args: Any) -> Tensor:
+        return deepstack(self, *args)

@@ -104,7 +104,7 @@ class LayerPass:
         try:
             output = self.block(*args)
             # What is left is part of what the function returns, or reentrant checkpointing loses it.
-            short = self.session.halves(call, output)
+            short = self.session.middle.halves(call, output)
         finally:
             call.inside = False
         return output if short is None else short

@@ -40,7 +40,7 @@ from vtr.vision.vlm.cache_site import CacheSession
 from vtr.vision.vlm.call import Held
 from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
-from vtr.vision.vlm.families import VLMFamily, find
+from vtr.vision.vlm.family import VLMFamily
 from vtr.vision.vlm.features import Capture, Captures, first_token
 from vtr.vision.vlm.head import Head, Purpose
 from vtr.vision.vlm.language import LanguageSession
@@ -48,8 +48,10 @@ from vtr.vision.vlm.nesting import INNER, LANGUAGE, ROOT, Nesting, forget_compil
 from vtr.vision.vlm.outputs import MODES
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.pictures import Shrunk
+from vtr.vision.vlm.placeholders import find
 from vtr.vision.vlm.recompute import LayerPass
 from vtr.vision.vlm.tower import TowerSession
+from vtr.vision.vlm.uncached import Held
 
 TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
 
