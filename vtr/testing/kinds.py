@@ -10,7 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class Kind:
         options: of :func:`vtr.apply`.
         sides: sides of the padding in a batch; empty if a batch has no padding.
         tolerance: absolute and relative, between float32 results of a sample alone and in a batch.
-        compiles: whether torch.compile is tried; it takes a second and more.
+        compiles: whether torch.compile is tried with every method; it takes a second and more.
+        calls_after_error: calls after one that raised until a new run begins.
     """
 
     name: str
@@ -55,11 +56,12 @@ class Kind:
     sides: tuple[str, ...] = ()
     tolerance: float = 2e-4
     compiles: bool = False
+    calls_after_error: int = 1
 
     #: sites whose records have one row per sample
-    rows = ("image", "encoder")
+    rows: ClassVar[tuple[str, ...]] = ("image", "encoder")
     #: a method with one of these sites leaves as many tokens as its budget says
-    counted = frozenset({"encoder"})
+    counted: ClassVar[frozenset[str]] = frozenset({"encoder"})
 
     def __str__(self) -> str:
         return self.name
@@ -113,12 +115,12 @@ class Kind:
 
     def cast(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
         """The inputs with floating-point tensors of another type."""
-        return {k: _cast(v, dtype) for k, v in inputs.items()}
+        return {k: cast(v, dtype) for k, v in inputs.items()}
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(_cast(v, dtype) for v in value)
+        return type(value)(cast(v, dtype) for v in value)
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -179,8 +181,8 @@ class Language(Kind):
     steps: int = 3
     separators: int = 0
 
-    rows = ("prompt", "decoder", "cache")
-    counted = frozenset({"prompt", "decoder"})
+    rows: ClassVar[tuple[str, ...]] = ("prompt", "decoder", "cache")
+    counted: ClassVar[frozenset[str]] = frozenset({"prompt", "decoder"})
 
     def _made(self) -> tuple[Any, Inputs]:
         from vtr.testing.models import videos, vlms
@@ -255,8 +257,8 @@ class Diffusion(Kind):
     case: str = ""
     times: tuple[float, ...] = (900.0, 600.0, 300.0)
 
-    rows = ("block",)
-    counted = frozenset()
+    rows: ClassVar[tuple[str, ...]] = ("block",)
+    counted: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def facts(self) -> Any:
@@ -352,9 +354,9 @@ def _language(name: str, family: str, tower: Layers | None = None, **more: Any) 
     )  # fmt: skip
 
 
-def _diffusion(name: str, blocks: str, attention: str, **more: Any) -> Diffusion:
+def _diffusion(name: str, blocks: str, attention: str) -> Diffusion:
     layers = {"attention": Layers(blocks, attention, "")}
-    return Diffusion(name, "diffusers", layers, case=name, tolerance=3e-5, **more)
+    return Diffusion(name, "diffusers", layers, case=name, tolerance=3e-5, calls_after_error=2)
 
 
 KINDS: dict[str, Kind] = {
@@ -384,7 +386,7 @@ KINDS: dict[str, Kind] = {
         _language("llava-onevision-video", "llava_onevision_video", video=True, separators=1),
         _diffusion("wan", "blocks", "attn1.to_out.0"),
         _diffusion("cogvideox", "transformer_blocks", "attn1.to_out.0"),
-        _diffusion("hunyuan-video", "transformer_blocks", ""),
+        _diffusion("hunyuan-video", "transformer_blocks", "attn.to_out.0"),
     )
 }  # fmt: skip
 """Every kind by its name: encoders, vision-language models, then diffusion transformers."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from typing import Any
 
 import torch
 
 import vtr
+from vtr.core.registry import registry
 from vtr.testing.maps import check_trace
-from vtr.testing.models.blocks import layers_of
+from vtr.testing.models.blocks import BLOCKS, layers_of
 from vtr.testing.remains import Facts, ours
 from vtr.testing.trial import Probe, Trial, close, equal, instead, lowered, require
 
@@ -61,7 +64,8 @@ def exception(trial: Trial) -> None:
             require(_fails(trial), "the layer did not run")
         finally:
             hook.remove()
-        found = trial.again(handle, trial.batch)
+        for _ in range(trial.kind.calls_after_error):
+            found = trial.again(handle, trial.batch)
         equal(found.out, expected.out, "the call after an exception")
         require(found.trace.tokens == expected.trace.tokens, "the trace after an exception differs")
     _clean(trial, before)
@@ -77,8 +81,11 @@ def _fails(trial: Trial) -> bool:
 
 def _deep(trial: Trial) -> Any:
     """The last layer of the model."""
-    layers = list(trial.kind.layers.values())[-1]
-    return layers_of(trial.kind.model, layers.path)[-1]
+    model, layers = trial.kind.model, list(trial.kind.layers.values())
+    if layers:
+        return layers_of(model, layers[-1].path)[-1]
+    lists = [m for m in model.modules() if isinstance(m, BLOCKS) and len(m) > 1]
+    return lists[-1][-1]
 
 
 def deepcopy(trial: Trial) -> None:
@@ -127,8 +134,6 @@ def _same_tokens(a: vtr.Trace, b: vtr.Trace) -> bool:
 
 def compiles(trial: Trial) -> None:
     """torch.compile (the eager backend) gives what the model gives."""
-    if not trial.kind.compiles:
-        return
     torch._dynamo.reset()
     try:
         with trial.applied(trial.method) as handle:
@@ -152,8 +157,18 @@ def repeated(trial: Trial) -> None:
 
 
 def plain(trial: Trial) -> None:
-    """A method is a value: JSON makes an equal one."""
+    """A method is a value: its options as JSON make an equal one."""
     method = trial.method
-    again = vtr.create(**method.to_dict())
+    told = json.loads(json.dumps(method.to_dict()))
+    if registry().get(method.name) is type(method):
+        again = vtr.create(**told)
+    else:
+        told.pop("name")
+        again = type(method)(**{k: tuple(v) if isinstance(v, list) else v for k, v in told.items()})
     require(again == method and repr(again) == repr(method), f"to_dict() makes {again!r}")
     require(hash(again) == hash(method), "equal methods have other hashes")
+    try:
+        method.name_of_no_option = 1  # type: ignore[attr-defined]
+    except dataclasses.FrozenInstanceError:
+        return
+    raise AssertionError(f"{type(method).__name__} is not frozen: @dataclass(frozen=True)")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import count
+from vtr.core.method import TokenMethod
 from vtr.testing.maps import check_map, check_trace
 from vtr.testing.models.blocks import layers_of
 from vtr.testing.trial import Trial, close, equal, instead, kept, require
@@ -28,6 +29,7 @@ def everything(trial: Trial) -> None:
 def maps(trial: Trial) -> None:
     """Kept indices ascend, are unique and in range; mass is conserved; padding is never kept."""
     for method in trial.settings.some:
+        assert isinstance(method, TokenMethod)
         plain = method.reduce
 
         def reduce(site: Any, plain: Any = plain) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -82,7 +82,7 @@ def visual(ids: Tensor) -> Tensor:
     return (ids == IMAGE) | (ids == VIDEO)
 
 
-def prompts(counts: list[list[Any]], side: str = "left") -> Inputs:
+def prompts(counts: Sequence[Any], side: str = "left") -> Inputs:
     """One row per sample; ``counts[b]`` are the visual tokens of its images, with text around them.
 
     An entry (n, id) of ``counts[b]`` has placeholders of another id.
