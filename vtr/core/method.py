@@ -8,7 +8,7 @@ site shows (:meth:`TokenMethod.reduce`). It never names a model class.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -97,6 +97,10 @@ class Reduction(NamedTuple):
     grid: tuple[int, int] | None = None
 
 
+Examples = Mapping[str, "Sequence[Method]"]
+"""Settings of a method, by what they are examples of."""
+
+
 @dataclass(frozen=True)
 class Method:
     """Base of all methods. A subclass is a frozen dataclass decorated with :func:`vtr.register`.
@@ -127,6 +131,16 @@ class Method:
 
     def validate(self) -> None:
         """Check (and normalise, with :meth:`_set`) the options; raise ``ValueError``."""
+
+    @classmethod
+    def examples(cls) -> Examples:
+        """Say which settings the laws of :mod:`vtr.testing` use, if they do not follow from the options.
+
+        Keys, all optional: ``"some"`` (reduce a tiny model's tokens), ``"everything"`` (leave the model as it
+        is; empty if no setting does) and ``"counted"`` (leave exactly ``keep`` tokens in the end). See
+        :func:`vtr.testing.examples`.
+        """
+        return {}
 
     def __str__(self) -> str:
         """The method with those options that differ from their defaults: ``EViT(keep=0.5)``."""

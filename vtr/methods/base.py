@@ -30,7 +30,7 @@ from vtr.core.budget import (
     third_points,
 )
 from vtr.core.language_site import CacheSite, LanguageSite, VisualSpan
-from vtr.core.method import Method, Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Method, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
@@ -47,6 +47,7 @@ from vtr.methods.common.masked import (
 __all__ = [
     "AttentionMethod",
     "CacheSite",
+    "Examples",
     "Grid",
     "GridMask",
     "Keep",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
@@ -46,6 +46,10 @@ class Downsample(TokenMethod):
     positions: ClassVar[str] = "compact"
 
     keep: Keep = 0.25
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": ()}
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))

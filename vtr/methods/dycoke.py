@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count, counts
 from vtr.core.language_site import CacheSite, LanguageSite
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
@@ -86,6 +86,10 @@ class DyCoke(Presets, TokenMethod):
     layer: int | None = None
     similarity: float = 0.9
     evicted: str = "cpu"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"everything": (cls(keep=1.0, kv=None),), "counted": ()}
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))

@@ -18,7 +18,7 @@ from vtr.core.budget import (
     geometric,
     third_points,
 )
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
@@ -59,6 +59,10 @@ class EViT(TokenMethod):
     keep: Keep | tuple[Keep, ...] = 0.7
     layers: tuple[int, ...] | None = None
     fuse: bool = True
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": (cls(keep=0.4, layers=(1,), fuse=False),)}
 
     def validate(self) -> None:
         if self.layers is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
@@ -58,6 +58,10 @@ class EVS(Presets, TokenMethod):
 
     keep: Keep = 0.25
     rounding: str = "exact"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": ()}
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
@@ -76,6 +76,10 @@ class FrameFusion(Presets, TokenMethod):
     similarity: float = 0.6
     least: float = 0.1
     rows: int | None = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": ()}
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count, counts
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
@@ -107,6 +107,13 @@ class HoliTom(Presets, TokenMethod):
     beta: float | None = 0.6
     inner: Keep | None = 0.5
     layer: int | None = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "everything": (cls(keep=1.0, inner=None),),
+            "counted": tuple(cls(keep=keep, inner=None) for keep in (0.4, 5)),
+        }
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from vtr.kernels import masks
-from vtr.methods.base import Grid, GridMask, MaskedAttention, Presets, register
+from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, Presets, register
 from vtr.methods.common.grid_windows import GridWindow, check_window, compact_tile, fit_window
 
 
@@ -44,6 +44,13 @@ class NeighborhoodAttention(Presets, MaskedAttention):
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     tile: tuple[int, ...] | None = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(0.3, block=16),),
+            "everything": (cls(1.0, block=16),),
+        }
 
     def validate(self) -> None:
         super().validate()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count, counts
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
@@ -94,6 +94,13 @@ class PruneVid(Presets, TokenMethod):
     inner: Keep | None = 0.4
     layer: int | None = None
     trim: bool = True
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "everything": (cls(keep=1.0, inner=None),),
+            "counted": tuple(cls(keep=keep, inner=None) for keep in (0.4, 5)),
+        }
 
     def validate(self) -> None:
         if self.keep is not None:

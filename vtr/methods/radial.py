@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from vtr.kernels import BlockMask, masks
-from vtr.methods.base import Grid, GridMask, MaskedAttention, Presets, register
+from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, Presets, register
 
 
 @register
@@ -48,6 +48,13 @@ class RadialAttention(Presets, MaskedAttention):
     decay: float = field(default=1.0, kw_only=False)
     sink: bool = True
     rule: str = "paper"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(decay=0.3, block=16),),
+            "everything": (cls(decay=100.0, block=16),),
+        }
 
     def validate(self) -> None:
         super().validate()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from vtr.kernels import BlockMask, masks
-from vtr.methods.base import Grid, GridMask, MaskedAttention, register
+from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, register
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
@@ -59,6 +59,13 @@ class OwnFrame(MaskedAttention):
     paper: ClassVar[str] = "baseline: a window of frames"
 
     radius: int = field(default=0, kw_only=False)
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(0, block=16),),
+            "everything": (cls(9, block=16),),
+        }
 
     def validate(self) -> None:
         super().validate()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtr.kernels.precision import full_precision
-from vtr.methods.base import AttentionMethod, Presets, register
+from vtr.methods.base import AttentionMethod, Examples, Presets, register
 from vtr.methods.common.order import (
     Arranged,
     arrange,
@@ -86,6 +86,13 @@ class RectifiedSparse(Presets, AttentionMethod):
     neighbours: bool = True
     first_frame: bool = False
     rectify: bool = True
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(drop=0.5, p=0.1, neighbours=False, block=16),),
+            "everything": (cls(drop=0.0, block=16),),
+        }
 
     def validate(self) -> None:
         super().validate()

@@ -13,6 +13,7 @@ from vtr.core.registry import create
 from vtr.kernels import BlockMask, masks
 from vtr.methods.base import (
     AttentionMethod,
+    Examples,
     Grid,
     GridMask,
     MaskedAttention,
@@ -101,6 +102,13 @@ class Rettention(Presets, MaskedAttention):
     precision: str | None = None
     offload: bool = False
     whole_blocks: bool = False
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(0.4, refresh=3, block=16),),
+            "everything": (cls(refresh=1, block=16),),
+        }
 
     def validate(self) -> None:
         super().validate()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtr.kernels import masks
 from vtr.methods.base import (
+    Examples,
     Grid,
     GridMask,
     MaskedAttention,
@@ -72,6 +73,13 @@ class SlidingTile(Presets, MaskedAttention):
     window: GridWindow = field(default=0.25, kw_only=False)
     tile: tuple[int, ...] | None = None
     table: str | None = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(0.4, tile=(1, 2, 2), block=16),),
+            "everything": (cls(1.0, tile=(2, 2, 2), block=16),),
+        }
 
     def validate(self) -> None:
         super().validate()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_flag, check_layers, check_schedule, fit_layers
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage
+from vtr.core.method import Examples, Reduction, Stage
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo
@@ -92,6 +92,10 @@ class SparseVLM(Presets, TextScored):
     recycle: bool = True
     heads: int | None = None
     gravity: bool = False
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": tuple(cls(keep=keep, recycle=False) for keep in (0.4, 5))}
 
     def validate(self) -> None:
         check_flag(self.recycle, "recycle")

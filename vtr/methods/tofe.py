@@ -19,7 +19,7 @@ from vtr.core.budget import (
     fit_layers,
     third_points,
 )
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
@@ -73,6 +73,10 @@ class ToFe(TokenMethod):
     weights: str | None = None
     adaptive: bool = False
     final_rejoin: bool = True
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": ()}
 
     def validate(self) -> None:
         if self.layers is not None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.registry import register
 from vtr.core.tokens import TokenMap
 from vtr.kernels import bipartite_match
@@ -57,6 +57,13 @@ class ToMeSD(Scheduled, TokenMethod):
     merge_attn: bool = True
     merge_mlp: bool = False
     seed: int | None = 0
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(0.5), cls(0.5, cell=(3, 1, 2), seed=None)),
+            "everything": (cls(0.0),),
+        }
 
     def validate(self) -> None:
         super().validate()

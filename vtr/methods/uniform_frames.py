@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.methods.common.temporal import Cutting, clips
@@ -38,6 +38,10 @@ class UniformFrames(TokenMethod):
     positions: ClassVar[str] = "compact"
 
     keep: Keep = 0.25
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": ()}
 
     def validate(self) -> None:
         self._set("keep", check_keep(self.keep))

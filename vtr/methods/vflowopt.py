@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtr.core.budget import Keep, check_flag, check_keep, check_layers, fit_layers
 from vtr.core.language_site import LanguageSite, VisualSpan
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site, rows_at_once
@@ -119,6 +119,10 @@ class VFlowOpt(Presets, TokenMethod):
     pixel_std: tuple[float, ...] | None = None
     layers: tuple[int, int] | None = None
     merge: bool | None = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"counted": ()}
 
     def validate(self) -> None:
         if isinstance(self.keep, Sequence) and not isinstance(self.keep, str):

@@ -10,8 +10,8 @@ Nothing here needs pytest; a broken law raises ``AssertionError``.
 """
 
 from vtr.testing.adapters import check_adapter
-from vtr.testing.examples import Examples, examples
+from vtr.testing.examples import Settings, examples
 from vtr.testing.kinds import KINDS, Kind
 from vtr.testing.methods import check_method, laws_of
 
-__all__ = ["KINDS", "Examples", "Kind", "check_adapter", "check_method", "examples", "laws_of"]
+__all__ = ["KINDS", "Kind", "Settings", "check_adapter", "check_method", "examples", "laws_of"]

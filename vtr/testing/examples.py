@@ -14,7 +14,7 @@ SOME = {"keep": 0.4, "density": 0.4}
 COMMON = {"block": 16, "seed": 3}
 
 
-class Examples(NamedTuple):
+class Settings(NamedTuple):
     """What :func:`examples` found.
 
     Attributes:
@@ -28,10 +28,10 @@ class Examples(NamedTuple):
     counted: tuple[Method, ...]
 
 
-def examples(method: type[Method] | Method) -> Examples:
+def examples(method: type[Method] | Method) -> Settings:
     """Find settings of a method for the laws.
 
-    A class may say them itself in a classmethod ``examples()``, a mapping with the keys ``"some"``,
+    A class may say them itself in :meth:`vtr.Method.examples`, a mapping with the keys ``"some"``,
     ``"everything"`` and ``"counted"`` to sequences of methods. What it does not say follows from its options: ``keep`` and
     ``density`` are 0.4 for some and 1.0 for everything, ``block`` is 16 and ``seed`` is 3. An option that
     holds a method gets that one's. Exact counts are asked of ``keep`` at 0.4 and 5.
@@ -43,12 +43,12 @@ def examples(method: type[Method] | Method) -> Examples:
         AssertionError: no option says how much is kept, and the class has no ``examples()``.
     """
     cls = method if isinstance(method, type) else type(method)
-    told: Mapping[str, Sequence[Method]] = getattr(cls, "examples", dict)()
-    unknown = sorted(set(told) - set(Examples._fields))
+    told: Mapping[str, Sequence[Method]] = cls.examples()
+    unknown = sorted(set(told) - set(Settings._fields))
     if unknown:
         raise AssertionError(
             f"{cls.__name__}.examples() has the keys {', '.join(unknown)}; it may have "
-            f"{', '.join(Examples._fields)}"
+            f"{', '.join(Settings._fields)}"
         )
     if isinstance(method, Method):
         some: Sequence[Method] = (method,)
@@ -61,7 +61,7 @@ def examples(method: type[Method] | Method) -> Examples:
         counted = [_derived(cls, {"keep": keep}) for keep in (0.4, 5)]
     else:
         counted = ()
-    return Examples(tuple(some), tuple(everything), tuple(counted))
+    return Settings(tuple(some), tuple(everything), tuple(counted))
 
 
 def _derived(cls: type[Method], budgets: Mapping[str, Any]) -> Method:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
 from vtr.testing import attention, life, tokens
-from vtr.testing.examples import Examples, examples
+from vtr.testing.examples import Settings, examples
 from vtr.testing.kinds import KINDS, Kind
 from vtr.testing.trial import Trial
 
@@ -91,7 +91,7 @@ def check_method(
     return tuple(held)
 
 
-def refused(kind: Kind, settings: Examples) -> str:
+def refused(kind: Kind, settings: Settings) -> str:
     """Return why a kind of model does not take a method; empty if it does."""
     try:
         with warnings.catch_warnings():

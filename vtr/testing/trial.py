@@ -15,7 +15,7 @@ from torch import Tensor
 import vtr
 from vtr.core.method import Method
 from vtr.core.trace import StageRecord, Trace
-from vtr.testing.examples import Examples
+from vtr.testing.examples import Settings
 from vtr.testing.kinds import Inputs, Kind
 
 
@@ -36,7 +36,7 @@ class Trial:
         method: the first that reduces.
     """
 
-    def __init__(self, kind: Kind, settings: Examples) -> None:
+    def __init__(self, kind: Kind, settings: Settings) -> None:
         self.kind = kind
         self.settings = settings
         self.method = settings.some[0]
