@@ -222,7 +222,7 @@ def tome(code: Checkout) -> Finding:
 
 def tomesd(code: Checkout) -> Finding:
     """Merging and unmerging on grids of even sides, with the first token of each cell."""
-    from vtr.methods.tomesd import merge_map
+    from vtr.methods.common.cells import merge_map
 
     theirs = code.functions(
         "tomesd/merge.py",

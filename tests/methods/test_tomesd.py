@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtr.core.registry import create
-from vtr.methods.tomesd import ToMeSD, cell_split, merge_map
+from vtr.methods.common.cells import cell_split, merge_map
+from vtr.methods.tomesd import ToMeSD
 
 GRIDS = [(1, 4, 6), (2, 4, 4), (3, 5, 7), (1, 1, 9)]
 

@@ -35,7 +35,7 @@ from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
-from vtr.methods.common.attention import AttentionMethod
+from vtr.methods.common.attention import AttentionMethod, check_share
 from vtr.methods.common.masked import (
     Grid,
     GridMask,
@@ -67,6 +67,7 @@ __all__ = [
     "check_keep",
     "check_layers",
     "check_schedule",
+    "check_share",
     "count",
     "counts",
     "fit_layers",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from vtr.kernels import BlockMask, masks
-from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, register
+from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, check_share, register
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
@@ -32,8 +32,7 @@ class RandomSparse(MaskedAttention):
 
     def validate(self) -> None:
         super().validate()
-        if isinstance(self.density, bool) or not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], got {self.density!r}")
+        check_share(self.density, "density")
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an int, got {self.seed!r}")
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from vtr.kernels.precision import full_precision
-from vtr.methods.base import AttentionMethod, Examples, Presets, register
+from vtr.methods.base import AttentionMethod, Examples, Presets, check_share, register
 from vtr.methods.common.order import (
     Arranged,
     arrange,
-    block_neighbours,
     check_order,
     grid_order,
     reorder,
 )
-from vtr.methods.common.rectify import rectified_attention
+from vtr.methods.common.rectify import always_critical, rectified_attention
 
 if TYPE_CHECKING:
     from vtr.diffusion.site import AttentionSite
@@ -96,14 +94,8 @@ class RectifiedSparse(Presets, AttentionMethod):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("p", "drop"):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not 0 <= value <= 1
-            ):
-                raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+        check_share(self.p, "p", zero=True)
+        check_share(self.drop, "drop", zero=True)
         self._set("order", check_order(self.order))
 
     def attend(self, site: AttentionSite) -> Tensor:
@@ -123,25 +115,16 @@ class RectifiedSparse(Presets, AttentionMethod):
     def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor | None]:
         """The order of the tokens and the blocks that always see each other, once per grid."""
 
-        def make() -> tuple[Arranged | None, Tensor | None]:
-            return self._make_places(grid_order(site.grid, self.order), site)
+        def build() -> tuple[Arranged | None, Tensor | None]:
+            order, device = grid_order(site.grid, self.order), site.q.device
+            always = always_critical(
+                site.grid, order, self.block, self.neighbours, self.first_frame
+            )
+            arranged = arrange(order, site.text, site.text_first)
+            return (
+                None if arranged is None else arranged.to(device),
+                None if always is None else always.to(device),
+            )
 
-        found: tuple[Arranged | None, Tensor | None] = site.for_size("places", make)
+        found: tuple[Arranged | None, Tensor | None] = site.for_size("places", build)
         return found
-
-    def _make_places(
-        self, order: Tensor, site: AttentionSite
-    ) -> tuple[Arranged | None, Tensor | None]:
-        device = site.q.device
-        arranged = arrange(order, site.text, site.text_first)
-        if arranged is not None:
-            arranged = Arranged(*(t.to(device) for t in arranged))
-        blocks = -(-order.numel() // self.block)
-        always = torch.eye(blocks, dtype=torch.bool, device="cpu")
-        if self.neighbours:
-            always = block_neighbours(site.grid, order, self.block)
-        if self.first_frame:
-            first = blocks // site.grid[0]
-            always[:first, :first] = True
-        wanted = self.neighbours or self.first_frame
-        return arranged, always.to(device) if wanted else None

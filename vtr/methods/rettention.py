@@ -20,6 +20,7 @@ from vtr.methods.base import (
     ModelInfo,
     Presets,
     SequenceMask,
+    check_share,
     masked_attention,
     register,
 )
@@ -114,8 +115,7 @@ class Rettention(Presets, MaskedAttention):
         super().validate()
         if isinstance(self.mask, Mapping):  # from JSON
             self._set("mask", create(**self.mask))
-        if isinstance(self.density, bool) or not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], got {self.density!r}")
+        check_share(self.density, "density")
         if self.mask is not None and (
             not isinstance(self.mask, MaskedAttention)
             or isinstance(self.mask, Rettention)

@@ -126,20 +126,13 @@ class SlidingTile(Presets, MaskedAttention):
             return super().attend(site)
         table = load_windows(self.table)
         table.check_run(site, tiles_of(site.grid, fit_window(self.tile or (), site.grid)))
-        chosen = table.index[site.step, site.layer]
-        numbers = chosen.unique().tolist()
-        if [table.windows[n] for n in numbers] == [table.whole]:
+        if table.is_whole(site):
             dense: Tensor = site.dense()
             return dense
-
-        def make() -> list[Tensor]:
-            own = [(chosen == n).nonzero().squeeze(1) for n in numbers]
-            return [t.to(site.q.device) for t in (*own, torch.cat(own).argsort())]
-
-        *heads, back = site.for_size(("heads", site.step, site.layer), make)
+        heads, back = table.heads_by_window(site)
         parts, work = [], site.notes.get("work", 0.0)
-        for number, own in zip(numbers, heads, strict=True):
-            of_window = replace(self, window=table.windows[number], table=None)
+        for window, own in heads:
+            of_window = replace(self, window=window, table=None)
             parts.append(masked_attention(site, of_window.sequence_mask(site), heads=own)[0])
         site.notes["density"] = site.notes["work"] - work
         return torch.cat(parts, 1).index_select(1, back)

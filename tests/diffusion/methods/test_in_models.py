@@ -11,7 +11,7 @@ from tests.diffusion.models import CASES, replaced
 from tests.methods.sites import attention
 from tests.methods.test_rettention import _band
 from tests.methods.test_tomesd import _by_loops
-from vtr.methods.tomesd import cell_split
+from vtr.methods.common.cells import cell_split
 
 DENSE = [
     vtr.SlidingTile(window=1.0, tile=(2, 2, 2), block=16),

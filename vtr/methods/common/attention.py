@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
 
 
+def check_share(value: object, name: str, *, zero: bool = False) -> None:
+    """Raise a ``ValueError`` that names the option unless it is a share in (0, 1], or [0, 1]."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value <= 1 or (zero and value == 0)):  # type: ignore[operator]
+        raise ValueError(
+            f"{name} must be {'a number from 0 to 1' if zero else 'in (0, 1]'}, got {value!r}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionMethod(Scheduled):
     """Base of the methods that compute the attention of a diffusion transformer in another way.

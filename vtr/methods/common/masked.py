@@ -92,11 +92,10 @@ class MaskedAttention(AttentionMethod):
         def build() -> SequenceMask:
             found = checked(self.name, self.grid_mask_at(site), site, self.block)
             mask, arranged = around_text(found, site.grid, site.text, site.text_first)
-            device = site.q.device
-            if arranged is not None:
-                arranged = Arranged(*(t.to(device) for t in arranged))
             # Of the model's pairs of tokens: places without a token are work, not gain.
             share = mask.density * mask.q_len * mask.k_len / (site.q.shape[2] * site.k.shape[2])
+            device = site.q.device
+            arranged = None if arranged is None else arranged.to(device)
             return SequenceMask(mask.to(device), arranged, share)
 
         found: SequenceMask = site.for_size(("mask", *self.mask_key(site)), build)

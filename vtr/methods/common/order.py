@@ -84,6 +84,9 @@ class Arranged(NamedTuple):
     order: Tensor
     back: Tensor
 
+    def to(self, device: torch.device | str) -> Arranged:
+        return Arranged(self.order.to(device), self.back.to(device))
+
 
 def arrange(grid: Tensor, text: int, text_first: bool) -> Arranged | None:
     """The sequence with its grid tokens in the order ``grid`` and the text behind them; None if it

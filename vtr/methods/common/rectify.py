@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.kernels import BlockMask, block_sparse_attention, pool_blocks
+from vtr.methods.common.order import block_neighbours
 
 
 def rectified_attention(
@@ -136,6 +137,28 @@ def critical_blocks(share: Tensor, p: float, drop: float, always: Tensor | None)
     chosen = torch.arange(blocks + 1, device=share.device) < number
     keep = torch.zeros_like(chosen).scatter_(-1, order, chosen)[..., :blocks]
     return keep if always is None else keep | always
+
+
+def always_critical(
+    grid: Sequence[int], order: Tensor, block: int, neighbours: bool, first_frame: bool
+) -> Tensor | None:
+    """Blocks that are critical whatever their share, (NB, NB) bool on the CPU, or None.
+
+    Args:
+        order: (N,) raster index of each place.
+        neighbours: those that touch in the grid.
+        first_frame: the first NB // frames ones among themselves.
+    """
+    if not (neighbours or first_frame):
+        return None
+    blocks = -(-order.numel() // block)
+    always = torch.eye(blocks, dtype=torch.bool, device="cpu")
+    if neighbours:
+        always = block_neighbours(grid, order, block)
+    if first_frame:
+        first = blocks // grid[0]
+        always[:first, :first] = True
+    return always
 
 
 def gains_outweigh_errors(

@@ -86,6 +86,24 @@ class WindowTable:
                 f"are {tiles} tiles here"
             )
 
+    def is_whole(self, site: AttentionSite) -> bool:
+        """Whether all heads of this step and layer have the whole grid."""
+        numbers = self.index[site.step, site.layer].unique().tolist()
+        return [self.windows[n] for n in numbers] == [self.whole]
+
+    def heads_by_window(self, site: AttentionSite) -> tuple[list[tuple[Window, Tensor]], Tensor]:
+        """The heads (n,) int64 of each window in this step and layer, and (heads,) int64, where each
+        head is when they are put one after the other; on the device of ``site.q``."""
+        chosen = self.index[site.step, site.layer]
+        numbers = chosen.unique().tolist()
+
+        def build() -> list[Tensor]:
+            own = [(chosen == n).nonzero().squeeze(1) for n in numbers]
+            return [t.to(site.q.device) for t in (*own, torch.cat(own).argsort())]
+
+        *own, back = site.for_size(("heads", site.step, site.layer), build)
+        return list(zip((self.windows[n] for n in numbers), own, strict=True)), back
+
 
 def load_windows(path: str) -> WindowTable:
     """Read a JSON file ``{"step_layer_head": [frames, height, width]}`` with an entry for each.

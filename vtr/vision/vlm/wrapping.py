@@ -37,7 +37,6 @@ from vtr.vision.encoders.session import encoder_info, square_grid
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attention import has_halves, opens, runs_otherwise
 from vtr.vision.vlm.cache_site import CacheSession
-from vtr.vision.vlm.call import Held
 from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.family import VLMFamily
