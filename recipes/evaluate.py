@@ -54,7 +54,7 @@ def predict(
     Args:
         model: a built-in ViT.
         batch: the pictures.
-        cuts: block (from 0) to the share of all 144 patches that goes on after it.
+        cuts: block (from 0) to the share of all 144 patches that is left after it.
         score: what decides who stays: the block's CLS attention, chance, or the true place of the
             digit (which no method knows).
         generator: of the random choice.

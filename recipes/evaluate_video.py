@@ -1,8 +1,8 @@
 """``python -m recipes.evaluate_video``: the built-in video model on held-out clips, dense and with every
 method for video, at several numbers of tokens.
 
-Writes PREFIX.json, PREFIX.md and PREFIX.png where ``--out PREFIX`` is given. A run that was stopped goes
-on where it left: configurations that PREFIX.json holds are not measured again.
+With ``--out PREFIX`` it writes PREFIX.json, PREFIX.md and PREFIX.png. A run that was stopped continues:
+configurations that PREFIX.json holds are not measured again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The run directory holds
 
 - ``recipe.json``: the settings; a resumed run must have the same ones;
-- ``state.safetensors``: everything needed to go on, written every few hundred steps;
+- ``state.safetensors``: everything needed to continue, written every few hundred steps;
 - ``log.jsonl``: one line of averages every 100 steps;
 - ``NAME.safetensors``: the finished weights in bfloat16, only when the last step is done.
 """
@@ -43,7 +43,7 @@ def save_state(trainer: Any, directory: Path) -> None:
 
 
 def open_run(recipe: Any, directory: Path, *, resume: bool) -> Any:
-    """Start a run in ``directory``, or go on with the one that is there.
+    """Start a run in ``directory``, or continue the one that is there.
 
     Raises:
         FileExistsError: there is a run already and ``resume`` is False.
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("name", choices=sorted(RECIPES))
     parser.add_argument("--steps", type=int, help="length of the schedule (default: the recipe's)")
     parser.add_argument("--seed", type=int, help="default: the recipe's")
-    parser.add_argument("--minutes", type=float, help="stop after so long; --resume goes on")
+    parser.add_argument("--minutes", type=float, help="stop after so long; --resume continues")
     parser.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more helps little")

@@ -5,7 +5,7 @@ makes it fit in that time:
 
 - Stages from small to large: single pictures, short clips, then mixes with the full size. Rotary
   positions are relative, so what is learned on a small picture carries over at once.
-- In three of five steps every frame has a noise level of its own (Wan 2.2 takes a time for every
+- In three of five steps every frame has another noise level (Wan 2.2 takes a time for every
   token), and in most of those clips one frame is clean: the network must read the motion off it.
   With it, the network moved a given frame the right way in every case after 6800 steps.
 - That does not make it choose the right way from noise alone: half of such videos still went wrong

@@ -130,7 +130,7 @@ def contracts() -> Iterator[Finding]:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> int:
-    """Versions, devices and backends: what is installed, what was tested, and what runs here.
+    """Show versions, devices and backends: what is installed, what was tested, and what runs here.
 
     Ends with status 1 if something that vtr needs is broken.
     """

@@ -26,7 +26,7 @@ def draw(
     device: shared.DeviceOption = "cpu",
     as_json: shared.JsonOption = False,
 ) -> None:
-    """Draw which tokens of a picture live, stage by stage; a VLM answers a question about it."""
+    """Draw which tokens of a picture are left, stage by stage; a VLM answers a question about it."""
     import torch
 
     import vtr

@@ -31,9 +31,9 @@ def profile(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
     as_json: shared.JsonOption = False,
 ) -> None:
-    """Latency, FLOPs and memory of a model, dense and with each method, side by side.
+    """Measure latency, FLOPs and memory of a model, dense and with each method, side by side.
 
-    Of a vision-language model up to its first token.
+    A vision-language model is measured up to its first token.
     """
     import torch
 

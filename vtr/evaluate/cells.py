@@ -73,7 +73,7 @@ def title(method: Method) -> str:
 
 
 def is_random(method: Method) -> bool:
-    """Whether a method draws tokens without a seed of its own."""
+    """Whether a method draws random tokens and has no seed."""
     return getattr(method, "seed", 0) is None
 
 

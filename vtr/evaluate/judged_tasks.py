@@ -2,8 +2,8 @@
 
 lmms-eval does not say so of its tasks. Their YAML files and the source of their scoring functions are
 read, not run: a function asks a judge where it, or what it calls in its own file, names one of the ways
-to reach a model. That is careful rather than exact: a task may be named that only asks a judge under an
-option of its own.
+to reach a model. That is careful rather than exact: a task may be named that only asks a judge under one of
+its options.
 """
 
 from __future__ import annotations

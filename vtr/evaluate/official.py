@@ -23,7 +23,7 @@ HEADLINE = {
     "mme": ("mme_perception_score", "mme_cognition_score"),  # their sum is the papers' "MME"
     "mmbench_en_dev_static": ("gpt_eval_score",),
 }
-"""Metrics whose sum stands for a task in a table; other tasks show their first metric."""
+"""Metrics whose sum a table shows for a task; other tasks show their first metric."""
 
 STATIC = {"mmbench_en_dev": "mmbench_en_dev_static"}
 """Tasks that ask a judge where rules do not suffice, and those that use the rules alone."""
@@ -123,7 +123,7 @@ def check(
 
 
 def headline(task: str, metrics: dict[str, float]) -> tuple[str, float | None]:
-    """Name and value of the number that stands for a task."""
+    """Name and value of the number that a table shows for a task."""
     names = HEADLINE.get(task, ())
     values = [metrics[n] for n in names if n in metrics]
     if names and len(values) == len(names):

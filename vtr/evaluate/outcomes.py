@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def score(self) -> float | None:
-        """The number that stands for the task."""
+        """The number that a table shows for the task."""
         return None if self.failure else headline(self.task, self.metrics)[1]
 
     def line(self) -> str:

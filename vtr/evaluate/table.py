@@ -42,7 +42,7 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 
 
 def columns(results: Outcomes) -> list[tuple[str, Callable[[Line], str]]]:
-    """Headings of the table and what stands below them."""
+    """The headings of the table, each with the text of a line below it."""
 
     def score(task: str) -> Callable[[Line], str]:
         # One for the whole column: below 1 a score out of 100 is no share.
@@ -276,7 +276,7 @@ def save(results: Outcomes, folder: str | Path, name: str = "evaluation") -> lis
     """Write ``NAME.csv``, ``NAME.md`` and ``NAME.png`` into a folder.
 
     A ``NAME.md`` that is there and holds the two comment lines :data:`BEGIN` and :data:`END` keeps its
-    text: only what stands between them is replaced.
+    text: only what is between them is replaced.
 
     Where nothing has a score there is no plot. Returns the paths of what was written.
 

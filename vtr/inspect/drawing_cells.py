@@ -1,4 +1,4 @@
-"""What of a stage can be drawn: which token stands in which cell of which grid."""
+"""Which token of a stage is drawn in which cell of which grid."""
 
 from __future__ import annotations
 

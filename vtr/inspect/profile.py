@@ -167,7 +167,7 @@ def _measure(
 
 @contextmanager
 def _on(handle: Handle | None) -> Iterator[None]:
-    """A handle resumed for the time of a block, outside of the clock; None stands for dense."""
+    """Resume a handle for the time of a block, outside of the clock; None is the dense model."""
     if handle is None:
         yield
         return

@@ -1,6 +1,6 @@
 """Scenes of one to three coloured digits on photographs: the data of the built-in image-text model.
 
-Every picture has quadrants; a digit stands in one of them, and the digits of a picture differ in
+Every picture has quadrants; a digit is in one of them, and the digits of a picture differ in
 class, in colour and in quadrant, so that each of the three names a digit without doubt.
 """
 
