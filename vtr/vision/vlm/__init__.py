@@ -77,16 +77,18 @@ exchanged.
 What is where
 -------------
 
-``wrapping`` (facts, hooks), ``arguments`` and ``costs`` (of a call), ``head`` (who calls; logits and loss),
-``outputs`` (in which columns they are), ``nesting`` (calls inside of calls, compiled code), ``family`` and
-``families`` (what differs between models), ``placeholders`` (where a prompt has them), ``pictures`` (smaller
-ones), ``tower`` and ``packed`` (methods inside vision towers),
-``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (which frame and place each has),
-``language`` (hooks on the language model), ``prompt`` (its entry), ``middle`` (between the halves of a layer),
-``deepstack`` (Qwen3-VL), ``uncached`` (generate without a cache), ``call`` (one call of it: sites and cuts), ``rows`` (its
-attention, as methods see it), ``sequence`` (padded batches), ``attention`` (q, k, v of a few tokens),
-``cache`` and ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``drafts``,
-``recompute`` (gradient checkpointing).
+- the model: ``wrapping`` (its hooks), ``facts`` (what methods may know of it), ``refusals``, ``family`` and
+  ``families`` (what differs between models), ``arguments`` (of a call), ``nesting`` (calls inside of calls,
+  compiled code), ``costs``;
+- its towers: ``tower_calls`` (features of images and videos), ``pictures`` (smaller ones), ``tower`` and
+  ``packed`` (methods inside), ``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (which
+  frame and place each token has), ``placeholders`` (where a prompt has them);
+- its language model: ``language`` (hooks), ``prompt`` (cuts at the entry), ``call`` (one call, and its cuts),
+  ``visit`` and ``rows`` (what methods see of it), ``middle`` (cuts between the halves of a layer), ``sequence``
+  (padded batches), ``attention`` (q, k, v of a few tokens), ``deepstack`` (Qwen3-VL), ``cache`` and
+  ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``uncached`` and ``drafts``
+  (generate without a cache, and with a draft model), ``recompute`` (gradient checkpointing);
+- what comes out: ``head`` (logits and loss), ``outputs`` (in which columns they are).
 
 Training
 --------

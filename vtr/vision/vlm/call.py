@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtr.core.language_site import Frames, LanguageSite, VisualSpan
+from vtr.core.language_site import Frames, VisualSpan
 from vtr.core.method import Reduction
 from vtr.core.site import QKV
 from vtr.core.tokens import TokenMap
@@ -23,8 +23,9 @@ from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.head import Purpose
 from vtr.vision.vlm.recompute import chosen
-from vtr.vision.vlm.rows import Seen, TextRows, VisualQKV
+from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import SequenceLayout, follow, positions_along, put, rows_of
+from vtr.vision.vlm.visit import language_site
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.uncached import Held
@@ -260,7 +261,7 @@ class LanguageCall:
         else:
 
             def choose(hidden: Tensor) -> Reduction | None:
-                site = self.site(entry, name, layer, place, hidden)
+                site = language_site(self, entry, name, layer, place, hidden)
                 with self.casting(False):  # scores are float32: autocast would round their products
                     return entry.token_method.reduce(site)
 
@@ -281,48 +282,6 @@ class LanguageCall:
         """q, k, v of tokens (B, R, C) that enter a layer, under the model's autocast."""
         with self.casting(True):
             return project(self.owner.layers[where.layer], tokens, rope, which)
-
-    def site(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> LanguageSite:
-        layout, owner = self.layout, self.owner
-        tokens = rows_of(hidden, layout.slots)
-        text = layout.text()
-        text_valid = text >= 0
-        order = torch.where(text_valid, text, hidden.shape[1])
-        first = torch.where(layout.valid_slots, layout.slots, hidden.shape[1]).amin(1, keepdim=True)
-        key = owner.entries.index(entry)
-        captures = owner.captures
-        signals: dict[str, Any] = {"rows": None, "qkv": None}
-        if name == "decoder" and not owner.closed:
-            where = self.seen
-            if place == "start" and self.rope is not None:
-                where = Seen(layer, hidden, self.rope, layout, False)
-            signals = {
-                "rows": TextRows(self, where, text),
-                "qkv": VisualQKV(self, where),
-                "scale": owner.scale(layer),
-            }
-        spread = captures.spreader(self)
-        return LanguageSite(
-            site=name,
-            layer=layer,
-            info=owner.info,
-            hidden=tokens,
-            map=self.map,
-            valid=layout.valid_slots if self.map.padded else None,
-            grid=self.grid(),
-            memory=self.memory.setdefault(key, captures.memory(key)),
-            training=owner.root.training,
-            modules=entry.modules_like(hidden),
-            notes=owner.tracing.notes,
-            entry=self.entry,
-            text=rows_of(hidden, text),
-            text_valid=text_valid,
-            text_after=text_valid & (order > first),
-            images=self.images(),
-            frames=Moments(self, bool(entry.options.get("video"))),
-            spread=spread,
-            **signals,
-        )
 
     def commit(
         self, entry: Entry, name: str, layer: int, hidden: Tensor, reduction: Reduction
@@ -409,16 +368,6 @@ class LanguageCall:
                 )
             k = torch.cat([found[0].to(k), k], 2)
         return k
-
-
-class Moments:
-    """Frames of a call, made when a method asks for them."""
-
-    def __init__(self, call: LanguageCall, joined: bool) -> None:
-        self.call, self.joined = call, joined
-
-    def __call__(self) -> Frames:
-        return self.call.frames(self.joined)
 
 
 def casts_of(device: torch.device) -> torch.dtype | None:

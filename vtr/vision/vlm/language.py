@@ -35,6 +35,7 @@ from vtr.vision.vlm.middle import MiddleCuts
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.prompt import cut_by_tower, without_repetitions
 from vtr.vision.vlm.recompute import Layers, outside
+from vtr.vision.vlm.refusals import check_flash
 from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import follow, padding_mask
 from vtr.vision.vlm.uncached import hold
@@ -147,7 +148,7 @@ class LanguageSession(Threaded):
             if cuts is None:
                 return None
         for entry in self.owner.active:
-            self.owner.check_flash(entry.options)  # it may have been chosen since
+            check_flash(self.owner, entry.options)  # it may have been chosen since
         if module.training and torch.is_grad_enabled() and self._runs_again(past):
             # Some models make one for every call: the layers would not fill it.
             cache, kwargs = None, {k: v for k, v in kwargs.items() if k not in CACHE}

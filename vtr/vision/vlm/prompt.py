@@ -12,6 +12,7 @@ from vtr.core.tokens import TokenMap, top_indices
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.pictures import regrid
+from vtr.vision.vlm.refusals import for_videos
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import LanguageCall
@@ -97,7 +98,7 @@ def _refuse_joined(
     if bool((joined & (kinds == KINDS["video"])).any()):
         raise UnsupportedMethodError(
             f"{', '.join(names)} cut inside the vision tower, which does not work for videos here: "
-            f"{owner.family.pooled}. For videos use one of {owner.for_videos(names)}"
+            f"{owner.family.pooled}. For videos use one of {for_videos(owner, names)}"
         )
     raise UnsupportedMethodError(
         f"{', '.join(names)} cut inside the vision tower, but the features of this image are resized to "

@@ -1,0 +1,96 @@
+"""What a vision-language model is: the facts that methods may know before a call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vtr.compat.transformers import MODALITIES
+from vtr.core.site import LanguageSizes, ModelInfo
+from vtr.errors import UnsupportedModelError
+from vtr.vision.encoders.image import open_image
+from vtr.vision.encoders.pooling import has_pooling
+from vtr.vision.encoders.session import encoder_info, square_grid
+from vtr.vision.vlm.attention import has_halves
+from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
+from vtr.vision.vlm.tower import TowerSession
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+TOWER_FACTS = ("prefix", "has_cls", "dim", "heads", "tokens")
+
+
+def vlm_info(owner: VLMWrapping) -> ModelInfo:
+    """The facts of a model; opens its towers, which are kept in ``owner.towers``."""
+    config = owner.lm.config
+    layers = len(owner.layers)
+    depth = {"prompt": 1, "decoder": layers, "cache": layers}
+    look = frozenset({"hidden", "text"})
+    decoder = look
+    if not owner.closed:
+        decoder = look | {"queries", "keys", "values", "text_attention", "attention_received"}
+    heads = config.num_attention_heads
+    language = LanguageSizes(
+        config.hidden_size,
+        heads,
+        getattr(config, "num_key_value_heads", heads),
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+    facts = _towers(owner)
+    if facts is not None:
+        depth |= facts.depth
+        look |= {"encoder_scores"}
+        decoder |= {"encoder_scores"}
+    common: dict[str, Any] = {n: getattr(facts, n) for n in TOWER_FACTS if facts is not None}
+    if facts is not None:
+        common["last_layer"] = owner.family.last_layer(owner.inner, facts.depth["encoder"])
+    if not owner.family.fixed:
+        common["tokens"] = None
+    signals = {} if facts is None else dict(facts.signals)
+    if facts is not None and all(map(has_pooling, (s.tower for s in owner.towers.values()))):
+        signals["encoder"] |= {"pooling"}
+    cache = frozenset() if owner.closed else frozenset({"newest_attention"})
+    signals |= {"prompt": look, "decoder": decoder, "cache": cache}
+    info = ModelInfo(
+        f"transformers {owner.family.title}",
+        depth,
+        signals,
+        tower_cuts=not owner.family.cuts,
+        decoder_middle=has_halves(owner.layers[0]),
+        mrope=owner.mrope,
+        language=language,
+        **common,
+    )
+    open_image(info, owner.family.fixed_size(owner.inner))
+    return info
+
+
+def _towers(owner: VLMWrapping) -> ModelInfo | None:
+    """Open the vision towers; None where methods can only look from the prompt on."""
+    facts: ModelInfo | None = None
+    opened: dict[Any, TowerSession | PackedSession] = {}
+    for kind in MODALITIES.values():
+        tower: Any = owner.family.tower(owner.inner, kind)
+        if tower not in opened:
+            session, facts = _opened(owner, tower)
+            if session is None:
+                return None
+            opened[tower] = session
+        owner.towers[kind] = opened[tower]
+    return facts
+
+
+def _opened(
+    owner: VLMWrapping, tower: Any
+) -> tuple[TowerSession | PackedSession | None, ModelInfo | None]:
+    from vtr.vision.encoders.transformers import tower_parts
+
+    if form_of(tower) is not None:
+        packed = PackedSession(owner, tower)
+        return packed, packed_info(packed)
+    try:
+        parts = tower_parts(tower)
+    except UnsupportedModelError:
+        return None, None
+    session = TowerSession(owner, parts.runners, parts.prefix, square_grid, tower)
+    return session, encoder_info("", **parts._asdict(), pixels=True)
