@@ -14,7 +14,7 @@ from vtr.evaluate.cells import Cell
 from vtr.evaluate.runner import Job
 from vtr.inspect.flops import count_flops
 from vtr.methods.downsample import smaller
-from vtr.vision.encoders.session import square_grid
+from vtr.vision.encoders.facts import square_grid
 from vtr.zoo import loading
 
 TEXT = 60  # words of a question with its template, for the estimate

@@ -24,7 +24,7 @@ from vtr.compat.transformers import attention_implementation
 from vtr.core.wrapping import Bound
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.pooling import log_sizes
-from vtr.vision.encoders.transformers import _named, layer_runners
+from vtr.vision.encoders.transformers import class_named, layer_runners
 from vtr.vision.encoders.wrapping import EncoderWrapping
 
 FAMILIES = tuple(f"transformers {name}" for name in TOWERS)
@@ -41,10 +41,10 @@ class VideoWrapping(EncoderWrapping):
     """A wrapped transformers video encoder."""
 
     def __init__(self, root: Any) -> None:
-        around = _named(root, AROUND)
+        around = class_named(root, AROUND)
         attribute, self.use = ("", "") if around is None else AROUND[around]
         self.tower: Any = getattr(root, attribute) if attribute else root
-        name = _named(self.tower, TOWERS)
+        name = class_named(self.tower, TOWERS)
         assert name is not None
         path, prefix, self.pixels = TOWERS[name]
         if self.use == "mean" and root.fc_norm is None:
@@ -156,13 +156,13 @@ def locate(target: Any) -> nn.Module | None:
     Raises:
         UnsupportedModelError: a video encoder that is known not to work, with the reason.
     """
-    refused = _named(target, _REFUSED)
+    refused = class_named(target, _REFUSED)
     if refused is not None:
         raise UnsupportedModelError(
             f"transformers {refused} is not supported: {_REFUSED[refused]}. Supported: "
             f"{', '.join((*TOWERS, *AROUND))}"
         )
-    if _named(target, TOWERS) is not None or _named(target, AROUND) is not None:
+    if class_named(target, TOWERS) is not None or class_named(target, AROUND) is not None:
         return target
     return None
 

@@ -26,8 +26,8 @@ from vtr.vision.encoders.blocks import (
     narrow_bias,
     place_forward,
 )
+from vtr.vision.encoders.facts import square_grid
 from vtr.vision.encoders.image import entry_of
-from vtr.vision.encoders.session import square_grid
 from vtr.vision.encoders.wrapping import EncoderWrapping
 
 FAMILIES = (

@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.torch import in_backward
-from vtr.core.method import Reduction
-from vtr.core.recompute import Again, repeated
-from vtr.core.site import ModelInfo, Site
-from vtr.core.tokens import TokenMap
+from vtr.core.recompute import Again
 from vtr.core.trace import StageRecord
 from vtr.core.wrapping import Bound, Entry, PerThread, Threaded, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
@@ -26,9 +23,7 @@ from vtr.vision.encoders.blocks import BlockRunner, EncoderRun, place_forward
 from vtr.vision.encoders.graphs import check_graph, refuse_symbolic
 from vtr.vision.encoders.image import Smaller, ask, entry_of, resized
 from vtr.vision.encoders.passes import BlockPass, Passes
-from vtr.vision.encoders.pooling import Pooling, has_pooling
-
-ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
+from vtr.vision.encoders.visits import visit
 
 
 class EncoderSession(Threaded):
@@ -203,10 +198,10 @@ class EncoderSession(Threaded):
         probe = self._probe(run, layer)
         x = runner.attend(x, probe, kwargs)
         before = x.shape[1] - self.prefix
-        x = self._visit(run, layer, "middle", x, probe, given)
+        x = visit(self, run, layer, "middle", x, probe, given)
         after = x.shape[1] - self.prefix
         x = runner.feed(x, kwargs)
-        x = self._visit(run, layer, "end", x, probe, given)
+        x = visit(self, run, layer, "end", x, probe, given)
         run.trace.count("encoder", layer, before, after)
         if layer == len(self.runners) - 1 and run.first is None:
             self._finish(run)
@@ -219,9 +214,8 @@ class EncoderSession(Threaded):
     def _finish(self, run: EncoderRun) -> None:
         """After the last block."""
         run.memory.clear()
-        if (
-            self.pixels is not None
-        ):  # an attribute that is new in the next call compiles a model again
+        # Written only if it was: an attribute that is new in the next call compiles a model again.
+        if self.pixels is not None:
             self.pixels = None
         if self.small is not None:
             self.small = None
@@ -283,16 +277,16 @@ class EncoderSession(Threaded):
             )
 
     def _probe(self, run: EncoderRun, layer: int) -> Probe | None:
-        padded = run.map is not None and run.map.padded
+        has_padding = run.map is not None and run.map.padded
         if not self.runners[layer].split:
-            if padded:
+            if has_padding:
                 raise ValueError(
                     f"block {layer} cannot mask padding: samples of this batch have different numbers "
                     "of tokens; use a fixed budget, or batch size 1"
                 )
             return None
         bias = policy = None
-        if run.map is not None and padded:  # padding has size 0, so that its bias is -inf
+        if run.map is not None and has_padding:  # padding has size 0, so that its bias is -inf
             sizes = run.map.with_prefix(self.prefix).size
             bias = (sizes if layer in self.biased and run.merged else sizes.clamp(max=1)).log()
         elif run.map is not None and layer in self.biased and run.merged:
@@ -303,114 +297,6 @@ class EncoderSession(Threaded):
         if bias is None and policy is None and layer not in self.probed:
             return None
         return Probe(bias, policy)
-
-    # ---- one stage --------------------------------------------------------------------------
-
-    def _visit(
-        self,
-        run: EncoderRun,
-        layer: int,
-        place: str,
-        x: Tensor,
-        probe: Probe | None,
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        for number, entry in enumerate(self.visits.get((layer, place), ())):
-            site = self._site(run, entry, layer, x, probe, kwargs)
-            reduction = entry.token_method.reduce(site)
-            at = (layer, place, number)
-            if run.first is not None:
-                sizes = site.map.size
-                reduction = repeated(entry.method.name, reduction, run.cuts[at], sizes)
-            elif run.watched:
-                run.cuts[at] = None if reduction is None else reduction.map
-            if reduction is not None:
-                x = self._commit(run, entry, layer, x, reduction)
-        return x
-
-    def _site(
-        self,
-        run: EncoderRun,
-        entry: Entry,
-        layer: int,
-        x: Tensor,
-        probe: Probe | None,
-        kwargs: dict[str, Any],
-    ) -> Site:
-        hidden = x[:, self.prefix :]
-        now = run.map
-        if now is None:
-            now = TokenMap.identity(run.batch, run.tokens, x.device)
-
-        def qkv() -> tuple[Tensor, Tensor, Tensor]:
-            if probe is None or probe.qkv is None or probe.qkv[1].shape[2] != x.shape[1]:
-                raise RuntimeError(
-                    f"{entry.method.name} looks at the attention of block {layer}, which another "
-                    "method has shortened before: give them different layers, or apply one of them"
-                )
-            return probe.qkv
-
-        return Site(
-            site="encoder",
-            layer=layer,
-            info=self.owner.info,
-            hidden=hidden,
-            map=now,
-            memory=run.memory.setdefault(self.owner.entries.index(entry), {}),
-            valid=now.valid if now.padded else None,
-            grid=run.grid,
-            qkv=qkv,
-            scale=None if probe is None else probe.scale,
-            prefix=self.prefix,
-            key_bias=None if probe is None else probe.key_bias,
-            training=run.training,
-            modules=entry.modules_like(x),
-            keys_of=lambda features, index: self.runners[layer].keys_of(features, index, kwargs),
-            notes=run.trace.notes,
-            pixels=run.pixels,
-            crops=run.crops,
-            pool=Pooling(self.tower) if has_pooling(self.tower) else None,
-            mask=lambda: self.runners[layer].mask(kwargs),
-        )
-
-    def _commit(
-        self, run: EncoderRun, entry: Entry, layer: int, x: Tensor, reduction: Reduction
-    ) -> Tensor:
-        p = self.prefix
-        if reduction.map is None:  # nothing moves: new values, or a policy for training
-            run.policy = reduction.policy
-            return x if reduction.tokens is None else torch.cat([x[:, :p], reduction.tokens], 1)
-        step = reduction.map
-        if run.restoring:
-            run.base = run.widened(x)
-        before = x.shape[1] - p
-        whole = step.with_prefix(p)
-        if reduction.tokens is not None:
-            x = torch.cat([x[:, :p], reduction.tokens.to(x.dtype)], 1)
-        elif reduction.weights is None:
-            x = whole.gather(x)
-        else:
-            ones = reduction.weights.new_ones(run.batch, p)
-            x = whole.merge(x, torch.cat([ones, reduction.weights], 1), reduction.normalize)
-        run.map = step if reduction.absolute or run.map is None else run.map.then(step)
-        run.merged = run.merged or entry.token_method.size_weighted
-        if x.shape[1] - p != run.map.n_out:
-            raise RuntimeError(
-                f"{entry.method.name} returned {x.shape[1] - p} tokens for {run.map!r}"
-            )
-        run.trace.stages.append(
-            StageRecord(
-                "encoder",
-                layer,
-                entry.method.name,
-                before,
-                run.map.n_out,
-                step,
-                run.total(run.map),
-                run.grid if run.image is None else run.image.before,
-            )
-        )
-        return x
 
     # ---- after the blocks -------------------------------------------------------------------
 
@@ -456,39 +342,3 @@ class EncoderSession(Threaded):
             if entry.modules is not None and worked:
                 reduced += entry.token_method.overhead(entry.modules, tokens)
         return dense, reduced
-
-
-def encoder_info(
-    family: str,
-    runners: Sequence[BlockRunner],
-    *,
-    prefix: int,
-    has_cls: bool,
-    dim: int | None,
-    heads: int | None,
-    tokens: int | None,
-    pixels: bool = False,
-) -> ModelInfo:
-    """The facts of an encoder; its signals are those that every block shows, and perhaps the images."""
-    signals = frozenset({"hidden", "pixels"} if pixels else {"hidden"})
-    if all(r.split for r in runners):
-        signals |= ATTENTION_SIGNALS
-        if all(type(r).keys_of is not BlockRunner.keys_of for r in runners):
-            signals |= {"keys_of"}
-        if has_cls:
-            signals |= {"cls_attention"}
-    return ModelInfo(
-        family=family,
-        depth={"encoder": len(runners)},
-        signals={"encoder": signals},
-        prefix=prefix,
-        has_cls=has_cls,
-        dim=dim,
-        heads=heads,
-        tokens=tokens,
-    )
-
-
-def square_grid(tokens: int) -> tuple[int, int] | None:
-    side = round(tokens**0.5)
-    return (side, side) if side * side == tokens else None

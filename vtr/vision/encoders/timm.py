@@ -24,10 +24,10 @@ from vtr.compat.timm import (
 from vtr.core.wrapping import Bound
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.blocks import BlockRunner
+from vtr.vision.encoders.facts import square_grid
 from vtr.vision.encoders.graphs import refuse_symbolic
 from vtr.vision.encoders.image import entry_of
 from vtr.vision.encoders.pooling import log_sizes, weighted_mean
-from vtr.vision.encoders.session import square_grid
 from vtr.vision.encoders.timm_blocks import runner_of
 from vtr.vision.encoders.wrapping import EncoderWrapping
 

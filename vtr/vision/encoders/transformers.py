@@ -73,7 +73,7 @@ def tower_parts(tower: nn.Module) -> Parts:
     Raises:
         UnsupportedModelError: another class, or layers that are not understood.
     """
-    name = _named(tower, TOWERS)
+    name = class_named(tower, TOWERS)
     if name is None:
         raise UnsupportedModelError(
             f"{type(tower).__name__} is not a vision tower that is understood: {', '.join(TOWERS)}"
@@ -198,7 +198,7 @@ class TransformersWrapping(EncoderWrapping):
 def fixed_size(tower: Any) -> str:
     """Why a tower takes no images of another size, or nothing."""
     embeddings = getattr(tower, GIVEN_PIXELS[0], None)
-    if _named(tower, ("Siglip2VisionModel",)):
+    if class_named(tower, ("Siglip2VisionModel",)):
         return "its processor has cut the picture into patches; give that a smaller max_num_patches"
     if hasattr(embeddings, INTERPOLATES) or hasattr(tower, GIVEN_PIXELS[1]):
         return ""
@@ -216,7 +216,7 @@ def _tokens(config: Any) -> int | None:
     return (image[0] // patch[0]) * (image[1] // patch[1])
 
 
-def _named(target: Any, table: Any) -> str | None:
+def class_named(target: Any, table: Any) -> str | None:
     """The entry of ``table`` that a transformers class in the MRO of ``target`` has, if any."""
     for cls in type(target).__mro__:
         if cls.__module__.startswith("transformers.") and cls.__name__ in table:
@@ -226,7 +226,7 @@ def _named(target: Any, table: Any) -> str | None:
 
 def _split(root: Any) -> tuple[nn.Module, str]:
     """The tower of a root, and what the root does with its sequence."""
-    around = _named(root, AROUND)
+    around = class_named(root, AROUND)
     if around is None:
         return root, ""
     attribute, use = AROUND[around]
@@ -239,13 +239,13 @@ def locate(target: Any) -> nn.Module | None:
     Raises:
         UnsupportedModelError: a vision model that is known not to work, with the reason.
     """
-    around = _named(target, AROUND)
+    around = class_named(target, AROUND)
     if around is not None:
         attribute, use = AROUND[around]
         return target if use else getattr(target, attribute)
-    if _named(target, TOWERS) is not None:
+    if class_named(target, TOWERS) is not None:
         return target
-    if _named(target, TIMM) is not None:
+    if class_named(target, TIMM) is not None:
         from vtr.vision.encoders import timm
 
         found = timm.locate(target.timm_model)
@@ -268,7 +268,9 @@ def locate(target: Any) -> nn.Module | None:
 
 
 def wrap(root: Any) -> Wrapping:
-    if _named(root, TOWERS) is None and _named(root, AROUND) is None:  # what a TimmWrapper holds
+    if (
+        class_named(root, TOWERS) is None and class_named(root, AROUND) is None
+    ):  # what a TimmWrapper holds
         from vtr.vision.encoders import timm
 
         return timm.wrap(root)

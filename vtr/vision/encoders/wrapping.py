@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vtr.core.wrapping import Bound, Wrapping
 from vtr.vision.encoders.blocks import BlockRunner, place_forward
+from vtr.vision.encoders.facts import encoder_info, square_grid
 from vtr.vision.encoders.image import open_image
 from vtr.vision.encoders.pooling import log_sizes, weighted_mean
-from vtr.vision.encoders.session import EncoderSession, encoder_info, square_grid
+from vtr.vision.encoders.session import EncoderSession
 
 
 class EncoderWrapping(Wrapping):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from vtr.compat.transformers import MODALITIES
 from vtr.core.site import LanguageSizes, ModelInfo
 from vtr.errors import UnsupportedModelError
+from vtr.vision.encoders.facts import encoder_info, square_grid
 from vtr.vision.encoders.image import open_image
 from vtr.vision.encoders.pooling import has_pooling
-from vtr.vision.encoders.session import encoder_info, square_grid
 from vtr.vision.vlm.attention import has_halves
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.tower import TowerSession

@@ -131,7 +131,7 @@ class PackedSession(Threaded):
         width = max(self.lengths)
         index = torch.arange(width, device=output.device).expand(len(self.lengths), width)
         valid = index < number[:, None]
-        padded = min(self.lengths) < width
+        has_padding = min(self.lengths) < width
         owner = self.owner
         capture.crops = len(self.lengths)
         capture.patches = list(self.lengths)
@@ -142,9 +142,9 @@ class PackedSession(Threaded):
                 layer=layer,
                 info=owner.info,
                 hidden=self.split(output),
-                map=TokenMap.keep(torch.where(valid, index, -1), width, padded),
+                map=TokenMap.keep(torch.where(valid, index, -1), width, has_padding),
                 memory=capture.memory.setdefault(key, {}),
-                valid=valid if padded else None,
+                valid=valid if has_padding else None,
                 qkv=rows,
                 scale=float(getattr(module, self.form.attention).scaling),
                 training=owner.root.training,
@@ -184,7 +184,7 @@ class PackedQKV:
 
 
 def packed_info(session: PackedSession) -> ModelInfo:
-    """What :func:`vtr.vision.encoders.session.encoder_info` says of other towers."""
+    """What :func:`vtr.vision.encoders.facts.encoder_info` says of other towers."""
     return ModelInfo(
         family="",
         depth={"encoder": len(session.blocks)},

@@ -40,10 +40,10 @@ def without_repetitions(owner: VLMWrapping, call: LanguageCall, embeds: Tensor) 
         flat = found.moves.to(embeds.device, non_blocking=True)
         captures.spreader(call).write(moves, kind, flat)
     stays = valid & (moves[..., 0] == 0)
-    kept, padded = top_indices(stays.float(), stays.sum(1), stays)
+    kept, has_padding = top_indices(stays.float(), stays.sum(1), stays)
     place = torch.arange(slots.shape[1], device=embeds.device) + moves[..., 0]
     source = (stays.long().cumsum(1) - 1).gather(1, place.clamp(0, slots.shape[1] - 1))
-    step = TokenMap.merged(kept, source.masked_fill(~valid, -1), padded)
+    step = TokenMap.merged(kept, source.masked_fill(~valid, -1), has_padding)
     entry = next(iter(coarse.values())).entry
     embeds = call.commit(entry, "prompt", 0, embeds, Reduction(step))
     numbered = entry.options.get("positions") or entry.token_method.positions_at("prompt")
@@ -75,9 +75,9 @@ def cut_by_tower(owner: VLMWrapping, call: LanguageCall, embeds: Tensor) -> Tens
     if bool(joined.any()):
         _refuse_joined(owner, call, list(names), joined)
     keep = (left > 0.5) & call.layout.valid_slots
-    kept, padded = top_indices(keep.float(), keep.sum(1), keep)
+    kept, has_padding = top_indices(keep.float(), keep.sum(1), keep)
     entry = next(e for e in owner.active if e.method.name in names)
-    step = TokenMap.keep(kept, call.map.n_out, padded)
+    step = TokenMap.keep(kept, call.map.n_out, has_padding)
     call.choices["tower"] = Reduction(step)
     if call.repeats is not None:
         before = call.repeats.get("tower")
