@@ -60,13 +60,13 @@ def check_adapter(
     kind = model if isinstance(model, Kind) else Given.of(model, inputs, named)
     with _registered(wrap, kind.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seen = Look()
-        vtr.apply(kind.model, seen).remove() if wrap is not None else None
         names: list[str] = []
         reasons: list[str] = []
+        first = Trial(kind, examples(Look()))
+        hold("off is bit-identical", life.off, first)
+        hold("looking changes nothing", looking, first)
         if isinstance(kind, Given):
             kind.find_layers()
-        hold("looking changes nothing", looking, Trial(kind, examples(seen)))
         for name in PROBES:
             settings = examples(registry()[name])
             reason = refused(kind, settings)

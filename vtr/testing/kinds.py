@@ -6,6 +6,7 @@ calls the model. Its library is imported when the model is built.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -75,10 +76,28 @@ class Kind:
         """Return a new model in evaluation mode, float32; always the same weights."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def model(self) -> Any:
         """The model of this process: laws leave it as it was."""
-        return _built(self)
+        return self.build()
+
+    @functools.cached_property
+    def whole(self) -> Inputs:
+        """One batch of all samples."""
+        return self.batch(self.samples)
+
+    @functools.cached_property
+    def native(self) -> Tensor:
+        """What that batch gets without a method."""
+        torch.manual_seed(7)
+        with torch.no_grad():
+            return self.call(self.model, self.whole)
+
+    @functools.cached_property
+    def lowered(self) -> dict[torch.dtype, Any]:
+        """The model in bfloat16 and in float16."""
+        types = (torch.bfloat16, torch.float16)
+        return {dtype: copy.deepcopy(self.model).to(dtype) for dtype in types}
 
     @property
     def samples(self) -> list[Inputs]:
@@ -122,11 +141,6 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(cast(v, dtype) for v in value)
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-@functools.cache
-def _built(kind: Kind) -> Any:
-    return kind.build()
 
 
 @dataclass(frozen=True, eq=False)

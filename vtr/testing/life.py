@@ -14,7 +14,7 @@ from vtr.core.registry import registry
 from vtr.testing.maps import check_trace
 from vtr.testing.models.blocks import BLOCKS, layers_of
 from vtr.testing.remains import Facts, ours
-from vtr.testing.trial import Probe, Trial, close, equal, instead, lowered, require
+from vtr.testing.trial import Probe, Trial, close, equal, instead, require
 
 
 def off(trial: Trial) -> None:
@@ -108,8 +108,7 @@ def deepcopy(trial: Trial) -> None:
 
 def precision(trial: Trial) -> None:
     """bfloat16 and float16: finite, of that type, and close if the same tokens are kept."""
-    for dtype in (torch.bfloat16, torch.float16):
-        model = lowered(trial.kind, dtype)
+    for dtype, model in trial.kind.lowered.items():
         found = trial.run(trial.method, trial.kind.cast(trial.batch, dtype), model)
         require(found.out.dtype in (dtype, torch.float32), f"{dtype} became {found.out.dtype}")
         require(bool(found.out.isfinite().all()), f"{dtype}: the output is not finite")

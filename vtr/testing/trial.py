@@ -70,11 +70,11 @@ class Trial:
     @property
     def native(self) -> Tensor:
         """What the batch gets without a method."""
-        return _native(self.kind)
+        return self.kind.native
 
     @property
     def batch(self) -> Inputs:
-        return _batch(self.kind)
+        return self.kind.whole
 
     @functools.cached_property
     def reduced(self) -> Ran:
@@ -89,24 +89,6 @@ class Trial:
     def own(self, trace: Trace) -> list[StageRecord]:
         """The records of a trace with one row per sample."""
         return [r for r in trace.stages if r.site in self.kind.rows]
-
-
-@functools.cache
-def _batch(kind: Kind) -> Inputs:
-    return kind.batch(kind.samples)
-
-
-@functools.cache
-def _native(kind: Kind) -> Tensor:
-    torch.manual_seed(7)
-    with torch.no_grad():
-        return kind.call(kind.model, _batch(kind))
-
-
-@functools.cache
-def lowered(kind: Kind, dtype: torch.dtype) -> Any:
-    """The kind's model in another type."""
-    return copy.deepcopy(kind.model).to(dtype)
 
 
 def require(fact: object, message: str) -> None:
