@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtr.testing.places import check_text_place
 from vtr.testing.trial import Trial, close, instead, require
 
 DENSE = 3e-5  # float32, two orders of the same sums
@@ -63,6 +64,13 @@ def text(trial: Trial) -> None:
                 seen <= said + 1e-3,
                 f"attention[{site.layer}] sees {seen:.3f} of the pairs, and the trace says {said:.3f}",
             )
+
+
+def place(trial: Trial) -> None:
+    """Text may stand first or last: see :func:`vtr.testing.places.check_text_place`."""
+    if trial.kind.facts.text_first:  # type: ignore[attr-defined]
+        for method in trial.settings.some:
+            check_text_place(method)
 
 
 def _weights(attend: Any, site: Any) -> Tensor:
