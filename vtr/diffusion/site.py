@@ -182,9 +182,16 @@ class AttentionSite(_InCall):
             (B, H, S, D), or with the LSE a pair. A row that sees nothing is zero (LSE -inf).
 
         Raises:
+            TypeError: it is no BlockMask.
             ValueError: the mask is for another number of tokens; the message has both.
         """
         length = self.q.shape[2]
+        if not isinstance(mask, BlockMask):
+            raise TypeError(
+                f"site.sparse takes a BlockMask, got {type(mask).__name__}: "
+                "BlockMask.from_dense(mask, block=...) makes one of a bool tensor, and the functions "
+                "of vtr.kernels.masks build them for long sequences"
+            )
         if (mask.q_len, mask.k_len) != (length, self.k.shape[2]):
             frames, height, width = self.call.grid
             raise ValueError(

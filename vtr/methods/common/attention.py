@@ -52,6 +52,18 @@ class AttentionMethod(Scheduled):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return tuple(Stage("attention", n) for n in self.working_layers(info, "attention"))
 
+    def check(self, info: ModelInfo) -> None:
+        if type(self).attend is AttentionMethod.attend:
+            raise TypeError(
+                f"{type(self).__name__} must define attend(site), which returns the output of an "
+                "attention call; or derive it from MaskedAttention and define grid_mask(grid), the "
+                "mask over the grid of tokens"
+            )
+        super().check(info)
+
     def attend(self, site: AttentionSite) -> Tensor:
-        """The attention output, (B, H, S, D) in the dtype of q. Called where it is not dense."""
-        raise NotImplementedError
+        """Return the attention output, (B, H, S, D) in the dtype of q.
+
+        It is not called in dense layers and steps. Image or video tokens begin at ``site.first``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attend(site)")

@@ -15,6 +15,7 @@ from vtr.methods.common.attention import AttentionMethod
 from vtr.methods.common.order import Arranged, arrange, reorder
 
 if TYPE_CHECKING:
+    from vtr.core.site import ModelInfo
     from vtr.diffusion.site import AttentionSite
 
 Grid = tuple[int, int, int]
@@ -56,6 +57,17 @@ class MaskedAttention(AttentionMethod):
     of text; puts tokens in order and back; and builds each mask once per size.
     """
 
+    def check(self, info: ModelInfo) -> None:
+        cls, base = type(self), MaskedAttention
+        if all(
+            getattr(cls, n) is getattr(base, n) for n in ("grid_mask", "grid_mask_at", "attend")
+        ):
+            raise TypeError(
+                f"{cls.__name__} must define grid_mask(grid): the mask over the tokens of the grid "
+                "(frames, height, width) in raster order, as vtr.kernels.masks build them"
+            )
+        super().check(info)
+
     def grid_mask(self, grid: Grid) -> BlockMask | Tensor | GridMask:
         """Return which tokens of the grid each token of the grid sees, on the CPU.
 
@@ -92,6 +104,12 @@ class MaskedAttention(AttentionMethod):
         def build() -> SequenceMask:
             found = checked(self.name, self.grid_mask_at(site), site, self.block)
             mask, arranged = around_text(found, site.grid, site.text, site.text_first)
+            if mask.q_len != site.q.shape[2] and arranged is None:
+                raise ValueError(
+                    f"{self.name}: the function of a GridMask returned a mask for {mask.q_len} tokens "
+                    f"of grid and text, and there are {site.q.shape[2]}. It gets a number of text "
+                    "tokens and returns the mask of these with the grid's behind them"
+                )
             # Of the model's pairs of tokens: places without a token are work, not gain.
             share = mask.density * mask.q_len * mask.k_len / (site.q.shape[2] * site.k.shape[2])
             device = site.q.device
