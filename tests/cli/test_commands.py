@@ -13,7 +13,8 @@ from rich.console import Console
 import vtr
 from vtr.cli import commands as cli
 from vtr.cli import shared
-from vtr.core.registry import parse, with_presets
+from vtr.core.registry import with_presets
+from vtr.core.text import parse
 
 MODEL = "timm:vit_tiny_patch16_224"
 

@@ -13,8 +13,9 @@ import torch
 import vtr
 from tests.vision.vlm.models import build, llava, noise, prompts
 from vtr.core.method import Method
-from vtr.core.registry import parse, with_presets
+from vtr.core.registry import with_presets
 from vtr.core.site import ModelInfo
+from vtr.core.text import parse
 
 WITH = with_presets()
 

@@ -30,7 +30,7 @@ def draw(
     import torch
 
     import vtr
-    from vtr.core.registry import parse
+    from vtr.core.text import parse
 
     chosen = [parse(m) for m in method]
     shared.check_device(device)

@@ -38,7 +38,7 @@ def profile(
     import torch
 
     import vtr
-    from vtr.core.registry import parse
+    from vtr.core.text import parse
 
     chosen = [parse(m) for m in method]
     shared.check_device(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,12 @@ from vtr.compat.torch import in_backward
 from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.run import DiffusionCall
 from vtr.diffusion.site import CallFacts
+from vtr.diffusion.wrapped import WrappedTransformer
 from vtr.kernels.precision import lowered
-
-if TYPE_CHECKING:
-    from vtr.diffusion.adapter import DiffusionWrapping
 
 
 def compute(
-    wrapping: DiffusionWrapping,
+    wrapping: WrappedTransformer,
     layer: int,
     function: Any,
     args: tuple[Any, ...],
@@ -105,12 +103,12 @@ def compute(
 
 
 def _record(
-    wrapping: DiffusionWrapping, call: DiffusionCall, layer: int, q: Tensor, k: Tensor
+    wrapping: WrappedTransformer, call: DiffusionCall, layer: int, q: Tensor, k: Tensor
 ) -> None:
     call.record(layer, q, k, call.reduced.get(wrapping.block_of[layer]))
 
 
-def _own_text(wrapping: DiffusionWrapping, facts: CallFacts, mask: Tensor) -> CallFacts:
+def _own_text(wrapping: WrappedTransformer, facts: CallFacts, mask: Tensor) -> CallFacts:
     """The facts with the padded text of ``mask`` (B, 1, 1, S), which this layer was given.
 
     Activation checkpointing runs a layer again in the backward pass; by then the transformer may have
@@ -135,7 +133,7 @@ def _seen(facts: CallFacts, q: Tensor) -> Tensor:
 
 
 def _check(
-    wrapping: DiffusionWrapping,
+    wrapping: WrappedTransformer,
     layer: int,
     call: DiffusionCall,
     q: Tensor,

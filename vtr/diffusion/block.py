@@ -9,7 +9,7 @@ touched.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from vtr.compat.diffusers import batch_parts_of
 from vtr.core.method import Method, Reduction
 from vtr.core.tokens import TokenMap, take
 from vtr.core.trace import StageRecord
-
-if TYPE_CHECKING:
-    from vtr.diffusion.adapter import DiffusionWrapping
+from vtr.diffusion.wrapped import WrappedTransformer
 
 
 def parts_of(method: Method) -> frozenset[str]:
@@ -29,7 +27,7 @@ def parts_of(method: Method) -> frozenset[str]:
     return parts
 
 
-def enter(wrapping: DiffusionWrapping, number: int, args: Any, kwargs: Any) -> None:
+def enter(wrapping: WrappedTransformer, number: int, args: Any, kwargs: Any) -> None:
     """Let the method choose the map, at the input of a block."""
     call = wrapping.call
     if call is None:
@@ -61,12 +59,12 @@ def enter(wrapping: DiffusionWrapping, number: int, args: Any, kwargs: Any) -> N
     call.trace.stages.append(record)
 
 
-def _reduction(wrapping: DiffusionWrapping, number: int) -> Reduction | None:
+def _reduction(wrapping: WrappedTransformer, number: int) -> Reduction | None:
     """How the tokens of a block are merged in this call."""
     return None if wrapping.call is None else wrapping.call.reduced.get(number)
 
 
-def _merge(wrapping: DiffusionWrapping, reduction: Reduction, x: Tensor) -> Tensor:
+def _merge(wrapping: WrappedTransformer, reduction: Reduction, x: Tensor) -> Tensor:
     """(B, N, C), or joint (B, T + N, C), with the image or video tokens merged."""
     assert reduction.map is not None
     text, x = _split(wrapping, x, reduction.map.n_in)
@@ -74,13 +72,13 @@ def _merge(wrapping: DiffusionWrapping, reduction: Reduction, x: Tensor) -> Tens
     return _join(wrapping, text, made)
 
 
-def _restore(wrapping: DiffusionWrapping, reduction: Reduction, x: Tensor) -> Tensor:
+def _restore(wrapping: WrappedTransformer, reduction: Reduction, x: Tensor) -> Tensor:
     assert reduction.map is not None
     text, x = _split(wrapping, x, reduction.map.n_out)
     return _join(wrapping, text, reduction.map.restore(x))
 
 
-def _split(wrapping: DiffusionWrapping, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def _split(wrapping: WrappedTransformer, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     text = x.shape[1] - tokens
     if text < 0:
         raise RuntimeError(
@@ -92,14 +90,14 @@ def _split(wrapping: DiffusionWrapping, x: Tensor, tokens: int) -> tuple[Tensor,
     return x[:, tokens:], x[:, :tokens]
 
 
-def _join(wrapping: DiffusionWrapping, text: Tensor, x: Tensor) -> Tensor:
+def _join(wrapping: WrappedTransformer, text: Tensor, x: Tensor) -> Tensor:
     if text.shape[1] == 0:
         return x
     return torch.cat([text, x] if wrapping.family.text_first else [x, text], 1)
 
 
 def attention(
-    wrapping: DiffusionWrapping, layer: int, function: Any, args: Any, kwargs: Any
+    wrapping: WrappedTransformer, layer: int, function: Any, args: Any, kwargs: Any
 ) -> Any:
     """A processor's ``function`` on merged tokens, its result for all of them."""
     number = wrapping.block_of[layer]
@@ -137,7 +135,7 @@ def _batched(rope: Any, map: TokenMap) -> tuple[Tensor, ...] | None:
 
 
 def _positions(
-    wrapping: DiffusionWrapping, rope: Any, tokens: int, kept: Tensor
+    wrapping: WrappedTransformer, rope: Any, tokens: int, kept: Tensor
 ) -> tuple[Tensor, ...]:
     """Rotary factors (N, ...) or joint (T + N, ...) of one sample's tokens ``kept`` (M,)."""
     made = []
@@ -157,7 +155,7 @@ def _positions(
 
 
 def _by_sample(
-    wrapping: DiffusionWrapping, function: Any, given: Any, name: str, map: TokenMap
+    wrapping: WrappedTransformer, function: Any, given: Any, name: str, map: TokenMap
 ) -> Any:
     """One call per sample: rotary factors without an axis for samples cannot differ between them.
 
@@ -191,7 +189,7 @@ _PER_SAMPLE = frozenset(
 )
 
 
-def before_mlp(wrapping: DiffusionWrapping, number: int, args: tuple[Any, ...]) -> Any:
+def before_mlp(wrapping: WrappedTransformer, number: int, args: tuple[Any, ...]) -> Any:
     """The MLP's arguments with merged tokens."""
     reduction = _reduction(wrapping, number)
     if reduction is None:
@@ -199,7 +197,7 @@ def before_mlp(wrapping: DiffusionWrapping, number: int, args: tuple[Any, ...]) 
     return (_merge(wrapping, reduction, args[0]), *args[1:])
 
 
-def after_mlp(wrapping: DiffusionWrapping, number: int, out: Tensor) -> Any:
+def after_mlp(wrapping: WrappedTransformer, number: int, out: Tensor) -> Any:
     """The MLP's result for all tokens."""
     reduction = _reduction(wrapping, number)
     return None if reduction is None else _restore(wrapping, reduction, out)

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.compat.diffusers import DISPATCHED, backend_of
+from vtr.diffusion.original import function_of
 from vtr.kernels.precision import lowered
 
-if TYPE_CHECKING:
-    from vtr.diffusion.processor import SiteProcessor
-
 _serial = itertools.count()
-_LIVE: weakref.WeakValueDictionary[int, SiteProcessor] = weakref.WeakValueDictionary()
+_LIVE: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class _Tracing:
@@ -35,8 +33,9 @@ class _Tracing:
 TRACING = _Tracing()
 
 
-def number_of(processor: SiteProcessor) -> Tensor:
-    """A number, () int64, by which the operator finds the processor as long as it lives."""
+def number_of(processor: Any) -> Tensor:
+    """A number, () int64, by which the operator finds a
+    :class:`vtr.diffusion.processor.SiteProcessor` as long as it lives."""
     number = next(_serial)
     _LIVE[number] = processor
     return torch.tensor(number, device="cpu")
@@ -64,8 +63,6 @@ def _operator(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None,
     enable_gqa: bool, number: Tensor,
 ) -> Tensor:  # fmt: skip
-    from vtr.diffusion.processor import function_of
-
     processor = _LIVE.get(int(number))
     if processor is None:
         raise RuntimeError("this compiled model was wrapped by a handle that no longer exists")

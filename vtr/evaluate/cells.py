@@ -9,7 +9,8 @@ from typing import Any
 
 from vtr.core.budget import Keep, check_keep
 from vtr.core.method import Method
-from vtr.core.registry import create, parse, registry
+from vtr.core.registry import create, registry
+from vtr.core.text import parse
 
 DRAWS = 16
 """Different random subsets that the samples of one seed share: sample ``n`` gets number ``n % 16``.
