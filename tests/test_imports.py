@@ -6,6 +6,7 @@ Read from the syntax trees, so that imports inside of functions and under ``TYPE
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Container, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -16,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Folder -> the folders that it may import. `contracts` is vtr/compat/contracts, which says of the libraries
-# what the adapters expect; `vtr` is vtr/__init__.py, which gives names to users: only commands use it.
+# what the adapters expect; `vtr` is vtr/__init__.py, which has the names for users: only commands use them.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "compat": {"errors"},
@@ -32,27 +33,27 @@ ALLOWED: dict[str, set[str]] = {
     "inspect": {"api", "core", "compat"},
     "train": {"api", "methods", "vision"},
     "testing": {
-        "api",
-        "methods",
-        "vision",
-        "video",
-        "diffusion",
-        "core",
-        "kernels",
-        "compat",
-        "errors",
+        *("vtr", "api", "methods", "vision", "video", "diffusion", "core"),
+        *("kernels", "compat", "errors"),
     },
     "evaluate": {
         *("api", "inspect", "methods", "zoo", "video", "vision", "core"),
         *("kernels", "compat", "errors"),
     },
-    "vtr": {"api", "inspect", "methods", "core", "errors"},
+    "vtr": {
+        *("evaluate", "train", "api", "inspect", "methods", "zoo", "video", "core"),
+        *("kernels", "errors"),
+    },
     "cli": {
         *("vtr", "evaluate", "inspect", "methods", "zoo", "video", "core"),
         *("kernels", "compat", "errors"),
     },
     "__main__": {"cli"},
 }
+
+# What the parts of a wrapped vision-language model belong to. They may name it in annotations (under
+# TYPE_CHECKING), while it makes and calls them: such an import is not counted as part of a circle.
+WHOLES = {f"vtr.vision.vlm.{name}" for name in ("wrapping", "language", "call")}
 
 
 def sources(*folders: str) -> dict[str, str]:
@@ -64,19 +65,33 @@ def sources(*folders: str) -> dict[str, str]:
     return found
 
 
-def imports(source: str, known: Container[str]) -> set[str]:
-    """The modules among ``known`` that a source imports, anywhere in it."""
+@functools.cache
+def statements(source: str, types: bool = True) -> list[ast.Import | ast.ImportFrom]:
+    """The imports of a source, anywhere in it; without ``types`` all but those under ``TYPE_CHECKING``."""
+    found = []
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(node)
+        elif types or not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def imports(source: str, known: Container[str], types: bool = True) -> set[str]:
+    """The modules among ``known`` that a source imports (see :func:`statements`)."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(source, types):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports name the whole module"
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= inner
-            # Of names that are no modules, the module that has them.
-            if any(name not in known for name in inner):
-                found.add(str(node.module))
+            continue
+        assert node.level == 0, "imports name the whole module"
+        inner = {f"{node.module}.{alias.name}" for alias in node.names}
+        found |= inner
+        # Of names that are no modules, the module that has them.
+        if any(name not in known for name in inner):
+            found.add(str(node.module))
     return {name for name in found if name in known}
 
 
@@ -126,7 +141,11 @@ def test_the_list_goes_one_way():
 
 
 def test_no_modules_import_each_other_in_a_circle(package):
-    assert circle(graph(package)) == ""
+    arrows = graph(package)
+    for name, source in package.items():
+        if name.startswith("vtr.vision.vlm."):
+            arrows[name] -= WHOLES - imports(source, package, types=False)
+    assert circle(arrows) == ""
 
 
 def test_the_package_imports_nothing_that_is_not_installed(package):
@@ -146,18 +165,19 @@ def test_the_package_imports_nothing_that_is_not_installed(package):
     ],
 )
 def test_a_planted_import_is_caught(package, module, line):
-    (found,) = forbidden(graph({**package, module: f"{package[module]}\n{line}\n"}))
+    planted = {**package, module: f"{package[module]}\n{line}\n"}
+    (found,) = set(forbidden(graph(planted))) - set(forbidden(graph(package)))
     assert found.startswith(f"{module} imports vtr")
 
 
 def test_a_planted_circle_is_caught(package):
-    source = package["vtr.errors"]
     planted = {
-        **package,
-        "vtr.errors": f"{source}\ndef f():\n    from vtr.errors_more import g\n",
-        "vtr.errors_more": "if TYPE_CHECKING:\n    from vtr.errors import VtrError\n",
+        "vtr.kernels.rows": "def f():\n    from vtr.kernels.keys import g\n",
+        "vtr.kernels.keys": "if TYPE_CHECKING:\n    from vtr.kernels.rows import f\n",
     }
-    assert "vtr.errors_more" in circle(graph(planted))
+    assert circle(graph(planted)) == (
+        "vtr.kernels.rows imports vtr.kernels.keys imports vtr.kernels.rows"
+    )
 
 
 # ---- names of classes ---------------------------------------------------------------------------
@@ -167,7 +187,7 @@ def shared_names(files: Mapping[str, str]) -> dict[str, list[str]]:
     """Public classes of one name, with the modules that define them."""
     found = defaultdict(list)
     for name, source in files.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 found[node.name].append(name)
     return {name: where for name, where in found.items() if len(where) > 1}

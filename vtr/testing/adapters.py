@@ -20,7 +20,7 @@ from vtr.core.site import ModelInfo, Site
 from vtr.core.wrapping import Wrapping
 from vtr.testing import life
 from vtr.testing.examples import examples
-from vtr.testing.kinds import Inputs, Kind, Layers, cast, result
+from vtr.testing.kinds import Inputs, Kind, SiteLayers, cast, result
 from vtr.testing.methods import hold, laws_of, refused
 from vtr.testing.models.blocks import BLOCKS
 from vtr.testing.trial import Trial, close, require
@@ -187,7 +187,7 @@ class Given(Kind):
             if isinstance(module, BLOCKS) and len(module) == depth
         ]
         if len(found) == 1:
-            object.__setattr__(self, "layers", {"encoder": Layers(found[0], second="")})
+            object.__setattr__(self, "layers", {"encoder": SiteLayers(found[0], second="")})
             object.__setattr__(self, "prefix", facts[0].prefix)
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Inputs = dict[str, Any]
 
 
-class Layers(NamedTuple):
+class SiteLayers(NamedTuple):
     """Where the layers of a site are, and what in them sees the tokens.
 
     Attributes:
@@ -51,7 +51,7 @@ class Kind:
 
     name: str
     library: str
-    layers: Mapping[str, Layers] = field(default_factory=dict)
+    layers: Mapping[str, SiteLayers] = field(default_factory=dict)
     prefix: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     sides: tuple[str, ...] = ()
@@ -347,21 +347,21 @@ def _clips(batch: int, seed: int) -> Tensor:
 
 def _tower(name: str, prefix: int, layers: str = "encoder.layers", **more: Any) -> Encoder:
     return Encoder(
-        f"transformers-{name.replace('_', '-')}", "transformers", {"encoder": Layers(layers)},
+        f"transformers-{name.replace('_', '-')}", "transformers", {"encoder": SiteLayers(layers)},
         prefix=prefix, make=_encoder(name), pixels=_images(32), **more,
     )  # fmt: skip
 
 
 def _clips_of(name: str, prefix: int) -> Encoder:
-    layers = {"encoder": Layers("(encoder.layer|layers)", second="")}
+    layers = {"encoder": SiteLayers("(encoder.layer|layers)", second="")}
     return Encoder(name, "transformers", layers, prefix=prefix, make=_encoder(name), pixels=_clips)
 
 
-_DECODER = Layers("language_model.layers", "self_attn.o_proj")
-_BLOCKS = {"encoder": Layers("blocks")}
+_DECODER = SiteLayers("language_model.layers", "self_attn.o_proj")
+_BLOCKS = {"encoder": SiteLayers("blocks")}
 
 
-def _language(name: str, family: str, tower: Layers | None = None, **more: Any) -> Language:
+def _language(name: str, family: str, tower: SiteLayers | None = None, **more: Any) -> Language:
     layers = {"decoder": _DECODER} if tower is None else {"encoder": tower, "decoder": _DECODER}
     return Language(
         name, "transformers", layers, sides=("left", "right"), family=family, **more
@@ -369,7 +369,7 @@ def _language(name: str, family: str, tower: Layers | None = None, **more: Any) 
 
 
 def _diffusion(name: str, blocks: str, attention: str) -> Diffusion:
-    layers = {"attention": Layers(blocks, attention, "")}
+    layers = {"attention": SiteLayers(blocks, attention, "")}
     return Diffusion(name, "diffusers", layers, case=name, tolerance=3e-5, calls_after_error=2)
 
 
@@ -385,7 +385,7 @@ KINDS: dict[str, Kind] = {
             "timm-with-registers", "timm", _BLOCKS, 5, pixels=_images(64), make=_timm(reg_tokens=4)
         ),
         Encoder(
-            "open_clip", "open_clip", {"encoder": Layers("visual.transformer.resblocks")}, 1,
+            "open_clip", "open_clip", {"encoder": SiteLayers("visual.transformer.resblocks")}, 1,
             pixels=_images(32), make=_encoder("open_clip"),
         ),
         _tower("clip", 1),
@@ -393,7 +393,7 @@ KINDS: dict[str, Kind] = {
         _tower("dinov2_registers", 4, "encoder.layer"),
         _clips_of("vivit", 1),
         _clips_of("videomae", 0),
-        _language("llava-next", "llava_next", Layers("encoder.layers", "self_attn.out_proj"), prefix=1),
+        _language("llava-next", "llava_next", SiteLayers("encoder.layers", "self_attn.out_proj"), prefix=1),
         _language("qwen2.5-vl", "qwen2_5_vl"),
         _language("qwen3-vl", "qwen3_vl"),
         _language("internvl", "internvl", prefix=1),

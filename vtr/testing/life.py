@@ -14,7 +14,7 @@ from vtr.core.registry import registry
 from vtr.testing.maps import check_trace
 from vtr.testing.models.blocks import BLOCKS, layers_of
 from vtr.testing.remains import Facts, ours
-from vtr.testing.trial import Probe, Trial, close, equal, instead, require
+from vtr.testing.trial import Interruption, Trial, close, equal, instead, require
 
 
 def off(trial: Trial) -> None:
@@ -51,7 +51,7 @@ def exception(trial: Trial) -> None:
     before = Facts(trial.kind.model)
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise Probe
+        raise Interruption
 
     entry = "attend" if "attention" in trial.method.sites else "reduce"
     with trial.applied(instead(trial.method, entry, fail)):
@@ -74,7 +74,7 @@ def exception(trial: Trial) -> None:
 def _fails(trial: Trial) -> bool:
     try:
         trial.call(trial.batch)
-    except Probe:
+    except Interruption:
         return True
     return False
 

@@ -130,7 +130,7 @@ def kept(record: StageRecord, sample: int) -> list[int]:
     return found
 
 
-class Probe(RuntimeError):
+class Interruption(RuntimeError):
     """What a law raises inside a model."""
 
 
