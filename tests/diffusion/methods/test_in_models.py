@@ -11,25 +11,26 @@ from tests.diffusion.models import CASES, replaced
 from tests.methods.sites import attention
 from tests.methods.test_rettention import _band
 from tests.methods.test_tomesd import _by_loops
+from vtr.core.registry import registry
 from vtr.methods.common.cells import cell_split
+from vtr.testing import examples
 
-DENSE = [
-    vtr.SlidingTile(window=1.0, tile=(2, 2, 2), block=16),
-    vtr.NeighborhoodAttention(window=1.0, block=16),
-    vtr.RandomSparse(density=1.0, block=16),
-    vtr.OwnFrame(radius=9, block=16),
-    vtr.RectifiedSparse(drop=0.0, block=16),
-    vtr.Rettention(density=0.3, block=16),
-    vtr.ToMeSD(ratio=0.0),
-]
-METHODS = [
-    vtr.SlidingTile(window=0.4, tile=(1, 2, 2), block=16),
-    vtr.NeighborhoodAttention(window=0.3, block=16),
-    vtr.RandomSparse(density=0.5, block=16),
-    vtr.OwnFrame(block=16),
-    vtr.RectifiedSparse(drop=0.5, p=0.1, neighbours=False, block=16),
-    vtr.ToMeSD(ratio=0.5),
-]
+INSIDE = {
+    name: examples(cls)
+    for name, cls in registry().items()
+    if set(cls.sites) & {"attention", "block"}
+}
+DENSE = [method for found in INSIDE.values() for method in found.everything]
+METHODS = [found.some[0] for found in INSIDE.values()]
+RETTENTION = vtr.Rettention(density=0.3, dense_steps=1, refresh=3, block=16)
+
+
+def apply(model, method):
+    """Or skip what is for videos alone."""
+    try:
+        return vtr.apply(model, method)
+    except vtr.UnsupportedMethodError as error:
+        pytest.skip(str(error))
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def test_a_full_density_is_the_unwrapped_model(name, method):
     case = CASES[name]
     model, given = case.build(), case.call()
     expected = run(model, given)
-    with vtr.apply(model, method):
+    with apply(model, method):
         found = run(model, given)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)
     assert torch.equal(run(model, given), expected), "removed without a trace"
@@ -174,7 +175,7 @@ def test_token_merging_by_hand(name, mlp):
 def test_a_batch_is_its_samples(name, method):
     case = CASES[name]
     model, given = case.build(), case.call(batch=2)
-    with vtr.apply(model, method):
+    with apply(model, method):
         both = run(model, given)
         for i in range(2):
             alone = {
@@ -184,7 +185,7 @@ def test_a_batch_is_its_samples(name, method):
             torch.testing.assert_close(run(model, alone), both[i : i + 1], atol=3e-5, rtol=3e-5)
 
 
-@pytest.mark.parametrize("method", [*METHODS, DENSE[5]], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(method, dtype):
     model, given = CASES["wan"].build().to(dtype), CASES["wan"].call()
@@ -198,7 +199,7 @@ def test_two_runs_in_a_row_are_equal():
     """State of the first run (a ratio, a residual) does not reach the second."""
     case = CASES["wan"]
     model = case.build()
-    with vtr.apply(model, vtr.Rettention(density=0.3, dense_steps=1, refresh=3, block=16)):
+    with vtr.apply(model, RETTENTION):
         runs = [
             [run(model, case.call(time=t)) for t in (900.0, 700.0, 500.0, 300.0)] for _ in range(2)
         ]
@@ -207,9 +208,10 @@ def test_two_runs_in_a_row_are_equal():
 
 
 @pytest.mark.parametrize(
-    "method", [vtr.Rettention(density=0.3, dense_steps=1, refresh=3, block=16), METHODS[4], METHODS[5]],
+    "method",
+    [RETTENTION, INSIDE["rectified-sparse"].some[0], INSIDE["tomesd"].some[0]],
     ids=lambda m: m.name,
-)  # fmt: skip
+)
 def test_a_cache_of_diffusers_skips_blocks(method):
     """A cache that reuses the blocks after the first, in all steps but the first of each three: the
     skipped layers keep their state, and nothing counts calls."""
