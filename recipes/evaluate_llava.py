@@ -28,7 +28,7 @@ _NEW_TOKENS = 5  # the longest answer has four with its end
 
 
 class Seen(NamedTuple):
-    """What the tower makes of a batch of pictures.
+    """Features and scores of the tower for a batch of pictures.
 
     Attributes:
         visual: ``(n, 144, d)``, the projected features that the language model reads.

@@ -1,7 +1,7 @@
 """``python -m recipes.evaluate_wan``: the built-in generator, dense and with sparse attention.
 
-Without options: the dense model on 200 prompts, read by :mod:`vtr.evaluate.digit_judge`. With ``--sparse`` the
-comparison that ``docs/diffusion-digits.md`` shows is made and written to ``--out``: every method at
+Without options: the dense model on 200 prompts, read by :mod:`vtr.evaluate.digit_judge`. With ``--sparse`` it
+runs the comparison that ``docs/diffusion-digits.md`` shows and writes it to ``--out``: every method at
 three densities beside a random mask, attention inside the own frame, and the blocks with the most
 attention, which takes the dense map to find.
 

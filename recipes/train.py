@@ -47,7 +47,7 @@ def open_run(recipe: Any, directory: Path, *, resume: bool) -> Any:
 
     Raises:
         FileExistsError: there is a run already and ``resume`` is False.
-        FileNotFoundError: ``resume`` is True and there is none.
+        FileNotFoundError: ``resume`` is True and there is no run.
         ValueError: the run there has another recipe.
     """
     settings = directory / "recipe.json"
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="default: the recipe's")
     parser.add_argument("--minutes", type=float, help="stop after so long; --resume continues")
     parser.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more helps little")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"weights: {directory / options.name}*")
         print(f"measure them: python -m recipes.evaluate {options.name} --weights FILE")
     else:
-        print(f"stopped at step {trainer.position} of {recipe.steps}; go on with --resume")
+        print(f"stopped at step {trainer.position} of {recipe.steps}; continue with --resume")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Trainer:
         return tensors | moments(self.trainer.optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue where :meth:`state` was taken; the recipe must be the same one."""
+        """Continue from what :meth:`state` returned; the recipe must be the same one."""
         self.position = int(tensors["position"])
         self.trainer.modules.load_state_dict(part(tensors, "modules"))
         load_moments(self.trainer.optimizer, tensors)

@@ -114,7 +114,7 @@ def owners(batch: Clips) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def look(tower: Any, batch: Clips, generator: torch.Generator) -> Bank:
-    """What a tower makes of clips, a frame a second."""
+    """Features of a tower for clips, a frame a second."""
     frames, _ = video.render(batch, video.seconds(), generator)
     with torch.autocast("cpu", torch.bfloat16):
         seen = features(tower, normalise(frames).flatten(0, 1))
@@ -129,7 +129,7 @@ def look(tower: Any, batch: Clips, generator: torch.Generator) -> Bank:
 
 class Facts(NamedTuple):
     """What a visual token can know of its digit from what came before it, ``(n, 288)`` int64 each;
-    :data:`UNCLEAR` where there is no digit.
+    :data:`UNCLEAR` if there is no digit.
 
     Attributes:
         second: the token's second (of all tokens, ink or not).
@@ -370,7 +370,7 @@ class Trainer:
         return tensors | moments(self.optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue where :meth:`state` was taken; the recipe must be the same one."""
+        """Continue from what :meth:`state` returned; the recipe must be the same one."""
         self.position = int(tensors["position"])
         for prefix, module in (("model", self.model), ("heads", self.heads)):
             module.load_state_dict(part(tensors, prefix))

@@ -288,7 +288,7 @@ class Trainer:
         return tensors | moments(self.optimizer)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue where :meth:`state` was taken; the recipe must be the same one."""
+        """Continue from what :meth:`state` returned; the recipe must be the same one."""
         self.position = int(tensors["position"])
         for prefix, module in (("model", self.model), ("averaged", self.averaged)):
             module.load_state_dict(part(tensors, prefix))

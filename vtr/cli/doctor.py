@@ -71,7 +71,7 @@ def versions() -> Iterator[Finding]:
         version = installed(name)
         if version is None:
             yield _absent(name, extra)
-        elif package == "decord":  # runs in a process of its own, see the videos
+        elif package == "decord":  # runs in another process, see the videos
             yield Finding(name, GOOD, version)
         else:
             yield _imports(package, name, version)

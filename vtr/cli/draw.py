@@ -42,10 +42,10 @@ def draw(
         net, processor = loading.load_found(ref, device)
         asked = inputs.vlm_inputs(model, net, processor, seen, question)
         with torch.inference_mode(), vtr.apply(net, chosen, **ref.options) as handle:
-            made = net.generate(**asked, max_new_tokens=64, do_sample=False)
+            written = net.generate(**asked, max_new_tokens=64, do_sample=False)
             _something_cut(handle)
             drawn = vtr.draw(handle, inputs.vlm_canvas(asked, seen))
-        new = made[0, asked["input_ids"].shape[1] :]
+        new = written[0, asked["input_ids"].shape[1] :]
         said = {"answer": processor.decode(new, skip_special_tokens=True).strip()}
     else:
         shared.only_for_vlms(model, question=question)

@@ -71,7 +71,7 @@ def evaluate(
         ),
     ] = False,
     dense: Annotated[bool, typer.Option(help="run the dense model too")] = True,
-    retry_errors: Annotated[bool, typer.Option(help="ask again where a sample raised")] = False,
+    retry_errors: Annotated[bool, typer.Option(help="ask again if a sample raised")] = False,
     judge: Annotated[bool, typer.Option(help="allow tasks that ask an outside judge")] = False,
     include_path: Annotated[
         list[Path] | None, typer.Option(help="folder with tasks of your own (repeat for several)")

@@ -41,7 +41,7 @@ def vlm_inputs(
 
 
 def vlm_canvas(inputs: dict[str, Any], picture: Any) -> Any:
-    """What to draw tokens on: the pixels that the model saw, where they are one picture.
+    """Return what tokens are drawn on: the pixels that the model saw, if they are one picture.
 
     CLIP's processor crops the middle out of a picture; others squeeze it, as pictures of tokens do.
     """

@@ -49,6 +49,7 @@ class Cell:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return methods and seed as plain JSON values."""
         return {"methods": [m.to_dict() for m in self.methods], "seed": self.seed}
 
 

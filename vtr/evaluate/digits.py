@@ -166,6 +166,7 @@ def table(results: Sequence[DigitsResult], title: str) -> Table:
 
 
 def to_dicts(results: Sequence[DigitsResult]) -> list[dict[str, Any]]:
+    """Return results as plain JSON values."""
     return [asdict(r) for r in results]
 
 

@@ -172,4 +172,5 @@ def table(results: Sequence[VlmResult], title: str) -> Table:
 
 
 def to_dicts(results: Sequence[VlmResult]) -> list[dict[str, Any]]:
+    """Return results as plain JSON values."""
     return [asdict(r) for r in results]

@@ -46,11 +46,11 @@ def draw(
 
     Of an image without one plain grid its parts are drawn: LLaVA-NeXT's and LLaVA-OneVision's base
     crop and their crops put together, InternVL's tiles and their thumbnail. Tiles lie on ``image`` in
-    the rows that fit its shape best, as the processor chose them; without an image, and where they may
+    the rows that fit its shape best, as the processor chose them; without an image, or if they may
     be of several images (Idefics3, SmolVLM), they are drawn beside each other on grey, in their order.
 
-    A diffusion transformer whose tokens were merged shows them in its grid, on grey; one whose
-    attention was made sparse shows the mask of each layer: queries down, keys across, dark for what is
+    A diffusion transformer whose tokens were merged shows them in its grid, on grey; one with sparse
+    attention shows the mask of each layer: queries down, keys across, dark for what is
     computed in full, light for what is in part.
 
     Args:
@@ -58,15 +58,15 @@ def draw(
         image: the picture that the model saw: a PIL image, an (H, W, 3) array, a (3, H, W) tensor or
             a (B, 3, H, W) batch of them; uint8, or floats that are scaled to their own range if they
             leave [0, 1]. For a video the frames that the model saw: a (T, H, W, 3) uint8 array or
-            tensor, or a :class:`vtr.video.Video`; where the model makes one frame of several (Qwen's
-            temporal patches), the first of them is shown. None draws on grey.
+            tensor, or a :class:`vtr.video.Video`; if the model turns several frames into one
+            (Qwen's temporal patches), the first of them is shown. None draws on grey.
         sample: which one of the batch (of a sparse attention: all share a mask, unless it has one each).
-        which: which of the sample's images and videos, counted through the prompt; needed where it has
+        which: which of the sample's images and videos, counted through the prompt; needed if it has
             several.
         panels: draw at most so many stages (or different masks), evenly chosen, the last one among them.
         size: pixels per side of a panel; None is 288 for a picture and 112 for a frame.
         columns: frames beside each other.
-        show_input: begin with a panel of the picture itself (where there is one).
+        show_input: begin with a panel of the picture itself (if there is one).
 
     Raises:
         ValueError: nothing was reduced yet, ``sample`` or ``which`` is out of range, the grid is not known,
@@ -120,7 +120,7 @@ def draw(
 def _of_prompts(stages: list[StageRecord], which: int | None) -> list[StageRecord]:
     """Stages whose samples are those of the prompt.
 
-    A tower counts crops or frames. They are the samples where each has one image of one crop; else the
+    A tower counts crops or frames. They are the samples if each has one image of one crop; else the
     first stage in the prompt shows what the tower has cut.
     """
     known = [stage for stage in stages if stage.frames is not None]

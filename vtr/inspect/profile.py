@@ -1,7 +1,7 @@
 """What a method costs and saves on a model: side by side, in one process, against an honest baseline.
 
 The baseline is the same model with its fastest stock attention (fused ``scaled_dot_product_attention``,
-which is flash attention where the device has it): a reduced model that only beats eager attention has
+which is flash attention if the device has it): a reduced model that only beats eager attention has
 won nothing. Calls alternate, so that noise and clock changes hit all alike.
 """
 
@@ -72,7 +72,7 @@ def profile(
         raise ValueError("the model is wrapped already; remove its handles before profiling")
     if getattr(unwrapped(model), "training", False):
         raise ValueError(
-            "the model is in training mode, where methods act differently: call eval()"
+            "the model is in training mode, in which methods act differently: call eval()"
         )
     function = model if call is None else call
     notes: list[str] = []
@@ -99,7 +99,7 @@ def profile(
 
 
 class _Call:
-    """A call with its arguments, where it runs and how many samples it holds."""
+    """A call with its arguments, its device and its number of samples."""
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs

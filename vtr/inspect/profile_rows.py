@@ -26,7 +26,7 @@ class ProfileRow:
         best_ms: fastest call.
         throughput: samples per second, from the fastest call.
         flops: of one call, counted on the operations that ran.
-        peak_bytes: most memory held by tensors made in the call (beside weights and inputs).
+        peak_bytes: most memory held by tensors allocated in the call (beside weights and inputs).
         kv_bytes: of the KV cache that the call returned, or None.
         tokens: visual tokens alive at the end, or None for dense.
         speedup: dense fastest / this fastest.

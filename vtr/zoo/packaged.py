@@ -102,7 +102,7 @@ def weights_path(name: str) -> Path:
 
 
 def vlm_path(name: str) -> Path:
-    """The folder of a built-in vision-language model, or ``name`` itself where that is one's.
+    """The folder of a built-in vision-language model, or ``name`` itself if that is the folder of one.
 
     Raises:
         ValueError: it is neither.

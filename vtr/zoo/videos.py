@@ -70,7 +70,7 @@ def videos(
     width: int = 32,
     split: data.Split = "train",
 ) -> Videos:
-    """Draw ``n`` videos; digit, direction and start are uniformly random where the path fits.
+    """Draw ``n`` videos; digit, direction and start are uniformly random among those whose path fits.
 
     Raises:
         ValueError: no direction fits, or ``split`` is neither ``"train"`` nor ``"heldout"``.

@@ -49,7 +49,7 @@ def features(
     """Tokens after the final norm, seeing only some patches.
 
     Args:
-        model: as made by :func:`build`.
+        model: from :func:`build`.
         images: ``(n, 3, 96, 96)``.
         kept: ``(n, k)`` int64, the patches that enter the first block; None for all.
         early: blocks, counted from 0, whose output the caller wants to see the CLS token of.
