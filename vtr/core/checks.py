@@ -18,8 +18,8 @@ def check_class(cls: type[Method]) -> None:
         TypeError: a site or a signal that does not exist, a name that is missing, or ``reduce`` in a class
             that is no :class:`TokenMethod`.
     """
-    if not cls.name or not cls.paper or not cls.sites:
-        raise TypeError(f"{cls.__name__} must define name, paper and sites")
+    if not cls.sites:
+        raise TypeError(f"{cls.__name__} must define sites: where it acts, e.g. ('encoder',)")
     if isinstance(cls.sites, str):
         raise TypeError(f"{cls.__name__}.sites must be a tuple: write ({cls.sites!r},)")
     if hasattr(cls, "reduce") and not issubclass(cls, TokenMethod):

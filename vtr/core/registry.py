@@ -25,14 +25,16 @@ def register(cls: M) -> M:
     """Decorate a class of methods, so that :func:`create`, the tables and the common tests know it.
 
     Raises:
-        TypeError: the class is no dataclass yet, has an option without a default, has a name that is taken,
-            or declares what does not exist (:func:`vtr.core.checks.check_class`).
+        TypeError: the class is no dataclass yet, lacks its name, paper or sites, has an option without a
+            default, has a name that is taken, or declares what does not exist (:func:`vtr.core.checks.check_class`).
     """
     if "__dataclass_fields__" not in cls.__dict__:
         raise TypeError(
             f"{cls.__name__} is not a dataclass when it is registered: write @register above "
             "@dataclass(frozen=True), so that it sees the options"
         )
+    if not cls.name or not cls.paper or not cls.sites:
+        raise TypeError(f"{cls.__name__} must define name, paper and sites")
     check_class(cls)
     fields = dataclasses.fields(cls)
     bare = [f.name for f in fields if f.init and _no_default(f)]
