@@ -193,7 +193,7 @@ def summed(stands: Tensor, weights: Tensor, x: Tensor) -> Tensor:
 
 def tome(code: Checkout) -> Finding:
     """Six blocks of merging with a class token, weighted by size."""
-    from vtr.methods.tome import bipartite_soft_matching
+    from vtr.methods.common.matching import bipartite_soft_matching
 
     theirs = code.functions(
         "tome/merge.py", "do_nothing", "bipartite_soft_matching", "merge_wavg", Callable=Callable

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import vtr
+
+PACKAGE: Any = vtr  # its stub, which is written here, shows no private names
 
 
 def stub() -> str:
     """The text of ``vtr/__init__.pyi``."""
     by_module: dict[str, list[str]] = defaultdict(list)
-    for name, module in vtr._PUBLIC.items():
+    for name, module in PACKAGE._PUBLIC.items():
         by_module[module].append(name)
     lines = [
         "# Written by `python recipes/public_names.py`; a test compares it with vtr._PUBLIC.",
         "",
     ]
-    lines += [f"from vtr import {package} as {package}" for package in sorted(vtr._PACKAGES)]
+    lines += [f"from vtr import {package} as {package}" for package in sorted(PACKAGE._PACKAGES)]
     for module in sorted(by_module):
         lines += [f"from {module} import {n} as {n}" for n in sorted(by_module[module])]
     lines += ["", "__version__: str", "__all__: list[str]", ""]
@@ -30,4 +33,4 @@ def stub() -> str:
 
 
 if __name__ == "__main__":
-    Path(str(vtr.__file__)).with_suffix(".pyi").write_text(stub())
+    Path(PACKAGE.__file__).with_suffix(".pyi").write_text(stub())

@@ -28,6 +28,8 @@ _PUBLIC = {
     "Reduction": "vtr.core.method",
     "Stage": "vtr.core.method",
     "TokenMethod": "vtr.core.method",
+    "ScoredMethod": "vtr.methods.base",
+    "AttentionMethod": "vtr.methods.base",
     "Site": "vtr.core.site",
     "ModelInfo": "vtr.core.site",
     "TokenMap": "vtr.core.tokens",

@@ -30,6 +30,8 @@ from vtr.errors import UnsupportedModelError as UnsupportedModelError
 from vtr.errors import VtrError as VtrError
 from vtr.inspect.drawing import draw as draw
 from vtr.inspect.profile import profile as profile
+from vtr.methods.base import AttentionMethod as AttentionMethod
+from vtr.methods.base import ScoredMethod as ScoredMethod
 from vtr.methods.cls_attention import CLSAttention as CLSAttention
 from vtr.methods.debias import Debias as Debias
 from vtr.methods.divprune import DivPrune as DivPrune

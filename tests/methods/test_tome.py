@@ -13,7 +13,7 @@ from torch import Tensor
 
 import vtr
 from tests.tiny import images, site, vit
-from vtr.methods.tome import bipartite_soft_matching
+from vtr.methods.common.matching import bipartite_soft_matching
 
 Groups = list[list[int]]
 

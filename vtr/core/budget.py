@@ -139,3 +139,20 @@ def check_schedule(
                 raise ValueError(f"{name} must not grow from stage to stage, got {checked!r}")
         return checked
     return check_keep(keep, name)
+
+
+def check_count(value: object, name: str, low: int = 1, none: bool = False) -> None:
+    """Raise ``ValueError`` unless ``value`` is an int >= ``low`` (or None, if ``none``)."""
+    if none and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(
+            f"{name} must be an int >= {low}{' or None' if none else ''}, got {value!r}"
+        )
+
+
+def check_number(value: object, name: str, low: float, high: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a number in [low, high]."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not low <= float(value) <= high:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}")

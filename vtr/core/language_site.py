@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from vtr.core.budget import Keep, counts
 from vtr.core.site import QKV, Site
 from vtr.core.tokens import take
 
@@ -120,6 +122,44 @@ class LanguageSite(Site):
         if self._entry is None:
             raise RuntimeError(f"site {self.site}[{self.layer}] knows no prompt in a decoding step")
         return self._entry
+
+    def budget(self, keep: Keep | tuple[Keep, ...], stage: int = 0, stages: int = 1) -> Tensor:
+        """Count the tokens that a budget leaves at stage number ``stage`` of ``stages``, (B,) int64.
+
+        An int is a number per image: the images of a sample share the sum of their budgets.
+
+        Args:
+            keep: one budget per stage, all of the tokens at the language model's entry, or one for the last
+                stage, reached by one ratio per stage.
+        """
+        entry = self.entry
+        last = self.entry_budget(keep[stage] if isinstance(keep, tuple) else keep)
+        if isinstance(keep, tuple) or stages == 1:
+            return torch.minimum(last, self.counts)
+        before = entry.double().clamp(min=1)
+        inner = torch.ceil(before * (last / before) ** ((stage + 1) / stages) - 1e-9).long()
+        return torch.minimum(torch.maximum(inner, last), self.counts)
+
+    def entry_budget(self, keep: Keep) -> Tensor:
+        """Count what one budget leaves of the tokens at the language model's entry, (B,) int64."""
+        if isinstance(keep, float):
+            return counts(keep, self.entry)
+        sums = [sum(min(keep, length) for _, length, _ in images) for images in self.images]
+        return torch.tensor(sums, device=self.device)
+
+    def stored(self, name: str) -> Tensor:
+        """Read what the method stored under ``name`` in ``memory`` in the encoder, for this prompt.
+
+        Raises:
+            RuntimeError: the vision tower did not run under the method.
+        """
+        if name not in self.memory:
+            raise RuntimeError(
+                "the vision tower did not run for this prompt while the method was applied: give the model "
+                "pixels, not image features made before, or use a method that looks at the prompt"
+            )
+        found: Tensor = self.memory[name]
+        return found
 
     @property
     def frame(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap
 from vtr.errors import UnsupportedMethodError
 
@@ -235,8 +235,12 @@ class TokenMethod(Method):
     carries_gradients: ClassVar[bool] = False
     positions: ClassVar[str] = "original"
 
-    def reduce(self, site: Site) -> Reduction | None:
-        """Decide the cut at ``site``, or look and return None."""
+    def reduce(self, site: Any) -> Reduction | None:
+        """Decide the cut at ``site``, or look and return None.
+
+        Annotate ``site`` with what the method visits: :class:`vtr.Site` in an encoder,
+        :class:`vtr.methods.base.LanguageSite` in a language model.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define reduce(site)")
 
     def positions_at(self, site: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vtr.core.budget import Keep, spread
 from vtr.core.tokens import TokenMap
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -190,6 +191,34 @@ class Site:
     @property
     def size(self) -> Tensor:
         return self.map.size
+
+    @property
+    def valid_mask(self) -> Tensor:
+        """(B, N) bool: :attr:`valid` with None written out."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.batch, self.n, dtype=torch.bool, device=self.device)
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) int64: the tokens of each sample here, without padding."""
+        if self.valid is None:
+            return torch.full((self.batch,), self.n, dtype=torch.long, device=self.device)
+        return self.valid.sum(1)
+
+    def budget(
+        self, keep: Keep | tuple[Keep, ...], stage: int = 0, stages: int = 1
+    ) -> int | Tensor:
+        """Count the tokens that a budget leaves at stage number ``stage`` of ``stages``.
+
+        Args:
+            keep: one budget per stage, all of the tokens at the model's input, or one for the last
+                stage, reached by one ratio per stage.
+
+        Returns:
+            One number for all samples, or (B,) int64 if the samples have budgets of their own.
+        """
+        return min(spread(keep, stages, self.map.n_in)[stage], self.n)
 
     @property
     def index(self) -> Tensor:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from vtr.api import apply
+from vtr.core.language_site import LanguageSite
 from vtr.core.method import Method, Reduction, Stage, TokenMethod
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.methods import (
     EVS,
     DyCoke,
@@ -24,7 +25,7 @@ from vtr.methods import (
     UniformFrames,
     VideoToMe,
 )
-from vtr.methods.common.vlm import language, prune
+from vtr.methods.common.scored import prune
 from vtr.zoo.video_questions import KINDS, VideoSample, answers, score
 
 if TYPE_CHECKING:
@@ -56,16 +57,15 @@ class RandomFrames(TokenMethod):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return (Stage("prompt", 0),)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        here = language(site)
-        chances = torch.full(here.frame.shape, 2.0, device=here.device)
-        number = (here.frame < 0).sum(1)
-        for i, frame in enumerate(here.frame):
+    def reduce(self, site: LanguageSite) -> Reduction | None:
+        chances = torch.full(site.frame.shape, 2.0, device=site.device)
+        number = (site.frame < 0).sum(1)
+        for i, frame in enumerate(site.frame):
             count, each = int(frame.max()) + 1, int((frame == 0).sum())
-            drawn = torch.rand(count).to(here.device)
+            drawn = torch.rand(count).to(site.device)
             chances[i] = torch.where(frame < 0, chances[i], drawn[frame.clamp(min=0)])
             number[i] += UniformFrames(keep=self.keep).retained(count, each)
-        return prune(here, chances, number)
+        return prune(site, chances, number)
 
 
 def methods_at(share: float) -> dict[str, Method]:

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 from vtr.core.budget import (
     Keep,
+    check_count,
     check_flag,
     check_keep,
     check_layers,
+    check_number,
     check_schedule,
     count,
     counts,
@@ -43,6 +45,7 @@ from vtr.methods.common.masked import (
     SequenceMask,
     masked_attention,
 )
+from vtr.methods.common.scored import ScoredMethod, TextScoredMethod
 
 __all__ = [
     "AttentionMethod",
@@ -57,15 +60,19 @@ __all__ = [
     "ModelInfo",
     "Presets",
     "Reduction",
+    "ScoredMethod",
     "SequenceMask",
     "Site",
     "Stage",
+    "TextScoredMethod",
     "TokenMap",
     "TokenMethod",
     "VisualSpan",
+    "check_count",
     "check_flag",
     "check_keep",
     "check_layers",
+    "check_number",
     "check_schedule",
     "check_share",
     "count",

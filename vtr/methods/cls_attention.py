@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vtr.core.budget import Keep, check_layers, check_schedule, fit_layers, spread
-from vtr.core.method import Reduction, Stage, TokenMethod
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
-from vtr.core.tokens import TokenMap, take, top_indices
-from vtr.methods.common.vlm import language, last_used, prune, stage_budget, stored
+from torch import Tensor
+
+from vtr.core.budget import check_count, fit_layers
+from vtr.core.tokens import take
+from vtr.methods.base import Keep, ModelInfo, Reduction, ScoredMethod, Site, Stage, register
+from vtr.methods.common.looks import add_class_row
 
 
 @register
 @dataclass(frozen=True)
-class CLSAttention(TokenMethod):
+class CLSAttention(ScoredMethod):
     """Keep the visual tokens that the class token attends to most.
 
     At each layer of ``layers`` the score is the mean over heads of the class token's attention row
@@ -37,7 +37,10 @@ class CLSAttention(TokenMethod):
     name: ClassVar[str] = "cls-attention"
     paper: ClassVar[str] = "CLS-attention pruning (EViT's score, ICLR 2022, arXiv 2202.07800)"
     sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt")
-    needs: ClassVar = {"encoder": frozenset({"cls_attention"})}
+    needs: ClassVar = {
+        "encoder": frozenset({"cls_attention"}),
+        "prompt": frozenset({"encoder_scores"}),
+    }
     positions: ClassVar[str] = "compact"
 
     keep: Keep | tuple[Keep, ...] = 0.5
@@ -46,86 +49,53 @@ class CLSAttention(TokenMethod):
     site: str | None = None
 
     def validate(self) -> None:
-        if self.layers is not None:
-            self._set("layers", check_layers(self.layers))
-        stages = None if self.layers is None else len(self.layers)
-        self._set(
-            "keep", check_schedule(self.keep, stages if stages is not None else 1, falling=True)
-        )
-        if (
-            isinstance(self.ensemble, bool)
-            or not isinstance(self.ensemble, int)
-            or self.ensemble < 1
-        ):
-            raise ValueError(f"ensemble must be an int >= 1, got {self.ensemble!r}")
-        if self.site not in (None, *self.sites):
-            raise ValueError(
-                f"site must be one of {', '.join(self.sites)} or None, got {self.site!r}"
-            )
-        if self.site == "prompt":
-            self._one_layer()
+        super().validate()
+        check_count(self.ensemble, "ensemble")
 
-    def _one_layer(self) -> None:
-        if self.layers is not None and len(self.layers) != 1:
-            raise ValueError(f"layers must be one layer for a cut at the prompt, got {self.layers}")
-
-    def _at_prompt(self, info: ModelInfo) -> bool:
-        return self.site == "prompt" or (self.site is None and "prompt" in info.depth)
-
-    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
-        needs = dict(self.needs)
-        if self._at_prompt(info):
-            needs["prompt"] = frozenset({"encoder_scores"})
-        return needs
-
-    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
+    def layers_of(self, info: ModelInfo) -> tuple[int, ...]:
+        if self.layers is None and self.site_of(info) == "prompt":
+            return (info.last_layer,)
         depth = info.depth["encoder"]
-        if self.layers is None and self._at_prompt(info):
-            return (last_used(info),)
         return (depth // 4,) if self.layers is None else fit_layers(self.layers, depth)
 
-    def _observed(self, info: ModelInfo) -> tuple[int, ...]:
-        seen = {
-            i
-            for layer in self._layers(info)
-            for i in range(max(0, layer - self.ensemble + 1), layer + 1)
-        }
-        return tuple(sorted(seen))
+    def looks(self, info: ModelInfo) -> list[int]:
+        seen = (self._window(layer) for layer in self.layers_of(info))
+        return sorted({layer for window in seen for layer in window})
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        if not self._at_prompt(info):
-            return tuple(Stage("encoder", layer) for layer in self._observed(info))
-        self._one_layer()
-        looks = (Stage("encoder", layer, "end", cuts=False) for layer in self._observed(info))
-        return (*looks, Stage("prompt", 0))
+        if self.site_of(info) == "prompt":
+            return super().stages(info)
+        cuts = self.scheduled_layers(info)
+        return tuple(Stage("encoder", i, cuts=i in cuts) for i in self.looks(info))
 
-    def reduce(self, site: Site) -> Reduction | None:
-        if self._at_prompt(site.info):
-            return self._reduce_prompt(site)
-        layers = self._layers(site.info)
-        plan = spread(self.keep, len(layers), site.map.n_in)
-        if all(k >= site.map.n_in for k in plan):
-            return None
-        rows = site.memory.setdefault("rows", {})
-        row = site.cls_attention()
-        rows[site.layer] = row
-        if site.layer not in layers:
-            return None
-        k = min(plan[layers.index(site.layer)], site.n)
-        if k == site.n:
-            return None
-        used = [rows[i] for i in range(max(0, site.layer - self.ensemble + 1), site.layer + 1)]
-        score = sum(used[1:], start=used[0]) / len(used)
-        kept, padded = top_indices(score, k, site.valid)
-        step = TokenMap.keep(kept, site.n, padded)
-        for layer in rows:
-            rows[layer] = take(rows[layer], kept.clamp(min=0) if padded else kept)
-        return Reduction(step)
+    def look(self, site: Site) -> None:
+        if self.site_of(site.info) == "prompt":
+            add_class_row(site, self.name)
+        else:
+            site.memory.setdefault("rows", {})[site.layer] = site.cls_attention()
 
-    def _reduce_prompt(self, site: Site) -> Reduction | None:
+    def score(self, site: Any) -> Tensor:
+        if site.site == "prompt":
+            return site.spread(site.stored("score"))  # type: ignore[no-any-return]
+        used = [site.memory["rows"][i] for i in self._window(site.layer)]
+        total: Tensor = sum(used[1:], start=used[0])
+        return total / len(used)
+
+    def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":
-            row, before = site.cls_attention(), site.memory.get("sum")
-            site.memory["sum"] = row if before is None else before + row
-            return None
-        here = language(site)
-        return prune(here, here.spread(stored(here, "sum")), stage_budget(here, self.keep, 0, 1))
+            self.look(site)  # a later layer may read it, whatever is cut here
+            if self.site_of(site.info) == "prompt" or site.layer not in self.layers_of(site.info):
+                return None
+        return super().reduce(site)
+
+    def select(
+        self, site: Any, score: Tensor, number: int | Tensor, raw: Tensor
+    ) -> Reduction | None:
+        cut = super().select(site, score, number, raw)
+        if cut is not None and cut.map is not None and site.site == "encoder":
+            rows, kept = site.memory["rows"], cut.map.kept.clamp(min=0)
+            site.memory["rows"] = {layer: take(row, kept) for layer, row in rows.items()}
+        return cut
+
+    def _window(self, layer: int) -> range:
+        return range(max(0, layer - self.ensemble + 1), layer + 1)

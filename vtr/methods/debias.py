@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vtr.core.budget import check_number
 from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import create, register
 from vtr.core.site import ModelInfo, Site
-from vtr.methods.common.vlm import TextScored, check_number, language, valid_of
+from vtr.methods.common.scored import TextScoredMethod, to_keep
 from vtr.methods.fastv import FastV
 from vtr.methods.pyramiddrop import PyramidDrop
 from vtr.methods.sparsevlm import SparseVLM
@@ -102,7 +103,7 @@ class Debias(Presets, TokenMethod):
     def validate(self) -> None:
         if isinstance(self.method, Mapping) and "name" in self.method:  # from JSON
             self._set("method", create(**self.method))
-        if not isinstance(self.method, TextScored):
+        if not isinstance(self.method, TextScoredMethod):
             raise ValueError(
                 "method must rank by text-to-image attention (FastV, PyramidDrop, SparseVLM), "
                 f"got {self.method!r}"
@@ -131,8 +132,8 @@ class Debias(Presets, TokenMethod):
         return self.method.positions_at(site)
 
     @property
-    def _inner(self) -> TextScored:
-        assert isinstance(self.method, TextScored)
+    def _inner(self) -> TextScoredMethod:
+        assert isinstance(self.method, TextScoredMethod)
         return self.method
 
     def _limit(self, info: ModelInfo) -> float | None:
@@ -153,30 +154,30 @@ class Debias(Presets, TokenMethod):
         look = () if self._limit(info) is None else (Stage("encoder", 0, "end", cuts=False),)
         return (*look, *self.method.stages(info))
 
-    def reduce(self, site: Site) -> Reduction | None:
+    def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":
             site.memory["padding"] = padding_share(site.pixels, site.grid)
             return None
-        here = language(site)
-        score = self._inner.score(here)
-        if score is None:
+        inner, first = self._inner, self._inner.first_cut(site.info)
+        if (site.site, site.layer) != (first.site, first.layer):
+            return inner.reduce(site)
+        number = to_keep(site, inner.number(site))
+        if number is None:
             return None
-        raw, number = score, self._inner.number(here)
-        first = self._inner.first_cut(site.info)
-        if (site.site, site.layer) == (first.site, first.layer):
-            site.notes["text_scores"] = score
-            strength = self.strength
-            if strength is None:
-                strength = RELEASED[self.method.name].strength
-            score = score * recency_weights(site.index, here.entry, strength)
-            limit = self._limit(site.info)
-            if limit is not None:
-                padding = here.spread(self._padding(here), 0.0) > limit
-                score = score.masked_fill(padding, 0.0)
-                if not self._inner.padding_fills:
-                    picture = (~padding & valid_of(here)).sum(1)
-                    number = torch.minimum(number, picture.clamp(min=1))
-        return self._inner.select(here, score, number, raw)
+        raw = inner.score(site)
+        site.notes["text_scores"] = raw
+        strength = self.strength
+        if strength is None:
+            strength = RELEASED[self.method.name].strength
+        score = raw * recency_weights(site.index, site.entry, strength)
+        limit = self._limit(site.info)
+        if limit is not None:
+            padding = site.spread(self._padding(site), 0.0) > limit
+            score = score.masked_fill(padding, 0.0)
+            if not inner.padding_fills:
+                picture = (~padding & site.valid_mask).sum(1).clamp(min=1)
+                number = picture.clamp(max=number)
+        return inner.select(site, score, number, raw)
 
     @staticmethod
     def _padding(site: Site) -> Tensor:

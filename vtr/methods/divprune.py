@@ -9,18 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep
-from vtr.core.method import Reduction, Stage, TokenMethod
-from vtr.core.presets import Presets
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
-from vtr.core.tokens import TokenMap, top_indices
-from vtr.methods.common.vlm import budget, language, nothing_to_cut, valid_of
+from vtr.methods.base import Keep, LanguageSite, Presets, ScoredMethod, register
 
 
 @register
 @dataclass(frozen=True)
-class DivPrune(Presets, TokenMethod):
+class DivPrune(Presets, ScoredMethod):
     """DivPrune (CVPR 2025): max-min diversity of the visual tokens at the entry of the language model.
 
     With the distance d_ij = 1 - cos(x_i, x_j) of the projected tokens: the first token is the one
@@ -53,20 +47,8 @@ class DivPrune(Presets, TokenMethod):
 
     keep: Keep = 64
 
-    def validate(self) -> None:
-        self._set("keep", check_keep(self.keep))
-
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return (Stage("prompt", 0),)
-
-    def reduce(self, site: Site) -> Reduction | None:
-        valid = valid_of(site)
-        number = torch.minimum(budget(language(site), self.keep), valid.sum(1))
-        if nothing_to_cut(site, number):
-            return None
-        chosen = farthest_points(site.hidden, number, valid)
-        kept, padded = top_indices(chosen.float(), number, chosen)
-        return Reduction(TokenMap.keep(kept, site.n, padded))
+    def score(self, site: LanguageSite) -> Tensor:
+        return farthest_points(site.hidden, site.budget(self.keep), site.valid_mask).float()
 
 
 @torch.no_grad()

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep, count, counts
+from vtr.core.budget import Keep, check_count, check_keep, check_number, count, counts
 from vtr.core.language_site import CacheSite, LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods.common.temporal import Cutting, best, clips, in_videos, neighbour_similarity
-from vtr.methods.common.vlm import check_count, check_number, language, valid_of
 
 WINDOW = 4
 
@@ -120,10 +119,10 @@ class DyCoke(Presets, TokenMethod):
         place = "follow" if self.evicted == "cpu" else "from"
         return Stage("prompt", 0), Stage("cache", layer + 1, place)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        if isinstance(site, CacheSite):
+    def reduce(self, site: Any) -> Reduction | None:
+        if site.site == "cache":
             return self._choose(site)
-        return self._thin(language(site))
+        return self._thin(site)
 
     def _thin(self, site: LanguageSite) -> Reduction | None:
         cutting = Cutting(site)
@@ -148,7 +147,7 @@ class DyCoke(Presets, TokenMethod):
             alike = F.cosine_similarity(row, before, dim=1) >= self.similarity
         if bool((number == moving.sum(1)).all() | alike.all()):  # one look at the device per step
             return None
-        stays = best(row, number, moving) | (valid_of(site) & ~moving)
+        stays = best(row, number, moving) | (site.valid_mask & ~moving)
         kept, padded = top_indices(stays.float(), stays.sum(1), stays)
         if site.kept is not None:
             kept = torch.where(alike[:, None], site.kept, kept)

@@ -6,27 +6,23 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from vtr.core.budget import (
+from vtr.core import budget
+from vtr.methods.base import (
+    Examples,
     Keep,
-    check_flag,
-    check_layers,
-    check_schedule,
-    count,
-    counts,
-    fit_layers,
-    geometric,
-    third_points,
+    Reduction,
+    ScoredMethod,
+    Site,
+    TokenMap,
+    register,
 )
-from vtr.core.method import Examples, Reduction, Stage, TokenMethod
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
-from vtr.core.tokens import TokenMap, top_indices
 
 
 @register
 @dataclass(frozen=True)
-class EViT(TokenMethod):
+class EViT(ScoredMethod):
     """Token reorganisation, "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800).
 
     At each stage, with s_j the class token's attention to token j in that block (mean over heads,
@@ -55,6 +51,7 @@ class EViT(TokenMethod):
     sites: ClassVar[tuple[str, ...]] = ("encoder",)
     needs: ClassVar = {"encoder": frozenset({"cls_attention"})}
     training: ClassVar[str] = "optional"
+    grows: ClassVar[bool] = True
 
     keep: Keep | tuple[Keep, ...] = 0.7
     layers: tuple[int, ...] | None = None
@@ -65,68 +62,44 @@ class EViT(TokenMethod):
         return {"counted": (cls(keep=0.4, layers=(1,), fuse=False),)}
 
     def validate(self) -> None:
-        if self.layers is not None:
-            self._set("layers", check_layers(self.layers))
-        self._set(
-            "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
+        super().validate()
+        budget.check_flag(self.fuse, "fuse")
+
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return budget.third_points(depth)
+
+    def number(self, site: Site) -> int | Tensor:
+        layers = self.layers_of(site.info)
+        stage, rate = layers.index(site.layer), self.keep
+        if isinstance(rate, tuple):
+            rate = rate[stage]
+        elif isinstance(rate, int):
+            rate = budget.geometric(rate, len(layers), site.map.n_in)[stage]
+        # Samples have different numbers of tokens after a method that left them so.
+        return (
+            budget.count(rate, site.n) if site.valid is None else budget.counts(rate, site.counts)
         )
-        check_flag(self.fuse, "fuse")
 
-    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
-        depth = info.depth["encoder"]
-        layers = third_points(depth) if self.layers is None else fit_layers(self.layers, depth)
-        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
-            raise ValueError(
-                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
-            )
-        return layers
-
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("encoder", layer) for layer in self._layers(info))
-
-    def _rate(self, site: Site) -> Keep:
-        """What this stage leaves: a share of the tokens here, or a number."""
-        layers = self._layers(site.info)
-        stage = layers.index(site.layer)
-        if isinstance(self.keep, tuple):
-            return self.keep[stage]
-        if isinstance(self.keep, int):
-            return geometric(self.keep, len(layers), site.map.n_in)[stage]
-        return self.keep
-
-    def reduce(self, site: Site) -> Reduction | None:
-        rate = self._rate(site)
-        if site.valid is not None:
-            return self._reduce_padded(site, rate)
-        k = count(rate, site.n)
-        if k == site.n:
-            return None
-        s = site.cls_attention()
-        if not self.fuse:
-            return Reduction(TokenMap.keep(top_indices(s, k)[0], site.n))
-        if k == site.n - 1:  # fusing one token would only rescale it
-            return None
-        # The fused slot's representative is the best of the inattentive: the (k+1)-th of the ranking.
-        best = torch.sort(s, dim=1, descending=True, stable=True).indices[:, : k + 1]
-        kept, order = best.sort(1)
-        fused = (order == k).int().argmax(1, keepdim=True)
-        source = fused.expand(-1, site.n).scatter(
-            1, kept, torch.arange(k + 1, device=kept.device).expand_as(kept)
-        )
-        step = TokenMap.merged(kept, source)
-        weights = torch.where(source == fused, s, 1.0)
-        return Reduction(step, weights, normalize=False)
-
-    def _reduce_padded(self, site: Site, rate: Keep) -> Reduction | None:
-        """After a method that left the samples with different numbers of tokens: a rate is of its own."""
-        here = site.valid.sum(1)  # type: ignore[union-attr]
-        k = counts(rate, here)
-        if bool((k == here).all()):
-            return None
-        if self.fuse:
+    def score(self, site: Site) -> Tensor:
+        if self.fuse and site.valid is not None:
             raise ValueError(
                 "evit cannot fuse after a method that left the samples of a batch with different "
                 "numbers of tokens: use fuse=False, or batch size 1"
             )
-        kept, padded = top_indices(site.cls_attention(), k, site.valid)
-        return Reduction(TokenMap.keep(kept, site.n, padded))
+        return site.cls_attention()
+
+    def select(
+        self, site: Site, score: Tensor, number: int | Tensor, raw: Tensor
+    ) -> Reduction | None:
+        if not self.fuse or isinstance(number, Tensor):
+            return super().select(site, score, number, raw)
+        if number == site.n - 1:  # fusing one token would only rescale it
+            return None
+        # The fused slot's representative is the best of the inattentive, the next of the ranking.
+        best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, : number + 1]
+        kept, order = best.sort(1)
+        fused = (order == number).int().argmax(1, keepdim=True)
+        slots = torch.arange(number + 1, device=kept.device).expand_as(kept)
+        source = fused.expand(-1, site.n).scatter(1, kept, slots)
+        weights = torch.where(source == fused, score, 1.0)
+        return Reduction(TokenMap.merged(kept, source), weights, normalize=False)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep
+from vtr.core.language_site import LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.methods.common.temporal import Cutting, clips, neighbour_similarity
-from vtr.methods.common.vlm import language
 
 FIRST = 255.0  # dissimilarity of the first frame, above every other
 
@@ -83,12 +83,11 @@ class EVS(Presets, TokenMethod):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return (Stage("prompt", 0),)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        here = language(site)
-        cutting = Cutting(here)
-        for clip in clips(here, self.name):
+    def reduce(self, site: LanguageSite) -> Reduction | None:
+        cutting = Cutting(site)
+        for clip in clips(site, self.name):
             number = self.retained(*clip.tokens.shape)
-            stays = changed(dissimilarity(clip.of(here.hidden)), number)
+            stays = changed(dissimilarity(clip.of(site.hidden)), number)
             index = torch.arange(stays.numel(), device=site.device)
             cutting.put(clip, torch.where(stays.flatten(), index, -1))
         return cutting.reduction()

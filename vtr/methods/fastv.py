@@ -7,25 +7,22 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep
-from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage
-from vtr.core.presets import Presets
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo
-from vtr.methods.common.vlm import (
-    TextScored,
-    budget,
+from vtr.methods.base import (
+    Keep,
+    LanguageSite,
+    ModelInfo,
+    Presets,
+    Stage,
+    TextScoredMethod,
     check_count,
-    last_text_row,
-    nothing_to_cut,
-    prune,
+    register,
 )
+from vtr.methods.common.text import last_text_row
 
 
 @register
 @dataclass(frozen=True)
-class FastV(Presets, TextScored):
+class FastV(Presets, TextScoredMethod):
     """FastV (ECCV 2024, arXiv 2403.06764): one cut early in the language model.
 
     The score of a visual token is the attention that the last prompt token pays to it in layer
@@ -67,7 +64,7 @@ class FastV(Presets, TextScored):
     layer: int = 2
 
     def validate(self) -> None:
-        self._set("keep", check_keep(self.keep))
+        super().validate()
         check_count(self.layer, "layer")
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
@@ -78,13 +75,5 @@ class FastV(Presets, TextScored):
             )
         return (Stage("decoder", self.layer - 1, "end"),)
 
-    def score(self, site: LanguageSite) -> Tensor | None:
-        return None if nothing_to_cut(site, self.number(site)) else last_text_row(site)
-
-    def number(self, site: LanguageSite) -> Tensor:
-        return budget(site, self.keep)
-
-    def select(
-        self, site: LanguageSite, score: Tensor, number: Tensor, raw: Tensor
-    ) -> Reduction | None:
-        return prune(site, score, number)
+    def score(self, site: LanguageSite) -> Tensor:
+        return last_text_row(site)

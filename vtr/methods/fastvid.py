@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep, count
+from vtr.core.budget import Keep, check_count, check_keep, check_number, count
 from vtr.core.language_site import LanguageSite
 from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.methods.common.dpc_knn import distances, peaks
 from vtr.methods.common.temporal import Cutting, best, clips, shares
-from vtr.methods.common.vlm import check_count, check_number, language, last_used, stored
 
 
 @register
@@ -114,9 +113,9 @@ class FastVID(Presets, TokenMethod):
         return "pooling" if "pooling" in shown else _attention(info)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return Stage("encoder", last_used(info), "end", cuts=False), Stage("prompt", 0)
+        return Stage("encoder", info.last_layer, "end", cuts=False), Stage("prompt", 0)
 
-    def reduce(self, site: Site) -> Reduction | None:
+    def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":
             signal = self._signal(site.info)
             if signal == "pooling":
@@ -125,8 +124,8 @@ class FastVID(Presets, TokenMethod):
                 looks = signal == "cls_attention"
                 site.memory["score"] = site.cls_attention() if looks else site.attention_received()
             return None
-        here = language(site)
-        score = here.spread(stored(here, "score"))
+        here: LanguageSite = site
+        score = here.spread(here.stored("score"))
         pooled = self._pooled(here)
         cutting = Cutting(here)
         for clip in clips(here, self.name):

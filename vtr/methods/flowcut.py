@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_flag, check_keep, count
+from vtr.core.language_site import LanguageSite
 from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels import attention_rows
-from vtr.methods.common.vlm import budget, language, need_text_after, nothing_to_cut, prune, stored
+from vtr.methods.common.scored import prune, to_keep
+from vtr.methods.common.text import need_text_after
 
 LANGUAGE_LAYER = 1
 """0-based layer of the language model after which the authors cut."""
@@ -139,23 +141,21 @@ class FlowCut(Presets, TokenMethod):
             stages.append(Stage("decoder", LANGUAGE_LAYER, "end"))
         return tuple(stages)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        if site.site == "decoder":
-            here = language(site)
-            number = budget(here, self.keep)
-            if nothing_to_cut(here, number):
-                return None
-            need_text_after(here)
-            query, _, own = here.text_qkv()
-            score = instruction_flow(query, here.keys, here.values, own, site.scale, site.valid)
-            return prune(here, score, number)
+    def reduce(self, site: Any) -> Reduction | None:
+        return self._encoder(site) if site.site == "encoder" else self._language(site)
+
+    def _language(self, site: LanguageSite) -> Reduction | None:
+        number = site.budget(self.keep)
+        if site.site == "prompt" and self._in_language(site.info):
+            number = number * 2
+        if to_keep(site, number) is None:
+            return None
         if site.site == "prompt":
-            here = language(site)
-            number = budget(here, self.keep) * (2 if self._in_language(site.info) else 1)
-            if nothing_to_cut(here, number):
-                return None
-            return prune(here, here.spread(stored(here, "score")), number)
-        return self._encoder(site)
+            return prune(site, site.spread(site.stored("score")), number)
+        need_text_after(site)
+        query, _, own = site.text_qkv()
+        score = instruction_flow(query, site.keys, site.values, own, site.scale, site.valid)
+        return prune(site, score, number)
 
     def _target(self, info: ModelInfo, tokens: int) -> int:
         """Tokens that the encoder leaves of each crop."""

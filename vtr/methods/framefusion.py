@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep
+from vtr.core.budget import Keep, check_count, check_keep, check_number
 from vtr.core.language_site import LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.methods.common.merge import by_representative
 from vtr.methods.common.temporal import best, has_video, in_videos
-from vtr.methods.common.vlm import check_count, check_number, language, need_text_after, valid_of
+from vtr.methods.common.text import need_text_after
 
 
 @register
@@ -96,15 +96,14 @@ class FrameFusion(Presets, TokenMethod):
         inner = range(info.depth["decoder"] - 1)
         return Stage("decoder", 0, "start"), *(Stage("decoder", i, place) for i in inner)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        here = language(site)
-        states: dict[tuple[int, int], _State] | None = here.memory.get("states")
+    def reduce(self, site: LanguageSite) -> Reduction | None:
+        states: dict[tuple[int, int], _State] | None = site.memory.get("states")
         if states is None:
-            states = here.memory["states"] = self._begin(here)
-        moving = in_videos(here)
-        video = here.video
-        n = torch.arange(here.n, device=here.device).expand(here.batch, -1)
-        stands = torch.where(valid_of(here), n, -1)
+            states = site.memory["states"] = self._begin(site)
+        moving = in_videos(site)
+        video = site.video
+        n = torch.arange(site.n, device=site.device).expand(site.batch, -1)
+        stands = torch.where(site.valid_mask, n, -1)
         start, received = stands, None
         for (b, v), state in states.items():
             if state.done:
@@ -113,11 +112,11 @@ class FrameFusion(Presets, TokenMethod):
             left = state.left(site.info.depth["decoder"])
             if not state.merging:
                 if received is None:
-                    received = self._received(here)
+                    received = self._received(site)
                 stands = self._prune(stands, received[b], b, index, left)
                 state.done = True
                 continue
-            similar = chain_cosine(here.hidden[b, index], here.place[b, index])
+            similar = chain_cosine(site.hidden[b, index], site.place[b, index])
             joins = similar >= self.similarity
             over = len(index) - left  # tokens that must go
             found = int(joins.sum())
@@ -133,12 +132,12 @@ class FrameFusion(Presets, TokenMethod):
             if not state.done and not state.affords(after, site.info.depth["decoder"]):
                 # What merging leaves would spend more than there is: the cut cannot wait.
                 if received is None:
-                    received = self._received(here)
+                    received = self._received(site)
                 stands = self._prune(stands, received[b], b, index, left)
                 state.done, after = True, left
             else:
                 stands = stands.clone()
-                stands[b, index] = index[chains(joins, here.place[b, index])]
+                stands[b, index] = index[chains(joins, site.place[b, index])]
             state.spent.append(after)
         if torch.equal(stands, start):
             return None

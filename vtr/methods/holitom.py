@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep, count, counts
+from vtr.core.budget import Keep, check_count, check_keep, check_number, count, counts
 from vtr.core.language_site import LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.methods.common.dpc_knn import cluster, mean_weights
 from vtr.methods.common.merge import by_representative
 from vtr.methods.common.temporal import (
@@ -26,15 +26,7 @@ from vtr.methods.common.temporal import (
     ranks,
     shares,
 )
-from vtr.methods.common.vlm import (
-    check_count,
-    check_number,
-    language,
-    last_text_row,
-    last_used,
-    stored,
-    valid_of,
-)
+from vtr.methods.common.text import last_text_row
 
 NEIGHBOURS = 7
 
@@ -132,7 +124,7 @@ class HoliTom(Presets, TokenMethod):
         return needs
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        outer = Stage("encoder", last_used(info), "end", cuts=False), Stage("prompt", 0)
+        outer = Stage("encoder", info.last_layer, "end", cuts=False), Stage("prompt", 0)
         if self.inner is None:
             return outer
         depth = info.depth["decoder"]
@@ -141,18 +133,18 @@ class HoliTom(Presets, TokenMethod):
             raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
         return (*outer, Stage("decoder", layer - 1, "end"))
 
-    def reduce(self, site: Site) -> Reduction | None:
+    def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":
             site.memory["score"] = site.attention_received()
             return None
-        here = language(site)
+        here: LanguageSite = site
         return self._outer(here) if site.site == "prompt" else self._inner(here)
 
     def positions_at(self, site: str) -> str:
         return "original" if site == "decoder" else self.positions
 
     def _outer(self, site: LanguageSite) -> Reduction | None:
-        score = site.spread(stored(site, "score"))
+        score = site.spread(site.stored("score"))
         cutting = Cutting(site)
         for clip in clips(site, self.name):
             total = clip.tokens.numel()
@@ -211,7 +203,7 @@ class HoliTom(Presets, TokenMethod):
         number = torch.minimum(counts(self.inner, moving.sum(1)), moving.sum(1))
         if bool((number == moving.sum(1)).all()):
             return None
-        stays = best(last_text_row(site), number, moving) | (valid_of(site) & ~moving)
+        stays = best(last_text_row(site), number, moving) | (site.valid_mask & ~moving)
         return merge_into_nearest(site.hidden, moving & ~stays, moving & stays, stays)
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep, count, counts
+from vtr.core.budget import Keep, check_count, check_keep, check_number, count, counts
 from vtr.core.language_site import LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods.common.dpc_knn import cluster, mean_weights
 from vtr.methods.common.temporal import Cutting, clips, shares
-from vtr.methods.common.vlm import check_count, check_number, language, need_text_after, valid_of
+from vtr.methods.common.text import need_text_after
 
 NEIGHBOURS = 7
 ENOUGH = 14  # groups of at most so many tokens are not clustered
@@ -127,10 +127,10 @@ class PruneVid(Presets, TokenMethod):
         inside = Stage("prompt", 0), Stage("decoder", layer - 1, "end")
         return (*inside, Stage("cache", layer, "before")) if self.trim else inside
 
-    def reduce(self, site: Site) -> Reduction | None:
+    def reduce(self, site: Any) -> Reduction | None:
         if site.site == "cache":  # nothing more goes; what went is freed in the layers before
             return Reduction(TokenMap.identity(site.batch, site.n, site.device))
-        here = language(site)
+        here: LanguageSite = site
         return self._outer(here) if site.site == "prompt" else self._inner(here)
 
     def positions_at(self, site: str) -> str:
@@ -193,7 +193,7 @@ class PruneVid(Presets, TokenMethod):
 
     def _inner(self, site: LanguageSite) -> Reduction | None:
         assert self.inner is not None
-        valid = valid_of(site)
+        valid = site.valid_mask
         groups: Tensor = site.memory["groups"].gather(1, site.index.clamp(min=0))
         groups = groups.masked_fill(~valid, -1)
         if not bool((groups >= 0).any()):

@@ -7,18 +7,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_layers, check_schedule, fit_layers
-from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage
-from vtr.core.presets import Presets
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo
-from vtr.methods.common.vlm import TextScored, last_text_row, nothing_to_cut, prune, stage_budget
+from vtr.methods.base import (
+    Keep,
+    LanguageSite,
+    ModelInfo,
+    Presets,
+    Stage,
+    TextScoredMethod,
+    register,
+)
+from vtr.methods.common.text import last_text_row
 
 
 @register
 @dataclass(frozen=True)
-class PyramidDrop(Presets, TextScored):
+class PyramidDrop(Presets, TextScoredMethod):
     """PyramidDrop (CVPR 2025, arXiv 2410.17247): a pyramid of visual tokens in the language model.
 
     Before each layer of ``layers`` the visual tokens are ranked by the attention that the last
@@ -43,6 +46,7 @@ class PyramidDrop(Presets, TextScored):
     sites: ClassVar[tuple[str, ...]] = ("decoder",)
     needs: ClassVar = {"decoder": frozenset({"text_attention"})}
     positions: ClassVar[str] = "compact"
+    grows: ClassVar[bool] = True
 
     PRESETS: ClassVar = {
         "llava-1.5-7b/270": {"keep": (288, 144, 72), "layers": (8, 16, 24)},
@@ -60,41 +64,17 @@ class PyramidDrop(Presets, TextScored):
     layers: tuple[int, ...] | None = None
 
     def validate(self) -> None:
-        if self.layers is not None:
-            self._set("layers", check_layers(self.layers))
-            if self.layers[0] < 1:
-                raise ValueError(
-                    f"layers must be >= 1 (a cut is made before them), got {self.layers}"
-                )
-        self._set(
-            "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
-        )
+        super().validate()
+        if self.layers is not None and self.layers[0] < 1:
+            raise ValueError(f"layers must be >= 1 (a cut is made before them), got {self.layers}")
 
-    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
-        depth = info.depth["decoder"]
-        if self.layers is not None:
-            layers = fit_layers(self.layers, depth)
-        elif depth in (32, 40):
-            layers = (8, 16, 24)
-        else:
-            layers = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
-        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
-            raise ValueError(
-                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
-            )
-        return layers
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        if depth in (32, 40):
+            return (8, 16, 24)
+        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("decoder", layer, "start") for layer in self._layers(info))
+        return tuple(Stage("decoder", layer, "start") for layer in self.scheduled_layers(info))
 
-    def number(self, site: LanguageSite) -> Tensor:
-        layers = self._layers(site.info)
-        return stage_budget(site, self.keep, layers.index(site.layer), len(layers))
-
-    def score(self, site: LanguageSite) -> Tensor | None:
-        return None if nothing_to_cut(site, self.number(site)) else last_text_row(site)
-
-    def select(
-        self, site: LanguageSite, score: Tensor, number: Tensor, raw: Tensor
-    ) -> Reduction | None:
-        return prune(site, score, number)
+    def score(self, site: LanguageSite) -> Tensor:
+        return last_text_row(site)

@@ -8,24 +8,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_flag, check_layers, check_schedule, fit_layers
-from vtr.core.language_site import LanguageSite
-from vtr.core.method import Examples, Reduction, Stage
-from vtr.core.presets import Presets
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo
-from vtr.core.tokens import TokenMap, take, top_indices
+from vtr.methods.base import (
+    Examples,
+    Keep,
+    LanguageSite,
+    ModelInfo,
+    Presets,
+    Reduction,
+    Stage,
+    TextScoredMethod,
+    TokenMap,
+    check_count,
+    check_flag,
+    register,
+    take,
+    top_indices,
+)
 from vtr.methods.common.dpc_knn import cluster
 from vtr.methods.common.merge import by_representative
-from vtr.methods.common.vlm import (
-    TextScored,
-    check_count,
-    need_text_after,
-    nothing_to_cut,
-    prune,
-    scaled_layers,
-    stage_budget,
-)
+from vtr.methods.common.text import need_text_after, scaled_layers
 
 PLUS = {"recycle": False, "heads": 14, "gravity": True}
 """What the second release (SparseVLM+) does otherwise."""
@@ -33,7 +34,7 @@ PLUS = {"recycle": False, "heads": 14, "gravity": True}
 
 @register
 @dataclass(frozen=True)
-class SparseVLM(Presets, TextScored):
+class SparseVLM(Presets, TextScoredMethod):
     """SparseVLM (ICML 2025, arXiv 2410.04417): text-guided sparsification with recycling.
 
     At the entry of the language model the raters are found: text tokens t after the image for which
@@ -73,6 +74,7 @@ class SparseVLM(Presets, TextScored):
         "decoder": frozenset({"hidden", "text_attention"}),
     }
     positions: ClassVar[str] = "compact"
+    grows: ClassVar[bool] = True
 
     PRESETS: ClassVar = {
         "llava-1.5-7b/192": {"keep": (300, 200, 110)},
@@ -98,13 +100,9 @@ class SparseVLM(Presets, TextScored):
         return {"counted": tuple(cls(keep=keep, recycle=False) for keep in (0.4, 5))}
 
     def validate(self) -> None:
+        super().validate()
         check_flag(self.recycle, "recycle")
         check_flag(self.gravity, "gravity")
-        if self.layers is not None:
-            self._set("layers", check_layers(self.layers))
-        self._set(
-            "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
-        )
         check_count(self.heads, "heads", none=True)
 
     @classmethod
@@ -123,34 +121,22 @@ class SparseVLM(Presets, TextScored):
     def positions_at(self, site: str) -> str:
         return "original" if self.gravity else self.positions
 
-    def _layers(self, info: ModelInfo) -> tuple[int, ...]:
-        depth = info.depth["decoder"]
-        if self.layers is not None:
-            layers = fit_layers(self.layers, depth)
-        else:
-            layers = scaled_layers((2, 6, 15), 32, depth)
-        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
-            raise ValueError(
-                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
-            )
-        return layers
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        return scaled_layers((2, 6, 15), 32, depth)
+
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        return dict(self.needs)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        cuts = (Stage("decoder", layer, "end") for layer in self._layers(info))
+        cuts = (Stage("decoder", layer, "end") for layer in self.scheduled_layers(info))
         return (Stage("prompt", 0, cuts=False), *cuts)
 
-    def number(self, site: LanguageSite) -> Tensor:
-        layers = self._layers(site.info)
-        return stage_budget(site, self.keep, layers.index(site.layer), len(layers))
+    def look(self, site: LanguageSite) -> None:
+        need_text_after(site)
+        chosen = raters(site.hidden, site.text, site.valid, site.text_after)
+        site.memory["raters"] = top_indices(chosen.float(), chosen.sum(1), chosen)[0]
 
-    def score(self, site: LanguageSite) -> Tensor | None:
-        if site.site == "prompt":
-            need_text_after(site)
-            chosen = raters(site.hidden, site.text, site.valid, site.text_after)
-            site.memory["raters"] = top_indices(chosen.float(), chosen.sum(1), chosen)[0]
-            return None
-        if nothing_to_cut(site, self.number(site)):
-            return None
+    def score(self, site: LanguageSite) -> Tensor:
         rows: Tensor = site.memory["raters"]
         attention = site.attention_rows_from_text(rows)
         if self.gravity:
@@ -158,15 +144,13 @@ class SparseVLM(Presets, TextScored):
         return rater_score(attention, rows >= 0, self.heads)
 
     def select(
-        self, site: LanguageSite, score: Tensor, number: Tensor, raw: Tensor
+        self, site: LanguageSite, score: Tensor, number: int | Tensor, raw: Tensor
     ) -> Reduction | None:
         if not self.recycle:
-            return prune(site, score, number)
-        best, padded = top_indices(score, number, site.valid)
-        kept = TokenMap.keep(best, site.n, padded).source >= 0
-        if site.valid is not None:
-            raw = raw.masked_fill(~site.valid, -float("inf"))
-        step = recycle(site.hidden, raw, kept)
+            return super().select(site, score, number, raw)
+        best, has_padding = top_indices(score, number, site.valid)
+        kept = TokenMap.keep(best, site.n, has_padding).source >= 0
+        step = recycle(site.hidden, raw.masked_fill(~site.valid_mask, -float("inf")), kept)
         return Reduction(step, torch.ones_like(raw))
 
 

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_flag, check_keep, count
-from vtr.core.method import Reduction, Stage, TokenMethod
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
-from vtr.core.tokens import TokenMap, take
+from vtr.core.budget import check_count, check_flag, check_keep, check_number, count
+from vtr.methods.base import Keep, ModelInfo, Reduction, Site, Stage, TokenMethod, register
+from vtr.methods.common.matching import bipartite_soft_matching
 
 
 @register
@@ -64,13 +60,9 @@ class ToMe(TokenMethod):
         if isinstance(self.r, Sequence):
             self._set("r", tuple(self.r))
         for value in self.r if isinstance(self.r, tuple) else (self.r,):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 0
-            ):
-                raise ValueError(f"r must be an int >= 0 or a sequence of them, got {self.r!r}")
+            check_count(value, "r", low=0, none=True)
         check_flag(self.prop_attn, "prop_attn")
-        if not isinstance(self.inflection, (int, float)) or not -1.0 <= self.inflection <= 1.0:
-            raise ValueError(f"inflection must be in [-1, 1], got {self.inflection!r}")
+        check_number(self.inflection, "inflection", -1, 1)
         if self.inflection and not isinstance(self.r, int):
             raise ValueError("inflection bends a schedule given by an int r")
 
@@ -95,13 +87,9 @@ class ToMe(TokenMethod):
                 )
             # A block merges at most half: where the constant number would ask for more at the end,
             # earlier blocks merge more.
-            left = [
-                min(tokens - total * (i + 1) // depth, target << (depth - 1 - i))
-                for i in range(depth)
-            ]
-            return tuple(
-                before - after for before, after in zip([tokens, *left], left, strict=False)
-            )
+            limits = enumerate(target << (depth - 1 - i) for i in range(depth))
+            left = [min(tokens - total * (i + 1) // depth, most) for i, most in limits]
+            return tuple(a - b for a, b in zip([tokens, *left], left, strict=False))
         if isinstance(self.r, tuple):
             return self.r + (0,) * (depth - len(self.r))
         assert self.r is not None
@@ -111,59 +99,10 @@ class ToMe(TokenMethod):
         return tuple(int(low + step * i) for i in range(depth))
 
     def reduce(self, site: Site) -> Reduction | None:
-        p, n = site.prefix, site.n
         r = self.schedule(site.info.depth["encoder"], site.map.n_in)[site.layer]
-        r = min(r, n // 2)
+        r = min(r, site.n // 2)
         if r <= 0:
             return None
         order: Tensor | None = site.memory.get("order")
-        step, site.memory["order"] = bipartite_soft_matching(site.key_mean(), r, order, p)
+        step, site.memory["order"] = bipartite_soft_matching(site.key_mean(), r, order, site.prefix)
         return Reduction(step, site.size)
-
-
-@torch.no_grad()
-def bipartite_soft_matching(
-    metric: Tensor, r: int, order: Tensor | None = None, prefix: int = 0
-) -> tuple[TokenMap, Tensor]:
-    """Merge the ``r`` most similar pairs of an alternating split (section 3, figure 1 of the paper).
-
-    Args:
-        metric: (B, N, D), compared by cosine.
-        r: pairs to merge, at most N // 2.
-        order: (B, N) int64, the tokens in the order whose alternate positions make A and B; None is
-            the raster order.
-        prefix: protected tokens in front, which shift the alternation.
-
-    Returns:
-        The map, and the order (B, N - r) of its slots for the next call: what is left of A (ascending;
-        by falling similarity where there is no prefix, as in the authors' code), then B.
-    """
-    batch, n, _ = metric.shape
-    device = metric.device
-    metric = F.normalize(metric.float(), dim=-1)
-    if order is None:
-        index = torch.arange(n, device=device)
-        a, b = index[prefix % 2 :: 2], index[1 - prefix % 2 :: 2]
-        a, b = a.expand(batch, -1), b.expand(batch, -1)
-        metric_a, metric_b = metric[:, prefix % 2 :: 2], metric[:, 1 - prefix % 2 :: 2]
-    else:
-        a, b = order[:, prefix % 2 :: 2], order[:, 1 - prefix % 2 :: 2]
-        metric_a, metric_b = take(metric, a), take(metric, b)
-    from vtr.kernels import bipartite_match
-
-    score, partner = bipartite_match(metric_a.contiguous(), metric_b.contiguous())
-    r = min(r, a.shape[1])
-    rank = torch.sort(score, dim=1, descending=True, stable=True).indices
-    moved, stay = rank[:, :r], rank[:, r:]
-    if prefix:
-        stay = stay.sort(1).values
-    rest, sources = a.gather(1, stay), a.gather(1, moved)
-    targets = b.gather(1, partner.gather(1, moved))
-    survivors = torch.cat([rest, b], 1)
-    kept, position = survivors.sort(1)
-    slot_of = torch.empty_like(survivors).scatter(
-        1, position, torch.arange(n - r, device=device).expand(batch, -1)
-    )
-    source = torch.empty(batch, n, dtype=torch.long, device=device).scatter(1, survivors, slot_of)
-    source = source.scatter(1, sources, source.gather(1, targets))
-    return TokenMap.merged(kept, source), slot_of

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, count
+from vtr.core.language_site import LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.methods.common.temporal import Cutting, clips
-from vtr.methods.common.vlm import language
 
 
 @register
@@ -53,15 +53,14 @@ class UniformFrames(TokenMethod):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return (Stage("prompt", 0),)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        here = language(site)
-        cutting = Cutting(here)
-        for clip in clips(here, self.name):
+    def reduce(self, site: LanguageSite) -> Reduction | None:
+        cutting = Cutting(site)
+        for clip in clips(site, self.name):
             t, p = clip.tokens.shape
             stays = even(t, self.retained(t, p) // p).to(site.device)
             index = torch.arange(t * p, device=site.device).reshape(t, p)
             cutting.put(clip, torch.where(stays[:, None], index, -1).flatten())
-            own = (here.video[clip.sample] == clip.number) & (here.place[clip.sample] < 0)
+            own = (site.video[clip.sample] == clip.number) & (site.place[clip.sample] < 0)
             for token in own.nonzero()[:, 0].tolist():
                 later = (clip.tokens[:, 0] > token).nonzero()[:, 0]
                 if len(later) and not bool(stays[later[0]]):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_flag, check_keep, check_layers, fit_layers
+from vtr.core.budget import Keep, check_flag, check_keep, check_layers, check_number, fit_layers
 from vtr.core.language_site import LanguageSite, VisualSpan
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
@@ -19,17 +19,7 @@ from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site, rows_at_once
 from vtr.core.tokens import TokenMap
 from vtr.methods.common.merge import by_representative
-from vtr.methods.common.vlm import (
-    alive,
-    budget,
-    check_number,
-    language,
-    last_used,
-    nothing_to_cut,
-    prune,
-    stored,
-    valid_of,
-)
+from vtr.methods.common.scored import prune, to_keep
 
 
 class Tuned(NamedTuple):
@@ -209,13 +199,13 @@ class VFlowOpt(Presets, TokenMethod):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         first, second = self._layers(info)
         return (
-            Stage("encoder", last_used(info), "end", cuts=False),
+            Stage("encoder", info.last_layer, "end", cuts=False),
             Stage("prompt", 0),
             Stage("decoder", first, "start"),
             Stage("decoder", second, "start"),
         )
 
-    def reduce(self, site: Site) -> Reduction | None:
+    def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":
             importance = calibrated_context(site, self._threshold(site))
             if self.alpha:
@@ -223,11 +213,11 @@ class VFlowOpt(Presets, TokenMethod):
                 importance = importance + self.alpha * entropy.softmax(1)
             site.memory["importance"], site.memory["grid"] = importance, site.grid
             return None
-        here = language(site)
+        here: LanguageSite = site
         number = self._number(here)
-        if nothing_to_cut(here, number):
+        if to_keep(here, number) is None:
             return None
-        importance = here.spread(stored(here, "importance"), 1.0)
+        importance = here.spread(here.stored("importance"), 1.0)
         recycled = [self._recycles(spans) for spans in here.videos]
         if site.site == "decoder" or not any(recycled):
             return prune(here, importance, number)
@@ -235,7 +225,7 @@ class VFlowOpt(Presets, TokenMethod):
         if not all(recycled):  # tokens that are alone in their cells are dropped
             group = group.masked_fill(~torch.tensor(recycled, device=here.device)[:, None], -1)
         cell = cells(group, row, column, self._cell(here))
-        step = recycle(importance, cell, number, valid_of(here))
+        step = recycle(importance, cell, number, here.valid_mask)
         return Reduction(step, importance.clamp_min(1e-20))
 
     def _recycles(self, spans: Sequence[VisualSpan]) -> bool:
@@ -250,7 +240,7 @@ class VFlowOpt(Presets, TokenMethod):
             return self.threshold
         if not isinstance(self.keep, int):
             return tuned(self._share(site.info)).threshold
-        rows = alive(site).tolist()
+        rows = site.counts.tolist()
         patches: list[int] = []
         at = 0
         for crops in site.crops or [1] * len(rows):
@@ -281,7 +271,7 @@ class VFlowOpt(Presets, TokenMethod):
         """The mean share of tokens that is left of each sample."""
         if not isinstance(self.keep, int):
             return [self._share(site.info)] * site.batch
-        entry, left = torch.stack([site.entry, budget(site, self.keep)]).tolist()
+        entry, left = torch.stack([site.entry, site.entry_budget(self.keep)]).tolist()
         return [want / max(whole, 1) for want, whole in zip(left, entry, strict=True)]
 
     def _denormalised(self, pixels: Tensor) -> Tensor:
@@ -297,7 +287,7 @@ class VFlowOpt(Presets, TokenMethod):
         layers = self._layers(site.info)
         stage = 0 if site.site == "prompt" else 1 + layers.index(site.layer)
         out = []
-        for n, share in zip(alive(site).tolist(), self._shares(site), strict=True):
+        for n, share in zip(site.counts.tolist(), self._shares(site), strict=True):
             rate = self.rates(share, site.info.depth["decoder"], layers)[stage]
             out.append(min(n, max(1, n - round(n * (1 - rate)))))
         return torch.tensor(out, device=site.device)

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtr.core.budget import Keep, check_keep, count
+from vtr.core.budget import Keep, check_count, check_keep, count
+from vtr.core.language_site import LanguageSite
 from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
+from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap
+from vtr.methods.common.matching import bipartite_soft_matching
 from vtr.methods.common.temporal import Cutting, clips, shares
-from vtr.methods.common.vlm import check_count, language
-from vtr.methods.tome import bipartite_soft_matching
 
 
 @register
@@ -32,7 +32,7 @@ class VideoToMe(TokenMethod):
     Windows keep the cost linear in the number of frames. The count is exact and does not depend on the
     content; windows share it in proportion to their tokens.
 
-    Differences from the paper: the metric is the embedding (there are no keys here); the language
+    Differences from the paper: the metric is the embedding (there are no keys site); the language
     model's attention does not count tokens by size.
 
     Still images and separators stay whole.
@@ -58,13 +58,12 @@ class VideoToMe(TokenMethod):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return (Stage("prompt", 0),)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        here = language(site)
-        cutting = Cutting(here)
-        for clip in clips(here, self.name):
+    def reduce(self, site: LanguageSite) -> Reduction | None:
+        cutting = Cutting(site)
+        for clip in clips(site, self.name):
             number = count(self.keep, clip.tokens.numel())
-            stands = merge_in_windows(clip.of(here.hidden), clip.of(here.size), number, self.window)
-            size = clip.of(here.size).flatten().float()
+            stands = merge_in_windows(clip.of(site.hidden), clip.of(site.size), number, self.window)
+            size = clip.of(site.size).flatten().float()
             total = torch.zeros_like(size).index_add(0, stands, size)
             cutting.put(clip, stands, size / total[stands])
         return cutting.reduction()

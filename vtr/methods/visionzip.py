@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,7 @@ from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels.precision import full_precision
 from vtr.methods.common.merge import by_representative
-from vtr.methods.common.vlm import (
-    alive,
-    budget,
-    language,
-    last_used,
-    nothing_to_cut,
-    stored,
-    valid_of,
-)
+from vtr.methods.common.scored import to_keep
 
 DROPPED = -1e6
 
@@ -95,25 +87,25 @@ class VisionZip(Presets, TokenMethod):
             raise ValueError(f"contextual must be less than keep={self.keep}, got {c}")
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return Stage("encoder", last_used(info), "end", cuts=False), Stage("prompt", 0)
+        return Stage("encoder", info.last_layer, "end", cuts=False), Stage("prompt", 0)
 
-    def reduce(self, site: Site) -> Reduction | None:
+    def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":
             score = site.cls_attention() if site.info.has_cls else site.attention_received()
             if site.info.tokens is None:
                 site.memory["score"], site.memory["keys"] = score, site.key_mean()
                 return None
             return self._merge_crops(site, score)
-        here = language(site)
+        here: LanguageSite = site
         if site.info.tokens is not None:
             return self._take_merged(here)
-        number = torch.minimum(budget(here, self.keep), alive(here))
-        if nothing_to_cut(here, number):
+        number = here.budget(self.keep)
+        if to_keep(here, number) is None:
             return None
-        valid = valid_of(here)
-        keys = here.spread(stored(here, "keys"), 0.0).masked_fill(~valid[..., None], 0.0)
+        valid = here.valid_mask
+        keys = here.spread(here.stored("keys"), 0.0).masked_fill(~valid[..., None], 0.0)
         return Reduction(
-            *self._split(here.spread(stored(here, "score")), keys, number, valid), normalize=False
+            *self._split(here.spread(here.stored("score")), keys, number, valid), normalize=False
         )
 
     def _split(
@@ -135,7 +127,7 @@ class VisionZip(Presets, TokenMethod):
         if count(self.keep, n) >= n:
             return None
         number = torch.full((site.batch,), count(self.keep, n), device=site.device)
-        step, weights = self._split(score, site.key_mean(), number, valid_of(site))
+        step, weights = self._split(score, site.key_mean(), number, site.valid_mask)
         index = torch.arange(n, device=site.device)
         stands = step.kept.gather(1, step.source.clamp(min=0))
         # How far each token's representative is: the same number in the crop and in the prompt.
@@ -148,8 +140,8 @@ class VisionZip(Presets, TokenMethod):
         assert whole is not None
         if count(self.keep, whole) >= whole:
             return None
-        way = site.spread(stored(site, "way"), 0.0)
-        gone = ~valid_of(site) | (way <= DROPPED)
+        way = site.spread(site.stored("way"), 0.0)
+        gone = ~site.valid_mask | (way <= DROPPED)
         index = torch.arange(site.n, device=site.device)
         stands = index + way.masked_fill(gone, 0.0).round().long()
         step = by_representative(stands.masked_fill(gone, -1))

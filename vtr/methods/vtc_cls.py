@@ -5,17 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtr.core.budget import Keep, check_keep
-from vtr.core.method import Reduction, Stage, TokenMethod
-from vtr.core.presets import Presets
-from vtr.core.registry import register
-from vtr.core.site import ModelInfo, Site
-from vtr.methods.common.vlm import budget, check_count, language, last_used, prune, stored
+from torch import Tensor
+
+from vtr.methods.base import (
+    Keep,
+    LanguageSite,
+    ModelInfo,
+    Presets,
+    ScoredMethod,
+    Site,
+    check_count,
+    register,
+)
+from vtr.methods.common.looks import add_class_row
 
 
 @register
 @dataclass(frozen=True)
-class VTCCLS(Presets, TokenMethod):
+class VTCCLS(Presets, ScoredMethod):
     """VTC-CLS (arXiv 2412.05819): class attention, summed over the last layers of the encoder.
 
     s_l[j] is the mean over heads of layer l's attention from the class token to patch j (softmax over
@@ -45,6 +52,7 @@ class VTCCLS(Presets, TokenMethod):
         "VTC-CLS: [CLS] Attention for Visual Token Compression, 2024, arXiv 2412.05819"
     )
     sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt")
+    site: ClassVar[str] = "prompt"
     needs: ClassVar = {
         "encoder": frozenset({"cls_attention"}),
         "prompt": frozenset({"encoder_scores"}),
@@ -58,25 +66,14 @@ class VTCCLS(Presets, TokenMethod):
     window: int = 8
 
     def validate(self) -> None:
-        self._set("keep", check_keep(self.keep))
+        super().validate()
         check_count(self.window, "window")
 
-    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        end = last_used(info)
-        first = max(0, end - self.window + 1)
-        looks = (Stage("encoder", layer, "end", cuts=False) for layer in range(first, end + 1))
-        return (*looks, Stage("prompt", 0))
+    def looks(self, info: ModelInfo) -> range:
+        return range(max(0, info.last_layer - self.window + 1), info.last_layer + 1)
 
-    def reduce(self, site: Site) -> Reduction | None:
-        if site.site == "encoder":
-            row = site.cls_attention()
-            before = site.memory.get("score")
-            if before is not None and before.shape != row.shape:
-                raise ValueError(
-                    "another method cuts the encoder between the layers that vtc-cls sums: use one of "
-                    "the two, or a method that cuts behind the encoder"
-                )
-            site.memory["score"] = row if before is None else before + row
-            return None
-        here = language(site)
-        return prune(here, here.spread(stored(here, "score")), budget(here, self.keep))
+    def look(self, site: Site) -> None:
+        add_class_row(site, self.name)
+
+    def score(self, site: LanguageSite) -> Tensor:
+        return site.spread(site.stored("score"))

@@ -26,16 +26,22 @@ class ScoredMethod(TokenMethod):
     A subclass names its ``sites`` and may add two options as fields, which the base understands:
 
     - ``site: str | None = None``: the one of ``sites`` to cut at; None is the prompt if the model has one,
-      else the first of ``sites`` that it has.
+      else the first of ``sites`` that it has. A class that is always cut at one writes
+      ``site: ClassVar[str] = "prompt"``.
     - ``layers: tuple[int, ...] | None = None``: 0-based layers to cut at, in an encoder between attention and
-      MLP, in a language model behind them; None is one layer, at a quarter of the depth.
+      MLP, in a language model behind them; None is :meth:`default_layers`, one at a quarter of the depth.
 
     To cut behind the encoder by what is seen in it, a subclass names the layers in :meth:`looks`, stores in
     ``site.memory`` in :meth:`look`, and reads with ``site.spread(site.stored(name))`` in :meth:`score`.
 
+    Class attributes:
+        grows: whether a later budget of ``keep`` may be larger than one before it.
+
     Args:
         keep: budget, or one per layer of ``layers``.
     """
+
+    grows: ClassVar[bool] = False
 
     keep: Keep | tuple[Keep, ...] = 0.5
 
@@ -47,13 +53,13 @@ class ScoredMethod(TokenMethod):
         site: str | None = getattr(self, "site", None)
         if site not in (None, *self.sites):
             raise ValueError(f"site must be one of {', '.join(self.sites)} or None, got {site!r}")
-        if site == "prompt":
-            self._one_layer()
         if hasattr(self, "layers"):
-            stages = 1 if layers is None else len(layers)
-            self._set("keep", check_schedule(self.keep, stages, falling=True))
+            stages = None if layers is None else len(layers)
+            self._set("keep", check_schedule(self.keep, stages, falling=not self.grows))
         else:
             self._set("keep", check_keep(self.keep))
+        if site == "prompt":
+            self._one_cut()
 
     def score(self, site: Any) -> Tensor:
         """Compute (B, N) scores of the tokens at ``site``, in any dtype; the highest stay.
@@ -75,28 +81,44 @@ class ScoredMethod(TokenMethod):
         here = [s for s in self.sites if s in info.depth]
         return chosen or ("prompt" if "prompt" in here else [*here, self.sites[0]][0])
 
+    def default_layers(self, depth: int) -> tuple[int, ...]:
+        """List the layers to cut at in a model of ``depth`` layers if the option is None."""
+        return (depth // 4,)
+
     def layers_of(self, info: ModelInfo) -> tuple[int, ...]:
         """List the layers of :meth:`site_of` to cut at. Raises ``ValueError`` if the model lacks one."""
         layers: tuple[int, ...] | None = getattr(self, "layers", None)
         depth = info.depth[self.site_of(info)]
-        return (depth // 4,) if layers is None else fit_layers(layers, depth)
+        return self.default_layers(depth) if layers is None else fit_layers(layers, depth)
+
+    def scheduled_layers(self, info: ModelInfo) -> tuple[int, ...]:
+        """List :meth:`layers_of`. Raises ``ValueError`` if ``keep`` has another number of entries."""
+        layers = self.layers_of(info)
+        if isinstance(self.keep, tuple) and len(self.keep) != len(layers):
+            raise ValueError(
+                f"keep has {len(self.keep)} entries for the {len(layers)} layers {layers}"
+            )
+        return layers
 
     def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
-        sites = {self.site_of(info), *(("encoder",) if self.looks(info) else ())}
-        return {site: self.needs.get(site, frozenset()) for site in sorted(sites)}
+        cut = self.site_of(info)
+        behind = "encoder" in self.needs and cut == "prompt"  # the encoder is looked at
+        sites = ("encoder", cut) if behind else (cut,)
+        return {site: self.needs.get(site, frozenset()) for site in sites}
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         looks = (Stage("encoder", layer, "end", cuts=False) for layer in self.looks(info))
         if self.site_of(info) == "prompt":
-            self._one_layer()
+            self._one_cut()
             return (*looks, Stage("prompt", 0))
-        return (*looks, *(Stage(self.site_of(info), layer) for layer in self.layers_of(info)))
+        return (
+            *looks,
+            *(Stage(self.site_of(info), layer) for layer in self.scheduled_layers(info)),
+        )
 
     def number(self, site: Any) -> int | Tensor:
         """Count the tokens to leave at ``site``: one number, or (B,) int64."""
         cuts = [(s.site, s.layer) for s in self.stages(site.info) if s.cuts]
-        if isinstance(self.keep, tuple) and len(self.keep) != len(cuts):
-            raise ValueError(f"keep has {len(self.keep)} entries for {len(cuts)} layers")
         found: int | Tensor = site.budget(self.keep, cuts.index((site.site, site.layer)), len(cuts))
         return found
 
@@ -121,10 +143,12 @@ class ScoredMethod(TokenMethod):
         score = self.score(site)
         return self.select(site, score, number, score)
 
-    def _one_layer(self) -> None:
+    def _one_cut(self) -> None:
         layers: tuple[int, ...] | None = getattr(self, "layers", None)
         if layers is not None and len(layers) != 1:
             raise ValueError(f"layers must be one layer for a cut at the prompt, got {layers}")
+        if isinstance(self.keep, tuple) and len(self.keep) != 1:
+            raise ValueError(f"keep must be one budget for a cut at the prompt, got {self.keep}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 from vtr.core.language_site import LanguageSite, VisualSpan
 from vtr.core.method import Reduction
 from vtr.methods.common.merge import by_representative
-from vtr.methods.common.vlm import valid_of
 
 
 class Clip(NamedTuple):
@@ -91,7 +90,7 @@ class Cutting:
     def __init__(self, site: LanguageSite) -> None:
         self.site = site
         index = torch.arange(site.n, device=site.device).expand(site.batch, -1)
-        self.stands = torch.where(valid_of(site), index, -1)
+        self.stands = torch.where(site.valid_mask, index, -1)
         self.start = self.stands
         self.weights: Tensor | None = None
         self.tokens: Tensor | None = None
