@@ -1,12 +1,16 @@
 """What the author of a method imports: ``from vtr.methods.base import ScoredMethod, register``.
 
-Bases, from the least to write to the most:
+Bases for methods that decide which visual tokens a model computes with:
 
-- :class:`TokenMethod`: decides which visual tokens a model computes with, in ``reduce(site)``.
-- :class:`AttentionMethod`: decides what an attention call of a diffusion transformer computes, in
-  ``attend(site)``.
-- :class:`MaskedAttention`: an attention method whose mask follows from the grid of tokens. You write
-  ``grid_mask(grid)`` alone.
+- :class:`ScoredMethod`: keeps the tokens of highest score. You write ``score(site)`` alone.
+- :class:`TextScoredMethod`: the same, for scores that are text-to-image attention, which
+  :class:`vtr.Debias` can correct.
+- :class:`TokenMethod`: any other decision. You write ``stages(info)`` and ``reduce(site)``.
+
+Bases for methods that decide what an attention call of a diffusion transformer computes:
+
+- :class:`MaskedAttention`: a mask that follows from the grid of tokens. You write ``grid_mask(grid)`` alone.
+- :class:`AttentionMethod`: any other. You write ``attend(site)``.
 
 A method is a frozen dataclass, decorated with :func:`register` (outermost) and
 ``@dataclass(frozen=True)``. Everything else here is used by them: budgets (``Keep`` and the checks of

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vtr.core.budget import check_count, fit_layers
+from vtr.core.budget import check_count, check_schedule, fit_layers
 from vtr.core.tokens import take
 from vtr.methods.base import Keep, ModelInfo, Reduction, ScoredMethod, Site, Stage, register
 from vtr.methods.common.looks import add_class_row
@@ -50,6 +50,8 @@ class CLSAttention(ScoredMethod):
 
     def validate(self) -> None:
         super().validate()
+        if self.layers is None:  # which is one layer
+            self._set("keep", check_schedule(self.keep, 1))
         check_count(self.ensemble, "ensemble")
 
     def layers_of(self, info: ModelInfo) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ class SparseVLM(Presets, TextScoredMethod):
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "SparseVLM: Visual Token Sparsification, ICML 2025, arXiv 2410.04417"
     sites: ClassVar[tuple[str, ...]] = ("prompt", "decoder")
+    site: ClassVar[str] = "decoder"
     needs: ClassVar = {
         "prompt": frozenset({"hidden", "text"}),
         "decoder": frozenset({"hidden", "text_attention"}),
