@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 import vtr
 from tests.tiny import images, ours, spread
 from vtr.core import adapters
+from vtr.core.method import TokenMethod
 
 PAGE = Path(__file__).parents[2] / "docs" / "custom-vit.md"
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
@@ -23,7 +25,7 @@ EXACT = {"atol": 1e-5, "rtol": 1e-5}
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Writes the package ``mymodels`` of the page, and gives the code that uses it."""
-    model, adapter, use = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    model, adapter, use, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     package = tmp_path / "mymodels"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -66,7 +68,7 @@ def test_the_page_runs_as_printed(code: str, capsys: pytest.CaptureFixture[str])
 
 def test_the_adapter_is_short() -> None:
     adapter = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    assert len([line for line in adapter.splitlines() if line.strip()]) <= 36
+    assert len([line for line in adapter.splitlines() if line.strip()]) <= 37
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -141,6 +143,26 @@ def test_a_shortened_sequence_is_the_full_one_with_masked_keys(model: Any, metho
             stages = handle.trace.stages
         want = by_hand(model, x, stages, sized=method.name == "tome")
     torch.testing.assert_close(short, want, **EXACT)
+
+
+def test_a_method_that_has_not_asked_for_the_attention_is_told_so(model: Any) -> None:
+    @dataclass(frozen=True)
+    class Curious(TokenMethod):
+        name: ClassVar[str] = "curious"
+        paper: ClassVar[str] = "none"
+        sites: ClassVar[tuple[str, ...]] = ("encoder",)
+
+        def stages(self, info: vtr.ModelInfo) -> tuple[vtr.Stage, ...]:
+            return (vtr.Stage("encoder", 1),)
+
+        def reduce(self, site: vtr.Site) -> None:
+            site.keys.mean()
+
+    with (
+        vtr.apply(model, Curious()),
+        pytest.raises(RuntimeError, match="name the signal in its needs"),
+    ):
+        model(images())
 
 
 def test_restored_outputs_have_full_length(model: Any) -> None:

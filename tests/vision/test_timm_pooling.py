@@ -58,10 +58,11 @@ def test_pooling_of_a_pruned_sequence_is_the_plain_one() -> None:
 
 
 @dataclass(frozen=True)
-class Ragged(TokenMethod):
+class ByScore(TokenMethod):
     """Keeps a number of tokens that is each sample's own."""
 
-    name: ClassVar[str] = "ragged"
+    name: ClassVar[str] = "by-score"
+    paper: ClassVar[str] = "none"
     sites: ClassVar[tuple[str, ...]] = ("encoder",)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
@@ -76,7 +77,7 @@ class Ragged(TokenMethod):
 @pytest.mark.parametrize("pool", ["avg", "avgmax", "max", "token", "map"])
 def test_padding_is_not_pooled(pool: str) -> None:
     model, x = vit(global_pool=pool), images(4)
-    with vtr.apply(model, Ragged()) as handle, torch.no_grad():
+    with vtr.apply(model, ByScore()) as handle, torch.no_grad():
         together = model(x)
         last = handle.trace.stages[-1].total
         assert last.padded and len(set(last.valid.sum(1).tolist())) > 1

@@ -65,6 +65,11 @@ def _site(
         now = TokenMap.identity(run.batch, run.tokens, x.device)
 
     def qkv() -> tuple[Tensor, Tensor, Tensor]:
+        if layer not in session.probed and session.runners[layer].split:
+            raise RuntimeError(
+                f"{entry.method.name} reads q, k or v of block {layer}, which it has not asked for: name the "
+                f'signal in its needs, such as needs = {{"encoder": frozenset({{"keys"}})}}'
+            )
         if probe is None or probe.qkv is None or probe.qkv[1].shape[2] != x.shape[1]:
             raise RuntimeError(
                 f"{entry.method.name} looks at the attention of block {layer}, which another "
