@@ -20,6 +20,7 @@ class Look(TokenMethod):
     """Opens the attention of every layer and changes nothing."""
 
     name: ClassVar[str] = "look"
+    paper: ClassVar[str] = "none"
     sites: ClassVar[tuple[str, ...]] = ("encoder",)
     needs: ClassVar = {"encoder": frozenset({"keys"})}
 
