@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -163,6 +164,30 @@ def test_a_method_that_has_not_asked_for_the_attention_is_told_so(model: Any) ->
         pytest.raises(RuntimeError, match="name the signal in its needs"),
     ):
         model(images())
+
+
+def test_the_grid_of_images_that_are_not_square(model: Any) -> None:
+    wrapping = type(vtr.apply(model, "random")._wrapping)
+    vtr.handles(model)[0].remove()
+    shapes = []
+
+    class Wide(wrapping):  # type: ignore[misc,valid-type]
+        def install(self) -> None:
+            super().install()
+            self.note_grid(self.root.patch)
+
+    class Noting(vtr.Random):
+        def reduce(self, site: vtr.Site) -> Any:
+            shapes.append(site.grid)
+            return super().reduce(site)
+
+    model.positions = torch.nn.Parameter(torch.randn(1, 1 + 4 * 9, 48))
+    own = ModuleType("wide_adapter")
+    own.__dict__.update(FAMILIES=("wide",), locate=lambda target: target, wrap=Wide)
+    vtr.register_adapter("mymodels", own)
+    with torch.no_grad(), vtr.apply(model, Noting(keep=0.5)):
+        model(images(size=72)[:, :, :32])
+    assert shapes == [(4, 9)]
 
 
 def test_restored_outputs_have_full_length(model: Any) -> None:

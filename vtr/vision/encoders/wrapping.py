@@ -143,6 +143,16 @@ class EncoderWrapping(Wrapping):
             kwargs["key_padding_mask"] = log_sizes(sizes).to(query.dtype)
         return type(attention).forward(attention, query, key, value, **kwargs)
 
+    # ---- the grid ---------------------------------------------------------------------------
+
+    def note_grid(self, patches: nn.Module) -> None:
+        """Take the grid of every call from a module's output (B, C, rows, columns), such as that of the
+        convolution that makes patches. For images that are not square."""
+        self.hook(patches.register_forward_hook(Bound(self, "take_grid")))
+
+    def take_grid(self, module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        self.session.shape = tuple(output.shape[2:])
+
     # ---- outputs that need every token -------------------------------------------------------
 
     def whole(self, name: str, *args: Any, **kwargs: Any) -> Any:
