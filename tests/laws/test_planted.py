@@ -283,7 +283,7 @@ def test_an_adapter_that_leaves_a_patch_on_is_caught() -> None:
     def leave(wrapping: Any) -> None:
         wrapping.uninstall = LeavesAPatch(wrapping)
 
-    with pytest.raises(AssertionError, match="off is bit-identical.*remove left|law"):
+    with pytest.raises(AssertionError, match="off is bit-identical"):
         check_adapter(broken(leave), vit(depth=3), images(), compiles=False)
 
 
@@ -292,7 +292,7 @@ def test_the_arguments_are_checked() -> None:
         check_method(Sound, ["elephant"])
     with pytest.raises(ValueError, match="at least two samples"):
         check_adapter(None, vit(depth=2), images(1))
-    with pytest.raises(AssertionError, match="works on no kind of model.*wan: .*encoder"):
+    with pytest.raises(AssertionError, match=r"works on no kind of model.*wan: .*encoder"):
         check_method(Sound, ["wan"])
 
     @dataclass(frozen=True)

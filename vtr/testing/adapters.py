@@ -91,6 +91,10 @@ class Look(TokenMethod):
     paper: ClassVar[str] = "none"
     sites: ClassVar[tuple[str, ...]] = ("encoder",)
 
+    def requirements(self, info: ModelInfo) -> dict[str, frozenset[str]]:
+        """Open the attention if there is one to open."""
+        return {"encoder": frozenset({"keys"})} if self.stages(info) else {}
+
     @classmethod
     def examples(cls) -> dict[str, Any]:
         return {"everything": (), "counted": ()}
@@ -219,7 +223,7 @@ class Given(Kind):
         return result(model(*positional, **{k: inputs[k] for k, _ in self.named}))
 
     def images(self, sample: Inputs) -> list[tuple[int, int]]:
-        return []
+        return []  # as many tokens as the trace says, one image
 
     def cast(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
         return {k: cast(v, dtype) for k, v in inputs.items()}

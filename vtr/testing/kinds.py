@@ -401,6 +401,7 @@ KINDS: dict[str, Kind] = {
         _diffusion("wan", "blocks", "attn1.to_out.0"),
         _diffusion("cogvideox", "transformer_blocks", "attn1.to_out.0"),
         _diffusion("hunyuan-video", "transformer_blocks", "attn.to_out.0"),
+        _diffusion("flux", "transformer_blocks", "attn.to_out.0"),
     )
 }  # fmt: skip
 """Every kind by its name: encoders, vision-language models, then diffusion transformers."""

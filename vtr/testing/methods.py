@@ -92,6 +92,12 @@ def check_method(
     return tuple(held)
 
 
+def reduces(trial: Trial) -> bool:
+    """Return whether the method computes less, or otherwise, on this kind of model."""
+    module = attention if "attention" in trial.method.sites else tokens
+    return module.reduces(trial)
+
+
 def refused(kind: Kind, settings: Settings) -> str:
     """Return why a kind of model does not take a method; empty if it does."""
     try:
@@ -106,11 +112,10 @@ def refused(kind: Kind, settings: Settings) -> str:
 
 def hold_all(trial: Trial) -> bool:
     """Hold one trial to all laws of its method; return whether the method reduced something."""
-    module = attention if "attention" in trial.method.sites else tokens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         laws = laws_of(trial.method)
-        reduced = module.reduces(trial)
+        reduced = reduces(trial)
         if not reduced:  # such as a method for videos on a model of images
             laws = {"off is bit-identical": life.off}
         for name, law in laws.items():

@@ -60,14 +60,17 @@ def counts(trial: Trial) -> None:
         keep = getattr(method, "keep", None)
         if not trial.kind.counted & set(method.sites) or not isinstance(keep, (int, float)):
             continue
-        found = trial.run(method, trial.batch)
+        try:
+            found = trial.run(method, trial.batch)
+        except ValueError:  # a method that cannot go so far says so
+            continue
         records = trial.own(found.trace)
         if not records:
             continue
         left = [len(kept(records[-1], b)) for b in range(len(trial.kind.samples))]
         lawful = [
             [sum(count(keep, n) + rest for n, rest in parts) for parts in way]
-            for way in _ways(trial, keep)
+            for way in _ways(trial, keep, records[-1].total.n_in)
         ]
         require(
             left in lawful,
@@ -75,10 +78,10 @@ def counts(trial: Trial) -> None:
         )
 
 
-def _ways(trial: Trial, keep: float) -> list[list[list[tuple[int, int]]]]:
+def _ways(trial: Trial, keep: float, tokens: int) -> list[list[list[tuple[int, int]]]]:
     """Per sample the parts that a budget counts, each with tokens beside it that stay: a fraction is of all
     tokens of a sample and a number per image; or both per video, whose separators stay."""
-    per = [trial.kind.images(sample) for sample in trial.kind.samples]
+    per = [trial.kind.images(sample) or [(tokens, 0)] for sample in trial.kind.samples]
     whole = [
         [(sum(n for n, _ in images), 0)] if isinstance(keep, float) else images for images in per
     ]
