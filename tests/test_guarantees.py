@@ -23,6 +23,16 @@ MODEL = vit()
 METHODS = [s.name for s in vtr.supported(MODEL) if s.supported]
 
 
+def test_a_handle_that_was_removed() -> None:
+    model = vit()
+    handle = vtr.apply(model, "evit")
+    handle.remove()
+    handle.remove()
+    assert handle.removed and "removed" in repr(handle)
+    with pytest.raises(RuntimeError, match="was removed"):
+        handle.pause()
+
+
 class Boom(RuntimeError):
     pass
 
@@ -31,27 +41,7 @@ def _raise(*args: Any, **kwargs: Any) -> None:
     raise Boom
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_remove_and_context_leave_nothing(name: str) -> None:
-    model, x = vit(), images()
-    watch = Watch(model, x)
-    handle = vtr.apply(model, name)
-    with torch.no_grad():
-        reduced = model(x)
-    assert not torch.equal(reduced, watch.out)
-    watch.check_wrapped()
-    handle.remove()
-    handle.remove()
-    assert handle.removed and "removed" in repr(handle)
-    watch.check()
-    with vtr.apply(model, name) as handle:
-        model(x)
-    watch.check()
-    with pytest.raises(RuntimeError, match="was removed"):
-        handle.pause()
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["evit", "tome"])  # every method: see tests/laws
 @pytest.mark.parametrize("where", ["block", "mlp", "head", "method"])
 def test_an_exception_inside_the_forward(
     name: str, where: str, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +76,7 @@ def test_an_exception_inside_the_forward(
     watch.check()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["evit", "tofe"])  # every method: see tests/laws
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_deepcopy_is_independent(name: str, grad: bool) -> None:
     model, x = vit(), images()

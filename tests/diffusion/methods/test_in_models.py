@@ -171,9 +171,8 @@ def test_token_merging_by_hand(name, mlp):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("name", ["wan", "hunyuan-video", "cogvideox", "flux", "pixart"])
-def test_a_batch_is_its_samples(name, method):
-    case = CASES[name]
+def test_a_batch_is_its_samples_in_cross_attention_to_padded_text(method):
+    case = CASES["pixart"]  # other families: see tests/laws
     model, given = case.build(), case.call(batch=2)
     with apply(model, method):
         both = run(model, given)
@@ -183,16 +182,6 @@ def test_a_batch_is_its_samples(name, method):
                 for k, v in given.items()
             }
             torch.testing.assert_close(run(model, alone), both[i : i + 1], atol=3e-5, rtol=3e-5)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision(method, dtype):
-    model, given = CASES["wan"].build().to(dtype), CASES["wan"].call()
-    given = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    with vtr.apply(model, method):
-        out = run(model, given)
-    assert out.dtype == dtype and torch.isfinite(out).all()
 
 
 def test_two_runs_in_a_row_are_equal():
