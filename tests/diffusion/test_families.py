@@ -15,6 +15,7 @@ import vtr
 from tests.diffusion.models import CASES, Case, Fixed, eager, token_mask
 from vtr.core.method import Reduction, Stage, TokenMethod
 from vtr.core.tokens import TokenMap
+from vtr.diffusion.families import family_of
 from vtr.diffusion.processor import SiteProcessor
 from vtr.kernels import BlockMask
 
@@ -269,8 +270,9 @@ def test_attention_of_some_tokens(model: Any, case: Case, monkeypatch: pytest.Mo
 
 def test_the_mlp_of_some_tokens(model: Any, case: Case) -> None:
     """An MLP sees one token at a time: merged, the tokens left out copy the one before them."""
-    name = {"WanT": "ffn", "Qwen": "img_mlp"}.get(type(model).__name__[:4], "ff")
-    if case in (CASES["flux"], CASES["hunyuan-video"]):
+    family = family_of(model)
+    name = None if family is None else family.mlp
+    if name is None:
         with pytest.raises(vtr.UnsupportedMethodError, match="without an MLP"):
             vtr.apply(model, Half(around="mlp"))
         return
