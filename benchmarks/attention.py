@@ -1,4 +1,4 @@
-"""Block-sparse attention against what a user would run instead.
+"""Time block-sparse attention and the alternatives that a user would run.
 
     python benchmarks/attention.py cpu      # one thread; minutes
     python benchmarks/attention.py gpu      # CUDA; half an hour, most of it compiling
@@ -11,7 +11,7 @@ results are compared with dense masked attention before anything is timed, which
 tunes. A GPU is timed by its own events, its second-level cache written over before each call.
 
 ``efficiency`` is the achieved speed-up over the ideal one: (dense ms / ms) * density, where dense
-is the fastest of torch's own SDPA backends. 1 is a kernel that loses nothing to sparsity.
+is the fastest of torch's own SDPA backends. 1 means that the time falls as much as the density.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def candidates(point: dict[str, Any], mask: BlockMask, device: str) -> tuple[dic
 
 def check(calls: dict[str, Call], tensors: Any, mask: BlockMask) -> dict[str, float]:
     """Largest difference from masked attention in float32 on some queries; drops FlexAttention from
-    ``calls`` where it fails."""
+    ``calls`` if it fails."""
     q, k, v = (t.detach()[:, :1].float() for t in tensors)
     size = mask.block[0]
     errors = {}
@@ -217,10 +217,9 @@ def check(calls: dict[str, Call], tensors: Any, mask: BlockMask) -> dict[str, fl
 def fastest(calls: dict[str, Call], device: str, seconds: float, rounds: int) -> dict[str, float]:
     """Milliseconds of each call, the least of alternating rounds.
 
-    On a GPU by events around each call; the write before them keeps it busy while the call is being
-    launched, so that launching is not counted. One thread on the CPU is timed by the processor time
-    it got, which equals the time passed on an idle machine and leaves out what other programs took
-    on a busy one.
+    A GPU is timed by events around each call; the write before them keeps it busy while the call is being
+    launched, so that launching is not counted. One thread on the CPU is timed by its processor time,
+    which equals the elapsed time on an idle machine and excludes other programs on a busy one.
     """
     clock = (
         time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
@@ -261,9 +260,7 @@ def run(suite: str, device: str, quick: bool, seconds: float) -> list[dict[str, 
             errors = check(calls, tensors, mask)
             for name, error in errors.items():
                 if error > TOLERANCE[point["dtype"]]:
-                    raise SystemExit(
-                        f"{name} is wrong by {error} at {point}: no time is worth that"
-                    )
+                    raise SystemExit(f"{name} is wrong by {error} at {point}, so it is not timed")
             times = fastest(calls, device, seconds, 200)
         dense = min(ms for name, ms in times.items() if name.startswith("dense"))
         for name, ms in times.items():

@@ -5,10 +5,10 @@
     python benchmarks/diffusion.py --quick                  # small shapes of the same classes, CPU too
 
 Three candidates run in turn in one process, and the best round counts: the model as diffusers runs
-it (``scaled_dot_product_attention``, which is flash attention where the device has it), the method
-with our kernel, and the method with compiled FlexAttention under the same mask. ``ideal`` is what
-the mask saves of the attention's FLOPs alone; a block and a step have other work as well. Weights
-are random: time does not depend on what a model knows. Writes
+it (``scaled_dot_product_attention``, which is flash attention if the device has it), the method
+with our kernel, and the method with compiled FlexAttention under the same mask. ``ideal`` is the
+speed-up if only the attention's FLOPs counted; a block and a step have other work as well. Weights
+are random: they do not influence the time. Writes
 ``benchmarks/results/diffusion_<device>.csv``.
 """
 
@@ -47,10 +47,10 @@ class Model:
     Attributes:
         name: class in diffusers.
         config: of the class, with all layers.
-        layers: names of the config entries that count layers, the first of which a block keeps.
+        layers: names of the config entries that count layers; a single block keeps the first.
         grid: frames, height and width in tokens.
-        method: what is measured.
-        inputs: makes the keyword arguments of one call, on the CPU in float32.
+        method: the method that is measured.
+        inputs: creates the keyword arguments of one call, on the CPU in float32.
     """
 
     name: str
@@ -166,7 +166,7 @@ def models(quick: bool) -> dict[str, Model]:
 
 
 def build(model: Model, part: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The transformer with small random weights, with all layers, or one and no single-stream one."""
+    """The transformer with small random weights, with all layers, or with one dual-stream layer."""
     import diffusers
 
     config = dict(model.config)

@@ -1,12 +1,12 @@
-"""What the attention methods of diffusion transformers cost at one layer: masks, and time per call.
+"""Measure the cost of the attention methods of diffusion transformers at one layer: masks and time per call.
 
     python benchmarks/diffusion_methods.py             # CPU, one thread; about two minutes
     python benchmarks/diffusion_methods.py --device cuda
 
 One attention site of random tensors, all methods in turn, the best of the rounds; dense is
 ``scaled_dot_product_attention``. ``work`` is the share of dense attention's products that is
-computed; ``efficiency`` is (dense ms / ms) * work, 1 where nothing is lost to sparsity, reordering,
-pooling or residuals. Random tensors say nothing of quality. Writes
+computed; ``efficiency`` is (dense ms / ms) * work, 1 if nothing is lost to sparsity, reordering,
+pooling or residuals. Quality cannot be measured on random tensors. Writes
 ``benchmarks/results/diffusion_methods_<device>.csv``.
 """
 
@@ -31,7 +31,7 @@ FIELDS = ["grid", "heads", "dim", "dtype", "method", "first_call_ms", "work", "m
 
 
 def methods() -> list[Any]:
-    """A quarter of the keys, as far as the methods can be told so."""
+    """Create each method with a budget of a quarter of the keys, or the nearest that it allows."""
     return [
         vtr.RandomSparse(density=0.25),
         vtr.OwnFrame(radius=2),
@@ -48,7 +48,7 @@ def methods() -> list[Any]:
 
 
 class Layer:
-    """A method at one layer; the first call is a refresh where the method has one."""
+    """A method at one layer; the first call is a refresh if the method has refreshes."""
 
     def __init__(self, method: Any, grid: tuple[int, int, int], qkv: list[torch.Tensor]) -> None:
         self.method, self.grid, self.qkv = method, grid, qkv

@@ -1,4 +1,4 @@
-"""Every method against the paper and against its authors' code: measures, and writes docs/fidelity.md.
+"""Compare every method with its paper and its authors' code, and write docs/fidelity.md.
 
     python benchmarks/fidelity.py                            # plain calculations, of all methods
     python benchmarks/fidelity.py --methods tome,evs
@@ -6,13 +6,13 @@
     python benchmarks/fidelity.py --authors CHECKOUTS --write
     python benchmarks/fidelity.py --page                     # the page alone, from what is recorded
 
-*Plain*: the tests of a method, which write its formulas out token by token, are run, and the largest
-difference between float32 or float64 tensors that they compare is told. *Authors*: where CHECKOUTS holds a
-checkout of the authors' repository, functions of their files run unmodified on the same numbers
-(``fidelity_authors.py``); a repository that is not there is named, and its recorded result stays.
+*Plain*: runs the tests of a method, which write its formulas out token by token, and prints the largest
+difference between the float32 or float64 tensors that they compare. *Authors*: if CHECKOUTS holds a
+checkout of the authors' repository, runs functions of their files unmodified on the same numbers
+(``fidelity_authors.py``). A missing repository is named, and its recorded result is kept.
 
-What there is to say about a method is in ``fidelity.toml``, what was measured in
-``results/fidelity.json``; --write renews that and the page.
+The description of a method is in ``fidelity.toml``, the measured results are in
+``results/fidelity.json``; --write renews the results and the page.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ VERDICTS = ("exact", "explained", "not comparable")
 
 @dataclass(frozen=True)
 class Row:
-    """One method, as ``fidelity.toml`` tells of it.
+    """One method's entry of ``fidelity.toml``.
 
     Attributes:
         name: of the method.
-        verdict: ``"exact"`` (the same choices and numbers), ``"explained"`` (but for what ``differs``
-            says), ``"not comparable"``.
-        compared: what was compared, or why nothing can be.
-        differs: what is not as in the authors' code.
+        verdict: ``"exact"`` (the same choices and numbers), ``"explained"`` (the same except for
+            ``differs``), ``"not comparable"``.
+        compared: the parts that were compared, or the reason why none can be.
+        differs: the differences from the authors' code.
         tests: files or node ids of pytest that hold the method to plain calculations.
         only: pytest's ``-k``.
-        authors: ``owner/repository``; empty where nothing was released.
-        commit: that was compared.
-        found: what a comparison by hand found, where ``fidelity_authors.py`` has none.
-        settings: published setting -> how it is written here, where no preset has it.
+        authors: ``owner/repository``; empty if nothing was released.
+        commit: the commit that was compared.
+        found: the result of a comparison by hand, if ``fidelity_authors.py`` has none.
+        settings: published setting -> how to write it here, if no preset has it.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Row:
 
 
 def rows(path: Path = ROWS) -> list[Row]:
-    """The rows of the file, by the methods' names."""
+    """Read the rows of the file, sorted by the methods' names."""
     import tomllib
 
     found = []
@@ -83,7 +83,7 @@ def rows(path: Path = ROWS) -> list[Row]:
 
 
 class Differences:
-    """A plugin of pytest that keeps the largest difference that tests compare away."""
+    """A pytest plugin that records the largest difference that the tests' comparisons tolerate."""
 
     def __init__(self) -> None:
         self.largest, self.compared, self.passed, self.failed = 0.0, 0, 0, 0
@@ -122,7 +122,7 @@ class Differences:
 
 
 def pairs(actual: Any, expected: Any) -> Iterator[tuple[Any, Any]]:
-    """The tensors of two structures, one beside the other."""
+    """Yield pairs of tensors at the same place of two structures."""
     import torch
 
     if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
@@ -147,12 +147,12 @@ def plain(row: Row) -> dict[str, Any]:
         status = pytest.main([*options, *(str(ROOT / t) for t in row.tests)], plugins=[seen])
     if status != 0:
         print(output.getvalue(), file=sys.stderr)
-        raise SystemExit(f"{row.name}: the tests fail ({seen.failed}) or there are none")
+        raise SystemExit(f"{row.name}: the tests fail ({seen.failed}), or fidelity.toml names none")
     return {"tests": seen.passed, "compared": seen.compared, "largest": seen.largest}
 
 
 def authors(row: Row, folder: Path) -> dict[str, Any] | str:
-    """Run the authors' code; a line that says why not, where it cannot be."""
+    """Run the authors' code; returns the reason as a line if it cannot run."""
     from fidelity_authors import COMPARISONS, Checkout, Missing
 
     if row.name not in COMPARISONS:
@@ -173,7 +173,7 @@ def number(value: float) -> str:
 
 
 def cell(row: Row, measured: dict[str, Any]) -> tuple[str, str]:
-    """What plain calculations and what the authors' code found, in a few words."""
+    """Summarise the results of plain calculations and of the authors' code in a few words."""
     done = measured.get("plain")
     own = "" if done is None else f"{done['tests']} tests"
     if done and done["compared"]:
@@ -191,7 +191,7 @@ def cell(row: Row, measured: dict[str, Any]) -> tuple[str, str]:
 
 
 def page(found: list[Row], results: dict[str, Any]) -> str:
-    """docs/fidelity.md."""
+    """Write the text of docs/fidelity.md."""
     lines = [HEAD.strip(), ""]
     lines += ["| method | compared with | result | plain calculation | authors' code |"]
     lines += ["|---|---|---|---|---|"]
@@ -216,7 +216,7 @@ def page(found: list[Row], results: dict[str, Any]) -> str:
 
 
 def presets(name: str) -> list[tuple[str, str]]:
-    """The presets of a method, as they are called and what they stand for."""
+    """List the presets of a method: the call, and the method that it creates."""
     from vtr.core.registry import registry
     from vtr.evaluate.cells import spelled
 
@@ -230,19 +230,20 @@ HEAD = """
 
 <!-- Written by benchmarks/fidelity.py from benchmarks/fidelity.toml and benchmarks/results/fidelity.json. -->
 
-What each method was compared with, and what came out of it.
+Each method of vtr was compared with its paper's formulas and, if they are public, with the files of its authors' code.
+This page lists the results and the known differences.
 
 - *exact*: the same choices and the same numbers, up to the order of float operations.
-- *explained*: so but for what is said below.
-- *not comparable*: nothing was released, or a baseline of ours.
+- *explained*: the same except for the differences listed below.
+- *not comparable*: nothing was released, or the method is a baseline of ours.
 - *plain calculation*: tests that write the method's formulas out token by token, and the largest difference
   between float32 or float64 tensors in them.
 - *authors' code*: functions of the authors' files, unmodified, on the same random numbers: choices (tokens,
-  blocks of a mask, merged rows) that are alike, and the largest difference of a value. Noise that they add
-  to densities to part equals is left out. Text without such numbers tells a comparison by hand.
+  blocks of a mask, merged rows) that are alike, and the largest difference of a value. The noise that the authors
+  add to densities to break ties is left out. Text without such numbers describes a comparison by hand.
 
-Fractions of tokens are rounded up here unless said otherwise; authors round in every way. Give a number of
-tokens, or their fraction, to leave exactly as many.
+Fractions of tokens are rounded up here unless said otherwise; authors round in different ways. To leave exactly as
+many tokens as the authors do, give the number of tokens, or that number as a fraction.
 
 ```
 python benchmarks/fidelity.py                                  # the plain calculations
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--methods", help="names with commas; default: all")
     parser.add_argument("--authors", type=Path, help="folder with checkouts of their repositories")
     parser.add_argument("--write", action="store_true", help="record the results, renew the page")
-    parser.add_argument("--page", action="store_true", help="renew the page, and measure nothing")
+    parser.add_argument("--page", action="store_true", help="renew only the page; measure nothing")
     given = parser.parse_args()
     if given.authors is not None and not given.authors.is_dir():
         raise SystemExit(f"--authors: there is no folder {given.authors}")

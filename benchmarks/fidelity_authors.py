@@ -1,9 +1,9 @@
-"""The methods against their authors' own code, on the same numbers: used by ``fidelity.py --authors``.
+"""Compare the methods with their authors' own code on the same numbers, for ``fidelity.py --authors``.
 
-Nothing of theirs is here. A checkout is read where the user keeps it; the functions that are compared are
-taken out of its files by name, unmodified, and run on random tensors: whole files cannot be imported,
-since they need old versions of other libraries. Only the noise is left out that some add to densities
-(``torch.rand(...) * 1e-6``), which would decide at random between near equals.
+This file contains no code of the authors. The functions that are compared are read from a checkout that the
+user provides, by name, unmodified, and run on random tensors. Whole files cannot be imported,
+since they need old versions of other libraries. Only the noise that some authors add to densities
+(``torch.rand(...) * 1e-6``) is left out, since it decides at random between nearly equal values.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import vtr
 
 
 class Missing(Exception):
-    """A checkout, or something in it, that is not there."""
+    """A missing checkout, or a missing file or function in it."""
 
 
 class _Quiet:
-    """torch without the noise."""
+    """torch without the noise that authors add to densities."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -61,7 +61,7 @@ class Checkout:
 
     @property
     def commit(self) -> str:
-        """The first seven digits of the commit, ``"unknown"`` where there is no history."""
+        """The first seven digits of the commit, or ``"unknown"`` without a history."""
         command = ["git", "-C", str(self.root), "rev-parse", "--short=7", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
@@ -78,7 +78,7 @@ class Checkout:
         Args:
             names: of functions and classes at its top; ``"Class.method"`` for a method, which becomes a
                 function of that name.
-            known: what they use from elsewhere, beside torch, F, nn and math.
+            known: names that they use from elsewhere, besides torch, F, nn and math.
         """
         tree, path = self._read(file)
         chosen: list[ast.stmt] = []
@@ -133,10 +133,10 @@ def _assigns(node: ast.AST, name: str) -> bool:
 
 @dataclass
 class Finding:
-    """What a comparison found.
+    """Result of a comparison.
 
     Attributes:
-        largest: largest absolute difference of a number; 0 where only choices were compared.
+        largest: largest absolute difference of a number; 0 if only choices were compared.
         differ, of: choices (tokens, blocks of a mask) that differ, of how many.
     """
 
@@ -145,19 +145,19 @@ class Finding:
     of: int = 0
 
     def choices(self, ours: Tensor, theirs: Tensor) -> None:
-        """Two masks or lists of indices of one shape."""
+        """Compare two masks or lists of indices of one shape."""
         assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
         self.differ += int((ours != theirs).sum())
         self.of += ours.numel()
 
     def numbers(self, ours: Tensor, theirs: Tensor) -> None:
-        """Two tensors of one shape."""
+        """Compare two tensors of one shape."""
         assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
         if ours.numel():
             self.largest = max(self.largest, float((ours.double() - theirs.double()).abs().max()))
 
     def rows(self, ours: Tensor, theirs: Tensor, near: float = 1e-3) -> None:
-        """Rows (N, C) and (M, C) in any order: those without a partner within ``near`` differ."""
+        """Compare rows (N, C) and (M, C) in any order: those without a partner within ``near`` differ."""
         distance = (ours.double()[:, None] - theirs.double()[None]).abs().amax(-1)
         mine, other = distance.amin(1), distance.amin(0)
         alone = int((mine > near).sum()), int((other > near).sum())
@@ -169,7 +169,7 @@ class Finding:
 
 
 def clip(frames: int, places: int, channels: int, seed: int, still: float = 0.5) -> Tensor:
-    """(T, P, C): three scenes, in which a share of the places hardly changes."""
+    """Three scenes (T, P, C), in which a share of the places hardly changes."""
     g = torch.Generator().manual_seed(seed)
     scenes = torch.randn(3, places, channels, generator=g)
     x = scenes[torch.arange(frames) * 3 // frames]
@@ -179,7 +179,7 @@ def clip(frames: int, places: int, channels: int, seed: int, still: float = 0.5)
 
 
 def summed(stands: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-    """Rows of what each slot becomes, ascending."""
+    """The row that each slot becomes, ascending."""
     flat = x.reshape(-1, x.shape[-1]).double()
     live = stands >= 0
     total = torch.zeros_like(flat).index_add(
@@ -365,7 +365,7 @@ def vtc_cls(code: Checkout) -> Finding:
 
 
 def visionzip(code: Checkout) -> Finding:
-    """What enters the language model, as many dominant tokens given to both; without their class token."""
+    """The input of the language model, with equally many dominant tokens and without their class token."""
     theirs = code.functions(
         "visionzip/clip_encoder.py", "CLIPVisionTower_VisionZip.forward"
     ).forward
@@ -460,7 +460,7 @@ def _llava_next() -> tuple[Any, Any, Any]:
 
 
 class _Called(SimpleNamespace):
-    """Stands for a module whose forward is a function of theirs."""
+    """A module whose forward is one of the authors' functions."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.function(self, *args, **options)
@@ -619,7 +619,7 @@ def dycoke(code: Checkout) -> Finding:
 
 @contextmanager
 def _numbered(function: Any, channels: int) -> Iterator[None]:
-    """Let a function compare all channels but those behind ``channels``, which number the tokens."""
+    """Make a function compare only the first ``channels`` channels; the others number the tokens."""
     space = function.__globals__
     kept = space["torch"]
     cosine = F.cosine_similarity
@@ -644,7 +644,7 @@ def _numbered(function: Any, channels: int) -> Iterator[None]:
 
 
 def fastvid(code: Checkout) -> Finding:
-    """The whole of it for LLaVA-OneVision, at the released settings."""
+    """The whole method for LLaVA-OneVision, at the released settings."""
     from vtr.methods.fastvid import segments
 
     file = "fastvid_llavaonevision/LLaVA-NeXT/llava/model/language_model/modeling_qwen2.py"
@@ -673,7 +673,7 @@ def fastvid(code: Checkout) -> Finding:
         masks = [
             torch.zeros(t * 196, dtype=torch.bool).index_fill(0, i, True) for i in (mine, theirs)
         ]
-        # Anchors that their rounding down leaves out are ours alone.
+        # Anchors that their rounding down leaves out exist only in ours.
         found.differ += int((masks[1] & ~masks[0]).sum())
         found.of += int(masks[1].sum())
         values = torch.zeros(t * 196, 48).index_copy(0, theirs, space["hidden_states"][0, inside])
@@ -735,7 +735,7 @@ def holitom(code: Checkout) -> Finding:
 
 
 def _holitom_inner(code: Checkout, found: Finding) -> None:
-    """The merge inside the language model, of states and an attention map made up."""
+    """The merge inside the language model, of random states and a random attention map."""
     from vtr.methods.holitom import merge_into_nearest
 
     g = torch.Generator().manual_seed(0)
@@ -796,7 +796,7 @@ def prunevid(code: Checkout) -> Finding:
 
 
 def _einsum(*given: Any) -> Tensor:
-    """einops writes axes as words."""
+    """Rearrange a tensor by an einops pattern, whose axes are words."""
     pattern, *tensors = given if isinstance(given[0], str) else (given[-1], *given[:-1])
     return torch.einsum(pattern.replace(" ", ""), *tensors)
 

@@ -1,20 +1,20 @@
-"""First run on a GPU: what to know before anything else, in at most five minutes.
+"""Measure the most important things on a new GPU in at most five minutes.
 
     make gpu-first                                   # PYTHON=python3, results under gpu_first/
     python benchmarks/gpu_first.py all --out FOLDER
     DRY=1 python benchmarks/gpu_first.py sweep       # the same code in Triton's interpreter, tiny inputs, no GPU
 
-Needs torch, triton and transformers; parts whose libraries are missing say so. Every part runs in a process
-group of its own with a time box, and writes what it has at once, so that an early end loses nothing:
+Needs torch, triton and transformers; parts whose libraries are missing say so. Every part runs in its own process
+group with a time limit, and writes each result at once, so that an early end loses nothing:
 
-- env.json: device, versions, and what is measured as ceilings (matrix product, copy);
+- env.json: device, versions, and the measured ceilings (matrix product, copy);
 - sweep.jsonl: one attention layer, dense (cuDNN, FlashAttention) and block-sparse (the Triton kernel's
   candidates, the Hopper kernel, FlexAttention), the error before the time;
 - tests.txt: the tests that need a GPU;
 - vlm-*.csv, vit-*.csv: whole models of real shapes with random weights;
-- wan.jsonl: one attention site of Wan-1.3B at 480p: what a method costs beside its kernel.
+- wan.jsonl: one attention site of Wan-1.3B at 480p: the cost of a method besides its kernel.
 
-``efficiency`` is (fastest dense ms / ms) * density: 1 where nothing is lost to sparsity.
+``efficiency`` is (fastest dense ms / ms) * density: 1 if nothing is lost to sparsity.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def warm(which: int) -> None:
 
 
 def error_of(out: Any, q: Any, k: Any, v: Any, mask: Any) -> float:
-    """Relative error of three blocks of rows, against float32 attention over what the mask shows."""
+    """Relative error of three blocks of rows, against float32 attention over the keys that the mask keeps."""
     import torch
     import torch.nn.functional as F
 
@@ -255,7 +255,7 @@ def wan(folder: Path) -> None:
 
 
 def parts(out: Path) -> list[tuple[str, int, str]]:
-    """Name, seconds and command, the most wanted first."""
+    """List name, seconds and command of each part, the most important first."""
     python, vlm, vit = sys.executable, HERE.with_name("vlm.py"), HERE.with_name("vit.py")
     own = f"{python} {HERE}"
     return [
@@ -301,7 +301,7 @@ def everything(out: Path, limit: float) -> None:
             end = f"status {process.wait(box)}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)  # its own process group
-            end = "stopped by its time box"
+            end = "stopped by its time limit"
         lines.append(f"{name}: {end}, {time.time() - before:.0f} s")
         print("==", lines[-1], flush=True)
         (out / "summary.txt").write_text("\n".join(lines) + "\n")

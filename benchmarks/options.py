@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def named(option: str, text: str | None, known: Iterable[str]) -> list[str]:
-    """The names in ``text``, with commas, or all that are known. Ends the program for others."""
+    """Split ``text`` at commas into known names; all of them without a text. Ends the program for others."""
     known = list(known)
     names = [name.strip() for name in text.split(",")] if text else known
     if unknown := [name for name in names if name not in known]:

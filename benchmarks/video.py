@@ -1,10 +1,10 @@
-"""Video, side by side in one process.
+"""Time video decoding with vtr and with plain decord and PyAV, side by side in one process.
 
-    python benchmarks/video.py decode                      # clips made here, of several kinds
+    python benchmarks/video.py decode                      # generated clips of several kinds
     python benchmarks/video.py decode --file CLIP.mp4 --frames 32
 
-`decode` compares vtr.video.load with decord and PyAV used plainly, for the same frames: open the file,
-find out its frames, decode those that are wanted, as one array. Calls take turns. Times are the best of
+`decode` compares vtr.video.load with decord and PyAV used directly, for the same frames: open the file,
+index its frames, decode the wanted ones into one array. Calls take turns. Times are the best of
 all rounds; ratios are medians, over the rounds, of the plain library's time over ours: above 1 ours is
 faster. `decord_over_itself` is plain decord against plain decord: the noise of the measurement.
 """
@@ -106,19 +106,19 @@ def plain_pyav(path: str, frames: int, threads: int) -> np.ndarray:
 
 def rounds(fns: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
     """Seconds of each function in each round, called in turn, every other round in the opposite order,
-    so that noise hits all alike; NaN where one raises."""
+    so that noise hits all alike; NaN if one raises."""
     times = {name: np.full(repeats, np.nan) for name in fns}
     working = []
     for name, fn in fns.items():
         try:
             fn()
-        except Exception as error:  # decord 0.6 gives up on some files when it has several threads
+        except Exception as error:  # decord 0.6 fails on some files when it has several threads
             print(f"{name} fails: {str(error).splitlines()[-1][-120:]}")
         else:
             working.append(name)
     for turn in range(repeats):
         for name in working[:: 1 if turn % 2 else -1]:
-            # Warm processes and caches for all, as where files are read one after the other.
+            # Warm processes and caches for all, as when files are read one after the other.
             fns[name]()
             began = time.perf_counter()
             fns[name]()

@@ -1,10 +1,10 @@
-"""What the methods for video cost, and what they save.
+"""Measure the cost of the methods for video, and the time that they save.
 
     python benchmarks/video_models.py reduction              # each method alone, 8 to 256 frames
     python benchmarks/video_models.py prefill                # CPU: 0.5B shape; GPU: 7B shape
 
 `reduction` times a method's whole decision at the entry of a language model (or at its first layer) on
-random scenes of 196 tokens per frame, with the merging of the hidden states that an adapter does with it:
+random scenes of 196 tokens per frame, with the merging of the hidden states that an adapter does after it:
 milliseconds per 1,000 tokens, and the exponent of growth from 64 to 256 frames (1 is linear). glibc gives
 large tensors fresh pages in every call, which costs a method up to four times its own time from 32 to 64
 frames on; to time the method alone, keep them:
@@ -12,9 +12,9 @@ frames on; to time the method alone, keep them:
     MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 python benchmarks/video_models.py ...
 
 `prefill` runs a LLaVA-OneVision with random weights on 32 frames of 196 tokens, dense and with methods that
-leave 25 and 10 %: the time of its language model, everything that the method does at its entry and between
-its layers included, against the ratio of FLOPs (achieved_over_ideal). The vision tower is a small one: its
-time is not counted. On a CPU times are CPU seconds of this process, so that other load hardly counts.
+leave 25 and 10 %. It compares the time of the language model, with all work of the method at its entry and
+between its layers, with the ratio of FLOPs (achieved_over_ideal). The vision tower is a small one: its
+time is not counted. On a CPU times are CPU seconds of this process, so that other load hardly matters.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SHAPES = {
 
 
 def scene(frames: int, width: int, device: str, seed: int = 0) -> Tensor:
-    """(T, P, C): a scene that changes every 16 frames, with places that move."""
+    """A scene (T, P, C) that changes every 16 frames, with places that move."""
     g = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"generator": g, "device": device}
     scenes = torch.randn(-(-frames // 16), CELLS, width, **options)
@@ -73,7 +73,7 @@ def scene(frames: int, width: int, device: str, seed: int = 0) -> Tensor:
 
 
 def site_of(x: Tensor, method: vtr.Method) -> LanguageSite:
-    """The place of a language model that a video of (T, P, C) embeddings comes to."""
+    """The site at the entry of a language model for a video of (T, P, C) embeddings."""
     t, p, c = x.shape
     n, device = t * p, x.device
     span = VisualSpan(0, n, "video", t, GRID)
@@ -255,7 +255,7 @@ class Prefill:
             "attention_mask": torch.ones_like(ids).to(args.device),
             "pixel_values_videos": video.to(args.device, dtype),
         }
-        # Set before any method is applied, so that it sees all of what one does.
+        # Set before any method is applied, so that it times all work of a method.
         self.model.model.language_model.register_forward_pre_hook(self.enter)
         self.model.model.register_forward_hook(self.leave)
         self.start = self.seconds = 0.0

@@ -1,11 +1,11 @@
-"""Encoders: dense (SDPA) against every method, side by side in one process.
+"""Time encoders: dense (SDPA) and with every method, side by side in one process.
 
     python benchmarks/vit.py                        # ViT-S/16 224, ViT-B/16 384, ViT-L/16 512; batch 1, 8
     python benchmarks/vit.py --models vit-b-384 --batches 1 --methods evit,tome --matching
 
 Prints and writes (CSV) per model, batch and method: FLOPs ratio, time ratio (best of alternating
 repeats) and achieved / ideal = (dense time / reduced time) / (dense FLOPs / reduced FLOPs). Weights are
-random: nothing here depends on what the model knows.
+random, since times do not depend on them.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def encoders(args: argparse.Namespace, device: str, dtype: torch.dtype) -> list[
 
 
 def plain_match(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ToMe's matching as it is usually written, with the whole matrix."""
+    """ToMe's matching in its usual form, with the whole matrix."""
     return tuple((a @ b.transpose(1, 2)).max(-1))  # type: ignore[return-value]
 
 

@@ -1,16 +1,16 @@
-"""Vision-language models: dense (SDPA) against every method, side by side in one process.
+"""Time vision-language models: dense (SDPA) and with every method, side by side in one process.
 
     python benchmarks/vlm.py                                  # CPU: OneVision-0.5B; GPU: LLaVA-1.5/NeXT-7B
     python benchmarks/vlm.py --models llava-1.5-7b --batches 1,8 --keep 64 --methods fastv,flowcut
 
-Real configurations with random weights in bfloat16: nothing here depends on what the model knows. Per
+Real configurations with random weights in bfloat16, since times do not depend on the weights. Per
 model, batch and method:
 
 - ttft_speedup: dense over reduced time to the first token (tower, projector, language model);
-- prefill_speedup, prefill_ideal, achieved_over_ideal: the same of the language model alone, everything
-  that the method does at its entry and between its layers included, against the ratio of its FLOPs;
+- prefill_speedup, prefill_ideal, achieved_over_ideal: the same for the language model alone, with all work
+  of the method at its entry and between its layers, the ratio of its FLOPs, and their quotient;
 - scoring_share: time inside the method's own functions, over the dense time to the first token;
-- decode_speedup: tokens per second of a plain decoding loop behind the prefill;
+- decode_speedup: tokens per second of a plain decoding loop after the prefill;
 - kv_ratio: bytes of the KV cache, reduced over dense; peak_ratio: peak GPU memory of the prefill.
 
 Times are the best of alternating repeats.

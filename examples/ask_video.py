@@ -23,7 +23,7 @@ import vtr
 
 
 def generated() -> tuple[Path, list[tuple[str, str]]]:
-    """A clip of moving digits as an MP4 file, and what can be asked about it, with the answers."""
+    """Write a clip of moving digits as an MP4 file; returns it with questions and their answers."""
     from vtr.zoo.clips import write
     from vtr.zoo.video_questions import KINDS, video_qa
 
@@ -44,7 +44,7 @@ def load(name: str | None) -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def answer(model: Any, processor: Any, video: Any, question: str, length: int) -> tuple[str, float]:
-    """What the model says, and how many seconds it took."""
+    """Generate the model's answer; returns it with the seconds that it took."""
     content = [{"type": "video"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
@@ -70,13 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", type=float, default=0.25, help="the method's budget, as a share")
     parser.add_argument("--length", type=int, help="longest answer in tokens")
     parser.add_argument(
-        "--picture", type=Path, help="where to save the tokens that lived, over time"
+        "--picture", type=Path, help="file for a picture of the tokens that are left, over time"
     )
     args = parser.parse_args(arguments)
     if args.model and not args.file:
         parser.error("--model needs a FILE and a question")
     if args.file and not args.question:
-        parser.error("what is the question? ask_video.py FILE QUESTION")
+        parser.error("a question is missing: ask_video.py FILE QUESTION")
 
     path, asked = (args.file, [(args.question, "")]) if args.file else generated()
     video = vtr.video.load(path, frames=args.frames)
@@ -89,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table(title=args.model or "digits-video")
     for column in ("question", "right", "all tokens", f"{args.method}, keep={args.keep}"):
         table.add_column(column)
-    # Where an object was, and when, is in the positions of its tokens: they stay as they were. Frames
-    # that a processor gives as images (InternVL's) are a video here.
+    # The questions ask for places and times, which the model reads from the original positions. If a
+    # processor gives frames as images (InternVL's does), `video` says that they are one video.
     options = {"positions": "original", "video": True}
     for question, right in asked:
         dense, full = answer(model, processor, video, question, length)
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(table)
     console.print(report)
     if args.picture:
-        console.print(f"the tokens that lived: {args.picture}")
+        console.print(f"picture of the tokens that are left: {args.picture}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/evaluate_vqa.py
     python examples/evaluate_vqa.py --model llava-hf/llava-1.5-7b-hf --tasks gqa,pope,textvqa_val
 
-Answers go into a results store: a second run with more methods or samples asks only what is new.
+Answers are saved in a results store: a second run with more methods or samples asks only the new ones.
 """
 
 import argparse

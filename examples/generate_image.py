@@ -1,4 +1,4 @@
-"""Generate a picture with all of the attention and with a part of it.
+"""Generate a picture with dense and with sparse attention, and compare the two.
 
 python examples/generate_image.py                                   # the built-in model, offline
 python examples/generate_image.py --model PixArt-alpha/PixArt-XL-2-1024-MS --prompt "a lighthouse" \\
@@ -23,16 +23,16 @@ import vtr
 def generate(
     pipe: Any, prompt: str, options: dict[str, Any], seed: int
 ) -> tuple[np.ndarray, float]:
-    """A picture ``(height, width, 3)`` in [0, 1], and the seconds that it took."""
+    """Generate a picture ``(height, width, 3)`` in [0, 1]; returns it with the seconds that it took."""
     start = time.perf_counter()
     out = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **options)
-    # The built-in model makes videos; a picture is one of a single frame.
+    # The built-in model generates videos; a picture is a video of one frame.
     picture = out.images[0] if hasattr(out, "images") else out.frames[0][0]
     return np.asarray(picture), time.perf_counter() - start
 
 
 def save(path: Path, picture: np.ndarray, least: int = 256) -> None:
-    """A PNG, its pixels repeated until it is wide enough to look at."""
+    """Save a PNG, with its pixels repeated until it is wide enough to look at."""
     times = max(1, -(-least // picture.shape[1]))
     pixels = (picture.clip(0, 1) * 255).round().astype(np.uint8)
     Image.fromarray(pixels.repeat(times, 0).repeat(times, 1)).save(path)

@@ -1,4 +1,4 @@
-"""Generate a video with all of the attention and with a part of it.
+"""Generate a video with dense and with sparse attention, and compare the two.
 
 python examples/generate_video.py                                  # the built-in model, offline
 python examples/generate_video.py --method rettention --prompt "a 3 moving left"
@@ -21,14 +21,14 @@ from rich.table import Table
 
 import vtr
 
-# Of the built-in model: a block is a row of its patches, and on its five frames a radial mask with
-# the usual settings would keep nearly everything.
+# Settings for the built-in model: a block is a row of its patches, and on its five frames a radial mask
+# with the usual settings would keep nearly everything.
 BUILT_IN: dict[str, dict[str, Any]] = {"radial": {"decay": 0.05, "sink": False}}
 BLOCK = 16
 
 
 def load(name: str | None) -> Any:
-    """The built-in pipeline, or that of a hub id or folder."""
+    """Load the built-in pipeline, or that of a hub id or folder."""
     if name is None:
         return vtr.zoo.load_pipeline("digits-wan")
     from diffusers import DiffusionPipeline
@@ -40,7 +40,7 @@ def load(name: str | None) -> Any:
 
 
 def in_blocks(name: str, block: int) -> dict[str, Any]:
-    """The option for the tokens of a mask's block, of methods that have masks."""
+    """Return the option for the size of a mask's block, if the method has it."""
     known = vtr.create(name).to_dict()
     return {"block": block} if "block" in known else {}
 
@@ -48,7 +48,7 @@ def in_blocks(name: str, block: int) -> dict[str, Any]:
 def generate(
     pipe: Any, prompt: str, options: dict[str, Any], seed: int
 ) -> tuple[np.ndarray, float]:
-    """Frames ``(frames, height, width, 3)`` in [0, 1], and the seconds that they took."""
+    """Generate frames ``(frames, height, width, 3)`` in [0, 1]; returns them with the seconds that they took."""
     start = time.perf_counter()
     frames = pipe(
         prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **options
@@ -57,13 +57,13 @@ def generate(
 
 
 def enlarge(frames: np.ndarray, least: int = 256) -> np.ndarray:
-    """Whole pixels repeated until the picture is wide enough to look at."""
+    """Repeat pixels until the picture is wide enough to look at."""
     times = max(1, -(-least // frames.shape[2]))
     return frames.repeat(times, 1).repeat(times, 2)
 
 
 def write_mp4(path: Path, frames: np.ndarray, rate: int) -> None:
-    """Frames ``(frames, height, width, 3)`` in [0, 1] as H.264."""
+    """Write frames ``(frames, height, width, 3)`` in [0, 1] as H.264."""
     import av
 
     pixels = (frames.clip(0, 1) * 255).round().astype(np.uint8)
@@ -90,8 +90,8 @@ def compare(
 ) -> None:
     """Generate dense and with the method; write both, the picture of the mask, and a table.
 
-    ``run()`` gives what was made, with values in [0, 1], and the seconds; ``write(path, made)`` puts it
-    into a file.
+    ``run()`` returns the frames or picture, with values in [0, 1], and the seconds; ``write(path, made)``
+    saves it to a file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.{ending}" for name in ("dense", method.name)]
@@ -114,7 +114,7 @@ def compare(
     console.print(table)
     console.print(report)
     if mask is None:
-        console.print(f"no picture of the mask: {method.name} makes it anew in every call")
+        console.print(f"no picture of the mask: {method.name} computes it in every call")
     else:
         vtr.draw(mask).save(folder / "mask.png")
         console.print(f"the mask: {folder / 'mask.png'}")

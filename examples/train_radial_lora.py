@@ -5,11 +5,11 @@ From the repository's root, since the loss is that of recipes/train_wan.py:
 PYTHONPATH=. python examples/train_radial_lora.py                    # the built-in model, about 40 minutes of a core
 PYTHONPATH=. python examples/train_radial_lora.py --frames 5 --steps 400
 
-A radial mask takes motion from a model that was trained with all of the attention. A few low-rank
-weights that learn under the mask give it back, and learn lengths that the model was not trained on
-(Li et al., NeurIPS 2025, arXiv 2506.19852, section 4.4 trains such weights for longer videos).
-Training runs through the block-sparse kernel and its backward pass. Digit and direction are read by
-vtr.evaluate.digit_judge before and after, on the same prompts and noise.
+With a radial mask, a model that was trained with dense attention loses most of its motion. A few
+low-rank weights that are trained with the mask restore it, also at lengths that the model was not
+trained on (Li et al., NeurIPS 2025, arXiv 2506.19852, section 4.4 trains such weights for longer
+videos). Training runs through the block-sparse kernel and its backward pass. vtr.evaluate.digit_judge
+reads digit and direction before and after, on the same prompts and noise.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def train(pipe: Any, method: vtr.Method, frames: int, steps: int, rate: float, rank: int) -> float:
-    """LoRA weights under the mask; they stay in ``pipe.transformer``. Returns the last loss."""
+    """Train LoRA weights with the mask in ``pipe.transformer``; returns the last loss."""
     model = pipe.transformer
-    torch.manual_seed(frames)  # of the low-rank weights
+    torch.manual_seed(frames)  # the low-rank weights are random
     model.add_adapter(
         LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), adapter_name=f"radial{frames}"
     )
@@ -45,7 +45,7 @@ def train(pipe: Any, method: vtr.Method, frames: int, steps: int, rate: float, r
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, betas=(0.9, 0.98))
     recipe = train_wan.Recipe(tokens=2560)
     size = (frames, wan.HEIGHT, wan.WIDTH)
-    # Most steps at high noise, where digit and direction are decided.
+    # Most steps are at high noise, at which digit and direction are decided.
     stage = train_wan.Stage(steps, (size,), (rate, 0.0), own_levels=0.2, shift=5.0)
     loss = math.nan
     model.train()
@@ -68,7 +68,7 @@ def train(pipe: Any, method: vtr.Method, frames: int, steps: int, rate: float, r
 def measure(
     pipe: Any, method: vtr.Method | None, videos: int, frames: int, steps: int | None
 ) -> dict[str, Any]:
-    """Shares of right digits and directions, and the density."""
+    """Measure the shares of right digits and directions, and the density."""
     with torch.autocast("cpu", torch.bfloat16):
         row, _ = generator.measure(pipe, method, videos, None, frames=frames, steps=steps)
     return row

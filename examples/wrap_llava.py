@@ -20,7 +20,7 @@ import vtr
 
 
 def built_in(count: int) -> tuple[Any, Any, list[Any], list[str], list[str]]:
-    """The model that ships with the package, and held-out pictures with questions and answers."""
+    """Load the built-in model, and held-out pictures with questions and answers."""
     from vtr.zoo.questions import vqa
 
     model, processor = vtr.zoo.load_vlm("digits-llava")
@@ -78,11 +78,13 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
     parser.add_argument(
         "--positions",
         choices=("original", "compact"),
-        help="of the tokens that are left; without it as the method's authors do with --model, and "
+        help="of the tokens that are left. Default: the choice of the method's authors with --model; "
         "original with the built-in model, which is asked about places",
     )
     parser.add_argument("--count", type=int, default=8, help="questions to the built-in model")
-    parser.add_argument("--picture", type=Path, help="where to save what the model saw")
+    parser.add_argument(
+        "--picture", type=Path, help="file for a picture of the tokens that are left"
+    )
     args = parser.parse_args(arguments)
     if args.model and not args.image:
         parser.error("--model needs --image")
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None, method: str = "vtc-cls") -> None:
     console.print(report)
     if args.picture:
         vtr.draw(handle, images[-1]).save(args.picture)
-        console.print(f"what the model saw: {args.picture}")
+        console.print(f"picture of the tokens that are left: {args.picture}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def markdown(results: Sequence[ClipsResult], questions: int) -> str:
     lines += [
         "",
         "In brackets: visual tokens, mean over the layers of the language model. FLOPs are those of its "
-        "prefill; FrameFusion merges inside layers, so that its tokens, counted where they enter a layer, "
+        "prefill; FrameFusion merges inside layers, so that its tokens, counted at the entry of a layer, "
         "are more than its cost. Whole frames and EVS, which keeps the first frame, cannot go below 36 "
         "tokens: at 10 % EVS knows little but the first second. HoliTom, PruneVid and DyCoke are shown "
         "with their cut before the language model alone, and with the later one on top. The model was "

@@ -1,4 +1,4 @@
-"""Attention kernels and masks: what every sparse method in this package stands on.
+"""Attention kernels and masks, which every sparse method of this package uses.
 
 Names are loaded on first use, so that importing this package costs nothing and never imports
 Triton (the compiled kernels are loaded when they are first run).

@@ -20,13 +20,13 @@ from vtr.kernels.product import gains
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What the Triton kernels are built for; flex and sdpa take any head dim.
+# Head dims of the Triton kernels; flex and sdpa take any.
 TRITON_DIMS = tuple(sorted({72, 88, *range(32, 257, 16)}))
 # Compiling FlexAttention takes half a minute, so on the CPU it must have much to gain: live
 # query-key pairs over all heads. On 2 cores this is about a second of work.
 _FLEX_PAIRS = 1 << 23
 # Query-key pairs of a query block and thread from which on oneDNN's products, which threads share,
-# beat compiled FlexAttention, whose threads have query blocks of their own.
+# beat compiled FlexAttention, in which each thread has separate query blocks.
 _ONEDNN_PAIRS = 1 << 15
 
 
@@ -64,7 +64,7 @@ def block_sparse_attention(
         backend: ``"triton"`` (GPU; head dims 32 to 256 in steps of 16, 72 and 88; blocks of 16,
             32, 64 or 128 tokens), ``"flex"`` (compiled FlexAttention), ``"sdpa"`` (gathers key blocks, needs no
             compiler), ``"reference"`` (eager, the whole map in memory), or ``"auto"``: the fastest
-            that can do what is asked. Backends differ by rounding only.
+            that supports the call. Backends differ by rounding only.
 
     Returns:
         ``out`` (B, H, Sq, D) in the dtype of q, or ``(out, lse)`` with lse (B, H, Sq) float32
@@ -72,9 +72,9 @@ def block_sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or the mask's size do not fit together.
-        RuntimeError: the backend asked for cannot do it here (the message says what would), or the
-            call is inside ``torch.func`` or forward-mode AD, or is differentiated twice: only
-            ``"reference"`` is made of differentiable parts.
+        RuntimeError: the given backend does not support the call here (the message says which one
+            does), or the call is inside ``torch.func`` or forward-mode AD, or is differentiated
+            twice, which only ``"reference"`` supports.
     """
     _validate(q, k, v, mask, row_scale, added)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
@@ -104,7 +104,7 @@ def block_sparse_attention(
 
 
 def _refuse_transforms(tensors: list[Tensor]) -> None:
-    """Raises under torch.func and forward-mode AD, where the operator would give no tangent at all."""
+    """Raise under torch.func and forward-mode AD, in which the operator would give no tangent."""
     if torch.compiler.is_compiling():
         return
     if transformed(tensors):
@@ -115,7 +115,7 @@ def _refuse_transforms(tensors: list[Tensor]) -> None:
 
 
 def available_backends(device: torch.device | str) -> dict[str, str]:
-    """Which backends run on this device: name to "" or to why it does not run."""
+    """Map each backend to "" if it runs on this device, else to the reason why it does not."""
     from vtr.kernels import flex
 
     kind = torch.device(device).type
@@ -264,7 +264,7 @@ def _forward(
 
 
 def _sooner_by_onednn(q: Tensor, mask: list[Tensor], dims: list[int]) -> bool:
-    """Whether ``sdpa`` beats compiled FlexAttention: asked at run time, as it hangs on the threads."""
+    """Tell whether ``sdpa`` beats compiled FlexAttention; at run time, as it depends on the threads."""
     rows, columns = mask[2].numel(), mask[3].numel()
     pairs = columns / max(1, rows) * dims[2] * dims[3]
     return pairs >= _ONEDNN_PAIRS * torch.get_num_threads() and gains(q.dtype, q.device)
@@ -287,7 +287,7 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
-        # What a loss makes of the LSE -inf of a row without keys may be NaN; it has no weights.
+        # The gradient of the LSE -inf of a row without keys may be NaN; the row has no weights.
         delta = (delta - dlse).masked_fill(lse == float("-inf"), 0.0)
     if row_scale is not None:
         dout = (dout * row_scale.unsqueeze(-1)).to(dout.dtype)
@@ -302,7 +302,7 @@ def _backward_operator(
 
 
 def _backward_in_triton(q: Tensor, dims: list[int], backend: str) -> bool:
-    """Compiled FlexAttention has no operator for its backward; the Triton one serves it where it can."""
+    """Compiled FlexAttention has no operator for its backward; the Triton one is used if it can be."""
     by_flex = q.is_cuda and backend.startswith("flex")
     return backend == "triton" or (by_flex and not _triton_refuses(q, dims[2:]))
 
@@ -350,7 +350,7 @@ torch.library.register_autograd("vtr::block_sparse_attention_backward", _no_seco
 
 
 def _flops(q: Tensor, mask: list[Tensor], dims: list[int], products: int) -> int:
-    """``products`` matrix products of 2 D FLOPs per live query-key pair."""
+    """Count ``products`` matrix products of 2 D FLOPs per live query-key pair."""
     pattern, row_ptr, split, col, tile, tiles = mask[:6]
     try:
         q_len, k_len, bm, bn = dims
@@ -387,5 +387,5 @@ def _backward_flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    # Scores and dO V^T are made by both Triton kernels, that over rows and that over columns.
+    # Both Triton kernels, over rows and over columns, compute scores and dO V^T.
     return _flops(q, mask, dims, 7 if _backward_in_triton(q, dims, backend) else 5)

@@ -1,8 +1,8 @@
 """Best match of every A token among the B tokens, without holding the Na x Nb matrix.
 
 The matching step of ToMe (Bolya et al., "Token Merging", ICLR 2023, section 3): for each token of
-set A the most similar token of set B. Scores are made tile by tile: on the CPU they are reduced while
-they are in cache, so that the memory of its own is O(Na + Nb) and the reduction costs a fraction of the
+set A the most similar token of set B. Scores are computed tile by tile. On the CPU they are reduced while
+they are in cache, so that the extra memory is O(Na + Nb) and the reduction costs a fraction of the
 product; on a GPU tiles have a fixed number of scores.
 """
 
@@ -43,7 +43,7 @@ def bipartite_match(
     a_bias: Tensor | None = None,
     b_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """For every A row the best score ``a . b`` over all B rows, and which row that is.
+    """Find for every A row the best score ``a . b`` over all B rows, and the index of that B row.
 
     Products and comparison are in float32, under ``torch.autocast`` too; among equal scores the
     lowest index wins. No gradient flows (a choice of partners is not differentiable).
@@ -82,7 +82,7 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
         a, b = a.float(), b.float()
     batch, rows, _ = a.shape
     columns = b.shape[1]
-    # A graph for batches of any size cannot have tiles for one.
+    # A graph for batches of any size cannot have tiles chosen for one size.
     if graph_maker() or batch * rows * columns < _FEW:
         return _search(a, b, b_mask)
     # A compiled function cannot ask for the threads, and may run with others.
@@ -100,7 +100,7 @@ def _match_tiles(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, T
 
 
 def _match_on_gpu(a: Tensor, b: Tensor, b_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """By the vendor's products: a kernel that holds no scores at all was half as fast."""
+    """Match by the vendor's products: a kernel that holds no scores at all was half as fast."""
     search: Search = _search
     half = a.dtype in (torch.bfloat16, torch.float16)
     if half and not torch.compiler.is_compiling() and _sums_in_float32(a.dtype):
@@ -124,7 +124,7 @@ def _half_product(a: Tensor, b: Tensor) -> Tensor:
 
 @constant_in_graphs
 def _sums_in_float32(dtype: torch.dtype) -> bool:
-    """Whether cuBLAS does so; ROCm has no such product, and users may allow sums in float16."""
+    """Tell whether cuBLAS sums halves in float32: ROCm does not, and users may allow float16 sums."""
     settings = torch.backends.cuda.matmul
     lowered = dtype == torch.float16 and getattr(settings, "allow_fp16_accumulation", False)
     return torch.version.hip is None and not lowered
@@ -132,12 +132,12 @@ def _sums_in_float32(dtype: torch.dtype) -> bool:
 
 @constant_in_graphs
 def _lowers_float32() -> bool:
-    """Whether the user allows TF32 in torch's products, which keeps 10 bits of the factors' 23."""
+    """Tell whether the user allows TF32 in torch's products, which keeps 10 of the factors' 23 bits."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as the sum of what TF32 keeps of it and a rest, which TF32 rounds by less than 2^-21 of x."""
+    """Split x into the part that TF32 keeps and a rest, which TF32 rounds by less than 2^-21 of x."""
     high = (x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
     return high, x - high
 
@@ -192,8 +192,8 @@ def _search(
 
 
 def _compare(a: Tensor, b: Tensor, b_mask: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
-    """Row maximum and its first index by vectorised passes alone: the scores that equal the maximum
-    are marked with falling ranks, whose maximum is that of the first."""
+    """Find row maxima and their first index by vectorised passes alone: the scores that equal the
+    maximum are marked with falling ranks, so that the maximal rank marks the first."""
     scores = _scores(a, b, b_mask)
     padded = scores.shape[2]
     best = scores.amax(2, keepdim=True)

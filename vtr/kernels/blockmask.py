@@ -1,4 +1,4 @@
-"""BlockMask: which key blocks each query block attends to, exact to the token."""
+"""BlockMask: the key blocks that each query block attends to, exact to the token."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ _serial = itertools.count()
 class BlockMask:
     """A sparse attention mask in blocks of ``block = (bm, bn)`` tokens, any lengths.
 
-    Live key blocks of every query block in compressed rows; full blocks and partial blocks apart;
-    a pattern that several heads or samples share is stored once. Make one with
+    It stores the live key blocks of every query block in compressed rows, full and partial blocks
+    separately. A pattern that several heads or samples share is stored once. Create one with
     :meth:`from_dense`, :meth:`from_blocks`, :meth:`from_flex` or a function of
     :mod:`vtr.kernels.masks`.
 
     Attributes:
-        q_len, k_len: tokens; the last block may be ragged.
+        q_len, k_len: numbers of tokens; the last block may have fewer tokens than the others.
         block: (query tokens, key tokens) per block.
         pattern: (Bp, Hp) int32, the pattern of each sample and head; Bp and Hp are 1 (shared) or
             the batch and head counts.
-        row_ptr: (P NQ + 1,) int32, where each (pattern, query block) row starts in ``col``.
-        split: (P NQ,) int32, where its partial blocks start.
+        row_ptr: (P NQ + 1,) int32, the start of each (pattern, query block) row in ``col``.
+        split: (P NQ,) int32, the start of its partial blocks.
         col: (nnz,) int32 key block indices.
         tile: (nnz,) int32, -1 for a full block, else its entry of ``tiles``.
-        tiles: (T, bm, bn) bool, what a partial block keeps (True: attended). Blocks of a ragged
-            last key column are partial, so full blocks never need a bounds check.
+        tiles: (T, bm, bn) bool, the pairs that a partial block keeps (True: attended). If the last
+            key column is shorter than a block, its blocks are partial, so that full blocks never
+            need a bounds check.
     """
 
     q_len: int
@@ -83,16 +84,16 @@ class BlockMask:
         block: int | tuple[int, int] = 128,
         share: bool = True,
     ) -> BlockMask:
-        """From a block-level map: every live block is attended whole.
+        """Build a mask from a block-level map: every live block is attended whole.
 
         Args:
             blocks: bool, (NQ, NK), (H, NQ, NK) or (B, H, NQ, NK), NQ = ceil(q_len / bm) and
                 NK = ceil(k_len / bn).
             share: look for equal patterns and store them once (reads the map on the CPU; pass
-                False for a mask that is made anew in every step on a GPU).
+                False for a mask that is computed in every step on a GPU).
 
         Raises:
-            ValueError: the map does not have the size that the lengths ask for, or is not bool.
+            ValueError: the map's size does not match the lengths, or it is not bool.
         """
         bm, bn = _block_pair(block)
         nq, nk = -(-q_len // bm), -(-k_len // bn)
@@ -113,11 +114,11 @@ class BlockMask:
 
     @classmethod
     def from_dense(cls, mask: Tensor, *, block: int | tuple[int, int] = 128) -> BlockMask:
-        """From a token-level bool mask (Sq, Sk), (H, Sq, Sk) or (B, H, Sq, Sk); True: attended.
+        """Build a mask from a token-level bool mask (Sq, Sk), (H, Sq, Sk) or (B, H, Sq, Sk).
 
-        Exact: blocks that are neither empty nor whole keep their tokens as tiles, equal tiles
-        stored once. Memory is that of the mask given; for long sequences use the functions of
-        :mod:`vtr.kernels.masks`, which never make token-level tensors.
+        True: attended. Exact: blocks that are neither empty nor whole keep their tokens as tiles,
+        equal tiles stored once. The memory is that of the given mask; for long sequences use the
+        functions of :mod:`vtr.kernels.masks`, which never build token-level tensors.
         """
         bm, bn = _block_pair(block)
         mask = _four_dims(mask, "mask")
@@ -149,7 +150,7 @@ class BlockMask:
 
     @classmethod
     def from_flex(cls, flex: Any) -> BlockMask:
-        """From a ``torch.nn.attention.flex_attention.BlockMask``.
+        """Convert a ``torch.nn.attention.flex_attention.BlockMask``.
 
         Its ``mask_mod`` is evaluated on the partial blocks only.
         """
@@ -192,9 +193,9 @@ class BlockMask:
         cls, q_len: int, k_len: int, block: tuple[int, int], pattern: Tensor, patterns: int,
         row: Tensor, col: Tensor, tile: Tensor, tiles: Tensor,
     ) -> BlockMask:  # fmt: skip
-        """Entries in any order to a mask, in its one normal form: tiles are False past the ends,
-        blocks that are whole as far as they reach are full, and full blocks of a ragged last key
-        column get a tile that ends where the keys do."""
+        """Build a mask in its normal form from entries in any order: tiles are False past the ends,
+        blocks that are whole as far as they reach are full, and full blocks of a last key column
+        that is shorter than a block get a tile that ends with the keys."""
         (bm, bn), device = block, tiles.device
         nq, nk = -(-q_len // bm), -(-k_len // bn)
         rows, cols = q_len - (nq - 1) * bm, k_len - (nk - 1) * bn
@@ -212,7 +213,7 @@ class BlockMask:
             full = last_col & (tile < 0)
             tile = torch.where(full, tiles.shape[0] + (last_row & (rows < bm)).long(), tile)
             tiles = torch.cat([tiles, ends])
-        # Tiles that nothing points at go; the one look at the device.
+        # Tiles that no entry uses are dropped; this is the only read from the device.
         number = tiles.shape[0]
         live = torch.zeros(number + 1, dtype=torch.bool, device=device)
         live = live.scatter(0, torch.where(tile < 0, number, tile), True)[:number]
@@ -232,7 +233,7 @@ class BlockMask:
 
     @property
     def patterns(self) -> int:
-        """How many distinct patterns are stored."""
+        """Number of distinct patterns that are stored."""
         return self.split.numel() // self.grid[0]
 
     @property
@@ -303,14 +304,14 @@ class BlockMask:
         return maps[self.pattern.long()]
 
     def to_flex(self) -> Any:
-        """As a ``torch.nn.attention.flex_attention.BlockMask``; partial blocks keep their exact
-        tokens through a ``mask_mod`` that looks them up."""
+        """Convert to a ``torch.nn.attention.flex_attention.BlockMask``; partial blocks keep their
+        exact tokens through a ``mask_mod`` that looks them up."""
         from vtr.kernels.flex_mask import to_flex
 
         return to_flex(self)
 
     def transpose(self) -> BlockMask:
-        """Queries and keys exchanged: ``mask.transpose().to_dense() == mask.to_dense().mT``."""
+        """Exchange queries and keys: ``mask.transpose().to_dense() == mask.to_dense().mT``."""
         nq, nk = self.grid
         made = _csr.transpose(self.csr, self.patterns, nq, nk)
         return BlockMask.from_entries(
@@ -319,9 +320,10 @@ class BlockMask:
         )  # fmt: skip
 
     def permute(self, order: Tensor, k_order: Tensor | None = None) -> BlockMask:
-        """The mask of reordered tokens: ``new[i, j] = old[order[i], k_order[j]]``.
+        """Return the mask of reordered tokens: ``new[i, j] = old[order[i], k_order[j]]``.
 
-        Made row of blocks by row of blocks: memory O(bm k_len), time O(q_len k_len) per pattern.
+        It is computed one row of blocks at a time: memory O(bm k_len), time O(q_len k_len) per
+        pattern.
 
         Args:
             order: (q_len,) int64 permutation of the query tokens.
@@ -364,7 +366,7 @@ class BlockMask:
         )  # fmt: skip
 
     def picture(self, *, sample: int = 0, head: int = 0, size: int = 512) -> Image.Image:
-        """A PIL image of the block map of one head: queries down, keys across.
+        """Draw the block map of one head as a PIL image: queries down, keys across.
 
         Full blocks are dark, partial blocks lighter, empty ones white. The longer side has at
         least ``size`` pixels, unless there are more blocks than that: then one pixel per block.
@@ -376,7 +378,7 @@ class BlockMask:
         if not (0 <= sample < max(samples, 1) and 0 <= head < max(heads, 1)):
             raise ValueError(
                 f"sample {sample}, head {head}: this mask has {samples} sample(s) and {heads} "
-                "head(s) of its own; a shared mask has one of each"
+                "separate head(s); choose an index below that (a shared mask has one of each)"
             )
         nq, nk = self.grid
         which = int(self.pattern[sample, head])
@@ -414,7 +416,7 @@ def _four_dims(mask: Tensor, name: str) -> Tensor:
 
 
 def _share(maps: Tensor, share: bool) -> tuple[Tensor, Tensor]:
-    """(B, H, ...) to the distinct maps, flat, and the pattern (Bp, Hp) that each head uses."""
+    """Reduce (B, H, ...) maps to the distinct ones, flat, and the pattern (Bp, Hp) of each head."""
     batch, heads = maps.shape[:2]
     flat = maps.reshape(batch * heads, -1)
     if not share or batch * heads == 1:
@@ -445,7 +447,7 @@ def _evaluate(
     mask_mod: Callable[..., Tensor], row: Tensor, col: Tensor, heads: int, nq: int,
     block: tuple[int, int], lengths: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """A FlexAttention ``mask_mod`` on some blocks: (n, bm, bn) bool, False past the ends."""
+    """Evaluate a FlexAttention ``mask_mod`` on some blocks: (n, bm, bn) bool, False past the ends."""
     (bm, bn), device = block, row.device
     head = row // nq
     q = (row % nq)[:, None, None] * bm + torch.arange(bm, device=device)[None, :, None]
@@ -454,7 +456,7 @@ def _evaluate(
     inside = (q < lengths[0]) & (k < lengths[1])
     if row.numel() == 0:
         return torch.zeros(shape, dtype=torch.bool, device=device)
-    # Past the ends the function may index out of its own tables, so it is shown the last token.
+    # Past the ends the function might index outside its tables, so it gets the last token there.
     flat = [
         t.expand(shape).reshape(-1)
         for t in (

@@ -1,7 +1,7 @@
-"""The tile sizes that tuning chose, kept on disk, so that processes on one machine choose alike.
+"""The tile sizes that tuning chose, kept on disk, so that all processes on a machine use the same.
 
-Other tiles sum in another order, so a choice made anew in each process could round otherwise there.
-``python -m vtr.kernels.choices`` prints what is kept; to tune again, delete the file it names.
+Other tiles sum in another order, so with its own choice each process could round differently.
+``python -m vtr.kernels.choices`` prints the choices; to tune again, delete the file that it names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Choices = dict[str, dict[str, Choice]]
 
 
 def path() -> Path:
-    """The file: in ``$VTR_CACHE``, else in ``vtr`` in the user's cache folder."""
+    """The file of choices: in ``$VTR_CACHE``, else in ``vtr`` in the user's cache folder."""
     root = os.environ.get("VTR_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = Path(root).expanduser() if root else Path(base).expanduser() / "vtr"
@@ -32,13 +32,13 @@ def path() -> Path:
 
 
 def machine(device: torch.device) -> str:
-    """What choices hold for: the name of the device, the versions of torch and Triton."""
+    """The machine that choices are valid for: name of the device, versions of torch and Triton."""
     triton = importlib.metadata.version("triton")
     return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton}"
 
 
 def load() -> Choices:
-    """All choices, by machine and kind of call: rows and columns of a tile, warps, stages.
+    """Read all choices, by machine and kind of call: rows and columns of a tile, warps, stages.
 
     A file that cannot be read counts as empty, with a warning in the log.
     """
@@ -61,7 +61,7 @@ def _choice(values: Sequence[int]) -> Choice:
 
 
 def find(machine: str, kind: str) -> Choice | None:
-    """What was chosen for a kind of call, None if nothing was."""
+    """Return the choice for a kind of call, None if it has none."""
     return load().get(machine, {}).get(kind)
 
 
@@ -90,7 +90,7 @@ def keep(machine: str, kind: str, choice: Choice, candidates: Collection[Choice]
 
 
 def report() -> str:
-    """The file and its choices, a line each."""
+    """List the file and its choices, one per line."""
     lines = [str(path())]
     for name, kinds in sorted(load().items()):
         lines.append(name)

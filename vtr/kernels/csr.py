@@ -2,8 +2,8 @@
 
 One row of the compressed form is a (pattern, query block) pair. Inside a row the full blocks come
 first, then the partial ones, both ascending, so a kernel runs two plain loops and only the second
-pays for masking. ``tile`` runs parallel to ``col``: -1 for a full block, else which entry of the
-mask's ``tiles`` says what it keeps.
+pays for masking. ``tile`` is parallel to ``col``: -1 for a full block, else the index of the entry in
+the mask's ``tiles`` that holds the kept pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Csr(NamedTuple):
-    """row_ptr (R + 1,), split (R,), col (nnz,), tile (nnz,), all int32."""
+    """Compressed rows: row_ptr (R + 1,), split (R,), col (nnz,), tile (nnz,), all int32."""
 
     row_ptr: Tensor
     split: Tensor
@@ -24,8 +24,8 @@ class Csr(NamedTuple):
 
 
 def build(rows: int, columns: int, row: Tensor, col: Tensor, tile: Tensor) -> Csr:
-    """Sort entries (row, col, tile), given in any order, into compressed rows; asks the device for
-    nothing. ``rows`` and ``columns`` are above every ``row`` and ``col``."""
+    """Sort entries (row, col, tile), given in any order, into compressed rows; reads
+    nothing from the device. ``rows`` and ``columns`` are above every ``row`` and ``col``."""
     row, col, tile = row.long(), col.long(), tile.long()
     partial = tile >= 0
     order = torch.argsort((row * 2 + partial) * columns + col)
@@ -39,7 +39,7 @@ def build(rows: int, columns: int, row: Tensor, col: Tensor, tile: Tensor) -> Cs
 
 
 def row_of(csr: Csr) -> Tensor:
-    """The row of every entry, (nnz,) int64."""
+    """Compute the row of every entry, (nnz,) int64."""
     counts = (csr.row_ptr[1:] - csr.row_ptr[:-1]).long()
     return torch.repeat_interleave(
         torch.arange(counts.numel(), device=counts.device), counts, output_size=csr.col.numel()
@@ -47,14 +47,14 @@ def row_of(csr: Csr) -> Tensor:
 
 
 def transpose(csr: Csr, patterns: int, query_blocks: int, key_blocks: int) -> Csr:
-    """The same entries by (pattern, key block); ``col`` then holds query blocks."""
+    """Sort the same entries by (pattern, key block); ``col`` then holds query blocks."""
     row = row_of(csr)
     new_row = row // query_blocks * key_blocks + csr.col
     return build(patterns * key_blocks, query_blocks, new_row, row % query_blocks, csr.tile)
 
 
 def unique_rows(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """First occurrences of the distinct rows of a 2-D bool tensor, and each row's class.
+    """Find the first occurrences of the distinct rows of a 2-D bool tensor, and each row's class.
 
     Returns ``(index of one row per class (U,), class of each row (R,))``, both int64. Rows are
     compared exactly, as packed bytes; ``torch.unique(dim=0)`` would sort the rows instead, which

@@ -1,4 +1,4 @@
-"""What follows a row's softmax, where the kernel itself does not do it."""
+"""The epilogue after a row's softmax, for calls in which the kernel does not do it itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def finish(out: Tensor, row_scale: Tensor | None, added: Tensor | None, block: int) -> Tensor:
-    """``row_scale_i out_i + added_I`` with I the block of ``block`` queries that i lies in.
+    """Compute ``row_scale_i out_i + added_I`` with I the block of ``block`` queries that holds i.
 
     Args:
         out: (B, H, Sq, D). row_scale: (B, H, Sq) or None. added: (B, H, ceil(Sq / block), D) or None.

@@ -26,7 +26,7 @@ _masks: dict[int, Any] = {}
 
 @functools.lru_cache(maxsize=1)
 def _compiler() -> str:
-    """Why nothing can be compiled for the CPU here, "" if it can."""
+    """Return the reason why nothing can be compiled for the CPU here, "" if it can."""
     import os
 
     name = os.environ.get("CXX") or "g++"
@@ -36,7 +36,7 @@ def _compiler() -> str:
 
 
 def unavailable(kind: str) -> str:
-    """Why compiled FlexAttention does not run on this kind of device, "" if it does."""
+    """Return the reason why compiled FlexAttention does not run on this kind of device, or ""."""
     if kind == "cpu":
         return _compiler()
     if kind != "cuda":
@@ -47,7 +47,7 @@ def unavailable(kind: str) -> str:
 
 
 def refuses(q: Tensor, mask: BlockMask, need_lse: bool) -> str:
-    """Why compiled FlexAttention cannot do this call, "" if it can."""
+    """Return the reason why compiled FlexAttention does not support this call, "" if it does."""
     if q.dtype == torch.float64:
         return "compiled FlexAttention does not compute in float64"
     if not q.is_cuda and need_lse:
@@ -89,7 +89,7 @@ def forward(
         try:
             made = _compiled()(q, k, v, block_mask=block_mask, **flex_lse(need_lse), **kwargs)
         except torch.OutOfMemoryError:
-            raise  # of this call alone: the next one may have room
+            raise  # only for this call: the next one may have enough memory
         except Exception as error:
             why = f"compiling FlexAttention failed here ({type(error).__name__}: {error})"
             _failed[_signature(q, mask, (dims[2], dims[3]))] = why[:2000]

@@ -1,4 +1,4 @@
-"""A block mask as FlexAttention's. Apart from :mod:`vtr.kernels.flex`, which knows :class:`BlockMask`."""
+"""Conversion of a block mask to FlexAttention's; :class:`BlockMask` imports it without the kernels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vtr.kernels import csr as _csr
 
 
 def to_flex(mask: Any, *, lookup: bool = True, columns: bool = True) -> Any:
-    """A :class:`vtr.kernels.BlockMask` as FlexAttention's, on the same device (see ``BlockMask.to_flex``).
+    """Convert a :class:`vtr.kernels.BlockMask` to FlexAttention's, on the same device.
 
-    ``lookup=False`` leaves the ``mask_mod`` out where no block is partial: compiled kernels never
-    ask it then, while eager FlexAttention knows the mask by its ``mask_mod`` alone.
-    ``columns=False`` leaves out what only FlexAttention's own backward reads; torch makes it under
-    vmap, which does not run where FLOPs are counted.
+    ``lookup=False`` leaves out the ``mask_mod`` if no block is partial: compiled kernels never
+    call it then, but eager FlexAttention reads only the ``mask_mod``.
+    ``columns=False`` leaves out the part that only FlexAttention's own backward reads; torch
+    computes it under vmap, which does not run while FLOPs are counted.
     """
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 

@@ -1,9 +1,9 @@
 """Block-sparse flash attention for Hopper in Gluon: the forward kernel and its launch.
 
-The arithmetic is that of :mod:`vtr.kernels.triton_attention`, which calls this module where
-:func:`refuses` finds nothing against it and is what runs otherwise. What differs is who does what
+The arithmetic is that of :mod:`vtr.kernels.triton_attention`, which calls this module if
+:func:`refuses` gives no reason against it, and runs otherwise. The work is divided differently
 (warp specialisation as in FlashAttention-3, Shah et al. 2024): one warp copies the key blocks of a row
-into two rings of shared memory, K and V apart, through the tensor memory accelerator (TMA); each
+into two rings of shared memory, one for K and one for V, through the tensor memory accelerator (TMA); each
 consumer, a group of four warps, holds 64 queries and has the next scores and the last values in the
 tensor cores while it computes weights.
 
@@ -54,7 +54,7 @@ def _produce(
     b, h, key_head, row, column, first, last,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Copies the queries of the row, and its key blocks one after the other as slots become free."""
+    """Copy the queries of the row, and its key blocks one after the other as slots become free."""
     SUB_N: gl.constexpr = MASK_N // BLOCK_N
     if last > first:
         mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
@@ -152,7 +152,7 @@ def _consume(
     MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
-    """Attends for queries 64 WHICH.. of the row and writes what becomes of them."""
+    """Compute attention for queries 64 WHICH.. of the row and write the result."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     w_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -220,7 +220,7 @@ def _consume(
             column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
             line = lane.to(gl.int64) * ((q_len + MASK_M - 1) // MASK_M) + row_block
             out += gl.load(ADDED + line * D + column).to(gl.float32)[None, :]
-        # Through the place of the queries, which nobody reads any more.
+        # Through the shared memory of the queries, which are no longer read.
         place = q_s.index(WHICH)
         _sync()
         place.reshape([64, D]).store(out.to(q_s.dtype))
@@ -245,7 +245,7 @@ def _hopper_kernel(
     item = gl.program_id(0) % items
     b = lane // heads
     h = lane % heads
-    # The first copies wait for what is read here, so that it is one read where it can be.
+    # The first copies wait for this read, so one read gets everything if possible.
     entry = ITEMS + item.to(gl.int64) * 8
     if not ONE_PATTERN:
         pattern = gl.load(PATTERN + b.to(gl.int64) * stride_pb + h.to(gl.int64) * stride_ph)
@@ -337,7 +337,7 @@ def plan(dim: int, block: Sequence[int]) -> KernelPlan:
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float) -> str:
-    """Why a call cannot run here, "" if it can."""
+    """Return the reason why a call cannot run here, "" if it can."""
     if not q.is_cuda or _capability(q.device)[0] != 9:
         return "the Hopper kernel needs a device of compute capability 9.x"
     if q.dtype not in _ELEMENTS:
@@ -387,7 +387,7 @@ def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
 def constants(
     dim: int, block: Sequence[int], plan: KernelPlan, scaled: bool, adding: bool
 ) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """The arguments that the kernel is compiled for."""
     return {
         "D": dim, "MASK_M": block[0], "MASK_N": block[1], "BLOCK_N": plan.block_n,
         "STAGES": plan.stages, "TURNS": plan.turns, "HAS_ROW_SCALE": scaled, "HAS_ADDED": adding,
@@ -400,8 +400,8 @@ def launch(
     lse: Tensor, part_out: Tensor, part_lse: Tensor, lists: Any, mask: list[Tensor],
     block: Sequence[int], scale_log2: float, plan: KernelPlan,
 ) -> None:  # fmt: skip
-    """Fills ``out`` and ``lse``, of heavy rows ``part_out`` and ``part_lse``, as the Triton kernel
-    does; for what :func:`refuses` has nothing against, on the current device. ``lists``: the mask's
+    """Fill ``out`` and ``lse``, and for heavy rows ``part_out`` and ``part_lse``, as the Triton kernel
+    does; for calls that :func:`refuses` accepts, on the current device. ``lists``: the mask's
     :class:`vtr.kernels.triton_lists.Lists`."""
     pattern, _, _, col, tile = mask[:5]
     items = lists.longer_items

@@ -1,4 +1,4 @@
-"""A mask without the keys that a sample does not have (padded text)."""
+"""A mask without the keys that are padding in a sample (of text)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vtr.kernels.blockmask import BlockMask
 
 
 def without_keys(mask: BlockMask, valid: Tensor) -> BlockMask:
-    """The mask in which nobody sees the keys that are not valid.
+    """Return the mask in which no query sees the keys that are not valid.
 
     Args:
         valid: (B, k_len) bool, False for keys to leave out of a sample.
 
     Returns:
-        A mask with patterns of its own for each of the B samples; blocks that are left without a
+        A mask with separate patterns for each of the B samples; blocks that are left without a
         key are not computed.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Block scores from pooled queries and keys: how dynamic masks choose their blocks."""
+"""Block scores from pooled queries and keys, by which dynamic masks choose their blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vtr.kernels.precision import full_precision
 
 
 def pool_blocks(x: Tensor, block: int) -> Tensor:
-    """Mean of each block of tokens, a ragged last block over the tokens it has.
+    """Compute the mean of each block of tokens; a shorter last block over the tokens it has.
 
     Args:
         x: (..., S, D) floating point.
@@ -45,10 +45,10 @@ def pooled_block_scores(
     scale: float | None = None,
     softmax: bool = True,
 ) -> Tensor:
-    """What each query block would give each key block, judged by block means.
+    """Estimate the attention of each query block to each key block from block means.
 
     ``p_ab = softmax_b(scale mean(q_a) . mean(k_b) + log n_b)`` with n_b the tokens of key block b:
-    a mean stands for all its tokens, so a ragged last block counts for less. This is the estimate
+    a mean counts once for each of its tokens, so a shorter last block counts less. This is the estimate
     of SLA (arXiv 2509.24006) and, with its weighting by size, of Rectified SpaAttn
     (arXiv 2511.19835). O(NQ NK) memory; ``torch.autocast`` does not lower the precision.
 
@@ -91,7 +91,7 @@ def select_blocks(
     Args:
         scores: (..., NQ, NK), for ``top_p`` probabilities over the last axis.
         top_k: an int is a number of blocks, a float in (0, 1] a share of NK (rounded down, at
-            least one: a share of few blocks must not become none).
+            least one, so that a share of few blocks does not become zero).
         top_p: in (0, 1]; blocks in falling order until their sum reaches it, the one that reaches
             it included.
         always: bool, broadcasts to scores.

@@ -1,9 +1,9 @@
-"""Float32 matrix products on the CPU, by the faster of the two libraries that torch carries.
+"""Float32 matrix products on the CPU, by the faster of the two libraries that torch includes.
 
-``torch.mm`` is MKL's, which does not use AVX-512 on processors of other makers than its own: on an
-AMD EPYC (Zen 5) half the speed of oneDNN, which does. torch has oneDNN for float32 behind one
-operator, the one that its compiler uses for linear layers. It is ahead of what torch does in bfloat16
-and float16 as well, unless the processor has tiles for that (AMX).
+``torch.mm`` calls MKL, which uses AVX-512 only on Intel processors: on an AMD EPYC (Zen 5) it has half
+the speed of oneDNN, which uses AVX-512 there. torch offers oneDNN for float32 behind one operator, the
+one that its compiler uses for linear layers. It is faster than torch's products in bfloat16 and float16
+as well, unless the processor has tiles for them (AMX).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtr.compat import torch as compat
 
-#: Fewer multiplications than this are done sooner than oneDNN is called.
+#: With fewer multiplications than this, MKL is done before oneDNN is called.
 LEAST = 1 << 20
 
 
@@ -31,7 +31,7 @@ def _has_tiles() -> bool:
 
 
 def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether :func:`onednn` takes such tensors here: float32, AVX-512, oneDNN not switched off."""
+    """Tell whether :func:`onednn` takes such tensors: float32, AVX-512, oneDNN not switched off."""
     return (
         dtype == torch.float32
         and device.type == "cpu"
@@ -41,12 +41,12 @@ def has_onednn(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def gains(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether attention on such tensors is soonest computed by :func:`onednn` in float32."""
+    """Tell whether attention on such tensors is fastest by :func:`onednn` in float32."""
     if dtype in (torch.bfloat16, torch.float16):
         return not _has_tiles() and has_onednn(torch.float32, device)
     return has_onednn(dtype, device)
 
 
 def onednn(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times the transpose of b (N, K), float32: (M, N)."""
+    """Multiply a (M, K) by the transpose of b (N, K), float32: (M, N)."""
     return compat.linear_pointwise(a, b)

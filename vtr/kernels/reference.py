@@ -29,7 +29,7 @@ def block_sparse_attention_reference(
     row_scale: Tensor | None = None,
     added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, with the whole map in memory; differentiable to any order.
+    """Compute the definition with the whole map in memory; differentiable to any order.
 
     Args and shapes as :func:`vtr.kernels.block_sparse_attention`. Computes in float32, or in
     float64 for float64 input, under ``torch.autocast`` too.
@@ -54,7 +54,7 @@ def _reference(
     scores = torch.einsum("bhid,bhjd->bhij", q.to(work), k) * scale
     scores = scores.masked_fill(~seen, float("-inf"))
     none = ~seen.any(dim=-1, keepdim=True)
-    # The softmax of nothing is NaN; such rows are computed on zeros and then emptied, so that no
+    # The softmax of an empty row is NaN; such rows are computed on zeros and then emptied, so that no
     # NaN reaches a gradient either.
     safe = scores.masked_fill(none, 0.0)
     lse = torch.logsumexp(safe, dim=-1).masked_fill(none.squeeze(-1), float("-inf"))

@@ -1,4 +1,4 @@
-"""Softmax rows of a few queries: what a method looks at, without the N x N map."""
+"""Attention rows of a few queries, for methods that score tokens, without the N x N map."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def attention_rows(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention probabilities of a few query rows over all keys, softmax in float32.
+    """Compute attention probabilities of a few query rows over all keys, softmax in float32.
 
     Costs O(R N) memory for R query rows; differentiable; ``torch.autocast`` does not lower the
     precision. Used for signals such as the attention of CLS or of the last text token, where only
@@ -28,8 +28,8 @@ def attention_rows(
         k: (B, Hk, N, D), same dtype and device as ``q``; ``H`` is a multiple of ``Hk``
             (grouped-query attention: query head ``h`` reads key head ``h // (H // Hk)``).
         bias: added to the scaled scores before the softmax. Either (B, N) or (N,), one value per
-            key, or a tensor of four dimensions that broadcasts to (B, H, R, N). A bool tensor is
-            read as "True may be attended".
+            key, or a tensor of four dimensions that broadcasts to (B, H, R, N). In a bool tensor,
+            True means that a key may be attended.
         scale: factor of the scores; 1 / sqrt(D) when None.
 
     Returns:

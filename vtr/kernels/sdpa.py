@@ -1,9 +1,9 @@
 """Block-sparse attention that gathers key blocks: needs no compiler, runs on any device.
 
 The queries of a block against the keys they see are a dense product, so each step gathers those
-keys into a small buffer (nothing where they lie in one run) and works on a score tile that stays
-in cache. A plan, made once per mask, says what each step gathers; neighbours that see the same
-keys are one step.
+keys into a small buffer (not if they are one run of tokens) and works on a score tile that stays
+in cache. A plan, computed once per mask, lists the keys of each step; neighbouring query blocks that
+see the same keys share a step.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vtr.compat.torch import cpu_flash
 from vtr.kernels import product
 from vtr.kernels.epilogue import finish
 
-# Where oneDNN multiplies, all steps are written out, in tiles of at most so many scores (8 MiB).
+# With oneDNN, all steps are written out, in tiles of at most this many scores (8 MiB).
 _ONEDNN_TILE = 1 << 21
-# Else between these numbers of queries: below 192 the CPU's flash attention works on 32 queries at
+# Otherwise steps between these numbers of queries: below 192 the CPU's flash attention takes 32 at
 # a time and loses a tenth of its speed by that.
 _PRODUCT_ROWS = range(96, 192)
 # A tile of this many scores (4 MiB) or more no longer profits from being written out then.
@@ -32,7 +32,7 @@ _TILE = 1 << 20
 
 @dataclass
 class Keys:
-    """Some key blocks: a run of tokens, or blocks to gather."""
+    """Key blocks of a step: a run of tokens, or blocks to gather."""
 
     tokens: int
     start: int | None  # first token of a run, None: gather
@@ -85,7 +85,7 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> StepPlan:
     pattern, row_ptr, split, col, tile, tiles = mask[:6]
     q_len, k_len, bm, bn = dims
     nq, nk = -(-q_len // bm), -(-k_len // bn)
-    # Two looks at the device and, at the end, one copy to it, however many rows there are.
+    # Two reads from the device and, at the end, one copy to it, for any number of rows.
     index = (row_ptr, split, col, tile, pattern.flatten())
     sizes = [t.numel() for t in index]
     ptr, mid, cols, ids, of = (t.tolist() for t in torch.cat(index).cpu().split(sizes))
@@ -139,7 +139,7 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> StepPlan:
 
 
 def _move(rows: list[QueryStep], device: torch.device) -> None:
-    """The rows' indices to the device, all in one copy."""
+    """Copy the rows' indices to the device, all at once."""
     places: list[tuple[QueryStep | Keys, str, Tensor]] = []
     for row in rows:
         if row.partial is not None:
@@ -154,8 +154,8 @@ def _move(rows: list[QueryStep], device: torch.device) -> None:
 
 
 class Scratch:
-    """How the steps of one call are done, and its memory, reused from step to step: it is touched
-    once and stays in cache, while allocating it anew would cost more in page faults than the
+    """The way in which the steps of one call are computed, and their memory. It is reused from step
+    to step, so that it stays in cache; new allocations would cost more in page faults than the
     gather itself."""
 
     def __init__(
@@ -177,15 +177,15 @@ class Scratch:
         self._steps: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
 
     def by_flash(self, row: QueryStep) -> bool:
-        """Whether a step is one call of the CPU's flash attention, or two products and a softmax."""
+        """Tell whether a step calls the CPU's flash attention, or does two products and a softmax."""
         if not self.flash:
             return False
         height = row.stop - row.start
         return not (self.exact and height in _PRODUCT_ROWS and height * row.keys.tokens < _TILE)
 
     def _written(self, row: QueryStep) -> int:
-        """Scores of the largest tile that needs room here: oneDNN brings its own, but is not asked
-        for small tiles, and the last of any step may be one."""
+        """Scores of the largest tile that needs memory here: oneDNN has its own, but is not used
+        for small tiles, and the last tile of any step may be small."""
         scores = (row.stop - row.start) * row.keys.tokens
         if self.onednn:
             return min(scores, product.LEAST // self.dim)
@@ -197,8 +197,8 @@ class Scratch:
         return max(1, min(row.stop - row.start, most))
 
     def step(self, row: QueryStep) -> tuple[Tensor, ...]:
-        """Of a step with gathered keys: room for its scores and its key and value blocks, and those
-        as (D, tokens) and (tokens, D)."""
+        """Memory of a step with gathered keys: its scores, its key and value blocks, and these as
+        (D, tokens) and (tokens, D)."""
         assert row.keys.blocks is not None
         key = (row.stop - row.start, row.keys.blocks.numel(), row.keys.tokens)
         if key not in self._steps:
@@ -207,13 +207,13 @@ class Scratch:
         return self._steps[key]
 
     def times(self, a: Tensor, b: Tensor) -> Tensor:
-        """a (M, K) times the transpose of b (N, K)."""
+        """Multiply a (M, K) by the transpose of b (N, K)."""
         if self.onednn and a.shape[0] * b.shape[0] * a.shape[1] >= product.LEAST:
             return product.onednn(a, b)
         return torch.mm(a, b.t())
 
     def scores(self, query: Tensor, keys: Tensor, scale: float) -> Tensor:
-        """(queries, tokens) scaled scores; overwrites those of the step before."""
+        """Compute (queries, tokens) scaled scores; overwrites those of the step before."""
         shape = (query.shape[0], keys.shape[0])
         if self.onednn and shape[0] * shape[1] * self.dim >= product.LEAST:
             return product.onednn(query * scale, keys)
@@ -221,14 +221,14 @@ class Scratch:
         return torch.addmm(scores, query, keys.t(), beta=0, alpha=scale, out=scores)
 
     def weigh(self, weights: Tensor, values: Tensor, out: Tensor) -> None:
-        """out = weights (queries, tokens) times values (tokens, D)."""
+        """Compute out = weights (queries, tokens) times values (tokens, D)."""
         if self.onednn and weights.numel() * self.dim >= product.LEAST:
             out.copy_(product.onednn(weights, values.t()))
         else:
             torch.mm(weights, values, out=out)
 
     def gather(self, keys: Keys, source: Tensor, which: int) -> Tensor:
-        """(tokens, D) keys (which 0) or values (1) of one head; source is (NK bn, D)."""
+        """Gather (tokens, D) keys (which 0) or values (1) of one head; source is (NK bn, D)."""
         if keys.blocks is None:
             assert keys.start is not None
             return source[keys.start : keys.start + keys.tokens]
@@ -237,7 +237,7 @@ class Scratch:
         return parts[2 + which]
 
     def _part(self, keys: Keys) -> tuple[Tensor, ...]:
-        """Room for key and value blocks, and those as (tokens, D)."""
+        """Memory for key and value blocks, and these as (tokens, D)."""
         assert keys.blocks is not None
         key = (keys.blocks.numel(), keys.tokens)
         if key not in self._parts:
@@ -252,8 +252,8 @@ class Scratch:
 
 
 def _mask_partial(scores: Tensor, row: QueryStep, plan: StepPlan, first: int = 0) -> None:
-    """-inf where the partial blocks, which come first, keep nothing; ``first``: query of the row
-    that the scores begin with."""
+    """Set scores to -inf for the pairs that the partial blocks, which come first, do not keep;
+    ``first``: the first query of the scores in the row."""
     assert row.partial is not None
     unseen = plan.unseen[row.partial, first : first + scores.shape[0]]
     count, _, block = unseen.shape
@@ -304,7 +304,7 @@ def forward(
 def _heads(
     q: Tensor, k: Tensor, v: Tensor, plan: StepPlan, dims: list[int], dtype: torch.dtype
 ) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
-    """Every head with its pattern and its keys and values, padded to whole blocks."""
+    """Yield every head with its pattern and its keys and values, padded to whole blocks."""
     group = q.shape[1] // k.shape[1]
     pad = -dims[1] % dims[3]
     for b in range(q.shape[0]):
@@ -322,7 +322,7 @@ def _product(
     query: Tensor, keys: Tensor, values: Tensor, row: QueryStep, plan: StepPlan, scale: float,
     scratch: Scratch, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
-    """Scores, softmax and weighted sum written out, on tiles that stay in cache."""
+    """Compute scores, softmax and weighted sum one by one, on tiles that stay in cache."""
     key, value = scratch.gather(row.keys, keys, 0), None
     height = scratch.height(row)
     for start in range(row.start, row.stop, height):
@@ -349,7 +349,7 @@ def _flash(
     query: Tensor, keys: Tensor, values: Tensor, row: QueryStep, plan: StepPlan, scale: float,
     scratch: Scratch, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
-    """The same through the CPU's flash attention."""
+    """Compute the same through the CPU's flash attention."""
     here = slice(row.start, row.stop)
     key, value = (scratch.gather(row.keys, t, i)[None, None] for i, t in enumerate((keys, values)))
     bias = None
@@ -370,7 +370,7 @@ def backward(
     dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
     mask: list[Tensor], dims: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, tile by tile in float32 (float64 for float64).
+    """Compute gradients of q, k and v, tile by tile in float32 (float64 for float64).
 
     P = softmax(scale q k^T);  dV = P^T dO;  dS = P (dO V^T - delta);  dQ = scale dS K;
     dK = scale dS^T Q. ``delta`` (B, H, Sq) is rowsum(dO O), less the gradient of the LSE.
@@ -410,7 +410,7 @@ def backward(
 
 
 def _scatter(target: Tensor, keys: Keys, block: int, values: Tensor) -> None:
-    """Adds (tokens, D) values to the blocks they came from."""
+    """Add (tokens, D) values to the blocks they came from."""
     if keys.start is not None:
         target[keys.start : keys.start + keys.tokens] += values
         return

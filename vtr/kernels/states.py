@@ -9,18 +9,18 @@ from torch import Tensor
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint key sets, from the attentions over each.
+    """Compute attention over the union of two disjoint key sets from the attentions over each.
 
     ``lse = log(exp(lse_a) + exp(lse_b))``, ``out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse)``
     (the identity behind flash attention and ring parallelism). Exact; differentiable.
 
     Args:
         out_a, out_b: (..., S, D), normalised outputs.
-        lse_a, lse_b: (..., S), natural log-sum-exp; -inf where a row saw no key.
+        lse_a, lse_b: (..., S), natural log-sum-exp; -inf for a row that saw no key.
 
     Returns:
         ``(out, lse)``: out in the dtype of ``out_a``, lse in float32 (float64 for float64).
-        A row that neither side saw is zero with -inf.
+        A row without keys on both sides is zero, with -inf as its LSE.
 
     Raises:
         ValueError: shapes or devices differ.
@@ -37,7 +37,7 @@ def merge_states(
     lse_a, lse_b = lse_a.to(work), lse_b.to(work)
     top = torch.maximum(lse_a, lse_b)
     none = top == float("-inf")
-    # Where both sides are empty the difference -inf - -inf would be NaN, forward and backward.
+    # If both sides are empty the difference -inf - -inf would be NaN, forward and backward.
     top = top.detach().masked_fill(none, 0.0)
     weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
     total = (weight_a + weight_b).masked_fill(none, 1.0)

@@ -8,9 +8,8 @@ of a compressed row. In base 2, with the scale applied to the float32 scores:
     l    = a l + sum_j p_ij;    o = a o + sum_j p_ij v_j
     out  = row_scale o / l + added;   lse = (m + log2 l) ln 2
 
-Full blocks first, without any mask; then partial blocks with theirs. What follows the two loops is
-the epilogue: a factor per row, a row added per query block; another one (a linear branch) is added
-there.
+Full blocks come first, without any mask, then partial blocks with theirs. The epilogue follows the two
+loops: a factor per row, and a row added per query block; a linear branch would be added there.
 """
 
 # Device functions are typed by Triton when they are compiled.
@@ -139,8 +138,8 @@ def _forward_kernel(
         acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], dtype=tl.float32)
         inner = tl.arange(0, BLOCK_N)
 
-        # The block of the next step is read one step ahead: a load that waits for another load of
-        # its own step is not prefetched by the compiler.
+        # The block of the next step is read one step ahead: the compiler does not prefetch a load
+        # that waits for another load of the same step.
         block = tl.load(COL + first, first < last, other=0)
         for step in range(first * SUB_N, middle * SUB_N):
             key = (block * MASK_N + (step % SUB_N) * BLOCK_N).to(tl.int64) + inner
@@ -219,7 +218,7 @@ _lists: dict[int, Lists] = {}
 def lists_of(mask: list[Tensor], dims: list[int]) -> Lists:
     key = int(mask[6])
     if key not in _lists:
-        refuse_capture(mask[3].device, "work lists are made")
+        refuse_capture(mask[3].device, "work lists are built")
         _lists[key] = _make_lists(mask, dims)
         weakref.finalize(mask[6], _lists.pop, key, None)
     return _lists[key]
@@ -265,12 +264,12 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
 
 @functools.cache  # asked in every call
 def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
-    """Candidates, one that fits every device first (99 KiB of shared memory). Tiles divide the mask's
+    """List candidates, one that fits every device first (99 KiB of shared memory). Tiles divide the mask's
     blocks; ``kind`` is that of :func:`vtr.kernels.triton_common.products`.
 
-    Three stages at least: with two the compiler copies the next keys only when it has done with
-    these, and waits for them at once. 128 x 128 lost to 128 x 64 at every point measured on an H200,
-    but for head dims of 72 to 96.
+    Candidates have three stages at least: with two, the compiler copies the next keys only after it
+    has used the present ones, and waits for them at once. 128 x 128 was slower than 128 x 64 at every
+    point measured on an H200, except for head dims of 72 to 96.
     """
     width = sum(split_dim(dim))
     if kind == "exact":
@@ -316,7 +315,7 @@ if _forced not in ("gluon", "triton", None):
 
 @contextlib.contextmanager
 def forward_kernel(name: str | None) -> Iterator[None]:
-    """Force the forward kernel inside of the block: ``"gluon"`` (the Hopper kernel; raises if it cannot
+    """Force the forward kernel inside the block: ``"gluon"`` (the Hopper kernel; raises if it cannot
     run), ``"triton"``, or ``None`` for the default, which is ``"triton"`` on every device today.
 
     The environment variable ``VTR_FORWARD_KERNEL`` sets the same for a whole process."""
@@ -332,7 +331,8 @@ def forward_kernel(name: str | None) -> Iterator[None]:
 
 @functools.cache
 def _gluon() -> Any:
-    """The module of the Hopper kernel, or why this Triton's Gluon, which is experimental, lacks it."""
+    """Load the module of the Hopper kernel, or return the reason why this Triton cannot (its Gluon is
+    experimental)."""
     if interpreting():
         return "Gluon has no interpreter"
     try:
@@ -343,7 +343,7 @@ def _gluon() -> Any:
 
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor, block: list[int], scale: float) -> Any:
-    """The module of the Hopper kernel if it is asked for, else None."""
+    """Return the module of the Hopper kernel if it was requested, else None."""
     if _forced != "gluon":
         return None
     module = _gluon()
@@ -417,7 +417,7 @@ def backward(
     dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
     mask: list[Tensor], dims: list[int], scale: float,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Gradients of q, k and v (see :mod:`vtr.kernels.triton_backward`)."""
+    """Compute gradients of q, k and v (see :mod:`vtr.kernels.triton_backward`)."""
     return triton_backward.backward(
         dout, delta, q, k, v, lse, mask, dims, scale, lists_of(mask, dims)
     )

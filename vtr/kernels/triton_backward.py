@@ -1,6 +1,6 @@
 """Block-sparse flash attention in Triton: the backward kernels.
 
-With P = exp(scale q k^T - lse) made anew tile by tile, and delta_i = dO_i . O_i less the gradient
+With P = exp(scale q k^T - lse) recomputed tile by tile, and delta_i = dO_i . O_i less the gradient
 of the LSE (FlashAttention-2, Dao 2023, appendix B):
 
     dV = P^T dO;  dP = dO V^T;  dS = P (dP - delta);  dQ = scale dS K;  dK = scale dS^T Q
@@ -276,7 +276,7 @@ def _dkv_kernel(
 
 @functools.cache  # asked in every call
 def _configs(kernel: str, dim: int, bm: int, bn: int, kind: str) -> list[Config]:
-    """Candidates as of the forward, but smaller: the backward holds two products more, and the kernel
+    """List candidates as for the forward, but smaller: the backward holds two more products, and the kernel
     over columns (``kernel="dkv"``) two sums, for which few queries at a time leave it registers."""
     width = sum(split_dim(dim))
     if kind == "exact":
@@ -309,7 +309,7 @@ def backward(
     dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor,
     mask: list[Tensor], dims: list[int], scale: float, lists: Lists,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv; ``delta`` (B, H, Sq) float32."""
+    """Compute dq, dk, dv; ``delta`` (B, H, Sq) float32."""
     q, k, v, dout = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, dout))
     pattern, row_ptr, split, col, tile = mask[:5]
     batch, heads, q_len, dim = q.shape

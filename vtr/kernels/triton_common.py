@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the interpreter, tuning, and the small device functions."""
+"""Shared parts of the Triton kernels: the interpreter, tuning, and small device functions."""
 
 # Device functions are typed by Triton when they are compiled.
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -21,14 +21,14 @@ try:
     import triton.language as tl
 except ImportError as error:  # torch for macOS and Windows comes without Triton
     raise RuntimeError(
-        "the Triton kernels need the triton package, which is not installed; without it attention on "
-        'CUDA has backend="sdpa"'
+        "the Triton kernels need the triton package, which is not installed: pip install triton, or "
+        'use backend="sdpa"'
     ) from error
 
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors.
+    """Tell whether Triton kernels run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors.
 
     Triton itself reads the variable once, when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
@@ -50,13 +50,13 @@ _best: dict[tuple[Any, ...], Config] = {}
 def tuned(
     key: tuple[Any, ...], configs: Sequence[Config], launch: Callable[[Config], None]
 ) -> None:
-    """Launches with the fastest of the configurations, measured on the first call of a key and kept on
+    """Launch with the fastest of the configurations, measured on the first call of a key and kept on
     disk (:mod:`vtr.kernels.choices`).
 
-    Triton's own autotuner needs a GPU even to be asked, so it cannot be used in the interpreter;
-    there, and while a CUDA graph is captured, the first configuration runs, which must therefore
-    fit any device. ``launch`` must give the same result however often it runs. ``key``: the
-    kernel, the device, and what else the choice depends on.
+    Triton's own autotuner cannot be used in the interpreter, since it needs a GPU. In the interpreter,
+    and while a CUDA graph is captured, the first configuration runs, which must therefore fit any
+    device. ``launch`` must give the same result each time it runs. ``key``: the kernel, the device,
+    and everything else that the choice depends on.
     """
     chosen = _best.get(key)
     if chosen is None:
@@ -78,8 +78,8 @@ def tuned(
 
 
 def amount(device: torch.device, programs: int) -> str:
-    """A class of program counts, for the key of tuning: what is best for a device that is filled many
-    times over is not for one that is not filled once."""
+    """A class of program counts, for the key of tuning: the best choice for a device that is filled
+    many times over is not the best for one that is only partly filled."""
     if interpreting():
         return "few"
     rounds = programs / _multiprocessors(device)
@@ -110,9 +110,9 @@ def _measure(configs: Sequence[Config], launch: Callable[[Config], None]) -> Con
 
 @functools.cache
 def split_dim(dim: int) -> tuple[int, int]:
-    """A head dim as a power of two and a padded rest (0: none): 72 is 64 + 16, 96 is 64 + 32.
+    """Split a head dim into a power of two and a padded rest (0: none): 72 is 64 + 16, 96 is 64 + 32.
 
-    Tile sizes must be powers of two; padding 72 to 128 would near double the products.
+    Tile sizes must be powers of two; padding 72 to 128 would almost double the products.
     """
     main = 1 << (dim.bit_length() - 1)
     rest = dim - main
@@ -120,7 +120,7 @@ def split_dim(dim: int) -> tuple[int, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are made: exactly, unless the user allowed TF32 in torch."""
+    """The precision of float32 products for Triton: exact, unless the user allowed TF32 in torch."""
     # Not ``allow_tf32``, which raises once the user has chosen through the newer setting.
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
@@ -128,25 +128,25 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def products(dtype: torch.dtype) -> str:
-    """What tiles have to be made for: ``"half"`` (bfloat16 and float16) and ``"tf32"`` on tensor
-    cores, the second with twice the bytes, and ``"exact"`` without, by every thread from its own
-    registers, which larger tiles would spill by the thousand, and take a minute to compile."""
+    """The kind of products, which decides the tiles: ``"half"`` (bfloat16 and float16) and ``"tf32"``
+    run on tensor cores, the second with twice the bytes. ``"exact"`` does not: every thread multiplies
+    from its own registers, and large tiles would spill thousands of them and compile for a minute."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if precision(dtype) == "tf32" else "exact"
 
 
 def unit_strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """The strides of all axes but the last, in units of as many elements as the kernels may take for
-    granted: Triton itself knows only multiples of 16, and a row of 72 elements is none, without
-    which it would move them one by one."""
+    """Divide the strides of all axes except the last by the largest unit that the kernels can assume.
+    Triton itself detects only multiples of 16; a row of 72 elements is not one, and without the unit
+    its elements would be moved one by one."""
     strides = [n for t in tensors for n in t.stride()[:-1]]
     unit = 8 if all(n % 8 == 0 for n in strides) else 1
     return unit, [n // unit for n in strides]
 
 
 def refuse_capture(device: torch.device, what: str) -> None:
-    """Raises where a CUDA graph is being captured, which what follows would break."""
+    """Raise while a CUDA graph is being captured, which the code after this call would break."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{what} at the first call with a mask, which reads from the device and cannot be "
@@ -155,7 +155,7 @@ def refuse_capture(device: torch.device, what: str) -> None:
 
 
 def upcast(dtype: torch.dtype) -> bool:
-    """The interpreter multiplies the raw bits of bfloat16; there operands go to float32 first."""
+    """Cast operands to float32 in the interpreter, which multiplies the raw bits of bfloat16."""
     return interpreting() and dtype == torch.bfloat16
 
 
@@ -172,7 +172,7 @@ def load_rows(
     base, row, stride, limit, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
     UNIT: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """Columns START.. of some rows (``stride`` in UNIT elements), zero past the head dim and, with
+    """Load columns START.. of some rows (``stride`` in UNIT elements), zero past the head dim and, with
     BOUND, past the last row."""
     column = START + tl.arange(0, WIDTH)
     pointer = base + row[:, None] * stride * UNIT + column[None, :]
@@ -187,7 +187,7 @@ def load_rows(
 
 @triton.jit
 def load_row(base, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns START.. of one row as float32, zero past the head dim."""
+    """Load columns START.. of one row as float32, zero past the head dim."""
     column = START + tl.arange(0, WIDTH)
     return tl.load(base + column, column < D, other=0.0).to(tl.float32)
 
@@ -204,7 +204,7 @@ def store_rows(
 
 
 def pack_tiles(tiles: Tensor) -> Tensor:
-    """(T, bm, bn) bool to (max(T, 1), bm, bn / 32) int32: bit j of word w is key 32 w + j. Blocks of 16
+    """Pack (T, bm, bn) bool to (max(T, 1), bm, bn / 32) int32: bit j of word w is key 32 w + j. Blocks of 16
     keys have one word with 16 bits. An eighth of the bytes, and a row of a block is 16 bytes at most."""
     bits = tiles.view(torch.uint8) if len(tiles) else tiles.new_zeros(1, *tiles.shape[1:]).byte()
     for width in (1, 2, 4):
@@ -218,7 +218,7 @@ def load_words(
     words, tile, line, start, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
     WIDTH: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """The words of partial block ``tile`` (see :func:`pack_tiles`) that hold queries ``line`` and keys
+    """Load the words of partial block ``tile`` (see :func:`pack_tiles`) that hold queries ``line`` and keys
     ``start`` .. ``start + WIDTH``: (queries, words), or (words, queries) with ACROSS."""
     word = start // BITS + tl.arange(0, WIDTH // BITS if WIDTH > BITS else 1)
     base = words + tile.to(tl.int64) * (ROWS * WORDS)
@@ -230,7 +230,7 @@ def load_words(
 
 @triton.jit
 def expand_words(words, start, BITS: tl.constexpr, WIDTH: tl.constexpr, ACROSS: tl.constexpr):
-    """A bit of :func:`load_words` per query and key, as bool."""
+    """Read a bit of :func:`load_words` per query and key, as bool."""
     bit = start % BITS + tl.arange(0, BITS if WIDTH > BITS else WIDTH)
     if ACROSS:
         found = words[:, None, :] >> bit[None, :, None]

@@ -1,4 +1,4 @@
-"""Heavy rows of the Triton forward from their parts, in one kernel that reads nothing back.
+"""Join heavy rows of the Triton forward from their parts, in one kernel that reads nothing back.
 
 With the parts p of a row's keys attended apart: lse = log sum_p exp(lse_p),
 out = row_scale sum_p exp(lse_p - lse) out_p + added.
@@ -38,7 +38,7 @@ def _join_kernel(
         top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
         for piece in range(0, pieces):
             top = tl.maximum(top, tl.load(PART_LSE + (first + piece) * MASK_M + local))
-        # Rows that no part saw anything of: -inf - -inf would be NaN.
+        # Rows without keys in any part: -inf - -inf would be NaN.
         base = tl.where(top == float("-inf"), 0.0, top)
         total = tl.zeros([ROWS], dtype=tl.float32)
         acc0 = tl.zeros([ROWS, D0], dtype=tl.float32)
@@ -76,7 +76,7 @@ def join(
     out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, row_scale: Tensor | None,
     added: Tensor | None, pattern: Tensor, heavy: Tensor, block: int,
 ) -> None:  # fmt: skip
-    """Writes the heavy rows of ``out`` and ``lse``.
+    """Write the heavy rows of ``out`` and ``lse``.
 
     Args:
         out: (B, H, Sq, D). lse: (B, H, Sq) float32. Both contiguous, as all others are.

@@ -1,4 +1,4 @@
-"""What the Triton and Hopper kernels walk of a mask, forwards and backwards."""
+"""Work lists of a mask for the Triton and Hopper kernels, for the forward and the backward."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vtr.kernels.triton_common import refuse_capture
 
 @dataclass
 class Lists:
-    """What a mask's kernels walk, made on first use of a mask.
+    """Work lists of a mask for the kernels, built on first use of the mask.
 
     ``items`` (P, I, 5) int32: query block (-1: nothing), first, middle and last entry, and the
     part of ``heavy`` that it is (-1: a whole row); the longest first, so that no long row is left
     for the end. ``heavy`` (P, R) int64: the rows that were cut, each into ``pieces``, -1 for none.
-    ``words``: what partial blocks keep (:func:`vtr.kernels.triton_common.pack_tiles`).
+    ``words``: the pairs that partial blocks keep (:func:`vtr.kernels.triton_common.pack_tiles`).
     """
 
     items: Tensor
@@ -31,9 +31,9 @@ class Lists:
 
     @functools.cached_property
     def longer_items(self) -> Tensor:
-        """(P, I, 8) int32: ``items`` and the key block of the first entry, so that the Hopper kernel
+        """``items`` and the key block of the first entry, (P, I, 8) int32, so that the Hopper kernel
         begins to copy after one read."""
-        refuse_capture(self.items.device, "work lists are made")
+        refuse_capture(self.items.device, "work lists are built")
         longer = self.items.new_zeros(*self.items.shape[:2], 8)
         longer[..., :5] = self.items
         col = self.rows.col
@@ -41,10 +41,10 @@ class Lists:
             longer[..., 5] = col[self.items[..., 1].clamp(max=col.numel() - 1)]
         return longer
 
-    # For the backward alone: a mask made anew in every call of a model that only runs never needs it.
+    # Only the backward needs it: a mask that is computed in every call without training never does.
     @functools.cached_property
     def columns(self) -> Csr:
-        """The mask by key blocks."""
+        """The entries of the mask by key blocks."""
         return _csr.transpose(self.rows, *self.grid)
 
     @functools.cached_property

@@ -1,7 +1,7 @@
 """Sparse attention masks as pure functions: sizes in, :class:`~vtr.kernels.BlockMask` out.
 
-Each says at token level which keys a query sees, and is built block by block without any
-token-level map of the sequence. All are made on the CPU; ``mask.to(device)`` moves one.
+Each mask is exact to the token, and is built block by block without any token-level map of the
+sequence. All are built on the CPU; ``mask.to(device)`` moves one.
 """
 
 from vtr.kernels.masks.bands import (

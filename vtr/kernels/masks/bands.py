@@ -11,7 +11,7 @@ from vtr.kernels.masks.build import exact, not_negative, on_cpu, positive, spans
 
 @on_cpu
 def band(tokens: int, width: int, *, block: int = 128) -> BlockMask:
-    """Keys at most ``width // 2`` tokens away: the mask of Re-ttention's image models
+    """Keep keys at most ``width // 2`` tokens away: the mask of Re-ttention's image models
     (arXiv 2505.22918; there ``width = int(tokens / 32)``). Not shifted at the borders."""
     return frame_band(1, tokens, width, block=block)
 
@@ -26,8 +26,8 @@ def frame_band(
     text_first: bool = True,
     block: int = 128,
 ) -> BlockMask:
-    """Keys at most ``width // 2`` places away inside the frame, in every frame: Re-ttention's mask
-    for CogVideoX (arXiv 2505.22918), where 226 text tokens stand first and are dense both ways."""
+    """Keep keys at most ``width // 2`` places away inside the frame, in every frame: Re-ttention's
+    mask for CogVideoX (arXiv 2505.22918), whose 226 text tokens come first and are dense both ways."""
     positive(frames=frames, tokens_per_frame=tokens_per_frame, width=width)
     not_negative(text=text)
     total = frames * tokens_per_frame + text
@@ -86,8 +86,8 @@ def frame_window(frames: int, tokens_per_frame: int, radius: int, *, block: int 
 def spatial(
     frames: int, tokens_per_frame: int, width: int, *, text: int = 0, block: int = 128
 ) -> BlockMask:
-    """Keys at most ``width`` tokens away in raster order, and all of the first frame: the spatial
-    heads of Sparse VideoGen (arXiv 2502.01776). Text, if any, stands last and is dense."""
+    """Keep keys at most ``width`` tokens away in raster order, and all of the first frame: the
+    spatial heads of Sparse VideoGen (arXiv 2502.01776). Text, if any, comes last and is dense."""
     positive(frames=frames, tokens_per_frame=tokens_per_frame)
     total = frames * tokens_per_frame
     position = torch.arange(total, device="cpu")
@@ -98,11 +98,11 @@ def spatial(
 def temporal(
     frames: int, tokens_per_frame: int, width: int, *, text: int = 0, block: int = 128
 ) -> BlockMask:
-    """Keys at most ``width`` places away when tokens are ordered place by place, each through all
-    frames, and all of the first frame: the temporal heads of Sparse VideoGen (arXiv 2502.01776).
+    """Keep keys at most ``width`` places away when tokens are ordered place by place, each through
+    all frames, and all of the first frame: the temporal heads of Sparse VideoGen (arXiv 2502.01776).
 
-    The mask is for tokens reordered by :func:`temporal_order`, in which what a query sees lies
-    together; ``mask.permute`` leads back to raster order. Text, if any, stands last and is dense.
+    The mask is for tokens reordered by :func:`temporal_order`, so that the keys of a query are
+    neighbours; ``mask.permute`` converts it to raster order. Text, if any, comes last and is dense.
     """
     positive(frames=frames, tokens_per_frame=tokens_per_frame)
     order = temporal_order(frames, tokens_per_frame)
@@ -113,7 +113,7 @@ def temporal(
 @on_cpu
 def temporal_order(frames: int, tokens_per_frame: int) -> Tensor:
     """The raster indices of tokens in the order of :func:`temporal`, (frames * s,) int64: the
-    first frame, which everyone sees, then place by place the tokens of the other frames."""
+    first frame, which every query sees, then place by place the tokens of the other frames."""
     index = torch.arange(frames * tokens_per_frame, device="cpu").view(frames, tokens_per_frame)
     return torch.cat([index[0], index[1:].t().flatten()])
 

@@ -1,4 +1,4 @@
-"""From a rule on token indices to a BlockMask, evaluating only the blocks that need it."""
+"""Build a BlockMask from a rule on token indices; only blocks that need it are evaluated."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _CHUNK = 1 << 22
 
 
 def on_cpu(make: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
-    """Masks and orders are made on the CPU, whatever ``torch.set_default_device`` says: they are
-    full of small steps and look-ups."""
+    """Build masks and orders on the CPU, even with another default device: they consist of many
+    small steps and look-ups."""
 
     @functools.wraps(make)
     def made(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
@@ -43,7 +43,7 @@ def exact(
     alike: Tensor | None = None,
     by_block: bool = False,
 ) -> BlockMask:
-    """The mask of a rule, exact to the token.
+    """Build the mask of a rule, exact to the token.
 
     Args:
         rule: ``rule(i, j)`` gets int64 query and key indices that broadcast, returns bool.
@@ -51,9 +51,9 @@ def exact(
         surely: (NQ, NK) bool, True for blocks known to keep everything; all False when None.
             The rule is evaluated on the blocks that are ``maybe`` and not ``surely``.
         alike: (NQ, NK) int64: blocks of the same number keep the same tokens, and the rule is
-            evaluated on one of them; -1 for blocks of which nothing is known.
-        by_block: the rule gets (N,) query and key blocks instead, and returns (N, bm, bn) bool; what
-            it says of tokens that do not exist does not count.
+            evaluated on one of them; -1 for blocks without such a number.
+        by_block: the rule gets (N,) query and key blocks instead, and returns (N, bm, bn) bool; its
+            values for tokens past the ends are ignored.
     """
     bm, bn = _block_pair(block)
     nq, nk = -(-q_len // bm), -(-k_len // bn)
@@ -83,7 +83,7 @@ def exact(
         else:  # it may look things up, so it is not shown tokens that do not exist
             tokens = rule(i.clamp(max=q_len - 1), j.clamp(max=k_len - 1))
             tokens = tokens.expand(one.numel(), bm, bn).contiguous()
-        # A comparison that broadcasts costs more than a rule by blocks: only where there is an end.
+        # A comparison that broadcasts costs more than a rule by blocks, so only the last ones do.
         ends = ((one + 1) * bm > q_len) | ((two + 1) * bn > k_len)
         if ends.any():
             tokens[ends] &= (i[ends] < q_len) & (j[ends] < k_len)
@@ -115,14 +115,14 @@ def exact(
 
 
 def spans(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of (N,) values inside each block of tokens, (NB,) each."""
+    """Compute the smallest and largest of (N,) values inside each block of tokens, (NB,) each."""
     pad = -values.numel() % block
     padded = torch.cat([values, values[-1:].expand(pad)]).view(-1, block)
     return padded.amin(1), padded.amax(1)
 
 
 def positive(**numbers: int) -> None:
-    """Raises for sizes that are not positive integers."""
+    """Raise for sizes that are not positive integers."""
     for name, number in numbers.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name} must be a positive int, got {number!r}")

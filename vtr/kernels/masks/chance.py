@@ -1,4 +1,4 @@
-"""The baseline that any structured mask has to beat."""
+"""A random mask: the baseline that any structured mask has to beat."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def neighborhood(
     Along each axis of size n: queries in groups of ``stride`` neighbours share the window of the
     group's middle (at ``stride // 2``, the last group's clipped to the grid); it holds ``window``
     keys, ``window // 2`` of them before the middle, and is shifted, not cut, at the borders. With
-    dilation d the axis falls into d interleaved ones, each with such windows of its own.
+    dilation d the axis is divided into d interleaved ones, each with separate windows.
     On a causal axis a group's window is the ``window`` keys up to the group's last member (fewer at
     the start), of which no query sees those later than itself.
     A token is seen when every axis sees it.
@@ -37,7 +37,7 @@ def neighborhood(
         shape: grid (tokens per axis), slowest axis first; tokens in raster order.
         window, stride, dilation, causal: one value for all axes or one per axis.
         tile: tokens per axis of a tile: the mask is then for tokens reordered by
-            :func:`tile_order`, in which what a query sees lies in fewer blocks (whole ones, where
+            :func:`tile_order`, so that the keys of a query lie in fewer blocks (whole ones, if
             stride and window are multiples of the tile).
         text: tokens after the grid, dense both ways.
 
@@ -68,7 +68,7 @@ def neighborhood(
 
 
 def _window(size: int, window: int, stride: int, dilation: int, causal: bool) -> Tensor:
-    """(size, size) bool: which keys of one axis each query sees."""
+    """Compute the keys of one axis that each query sees, (size, size) bool."""
     seen = torch.zeros(size, size, dtype=torch.bool, device="cpu")
     for residue in range(dilation):
         length = -(-(size - residue) // dilation)
@@ -165,7 +165,7 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
     count = coordinates.shape[1]
     total = count + text
     blocks = -(-total // block)
-    # By blocks; what comes after the last token of the grid has its coordinates.
+    # By blocks; tokens after the last one of the grid get its coordinates.
     room = blocks * block - count
     lines = torch.cat([coordinates, coordinates[:, -1:].expand(-1, room)], 1)
     lines = lines.view(-1, blocks, block)
@@ -175,7 +175,7 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
     maybe = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
     surely = torch.ones(blocks, blocks, dtype=torch.bool, device="cpu")
     for line, axis in zip(lines, axes, strict=True):
-        # Which coordinates of this axis occur in each block.
+        # The coordinates of this axis that occur in each block.
         has = torch.zeros(blocks, axis.shape[0], device="cpu").scatter_(1, line, 1.0)
         maybe &= (has @ axis.float() @ has.t()) > 0
         surely &= (has @ (~axis).float() @ has.t()) == 0
@@ -183,7 +183,7 @@ def _grid(coordinates: Tensor, axes: list[Tensor], text: int, block: int) -> Blo
     maybe |= some_text | some_text[:, None]
     surely |= all_text | all_text[:, None]
 
-    # What each coordinate of an axis sees of every block: a block of the mask is rows of these.
+    # The keys of every block that each coordinate of an axis sees: rows of a block of the mask.
     looked_at = (maybe & ~surely).any()
     sights = [axis[:, line] for line, axis in zip(lines, axes, strict=True)] if looked_at else []
 

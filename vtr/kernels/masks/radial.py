@@ -39,24 +39,24 @@ def radial(
         w >= u:  |k - l| + 1 <= w
         w <  u:  |k - l| + 1 <= u  and  r mod ceil(u / w) = 0
 
-    which for ``block=1`` is the formula of the paper; larger blocks take the block as the smallest
-    width, as the paper does in practice, which is what keeps the cost at O(n log n). A block is
-    kept whole when the rule keeps any pair in it.
+    which for ``block=1`` is the formula of the paper. For larger blocks the block is the smallest
+    width, as in the paper's experiments; this keeps the cost at O(n log n). A block is kept whole
+    if the rule keeps any pair in it.
 
     ``rule="released"`` is the rule of the released code: half-widths from the power of two above
-    s, a frequency rule of its own, and a strict shrink to blocks that drops blocks which a
-    diagonal or a frame barely touches (so it is no superset of its token rule). Two things are
-    mended, which change nothing where a frame is whole blocks, nor at the 3,600 tokens per frame of
-    720 x 1280: the released code loses the last block of a frame that lies in one block more than
-    its length needs, for queries and keys alike, and it may shrink away a block's own frame where a
-    block is longer than a frame. Here every block sees the frames of its own tokens.
+    s, another frequency rule, and a strict shrink to blocks that drops blocks which a
+    diagonal or a frame barely touches (so it is no superset of its token rule). Two faults of the
+    released code are corrected. It loses the last block of a frame that lies in one block more than
+    its length needs, for queries and keys alike; and if a block is longer than a frame, it may drop
+    the block's own frame. Here every block sees the frames of its own tokens. This changes nothing
+    if frames are whole blocks, nor at the 3,600 tokens per frame of 720 x 1280.
 
     Args:
         decay: factor of the widths from the third diagonal on.
         sink: every query sees the first frame (the released code: True for Wan, False for
             HunyuanVideo).
         text: text tokens; they see and are seen by everything, block-wise.
-        text_first: they stand before the video instead of after it.
+        text_first: the text tokens come before the video instead of after it.
 
     Raises:
         ValueError: a size is not positive, decay is not a positive number, the rule is unknown,
@@ -79,7 +79,7 @@ def radial(
         live = _paper(pieces, frames, tokens_per_frame, block, decay, sink, grid)
     else:
         live = _released(pieces, frames, tokens_per_frame, block, decay, sink, grid)
-        # There a tail shorter than a block is in no block; what is not in the map is kept.
+        # There a tail shorter than a block is in no block; blocks outside the map are kept.
         border = video // block
         live[border:], live[:, border:] = True, True
     if text:
@@ -89,8 +89,8 @@ def radial(
 
 
 def _pieces(frames: int, size: int, block: int, start: int) -> np.ndarray:
-    """The video cut where a frame or a block ends: (4, n) int32 of frame, block, and the first and
-    last place inside the frame."""
+    """Cut the video at the ends of frames and blocks: (4, n) int32 of frame, block, and the first
+    and last place inside the frame."""
     ends = start + np.arange(frames + 1) * size
     grid = np.arange(start // block + 1, -(-int(ends[-1]) // block)) * block
     cuts = np.unique(np.concatenate([ends, grid]))
@@ -101,13 +101,13 @@ def _pieces(frames: int, size: int, block: int, start: int) -> np.ndarray:
 
 
 def _rows(pieces: np.ndarray) -> list[slice]:
-    """Runs of pieces to work on at a time, so that the maps of pieces stay small."""
+    """Yield runs of pieces to work on at a time, so that the maps of pieces stay small."""
     step = max(1, (1 << 22) // pieces.shape[1])
     return [slice(i, i + step) for i in range(0, pieces.shape[1], step)]
 
 
 def _collect(live: np.ndarray, keep: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
-    """ORs a map of pieces into the map of blocks; both index arrays are sorted."""
+    """OR a map of pieces into the map of blocks; both index arrays are sorted."""
     new_column = np.flatnonzero(np.diff(columns, prepend=-1))
     new_row = np.flatnonzero(np.diff(rows, prepend=-1))
     by_block = np.logical_or.reduceat(keep, new_column, axis=1)

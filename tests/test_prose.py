@@ -1,0 +1,249 @@
+"""Hold docstrings, comments, messages and pages to the prose rules of CONTRIBUTING.md.
+
+Each rule is a regular expression with the reason. Code in backquotes and fenced blocks is not
+read. ``python -m tests.test_prose PATH ...`` prints what the rules find in files or folders.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Folders and modules that are held to the rules, and the pages beside them.
+FOLDERS = (
+    "benchmarks",
+    "examples",
+    "vtr/compat",
+    "vtr/errors.py",
+    "vtr/kernels",
+    "vtr/train",
+    "vtr/video",
+    "tests/test_prose.py",
+)
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A phrase that is not written, what to write instead, and a sentence that has it."""
+
+    pattern: str
+    instead: str
+    example: str
+    opening: bool = False  # looked for at the beginning of a docstring alone
+
+    def search(self, text: str) -> re.Match[str] | None:
+        pattern = re.compile(self.pattern)
+        return pattern.match(text) if self.opening else pattern.search(text)
+
+
+RULES = (
+    Rule(
+        r"(?i)\b(stands?|stood|standing)\b(?!-alone)",
+        'say "is", "means" or "represents"',
+        "Text stands first.",
+    ),
+    Rule(
+        r"(?i)\b(go|goes|going|went|gone) on\b",
+        'say "continues" or "is kept"',
+        "The run goes on.",
+    ),
+    Rule(
+        r"(?i)\bof (its|their) own\b(?= *([^\w\s]|$|(and|as|for|if|in|or|so|that|to|when|which|with)\b))",
+        'say "its own ..." or "a separate ..."',
+        "decord has a process of its own.",
+    ),
+    Rule(
+        r"(?i)\bthere (is|are|was|were) none\b|\bwhere there (is|are|was|were)\b",
+        'say "without ..." or "if there is no ..."',
+        "Returns None if there is none.",
+    ),
+    Rule(
+        r"(?i)\b(is|are|was|were|be|been|being) made\b(?! (of|up)\b)",
+        'say "computed", "built", "created" or "written"',
+        "The mask is made in every call.",
+    ),
+    Rule(
+        r"(?i)\bmakes? of\b",
+        "name the result",
+        "What the model makes of it.",
+    ),
+    Rule(
+        r"(?i)\blived\b",
+        'say "kept" or "left"',
+        "The tokens that lived.",
+    ),
+    Rule(
+        r"(?i)\bwhere (not|possible|needed|wanted|nothing|none|no|it|they|this|that|one|both) "
+        r"(?!(acts|was|were|went|goes|came|enters?|begins?|starts?|ends?)\b)",
+        '"if" and "when"; "where" is for places',
+        "It uses flex where no compiler is found.",
+    ),
+    Rule(
+        r"(?:^|[.;:] )Where [^?]*?, ",
+        '"if" and "when"; "where" is for places',
+        "Where rates vary, no frame comes twice.",
+    ),
+    Rule(
+        r"(?i)\belse where\b|\bbut where\b|\bexcept where\b|\bonly where\b|\bsave where\b",
+        '"if" and "when"; "where" is for places',
+        "It is exact except where scores are equal.",
+    ),
+    Rule(
+        r"(?i)\bbut for\b|\bso but\b|\bsave for\b",
+        'say "except"',
+        "All are alike but for one.",
+    ),
+    Rule(
+        r"(What|Which|Whether|How|Where|When|If|Why|Who|That|There|It)\b",
+        "a docstring begins with a verb or names the thing",
+        "Whether the mask is exact.",
+        opening=True,
+    ),
+    Rule(
+        r"(?:^|[.;] )(What|Whether) [^?:.]*[.]",
+        "no clause as the subject: name the thing, then say what it does",
+        "What a hook leaves belongs in the session.",
+    ),
+)
+
+
+def plain(text: str) -> str:
+    """Drop code, links' targets and line breaks from prose."""
+    text = re.sub(r"<!--.*?-->", " ", text, flags=re.S)
+    text = re.sub(r"(`+).+?\1", "CODE", text, flags=re.S)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def found(text: str, docstring: bool = False) -> list[str]:
+    """List the rules that a text breaks, each with the words that break it."""
+    text = plain(text)
+    return [
+        f"{match.group(0).strip()!r}: {rule.instead}"
+        for rule in RULES
+        if (docstring or not rule.opening) and (match := rule.search(text))
+    ]
+
+
+def docstrings(tree: ast.AST) -> dict[int, ast.Constant]:
+    """Find the docstrings of a module by the identity of their node."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    result = {}
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and node.body and isinstance(node.body[0], ast.Expr):
+            value = node.body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                result[id(value)] = value
+    return result
+
+
+def comments(source: str) -> Iterator[tuple[int, str]]:
+    """Yield comments with their first line; lines of comment below one another are one text."""
+    lines: list[str] = []
+    start, column, last = 0, 0, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line, at = token.start
+        if lines and (line != last + 1 or at != column):
+            yield start, " ".join(lines)
+            lines = []
+        if not lines:
+            start, column = line, at
+        lines.append(token.string.lstrip("#:! "))
+        last = line
+    if lines:
+        yield start, " ".join(lines)
+
+
+def messages(tree: ast.AST, skip: dict[int, ast.Constant]) -> Iterator[tuple[int, str]]:
+    """Yield strings of several words that are no docstrings: errors, help texts, titles."""
+    parts: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts |= {id(value) for value in node.values}
+            texts = [v.value if isinstance(v, ast.Constant) else "CODE" for v in node.values]
+            text = "".join(map(str, texts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) in skip or id(node) in parts:
+                continue
+            text = node.value
+        else:
+            continue
+        if len(text.split()) > 2:
+            yield node.lineno, text
+
+
+def in_module(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the fault of every text of a Python module that breaks a rule."""
+    tree = ast.parse(source)
+    documented = docstrings(tree)
+    for node in documented.values():
+        for fault in found(node.value, docstring=True):
+            yield node.lineno, fault
+    for texts in (comments(source), messages(tree, documented)):
+        for line, text in texts:
+            for fault in found(text):
+                yield line, fault
+
+
+def paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the paragraphs, items and table rows of a Markdown page with their first line."""
+    lines: list[str] = []
+    start, fenced = 1, False
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        fence = line.lstrip().startswith("```")
+        ends = fence or fenced or not line.strip() or re.match(r"\s*([-*|#]|\d+\.) ?", line)
+        if ends and lines:
+            yield start, "\n".join(lines)
+            lines = []
+        if fence:
+            fenced = not fenced
+        elif not fenced and line.strip():
+            start = start if lines else number
+            lines.append(re.sub(r"^\s*([-*#]+|\d+\.) ", "", line))
+
+
+def in_page(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the fault of every paragraph of a page that breaks a rule."""
+    for line, paragraph in paragraphs(text):
+        for fault in found(paragraph):
+            yield line, fault
+
+
+def modules(names: Iterable[str]) -> list[Path]:
+    """List the Python files of folders and modules."""
+    paths = (ROOT / name for name in names)
+    return [file for path in paths for file in (sorted(path.rglob("*.py")) or [path])]
+
+
+def pages() -> list[Path]:
+    """List the Markdown pages that are held to the rules."""
+    return [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
+
+
+def faults(path: Path) -> list[str]:
+    """List the faults of a file, as ``path:line: fault``."""
+    text = path.read_text(encoding="utf-8")
+    # The examples of the rules break them.
+    if path == Path(__file__):
+        text = text[: text.index("RULES = (")] + text[text.index("\ndef plain(") :]
+        text = text[: text.index("def test_a_planted")]
+    look = in_module if path.suffix == ".py" else in_page
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return [f"{name}:{line}: {fault}" for line, fault in look(text)]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        for file in modules([name]):
+            print(*faults(file), sep="\n")
