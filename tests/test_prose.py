@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 # Folders and modules that are held to the rules, and the pages beside them.
@@ -237,10 +239,114 @@ def faults(path: Path) -> list[str]:
     # The examples of the rules break them.
     if path == Path(__file__):
         text = text[: text.index("RULES = (")] + text[text.index("\ndef plain(") :]
-        text = text[: text.index("def test_a_planted")]
+        text = text[: text.index("# ---- the rules catch")]
     look = in_module if path.suffix == ".py" else in_page
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return [f"{name}:{line}: {fault}" for line, fault in look(text)]
+
+
+# ---- the rules, held -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_docstrings_comments_and_messages_keep_the_rules(name):
+    assert (ROOT / name).exists(), f"FOLDERS names {name}, which does not exist"
+    broken = [fault for path in modules([name]) for fault in faults(path)]
+    assert not broken, "\n".join(["see 'Prose' in CONTRIBUTING.md:", *broken])
+
+
+def test_pages_keep_the_rules():
+    broken = [fault for path in pages() for fault in faults(path)]
+    assert not broken, "\n".join(["see 'Prose' in CONTRIBUTING.md:", *broken])
+
+
+# ---- the pages: links, and paths of the repository --------------------------------------------------
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# `vtr/kernels/sdpa.py`, `tests/x.py::test`, `python benchmarks/video.py`, `python -m recipes.evaluate_wan`
+PATH = re.compile(r"(?<![\w/.-])((?:benchmarks|docs|examples|recipes|tests|vtr)/[\w./-]*\w)")
+MODULE = re.compile(r"python -m ((?:recipes|tests|vtr)[\w.]*)")
+
+
+def anchors(text: str) -> set[str]:
+    """List the anchors of a page's headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    plain_headings = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain_headings}
+
+
+def missing(path: Path) -> list[str]:
+    """List the links, paths and modules that a page names and that do not exist."""
+    text = path.read_text(encoding="utf-8")
+    lost = []
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.exists():
+            lost.append(f"{path.name}: link to {target}")
+        elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text("utf-8")):
+            lost.append(f"{path.name}: {file.name} has no heading #{anchor}")
+    for name in PATH.findall(text):
+        if "NAME" not in name and "LIBRARY" not in name and not (ROOT / name).exists():
+            lost.append(f"{path.name}: {name}")
+    for name in MODULE.findall(text):
+        file = ROOT / name.replace(".", "/")
+        if not file.with_suffix(".py").exists() and not (file / "__main__.py").exists():
+            lost.append(f"{path.name}: python -m {name}")
+    return lost
+
+
+def test_links_paths_and_modules_of_pages_exist():
+    assert not [line for path in pages() for line in missing(path)]
+
+
+def test_a_lost_link_path_or_module_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A heading\n[a](#a-heading) [b](#no) [c](gone.md) `vtr/gone.py` `python -m vtr.gone`\n"
+    )
+    found_lost = [line.partition(": ")[2] for line in missing(page)]
+    assert found_lost == [
+        "page.md has no heading #no", "link to gone.md", "vtr/gone.py", "python -m vtr.gone",
+    ]  # fmt: skip
+
+
+# ---- the rules catch what they are for --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.example)
+def test_a_planted_sentence_is_caught(rule, tmp_path):
+    docstring = f'"""{rule.example}"""\n'
+    assert any(rule.instead in fault for _, fault in in_module(docstring))
+    if not rule.opening:
+        assert any(rule.instead in fault for _, fault in in_page(f"Text.\n\n- {rule.example}\n"))
+        planted = f'def f():\n    # {rule.example}\n    raise ValueError(f"{rule.example} {{f}}")\n'
+        lines = [line for line, fault in in_module(planted) if rule.instead in fault]
+        assert lines == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Where every token went: source, kept, size.",
+        "Understand the standard.",
+        "It uses the step of its own call.",
+        "The mask is made of blocks.",
+        "What is left? See the trace.",
+        "Use `where it is` in code.",
+        "Return the token where it was.",
+    ],
+)
+def test_plain_sentences_are_left_alone(sentence):
+    assert not found(sentence)
+
+
+def test_texts_over_several_lines_are_read_as_one():
+    source = '# The text\n# stands\n# first.\nx = 1\n"a run that goes " "on here"\n'
+    assert [line for line, _ in in_module(source)] == [1, 5]
+    assert [line for line, _ in in_page("A\n\nThe run goes\non.\n```\nit stands\n```\n")] == [3]
 
 
 if __name__ == "__main__":

@@ -436,7 +436,7 @@ def test_others_are_refused_with_the_reason() -> None:
             decoder_num_hidden_layers=1,
         )
     )
-    with pytest.raises(vtr.UnsupportedModelError, match="drops patches of its own"):
+    with pytest.raises(vtr.UnsupportedModelError, match="drops patches itself"):
         vtr.apply(pretraining, "tome")
     with pytest.raises(ValueError, match="output must be"):
         vtr.apply(build("videomae"), "tome", output="full")

@@ -1,4 +1,4 @@
-"""accelerate: what its hooks leave on a module that they move between devices."""
+"""accelerate: attributes that its hooks set on a module that they move between devices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ HOOK, FORWARD = "_hf_hook", "_old_forward"
 
 
 def hooked(module: Any) -> bool:
-    """Whether the forward of a module is accelerate's, around the module's own."""
+    """Tell whether the forward of a module is accelerate's, around the module's own."""
     held = vars(module)
     return HOOK in held and FORWARD in held

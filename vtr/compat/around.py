@@ -1,4 +1,4 @@
-"""What may stand around a model: ``torch.compile``, data parallelism, adapters."""
+"""Wrappers around a model: ``torch.compile``, data parallelism, adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vtr.compat.torch import inside_compiled, inside_parallel
 
 
 def unwrapped(target: Any) -> Any:
-    """The model inside of compiled modules (``OptimizedModule``), DistributedDataParallel,
+    """Return the model inside compiled modules (``OptimizedModule``), DistributedDataParallel,
     FullyShardedDataParallel and PEFT's models, in any order; other objects as they are."""
     while True:
         inner = inside_adapters(inside_parallel(inside_compiled(target)))

@@ -1,7 +1,8 @@
-"""What vtr expects of other libraries, as data, and what of it an installed library does not meet.
+"""Expectations of other libraries, as data, and the check of an installed library against them.
 
-A module of ``vtr/compat/contracts/`` lists them for each library. Those that need no model are the import part, which ``vtr doctor`` runs; attributes of instances are looked for in tiny models by the tests
-(``pytest -m contract``). Nothing here imports a library before it is asked about.
+A module of ``vtr/compat/contracts/`` lists them for each library. Those that need no model are the import part, which
+``vtr doctor`` runs; the tests look for attributes of instances in tiny models (``pytest -m contract``).
+Nothing here imports a library before its contract is checked.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Expectation:
         has: attributes of the object itself.
         takes: names of parameters.
         starts: names of the first parameters, in order: they are passed by position.
-        calls: names that the code of the function, or of the class's methods, mentions. What vtr puts in
-            the place of a method has no effect, and nothing says so, if the library no longer calls it
-            by that name.
+        calls: names that the code of the function, or of the class's methods, mentions. If vtr replaces
+            a method that the library no longer calls by that name, the replacement silently has no
+            effect.
         built: attributes of the class's instances, also of their parts (``"patch_embed.grid_size"``).
     """
 
@@ -55,11 +56,11 @@ class Expectation:
 
 
 class Gone(Exception):
-    """An expected object does not exist; the message says what is missing where."""
+    """An expected object does not exist; the message says which one, and where it was expected."""
 
 
 def contract(library: str) -> tuple[Expectation, ...]:
-    """The expectations of one of :data:`LIBRARIES`; the library itself is not imported."""
+    """Load the expectations of one of :data:`LIBRARIES`; the library itself is not imported."""
     made: tuple[Expectation, ...] = importlib.import_module(
         f"vtr.compat.contracts.{library}"
     ).CONTRACT
@@ -67,7 +68,7 @@ def contract(library: str) -> tuple[Expectation, ...]:
 
 
 def find(where: str) -> Any:
-    """The object at ``"package.module:Class.method"``, or at the first alternative that exists.
+    """Find the object at ``"package.module:Class.method"``, or at the first alternative that exists.
 
     Raises:
         Gone: there is no such object, or its module cannot be imported.
@@ -76,7 +77,7 @@ def find(where: str) -> Any:
 
 
 def _located(where: str) -> tuple[str, Any]:
-    """The first alternative that exists, and the object there."""
+    """Find the first alternative that exists, and the object there."""
     first: Gone | None = None
     for one in where.split("|"):
         try:
@@ -88,7 +89,7 @@ def _located(where: str) -> tuple[str, Any]:
 
 
 def required(where: str) -> Any:
-    """The object at a place, for an adapter that cannot do without it.
+    """Find the object at a place, for an adapter that needs it.
 
     Raises:
         UnsupportedModelError: the installed library has no such object.
@@ -111,7 +112,7 @@ def _find(where: str) -> Any:
         if error.name and (path == error.name or path.startswith(f"{error.name}.")):
             raise Gone(f"there is no module {error.name}") from None
         raise Gone(f"{path} cannot be imported ({error})") from error
-    except Exception as error:  # whatever a library raises where it is imported
+    except Exception as error:  # any error that a library raises when it is imported
         reason = " ".join(str(error).split())[:200]
         raise Gone(f"{path} cannot be imported ({type(error).__name__}: {reason})") from error
     done = path
@@ -125,7 +126,7 @@ def _find(where: str) -> Any:
 
 
 def missing(expected: Expectation, found: Any, name: str = "") -> Iterator[str]:
-    """What the object found for an expectation lacks, each as a short sentence about ``name``."""
+    """List the names that the object of an expectation lacks, as short sentences about ``name``."""
     name = name or _name(expected.where)
     for wanted in expected.has:
         if not _any(found, wanted):
@@ -152,7 +153,7 @@ def missing(expected: Expectation, found: Any, name: str = "") -> Iterator[str]:
 def moved(
     expectations: Iterable[Expectation], instances: Mapping[type, Any] | None = None
 ) -> list[str]:
-    """One line for each name that an installed library does not have where vtr looks for it.
+    """List, in one line each, the names that an installed library does not have where vtr looks for them.
 
     Args:
         expectations: of libraries that are installed.
@@ -200,7 +201,7 @@ def _reaches(found: Any, path: str) -> bool:
 
 
 def _mentioned(found: Any) -> Iterator[str]:
-    """Names in the code of a function (below its decorators), or of all functions of a class."""
+    """Collect the names in the code of a function (below its decorators) or of a class's functions."""
     functions = [found]
     if isinstance(found, type):
         package = found.__module__.partition(".")[0]
@@ -223,7 +224,7 @@ def _code(function: Any) -> Any:
 
 
 def _name(where: str) -> str:
-    """``LlamaDecoderLayer.forward``, as it is written in a message."""
+    """Format a name for a message: ``LlamaDecoderLayer.forward``."""
     return where.partition("|")[0].rpartition(":")[2] or where.partition("|")[0].rstrip(":")
 
 

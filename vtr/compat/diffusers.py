@@ -1,6 +1,6 @@
-"""diffusers: how its processors compute attention, and what its models and pipelines call.
+"""diffusers: the attention of its processors, and the functions that its models and pipelines call.
 
-What each family's transformer is made of is in ``vtr/diffusion/families.py``.
+``vtr/diffusion/families.py`` describes the transformer of each family.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
 DISPATCHED = (
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
 )  # fmt: skip
-#: A transformer's context of a branch, and what its pipeline calls at the end of a run.
+#: A transformer's context of a branch, and the method that its pipeline calls at the end of a run.
 CONTEXT, ENDED = "cache_context", "_reset_stateful_cache"
 #: The function by which a model checkpoints its blocks, in the model's attributes.
 CHECKPOINT = "_gradient_checkpointing_func"
-#: How far a scheduler has come in its ``timesteps`` (None before its first step), and where it began.
+#: The position of a scheduler in its ``timesteps`` (None before its first step), and its first position.
 POSITION, BEGIN = "step_index", "begin_index"
 #: A pipeline's timestep before it is rounded to the dtype of the latents, a new tensor in every step.
 CURRENT = "current_timestep"
@@ -29,20 +29,20 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def backend_of(processor: Any) -> Any:
-    """The attention backend that was set for a processor; None if none was."""
+    """Return the attention backend that was set for a processor; None if none was."""
     return getattr(processor, "_attention_backend", None)
 
 
 def parallel_of(config: Any) -> Any:
-    """The configuration of context parallelism in what processors give to the dispatch."""
+    """Return the configuration of context parallelism that processors pass to the dispatch."""
     return getattr(config, "context_parallel_config", None)
 
 
 def ulysses_group(config: Any) -> Any:
-    """The processes that exchange heads for tokens."""
+    """Return the group of processes that exchange heads for tokens."""
     return config._ulysses_mesh.get_group()
 
 
 def batch_parts_of(processor: Any) -> int:
-    """Into how many parts an attention processor cuts the batch."""
+    """Return the number of parts into which an attention processor cuts the batch."""
     return max(BATCH_PARTS.get(cls.__name__, 1) for cls in type(processor).__mro__)

@@ -1,4 +1,4 @@
-"""lmms-eval: where its models are registered, what its requests hold, and what it does to a model."""
+"""lmms-eval: the registry of its models, the layout of its requests, and its calls of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 #: The key by which a request says that it only fills up a shorter process's list.
 PADDING = "__padding_only__"
-#: What its samples hold besides the scores.
+#: Keys of its samples besides the scores.
 SAMPLE = frozenset(
     {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts"}
     | {"doc_hash", "input_media"}
@@ -23,7 +23,7 @@ class AnswerRequest(NamedTuple):
         visual: of a simple task, the function from a sample to its pictures.
         messages: of a chat task, the function from a sample to its turns; None of a simple one.
         generation: how to answer.
-        doc, task, split: where its sample is.
+        doc, task, split: number, task and split of its sample.
     """
 
     context: str
@@ -36,18 +36,18 @@ class AnswerRequest(NamedTuple):
 
 
 def pads(request: Any) -> bool:
-    """Whether a request pads a shorter process's list, and wants no answer."""
+    """Tell whether a request only fills up a shorter process's list, and needs no answer."""
     return bool((request.metadata or {}).get(PADDING))
 
 
 def place(request: Any) -> tuple[Any, str, str]:
-    """Number of the sample, task and split of a request."""
+    """Return number of the sample, task and split of a request."""
     doc, task, split = request.args[-3:]
     return doc, task, split
 
 
 def asked(request: Any) -> AnswerRequest:
-    """A request of ``generate_until`` in either layout of arguments.
+    """Read a request of ``generate_until`` in either layout of arguments.
 
     ``(context, generation, doc_to_visual, doc, task, split)`` for simple tasks,
     ``(context, doc_to_messages, generation, doc, task, split)`` for chat tasks, with or without the
@@ -60,14 +60,14 @@ def asked(request: Any) -> AnswerRequest:
 
 
 def likelihood(request: Any) -> tuple[str, Any, Callable[[Any], Any] | None, Any, str, str]:
-    """A request of ``loglikelihood``: context, target or the function from a sample to it, the function
+    """Read a request of ``loglikelihood``: context, target or the function from a sample to it, the function
     from a sample to its pictures, and number, task and split of the sample."""
     context, target, visual, doc, task, split = request.args
     return context, target, visual, doc, task, split
 
 
 def register(manifests: list[Any]) -> None:
-    """Make models known in this process."""
+    """Register models in this process."""
     from lmms_eval import models
 
     for manifest in manifests:
@@ -75,7 +75,7 @@ def register(manifests: list[Any]) -> None:
 
 
 def prepare() -> None:
-    """Do what its evaluation does first, which needs private names of filelock (4.3 has them no longer)."""
+    """Run the first part of its evaluation, which needs private names of filelock (gone in 4.3)."""
     from lmms_eval import evaluator
 
     first = getattr(evaluator, "_enable_reentrant_filelocks", None)

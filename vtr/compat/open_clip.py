@@ -9,9 +9,9 @@ BLOCK, CUSTOM_BLOCK = f"{_MODULE}:ResidualAttentionBlock", f"{_MODULE}:CustomRes
 ATTENTION = f"{_MODULE}:Attention"
 #: A tower of timm, in the attribute ``trunk``.
 TIMM_TOWER = "open_clip.timm_model:TimmModel"
-#: The tower that is no sequence of tokens.
+#: The tower that has no sequence of tokens.
 CONVOLUTIONAL = "ModifiedResNet"
 #: The tower's method that pools without learned queries.
 POOLING = "_global_pool"
-#: The tower's method that makes the sequence of pixels.
+#: The tower's method that turns pixels into the sequence.
 EMBEDDING = "_embeds"

@@ -1,4 +1,4 @@
-"""PEFT: where the model is that adapters were put into."""
+"""PEFT: access to the model that adapters were put into."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HELD = ("base_model", "model")
 
 
 def inside_adapters(model: Any) -> Any:
-    """The model in a PeftModel, a PeftMixedModel or a tuner (LoraModel), or ``model`` itself."""
+    """Return the model in a PeftModel, a PeftMixedModel or a tuner (LoraModel), or ``model`` itself."""
     while type(model).__module__.partition(".")[0] == "peft":
         held = getattr(model, "_modules", {})
         inner = next((held[name] for name in HELD if name in held), None)

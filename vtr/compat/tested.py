@@ -1,4 +1,4 @@
-"""Versions of other libraries that vtr was tested with: the one place that says which."""
+"""Versions of other libraries that vtr was tested with."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Library:
         name: of the distribution, as pip knows it.
         package: of the Python package.
         lowest, newest: the ends of the range, both tested.
-        below: the first version above the range that pip is kept from; patch releases of ``newest``
-            belong to the range where the library's patch releases mend and change nothing else.
-        extra: of vtr, that installs it; empty for what vtr always needs, and for what comes with it.
+        below: the first version above the range, which pip does not install; patch releases of
+            ``newest`` belong to the range if the library's patch releases only fix faults.
+        extra: of vtr, that installs it; empty for libraries that vtr always needs, or that come with
+            one of these.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Library:
         return f"{self.name}>={self.lowest},<{self.below}"
 
     def place(self, version: str) -> str:
-        """Where a version is: ``"tested"``, ``"older"`` or ``"newer"`` than what was tested."""
+        """Compare a version with the range: ``"tested"``, ``"older"`` or ``"newer"``."""
         if numbers(version) < numbers(self.lowest):
             return "older"
         return "newer" if numbers(version) >= numbers(self.below) else "tested"
@@ -71,7 +72,7 @@ TESTED = {
 
 
 def numbers(version: str) -> Version:
-    """The numbers that a version begins with: ``(5, 25)`` of ``5.25.0.dev0``, ``(2, 15)`` of
+    """Read the numbers that a version begins with: ``(5, 25)`` of ``5.25.0.dev0``, ``(2, 15)`` of
     ``2.15.0+cu130``. Zeros at the end do not count, so that 5.17 is 5.17.0."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     parts = [int(n) for n in found[0].split(".")] if found else []
@@ -81,7 +82,7 @@ def numbers(version: str) -> Version:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package that is installed; None if it is not."""
+    """Return the version of an installed package; None if it is not installed."""
     name = TESTED[package].name if package in TESTED else package
     try:
         return metadata.version(name)
@@ -90,7 +91,7 @@ def installed(package: str) -> str | None:
 
 
 def advice(package: str) -> str:
-    """What to do about an installed version that was never tested; empty if it was, or is unknown."""
+    """Return advice about an installed version that was never tested; empty if it was, or is unknown."""
     tested = TESTED.get(package)
     version = None if tested is None else installed(package)
     if tested is None or version is None:
@@ -104,10 +105,10 @@ def advice(package: str) -> str:
 @contextmanager
 def blaming(package: str) -> Iterator[None]:
     """A context around code that reads the parts of a library's model: if the installed version was
-    never tested, a part that is not found is an :class:`UnsupportedModelError` that says so.
+    never tested, a missing part raises an :class:`UnsupportedModelError` that says so.
 
     Args:
-        package: the library's, or any other, of which nothing is said.
+        package: the library's package; for other packages, errors are not changed.
     """
     try:
         yield
@@ -121,7 +122,7 @@ def blaming(package: str) -> Iterator[None]:
 
 
 def explain(package: str, problem: str) -> str:
-    """What does not work, and, if the version of a library may be why, which ones were tested.
+    """Complete a reason: if the version of a library may be the cause, name the tested versions.
 
     Args:
         package: the library that the problem is about.
@@ -131,10 +132,10 @@ def explain(package: str, problem: str) -> str:
 
 
 def untested(package: str, problem: str = "") -> str:
-    """A sentence about an installed version that was never tested; empty if it was, or is unknown.
+    """Return a sentence about an installed version that was never tested; empty if it was, or is unknown.
 
     Args:
-        problem: what follows "... is installed".
+        problem: the words after "... is installed".
     """
     todo = advice(package)
     if not todo:

@@ -32,7 +32,7 @@ ATTENTIONS = (
 #: The pooling by a learned query, and the rotary embedding.
 ATTENTION_POOL = "timm.layers:AttentionPoolLatent"
 ROTATE = f"{EVA}:apply_rot_embed_cat"
-#: What ``features_only`` puts around a model, in its attribute ``model``.
+#: The classes that ``features_only`` puts around a model, in their attribute ``model``.
 FEATURES_ONLY = "FeatureGetterNet"
 
 #: Arguments of NaFlexVit's forward_features, and the first of its forward_intermediates.
@@ -41,28 +41,28 @@ NAFLEX_INTERMEDIATES = (
     *("x", "indices", "return_prefix_tokens", "norm", "stop_early", "output_fmt"),
     *("intermediates_only", "output_dict", *NAFLEX[1:]),
 )
-#: What makes the patches of a model, and the attributes by which it takes images of any size.
+#: The module that embeds patches, and the attributes by which it takes images of any size.
 PATCH_EMBED, FORMAT = "timm.layers:PatchEmbed", "timm.layers:Format"
 ANY_SIZE = ("strict_img_size", "flatten", "output_fmt")
-#: Whether an attention module calls torch's fused attention.
+#: The attribute that says that an attention module calls torch's fused attention.
 FUSED = "fused_attn"
 
 
 def classes(places: tuple[str, ...]) -> tuple[Any, ...]:
-    """The classes at some places; raises ``UnsupportedModelError`` where this timm has none there."""
+    """Return the classes at some places; raises ``UnsupportedModelError`` if this timm has none there."""
     return tuple(required(place) for place in places)
 
 
 def pooling_name(model: Any) -> str:
-    """The method by which a model pools its tokens, empty where that is part of ``forward_head``."""
+    """Return the method by which a model pools its tokens; empty if ``forward_head`` does it."""
     return next((name for name in ("_pool", "pool") if hasattr(type(model), name)), "")
 
 
 def relative_bias(attention: Any) -> Any:
-    """(H, T, T) or (1, H, T, T), the bias that BEiT's attention adds to its logits."""
+    """Return the bias that BEiT's attention adds to its logits, (H, T, T) or (1, H, T, T)."""
     return attention._get_rel_pos_bias()
 
 
 def embed(model: Any, patches: Any) -> Any:
-    """A VisionTransformer's tokens with their positions, from its patch embedding."""
+    """Add positions to a VisionTransformer's tokens from its patch embedding."""
     return model._pos_embed(patches)

@@ -1,4 +1,4 @@
-"""torch: what is used of its private modules, operators and attributes."""
+"""torch: private modules, operators and attributes that vtr uses."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_map as tree_map
 
 
 def inside_compiled(model: Any) -> Any:
-    """The module that ``torch.compile`` made ``model`` from, or ``model`` itself."""
+    """Return the module that ``torch.compile`` compiled as ``model``, or ``model`` itself."""
     return getattr(model, "_orig_mod", model)
 
 
-#: Modules around a model whose forward passes on what it is given, to the model in their ``module``.
+#: Modules around a model whose forward passes its arguments to the model in their ``module``.
 PARALLEL = (
     "torch.nn.parallel.distributed:DistributedDataParallel",
     "torch.distributed.fsdp.fully_sharded_data_parallel:FullyShardedDataParallel",
@@ -30,13 +30,13 @@ PARALLEL = (
 
 
 def inside_parallel(model: Any) -> Any:
-    """The module in one of :data:`PARALLEL`, or ``model`` itself."""
+    """Return the module in one of :data:`PARALLEL`, or ``model`` itself."""
     kinds = (f"{cls.__module__}:{cls.__name__}" for cls in type(model).__mro__)
     return model.module if any(kind in PARALLEL for kind in kinds) else model
 
 
 def kind_of(module: Any) -> type:
-    """The class of a module; of one that ``fully_shard`` has given a class of its own, the one before."""
+    """Return the class of a module; if ``fully_shard`` has replaced it, the original class."""
     for cls in type(module).__mro__:
         if not any(base.__name__ == "FSDPModule" for base in cls.__mro__):
             return cls
@@ -57,7 +57,7 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 def forget_compiled() -> None:
-    """Drop all that ``torch.compile`` has made in this process, if it has made anything."""
+    """Drop everything that ``torch.compile`` has compiled in this process."""
     dynamo: Any = sys.modules.get("torch._dynamo")
     convert: Any = sys.modules.get("torch._dynamo.convert_frame")
     if dynamo is not None and convert is not None and convert.FRAME_COUNTER:
@@ -65,15 +65,15 @@ def forget_compiled() -> None:
 
 
 def graph_maker() -> str:
-    """What makes one graph for all later inputs of the code that runs now: ``"torch.export"`` or
-    ``"torch.jit.trace"``; empty if nothing does. (``torch.compile`` makes another where one does not fit.)"""
+    """Name the tool that records the running code as one graph for all later inputs: ``"torch.export"``
+    or ``"torch.jit.trace"``; empty if none does. (``torch.compile`` recompiles if a graph does not fit.)"""
     if torch.compiler.is_compiling():
         return "torch.export" if torch.compiler.is_exporting() else ""
     return "torch.jit.trace" if torch.jit.is_tracing() else ""
 
 
 def is_symbolic(x: Any) -> bool:
-    """Whether it stands for a value that is not there, while ``torch.fx`` traces."""
+    """Tell whether an object is a placeholder of a value while ``torch.fx`` traces."""
     return isinstance(x, torch.fx.Proxy)
 
 
@@ -90,8 +90,8 @@ def strict_recompiling(limit: int) -> AbstractContextManager[Any]:
 
 
 def flex_lse(wanted: bool) -> dict[str, Any]:
-    """The arguments by which FlexAttention returns its LSE as well: as second result, or as ``lse`` of
-    the second. ``return_lse=`` warns that it will go where ``return_aux=`` is there."""
+    """Return the arguments by which FlexAttention returns its LSE as well: as second result, or as
+    ``lse`` of the second. ``return_lse=`` warns of its removal if ``return_aux=`` exists."""
     from torch.nn.attention import flex_attention as flex
 
     if not wanted:
@@ -104,12 +104,12 @@ def flex_lse(wanted: bool) -> dict[str, Any]:
 
 
 def is_fake(x: Any) -> bool:
-    """Whether a tensor has a shape and no data (torch's fake mode)."""
+    """Tell whether a tensor has a shape but no data (torch's fake mode)."""
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
 def without_fake_tensors() -> AbstractContextManager[Any]:
-    """A context in which tensors have data, also inside of torch's fake mode."""
+    """A context in which tensors have data, also inside torch's fake mode."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     made: AbstractContextManager[Any] = unset_fake_temporarily()
@@ -117,7 +117,7 @@ def without_fake_tensors() -> AbstractContextManager[Any]:
 
 
 def transformed(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of the tensors belongs to ``torch.func`` (grad, vmap) or to forward-mode AD."""
+    """Tell whether one of the tensors belongs to ``torch.func`` (grad, vmap) or to forward-mode AD."""
     functorch: Any = torch._C._functorch
     given = list(tensors)
     return any(
@@ -129,12 +129,12 @@ def transformed(tensors: Iterable[Tensor]) -> bool:
 
 
 def in_backward() -> bool:
-    """Whether this thread is inside a backward pass."""
+    """Tell whether this thread is inside a backward pass."""
     return torch._C._current_graph_task_id() >= 0
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether it is one of the copies that ``nn.DataParallel`` makes for a call."""
+    """Tell whether a module is one of the copies that ``nn.DataParallel`` creates for a call."""
     return bool(getattr(module, "_is_replica", False))
 
 
@@ -142,30 +142,30 @@ def is_replica(module: nn.Module) -> bool:
 
 
 def has_linear_pointwise() -> bool:
-    """Whether this torch has oneDNN's linear layer as an operator of its own."""
+    """Tell whether this torch has a separate operator for oneDNN's linear layer."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear_pointwise(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times the transpose of b (N, K) by oneDNN: (M, N)."""
+    """Multiply a (M, K) by the transpose of b (N, K) with oneDNN: (M, N)."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return found
 
 
 def has_amx_tiles() -> bool:
-    """Whether the processor has tiles for products in low precision (AMX)."""
+    """Tell whether the processor has tiles for products in low precision (AMX)."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 
 def cpu_flash_operator() -> Any:
-    """The CPU's flash attention, as FLOP counters know it."""
+    """Return the operator of the CPU's flash attention, for FLOP counters."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def cpu_flash(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The CPU's flash attention of (B, H, S, D), and its LSE (B, H, S) or (B, S, H)."""
+    """Run the CPU's flash attention of (B, H, S, D); also returns its LSE (B, H, S) or (B, S, H)."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=mask, scale=scale
     )

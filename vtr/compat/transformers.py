@@ -1,4 +1,4 @@
-"""transformers: names that are private, that have moved, or that tell its classes apart."""
+"""transformers: names that are private, that have moved, or that distinguish its classes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ CACHE_ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"
 
 
 def cache_name(function: Callable[..., Any]) -> str | None:
-    """The name of a function's argument for the KV cache; None if it takes no cache."""
+    """Return the name of a function's argument for the KV cache; None if it takes no cache."""
     names = inspect.signature(function).parameters
     return next((name for name in CACHE if name in names), None)
 
 
 def given_cache(kwargs: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments of a call, by either of its names; None if it is not given."""
+    """Find the KV cache among the arguments of a call, by either of its names; None if it is not given."""
     return next((kwargs[name] for name in CACHE if kwargs.get(name) is not None), None)
 
 
 def cache_of(output: Any) -> Any:
-    """The KV cache in a model's output; None if it has none."""
+    """Find the KV cache in a model's output; None if it has none."""
     return next((c for c in (getattr(output, name, None) for name in CACHE) if c is not None), None)
 
 
 def with_cache(function: Callable[..., Any], cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands a KV cache to a function.
+    """Build the keyword argument that passes a KV cache to a function.
 
     Raises:
         TypeError: the function takes no cache by a name that is known here.
@@ -56,11 +56,11 @@ def _layer_classes() -> tuple[type, type]:
 
 
 def cache_layer(cache: Any, layer: int, growing: bool = False) -> Any:
-    """A layer of a cache that holds its ``keys`` and ``values`` (B, Hk, S, D) plainly; None where they
-    are quantised, sliding, offloaded or absent.
+    """Return a layer of a cache that holds its ``keys`` and ``values`` (B, Hk, S, D) plainly; None if
+    they are quantised, sliding, offloaded or absent.
 
     Args:
-        growing: take only a layer that grows with each token, none of a fixed size.
+        growing: return only a layer that grows with each token, none of a fixed size.
     """
     layers = getattr(cache, "layers", ())
     if layer >= len(layers):
@@ -73,9 +73,9 @@ def cache_layer(cache: Any, layer: int, growing: bool = False) -> Any:
 
 #: Arguments by which a language model runs its layers, besides the cache.
 LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
-#: Attributes of an attention module that q, k and v are made with.
+#: Attributes of an attention module that q, k and v are computed with.
 PROJECTED = ("q_proj", "k_proj", "v_proj", "head_dim", "scaling")
-#: Parts of an attention module that are known: used to make q, k and v, or of no consequence for them.
+#: Known parts of an attention module: used to compute q, k and v, or without effect on them.
 ATTENTION_PARTS = frozenset(
     {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "dense", "q_norm", "k_norm", "rotary_emb"}
 )
@@ -96,13 +96,13 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def rotary_home(attention: Any) -> Any:
-    """The module whose rotary embedding an attention module uses; None if it has none of that name."""
+    """Return the module whose rotary embedding an attention module uses; None if it has none of that name."""
     homes: list[Any] = [sys.modules.get(cls.__module__) for cls in type(attention).__mro__]
     return next((home for home in homes if hasattr(home, ROTARY)), None)
 
 
 def masks_otherwise() -> str:
-    """Why the mask of one layer cannot be made; empty if it can."""
+    """Return the reason why the mask of one layer cannot be built; empty if it can."""
     try:
         from transformers.masking_utils import create_causal_mask
     except ImportError:
@@ -112,7 +112,7 @@ def masks_otherwise() -> str:
 
 
 def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> Any:
-    """The causal mask of one layer, of the length that this layer's cache has."""
+    """Build the causal mask of one layer, with the length of this layer's cache."""
     from transformers.masking_utils import create_causal_mask
 
     return create_causal_mask(config, hidden, mask, cache, None, layer_idx=layer)
@@ -122,13 +122,13 @@ def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> 
 
 
 def attention_implementation(model: Any) -> str:
-    """The attention that a module with a ``config`` runs: ``"sdpa"``, ``"eager"`` ..."""
+    """Name the attention that a module with a ``config`` runs: ``"sdpa"``, ``"eager"`` ..."""
     found: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return found or ""
 
 
 def attention_function(module: Any, implementation: str) -> Callable[..., Any]:
-    """The function that an attention module calls on its q, k and v."""
+    """Return the function that an attention module calls on its q, k and v."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager: Any = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
@@ -138,19 +138,19 @@ def attention_function(module: Any, implementation: str) -> Callable[..., Any]:
 
 # ---- generate -------------------------------------------------------------------------------
 
-#: Asked for when assisted decoding begins.
+#: Called when assisted decoding begins.
 DRAFTS = "_get_candidate_generator"
-#: Says whether generate compiles decoding with a static cache by itself.
+#: Says if generate compiles decoding with a static cache by itself.
 COMPILES = "_valid_auto_compile_criteria"
 #: The argument by which generate says that the inputs it asks for are those of its first call.
 FIRST = "is_first_iteration"
 
 
 def check_generate(model: Any) -> None:
-    """Raise where a model generates without asking for what is replaced while a method is applied.
+    """Raise if a model's generate does not call the functions that vtr replaces while a method is applied.
 
     Raises:
-        UnsupportedModelError: it would go on compiled, or accept drafts of a cut prompt, unnoticed.
+        UnsupportedModelError: it would continue compiled, or accept drafts of a cut prompt, silently.
     """
     if not hasattr(model, "generate"):
         return
@@ -173,7 +173,7 @@ PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 ENCODED = ("image_hidden_states",)
 ENCODER_OUTPUTS = "mm_encoder_outputs"
 FORWARDED = ("second_per_grid_ts", "video_compression_mask")
-#: Methods of a model that make visual tokens, and of what.
+#: Methods of a model that compute visual tokens, and their input.
 MODALITIES = {"get_image_features": "image", "get_video_features": "video"}
 #: The method by which LLaVA-NeXT and LLaVA-OneVision put crops together.
 PACKING = "pack_image_features"
@@ -184,22 +184,22 @@ DEEPSTACK = "_deepstack_process"
 DEEPSTACK_MASKS, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"
 #: The method by which Qwen2.5-VL's tower puts patches in the order of windows.
 WINDOWS = "permute_input_for_window_attn"
-#: The attribute of a model that, where it is set, is its ``loss_function``.
+#: The attribute of a model that is its ``loss_function`` if it is set.
 LOSS = "_loss_function"
 #: Arguments of a ``loss_function`` of language models, in order.
 LOSS_ARGUMENTS = ("logits", "labels", "vocab_size")
 
 
 def placeholder_names(kind: str) -> tuple[str, str]:
-    """Attributes of a config that may hold the token id which ``"image"`` or ``"video"`` replaces."""
+    """List attributes of a config that may hold the token id which ``"image"`` or ``"video"`` replaces."""
     return f"{kind}_token_id", f"{kind}_token_index"
 
 
 def crop_counter(inner: Any) -> Callable[[Any], int]:
-    """(height, width) -> how many crops a model takes of such an image, the whole image included.
+    """Return a function from (height, width) to the number of crops of such an image, the whole one included.
 
     Raises:
-        UnsupportedModelError: the model's module has no function that says so.
+        UnsupportedModelError: the model's module has no function for it.
     """
     homes: list[Any] = [sys.modules.get(cls.__module__) for cls in type(inner).__mro__]
     count = next((getattr(home, CROPS) for home in homes if hasattr(home, CROPS)), None)
@@ -218,13 +218,13 @@ def crop_counter(inner: Any) -> Callable[[Any], int]:
 
 
 def language_module(model: Any) -> Any:
-    """The language model that a model holds; None if it holds none."""
+    """Return the language model that a model holds; None if it holds none."""
     parts = model._modules
     return parts.get("language_model", parts.get("text_model"))
 
 
 def check_deepstack(language: Any) -> bool:
-    """Whether a language model adds features of the tower after its layers, by :data:`DEEPSTACK`.
+    """Tell whether a language model adds features of the tower after its layers, by :data:`DEEPSTACK`.
 
     Raises:
         UnsupportedModelError: it does so in another way.
@@ -240,7 +240,7 @@ def check_deepstack(language: Any) -> bool:
 
 # ---- vision towers --------------------------------------------------------------------------
 
-#: Parts of a tower that are given its pixels.
+#: Parts of a tower that get its pixels.
 GIVEN_PIXELS = ("embeddings", "rope_embeddings")
 #: The argument by which an embedding interpolates its positions for images of another size, and the
 #: method, which some call for every image.
@@ -287,7 +287,7 @@ AROUND: dict[str, tuple[str, str]] = {
     "Dinov2ForImageClassification": ("dinov2", "mean"),
     "Dinov2WithRegistersForImageClassification": ("dinov2_with_registers", "mean"),
 }
-#: What holds a timm model, in its attribute ``timm_model``.
+#: Classes that hold a timm model in their attribute ``timm_model``.
 TIMM = ("TimmWrapperModel", "TimmWrapperForImageClassification")
 
 #: video tower class -> (where its layers are, protected tokens, name of its pixels)
@@ -308,7 +308,7 @@ VIDEO_AROUND: dict[str, tuple[str, str]] = {
 CLIP_LAYER = ("layer_norm1", "layer_norm2", "self_attn")
 VIT_LAYER = ("layernorm_before", "layernorm_after", "attention")
 DINO_LAYER = ("norm1", "norm2", "attention")
-#: The modules of VideoMAE's MLP, where others have ``mlp``.
+#: The modules of VideoMAE's MLP; others have ``mlp``.
 VIDEOMAE_MLP = ("intermediate", "output")
 #: Names of the projections to q, k and v, of their norms, and of what comes after the attention.
 QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
@@ -316,23 +316,23 @@ QKV_NORMS = ("q_norm", "k_norm", "v_norm")
 OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "projection_dropout")
 #: Names of the dropout of attention weights, a number.
 DROPOUTS = ("attention_dropout", "dropout_prob", "dropout")
-#: Whether a layer, or a language model, runs again in the backward pass.
+#: The attribute that says that a layer, or a language model, runs again in the backward pass.
 CHECKPOINTED = "gradient_checkpointing"
-#: The function by which it does so.
+#: The function that runs it again.
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def checkpoints_around() -> bool:
-    """Whether a layer's hooks run again in the backward pass as well: it is checkpointed around its
-    forward (in ``__call__``, before 5.24)."""
+    """Tell whether a layer's hooks run again in the backward pass as well: it is checkpointed around
+    its forward (in ``__call__``, before 5.24)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" in vars(GradientCheckpointingLayer)
 
 
 def checkpoint_within(layer: Any) -> Callable[..., Any] | None:
-    """The function by which the forward of a layer runs its own code again in the backward pass; None if
-    it does not, or if that is done around its forward."""
+    """Return the function by which the forward of a layer runs its own code again in the backward pass;
+    None if it does not, or if that is done around its forward."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if checkpoints_around() or not isinstance(layer, GradientCheckpointingLayer):
@@ -355,16 +355,16 @@ PACKED = (
 
 
 def answers_images(config: Any) -> bool:
-    """Whether transformers loads a model of this config as one that answers questions about images."""
+    """Tell whether transformers loads a model of this config as one that answers questions about images."""
     from transformers import AutoModelForImageTextToText
 
     return type(config) in AutoModelForImageTextToText._model_mapping
 
 
 def from_config(cls: Any, config: Any, attention: str) -> Any:
-    """A model with random weights and a chosen attention implementation."""
+    """Create a model with random weights and a chosen attention implementation."""
     return cls._from_config(config, attn_implementation=attention)
 
 
-#: Entries of a config that say where a model came from, not what it is.
+#: Entries of a config that name the origin of a model, not its architecture.
 ORIGINS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")

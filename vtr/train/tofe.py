@@ -1,11 +1,11 @@
-"""Training ToFe's prediction and approximate modules (arXiv 2507.16260).
+"""Training of ToFe's prediction and approximate modules (arXiv 2507.16260).
 
-The paper trains backbone, predictor and approximator jointly with a loss that is aware of the
-computation budget, and does not disclose the terms. Our reading, marked as such: cross-entropy +
+The paper trains backbone, predictor and approximator jointly with a loss that includes the
+computation budget, and does not give its terms. This is our reading of it: cross-entropy +
 0.5 KL to the dense teacher's logits + 0.5 mean squared error to the teacher's tokens on the tokens
 active at the end (DynamicViT's terms, arXiv 2106.02034, section 3.4) + a budget term
-``weight * (mean over the batch of the expected cost ratio - target)^2``: the mean over the batch
-leaves each image a number of tokens of its own.
+``weight * (mean over the batch of the expected cost ratio - target)^2``. The term uses the mean over
+the batch, so that each image may have its own number of tokens.
 """
 
 from __future__ import annotations

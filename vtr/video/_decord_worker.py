@@ -1,9 +1,9 @@
-"""The other end of ``vtr.video.decord``: decodes files for it, in a process of its own.
+"""The worker of ``vtr.video.decord``: decodes files for it in a separate process.
 
-It is run by its path and imports only decord and numpy. A request is a line of JSON: to open a file
-(followed by it where it is given as bytes), which has no answer; to read frames of the file that is
-open, which closes it; to close it. The answer to reading are the frames one by one, which travel
-while the next ones are decoded: a line of JSON, followed by the pixels. An error ends it.
+It is run by its path and imports only decord and numpy. A request is a line of JSON. It opens a file
+(whose bytes follow if it is not a path) without an answer, reads frames of the open file and closes it,
+or closes it. The answer to a request for frames is one line of JSON per frame, followed by its pixels;
+frames are sent while the next ones are decoded. An error ends the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 
 class Shared:
-    """Pixels of decord, where they are, for numpy."""
+    """Pixels in decord's memory, for numpy without a copy."""
 
     def __init__(self, pixels: Any) -> None:
         self.pixels = pixels
@@ -34,8 +34,8 @@ class Shared:
 
 
 class File:
-    """A file that is open. ``ahead``: its first frame is decoded already, as most readings begin with
-    it and wait for the file's index meanwhile."""
+    """An open file. ``ahead``: decode its first frame at once, since most requests begin with it and
+    wait for the file's index meanwhile."""
 
     def __init__(self, decord: Any, request: dict[str, Any], data: bytes | None) -> None:
         self.reader = decord.VideoReader(
@@ -44,20 +44,20 @@ class File:
             width=request["width"],
             height=request["height"],
             num_threads=request["threads"],
-            fault_tol=2,  # it repeats frames in the place of those it cannot decode: not silently
+            fault_tol=2,  # it repeats frames instead of those that it cannot decode: make that an error
         )
         self.first = self.frame(0) if request["ahead"] else None
 
     def frame(self, number: int) -> np.ndarray:
-        # By its number, and not as a batch: it is sent as decord has it, without a copy.
+        # By its number, not as a batch, so that it is sent without a copy.
         return np.from_dlpack(Shared(self.reader[number]))[None]
 
     def answer(self, request: dict[str, Any]) -> Iterator[np.ndarray]:
-        """The frames that were asked for; raises where decord would give others."""
+        """Yield the requested frames; raises if decord would give others."""
         times = np.array(request["times"])
         if len(self.reader) != request["frames"]:
             raise ValueError(
-                f"it counts {len(self.reader)} frames where there are {request['frames']}"
+                f"it counts {len(self.reader)} frames, but the file has {request['frames']}"
             )
         wanted = request["wanted"]
         starts = self.reader.get_frame_timestamp([0, *wanted])[:, 0].astype(np.float64)
@@ -74,7 +74,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    file: File | Exception | None = None  # or why there is none
+    file: File | Exception | None = None  # or the reason why it is missing
     while line := requests.readline():
         request = json.loads(line)
         if request["do"] == "open":
@@ -108,7 +108,7 @@ def send_frames(answers: BinaryIO, frames: Iterator[np.ndarray]) -> None:
                 send(answers, {"shape": frame.shape})
                 answers.write(frame.reshape(-1).data)
                 answers.flush()
-        except OSError:  # nobody is at the other end
+        except OSError:  # the other process has ended
             os._exit(1)
 
     thread = threading.Thread(target=work)
@@ -126,7 +126,7 @@ def send(answers: BinaryIO, head: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # What libraries print must not come between the answers.
+    # Output of libraries must not come between the answers.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     serve(sys.stdin.buffer, out)

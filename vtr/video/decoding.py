@@ -17,10 +17,10 @@ def decode_all(
     damaged: str,
     trouble: list[str] | None = None,
 ) -> Iterator[Any]:
-    """Every frame in the order of time.
+    """Yield every frame in the order of time.
 
     Args:
-        damaged: ``"error"`` raises where a packet cannot be decoded, ``"keep"`` goes on after it.
+        damaged: ``"error"`` raises if a packet cannot be decoded, ``"keep"`` continues after it.
         trouble: gets a line for each packet that could not be decoded.
     """
     av = av_module()

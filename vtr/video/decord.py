@@ -1,8 +1,8 @@
-"""Decoding with decord, for files that it numbers as PyAV does, in a process of its own.
+"""Decoding with decord in a separate process, for files whose frames it numbers as PyAV does.
 
-A damaged picture can make decord write past its buffers, which ends the process: so it gets one that
-may end. The process is started once (about a quarter of a second) and kept for the next file. It opens
-a file while its index is read here.
+A damaged picture can make decord write past its buffers, which ends the process, so decord does not run
+in the caller's. The process is started once (about a quarter of a second) and kept for the next file. It
+opens a file while its index is read here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Unfit(Exception):
 
 
 class Worker:
-    """One process that decodes with decord."""
+    """A process that decodes with decord."""
 
     def __init__(self) -> None:
         start = (
@@ -66,8 +66,8 @@ class Worker:
     def read(
         self, requests: list[tuple[dict[str, Any], bytes | None]], deadline: Deadline
     ) -> np.ndarray:
-        """The frames that the last request asks for; raises :class:`Unfit`, ``VideoError`` for the
-        time limit, or ``EOFError`` where the process has ended."""
+        """Receive the frames of the last request; raises :class:`Unfit`, ``VideoError`` for the
+        time limit, or ``EOFError`` if the process has ended."""
         late = threading.Event()
 
         def stop() -> None:
@@ -117,13 +117,13 @@ class Worker:
         return frames
 
     def close(self) -> None:
-        """Have it close what it has opened, without waiting for it."""
+        """Make the process close its open file, without waiting for it."""
         self.closing = True
         with contextlib.suppress(OSError):  # it has ended: seen when it is needed
             self.send({"do": "close"})
 
     def ready(self) -> bool:
-        """Whether it lives and waits for a request."""
+        """Tell whether the process runs and waits for a request."""
         if self.process.poll() is not None:
             return False
         if self.closing:
@@ -160,7 +160,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def installed() -> bool:
-    """Whether decord can be imported, without doing so."""
+    """Tell whether decord can be imported, without doing so."""
     if "decord" in sys.modules:
         return sys.modules["decord"] is not None
     return bool(sys.executable) and _found()
@@ -172,8 +172,8 @@ def _found() -> bool:
 
 
 class Decord:
-    """Reads one file: ``open`` early, then ``frames`` once; a context, because an opened file has to
-    be closed where no frames are asked for."""
+    """Reader of one file: call ``open`` early, then ``frames`` once. It is a context, because an opened
+    file has to be closed if no frames are requested."""
 
     def __init__(self, media: Media, deadline: Deadline, threads: int) -> None:
         self.media = media
@@ -208,13 +208,15 @@ class Decord:
         return request, data
 
     def open(self, size: tuple[int, int] | None, ahead: bool) -> None:
-        """Let decord's process begin, for pictures of (height, width), and go on here; ``ahead``
-        where the first frame will be wanted. Nothing happens without decord, and for bytes and file
-        objects, whose way there would have to be waited for."""
+        """Make decord's process begin, for pictures of (height, width), and return at once; ``ahead``
+        if the first frame will be wanted. Does nothing without decord, or for bytes and file objects,
+        which would first have to be sent."""
         if self.media.path is None or not installed():
             return
         self._worker, self._size = _worker(), size
-        with contextlib.suppress(OSError):  # it has ended: seen when frames are asked for
+        with contextlib.suppress(
+            OSError
+        ):  # it has ended, which is noticed when frames are requested
             self._worker.send(*self._opening(size, ahead))
             if hasattr(os, "sched_yield"):
                 # Who writes to a pipe is expected to wait: its reader would be put on this core,
@@ -224,7 +226,7 @@ class Decord:
     def frames(
         self, index: VideoIndex, wanted: np.ndarray, size: tuple[int, int] | None
     ) -> np.ndarray:
-        """The frames ``wanted`` (T, H, W, 3) uint8.
+        """Decode the frames ``wanted`` as (T, H, W, 3) uint8.
 
         Raises:
             Unfit: with the reason; PyAV may read it.
@@ -253,7 +255,7 @@ class Decord:
         except EOFError:
             worker.end()
             raise Unfit(f"its process ended with code {worker.process.returncode}") from None
-        except BaseException:  # the time limit, Ctrl-C: what it does now is of no use
+        except BaseException:  # the time limit, Ctrl-C: its result is no longer needed
             worker.end()
             raise
         _keep(worker)

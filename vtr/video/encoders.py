@@ -3,8 +3,8 @@
 A token is a tube: a few frames of one patch. The grid is (frames, rows, columns) of tubes, and a
 budget counts the tokens of the whole clip. Outputs are as those of image towers
 (:mod:`vtr.vision.encoders.transformers`): block outputs have the tokens that are left, and
-``output="restored"`` gives them their full length. What reads the whole grid always gets it: V-JEPA 2's
-predictor (pass ``skip_predictor=True`` where it is not needed), the masks that its caller gives, and a
+``output="restored"`` gives them their full length. Parts that read the whole grid always get it: V-JEPA 2's
+predictor (pass ``skip_predictor=True`` if you do not need it), the masks that its caller gives, and a
 VideoMAE classifier that reads the first token.
 """
 
@@ -30,7 +30,7 @@ from vtr.vision.encoders.wrapping import EncoderWrapping
 FAMILIES = tuple(f"transformers {name}" for name in TOWERS)
 
 _REFUSED = {
-    "VideoMAEForPreTraining": "it drops patches of its own, and its decoder needs those that are left",
+    "VideoMAEForPreTraining": "it drops patches itself, and its decoder needs those that are left",
     "TimesformerModel": "its layers attend along time and along space in turn, over a full grid",
     "TimesformerForVideoClassification": "its layers attend along time and along space in turn, over a "
     "full grid",

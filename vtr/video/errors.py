@@ -1,4 +1,4 @@
-"""The error of this package, and the clock that turns a hang into one."""
+"""The error of this package, and the time limit that raises it instead of a hang."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class VideoError(VtrError, ValueError):
 
     Attributes:
         source: the file's path, or ``"<N bytes>"``.
-        reason: why, and what to do.
+        reason: the reason, and a way out.
     """
 
     def __init__(self, source: str, reason: str) -> None:
-        super().__init__(source, reason)  # the arguments, so that pickle can make it again
+        super().__init__(source, reason)  # the arguments, so that pickle can create it again
         self.source = source
         self.reason = reason
 
@@ -25,7 +25,7 @@ class VideoError(VtrError, ValueError):
 
 
 class Deadline:
-    """Raises once ``limit`` seconds have passed since it was made. ``None`` is no limit."""
+    """A time limit that raises once ``limit`` seconds have passed since it was created; None is no limit."""
 
     def __init__(self, source: str, limit: float | None) -> None:
         self.source = source
@@ -34,7 +34,7 @@ class Deadline:
 
     @property
     def left(self) -> float | None:
-        """Seconds left, at least 0; None without a limit."""
+        """Return the seconds left, at least 0; None without a limit."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def error(self) -> VideoError:

@@ -1,7 +1,7 @@
-"""What a file holds, found by PyAV without decoding more than one frame.
+"""The index of a file's frames, read by PyAV without decoding more than one frame.
 
-Every packet is read once (about 3 µs each). That gives exact times at variable rates, finds
-truncated files, and tells where decoding of each frame has to start.
+Every packet is read once (about 3 µs each). This gives exact times at variable rates, finds
+truncated files, and finds the packet at which decoding of each frame has to start.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ PATCHES = frozenset({"apng", "gif"})
 
 @dataclass(frozen=True, eq=False)
 class VideoIndex:
-    """Where and when every frame of a file is.
+    """Position and time of every frame of a file.
 
     Attributes:
         metadata: facts for the user.
         times: (T,) float64 seconds since the first frame, ascending.
-        pts: (T,) int64 in the stream's own unit, ascending; empty where frames must be counted.
+        pts: (T,) int64 in the stream's own unit, ascending; empty if frames must be counted.
         start: (T,) int64, decode-order number of the key packet from which each frame is decoded.
         packets: {pts: decode-order number} of every packet.
         seek: (P, 2) int64, times to seek to for each packet in decode order: its pts, its dts.
         sizes: (P,) int64, bytes of each packet in decode order.
         keys: (K,) int64, numbers of the key frames.
-        view: how stored frames are shown.
-        unusual: why a decoder that does less than PyAV may number frames otherwise, or show others;
-            empty for most files.
+        view: the way in which stored frames are shown.
+        unusual: the reason why a simpler decoder than PyAV may number frames differently, or show
+            others; empty for most files.
         intra: every frame is a key frame.
         reordered: frames are not stored in the order of time.
     """
@@ -56,7 +56,7 @@ class VideoIndex:
 
     @property
     def counted(self) -> bool:
-        """Whether times of packets cannot be relied on, so that frames are decoded and counted."""
+        """Tell whether times of packets cannot be relied on, so that frames are decoded and counted."""
         return len(self.pts) == 0
 
 
@@ -64,7 +64,7 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
     """Read the packets of a file.
 
     Args:
-        damaged: ``"error"`` raises for truncated or corrupt files, ``"keep"`` takes what is there.
+        damaged: ``"error"`` raises for truncated or corrupt files, ``"keep"`` takes the intact part.
 
     Raises:
         VideoError: with the reason.
@@ -92,8 +92,8 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
     pts, dts, key, discard, lengths, sizes = (
         np.array(column) for column in zip(*rows, strict=True)
     )
-    # A palette may come with the first packet alone, or change with any; animations are patches on
-    # what was shown before, also where they have key frames.
+    # A palette may come only with the first packet, or change with any; frames of animations are
+    # patches on the picture before, even if they are key frames.
     entire = first.format.has_palette or base.codec in PATCHES
     if not look.keys_hold or not key.any():
         key = np.arange(len(key)) == 0
@@ -138,7 +138,7 @@ def read_index(media: Media, deadline: Deadline, damaged: str = "error") -> Vide
 def counted_index(
     media: Media, deadline: Deadline, damaged: str, base: VideoMetadata | None = None
 ) -> VideoIndex:
-    """The index of a file whose packets carry no usable times: every frame is decoded and counted."""
+    """Index a file whose packets carry no usable times: every frame is decoded and counted."""
     times: list[float | None] = []
     keys: list[int] = []
     trouble: list[str] = []
@@ -178,7 +178,7 @@ def counted_index(
 
 
 def timed(base: VideoMetadata, times: np.ndarray, last: float, rate: float) -> VideoMetadata:
-    """The facts that follow from times; ``last`` is how long the last frame is shown, 0 if unknown."""
+    """Derive facts from times; ``last`` is how long the last frame is shown, 0 if unknown."""
     gaps = np.diff(times)
     if last <= 0:
         last = 1 / rate
@@ -195,7 +195,7 @@ def timed(base: VideoMetadata, times: np.ndarray, last: float, rate: float) -> V
 
 
 def facts(stream: Any, first: Any, media: Media, trouble: str = "") -> VideoMetadata:
-    """What a stream and its first frame tell. Raises :class:`VideoError` for foreign colours."""
+    """Read the facts of a stream and its first frame; raises :class:`VideoError` for unsupported colours."""
     reason = unknown_colours(first)
     if reason:
         raise VideoError(media.name, reason)
@@ -224,7 +224,7 @@ def facts(stream: Any, first: Any, media: Media, trouble: str = "") -> VideoMeta
 def _packets(
     container: Any, stream: Any, look: FirstFrame, deadline: Deadline
 ) -> tuple[list[tuple[Any, Any, bool, bool, int, int]], str]:
-    """(pts, dts, key, discard, duration, size) of every packet in decode order, and what is wrong."""
+    """Read (pts, dts, key, discard, duration, size) of every packet in decode order, and the damage."""
     av = av_module()
     rows: list[tuple[Any, Any, bool, bool, int, int]] = []
     trouble = ""
@@ -261,7 +261,7 @@ def _packets(
 
 
 def _has_idr(packet: Any, extradata: bytes | None) -> bool:
-    """Whether a packet of H.264 holds an IDR picture, before which nothing is remembered."""
+    """Tell whether a packet of H.264 holds an IDR picture, which needs no picture before it."""
     data = bytes(packet)
     if not extradata or extradata[0] != 1:  # units begin with a start code
         at = data.find(b"\0\0\1")
@@ -279,7 +279,7 @@ def _has_idr(packet: Any, extradata: bytes | None) -> bool:
 
 
 def _samples(media: Media, number: int, deadline: Deadline) -> int:
-    """Packets of the stream ``number`` that are in an MP4 file, shown or not."""
+    """Count the packets of the stream ``number`` in an MP4 file, shown or not."""
     count = 0
     with media.open(edits=False) as container:
         try:
@@ -293,7 +293,7 @@ def _samples(media: Media, number: int, deadline: Deadline) -> int:
 
 
 def _truncated(container: Any, stream: Any, rows: list, media: Media, deadline: Deadline) -> str:
-    """Whether the file says that it holds more than it does."""
+    """Tell whether the file announces more than it holds."""
     there = len(rows)
     if stream.frames > there and "mov" in container.format.name:
         there = _samples(media, stream.index, deadline)  # an edit list may leave frames out

@@ -39,7 +39,7 @@ class Media:
         name: for people.
         path, data, file: one of them is the source, the others are None.
         size: bytes.
-        at: where the file object was, for :meth:`close`.
+        at: original position of the file object, for :meth:`close`.
     """
 
     name: str
@@ -119,26 +119,26 @@ class Media:
         return cls(name, file=file, size=size, at=at)
 
     def close(self) -> None:
-        """Put a file object back to where it was."""
+        """Restore the position of a file object."""
         if self.file is not None:
             with contextlib.suppress(Exception):  # its owner closed it, or it failed before
                 self.file.seek(self.at)
 
     def content(self) -> bytes | None:
-        """All bytes of a source that is no path, and None for one that is."""
+        """Return all bytes of a source that is no path; None for a path."""
         return self.data if self.file is None else Reader(self).read(self.size)
 
     def open(self, packets_only: bool = False, edits: bool = True) -> Any:
-        """An open PyAV container.
+        """Open a PyAV container.
 
         Args:
             packets_only: see below.
-            edits: follow MP4's edit lists; without, all of its packets come.
+            edits: follow MP4's edit lists; False gives all packets.
 
         FFmpeg decodes the first frames of a file when it opens it, which takes as long as opening and
-        reading all packets. What that finds out (how far frames are reordered, the format of the
-        pixels) is not needed for its packets, nor for decoding frames that stand in the order of
-        time; ``packets_only`` spares it where the container itself says the rest.
+        reading all packets. Its findings (how far frames are reordered, the format of the
+        pixels) are not needed to read packets, nor to decode frames that are stored in the order of
+        time; ``packets_only`` skips this if the container itself gives the rest.
 
         Raises:
             VideoError: FFmpeg cannot read it.
@@ -183,8 +183,7 @@ class Media:
 
 
 class Reader:
-    """A file object as FFmpeg reads it, with a position of its own: a file is opened several times,
-    also at once."""
+    """A file object for FFmpeg with its own position, since a file may be open several times at once."""
 
     def __init__(self, media: Media) -> None:
         self.media = media
@@ -219,7 +218,7 @@ class Reader:
 
 
 def video_stream(container: Any, name: str) -> Any:
-    """The first stream of moving pictures. Raises :class:`VideoError` where there is none."""
+    """Find the first stream of moving pictures; raises :class:`VideoError` without one."""
     av = av_module()
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
@@ -238,8 +237,8 @@ def video_stream(container: Any, name: str) -> Any:
 
 
 def frame_rate(stream: Any) -> float:
-    """Frames per second as the file says; 25, FFmpeg's own default, if it says nothing sensible: the
-    ticks of its clock, for example, where packets have no times."""
+    """Read frames per second from the file; 25, FFmpeg's default, if the file gives no sensible
+    number (such as the ticks of its clock, if packets have no times)."""
     for said in (stream.average_rate, stream.guessed_rate, stream.codec_context.framerate):
         if said and 0 < said < 10_000:
             return float(said)
@@ -247,12 +246,12 @@ def frame_rate(stream: Any) -> float:
 
 
 def short(error: BaseException) -> str:
-    """FFmpeg's reason alone."""
+    """Extract FFmpeg's reason from an error."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip()
 
 
 class FirstFrame:
-    """Looks for the first frame that decodes, for the picture's size and rotation.
+    """Finds the first frame that decodes, for the picture's size and rotation.
 
     Attributes:
         intra_only: the codec has key frames only.
@@ -289,7 +288,7 @@ class FirstFrame:
             self.reason = f"no frame can be decoded ({short(error)})"
 
     def alone(self, packet: Any) -> bool:
-        """Whether a packet gives a whole picture without those before it, as a key packet does."""
+        """Tell whether a packet gives a whole picture without those before it, as a key packet does."""
         context = packet.stream.codec_context
         context.flush_buffers()
         try:
@@ -301,7 +300,7 @@ class FirstFrame:
         return bool(frames and is_key(frames[0]))
 
     def found(self, name: str) -> Any:
-        """The frame. Raises :class:`VideoError` where there is none."""
+        """Return the frame; raises :class:`VideoError` if none was decoded."""
         if self.frame is None:
             hint = "; FFmpeg reads no animated WebP: save it as GIF" if self.codec == "webp" else ""
             raise VideoError(name, f"{self.reason}; its codec is {self.codec}{hint}")

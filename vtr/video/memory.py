@@ -14,43 +14,43 @@ from vtr.core.tokens import top_indices
 if TYPE_CHECKING:
     import numpy as np
 
-#: Names for ``evict=``: what the score of a token is; the lowest go first.
+#: Names for ``evict=``, each a score of tokens; the lowest are dropped first.
 SCORES = ("oldest", "size", "novelty", "random", "given")
 
 FIELDS = ("tokens", "size", "frame", "seen", "place", "time", "score", "novelty", "chance")
 
 
 class TokenMemory:
-    """Keeps at most ``capacity`` tokens of a stream, however long it is.
+    """A memory of at most ``capacity`` tokens for a stream of any length.
 
     Each token of a new frame is compared with the remembered token of its place (or the nearest one).
-    Where the two are alike it is merged into it, as a running mean; else it is remembered by itself.
-    When the memory is full, the tokens of the lowest score go. Merging of neighbours in time is the
-    part that DyCoke (arXiv 2411.15024), HoliTom (arXiv 2505.21334) and FrameFusion (arXiv 2501.01986)
-    share; here it runs frame by frame, without the future.
+    If the two are similar, it is merged into that token, as a running mean; otherwise it becomes a new
+    token of the memory. When the memory is full, the tokens of the lowest score are dropped. DyCoke
+    (arXiv 2411.15024), HoliTom (arXiv 2505.21334) and FrameFusion (arXiv 2501.01986) also merge
+    neighbours in time; here this runs frame by frame, without later frames.
 
     Args:
         capacity: tokens that are kept at most; at least those of one frame.
-        similarity: cosine from which on a token is merged; above 1 nothing is merged.
+        similarity: least cosine at which a token is merged; above 1 nothing is merged.
         match: ``"place"`` compares with the newest token of the same cell of the frame, ``"nearest"``
-            with the most similar token of any cell (what moves is followed).
+            with the most similar token of any cell (which follows moving objects).
         window: a token is merged only into one that was seen in the last ``window`` frames; None is at
             any time.
-        evict: ``"oldest"`` (not seen for longest goes first), ``"size"`` (stands for the fewest
-            tokens), ``"novelty"`` (was least new when it came: 1 - cosine to its match), ``"random"``
-            (a reservoir: every token of the stream that was not merged is as likely to stay),
-            ``"given"`` (by the scores that :meth:`add` is given), or a function of this memory that
-            returns (M,) scores. NaN goes first.
+        evict: the tokens that are dropped first: ``"oldest"`` (not seen for longest), ``"size"``
+            (merged from the fewest tokens), ``"novelty"`` (least new when they came: 1 - cosine to
+            their match), ``"random"`` (a reservoir: all tokens of the stream that were not merged are
+            equally likely to stay), ``"given"`` (by the scores given to :meth:`add`), or a function of
+            this memory that returns (M,) scores. NaN is dropped first.
         recent: newest frames whose tokens are not evicted, as far as they fit.
         seed: of ``evict="random"``.
 
     Attributes (M tokens, in the order of their first frame and place):
         tokens: (M, C) in the dtype of the frames; running means, kept in float32.
-        size: (M,) int64, tokens of the stream that it stands for.
-        frame, seen: (M,) int64, number of the frame where it began, and where it was seen last.
+        size: (M,) int64, number of tokens of the stream that were merged into it.
+        frame, seen: (M,) int64, numbers of its first and last frame.
         place: (M,) int64, its cell in the frame.
-        time: (M,) float64, seconds of the frame where it began.
-        score: (M,) float32, the largest of the scores that were given for it (0 where none were).
+        time: (M,) float64, seconds of its first frame.
+        score: (M,) float32, the largest of the scores that were given for it (0 without any).
         novelty: (M,) float32, 1 - cosine to its match when it came, 2 without a match.
         frames: frames so far.
         total: tokens so far.
@@ -120,7 +120,7 @@ class TokenMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """Bytes of all stored tensors."""
         return sum(x.numel() * x.element_size() for x in self._state.values())
 
     def add(
@@ -131,12 +131,12 @@ class TokenMemory:
         grid: tuple[int, int] | None = None,
         scores: Tensor | None = None,
     ) -> None:
-        """See one frame (N, C), or several in order (F, N, C).
+        """Add one frame (N, C), or several in order (F, N, C).
 
         Args:
-            time: seconds of each frame, or of all; its number where it is None.
+            time: seconds of each frame, or of all; the frame's number if None.
             grid: (rows, columns) of a frame's tokens, for models that number positions by them.
-            scores: (N,) or (F, N), for ``evict="given"`` or a function: higher stays longer.
+            scores: (N,) or (F, N), for ``evict="given"`` or a function: higher scores stay longer.
 
         Raises:
             ValueError: frames of another number of tokens, width or grid than before; a frame that is
@@ -161,7 +161,7 @@ class TokenMemory:
             self._see(frame, times[i], None if scores is None else scores[i])
 
     def _times(self, time: Any, number: int) -> list[float]:
-        """Seconds of each of ``number`` frames."""
+        """Return the seconds of each of ``number`` frames."""
         if time is None:
             return [float(self.frames + i) for i in range(number)]
         if hasattr(time, "tolist"):  # arrays, and their numbers
@@ -204,7 +204,7 @@ class TokenMemory:
             self._forget()
 
     def _nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The remembered token that each of x (N, C) is compared with, -1 for none, and the cosine."""
+        """Find the remembered token that each of x (N, C) is compared with, -1 for none, and the cosine."""
         n = len(x)
         none = torch.full((n,), -1, dtype=torch.long, device=x.device), x.new_zeros(n)
         if not self._state:
@@ -275,7 +275,7 @@ class TokenMemory:
             score = s[key].double()
         # NaN is the worst, as everywhere; a sort would put it last.
         score = score.masked_fill(score.isnan(), -float("inf"))
-        # Ranks, not scores: recent frames stand above all, and differences of any size stay.
+        # Ranks, not scores: recent frames rank above all others, and differences of any size are kept.
         rank = torch.argsort(torch.argsort(score, stable=True), stable=True)
         newest = s["seen"] >= self.frames - self.recent
         rank = rank + newest * len(rank)

@@ -1,4 +1,4 @@
-"""A decoded frame as the picture that is shown: RGB, turned, scaled."""
+"""Conversion of a decoded frame to the picture that is shown: RGB, turned, scaled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WHOLE, PARTIAL = frozenset({1, 5, 7}), frozenset({2, 3, 4, 6})  # pictures: I, S
 
 @dataclass(frozen=True)
 class FrameView:
-    """How the stored frames of a file are shown.
+    """The way in which the stored frames of a file are shown.
 
     Attributes:
         source: the file's name, for errors.
@@ -48,7 +48,7 @@ class FrameView:
 
     @classmethod
     def of(cls, frame: Any, source: str) -> FrameView:
-        """The view that a file's first frame asks for."""
+        """Read the view from a file's first frame."""
         return cls(source, (frame.height, frame.width), *turned(frame))
 
     @property
@@ -57,7 +57,7 @@ class FrameView:
         return self.stored[::-1] if self.turn % 2 else self.stored
 
     def picture(self, frame: Any, size: tuple[int, int] | None) -> np.ndarray:
-        """A decoded frame as it is shown: (H, W, 3) uint8 RGB.
+        """Convert a decoded frame to the shown picture: (H, W, 3) uint8 RGB.
 
         Args:
             size: (height, width) of the picture after turning; None is :attr:`size`.
@@ -75,7 +75,7 @@ class FrameView:
 def rgb(
     frame: Any, height: int, width: int, source: str, interpolation: str = "BILINEAR"
 ) -> np.ndarray:
-    """(height, width, 3) uint8 of a decoded frame, by the matrix and the range that it names."""
+    """Convert a decoded frame to (height, width, 3) uint8 RGB, by the matrix and range that it names."""
     scaled = (frame.height, frame.width) != (height, width)
     if frame.interlaced_frame and scaled:
         # PyAV from 17 on would scale each field by itself, which keeps the lines of two moments
@@ -98,8 +98,8 @@ def rgb(
             "src_colorspace": matrix,
             "dst_colorspace": matrix,
             "src_color_range": FULL if full else LIMITED,
-            # RGB has no range; but up to PyAV 16 matrix and range count only where the other
-            # side's differ.
+            # RGB has no range; but up to PyAV 16 matrix and range are used only if those of the
+            # other side differ.
             "dst_color_range": LIMITED if full else FULL,
         }
     return frame.reformat(
@@ -108,7 +108,7 @@ def rgb(
 
 
 def unknown_colours(frame: Any) -> str:
-    """Why the colours of a frame cannot be converted to RGB, or nothing."""
+    """Return the reason why the colours of a frame cannot be converted to RGB; empty if they can."""
     name = FOREIGN.get(int(frame.colorspace))
     if name is None or frame.format.is_rgb or _grey(frame):
         return ""
@@ -123,7 +123,7 @@ def _grey(frame: Any) -> bool:
 
 
 def _full(frame: Any) -> bool:
-    """Whether black is 0: full range, as JPEG has it; else 16 of 255, as video has it."""
+    """Tell whether black is 0 (full range, as in JPEG); otherwise it is 16 of 255, as in video."""
     said = int(frame.color_range)
     if said in (LIMITED, FULL):
         return said == FULL
@@ -131,26 +131,26 @@ def _full(frame: Any) -> bool:
 
 
 def narrow_grey(frame: Any) -> bool:
-    """Whether a frame is grey with black at 16, which decord's FFmpeg takes for black at 0."""
+    """Tell whether a frame is grey with black at 16, which decord's FFmpeg takes for black at 0."""
     return _grey(frame) and not _full(frame)
 
 
 def has_alpha(frame: Any) -> bool:
-    """Whether a frame has transparent pixels: a format may have room for them, and all be opaque."""
+    """Tell whether a frame has transparent pixels: a format may allow them, and all be opaque."""
     if not any(component.is_alpha for component in frame.format.components):
         return False
     return bool((frame.reformat(format="rgba").to_ndarray()[..., 3] < 255).any())
 
 
 def is_key(frame: Any) -> bool | None:
-    """Whether a frame was decoded without others; None if its decoder does not tell."""
+    """Tell whether a frame was decoded without others; None if its decoder does not say."""
     if frame.key_frame or frame.pict_type in WHOLE:
         return True
     return False if frame.pict_type in PARTIAL else None
 
 
 def turned(frame: Any) -> tuple[int, bool]:
-    """(quarter turns counter-clockwise, mirrored first) for showing a stored frame."""
+    """Read (quarter turns counter-clockwise, mirrored first) for showing a stored frame."""
     try:
         data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # beside it there is something that is younger than this PyAV
@@ -166,10 +166,10 @@ def turned(frame: Any) -> tuple[int, bool]:
 
 
 def pixel_aspect(stream: Any) -> Fraction:
-    """Width over height of a stored pixel; 1 if nothing is said, or nothing that can be meant.
+    """Read width over height of a stored pixel; 1 if the file gives no value, or an impossible one.
 
-    As in FFmpeg, the container's word counts before the codec's. To be asked after a frame was
-    decoded: some codecs tell it only then.
+    As in FFmpeg, the container's value takes precedence over the codec's. Call it after a frame was
+    decoded: some codecs know it only then.
     """
     for said in (stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio):
         if said and Fraction(1, 100) <= said <= 100:

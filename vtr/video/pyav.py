@@ -16,11 +16,11 @@ from vtr.video.pictures import is_key
 
 
 class Missing(Exception):
-    """A frame did not come out of the decoder where its packet said that it would."""
+    """A frame did not come out of the decoder at the time that its packet gave."""
 
 
 class Chosen:
-    """Decodes the frames ``wanted`` (ascending numbers) of an indexed file."""
+    """Decoder of the frames ``wanted`` (ascending numbers) of an indexed file."""
 
     def __init__(self, media: Media, index: VideoIndex, deadline: Deadline, threads: int) -> None:
         self.media = media
@@ -29,10 +29,10 @@ class Chosen:
         self.threads = threads
 
     def frames(self, wanted: np.ndarray, damaged: str) -> Iterator[tuple[int, Any]]:
-        """(position in ``wanted``, decoded frame), ascending.
+        """Yield (position in ``wanted``, decoded frame), ascending.
 
         Raises:
-            Missing: the file is not as its packets say; count its frames instead.
+            Missing: the packets do not describe the file correctly; count its frames instead.
         """
         with self.media.open(packets_only=not self.index.reordered) as container:
             stream = video_stream(container, self.media.name)
@@ -84,7 +84,7 @@ class Chosen:
                     ended = not packet.size
                     if not ended:
                         position = index.packets.get(packet.pts, position) + 1
-                    # Frames that no other needs are decoded only where they are asked for.
+                    # Frames that no other frame needs are decoded only if they are wanted.
                     skip = "DEFAULT" if ended or packet.pts in need else spare
                     if skip != skipping:
                         context.skip_frame = skipping = skip
@@ -105,13 +105,13 @@ class Chosen:
                 raise Missing(f"{left} frames did not come out of the decoder")
 
     def _seek(self, container: Any, stream: Any, begin: int) -> Iterator[Any]:
-        """Packets from the key packet ``begin`` on.
+        """Yield packets, beginning with the key packet ``begin``.
 
         Raises:
             Missing: it is not found again; some demuxers give packets other times after a seek.
         """
         av, index = av_module(), self.index
-        # Demuxers seek by pts or by dts; the packets that come tell where this one has landed.
+        # Demuxers seek by pts or by dts; the first packets show which position was reached.
         for target in (
             *index.seek[begin],
             index.seek[max(begin - 1, 0)].min(),

@@ -1,4 +1,4 @@
-"""Questions about a stream: from frames to remembered tokens, and from those to a prompt."""
+"""Questions about a stream: tokens of frames for a memory, and a prompt with the memory's tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from vtr.errors import UnsupportedModelError
 from vtr.video.memory import TokenMemory
 
-#: Inner class -> what stands around frames, and how they are numbered.
+#: Inner class -> the tokens around frames, and their numbering.
 FAMILIES = {
     "LlavaOnevisionModel": "newline",
     "LlavaNextVideoModel": "plain",
@@ -21,12 +21,12 @@ FAMILIES = {
 REFUSED = {
     "Qwen3VLModel": "its language model gets features of several tower layers, and the prompt a time "
     "before every frame, which tokens of merged frames do not have",
-    "VideoLlavaModel": "every frame begins with a class token, which no cell of the frame stands for",
+    "VideoLlavaModel": "every frame begins with a class token, which belongs to no cell of the frame",
 }
 
 
 class FrameTokens(NamedTuple):
-    """Frames as the language model would get them.
+    """Tokens of frames as the language model would get them.
 
     Attributes:
         tokens: (F, N, C); for Qwen F counts temporal patches of two frames.
@@ -38,7 +38,7 @@ class FrameTokens(NamedTuple):
 
 
 def _inner(model: Any) -> tuple[Any, str]:
-    """The part with the towers, and its kind."""
+    """Find the part of a model with the towers, and its kind."""
     for candidate in (model, getattr(model, "model", None)):
         for cls in type(candidate).__mro__:
             name = cls.__name__
@@ -61,11 +61,11 @@ def _inner(model: Any) -> tuple[Any, str]:
 def encode_frames(
     model: Any, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None
 ) -> FrameTokens:
-    """Tokens of the frames of one video, through the model's own tower, projector and pooling.
+    """Compute the tokens of the frames of one video with the model's own tower, projector and pooling.
 
     Args:
         model: LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL or Qwen2.5-VL, with or without its head.
-        pixel_values_videos, video_grid_thw: as its processor makes them for one video (any part of a
+        pixel_values_videos, video_grid_thw: output of its processor for one video (any part of a
             stream: one frame, or for Qwen two, is enough).
 
     Raises:
@@ -112,12 +112,12 @@ def encode_frames(
 def question(
     model: Any, memory: TokenMemory, input_ids: Tensor, *, seconds_per_frame: float | None = None
 ) -> dict[str, Tensor]:
-    """Arguments of ``model.generate`` for a question about what the memory holds.
+    """Build the arguments of ``model.generate`` for a question about the memory's content.
 
     The placeholder of a video in the prompt (one, or a run of them) becomes the remembered tokens, in
     the order of their first frame. Qwen's positions are those that the model gives to a video of the
-    frames that are left: gaps that forgotten frames have left are closed, so that positions do not
-    grow with the stream. Nothing is merged or forgotten: nothing differs from the model's own prompt.
+    frames that are left: gaps of forgotten frames are closed, so that positions do not
+    grow with the stream. If nothing was merged or forgotten, the prompt equals the model's own.
 
     Args:
         model: the model that the tokens came from, see :func:`encode_frames`.
@@ -162,7 +162,7 @@ def question(
     if memory.tokens.shape[1] != table.weight.shape[1]:
         raise ValueError(
             f"the memory holds tokens of width {memory.tokens.shape[1]}, {type(inner).__name__}'s have "
-            f"{table.weight.shape[1]}: fill it with what encode_frames makes with this model"
+            f"{table.weight.shape[1]}: fill it with the tokens that encode_frames returns for this model"
         )
     visual = memory.tokens.to(table.weight)
     if kind == "newline":
@@ -187,7 +187,7 @@ def _positions(
     video: int,
     seconds: float | None,
 ) -> Tensor:
-    """(3, 1, L'): the model's own positions for the frames that are left, at the tokens that are left."""
+    """Compute the model's own positions for the frames that are left, (3, 1, L') for the tokens left."""
     if memory.grid is None:
         raise ValueError("positions of this model need the frames' grid: memory.add(..., grid=...)")
     device = before.device

@@ -45,11 +45,11 @@ def load(
 
     Args:
         source: a path, the file's bytes, or a binary file object that can seek. A file object is
-            read from its beginning, and put back to where it was.
+            read from its beginning, and its position is restored.
         frames: how many. With ``sampling="uniform"`` (the default, 32): evenly spaced in time from
             the first to the last frame, all of them if there are fewer. With ``"keyframes"`` and
-            ``"scenes"``: at most so many; None is all key frames, or one frame per scene. With
-            ``fps``: at most so many; see there.
+            ``"scenes"``: at most this many; None is all key frames, or one frame per scene. With
+            ``fps``: at most this many; see there.
         fps: the frame shown at ``start`` and at every 1/fps seconds after it; each frame at most
             once. If these are more than ``frames``, ``frames`` evenly spaced ones are taken instead,
             as the processors of Qwen2-VL and the models of lmms-eval do with long videos.
@@ -57,26 +57,26 @@ def load(
         size: of the picture: the length of its shorter side, or (height, width); bilinear over all
             pixels that a new one covers.
         square: resample pixels that are not square (``metadata.pixel_aspect``; DV, DVD, HDV) to
-            square ones: the length of stored rows changes, as in players, that of columns stays.
-            ``size`` is that of the result; with (height, width) it alone decides.
-        sampling: ``"uniform"``, ``"fps"``, ``"keyframes"`` (what the encoder made key frames) or
+            square ones: the length of stored rows changes, as in players, that of columns does not.
+            ``size`` is the size of the result; (height, width) gives exactly that size.
+        sampling: ``"uniform"``, ``"fps"``, ``"keyframes"`` (the encoder's key frames) or
             ``"scenes"`` (every frame is decoded once, small, to find the cuts).
-        backend: ``"decord"``, ``"pyav"``, or ``"auto"``: decord where it is installed and can read
-            the file with the frames in their right places, else PyAV; PyAV for files that hold key
+        backend: ``"decord"``, ``"pyav"``, or ``"auto"``: decord if it is installed and numbers the
+            frames of the file correctly, else PyAV; PyAV for files that hold key
             frames only, and for file objects other than BytesIO, of which decord would need a copy
-            in memory. ``"pyav"`` is the faster one in what docs/video.md measures.
+            in memory. ``"pyav"`` is the faster one in the measurements of docs/video.md.
         damaged: ``"error"`` refuses truncated and corrupt files; ``"keep"`` samples what can be
-            decoded, and says in ``metadata.damaged`` what is wrong.
-        scene_threshold: mean change of pixel values, of 1, from which on a frame may be a cut.
+            decoded, and describes the damage in ``metadata.damaged``.
+        scene_threshold: least mean change of pixel values, in [0, 1], of a frame that may be a cut.
         threads: for decoding; 0 lets the decoder choose.
-        time_limit: seconds after which reading is given up; None is no limit.
+        time_limit: seconds after which reading fails; None is no limit.
         memory_limit: bytes that the frames may take.
 
     Raises:
         VideoError: the file cannot be read; the message names it and the reason.
         ValueError: a bad option.
         TypeError: the source is of another kind, or a file object that is opened as text.
-        MissingDependencyError: PyAV (or decord, where it is asked for) is not installed.
+        MissingDependencyError: PyAV (or decord, if the backend is ``"decord"``) is not installed.
     """
     frames, fps, kind = _wanted(frames, fps, sampling)
     _check(start, end, size, square, backend, damaged, scene_threshold, threads, time_limit)
@@ -152,7 +152,7 @@ def probe(
     damaged: Literal["error", "keep"] = "error",
     time_limit: float | None = 600.0,
 ) -> VideoMetadata:
-    """What a file holds, found by reading its packets and decoding its first frame.
+    """Read the metadata of a file from its packets and its first frame.
 
     Args:
         source, damaged, time_limit: as in :func:`load`.
@@ -167,7 +167,7 @@ def probe(
 def picture_size(
     metadata: VideoMetadata, size: Size, square: bool = False
 ) -> tuple[int, int] | None:
-    """(height, width) for ``size`` and ``square``, or None if the picture stays as it is."""
+    """Compute (height, width) for ``size`` and ``square``; None if the picture is not resized."""
     facts = metadata.squared() if square else metadata
     height, width = facts.height, facts.width
     if isinstance(size, int):
@@ -279,10 +279,10 @@ def _changes(
     threads: int,
     damaged: str,
 ) -> np.ndarray:
-    """Mean absolute change of each frame against the one before, at 32 x 32 pixels, in [0, 1].
+    """Compute the mean absolute change of each frame against the one before, at 32 x 32 pixels, in [0, 1].
 
     Raises:
-        Missing: the file is not as its packets say.
+        Missing: the packets do not describe the file correctly.
     """
     small = np.zeros((len(wanted), 32, 32, 3), np.uint8)
     for slot, frame in Chosen(media, index, deadline, threads).frames(wanted, damaged):

@@ -1,4 +1,4 @@
-"""Which frames: numbers of frames from their times. Pure functions of numpy arrays."""
+"""Choice of frames: numbers of frames from their times. Pure functions of numpy arrays."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ SLACK = 1e-3
 
 
 def slack(gap: float) -> float:
-    """How much early a frame counts as shown, with ``gap`` seconds from one to the next: at 1000
-    frames per second a whole millisecond would be the next frame's."""
+    """Compute the seconds by which a frame counts as shown early, if ``gap`` seconds lie between two
+    frames: at 1000 frames per second a whole millisecond would be the next frame's."""
     return min(SLACK, gap / 2)
 
 
@@ -19,22 +19,22 @@ def _slack(times: np.ndarray) -> float:
 
 
 def shown_at(times: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """For each time of ``at``, the number of the frame shown then: the last that has begun."""
+    """Find for each time of ``at`` the number of the frame shown then: the last that has begun."""
     return np.clip(np.searchsorted(times, at + _slack(times), side="right") - 1, 0, len(times) - 1)
 
 
 def window(times: np.ndarray, start: float, end: float) -> tuple[int, int]:
-    """First and one past the last frame shown in the seconds [start, end)."""
+    """Find the first and one past the last frame shown in the seconds [start, end)."""
     first = int(shown_at(times, np.array([start]))[0])
     last = int(np.searchsorted(times, end - _slack(times), side="left"))
     return first, max(last, first + 1)
 
 
 def uniform(times: np.ndarray, frames: int) -> np.ndarray:
-    """``frames`` different frames, evenly spaced in time from the first to the last.
+    """Choose ``frames`` different frames, evenly spaced in time from the first to the last.
 
-    Where the rate varies, two even times may show one frame: later ones then move to the next frame
-    that is free, so that exactly ``min(frames, len(times))`` come out. One frame is the middle one.
+    If the rate varies, two even times may show one frame: the later one then moves to the next frame
+    that is free, so that exactly ``min(frames, len(times))`` are chosen. One frame is the middle one.
     """
     n = len(times)
     frames = min(frames, n)
@@ -47,7 +47,7 @@ def uniform(times: np.ndarray, frames: int) -> np.ndarray:
 
 
 def at_rate(times: np.ndarray, fps: float, start: float, end: float) -> np.ndarray:
-    """The frames shown at ``start`` and every 1/fps seconds after it, before ``end``; each once."""
+    """Choose the frames shown at ``start`` and every 1/fps seconds after it, before ``end``; each once."""
     count = max(1, int(np.ceil((end - _slack(times) - start) * fps)))
     if count > 100 * len(times) + 100:  # far more instants than frames: every frame is shown at one
         return np.arange(len(times))
@@ -55,7 +55,7 @@ def at_rate(times: np.ndarray, fps: float, start: float, end: float) -> np.ndarr
 
 
 def cuts(scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Frames that begin a new scene: those whose change against the frame before is above both
+    """Find frames that begin a new scene: those whose change against the frame before is above both
     ``threshold`` and twice the median change of the frames around (so that a fast pan is no cut).
 
     Args:
@@ -70,10 +70,10 @@ def cuts(scores: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def scenes(scores: np.ndarray, threshold: float, frames: int | None) -> np.ndarray:
-    """Frames that show every scene.
+    """Choose frames that show every scene.
 
-    Without ``frames`` the middle frame of each scene. With more scenes than ``frames`` only the
-    strongest cuts count; with fewer, longer scenes get more frames (highest averages), evenly spaced.
+    Without ``frames``, it is the middle frame of each scene. With more scenes than ``frames``, only
+    the strongest cuts count; with fewer, longer scenes get more frames (highest averages), evenly spaced.
     """
     n = len(scores)
     starts = cuts(scores, threshold)

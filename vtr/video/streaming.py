@@ -31,16 +31,16 @@ def stream(
     threads: int = 0,
     time_limit: float | None = None,
 ) -> Iterator[Frame]:
-    """The frames of a video one after the other, decoded by PyAV.
+    """Yield the frames of a video one after the other, decoded by PyAV.
 
-    Neither frames nor an index of the file are kept, so that memory is that of the decoder, however
-    long the file is.
+    Neither frames nor an index of the file are kept, so that memory does not depend on the length of
+    the file.
 
     Args:
         source, size, square, damaged, threads: as in :func:`vtr.video.load`. A truncated file is
-            noticed where it breaks, not before. A file object is in use until the last frame.
-        fps: at most so many frames per second: the frame shown at every 1/fps seconds from ``start``
-            on, each at most once. None is every frame.
+            noticed when its end is reached, not before. A file object is in use until the last frame.
+        fps: at most this many frames per second: the frame shown at ``start`` and every 1/fps seconds
+            after it, each at most once. None is every frame.
         start, end: seconds since the first frame; ``start`` is reached by decoding from the
             beginning of the file.
         time_limit: seconds for the whole stream (your own time between frames included); None, the
@@ -51,7 +51,7 @@ def stream(
 
     Raises:
         VideoError, ValueError, TypeError: at once if the file or an option is wrong, and while
-            reading where the file breaks.
+            reading, when a damaged part is reached.
     """
     _check(start, end, size, square, "pyav", damaged, 0.5, threads, time_limit)
     if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
@@ -62,7 +62,7 @@ def stream(
         stream = video_stream(container, media.name)
         look = FirstFrame(stream)
         limit = Deadline(media.name, 600.0)
-        with contextlib.suppress(av_module().FFmpegError):  # then what came so far has no frame
+        with contextlib.suppress(av_module().FFmpegError):  # then the packets so far have no frame
             for packet in container.demux(stream):
                 limit.check()
                 look.see(packet)
@@ -105,7 +105,7 @@ def _frames(
                 origin = at
             at -= origin
             if held is not None:
-                if at <= held[1]:  # a time that does not go on: count at the average rate
+                if at <= held[1]:  # a time that does not increase: count at the average rate
                     at = held[1] + 1 / rate
                 due, tick = _due(held[1], at, fps, start, end, tick, early)
                 if due:
@@ -145,8 +145,8 @@ def _due(
     tick: int,
     early: float,
 ) -> tuple[bool, int]:
-    """Whether the frame shown in [begins, until) is to be given, and the next tick of the rate;
-    a frame counts as shown ``early`` seconds before it begins (see sampling.slack)."""
+    """Decide whether to yield the frame shown in [begins, until); also returns the next tick of the rate.
+    A frame counts as shown ``early`` seconds before it begins (see sampling.slack)."""
     if until <= start + early or (end is not None and begins >= end - early):
         return False, tick
     if fps is None:

@@ -1,4 +1,4 @@
-"""What reading a video gives."""
+"""Results of reading a video: its frames and its metadata."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-#: FFmpeg's names of transfer functions, by number; 2 and the missing ones say nothing.
+#: FFmpeg's names of transfer functions, by number; 2 and the missing ones mean unknown.
 TRANSFERS = {
     1: "bt709",
     4: "gamma22",
@@ -49,7 +49,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoMetadata:
-    """What is known of the file.
+    """Metadata of a video file.
 
     Attributes:
         source: its path, or ``"<N bytes>"``.
@@ -60,14 +60,14 @@ class VideoMetadata:
         frames: frames that the file holds.
         duration: seconds from the first frame's start to the last frame's end.
         fps: frames over duration.
-        variable_rate: whether the time between frames varies by more than a millisecond.
-        backend: what decoded: ``"decord"`` or ``"pyav"``; empty where nothing was decoded.
-        damaged: what is wrong with a file that was read with ``damaged="keep"``; else empty.
-        pixel_aspect: width over height of a pixel of that picture; 1 where the file says nothing.
+        variable_rate: the time between frames varies by more than a millisecond.
+        backend: the decoder: ``"decord"`` or ``"pyav"``; empty if nothing was decoded.
+        damaged: the damage of a file that was read with ``damaged="keep"``; else empty.
+        pixel_aspect: width over height of a pixel of that picture; 1 if the file gives none.
             With 16/15 (DV, DVD) circles are 16/15 times too narrow until ``square=True`` or a
             ``size=`` of the right aspect corrects it.
-        transfer: how light was made numbers, as FFmpeg names it; empty if the file does not say.
-        interlaced: frames are woven of two fields, which were taken at different times.
+        transfer: the transfer function of light, by FFmpeg's name; empty if the file gives none.
+        interlaced: each frame consists of two fields, which were taken at different times.
         alpha: the first frame has transparent pixels; transparency is left out.
     """
 
@@ -95,7 +95,7 @@ class VideoMetadata:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What frames do not show as a player would, in words; empty for most files."""
+        """Notes in words on how frames differ from a player's picture; empty for most files."""
         out = []
         if self.hdr:
             out.append(
@@ -108,7 +108,7 @@ class VideoMetadata:
                 "resamples to square pixels"
             )
         if self.interlaced:
-            out.append("interlaced: frames are not deinterlaced; what moves has combed edges")
+            out.append("interlaced: frames are not deinterlaced; moving objects have combed edges")
         if self.alpha:
             out.append(
                 "transparency is left out: transparent pixels have the colour stored under it"
@@ -116,8 +116,8 @@ class VideoMetadata:
         return tuple(out)
 
     def squared(self) -> VideoMetadata:
-        """The facts of the picture with square pixels: stored rows are resampled, as players do, so
-        that no line is made up or lost; they are columns where the picture was turned on its side.
+        """Return the metadata for square pixels: stored rows are resampled, as players do, so that no
+        line is invented or lost; they are columns if the picture was turned on its side.
         """
         width, height = self.width, self.height
         if self.rotation % 180:
@@ -135,7 +135,7 @@ class Video:
         frames: (T, H, W, 3) uint8, RGB, in the order of time.
         timestamps: (T,) float64, seconds since the first frame of the file.
         indices: (T,) int64, number of each frame in the file, counted from 0 in the order of time.
-        metadata: what is known of the file.
+        metadata: the metadata of the file.
     """
 
     frames: np.ndarray
@@ -154,19 +154,19 @@ class Video:
         return f"Video({len(self)} frames of {width}x{height}, {span}, {self.metadata.source!r})"
 
     def __getitem__(self, key: slice | list[int] | np.ndarray) -> Video:
-        """Some of the frames, as a Video: a slice, a list of positions or a mask."""
+        """Select some of the frames, as a Video, by a slice, a list of positions or a mask."""
         if isinstance(key, (int, np.integer)):
             raise TypeError("take one frame from .frames; video[...] needs a slice, list or mask")
         return Video(self.frames[key], self.timestamps[key], self.indices[key], self.metadata)
 
     def to_pil(self) -> list[Image.Image]:
-        """The frames as PIL images."""
+        """Convert the frames to PIL images."""
         from PIL import Image
 
         return [Image.fromarray(frame) for frame in self.frames]
 
     def to_torch(self, *, scale: bool = False, device: Any = None) -> torch.Tensor:
-        """(T, 3, H, W): uint8, or with ``scale`` float32 in [0, 1]."""
+        """Convert the frames to a tensor (T, 3, H, W): uint8, or with ``scale`` float32 in [0, 1]."""
         import torch
 
         out = torch.from_numpy(np.ascontiguousarray(self.frames)).permute(0, 3, 1, 2)
@@ -174,16 +174,16 @@ class Video:
         return out.float().div_(255) if scale else out
 
     def for_processor(self) -> dict[str, Any]:
-        """Arguments of a transformers processor that takes videos.
+        """Build the arguments of a transformers processor that takes videos.
 
-        ``processor(text=..., **video.for_processor())``: the frames as they are (the processor does
-        not sample again), and the facts from which models with timestamps in the prompt write there when
-        each frame was, and Qwen2.5-VL how far apart they are.
+        ``processor(text=..., **video.for_processor())`` passes the frames (the processor does not
+        sample again) and their times, for models that write timestamps into the prompt, and for
+        Qwen2.5-VL, which needs the time between frames.
         """
         facts = asdict(self.metadata)
         # Processors take a frame's time for its number over fps, and the rate of the frames given for
-        # their share of all, times fps. Where the rate varies, numbers are milliseconds instead; of a part
-        # of the file, all are those of the part.
+        # their share of all, times fps. If the rate varies, numbers are milliseconds instead; for a part
+        # of the file, all numbers are those of the part.
         unit = 1000.0 if facts["variable_rate"] else facts["fps"]
         numbers = self.indices
         if facts["variable_rate"]:

@@ -1,1 +1,1 @@
-"""What vtr expects of each library, in one module per library: read by :mod:`vtr.compat.contract`."""
+"""Expectations of each library, in one module per library: read by :mod:`vtr.compat.contract`."""

@@ -1,4 +1,4 @@
-"""What vtr expects of accelerate."""
+"""Expectations of accelerate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vtr expects of diffusers; of the families, what ``vtr/diffusion/families.py`` says of them."""
+"""Expectations of diffusers; those of its families follow from ``vtr/diffusion/families.py``."""
 
 from __future__ import annotations
 

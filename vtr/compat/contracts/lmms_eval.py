@@ -1,4 +1,4 @@
-"""What vtr expects of lmms-eval."""
+"""Expectations of lmms-eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vtr expects of open_clip."""
+"""Expectations of open_clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vtr expects of PEFT."""
+"""Expectations of PEFT."""
 
 from __future__ import annotations
 

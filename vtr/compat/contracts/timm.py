@@ -1,4 +1,4 @@
-"""What vtr expects of timm."""
+"""Expectations of timm."""
 
 from __future__ import annotations
 

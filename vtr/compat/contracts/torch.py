@@ -1,4 +1,4 @@
-"""What vtr expects of torch."""
+"""Expectations of torch."""
 
 from __future__ import annotations
 

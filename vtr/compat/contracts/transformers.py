@@ -1,4 +1,4 @@
-"""What vtr expects of transformers: the cache, masks, generate, language models, VLMs and towers."""
+"""Expectations of transformers: the cache, masks, generate, language models, VLMs and towers."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _language_models() -> Iterator[Expectation]:
     )
 
 
-# Inner class -> (makes features of images, of videos; its parts; what its forward takes besides).
+# Inner class -> (computes features of images, of videos; its parts; other arguments of its forward).
 _VLMS: dict[str, tuple[bool, bool, tuple[str, ...], tuple[str, ...]]] = {
     "LlavaModel": (True, False, ("vision_tower", "config.vision_feature_layer"), ()),
     "LlavaNextModel": (True, False, ("vision_tower",), ()),
@@ -290,7 +290,7 @@ def _towers() -> Iterator[Expectation]:
         yield Expectation(f"transformers:{name}", used, built=(attribute, *reads))
     for layer, (model, form, parts) in _LAYER_CLASSES.items():
         home, attention = _home(model), form[2]
-        # Before 5.23 DINOv2's q, k and v are made in a module inside of its attention.
+        # Before 5.23 DINOv2's q, k and v are computed in a module inside its attention.
         query = [f"{attention}.{qkv[0]}" for qkv in names.QKV]
         query.append(f"{attention}.attention.{names.QKV[1][0]}")
         yield Expectation(
