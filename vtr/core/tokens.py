@@ -150,7 +150,7 @@ class TokenMap:
             slot = take(self.source, travel).clamp(min=0)
             part = take(x, travel) * (take(w, travel) * live)[..., None]
             row = torch.arange(batch, device=x.device)[:, None] * n_out + slot
-            out.view(batch * n_out, -1).index_add_(0, row.flatten(), part.flatten(0, 1))
+            out.view(batch * n_out, *x.shape[2:]).index_add_(0, row.flatten(), part.flatten(0, 1))
         return out.to(x.dtype)
 
     def restore(self, y: Tensor, fill: Fill | Tensor = "copy") -> Tensor:
