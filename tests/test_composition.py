@@ -126,7 +126,7 @@ def test_per_sample_counts_can_be_cut_again() -> None:
             )
     with vtr.apply(model, vtr.FlowCut(keep=0.3, end=4)) as handle, torch.no_grad():
         model.forward_intermediates(x)
-        assert any(s.map.padded for s in handle.trace.stages)
+        assert any(s.map.has_padding for s in handle.trace.stages)
 
 
 def test_user_hooks_keep_working() -> None:

@@ -77,7 +77,7 @@ def site(
         hidden=hidden,
         map=map,
         memory={} if memory is None else memory,
-        valid=map.valid if map.padded else None,
+        valid=map.valid if map.has_padding else None,
         qkv=lambda: (q, k, v),
         scale=dim**-0.5,
         prefix=prefix,

@@ -56,7 +56,7 @@ def check_map(m: TokenMap) -> None:
     for b in range(batch):
         kept = m.kept[b].tolist()
         alive = [j for j in kept if j >= 0]
-        assert m.padded or len(alive) == n_out
+        assert m.has_padding or len(alive) == n_out
         assert kept == alive + [-1] * (n_out - len(alive)), "padding comes last"
         assert alive == sorted(set(alive)), "ascending and unique"
         assert all(0 <= j < n_in for j in alive)
@@ -133,7 +133,7 @@ def test_merge_is_the_weighted_sum(m: TokenMap, normalize: bool) -> None:
 @given(maps(), KINDS, st.integers(0, 10_000))
 def test_composition_equals_applying_in_turn(first: TokenMap, kind: str, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    if first.padded:  # a later map chooses among valid slots
+    if first.has_padding:  # a later map chooses among valid slots
         limit = int(first.valid.sum(1).min())
         scores = torch.rand(first.batch, first.n_out, generator=g)
         number = torch.randint(1, limit + 1, (first.batch,), generator=g)

@@ -143,7 +143,7 @@ def test_a_rate_is_of_the_samples_own_tokens(keep: Any) -> None:
     chain = [Uneven(layers=(0,)), vtr.EViT(keep=keep, layers=(2, 4), fuse=False)]
     with vtr.apply(model, chain) as handle, torch.no_grad():
         together, numbers = model(x), []
-        assert handle.trace.stages[0].map.padded
+        assert handle.trace.stages[0].map.has_padding
         valid = handle.trace.stages[-1].total.valid.sum(1).tolist()
         for b in range(4):
             torch.testing.assert_close(

@@ -179,7 +179,7 @@ def test_crops_of_one_image_drop_as_many_as_the_one_that_drops_most(keep: int) -
                 assert len(set(sizes)) == 1, "the crops of an image stay of one length"
             at += crops[b]
         if len(rows) == 1:
-            assert not any(stage.map.padded for stage in stages), "nothing need be masked"
+            assert not any(stage.map.has_padding for stage in stages), "nothing need be masked"
             earlier += len(stages) - 1
     assert earlier, "there were cuts before the last one"
 
@@ -190,7 +190,7 @@ def test_frames_of_one_video_drop_as_many_as_the_one_that_drops_most() -> None:
     with torch.no_grad(), vtr.apply(model, vtr.FlowCut(keep=0.25, language=False)) as handle:
         model(**inputs)
     stages = [s for s in handle.trace.stages if s.site == "encoder"]
-    assert len(stages) > 1 and not any(stage.map.padded for stage in stages)
+    assert len(stages) > 1 and not any(stage.map.has_padding for stage in stages)
 
 
 def test_images_that_share_a_prompt_are_not_tiled_in_llava_onevision() -> None:

@@ -41,7 +41,7 @@ def slow_context(attention: torch.Tensor, threshold: float) -> list[float]:
 def test_importance_is_the_attention_of_attractive_tokens(threshold: float, prefix: int) -> None:
     kept = torch.arange(13).repeat(2, 1)
     kept[1, 9:] = -1
-    site = make_site(n=13, prefix=prefix, map=TokenMap.keep(kept, 13, padded=True))
+    site = make_site(n=13, prefix=prefix, map=TokenMap.keep(kept, 13, has_padding=True))
     got = calibrated_context(site, threshold, chunk=4)
     q, k, _ = (t.double() for t in site.qkv)
     for row, size in enumerate((13, 9)):

@@ -80,7 +80,7 @@ def test_padding_is_not_pooled(pool: str) -> None:
     with vtr.apply(model, ByScore()) as handle, torch.no_grad():
         together = model(x)
         last = handle.trace.stages[-1].total
-        assert last.padded and len(set(last.valid.sum(1).tolist())) > 1
+        assert last.has_padding and len(set(last.valid.sum(1).tolist())) > 1
         for b in range(4):
             torch.testing.assert_close(
                 model(x[b : b + 1]), together[b : b + 1], atol=1e-4, rtol=1e-4

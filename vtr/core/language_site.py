@@ -273,7 +273,7 @@ class LanguageSite(Site):
 
 
 class CacheSite(LanguageSite):
-    """What a method sees of a cache. ``hidden`` is empty (B, N, 0): N are the visual tokens that are alive
+    """What a method sees of a cache. ``hidden`` is empty (B, N, 0): N are the visual tokens that are left
     in the last layer after the prompt, and ``map`` leads to them from those of the prompt.
 
     Attributes:

@@ -186,7 +186,7 @@ def repeated(
     if reduction is None or made is None or first is None:
         if made is None and first is None:
             return reduction
-    elif made.n_out == first.n_out and made.padded == first.padded:
+    elif made.n_out == first.n_out and made.has_padding == first.has_padding:
         free = reduction.weights is None or reduction.weights is sizes
         if free and reduction.tokens is None:
             return reduction._replace(map=first)

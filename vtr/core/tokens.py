@@ -1,4 +1,4 @@
-"""The token map: where each input token went. The only index operations of the code base live here."""
+"""The token map: where each input token went, and what is computed from it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class TokenMap:
             representative), -1 for padding. Padding comes last.
         size: (B, N_out) float32, how many input tokens the slot stands for, 0 for padding.
         frozen: (B, N_in) bool or None, tokens that are not computed but keep their place.
-        padded: whether ``kept`` may hold -1 (known on the host, so that nothing has to ask the device).
+        has_padding: whether ``kept`` may hold -1 (known on the host, so that nothing has to ask the device).
     """
 
-    __slots__ = ("frozen", "kept", "padded", "size", "source")
+    __slots__ = ("frozen", "has_padding", "kept", "size", "source")
 
     def __init__(
         self,
@@ -31,19 +31,19 @@ class TokenMap:
         kept: Tensor,
         size: Tensor,
         frozen: Tensor | None = None,
-        padded: bool = False,
+        has_padding: bool = False,
     ) -> None:
         self.source = source
         self.kept = kept
         self.size = size
         self.frozen = frozen
-        self.padded = padded
+        self.has_padding = has_padding
 
     def to(self, device: torch.device | str) -> TokenMap:
         """The same map on another device."""
         frozen = None if self.frozen is None else self.frozen.to(device)
         parts = (self.source.to(device), self.kept.to(device), self.size.to(device))
-        return TokenMap(*parts, frozen, self.padded)
+        return TokenMap(*parts, frozen, self.has_padding)
 
     def __repr__(self) -> str:
         extra = "" if self.frozen is None else ", with frozen tokens"
@@ -75,24 +75,24 @@ class TokenMap:
         return cls(index, index, torch.ones(batch, n, device=device))
 
     @classmethod
-    def keep(cls, kept: Tensor, n_in: int, padded: bool = False) -> TokenMap:
+    def keep(cls, kept: Tensor, n_in: int, has_padding: bool = False) -> TokenMap:
         """Pruning: keep the tokens ``kept`` (B, N_out) int64, ascending, and drop the others.
 
-        With ``padded`` entries of -1 (at the end of a row) are padding.
+        With ``has_padding`` entries of -1 (at the end of a row) are padding.
         """
         batch, n_out = kept.shape
         slots = torch.arange(n_out, device=kept.device).expand(batch, n_out)
-        source = kept.new_full((batch, n_in + int(padded)), -1)
-        if padded:  # padding slots write into one extra column, which is cut off again
+        source = kept.new_full((batch, n_in + int(has_padding)), -1)
+        if has_padding:  # padding slots write into one extra column, which is cut off again
             source = source.scatter(1, torch.where(kept < 0, n_in, kept), slots)[:, :n_in]
             size = (kept >= 0).float()
         else:
             source = source.scatter(1, kept, slots)
             size = torch.ones(batch, n_out, device=kept.device)
-        return cls(source, kept, size, padded=padded)
+        return cls(source, kept, size, has_padding=has_padding)
 
     @classmethod
-    def merged(cls, kept: Tensor, source: Tensor, padded: bool = False) -> TokenMap:
+    def merged(cls, kept: Tensor, source: Tensor, has_padding: bool = False) -> TokenMap:
         """Merging: slot s holds every input token j with ``source[:, j] == s``; sizes are counted.
 
         Args:
@@ -100,15 +100,15 @@ class TokenMap:
             source: (B, N_in) int64, -1 for tokens that are dropped.
         """
         size = _scatter_sum(torch.ones_like(source, dtype=torch.float32), source, kept.shape[1])
-        return cls(source, kept, size, padded=padded)
+        return cls(source, kept, size, has_padding=has_padding)
 
     # ---- operations -------------------------------------------------------------------------
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of the kept tokens: x (B, N_in, ...) -> (B, N_out, ...). Padding slots are zero."""
         self._check(x, self.n_in, "gather")
-        out = take(x, self.kept.clamp(min=0) if self.padded else self.kept)
-        return _zero(out, ~self.valid) if self.padded else out
+        out = take(x, self.kept.clamp(min=0) if self.has_padding else self.kept)
+        return _zero(out, ~self.valid) if self.has_padding else out
 
     def merge(self, x: Tensor, weights: Tensor | None = None, normalize: bool = True) -> Tensor:
         """Combine the tokens of each slot: x (B, N_in, C) -> (B, N_out, C).
@@ -129,26 +129,26 @@ class TokenMap:
         if normalize:
             total = _scatter_sum(w, self.source, n_out)
             w = w / take(total, self.source.clamp(min=0)).clamp_min(torch.finfo(w.dtype).tiny)
-        kept = self.kept.clamp(min=0) if self.padded else self.kept
+        kept = self.kept.clamp(min=0) if self.has_padding else self.kept
         out = take(x, kept) * take(w, kept)[..., None]
-        if self.padded:
+        if self.has_padding:
             out = _zero(out, ~self.valid)
-        moved = n_in if self.padded else n_in - n_out
+        moved = n_in if self.has_padding else n_in - n_out
         if moved > 0:
             # Only tokens that are not representatives travel; there are n_in - n_out of them.
             is_rep = torch.zeros_like(self.source, dtype=torch.bool)
-            if self.padded:
+            if self.has_padding:
                 slot = self.source.clamp(min=0)
                 index = torch.arange(n_in, device=x.device).expand(batch, n_in)
                 is_rep = (self.source >= 0) & (self.kept.gather(1, slot) == index)
                 travel = index
-                live = (self.source >= 0) & ~is_rep
+                moves = (self.source >= 0) & ~is_rep
             else:
                 is_rep = is_rep.scatter(1, self.kept, torch.ones_like(self.kept, dtype=torch.bool))
                 travel = torch.argsort(is_rep, dim=1, stable=True)[:, :moved]
-                live = take(self.source, travel) >= 0
+                moves = take(self.source, travel) >= 0
             slot = take(self.source, travel).clamp(min=0)
-            part = take(x, travel) * (take(w, travel) * live)[..., None]
+            part = take(x, travel) * (take(w, travel) * moves)[..., None]
             row = torch.arange(batch, device=x.device)[:, None] * n_out + slot
             out.view(batch * n_out, *x.shape[2:]).index_add_(0, row.flatten(), part.flatten(0, 1))
         return out.to(x.dtype)
@@ -184,15 +184,15 @@ class TokenMap:
         gone = self.source < 0
         source = take(other.source, self.source.clamp(min=0)).masked_fill(gone, -1)
         # A later map chooses among valid slots only, so that padding is the later map's alone.
-        kept = take(self.kept, other.kept.clamp(min=0) if other.padded else other.kept)
-        if other.padded:
+        kept = take(self.kept, other.kept.clamp(min=0) if other.has_padding else other.kept)
+        if other.has_padding:
             kept = kept.masked_fill(other.kept < 0, -1)
         size = _scatter_sum(self.size, other.source, other.n_out)
         frozen = self.frozen
         if other.frozen is not None:
             later = take(other.frozen, self.source.clamp(min=0)) & ~gone
             frozen = later if frozen is None else frozen | later
-        return TokenMap(source, kept, size, frozen, other.padded)
+        return TokenMap(source, kept, size, frozen, other.has_padding)
 
     def with_prefix(self, prefix: int) -> TokenMap:
         """The same map for sequences that carry ``prefix`` protected tokens in front."""
@@ -201,7 +201,7 @@ class TokenMap:
         head = torch.arange(prefix, device=self.kept.device).expand(self.batch, prefix)
         source = torch.where(self.source < 0, -1, self.source + prefix)
         kept = self.kept + prefix
-        if self.padded:
+        if self.has_padding:
             kept = torch.where(self.kept < 0, -1, kept)
         ones = torch.ones(self.batch, prefix, device=self.size.device)
         frozen = self.frozen
@@ -212,7 +212,7 @@ class TokenMap:
             torch.cat([head, kept], 1),
             torch.cat([ones, self.size], 1),
             frozen,
-            self.padded,
+            self.has_padding,
         )
 
     def _check(self, x: Tensor, n: int, what: str) -> None:
@@ -260,8 +260,8 @@ def top_indices(
     order = order.gather(1, torch.sort((~valid).gather(1, order).int(), dim=1, stable=True).indices)
     least, width = torch.stack(torch.aminmax(number)).tolist()  # one look at the device
     order = order[:, :width]
-    live = torch.arange(width, device=scores.device) < number[:, None]
-    kept = torch.where(live, order, n).sort(1).values
+    chosen = torch.arange(width, device=scores.device) < number[:, None]
+    kept = torch.where(chosen, order, n).sort(1).values
     return torch.where(kept == n, -1, kept), least < width
 
 

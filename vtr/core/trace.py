@@ -65,7 +65,7 @@ class Trace:
 
     @property
     def kept(self) -> Tensor | None:
-        """(B, N_out) indices, in the model's input, of the tokens alive after the last stage."""
+        """(B, N_out) indices, in the model's input, of the tokens left after the last stage."""
         return self.stages[-1].total.kept if self.stages else None
 
     def summary(self) -> str:

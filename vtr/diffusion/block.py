@@ -48,7 +48,7 @@ def enter(wrapping: WrappedTransformer, number: int, args: Any, kwargs: Any) -> 
     reduction = entry.token_method.reduce(site)
     if reduction is None or reduction.map is None:
         return
-    if reduction.map.padded or reduction.map.n_in != tokens:
+    if reduction.map.has_padding or reduction.map.n_in != tokens:
         raise RuntimeError(
             f"{entry.method.name} made {reduction.map!r} for {tokens} tokens; the map at a block must "
             "start at all of them and have as many slots for every sample"

@@ -78,8 +78,8 @@ def farthest_points(x: Tensor, number: Tensor, valid: Tensor, chunk: int = 512) 
     closest = torch.full_like(score, far)
     for step in range(steps):
         pick = score.argmax(1, keepdim=True)
-        live = (number > step)[:, None]
-        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | live)
+        more = (number > step)[:, None]
+        chosen = chosen.scatter(1, pick, chosen.gather(1, pick) | more)
         row = x.gather(1, pick[..., None].expand(-1, -1, x.shape[2]))
         closest = torch.minimum(closest, 1.0 - (x @ row.transpose(1, 2))[..., 0])
         score = closest.masked_fill(~valid | chosen, -far)

@@ -148,10 +148,10 @@ class DyCoke(Presets, TokenMethod):
         if bool((number == moving.sum(1)).all() | alike.all()):  # one look at the device per step
             return None
         stays = best(row, number, moving) | (site.valid_mask & ~moving)
-        kept, padded = top_indices(stays.float(), stays.sum(1), stays)
+        kept, has_padding = top_indices(stays.float(), stays.sum(1), stays)
         if site.kept is not None:
             kept = torch.where(alike[:, None], site.kept, kept)
-        return Reduction(TokenMap.keep(kept, site.n, padded), absolute=site.kept is not None)
+        return Reduction(TokenMap.keep(kept, site.n, has_padding), absolute=site.kept is not None)
 
 
 def thin(x: Tensor, number: int) -> Tensor:

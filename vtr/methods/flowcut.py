@@ -197,9 +197,9 @@ class FlowCut(Presets, TokenMethod):
             k = same(torch.maximum(n - drop, torch.full_like(n, target)))
             if k >= site.n if isinstance(k, int) else site.valid is None and bool((k >= n).all()):
                 return None
-        kept, padded = top_indices(total, k, site.valid)
+        kept, has_padding = top_indices(total, k, site.valid)
         site.memory["score"] = take(total, kept.clamp(min=0))
-        return Reduction(TokenMap.keep(kept, site.n, padded))
+        return Reduction(TokenMap.keep(kept, site.n, has_padding))
 
 
 def largest_of(values: Tensor, crops: list[int]) -> Tensor:
@@ -222,9 +222,9 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
     """Inflow r (B, N), summing to 1, and the layer's score (B, N), float32; padding scores 0."""
     q, _, v = site.qkv
     p = site.prefix
-    alive = None if site.valid is None else site.valid.float()
+    valid = None if site.valid is None else site.valid.float()
     if site.info.has_cls:
-        r = _share(site.cls_attention(), alive)
+        r = _share(site.cls_attention(), valid)
         seen = site.padding_bias
         rows = site.mask_rows(torch.zeros_like(site.index[:, :1]))
         if rows is not None:  # a token hidden from the class token shares nothing with it
@@ -232,15 +232,15 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
             seen = hidden.new_zeros(hidden.shape, dtype=torch.float32) if seen is None else seen
             seen = seen.masked_fill(hidden, -float("inf"))
         s = attention_rows(v[:, :, :1], v, scale=1.0, bias=seen)[:, :, 0, p:].mean(1)
-        relevance = r + _share(s, alive)
+        relevance = r + _share(s, valid)
     else:
-        if alive is None:
+        if valid is None:
             mean = q[:, :, p:].float().mean(2, keepdim=True)
         else:
-            weights = (alive / alive.sum(1, keepdim=True))[:, None, :, None]
+            weights = (valid / valid.sum(1, keepdim=True))[:, None, :, None]
             mean = (q[:, :, p:].float() * weights).sum(2, keepdim=True)
         rows = _mean_mask(site)
-        r = _share(site.attention_from(mean.to(q.dtype), rows)[:, :, 0, p:].mean(1), alive)
+        r = _share(site.attention_from(mean.to(q.dtype), rows)[:, :, 0, p:].mean(1), valid)
         relevance = r
     strength = site.values.float().mean(1).abs().sum(-1)
     return r, relevance * strength
@@ -269,13 +269,13 @@ def _mean_mask(site: Site, chunk: int = 64) -> Tensor | None:
 
 
 def relative_entropy(r: Tensor, n: Tensor) -> Tensor:
-    """Entropy of the rows r (B, N), which sum to 1, over ln n with n (B,) tokens alive; in [0, 1]."""
+    """Entropy of the rows r (B, N), which sum to 1, over ln n with n (B,) valid tokens; in [0, 1]."""
     entropy = -torch.special.xlogy(r, r).sum(1)
     return (entropy / n.float().log().clamp_min(1e-12)).clamp(0, 1)
 
 
-def _share(row: Tensor, alive: Tensor | None) -> Tensor:
-    row = row if alive is None else row * alive
+def _share(row: Tensor, valid: Tensor | None) -> Tensor:
+    row = row if valid is None else row * valid
     return row / row.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 

@@ -207,8 +207,8 @@ class PruneVid(Presets, TokenMethod):
         stays = stays & valid
         if torch.equal(stays, valid):
             return None
-        kept, padded = top_indices(stays.float(), stays.sum(1), stays)
-        return Reduction(TokenMap.keep(kept, site.n, padded))
+        kept, has_padding = top_indices(stays.float(), stays.sum(1), stays)
+        return Reduction(TokenMap.keep(kept, site.n, has_padding))
 
 
 class PruneVidCut(NamedTuple):

@@ -175,9 +175,9 @@ class ToFe(TokenMethod):
             k = int(chosen) if chosen.numel() == 1 else chosen
         else:
             k = count(self._keeps(len(layers))[stage], n)
-        kept, padded = top_indices(score, k)
-        step = TokenMap.keep(kept, n, padded)
-        step = TokenMap(step.source, step.kept, step.size, step.source < 0, padded)
+        kept, has_padding = top_indices(score, k)
+        step = TokenMap.keep(kept, n, has_padding)
+        step = TokenMap(step.source, step.kept, step.size, step.source < 0, has_padding)
         site.memory["buffer"] = x
         site.memory["approximate"] = _identity if modules is None else modules.approximators[stage]
         return Reduction(step, tokens=step.gather(x), absolute=True)

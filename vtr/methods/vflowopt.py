@@ -419,9 +419,9 @@ def calibrated_context(site: Site, threshold: float | Tensor, chunk: int | None 
     """
     chunk = chunk or rows_at_once(site.batch)
     received = site.attention_received(chunk)
-    alive = torch.ones_like(received) if site.valid is None else site.valid.float()
-    mean = (received * alive).sum(1, keepdim=True) / alive.sum(1, keepdim=True)
-    chosen = (received > threshold * mean).float() * alive
+    valid = torch.ones_like(received) if site.valid is None else site.valid.float()
+    mean = (received * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+    chosen = (received > threshold * mean).float() * valid
     number = chosen.sum(1, keepdim=True)
     # The rows of K alone are made again: first in each sample, then rows of weight 0.
     order = chosen.sort(dim=1, descending=True, stable=True).indices

@@ -158,10 +158,8 @@ class VisionZip(Presets, TokenMethod):
 
 def dominant(score: Tensor, number: Tensor, valid: Tensor) -> Tensor:
     """(B, N) bool: the ``number[b]`` best tokens of each row by ``score`` (B, N)."""
-    kept, padded = top_indices(score, number, valid)
-    out = torch.zeros(*valid.shape[:1], valid.shape[1] + 1, dtype=torch.bool, device=valid.device)
-    slot = torch.where(kept < 0, valid.shape[1], kept) if padded else kept
-    return out.scatter(1, slot, True)[:, :-1]
+    kept, has_padding = top_indices(score, number, valid)
+    return TokenMap.keep(kept, score.shape[1], has_padding).source >= 0
 
 
 def contextual_groups(keys: Tensor, rest: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:

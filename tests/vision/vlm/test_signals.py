@@ -212,7 +212,7 @@ def test_merged_tokens_stand_where_their_representatives_stood(name: str, at: An
         kept = torch.arange(0, site.n, 2).expand(site.batch, -1)
         kept = torch.where(take(valid, kept), kept, -1)
         source = torch.where(stands < 0, -1, stands // 2)
-        steps.append(TokenMap.merged(kept, source, padded=True))
+        steps.append(TokenMap.merged(kept, source, has_padding=True))
         return Reduction(steps[-1], weights=torch.rand(site.batch, site.n, generator=seed()))
 
     def seed() -> torch.Generator:

@@ -19,7 +19,7 @@ def by_representative(representative: Tensor) -> TokenMap:
     index = torch.arange(n, device=representative.device)
     stays = representative == index
     number = stays.sum(1)
-    kept, padded = top_indices(stays.float(), number, stays)
+    kept, has_padding = top_indices(stays.float(), number, stays)
     slot = stays.long().cumsum(1) - 1
     source = slot.gather(1, representative.clamp(min=0)).masked_fill(representative < 0, -1)
-    return TokenMap.merged(kept, source, padded)
+    return TokenMap.merged(kept, source, has_padding)

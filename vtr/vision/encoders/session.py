@@ -277,7 +277,7 @@ class EncoderSession(Threaded):
             )
 
     def _probe(self, run: EncoderRun, layer: int) -> Probe | None:
-        has_padding = run.map is not None and run.map.padded
+        has_padding = run.map is not None and run.map.has_padding
         if not self.runners[layer].split:
             if has_padding:
                 raise ValueError(
@@ -324,7 +324,7 @@ class EncoderSession(Threaded):
             return None  # nothing happened, or a restored sequence, which is pooled as it is
         if run.merged:
             return run.map.size
-        return run.map.size.clamp(max=1) if run.map.padded else None
+        return run.map.size.clamp(max=1) if run.map.has_padding else None
 
     def flops(self) -> tuple[int, int]:
         """Dense and reduced FLOPs of the blocks for the last call, per sample."""

@@ -84,7 +84,7 @@ def _site(
         hidden=hidden,
         map=now,
         memory=run.memory.setdefault(session.owner.entries.index(entry), {}),
-        valid=now.valid if now.padded else None,
+        valid=now.valid if now.has_padding else None,
         grid=run.grid,
         qkv=qkv,
         scale=None if probe is None else probe.scale,

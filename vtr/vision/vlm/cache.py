@@ -116,7 +116,7 @@ class Follow:
             old.kept[here],
             old.size[here],
             None if old.frozen is None else old.frozen[here],
-            old.padded,
+            old.has_padding,
         )
         self.state = {
             name: x[here] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x

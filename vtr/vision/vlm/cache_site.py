@@ -142,7 +142,7 @@ class CacheSession:
             info=owner.info,
             hidden=torch.zeros(*look.shape, 0, device=device),
             map=now,
-            valid=look >= 0 if now.padded else None,
+            valid=look >= 0 if now.has_padding else None,
             memory=call.memory.setdefault(key, {}),
             training=owner.root.training,
             modules=None,

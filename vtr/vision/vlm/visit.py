@@ -50,7 +50,7 @@ def language_site(
         info=owner.info,
         hidden=tokens,
         map=call.map,
-        valid=layout.valid_slots if call.map.padded else None,
+        valid=layout.valid_slots if call.map.has_padding else None,
         grid=call.grid(),
         memory=call.memory.setdefault(key, captures.memory(key)),
         training=owner.root.training,
