@@ -62,7 +62,7 @@ class PerThread(Generic[Value]):
     at a time, as they may without a method. The values are in ``own`` of the :class:`Threaded` owner.
 
     Args:
-        default: the value where none was set.
+        default: the value if none was set.
         make: makes that value instead, once in every thread.
     """
 
@@ -135,7 +135,7 @@ class Wrapping(Threaded):
         raise NotImplementedError
 
     def check(self, method: Method, options: dict[str, Any]) -> None:
-        """Raise where the method cannot work on this model. Extend it for adapter-specific limits."""
+        """Raise if the method cannot work on this model. Extend it for adapter-specific limits."""
         check_method(method, self.info)
 
     def note(self, method: Method) -> str:
@@ -146,7 +146,7 @@ class Wrapping(Threaded):
         """Look at the object that ``apply`` was given, which may be more than :attr:`root`."""
 
     def check_together(self, entries: Sequence[Entry]) -> None:
-        """Raise ``ValueError`` where a combination has no meaning."""
+        """Raise ``ValueError`` if a combination has no meaning."""
         seen: dict[tuple[str, int], Entry] = {}
         for entry in entries:
             sites = {s.site for s in entry.method.stages(self.info)}
@@ -200,7 +200,7 @@ class Wrapping(Threaded):
         return [(e, s) for e in self.active for s in e.method.stages(self.info)]
 
     def add(self, entries: Sequence[Entry]) -> None:
-        """Apply more methods; nothing changes where they are refused."""
+        """Apply more methods; nothing changes if they are refused."""
         for entry in entries:
             self.check(entry.method, entry.options)
         self.check_together([*self.active, *entries])
@@ -256,7 +256,7 @@ class Wrapping(Threaded):
         )
 
     def costs(self) -> dict[str, Any] | None:
-        """Dense and reduced FLOPs of the last call, per site; None where nothing was counted."""
+        """Dense and reduced FLOPs of the last call, per site; None if nothing was counted."""
         return None
 
 

@@ -46,7 +46,7 @@ class Probe:
     ) -> Tensor:
         """Attention output (B, H, T, D); remembers q, k, v.
 
-        ``drop`` is the model's own dropout module, called with the weights where they are made
+        ``drop`` is the model's own dropout module. It is called with the weights if they are computed
         (``fused=False``), so that its hooks see them.
         """
         self.qkv = (q, k, v)

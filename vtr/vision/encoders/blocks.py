@@ -34,7 +34,7 @@ class BlockRunner:
         self.block = block
 
     def attend(self, x: Tensor, probe: Probe | None, kwargs: dict[str, Any]) -> Tensor:
-        """x plus its attention branch; through ``probe`` where one is given."""
+        """x plus its attention branch; through ``probe`` if one is given."""
         raise NotImplementedError
 
     def feed(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -78,7 +78,7 @@ class BlockRunner:
 
     def checkpoints(self) -> Callable[..., Any] | None:
         """The function by which the block's own forward, which is not called here, would checkpoint what it
-        does now; None where its model or its caller does so."""
+        does now; None if its model or its caller does so."""
         return None
 
 
@@ -117,7 +117,7 @@ class EncoderRun:
         crops: rows of the batch that belong to each image (its crops) or video (its frames), in order;
             None if every row is an image.
         entered: per block, what was known at its entry, in passes that may have to be repeated.
-        cuts: per (block, place, visit) the map of the cut there, None where there was none.
+        cuts: per (block, place, visit) the map of the cut there, None if there was none.
         first: the pass that this one repeats a part of, or None.
         late: whether it runs in a backward pass.
         output: the output of the last block that ran without gradients, to be guarded if methods change.
@@ -210,9 +210,9 @@ class EncoderRun:
 
 
 def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
-    """Put ``forward`` in place of a module's own, inside accelerate's device hook where it has one.
+    """Put ``forward`` in place of a module's own, inside accelerate's device hook if it has one.
 
-    Raises ``UnsupportedModelError`` where the instance carries another ``forward`` already.
+    Raises ``UnsupportedModelError`` if the instance carries another ``forward`` already.
     """
     held = vars(module)
     if accelerate.hooked(module):  # accelerate's forward calls it

@@ -110,7 +110,7 @@ class Passes(Threaded):
 
     def again(self, layer: int, x: Tensor) -> EncoderRun | None:
         """The run of a call as it was at this block, which a backward pass runs again; None outside of
-        backward passes, and where one runs the whole encoder.
+        backward passes, and if one runs the whole encoder.
 
         Raises:
             RuntimeError: no call has given the block this input, or methods have changed since.

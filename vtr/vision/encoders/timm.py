@@ -83,7 +83,7 @@ class TimmWrapping(EncoderWrapping):
 
     def look(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Note the grid of the call (models with dynamic_img_size take images of any shape); make the
-        images smaller where a method wants that."""
+        images smaller if a method wants that."""
         self.session.shape = None
         if args:
             refuse_symbolic(args[0])
@@ -188,7 +188,7 @@ class TimmWrapping(EncoderWrapping):
         return largest if kind == "max" else 0.5 * (largest + weighted_mean(x, sizes))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Beit's and relpos' head, whose mean over tokens stands inside ``forward_head``."""
+        """Beit's and relpos' head, which takes the mean over tokens inside ``forward_head``."""
         model: Any = self.root
         mean = self.weighted_mean(x)
         if mean is None or getattr(model, "global_pool", None) != "avg":

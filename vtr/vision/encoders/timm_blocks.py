@@ -31,7 +31,7 @@ _ROTATE = required(compat.ROTATE)
 
 
 def runner_of(block: nn.Module, prefix: int) -> BlockRunner:
-    """The block opened where its class and its attention's are known, else whole."""
+    """The block opened if its class and its attention's are known, else whole."""
     if kind_of(block) in _BLOCKS and kind_of(getattr(block, "attn", None)) in _ATTENTIONS:
         return TimmBlock(block, prefix)
     return TimmWhole(block, prefix)
@@ -54,7 +54,7 @@ class TimmBlock(BlockRunner):
         return x + block.drop_path1(self._scaled(y, 1))
 
     def attention(self, x: Tensor, *args: Any, probe: Probe | None = None, **kwargs: Any) -> Tensor:
-        """The attention module's forward, opened where a method looks inside or its bias is narrowed;
+        """The attention module's forward, opened if a method looks inside or its bias is narrowed;
         so it is still called as a module, and its hooks fire."""
         attn: Any = self.block.attn
         if probe is None and not kwargs.get("bias_gathered"):

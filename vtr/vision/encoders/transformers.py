@@ -234,7 +234,7 @@ def _split(root: Any) -> tuple[nn.Module, str]:
 
 
 def locate(target: Any) -> nn.Module | None:
-    """The module to wrap in ``target``: a tower, or the model around it where its pooling counts tokens.
+    """The module to wrap in ``target``: a tower, or the model around it if its pooling counts tokens.
 
     Raises:
         UnsupportedModelError: a vision model that is known not to work, with the reason.

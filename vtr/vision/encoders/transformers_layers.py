@@ -38,7 +38,7 @@ from vtr.vision.encoders.blocks import (
 class LayerRunner(BlockRunner):
     """A pre-norm layer: x + branch1(attention(norm1(x))), then x + branch2(mlp(norm2(x))).
 
-    The attention module's ``forward`` is patched too, so that it is still called as a module where a
+    The attention module's ``forward`` is patched too, so that it is still called as a module if a
     method looks inside: its hooks fire and ``output_attentions`` keeps working. The model's own
     attention implementation is called as long as no key has a weight; weighed keys go through SDPA
     (or the eager one with a mask, where the model is set to eager).
@@ -129,7 +129,7 @@ class LayerRunner(BlockRunner):
         return _rotate(q, positions, prefix), _rotate(k, positions, prefix)
 
     def _heads(self, x: Tensor, which: int) -> Tensor:
-        """q, k or v (0, 1, 2) of x (B, T, C), after the norm over all heads where there is one."""
+        """q, k or v (0, 1, 2) of x (B, T, C), after the norm over all heads if there is one."""
         core = self.core
         assert self.names is not None
         y = getattr(core, self.names[which])(x)

@@ -26,7 +26,7 @@ The contract for methods
   ``Stage("decoder", k, "end")``: after layer k, with the q, k, v that it has used. Both cuts leave
   layers < k (or <= k) with the full sequence and its whole KV cache. Nothing can be cut after the
   last layer. ``Stage("decoder", k, "middle")``: between attention and MLP of layer k, as at its end,
-  and what is cut does not go through the MLP either; where ``info.decoder_middle`` is True
+  and what is cut does not go through the MLP either; only if ``info.decoder_middle`` is True
   (LLaMA, Mistral and Qwen layers).
 
 At ``prompt`` and ``decoder`` the site is a :class:`vtr.core.language_site.LanguageSite`: ``hidden`` (B, N, C),
@@ -63,8 +63,8 @@ works); ``decoder``: ``hidden``, ``text``, ``queries``, ``keys``, ``values``, ``
 Further facts are ``last_layer`` (0-based tower layer whose output the projector reads), ``mrope``,
 ``decoder_middle``, and ``language``, the sizes of the language model.
 
-``info.tokens`` is None where images differ in their number of tokens; ``info.tower_cuts`` is
-False where the tower can be looked into but not cut. Qwen's and VideoLLaMA3's towers show all
+``info.tokens`` is None if images differ in their number of tokens; ``info.tower_cuts`` is
+False if the tower can be looked into but not cut. Qwen's and VideoLLaMA3's towers show all
 images and frames padded to the largest, in the order in which their merger reads patches; Idefics3's and
 SmolVLM's are not opened.
 
@@ -112,8 +112,8 @@ Outputs
 -------
 
 With ``output="aligned"`` (the default) outputs have the columns that the caller gave: logits,
-``last_hidden_state`` and ``hidden_states`` (each layer's, by what was left there) of a token stand where its
-id stands in ``input_ids``, and where ``attention_mask``, ``labels`` and completions say. Columns of padding
+``last_hidden_state`` and ``hidden_states`` (each layer's, by what was left there) of a token are in
+the column of its id in ``input_ids``, as are ``attention_mask``, ``labels`` and completions. Columns of padding
 and of visual tokens that were cut hold zeros. So log-probabilities that are read as
 ``logits[:, -(k + 1):-1]``, states of the last token found by ``attention_mask`` and heads that do so are
 those of each sample alone, whatever side padding is on; and ``logits_to_keep``, a number or a tensor of
@@ -125,7 +125,7 @@ each sample gives alone; they cannot be combined with ``logits_to_keep``. The he
 its logits take their columns afterwards: (B, L, V) as without a method.
 
 With ``output="reduced"`` outputs have the columns that are left, padded anew on the side of the prompt's
-padding (on the left where one logit is kept), and ``handle.columns`` says which columns they were. It saves
+padding (on the left if one logit is kept), and ``handle.columns`` says which columns they were. It saves
 the memory of full-length logits. All methods of a model have one of the two.
 
 generate reads the last column only, and the language model hands it no more than that in either way: each
@@ -154,7 +154,7 @@ FAMILIES = tuple(f"transformers {name}" for name in NAMES)
 
 
 def locate(target: Any) -> nn.Module | None:
-    """The VLM in ``target`` (a model with or without its head, or a pipeline), None where it is none.
+    """The VLM in ``target`` (a model with or without its head, or a pipeline), None if it is none.
 
     Raises:
         UnsupportedModelError: a VLM that cannot be supported, with the reason.

@@ -42,7 +42,7 @@ def opens(layer: Any) -> str:
     for name in PROJECTED:
         if not hasattr(attn, name):
             return f"{title} has no {name}"
-    # Others without weights are dropout, or functions that stand as modules (of Hub kernels).
+    # Others without weights are dropout, or functions in the form of modules (of Hub kernels).
     children = ((n, m) for n, m in attn.named_children() if n not in ATTENTION_PARTS)
     odd = [n for n, m in children if "norm" in n or next(m.parameters(), None) is not None]
     odd += [name for name, _ in attn.named_parameters(recurse=False)]  # attention sinks
@@ -122,7 +122,7 @@ def project(
 def device_of(module: nn.Module) -> torch.device | None:
     """Where a module is, also one whose quantised weights are buffers.
 
-    None where it holds nothing, or where its weights come when it runs (accelerate's offloading).
+    None if it holds nothing, or if its weights come when it runs (accelerate's offloading).
     """
     held = next(chain(module.parameters(), module.buffers()), None)
     return None if held is None or held.device.type == "meta" else held.device

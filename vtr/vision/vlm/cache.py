@@ -1,4 +1,4 @@
-"""What a KV cache must remember of the cuts, so that decoding and later turns go on from it."""
+"""What a KV cache must remember of the cuts, so that decoding and later turns can continue from it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Follow:
 
 
 class SeenTokens:
-    """``cache.get_seq_length`` of a cache whose first layer is shorter than the sequence it stands for.
+    """``cache.get_seq_length`` of a cache whose first layer is shorter than the sequence that was given.
 
     Without a layer it answers with the number of tokens that were given: generate and the models cut
     their inputs and number positions by it. With a layer it answers with what that layer holds, which
@@ -227,7 +227,7 @@ def length_of(cache: Any, layer: int = 0) -> int:
 
 
 def cached(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor] | None:
-    """Keys and values (B, Hk, columns, D) of a layer, or None where the cache does not hold them plainly
+    """Keys and values (B, Hk, columns, D) of a layer, or None if the cache does not hold them plainly
     (quantised, sliding, offloaded elsewhere)."""
     held = cache_layer(cache, layer)
     if held is None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 ATTRIBUTE = FOLLOW
-STATE = -1  # of a call's memories, the one that goes on with the cache
+STATE = -1  # of a call's memories, the one that stays with the cache
 
 
 class CacheSession:
@@ -274,7 +274,7 @@ class CacheSession:
 
 
 class Known:
-    """Frames after the prompt; there are none in a decoding step."""
+    """Frames after the prompt; a decoding step has none."""
 
     def __init__(self, call: LanguageCall, joined: bool, step: int) -> None:
         self.call, self.joined, self.step = call, joined, step

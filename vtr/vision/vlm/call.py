@@ -41,7 +41,7 @@ class PrefillRecord:
         entered: per layer, (B, L') bool of the tokens that entered it.
         halved: the same for the second half (MLP) of layers that were cut in the middle.
         held: per layer whose cache was freed of tokens, (B,) tokens of this call that it holds.
-        layout: the sequence at the end, None where nothing was cut.
+        layout: the sequence at the end, None if nothing was cut.
         captures: what the towers did for it.
     """
 
@@ -64,7 +64,7 @@ class LanguageCall:
         valid: (B, L) bool, False for padding.
         history: (B, given - L) bool or None: padding mask of the earlier columns as they were given.
         cuts: what the cache carries from earlier calls.
-        kinds: (B, L) int8, 1 for tokens of images, 2 for those of videos, else 0; None where nothing can
+        kinds: (B, L) int8, 1 for tokens of images, 2 for those of videos, else 0; None if nothing can
             be cut.
         positions: (B, L), (3, B, L) or (4, B, L) int64 position ids as they were given.
     """
@@ -218,7 +218,7 @@ class LanguageCall:
         return torch.cat([self.columns_before(layer), self.layout.valid], 1).long()
 
     def record(self, always: bool = False) -> Cuts | None:
-        """What the cache must carry from now on; None where no call has cut anything (unless ``always``)."""
+        """What the cache must carry from now on; None if no call has cut anything (unless ``always``)."""
         if not self.changed and not always:
             return self.cuts
         length = self.valid.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
@@ -254,7 +254,7 @@ class LanguageCall:
     # ---- methods ----------------------------------------------------------------------------
 
     def visit(self, entry: Entry, name: str, layer: int, place: str, hidden: Tensor) -> Tensor:
-        """Call a method; returns the hidden states, shortened where it cuts."""
+        """Call a method; returns the hidden states, shortened if it cuts."""
         key = (self.owner.entries.index(entry), name, layer, place)
         if self.repeats is not None:
             reduction = self.repeats[key]
@@ -271,7 +271,7 @@ class LanguageCall:
         return hidden if reduction is None else self.commit(entry, name, layer, hidden, reduction)
 
     def casting(self, on: bool) -> AbstractContextManager[Any]:
-        """``torch.autocast`` as the model runs under it, or without it; nothing where it does not."""
+        """``torch.autocast`` as the model runs under it, or without it; nothing if it does not."""
         if self.casts is None:
             return nullcontext()
         return torch.autocast(self.valid.device.type, self.casts, enabled=on)
@@ -350,7 +350,7 @@ class LanguageCall:
         return twin
 
     def keys(self, where: Seen) -> Tensor:
-        """(B, Hk, past + L, D): all keys that a layer sees, from the cache where it has them."""
+        """(B, Hk, past + L, D): all keys that a layer sees, from the cache if it has them."""
         layer = where.layer
         past = length_of(self.cache, layer)
         if where.done:
@@ -371,7 +371,7 @@ class LanguageCall:
 
 
 def casts_of(device: torch.device) -> torch.dtype | None:
-    """The dtype that ``torch.autocast`` computes in on a device; None where it is off."""
+    """The dtype that ``torch.autocast`` computes in on a device; None if it is off."""
     return torch.get_autocast_dtype(device.type) if lowers(device) else None
 
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def tower_costs(owner: VLMWrapping, last: PrefillRecord) -> tuple[int, int] | None:
     """FLOPs of towers and projectors for the pictures as they were given and as the towers saw them, per
-    sample; None where they were the same.
+    sample; None if they were the same.
 
-    In a tower with windows (Qwen2.5-VL) a patch attends to as many patches as a window has, also where
+    In a tower with windows (Qwen2.5-VL) a patch attends to as many patches as a window has, also if
     windows at the edge have fewer.
     """
     totals = [0.0, 0.0]
@@ -97,7 +97,7 @@ def _flops(owner: VLMWrapping, lengths: Lengths, past: Tensor) -> float:
 def _bytes(owner: VLMWrapping, lengths: Lengths) -> float:
     sizes = owner.info.language
     assert sizes is not None
-    # Of the embedding, whose dtype is that of the keys also where linear layers are quantised.
+    # Of the embedding, whose dtype is that of the keys even if linear layers are quantised.
     size = owner.lm.get_input_embeddings().weight.element_size()
     per_token = 2 * sizes.kv_heads * sizes.head_dim * size
     return sum(float(n.double().mean()) * per_token for n, _ in lengths)

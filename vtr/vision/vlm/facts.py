@@ -66,7 +66,7 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
 
 
 def _towers(owner: VLMWrapping) -> ModelInfo | None:
-    """Open the vision towers; None where methods can only look from the prompt on."""
+    """Open the vision towers; None if methods can only look from the prompt on."""
     facts: ModelInfo | None = None
     opened: dict[Any, TowerSession | PackedSession] = {}
     for kind in MODALITIES.values():

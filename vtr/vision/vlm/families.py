@@ -98,7 +98,7 @@ class VideoLlava(VLMFamily):
 
 
 class Qwen(VLMFamily):
-    """Qwen2-VL and later: a tower token stands for merge x merge patches, which follow one another."""
+    """Qwen2-VL and later: one visual token is made of merge x merge patches, which follow one another."""
 
     cuts = (
         "its tower merges 2 x 2 patches that must be neighbours, and its windows and rotary tables are "
@@ -295,7 +295,7 @@ def inner_of(model: Any) -> nn.Module | None:
 
 
 def family_of(inner: nn.Module) -> VLMFamily | None:
-    """The family of an inner model, None where it is no VLM that is known.
+    """The family of an inner model, None if it is no VLM that is known.
 
     Raises:
         UnsupportedModelError: a VLM that is known not to work, with the reason.

@@ -105,7 +105,7 @@ def videos_of(given: dict[str, Any]) -> tuple[int, int]:
 
 
 def still(n: int) -> Piece:
-    """An image of ``n`` tokens: a square where that is possible."""
+    """An image of ``n`` tokens: a square if that is possible."""
     side = math.isqrt(n)
     if side * side != n:
         return loose("image", torch.zeros(n, dtype=torch.bool, device="cpu"))

@@ -33,15 +33,15 @@ class Capture:
         stays: (visual tokens of all pieces,) bool, those that the model puts into the prompt, or
             None (all).
         spread: scores (crops, patches) or features (crops, patches, D) -> per image a (length,) or
-            (length, D) float32 tensor, NaN for separators; or None where the tower's tokens cannot be
+            (length, D) float32 tensor, NaN for separators; or None if the tower's tokens cannot be
             followed.
         left: (crops, patches) bool, the tower's tokens that were left, or None (all).
-        separators: whether separators stay where the tower was cut.
+        separators: whether separators stay if the tower was cut.
         cutters: names of the methods that cut in the tower.
         crops: size of the tower's batch.
         numbers: () -> how many crops each image, or frames each video, has in the tower's batch.
         first: (C,) the first visual token, by which its features are known again.
-        patches: patches of each crop where crops differ in size, else empty.
+        patches: patches of each crop if crops differ in size, else empty.
         coarse: which tokens repeat others, because the tower was given smaller pictures, or None.
     """
 
@@ -125,7 +125,7 @@ class Captures:
         return Spread(self, call)
 
     def frames(self, call: LanguageCall, joined: bool) -> Frames:
-        """Where and when the visual tokens are; unknown where the tower did not run."""
+        """Where and when the visual tokens are; unknown if the tower did not run."""
         per_sample: dict[str, list[list[Piece]]] = {}
         for kind in self.of:
             found = per_sample[kind] = []

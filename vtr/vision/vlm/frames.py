@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
     Attributes:
         kind: ``"image"`` or ``"video"``.
-        frames: how many; 0 where the structure is not known.
+        frames: how many; 0 if the structure is not known.
         grid: (rows, columns) of each frame, or None.
         frame: (length,) int64 on the CPU, the frame of each token, -1 for separators.
         place: (length,) int64 on the CPU, row * columns + column, -1 for separators or without a grid.
@@ -86,7 +86,7 @@ def frames_of(
     scattered: bool,
     joined: bool,
 ) -> Frames:
-    """Put the pieces where they stand among the visual tokens of the prompt.
+    """Put the pieces in their places among the visual tokens of the prompt.
 
     Args:
         pieces: per modality and sample, its pieces in the order of the prompt; a modality that is

@@ -1,4 +1,4 @@
-"""What stands around the inner model: who calls it, its logits and its loss."""
+"""What is around the inner model: who calls it, its logits and its loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Purpose:
 
     Attributes:
         generating: whether generate makes it. generate reads the last column: each sample's last token
-            must stand there.
+            must be there.
         first: whether it is the first one of a generate.
         keep: ``logits_to_keep``.
     """

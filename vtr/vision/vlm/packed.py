@@ -30,7 +30,7 @@ class Form(NamedTuple):
 
 
 def form_of(tower: Any) -> Form | None:
-    """The form of a tower, None where it is another one."""
+    """The form of a tower, None if it is another one."""
     for path, norm, name, projection, merger in PACKED:
         blocks: Any = tower
         for part in path.split("."):

@@ -24,8 +24,8 @@ class Pictures:
     """The pictures of one call: images, tiles or frames, in the order of their tokens.
 
     Attributes:
-        grids: rows and columns of each in visual tokens; one entry where all are alike.
-        number: how many there are, None where only the output tells.
+        grids: rows and columns of each in visual tokens; one entry if all are alike.
+        number: how many there are, None if only the output tells.
         patches: of the tower, for one token of each; as many entries as ``grids``.
     """
 
@@ -139,7 +139,7 @@ class Shrunk:
 
     Args:
         pictures: as they were given.
-        ask: the method's decision for a grid, None where it leaves it.
+        ask: the method's decision for a grid, None if it leaves it.
     """
 
     def __init__(self, pictures: Pictures, ask: Callable[[Grid], Smaller | None]) -> None:
@@ -204,7 +204,7 @@ class Coarse(NamedTuple):
 
     Attributes:
         entry: the method that made the pictures smaller.
-        moves: (visual tokens, 3) int64 on the CPU: how many tokens further the one stands that is kept
+        moves: (visual tokens, 3) int64 on the CPU: how many tokens further the one is that is kept
             for it (0: it is kept itself), and by how many rows and columns of the larger grid that one
             lies behind its place in the smaller.
         sizes: of each picture its tokens as it was given and as the tower saw it, without class tokens,
@@ -292,6 +292,6 @@ def regrid(positions: Tensor, valid: Tensor, slots: Tensor, moves: Tensor) -> tu
     out[-3:] -= shift
     for axis in (0, 1):
         out[axis - 2] -= blank.scatter(1, column, less[axis])[:, :length]
-    # generate goes on from the last token's position, which a long video's times may lie behind.
+    # generate continues from the last token's position, which a long video's times may lie behind.
     end = torch.where(valid, torch.arange(length, device=valid.device), 0).amax(1, keepdim=True)
     return out, shift.gather(1, end)[:, 0]

@@ -25,7 +25,7 @@ def visual_ids(config: Any) -> dict[int, int]:
 def find(inner: Any, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
     """(B, L) int8: 1 at placeholders of images and 2 at those of videos, else 0.
 
-    By id, or by the embedding of the id; None where there is neither.
+    By id, or by the embedding of the id; None if there is neither.
     """
     given = embeds if ids is None else ids
     if given is None:

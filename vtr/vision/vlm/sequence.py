@@ -18,7 +18,7 @@ class SequenceLayout:
         valid: (B, L) bool, False for padding.
         slots: (B, N) int64, where each sample's visual tokens are in it, -1 for padding.
         adjust: (B, L) int64, by how much the token's position was moved down (compact positions), or
-            None where nothing was.
+            None if nothing was.
         tail: (B,) int64, the same for tokens that come later.
         has_padding: whether ``slots`` may hold -1.
         right: whether padding is at the end of the rows.

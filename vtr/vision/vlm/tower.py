@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class TowerSession(EncoderSession):
     """An encoder whose outputs have full length (transformers checks their number), and whose findings
-    go on to the language model: what methods stored, and which tokens are left."""
+    are passed to the language model: what methods stored, and which tokens are left."""
 
     owner: VLMWrapping
     capture = PerThread[Any]()

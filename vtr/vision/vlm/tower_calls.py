@@ -103,7 +103,7 @@ class TowerCalls(Threaded):
         return out
 
     def _shrunk(self, modality: str, given: dict[str, Any]) -> Shrunk | None:
-        """What a method makes of the pictures of a call, None where it leaves all of them."""
+        """What a method decides for the pictures of a call, None if it leaves all of them."""
         entry = entry_of(self.owner)
         pictures = (
             None if entry is None else self.owner.family.pictures(self.owner.inner, modality, given)

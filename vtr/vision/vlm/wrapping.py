@@ -114,7 +114,7 @@ class VLMWrapping(Wrapping):
         return explain("transformers", problem) if has_halves(self.layers[0]) else problem
 
     def scale(self, layer: int) -> float | None:
-        """The factor of a layer's attention logits, None where its attention is not opened."""
+        """The factor of a layer's attention logits, None if its attention is not opened."""
         return None if self.closed else float(self.layers[layer].self_attn.scaling)
 
     def compact(self, entry: Entry, site: str) -> bool:
