@@ -23,10 +23,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "custom-vit.md"
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 
 
+def blocks() -> list[str]:
+    """The code of the page: model, adapter, use and proof."""
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Writes the package ``mymodels`` of the page, and gives the code that uses it."""
-    model, adapter, use, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    model, adapter, use, _ = blocks()
     package = tmp_path / "mymodels"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -67,8 +72,13 @@ def test_the_page_runs_as_printed(code: str, capsys: pytest.CaptureFixture[str])
         assert f"'{name}'" in printed
 
 
+def test_the_adapter_keeps_the_laws(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks()[3], str(PAGE), "exec"), {})
+    assert capsys.readouterr().out == "('random', 'cls-attention', 'tome')\n"
+
+
 def test_the_adapter_is_short() -> None:
-    adapter = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    adapter = blocks()[1]
     assert len([line for line in adapter.splitlines() if line.strip()]) <= 37
 
 
