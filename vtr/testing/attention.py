@@ -67,7 +67,7 @@ def text(trial: Trial) -> None:
 
 
 def place(trial: Trial) -> None:
-    """Text may stand first or last: see :func:`vtr.testing.places.check_text_place`."""
+    """Text may be first or last: see :func:`vtr.testing.places.check_text_place`."""
     if getattr(getattr(trial.kind, "facts", None), "text_first", True):
         for method in trial.settings.some:
             check_text_place(method)

@@ -133,7 +133,7 @@ def _same_tokens(a: vtr.Trace, b: vtr.Trace) -> bool:
 
 def compiles(trial: Trial) -> None:
     """torch.compile (the eager backend) gives what the model gives."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         with trial.applied(trial.method) as handle:
             sample = trial.kind.batch(trial.kind.samples)
@@ -147,7 +147,7 @@ def compiles(trial: Trial) -> None:
             close(found, wanted, trial.kind.tolerance, "the compiled model")
             require(handle.trace.tokens == tokens, "the compiled model's trace has other counts")
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 def repeated(trial: Trial) -> None:

@@ -36,7 +36,7 @@ TOKENS: dict[str, Law] = {
 ATTENTION: dict[str, Law] = {
     "keep everything is dense attention": attention.everything,
     "text is dense both ways": attention.text,
-    "text may stand first or last": attention.place,
+    "text may be first or last": attention.place,
     "a sample alone equals the sample in a batch": attention.alone,
     "no leak between samples": attention.leak,
     **LIFE,
