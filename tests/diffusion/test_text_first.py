@@ -1,4 +1,4 @@
-"""Masks that are wrong where text stands first, planted: the laws catch each of them."""
+"""Masks that are wrong if text is first, planted: the laws catch each of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RasterOrder(AttentionMethod):
 
 
 class Shifted(RasterOrder):
-    """Its text is dense wherever it stands, and its grid begins at the first token."""
+    """Its text is dense wherever it is, and its grid begins at the first token."""
 
     def frames(self, site: Any) -> Tensor:
         seen = super().frames(site)
@@ -83,7 +83,7 @@ def laws_of_text(method: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("wrong", [RasterOrder, Shifted])
 def test_a_mask_in_the_wrong_order_is_caught(wrong: Any) -> None:
-    with pytest.raises(AssertionError, match=r"if text stands first.*write grid_mask\(grid\)"):
+    with pytest.raises(AssertionError, match=r"if text is first.*write grid_mask\(grid\)"):
         check_text_place(wrong())
     with pytest.raises(AssertionError, match=r"law 'text .* on cogvideox: "):
         laws_of_text(wrong(), "cogvideox")

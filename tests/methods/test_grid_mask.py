@@ -93,7 +93,7 @@ MISTAKES = {
     "a frame alone": (dense(20), ValueError, "20 x 20 tokens, and the grid has 3 x 4 x 5 = 60"),
     "the whole sequence": (
         dense(TOKENS + TEXT), ValueError, "of the whole sequence with its 7 tokens of text. Return the "
-        "mask of the grid alone.*the base adds text, which stands first in some families",
+        "mask of the grid alone.*the base adds text, which is first in some families",
     ),
     "the whole sequence in blocks": (
         masks.band(TOKENS + TEXT, 9, block=16), ValueError, "the base adds text"),

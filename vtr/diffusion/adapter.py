@@ -55,8 +55,8 @@ class DiffusionWrapping(Wrapping):
 
     Options of ``apply``, for a transformer without its pipeline:
         steps: denoising steps of a run.
-        scheduler: the scheduler of diffusers that runs it; it tells the steps, and their number, also
-            where the timesteps given to the transformer are rounded to one number.
+        scheduler: the scheduler of diffusers that runs it; it tells the steps, and their number, even
+            if the timesteps given to the transformer are rounded to one number.
     """
 
     options: dict[str, Any] = {"steps": None, "scheduler": None}
@@ -345,7 +345,7 @@ class DiffusionWrapping(Wrapping):
 
     @torch.compiler.disable
     def around(self, layer: int, function: Any, args: Any, kwargs: Any) -> Any:
-        """In place of a processor, where tokens may be merged around it."""
+        """In place of a processor, in blocks whose tokens may be merged around it."""
         return _block.attention(self, layer, function, args, kwargs)
 
     @torch.compiler.disable

@@ -109,7 +109,7 @@ def _record(
 
 
 def _own_text(wrapping: WrappedTransformer, facts: CallFacts, mask: Tensor) -> CallFacts:
-    """The facts with the padded text of ``mask`` (B, 1, 1, S), which this layer was given.
+    """The facts with the padding of text of ``mask`` (B, 1, 1, S), which this layer was given.
 
     Activation checkpointing runs a layer again in the backward pass; by then the transformer may have
     been called with another text.
@@ -123,7 +123,7 @@ def _own_text(wrapping: WrappedTransformer, facts: CallFacts, mask: Tensor) -> C
 
 
 def _seen(facts: CallFacts, q: Tensor) -> Tensor:
-    """(B, 1, 1, S) bool: which keys are not padded text."""
+    """(B, 1, 1, S) bool: which keys are not padding of the text."""
     seen = q.new_ones(q.shape[0], 1, 1, q.shape[2], dtype=torch.bool)
     if facts.text_valid is not None:
         text = facts.text_valid.shape[1]
@@ -139,7 +139,7 @@ def _check(
     q: Tensor,
     given: dict[str, Any],
 ) -> None:
-    """Raise where the call is not what the family's calls are."""
+    """Raise ``RuntimeError`` if the call is not what the calls of the family are."""
     family = wrapping.family
     frames, height, width = call.facts.grid
     text = q.shape[2] - frames * height * width

@@ -50,7 +50,7 @@ def enter(wrapping: WrappedTransformer, number: int, args: Any, kwargs: Any) -> 
         return
     if reduction.map.has_padding or reduction.map.n_in != tokens:
         raise RuntimeError(
-            f"{entry.method.name} made {reduction.map!r} for {tokens} tokens; the map at a block must "
+            f"{entry.method.name} returned {reduction.map!r} for {tokens} tokens; the map at a block must "
             "start at all of them and have as many slots for every sample"
         )
     call.reduced[number] = reduction
@@ -82,7 +82,7 @@ def _split(wrapping: WrappedTransformer, x: Tensor, tokens: int) -> tuple[Tensor
     text = x.shape[1] - tokens
     if text < 0:
         raise RuntimeError(
-            f"{x.shape[1]} tokens where {tokens} were merged: the sequence is split between "
+            f"{x.shape[1]} tokens instead of the {tokens} that were merged: the sequence is split between "
             "processes inside the block, and merging needs all of it"
         )
     if wrapping.family.text_first:
@@ -111,7 +111,7 @@ def attention(
     values["hidden_states"] = _merge(wrapping, reduction, values["hidden_states"])
     mask = values.get("attention_mask")
     if wrapping.family.masked and isinstance(mask, Tensor) and mask.ndim == 4:
-        # Image or video tokens stand first and are all seen.
+        # Image or video tokens are first and all seen.
         values["attention_mask"] = mask[..., map.n_in - map.n_out :]
     name = wrapping.family.rope or ""
     rope = values.get(name)
@@ -160,7 +160,7 @@ def _by_sample(
     """One call per sample: rotary factors without an axis for samples cannot differ between them.
 
     A processor that treats parts of the batch differently gets the sample once for each part, and
-    what it makes of the sample's own part is taken.
+    its result for the sample's part is taken.
     """
     values = dict(given.arguments)
     outs: list[Any] = []

@@ -1,7 +1,7 @@
 """Attention of a wrapped transformer inside ``torch.compile``: one opaque operator.
 
 What a method does with masks, states and steps is Python that a compiler cannot keep in a graph; cut
-out of it (as is done where gradients are wanted), every layer would split the graph. The operator
+out of it (as is done for gradients), every layer would split the graph. The operator
 carries a number, as a tensor, by which it finds the layer's processor when it runs: as data it is the
 same graph for every layer.
 """

@@ -1,4 +1,4 @@
-"""The families of diffusion transformers: where their attention is, and how their tokens lie.
+"""The families of diffusion transformers: their attention modules, and the order of their tokens.
 
 A family reads its facts from the arguments of the transformer's forward call: the grid of tokens, the
 place of the text, which text is padding, the timestep.
@@ -34,15 +34,15 @@ class DiffusionFamily:
         blocks: names of the lists of blocks, in order.
         attention: names of a block's attention modules that see the image or video tokens.
         view: from the transformer and its bound arguments.
-        mlp: name of a block's MLP on these tokens, None where it has none of its own.
+        mlp: name of a block's MLP on these tokens, None if it has none.
         rope: the processor's argument with rotary factors, if any.
         split_rope: it is a pair, for the image and for the text.
-        joint: text stands in the same sequence.
+        joint: text is in the same sequence.
         text_first: before the image or video.
         rising: timesteps rise during a run.
         scale: the scheduler's timesteps over those that its pipelines give the transformer.
-        masked: the attention function gets a mask, of the padded text alone.
-        loops: where the processor calls attention once per sample (with its valid text only), the part
+        masked: the attention function gets a mask, of the text's padding alone.
+        loops: if the processor calls attention once per sample (with its valid text only), the part
             before the blocks whose first argument has a row for each sample, else "".
         video: it makes videos: several frames are moments, not reference images.
     """
@@ -206,15 +206,15 @@ _UNET = "a UNet has no one grid of tokens; the adapters are for diffusion transf
 
 # Transformers of diffusers that are near to a family, and why they are not of it.
 REFUSED = {
-    "HunyuanVideo15Transformer3DModel": "it attends under a token-level (N x N) mask made of three "
+    "HunyuanVideo15Transformer3DModel": "it attends under a token-level (N x N) mask of three "
     "texts of different padding",
     "HunyuanVideoFramepackTransformer3DModel": "packed frames of history in several resolutions "
-    "stand before the video, so that its tokens are no grid",
+    "are in front of the video, so that its tokens are no grid",
     "LTX2VideoTransformer3DModel": "its video and audio streams attend to each other in both ways",
     "WanVACETransformer3DModel": "its control blocks run beside the main blocks and are not "
     "numbered with them",
     "WanAnimateTransformer3DModel": "it puts reference and pose frames into the sequence",
-    "SkyReelsV2Transformer3DModel": "each frame may have a noise level of its own, so that there is "
+    "SkyReelsV2Transformer3DModel": "each frame may have a own noise level, so that there is "
     "no step",
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,

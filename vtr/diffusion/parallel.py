@@ -3,7 +3,7 @@
 The sequence is split between processes. For attention they exchange tensors so that each has all tokens
 of some heads; there a method works as it does in one process, on the tokens in the model's order. A
 joint sequence is split stream by stream, so that after the exchange every process's share of the text
-stands beside its share of the image or video: the tokens are put in order first.
+is beside its share of the image or video: the tokens are put in order first.
 """
 
 from __future__ import annotations

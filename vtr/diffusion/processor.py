@@ -25,7 +25,7 @@ from vtr.diffusion.original import entry_of, function_of
 class SiteProcessor:
     """Stands in for an attention processor; reads and writes of its attributes reach the original.
 
-    What it needs of its own has names that begin with ``vtr_``.
+    Its own attributes have names that begin with ``vtr_``.
     """
 
     vtr_original: Any
@@ -85,7 +85,7 @@ def rebuilt(kind: Any, intercept: Callable[..., Any]) -> Callable[..., Any]:
         name, seen = "F", cast(Any, types.ModuleType(F.__name__))
         seen.__dict__.update(F.__dict__)
         seen.__dict__[SDPA] = intercept
-    # A code object of its own: compilers keep what they made by code object, whatever globals it
+    # Its own code object: compilers keep their results by code object, whatever globals it
     # ran with. Without __name__ they do not look these globals up in the module.
     names = {k: v for k, v in body.__globals__.items() if k != "__name__"}
     run = types.FunctionType(

@@ -1,7 +1,7 @@
 """What belongs to one run of a diffusion model, and to one call of its transformer.
 
 A wrapping holds what belongs to the model: its family, its layers, the methods, their masks. A run is
-one generation (:class:`DiffusionRun`); a run is made of calls (:class:`DiffusionCall`), one for each
+one generation (:class:`DiffusionRun`); a run consists of calls (:class:`DiffusionCall`), one for each
 denoising step and branch.
 """
 

@@ -80,7 +80,7 @@ class ScheduleRef:
         )
 
     def steps(self, time: float, scale: float, dtype: torch.dtype | None = None) -> int | None:
-        """Denoising steps of a run that begins at ``time``, or None where the schedule does not
+        """Denoising steps of a run that begins at ``time``, or None if the schedule does not
         say: it was never set, or has no such timestep (another pipeline runs).
 
         Counted in the schedule from there on, since image-to-image begins in its midst. Every entry
@@ -140,7 +140,7 @@ class Session:
     neither an equal timestep nor a name of a branch that comes again is a new run.
 
     Where no schedule is known, a timestep that jumps back is a new run, and calls of one timestep
-    are branches of one step; where they have names, a name that comes again is the next step if the
+    are branches of one step; if they have names, a name that comes again is the next step if the
     latents have changed, else a run that starts again.
     """
 
@@ -175,14 +175,14 @@ class Session:
         Args:
             member: number of the transformer in the pipeline.
             time: its timestep.
-            name: of the branch, None where it has none.
+            name: of the branch, None if it has none.
             index: the pipeline's own 0-based step.
             clock: what the pipeline's schedule shows.
             repeats: whether several steps of the schedule have this timestep.
-            latents: what tells the latents of a call from others, (); only looked at where nothing
+            latents: what tells the latents of a call from others, (); only looked at if nothing
                 else decides, since that waits for the device.
-            rising: whether timesteps rise during a run, where no schedule tells.
-            training: each call is a run of its own.
+            rising: whether timesteps rise during a run, if no schedule tells.
+            training: each call is a new run.
         """
         clock = Clock() if clock is None else clock
         times = clock.times

@@ -26,11 +26,11 @@ class CallFacts:
         branch: which call of the step this is: the name that the pipeline gives it (``"cond"``,
             ``"uncond"``, ``"cond_uncond"``), else its number in the step (``"0"``, ``"1"``).
         grid: (frames, height, width) in tokens; frames is 1 for an image.
-        text_first: whether the text stands before the image or video in the joint sequence.
-        text_valid: (B, T) bool, False for padding of the text in the joint sequence; None where all
+        text_first: whether the text is before the image or video in the joint sequence.
+        text_valid: (B, T) bool, False for padding of the text in the joint sequence; None if all
             of it is seen or the text is in cross attention.
         training: whether the transformer is in training mode: timesteps are random then, each call
-            is a run of its own, and no step is dense for being early.
+            is a new run, and no step is dense for being early.
         expert: 0-based number of the transformer in its pipeline (Wan 2.2 has two).
         expert_step: 0-based step of this run counted from the first that this transformer had.
     """
@@ -71,9 +71,9 @@ class AttentionSite(_InCall):
             then single-stream blocks).
         q, k, v: (B, H, S, D) after norms and rotary embedding, in the model's own token order:
             S = frames * height * width + text, image or video tokens in raster order, frame by
-            frame. k and v may have fewer heads. Views, not contiguous where the model has
+            frame. k and v may have fewer heads. Views, not contiguous if the model has
             (B, S, H, D).
-        text: text tokens in the joint sequence, 0 where the text is in cross attention. They stand
+        text: text tokens in the joint sequence, 0 if the text is in cross attention. They are
             first if ``text_first``, else last.
         scale: factor of the scores.
         state: dict of this (method, transformer, branch, layer) for one run; empty when a run starts.
@@ -149,7 +149,7 @@ class AttentionSite(_InCall):
 
         With ``return_lse`` also the natural log-sum-exp of each row's scaled scores, (B, H, S)
         float32; the output then comes from the sparse kernel under a full mask and may differ from
-        the other by rounding. Padded text is never seen in either.
+        the other by rounding. Padding of text is never seen in either.
         """
         if not return_lse:
             self.count(1.0)
@@ -170,7 +170,7 @@ class AttentionSite(_InCall):
         return_lse: bool = False,
         **more: Any,
     ) -> Any:
-        """Attention over what ``mask`` keeps, less padded text keys, which nobody sees.
+        """Attention over what ``mask`` keeps, less the padding of text, which nobody sees.
 
         Args:
             mask: of S x S tokens in the model's order, on any device.
@@ -203,7 +203,7 @@ class AttentionSite(_InCall):
         return self._attend(mask, row_scale, return_lse, **more)
 
     def for_size(self, key: object, make: Callable[[], Any]) -> Any:
-        """``make()``, made once per ``key``, grid, place and number of text tokens, and device.
+        """Return ``make()``, called once per ``key``, grid, place and number of text tokens, and device.
 
         What belongs to the sizes of this run and, up to sixteen in all, of runs before is kept: in
         some families the text is as long as its prompt, so that a size may never come again.
@@ -223,7 +223,7 @@ class AttentionSite(_InCall):
         return of_size[key]
 
     def for_text(self, key: object, make: Callable[[], Any]) -> Any:
-        """``make()``, made once per ``key`` and padding of the text; the last sixteen are kept."""
+        """Return ``make()``, called once per ``key`` and padding of the text; the last sixteen are kept."""
         held: dict[Any, Any] = self.shared.setdefault("vtr.text", {})
         full = (key, id(self.text_valid))
         found = held.pop(full, None)
@@ -236,7 +236,7 @@ class AttentionSite(_InCall):
         return found[1]
 
     def _local(self, mask: BlockMask) -> BlockMask:
-        """The mask on the device of q and without padded text keys."""
+        """The mask on the device of q and without the padding of text."""
         valid, device = self.text_valid, self.q.device
         if valid is None and mask.device == device:
             return mask
@@ -245,7 +245,7 @@ class AttentionSite(_InCall):
             here = mask.to(device)
             return mask, here if valid is None else without_keys(here, self.valid_mask)
 
-        # The mask is kept with what was made of it: its number is only its own while it lives.
+        # The mask is kept beside the result: its number may be another's once it is gone.
         made: BlockMask = self.for_text(("vtr.local", int(mask.ident), str(device)), make)[1]
         return made
 

@@ -25,7 +25,7 @@ class Experts(nn.Module):
 
 
 def locate(target: Any) -> nn.Module | None:
-    """The transformer of a pipeline (or what stands for its two), or the transformer itself.
+    """The transformer of a pipeline (or one object for its two), or the transformer itself.
 
     Raises:
         UnsupportedModelError: an object of diffusers that cannot be wrapped, with the reason.

@@ -20,14 +20,14 @@ class NeighborhoodAttention(Presets, MaskedAttention):
     dense both ways. Tokens are reordered tile by tile, so that what a query sees lies in few blocks.
 
     The kernel computes every block that a window touches: with a stride of 1 up to twice the share of
-    the window. Nothing is wasted where the grid is whole tiles, the stride is the tile and the window
+    the window. Nothing is wasted if the grid is whole tiles, the stride is the tile and the window
     an odd number of them (section 3 of the paper), which for any grid is what
     :class:`~vtr.methods.SlidingTile` does.
 
     Args:
         window: keys per axis, as (frames, height, width), (height, width) for images, or one int; a
             float in (0, 1] is the share of the grid, for which a window is found at any resolution.
-        stride, dilation: one int, or one per axis as above; not with a window given as a share where
+        stride, dilation: one int, or one per axis as above; not with a window given as a share if
             they do not fit it.
         tile: tokens of a tile as (frames, height, width); None takes one of about ``block`` tokens.
     """
@@ -78,7 +78,7 @@ class NeighborhoodAttention(Presets, MaskedAttention):
 
 
 def _dilation(dilation: int | tuple[int, ...], window: tuple[int, ...]) -> tuple[int, ...]:
-    """Per axis; one int holds where there is more than one key (an image has one frame)."""
+    """Per axis; one int holds if there is more than one key (an image has one frame)."""
     if isinstance(dilation, int):
         return tuple(dilation if keys > 1 else 1 for keys in window)
     return (1,) * (len(window) - len(dilation)) + dilation

@@ -21,10 +21,10 @@ class RadialAttention(Presets, MaskedAttention):
 
     Attributes:
         decay: factor of the widths from a distance of two frames on.
-        sink: every query sees the first frame (the authors' code: Wan yes, HunyuanVideo no, where
+        sink: every query sees the first frame (the authors' code: Wan yes, HunyuanVideo no, in which
             the text serves).
         rule: ``"paper"``, or ``"released"`` for the rule of the authors' code (whose text, if any,
-            stands last), mended at sizes that they did not run so that every block sees its own frame.
+            is last), mended at sizes that they did not run so that every block sees its own frame.
     """
 
     name: ClassVar[str] = "radial"

@@ -51,7 +51,7 @@ class RandomSparse(MaskedAttention):
 class OwnFrame(MaskedAttention):
     """Every query sees the frames at most ``radius`` away and the text, text sees everything.
 
-    The mask to beat where motion matters: with ``radius=0`` no frame knows of another in this layer.
+    The mask to beat if motion matters: with ``radius=0`` no frame knows of another in this layer.
     """
 
     name: ClassVar[str] = "own-frame"

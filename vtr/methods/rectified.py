@@ -37,7 +37,7 @@ class RectifiedSparse(Presets, AttentionMethod):
     4. ``out_i = R_I softmax(critical)_i v + sum_J P_IJ mean(v_J)`` over the blocks J that are
        neither critical nor excluded by 3, with R_I the share of P of all others.
 
-    4 is the epilogue of the block-sparse kernel. Text queries attend to everything. The mask is made
+    4 is the epilogue of the block-sparse kernel. Text queries attend to everything. The mask is built
     anew in every layer and step.
 
     Against the authors' code: a Hilbert curve of the enclosing cube takes the place of their
@@ -53,7 +53,7 @@ class RectifiedSparse(Presets, AttentionMethod):
         neighbours: blocks that touch the query block in the grid are always critical, itself among
             them; without it the shares alone decide, and a block may leave out itself.
         first_frame: the leading ``blocks // frames`` blocks always see each other (the authors' rule
-            for Wan, which is not quite the first frame where a curve orders the tokens).
+            for Wan, which is not quite the first frame if a curve orders the tokens).
         rectify: False leaves out 3 and 4: the bare mask, for comparison.
     """
 

@@ -50,7 +50,7 @@ class Rettention(Presets, MaskedAttention):
 
     The authors' mask is a band over the places inside a frame, ``int(density * places)`` wide, the
     same in every frame (an image is one frame); text is dense. Such a band cuts through its blocks:
-    the kernel's work is the share of live blocks, more than ``density`` where the band is narrower
+    the kernel's work is the share of live blocks, more than ``density`` if the band is narrower
     than a block. Smaller blocks or ``whole_blocks`` make use of that.
 
     With ``density=1`` it is not dense between the refreshes: the band reaches half of a frame's

@@ -37,7 +37,7 @@ class SlidingTile(Presets, MaskedAttention):
     so that every tile sees a full window. Text is dense both ways. With tiles of a multiple of
     ``block`` tokens in a grid of whole tiles every block is dense or empty; a grid that is not has
     smaller tiles at its ends, and some partial blocks. ``tile=None`` is for any grid: a tile of at
-    most ``block`` tokens that divides the grid best, filled up to a block of its own, so that the
+    most ``block`` tokens that divides the grid best, filled up to a block, so that the
     work is that of the window whatever the size.
 
     Without training the authors search a window for every step, layer and head. Their table for

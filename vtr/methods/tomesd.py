@@ -26,7 +26,7 @@ class ToMeSD(Scheduled, TokenMethod):
 
     Differences from the authors' code: it works on any transformer with a grid, on video (a cell of
     several frames merges in time) and at any size (cells are cut off at the border); a merged token
-    stands at its destination's place where attention has rotary positions; joint text is not
+    has its destination's place if attention has rotary positions; joint text is not
     touched; the choice of destinations comes from ``seed`` and is the same for all samples.
 
     Args:

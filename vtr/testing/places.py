@@ -1,4 +1,4 @@
-"""A law of attention methods that needs no model: it is the same whether text stands first or last."""
+"""A law of attention methods that needs no model: it is the same whether text is first or last."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_text_place(method: Method, steps: tuple[int, ...] = (40, 41)) -> None:
             raise AssertionError(
                 f"{int(wrong[:tokens].count_nonzero())} of {tokens} tokens of the grid and "
                 f"{int(wrong[tokens:].count_nonzero())} of {text} of the text get another output if "
-                f"text stands first instead of last (up to {float(apart.max()):.1e}). The first token "
+                f"text is first instead of last (up to {float(apart.max()):.1e}). The first token "
                 "of the grid is site.first. Where the mask follows from the grid, derive from "
                 "MaskedAttention and write grid_mask(grid): the base adds the text"
             )

@@ -26,7 +26,7 @@ def merge_map(
         generator: draws it; None takes the first.
 
     Returns:
-        The map, destinations standing for what was merged into them; None where nothing is merged.
+        The map, destinations representing what was merged into them; None if nothing is merged.
     """
     number, device = hidden.shape[1], hidden.device
     source, target = cell_split(grid, cell, generator)

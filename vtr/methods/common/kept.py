@@ -19,7 +19,7 @@ _FLOAT8_MAX = 448.0
 
 
 class Kept:
-    """A tensor stored in a precision of its own, on its device or in (pinned) CPU memory.
+    """A tensor stored in a chosen precision, on its device or in (pinned) CPU memory.
 
     ``float8`` is e4m3 with one bfloat16 scale per row (last axis): a relative error of at most 2^-4
     for values down to 2^-14 of their row's largest.

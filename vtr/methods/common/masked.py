@@ -28,7 +28,7 @@ class GridMask(NamedTuple):
         mask: of the grid's tokens, on the CPU; or a function that gets a number of text tokens and
             returns the mask of these, dense both ways, and the grid's behind them. The function is
             for masks whose blocks are cut over text and grid alike (the authors of Radial Attention
-            do so); with a plain mask, text that stands first is moved behind the grid.
+            do so); with a plain mask, text that is first is moved behind the grid.
         order: (M,) int64, the raster index of the token in each place of the mask, for masks of
             reordered tokens; -1 for a place that holds no token. None for raster order.
         whole_blocks: whether the mask knows whole blocks alone: a block that holds text is then
@@ -179,7 +179,7 @@ def _check_size(name: str, size: tuple[int, ...], places: int, text: int, where:
         raise ValueError(
             problem
             + f"that is of the whole sequence with its {text} tokens of text. Return the mask of "
-            f"the grid alone, {where}: the base adds text, which stands first in some families and "
+            f"the grid alone, {where}: the base adds text, which is first in some families and "
             "last in others"
         )
     raise ValueError(problem + f"and the grid has {where}: build it from the argument grid alone")

@@ -1,4 +1,4 @@
-"""Orders of grid tokens in which a block of consecutive tokens is compact, and where text goes."""
+"""Orders of grid tokens in which a block of consecutive tokens is compact, and the place of text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def hilbert_order(shape: Sequence[int]) -> Tensor:
 
     The curve is that of the enclosing cube with a power of two as its side (Skilling, "Programming
     the Hilbert curve", AIP 2004), of which the tokens of the grid are taken in order: neighbours on
-    the curve are neighbours in the grid but for the places where it leaves the grid.
+    the curve are neighbours in the grid but for the places at which it leaves the grid.
 
     Args:
         shape: tokens per axis; axes of one token do not count.
@@ -117,8 +117,8 @@ def reorder(x: Tensor, index: Tensor) -> Tensor:
 
 
 def select_wide(x: Tensor, index: Tensor) -> Tensor:
-    """:func:`reorder` in words of 16 bytes where the rows are such words: CUDA's ``index_select``
-    moves element by element, and works out where each of them goes."""
+    """:func:`reorder` in words of 16 bytes if the rows are such words: CUDA's ``index_select``
+    moves element by element, and calculates a place for each."""
     steps = (x.shape[3], x.storage_offset(), *x.stride()[:3])
     if x.stride(3) != 1 or any(n * x.element_size() % 16 for n in steps):
         return x.index_select(2, index)

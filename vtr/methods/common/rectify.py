@@ -226,7 +226,7 @@ def grid_and_text_mask(
 
     Args:
         live: (B, H, NB, NB) bool.
-        tokens: grid tokens N, NB = ceil(N / block). The keys are the grid's, then (where there is
+        tokens: grid tokens N, NB = ceil(N / block). The keys are the grid's, then (if there is
             text) whatever fills their last block, then the text's.
         text_valid: (B, T) bool or None.
 
@@ -262,5 +262,5 @@ def grid_and_text_mask(
 
 
 def key_places(tokens: int, text: int, block: int) -> int:
-    """Keys of :func:`grid_and_text_mask`: text starts at a block of its own."""
+    """Keys of :func:`grid_and_text_mask`: text starts at a new block."""
     return tokens if text == 0 else -(-tokens // block) * block + text
