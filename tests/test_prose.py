@@ -24,6 +24,7 @@ FOLDERS = (
     "benchmarks",
     "examples",
     "vtr/compat",
+    "vtr/diffusion",
     "vtr/errors.py",
     "vtr/kernels",
     "vtr/train",

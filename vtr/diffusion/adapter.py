@@ -131,8 +131,8 @@ class DiffusionWrapping(Wrapping):
             )
         if "mlp" in parts_of(method) and self.family.mlp is None:
             raise UnsupportedMethodError(
-                f"{method.name} merges around MLPs, and {self.family.name} has blocks without an MLP "
-                "of their own: merge around attention only"
+                f"{method.name} merges around MLPs, and {self.family.name} has blocks without an MLP: "
+                "merge around attention only"
             )
         from vtr.kernels.attention import TRITON_DIMS
 

@@ -162,7 +162,7 @@ def _check(
         )
     if given.get("attn_mask") is not None and not family.masked:
         raise RuntimeError(
-            f"attention layer {layer} of {family.name} was given an attention mask of its own, which "
+            f"attention layer {layer} of {family.name} was given another attention mask, which "
             "a sparse mask does not know: call the model without it, or name this layer in dense_layers"
         )
     if given.get("is_causal") or given.get("dropout_p"):

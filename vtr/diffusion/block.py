@@ -41,8 +41,8 @@ def enter(wrapping: WrappedTransformer, number: int, args: Any, kwargs: Any) -> 
     if hidden.shape[1] != tokens:
         raise RuntimeError(
             f"block {number} of {wrapping.family.name} has {hidden.shape[1]} tokens, and the grid is "
-            f"{frames} x {height} x {width} = {tokens}: {entry.method.name} cannot merge where "
-            "something else is in the sequence, or where it is split between devices"
+            f"{frames} x {height} x {width} = {tokens}: {entry.method.name} cannot merge if "
+            "something else is in the sequence, or if it is split between devices"
         )
     site: Any = wrapping.block_site(number, hidden)
     reduction = entry.token_method.reduce(site)
@@ -60,7 +60,7 @@ def enter(wrapping: WrappedTransformer, number: int, args: Any, kwargs: Any) -> 
 
 
 def _reduction(wrapping: WrappedTransformer, number: int) -> Reduction | None:
-    """How the tokens of a block are merged in this call."""
+    """Return the merging of a block's tokens in this call, or None."""
     return None if wrapping.call is None else wrapping.call.reduced.get(number)
 
 

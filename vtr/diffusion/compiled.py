@@ -1,8 +1,8 @@
 """Attention of a wrapped transformer inside ``torch.compile``: one opaque operator.
 
-What a method does with masks, states and steps is Python that a compiler cannot keep in a graph; cut
-out of it (as is done for gradients), every layer would split the graph. The operator
-carries a number, as a tensor, by which it finds the layer's processor when it runs: as data it is the
+A compiler cannot keep the masks, states and steps of a method in a graph: they are Python. If they
+were cut out of it, as is done for gradients, every layer would split the graph. The operator carries
+a number, as a tensor, by which it finds the layer's processor when it runs: as data it is the
 same graph for every layer.
 """
 
@@ -25,7 +25,7 @@ _LIVE: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class _Tracing:
-    """Which processor a compiler is in; only set and read while it traces (one at a time)."""
+    """The processor that a compiler is in; only set and read while it traces (one at a time)."""
 
     processor: Any = None
 

@@ -17,7 +17,7 @@ Grid = tuple[int, int, int]
 
 
 class SequenceView(NamedTuple):
-    """What the arguments of one forward call say: ``grid`` (frames, height, width) in tokens, and
+    """The facts in the arguments of one forward call: ``grid`` (frames, height, width) in tokens, and
     ``text_valid`` (B, T) bool for joint text with padding, else None."""
 
     grid: Grid
@@ -236,7 +236,7 @@ def family_of(model: Any) -> DiffusionFamily | None:
 
 
 def refusal_of(model: Any) -> str:
-    """Why a model of diffusers is not supported, or ''."""
+    """Return the reason why a model of diffusers is not supported, or ''."""
     for cls in type(model).__mro__:
         if cls.__name__ in REFUSED:
             return REFUSED[cls.__name__]

@@ -1,4 +1,4 @@
-"""What an attention processor of diffusers, or of a user, runs and calls."""
+"""The function that an attention processor of diffusers, or of a user, runs, and the one it calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def body_of(processor: Any) -> Any:
 
 
 def entry_of(processor: Any) -> str:
-    """How a processor computes attention: ``"dispatch_attention_fn"`` or
+    """Tell how a processor computes attention: ``"dispatch_attention_fn"`` or
     ``"scaled_dot_product_attention"``.
 
     Raises:

@@ -40,7 +40,7 @@ def exchange(x: Tensor, group: Any, cut: int, join: int) -> Tensor:
 
 
 def order(tokens: int, text: int, world: int, text_first: bool) -> Tensor:
-    """Where each token of the model's sequence is after the exchange, (tokens + text,) int64.
+    """The place of each token of the model's sequence after the exchange, (tokens + text,) int64.
 
     Args:
         tokens: image or video tokens; text: joint text tokens; both multiples of ``world``.

@@ -23,7 +23,7 @@ from vtr.diffusion.original import entry_of, function_of
 
 
 class SiteProcessor:
-    """Stands in for an attention processor; reads and writes of its attributes reach the original.
+    """Takes the place of an attention processor; reads and writes of its attributes reach the original.
 
     Its own attributes have names that begin with ``vtr_``.
     """
@@ -56,7 +56,7 @@ class SiteProcessor:
             setattr(self.vtr_original, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The class is made at run time: it is found again by that of the original.
+        # The class is created at run time: it is found again by that of the original.
         return _blank, (type(self.vtr_original),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:

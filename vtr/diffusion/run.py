@@ -1,4 +1,4 @@
-"""What belongs to one run of a diffusion model, and to one call of its transformer.
+"""The state of one run of a diffusion model, and of one call of its transformer.
 
 A wrapping holds what belongs to the model: its family, its layers, the methods, their masks. A run is
 one generation (:class:`DiffusionRun`); a run consists of calls (:class:`DiffusionCall`), one for each
@@ -98,7 +98,7 @@ class DiffusionCall:
         )
 
     def notes(self, layer: int) -> dict[str, Any]:
-        """What the trace says of an attention layer."""
+        """Return the trace's notes of an attention layer."""
         notes: dict[str, Any] = self.trace.notes["attention"].setdefault(layer, {})
         return notes
 

@@ -1,4 +1,4 @@
-"""Which run, step and branch a call of a transformer belongs to."""
+"""Count the run, step and branch a call of a transformer belongs to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Moment(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """What the schedule of a pipeline shows at a call.
+    """The facts that the schedule of a pipeline shows at a call.
 
     Attributes:
         times: the schedule, a new object in every run; None if it is not known.
@@ -38,7 +38,7 @@ class Clock(NamedTuple):
 
     @property
     def tells_steps(self) -> bool:
-        """Whether a new step shows without a look at its timestep."""
+        """Tell whether a new step shows without a look at its timestep."""
         return self.position is not None or self.current is not None
 
 
@@ -68,7 +68,7 @@ class ScheduleRef:
         return getattr(self.pipeline, "scheduler", None)
 
     def clock(self) -> Clock:
-        """What the schedule shows now."""
+        """Read what the schedule shows now."""
         scheduler, pipeline = self.scheduler, self.pipeline
         times = getattr(scheduler, "timesteps", None)
         position = getattr(scheduler, POSITION, None)
@@ -112,7 +112,7 @@ class ScheduleRef:
         return len(entries) - alike[0]
 
     def repeats(self, time: float, scale: float, dtype: torch.dtype | None) -> bool:
-        """Whether several steps of the schedule have the timestep ``time`` after rounding."""
+        """Tell whether several steps of the schedule have the timestep ``time`` after rounding."""
         times = self.clock().times
         return times is not None and len(_alike(times, time, scale, dtype)) > 1
 
@@ -139,7 +139,7 @@ class Session:
     the dtype of the latents, and second-order schedulers repeat it. While the schedule is the same,
     neither an equal timestep nor a name of a branch that comes again is a new run.
 
-    Where no schedule is known, a timestep that jumps back is a new run, and calls of one timestep
+    If no schedule is known, a timestep that jumps back is a new run, and calls of one timestep
     are branches of one step; if they have names, a name that comes again is the next step if the
     latents have changed, else a run that starts again.
     """
@@ -214,7 +214,7 @@ class Session:
         self, time: float, clock: Clock, name: str | None, again: bool,
         repeats: Callable[[], bool], latents: Tensor | None,
     ) -> tuple[bool, bool]:  # fmt: skip
-        """Whether a call begins a run, and whether it begins a step, by what the last one showed."""
+        """Tell whether a call begins a run, and whether it begins a step, by what the last one showed."""
         before = self.clock
         back = time != self.time and (time > self.time) != self.rising
         if clock.position != before.position:
@@ -230,7 +230,7 @@ class Session:
         return False, False
 
     def _same(self, latents: Tensor | None) -> bool:
-        """Whether these are the latents of the step's first call."""
+        """Tell whether these are the latents of the step's first call."""
         if latents is None or self.latents is None:
             return True
         return latents.device == self.latents.device and bool(latents == self.latents)

@@ -1,4 +1,4 @@
-"""What methods see of a diffusion transformer: one attention call, or the input of one block."""
+"""The sites of a diffusion transformer, for methods: one attention call, or the input of one block."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class AttentionSite(_InCall):
         return torch.cat([text, rest] if self.call.text_first else [rest, text], 1)
 
     def dense(self, return_lse: bool = False) -> Any:
-        """What the model computes unwrapped, (B, H, S, D): the same call on the same layout.
+        """Compute what the unwrapped model does, (B, H, S, D): the same call on the same layout.
 
         With ``return_lse`` also the natural log-sum-exp of each row's scaled scores, (B, H, S)
         float32; the output then comes from the sparse kernel under a full mask and may differ from

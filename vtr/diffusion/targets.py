@@ -1,4 +1,4 @@
-"""What of diffusers can be wrapped: the transformer, or the transformers, of a pipeline."""
+"""The objects of diffusers that can be wrapped: the transformer, or the transformers, of a pipeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the functions for attention and blocks use of a wrapped transformer."""
+"""The part of a wrapped transformer that the functions for attention and blocks use."""
 
 from __future__ import annotations
 

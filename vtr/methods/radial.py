@@ -40,7 +40,7 @@ class RadialAttention(Presets, MaskedAttention):
         "hunyuanvideo": {"dense_steps": 0.25, "decay": 0.95, "sink": False, "rule": "released"},
         "mochi": {"dense_steps": 12, "sink": False, "rule": "released"},
     }  # fmt: skip
-    """What the authors' scripts run, with blocks of 64 for Wan 2.2 and of 128 otherwise. Dense steps are
+    """The settings of the authors' scripts, with blocks of 64 for Wan 2.2 and of 128 otherwise. Dense steps are
     a share, so that they hold for other numbers of steps: a quarter, rounded down, is their 12 of 50,
     2 of 8 and 1 of 4; for Wan 2.2 it is their 11 of 40. (Their scripts for several GPUs take 10 of 50.)
     The authors ship nothing for 1.3B, which has the 14B's, and for Mochi 12 steps alone."""

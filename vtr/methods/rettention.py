@@ -208,7 +208,7 @@ class Rettention(Presets, MaskedAttention):
         self, *, layers: int, batch: int, heads: int, tokens: int, head_dim: int,
         dtype: torch.dtype = torch.bfloat16,
     ) -> dict[str, int]:  # fmt: skip
-        """What a run keeps, in bytes.
+        """Estimate the memory of a run, in bytes.
 
         Args:
             layers: self-attention layers of the model; those that are always dense are left out.

@@ -48,7 +48,7 @@ def check_text_place(method: Method, steps: tuple[int, ...] = (40, 41)) -> None:
                 f"{int(wrong[:tokens].count_nonzero())} of {tokens} tokens of the grid and "
                 f"{int(wrong[tokens:].count_nonzero())} of {text} of the text get another output if "
                 f"text is first instead of last (up to {float(apart.max()):.1e}). The first token "
-                "of the grid is site.first. Where the mask follows from the grid, derive from "
+                "of the grid is site.first. If the mask follows from the grid, derive from "
                 "MaskedAttention and write grid_mask(grid): the base adds the text"
             )
 

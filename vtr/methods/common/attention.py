@@ -1,4 +1,4 @@
-"""What methods inside the attention of diffusion transformers share: their options and their place."""
+"""The base of methods that act inside the attention of diffusion transformers."""
 
 from __future__ import annotations
 

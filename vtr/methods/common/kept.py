@@ -70,13 +70,13 @@ class Kept:
 
 
 def kept_bytes(rows: int, dim: int, precision: str) -> int:
-    """What :class:`Kept` needs for ``rows`` rows of ``dim`` values."""
+    """Return the bytes that :class:`Kept` needs for ``rows`` rows of ``dim`` values."""
     extra = 2 if precision == "float8" else 0
     return rows * (dim * PRECISIONS[precision].itemsize + extra)
 
 
 class Measured:
-    """What a layer and branch keep from their last dense step.
+    """The values that a layer and branch keep from their last dense step.
 
     Attributes:
         ratio: (B, H, S) float32. residual: of (B, H, S, D), or None. step: when it was measured.

@@ -95,7 +95,7 @@ class MaskedAttention(AttentionMethod):
         return ()
 
     def stays(self) -> bool:
-        """Whether the mask of a layer is the same in every step of a run."""
+        """Tell whether the mask of a layer is the same in every step of a run."""
         return True
 
     def sequence_mask(self, site: AttentionSite) -> SequenceMask:
@@ -127,7 +127,7 @@ class MaskedAttention(AttentionMethod):
 
 
 def checked(name: str, found: object, site: AttentionSite, block: int) -> GridMask:
-    """What an author returned for a grid as a :class:`GridMask`.
+    """Return what an author gave for a grid as a :class:`GridMask`.
 
     Raises:
         TypeError: it is no mask.

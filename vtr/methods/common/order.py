@@ -17,7 +17,7 @@ def hilbert_order(shape: Sequence[int]) -> Tensor:
 
     The curve is that of the enclosing cube with a power of two as its side (Skilling, "Programming
     the Hilbert curve", AIP 2004), of which the tokens of the grid are taken in order: neighbours on
-    the curve are neighbours in the grid but for the places at which it leaves the grid.
+    the curve are neighbours in the grid except at the places at which it leaves the grid.
 
     Args:
         shape: tokens per axis; axes of one token do not count.
@@ -126,7 +126,7 @@ def select_wide(x: Tensor, index: Tensor) -> Tensor:
 
 
 def block_neighbours(shape: Sequence[int], order: Tensor, block: int) -> Tensor:
-    """Which blocks of the reordered tokens touch: (NB, NB) bool, symmetric, True on the diagonal.
+    """Tell which blocks of the reordered tokens touch: (NB, NB) bool, symmetric, True on the diagonal.
 
     Two blocks touch when a token of one lies within one step of a token of the other along every
     axis (the 26 neighbours of a token in a video, 8 in an image).
@@ -140,7 +140,7 @@ def block_neighbours(shape: Sequence[int], order: Tensor, block: int) -> Tensor:
     of = of.view(*shape)
     touch = torch.eye(count, dtype=torch.bool, device="cpu")
     for step in itertools.product((-1, 0, 1), repeat=len(shape)):
-        if step <= (0,) * len(shape):  # each pair once; the matrix is made symmetric below
+        if step <= (0,) * len(shape):  # each pair once; the matrix becomes symmetric below
             continue
         here = tuple(slice(max(0, -d), n - max(0, d)) for d, n in zip(step, shape, strict=True))
         there = tuple(slice(max(0, d), n - max(0, -d)) for d, n in zip(step, shape, strict=True))

@@ -88,10 +88,10 @@ def implicit_attention(
     *,
     means: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What each query block would give each block of grid keys, and the text as one column.
+    """Estimate the attention of each query block to each block of grid keys, and to the text as one column.
 
     Isolated-Pooling Attention Reallocation (section 3.2 of the paper): grid keys are pooled, text
-    keys are not, and a pooled key stands for all its tokens n_J, so it weighs n_J times a text key:
+    keys are not, and a pooled key represents all its tokens n_J, so it weighs n_J times a text key:
 
         P_IJ  = n_J exp(scale mean(q_I) . mean(k_J)) / Z_I
         P_It  = sum_t exp(scale mean(q_I) . k_t) / Z_I

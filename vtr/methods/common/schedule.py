@@ -1,4 +1,4 @@
-"""Which layers and denoising steps a method leaves dense."""
+"""The layers and denoising steps that a method leaves dense."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Scheduled(Method):
         return list(range(self.dense_layers, depth))
 
     def is_dense(self, site: Any) -> bool:
-        """Whether this step is left dense.
+        """Tell whether this step is left dense.
 
         Args:
             site: what has ``step``, ``steps`` and ``training``, and for a tuple ``expert`` and

@@ -87,7 +87,7 @@ class WindowTable:
             )
 
     def is_whole(self, site: AttentionSite) -> bool:
-        """Whether all heads of this step and layer have the whole grid."""
+        """Tell whether all heads of this step and layer have the whole grid."""
         numbers = self.index[site.step, site.layer].unique().tolist()
         return [self.windows[n] for n in numbers] == [self.whole]
 
