@@ -1,1 +1,1 @@
-"""What trains and evaluates the built-in models. Not installed: run it from the repository."""
+"""Training and evaluation of the built-in models. Not installed: run it from the repository."""

@@ -96,7 +96,7 @@ def answer(model: Any, input_ids: Tensor, visual: Tensor, kept: Tensor) -> Tenso
 
 
 def right(processor: Any, tokens: Tensor, samples: list[Sample]) -> list[bool]:
-    """Whether each whole answer is the sample's."""
+    """Compare each whole answer with that of its sample."""
     said = processor.batch_decode(tokens, skip_special_tokens=True)
     return [a.strip() == s.answer for a, s in zip(said, samples, strict=True)]
 

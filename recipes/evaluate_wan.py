@@ -115,7 +115,7 @@ class Case:
 
 
 def cases(dense_steps: float, densities: tuple[float, ...] = DENSITIES) -> Iterator[Case]:
-    """What is compared, at one share of dense steps."""
+    """List the methods to compare, at one share of dense steps."""
     import vtr
 
     # A fixed backend: time must not depend on whether a compiler is at hand.

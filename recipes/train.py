@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         if key not in module.Recipe.__dataclass_fields__:
-            parser.error(f"{options.name} has no --{key}: its stages have steps of their own")
+            parser.error(f"{options.name} has no --{key}: each of its stages has its own steps")
     recipe = module.Recipe(**given)
     try:
         trainer = open_run(recipe, directory, resume=options.resume)

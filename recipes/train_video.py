@@ -128,7 +128,7 @@ def look(tower: Any, batch: Clips, generator: torch.Generator) -> Bank:
 
 
 class Facts(NamedTuple):
-    """What a visual token can know of its digit from what came before it, ``(n, 288)`` int64 each;
+    """Facts that a visual token can know of its digit from what came before it, ``(n, 288)`` int64 each;
     :data:`UNCLEAR` if there is no digit.
 
     Attributes:

@@ -48,7 +48,7 @@ class Stage:
         steps: optimiser steps.
         sizes: frames, height and width of the clips; one of them is drawn for every step.
         rates: learning rate at the start and at the end, a half cosine between them.
-        own_levels: share of the steps on clips whose frames have noise levels of their own.
+        own_levels: share of the steps on clips whose frames have different noise levels.
         shift: of the noise levels towards noise.
     """
 

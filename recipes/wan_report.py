@@ -1,4 +1,4 @@
-"""What :mod:`recipes.evaluate_wan` found, as JSON, Markdown and a picture."""
+"""The results of :mod:`recipes.evaluate_wan` as JSON, Markdown and a picture."""
 
 from __future__ import annotations
 

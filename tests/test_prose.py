@@ -23,12 +23,16 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = (
     "benchmarks",
     "examples",
+    "recipes",
+    "vtr/cli",
     "vtr/compat",
     "vtr/diffusion",
     "vtr/errors.py",
+    "vtr/inspect",
     "vtr/kernels",
     "vtr/train",
     "vtr/video",
+    "vtr/zoo",
 )
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
 PENDING = ("CONTRIBUTING.md", "custom-vit.md")

@@ -20,7 +20,7 @@ DENSE_STEPS = 0.4
 
 
 def methods() -> dict[str, Any]:
-    """What the demo compares, by label; None is dense."""
+    """Return the methods to compare by label; None is the dense model."""
     common: dict[str, Any] = {"block": 16, "dense_steps": DENSE_STEPS, "backend": "sdpa"}
     radial = vtr.RadialAttention(decay=0.05, sink=False, **common)
     return {

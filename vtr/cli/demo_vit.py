@@ -46,7 +46,7 @@ def _sheets(model: Any, methods: Sequence[Any], pixels: torch.Tensor) -> tuple[A
                 model(pixels)
                 trace = handle.trace
             stages.append(vtr.draw(trace, views[0], panels=4, size=192))
-            # Where frozen tokens come back at the end, the stage to see is the one before.
+            # If frozen tokens come back at the end, the stage to see is the one before.
             least = min(reversed(trace.stages), key=lambda stage: stage.tokens_out)
             one = vtr.Trace([least])
             first = not columns

@@ -1,4 +1,4 @@
-"""What ``vtr doctor`` finds, as a table and as JSON."""
+"""The findings of ``vtr doctor``, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Finding:
 
 @dataclass
 class Diagnosis:
-    """What ``vtr doctor`` found, part by part."""
+    """The findings of ``vtr doctor``, part by part."""
 
     parts: dict[str, list[Finding]] = field(default_factory=dict)
 
     @property
     def broken(self) -> list[str]:
-        """What vtr needs, or an optional library that is there, and does not work."""
+        """List what does not work, of what vtr needs and of the optional libraries that are installed."""
         return [
             f"{part}: {f.name}: {f.detail}"
             for part, found in self.parts.items()

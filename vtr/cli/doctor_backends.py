@@ -1,4 +1,4 @@
-"""Which backends run here: each on an input of a few tokens, or a video of a few frames."""
+"""Try each backend on an input of a few tokens, or a video of a few frames."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _something_cut(handle: Any) -> None:
 
 
 def _check_picture(out: Path) -> None:
-    """Refuse a place where no picture can be written before a model is loaded for it."""
+    """Refuse a path that no picture can be written to, before a model is loaded for it."""
     from PIL import Image
 
     Image.init()

@@ -55,7 +55,7 @@ def evaluate(
     ] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="of a video; default: 8")] = None,
     store: Annotated[
-        Path, typer.Option(help="results store; a run continues where it stopped")
+        Path, typer.Option(help="results store; a stopped run continues from it")
     ] = Path("vtr-eval.sqlite"),
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="folder for CSV, Markdown and plot")

@@ -1,1 +1,1 @@
-"""What a wrapped model did: reports, measured profiles, FLOPs, memory and pictures."""
+"""Cost and pictures of a wrapped model: measured profiles, FLOPs, memory and pictures."""

@@ -1,4 +1,4 @@
-"""Pictures of what a method did: which tokens lived, which were merged, which are frozen."""
+"""Pictures of what a method did: which tokens are left, which were merged, which are frozen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT_NO_MASK = (
     "no attention layer kept a mask: all of them were dense in the last call, or the method makes its "
     "masks anew in every call (handle.trace.summary() has the density of each layer)"
 )
-MERGED, TINT = 0.5, 0.28  # merged tokens stand back behind those that are still themselves
+MERGED, TINT = 0.5, 0.28  # merged tokens are drawn weaker than those that are still themselves
 
 
 def draw(
@@ -223,7 +223,7 @@ def _lines(pictures: list[Image.Image], columns: int) -> Image.Image:
 def _paint(
     stage: StageRecord, sample: int, cells: Tensor, grid: tuple[int, int], pixels: np.ndarray
 ) -> tuple[Image.Image, int]:
-    """What became of the tokens ``cells`` (rows * columns,), and how many slots stand for them."""
+    """Draw what happened to the tokens ``cells`` (rows * columns,); count the slots that hold them."""
     from PIL import Image, ImageDraw
 
     rows, columns = grid

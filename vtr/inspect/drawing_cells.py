@@ -1,4 +1,4 @@
-"""Which token of a stage is drawn in which cell of which grid."""
+"""Cells of grids, with the tokens of a stage that are drawn in them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pictures_of(
     wants: str | None,
     shape: Sequence[int] | None,
 ) -> list[Picture]:
-    """What can be drawn of a sample at a stage: one picture or video, or several views of an image.
+    """List what can be drawn of a sample at a stage: one picture or video, or several views of an image.
 
     ``shape``: (height, width, ...) of the image that was given, or None.
     """

@@ -1,4 +1,4 @@
-"""What a model costs: counted on the real modules, and by formula.
+"""FLOPs of a model: counted on the real modules, and by formula.
 
 :func:`count_flops` runs a call under ``torch.utils.flop_counter``. The formulas (:func:`vit_macs`,
 :func:`llm_flops`, :func:`kv_bytes`) need only sizes; they are the cross-check of the counter and give

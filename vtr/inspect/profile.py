@@ -1,4 +1,4 @@
-"""What a method costs and saves on a model: side by side, in one process, against an honest baseline.
+"""Measure what a method costs and saves on a model: in one process, against a fair baseline.
 
 The baseline is the same model with its fastest stock attention (fused ``scaled_dot_product_attention``,
 which is flash attention if the device has it): a reduced model that only beats eager attention has

@@ -1,4 +1,4 @@
-"""What :func:`vtr.profile` returns: rows of numbers, a table of them, and what they mean in words."""
+"""The result of :func:`vtr.profile`: rows of numbers, a table of them, and their meaning in words."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ProfileRow:
         flops: of one call, counted on the operations that ran.
         peak_bytes: most memory held by tensors allocated in the call (beside weights and inputs).
         kv_bytes: of the KV cache that the call returned, or None.
-        tokens: visual tokens alive at the end, or None for dense.
+        tokens: visual tokens left at the end, or None for dense.
         speedup: dense fastest / this fastest.
         ideal: dense FLOPs / these FLOPs.
         achieved: speedup / ideal; 1 is all that the saved work can give.
-        verdict: what to make of it, in words.
+        verdict: the meaning of the speed-up, in words.
     """
 
     name: str
@@ -52,7 +52,7 @@ class ProfileRow:
 
 @dataclass(frozen=True)
 class Profile:
-    """What :func:`vtr.profile` measured.
+    """The measurements of :func:`vtr.profile`.
 
     Attributes:
         model: class of the model.
@@ -146,7 +146,7 @@ def _short(value: float) -> str:
 
 
 def verdict(speedup: float, ideal: float, batch: int) -> str:
-    """What a speed-up means, in plain words.
+    """Say in plain words what a speed-up means.
 
     Args:
         speedup: dense time / reduced time.

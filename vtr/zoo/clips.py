@@ -4,7 +4,7 @@ video model.
 A clip lasts :data:`SECONDS` seconds. A digit is there or not for whole seconds, from one to three
 times. One that is seen over at least three seconds may move: it rests in its first and in its last
 second, and goes in a straight line in between, so that "where was it first" has one answer whichever
-moment of that second a decoder picked. The camera stands still; the background is a photograph or one
+moment of that second a decoder picked. The camera does not move; the background is a photograph or one
 colour, and the noise of the sensor is new in every frame.
 
 A batch is a description, :class:`Clips`, and pixels only when they are asked for (:func:`render`), at
@@ -46,8 +46,8 @@ class Clips(NamedTuple):
         colours: ``(n, 3)`` int64, indices into :data:`COLOURS`, different in a clip.
         seen: ``(n, 3, 8)`` bool, in which seconds a digit is there. The first seconds of a clip's
             digits differ, and so do the last ones.
-        places: ``(n, 3, 2)`` int64, indices into :data:`QUADRANTS`, where a digit is first and last.
-        path: ``(n, 3, 2, 2)`` float32, centre (x, y) in pixels where it is first and last.
+        places: ``(n, 3, 2)`` int64, indices into :data:`QUADRANTS`, the first and the last quadrant of a digit.
+        path: ``(n, 3, 2, 2)`` float32, its first and its last centre (x, y) in pixels.
         shape: ``(n, 3, 2)`` float32, side of the box in pixels and angle in radians.
         glyphs: ``(n, 3)`` int64, which handwritten digits.
         paint: ``(n, 3, 3)`` float32, RGB in [0, 1].
@@ -135,7 +135,7 @@ def _along(path: Tensor, seen: Tensor, moments: Tensor) -> Tensor:
 
 
 def _clash(path: Tensor, seen: Tensor, side: Tensor) -> Tensor:
-    """How far boxes overlap in seconds in which both digits are seen, in pixels: ``(n,)``."""
+    """Return how far boxes overlap in seconds in which both digits are seen, in pixels: ``(n,)``."""
     centres = _along(path, seen, torch.arange(SECONDS) + 0.5)
     worst = torch.zeros(len(path))
     for i in range(MOST):

@@ -161,7 +161,7 @@ def _open_clip_model(name: str, pretrained: bool, size: int | None) -> Any:
 
 
 def is_vlm(name: str) -> bool:
-    """Whether a name means a vision-language model: built in, a folder, or an id of the hub."""
+    """Tell whether a name means a vision-language model: built in, a folder, or an id of the hub."""
     if name in VLMS or os.path.isdir(name):
         return True
     return "/" in name and ":" not in name

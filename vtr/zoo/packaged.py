@@ -1,4 +1,4 @@
-"""What is packaged of the built-in models: their cards and their weights."""
+"""Packaged files of the built-in models: their cards and their weights."""
 
 from __future__ import annotations
 
