@@ -28,6 +28,7 @@ FOLDERS = (
     "vtr/compat",
     "vtr/diffusion",
     "vtr/errors.py",
+    "vtr/evaluate",
     "vtr/inspect",
     "vtr/kernels",
     "vtr/train",

@@ -77,7 +77,7 @@ class Answerer:
         self._visual = [m for m in marks if m is not None]
 
     def apply(self, methods: tuple[Method, ...]) -> Any:
-        """A handle, or a context that does nothing where there are no methods."""
+        """Return a handle, or without methods a context that does nothing."""
         if not methods:
             return nullcontext()
         return apply(self.model, list(methods), positions=self.positions)
@@ -111,7 +111,7 @@ class Answerer:
                         start += len(part)
 
     def _answered(self, works: list[Work], handle: Any) -> list[tuple[Work, StoredAnswer]] | None:
-        """A batch. Where it raises, sample by sample: what raises alone is recorded so.
+        """Answer a batch; if it raises, sample by sample: what raises alone is recorded so.
 
         None when memory ran out and the batches are smaller from now on: to be tried again.
         """
@@ -227,7 +227,7 @@ class Answerer:
     def _dense_cost(self, prompt: Prompt, length: int, visual: int) -> Cost | None:
         """FLOPs and cache of the dense prefill, counted once for prompts of one length.
 
-        The number of visual tokens stands for the size of the pictures: a key with their sizes would
+        The number of visual tokens represents the size of the pictures: a key with their sizes would
         run nearly every sample of a task with photographs a second time.
         """
         key = (length, visual, len(prompt.images), len(prompt.videos))
@@ -278,7 +278,7 @@ def _left(handle: Any, visual: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _saved(handle: Any) -> Cost:
-    """What the last call saved, per sample."""
+    """Return the FLOPs and bytes that the last call saved, per sample."""
     if handle is None or handle._wrapping.language.last is None:  # prompts without a picture
         return Cost(0.0, 0.0)
     report = handle.report()

@@ -25,7 +25,7 @@ class Cell:
 
     Attributes:
         methods: applied together; empty for the dense model.
-        seed: of methods that draw random tokens, None where no method does.
+        seed: of methods that draw random tokens, None if no method does.
     """
 
     methods: tuple[Method, ...] = ()
@@ -75,7 +75,7 @@ def title(method: Method) -> str:
 
 
 def is_random(method: Method) -> bool:
-    """Whether a method draws random tokens and has no seed."""
+    """Tell whether a method draws random tokens and has no seed."""
     return getattr(method, "seed", 0) is None
 
 
@@ -106,7 +106,7 @@ def with_keep(method: Method, keep: Keep) -> Method:
 
 
 def keep_of(cell: Cell) -> Keep | None:
-    """The one budget of a cell's methods; None where they have none, several, or one per stage."""
+    """The one budget of a cell's methods; None if they have no budget, several, or one per stage."""
     found = {_keep(method) for method in cell.methods}
     return found.pop() if len(found) == 1 else None
 
@@ -168,7 +168,7 @@ def parse_method(text: str) -> Any:
 
 
 def as_methods(given: Any) -> list[tuple[Method, ...]]:
-    """What a user calls methods, as one tuple of methods for each configuration."""
+    """Turn what a user calls methods into one tuple of methods for each configuration."""
     from vtr.core.plan import Plan
 
     if given is None:
@@ -206,7 +206,7 @@ def sweep(
     seeds: Sequence[int] = (0,),
     dense: bool = True,
 ) -> list[Cell]:
-    """Every method at every budget, and with every seed where it draws random tokens.
+    """Every method at every budget, and with every seed if it draws random tokens.
 
     Args:
         methods: of each configuration; with ``keeps`` every method of it gets the budget.

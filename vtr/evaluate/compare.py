@@ -84,7 +84,7 @@ class PublishedTable:
         average: what the last column is.
         note: how to read it.
         columns: in order.
-        rows: vanilla first, where it is quoted.
+        rows: vanilla first, if it is quoted.
     """
 
     name: str
@@ -215,7 +215,7 @@ def matching(model: str) -> list[PublishedTable]:
     """The published tables of a model, by its name or folder.
 
     Raises:
-        ValueError: there is none; the message names the models that there are.
+        ValueError: the model has no table; the message names the models that have one.
     """
     found = [t for t in tables() if re.search(t.match, model.lower())]
     if not found:

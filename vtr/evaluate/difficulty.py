@@ -40,7 +40,7 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class Share:
-    """How many of a group's questions a method answers: mean over seeds, and standard deviation."""
+    """The share of a group's questions that a method answers: mean over seeds, and standard deviation."""
 
     mean: float
     spread: float | None = None
@@ -222,7 +222,7 @@ def by_difficulty(results: Results, store: Store) -> ByDifficulty:
     rights: dict[tuple[Cell, str], dict[int, bool]] = {}
 
     def right_of(cell: Cell, task: str) -> dict[int, bool] | None:
-        """Whether each question was answered rightly; None where that is not known."""
+        """Tell whether each question was answered rightly; None if that is not known."""
         outcome = outcomes.get((cell, task))
         if outcome is None or outcome.failure:
             return None
@@ -267,10 +267,10 @@ def by_difficulty(results: Results, store: Store) -> ByDifficulty:
 
 
 def is_right(score: Mapping[str, Any]) -> bool | None:
-    """Whether a sample was answered rightly, by the first of its scores that says so; None without one.
+    """Tell whether a sample was answered rightly, by the first of its scores that says so; None without one.
 
     A share (GQA's ``exact_match``, VQAv2's agreement) counts from :data:`RIGHT` on, alone or as the
-    ``score`` of a record; a record of answer and truth, where they are alike.
+    ``score`` of a record; a record of answer and truth, if they are alike.
     """
     for value in score.values():
         share = value.get("score") if isinstance(value, Mapping) else value

@@ -18,13 +18,13 @@ from torch import Tensor
 from vtr.zoo.data import scikit_learn
 from vtr.zoo.videos import GLYPH, SPEED, STEPS, Videos, glyphs, videos
 
-# A generated background is not exactly black. Unless it is made so, faint noise decides between
+# A generated background is not exactly black. Unless it is set to black, faint noise decides between
 # windows that hold the same digit, and the classifier sees shifted ones.
 BLACK = 0.15
 
 
 class Verdict(NamedTuple):
-    """What the judge says of generated videos, as shares in [0, 1] over all of them.
+    """The verdict on generated videos, as shares in [0, 1] over all of them.
 
     Attributes:
         digit: the majority of a video's frames shows the digit asked for.
@@ -129,7 +129,7 @@ def judge(pixels: Tensor, digits: Tensor, directions: Tensor) -> Verdict:
 def accuracy(
     n: int = 720, seed: int = 0, frames: int = 5, height: int = 16, width: int = 32
 ) -> Verdict:
-    """What the judge says of real videos of held-out digits: one minus its own mistakes."""
+    """Judge real videos of held-out digits: one minus the judge's own mistakes."""
     real: Videos = videos(
         n, torch.Generator().manual_seed(seed), frames, height, width, split="heldout"
     )

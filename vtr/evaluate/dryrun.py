@@ -1,4 +1,4 @@
-"""What a sweep would run and need, from the model's shapes alone."""
+"""Estimate what a sweep would run and need, from the model's shapes alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = 60  # words of a question with its template, for the estimate
 class Estimate:
     """One cell: visual tokens of an image at the end, FLOPs of tower and prefill, bytes of the cache.
 
-    None where it cannot be told without a picture: models whose number of tokens depends on it.
+    None if it cannot be told without a picture: models whose number of tokens depends on it.
     """
 
     method: str
@@ -36,14 +36,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What would run.
+    """A sweep before it is run.
 
     Attributes:
         model: name and class.
         tasks, limit: as asked for.
         parameters, weight_bytes: of the model in its dtype.
         cells: estimates.
-        notes: how they were made.
+        notes: how they were computed.
     """
 
     model: str

@@ -55,9 +55,9 @@ def rehearse() -> None:
 
 
 def fault(error: BaseException) -> str | None:
-    """What to say of an exception by which lmms-eval asks a package for what it does not have.
+    """Word an exception by which lmms-eval asks a package for what it does not have.
 
-    Import errors and missing attributes are recognised, for any package, where lmms-eval's code (or a
+    Import errors and missing attributes are recognised, for any package, if lmms-eval's code (or a
     task's, which it calls) is on the way; others give None. They would fail in every evaluation.
     """
     for link in _chain(error):
@@ -134,14 +134,14 @@ def _module(error: BaseException) -> str | None:
         return owner.__name__
     if isinstance(owner, type):
         return owner.__module__
-    # Of an object only where lmms-eval itself asks: a task's function may have read odd data.
+    # Of an object only if lmms-eval itself asks: a task's function may have read odd data.
     asks = _frames(error.__traceback__)[-1:]
     core = asks and asks[0].startswith("lmms_eval.") and not asks[0].startswith("lmms_eval.tasks.")
     return type(owner).__module__ if core else None
 
 
 def _passes(traceback: TracebackType | None) -> bool:
-    """Whether code of lmms-eval is on the way to where an exception was raised, and vtr's not behind it."""
+    """Tell whether code of lmms-eval is on the way to an exception, and vtr's not behind it."""
     packages = [name.partition(".")[0] for name in _frames(traceback)]
     return next((p for p in reversed(packages) if p in ("lmms_eval", "vtr")), "") == "lmms_eval"
 

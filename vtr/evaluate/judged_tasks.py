@@ -1,7 +1,7 @@
-"""Which tasks of lmms-eval ask a model or a server of somebody else when they score answers.
+"""Find the tasks of lmms-eval that ask a model or a server of somebody else when they score answers.
 
 lmms-eval does not say so of its tasks. Their YAML files and the source of their scoring functions are
-read, not run: a function asks a judge where it, or what it calls in its own file, names one of the ways
+read, not run: a function asks a judge if it, or what it calls in its own file, names one of the ways
 to reach a model. That is careful rather than exact: a task may be named that only asks a judge under one of
 its options.
 """
@@ -47,7 +47,7 @@ def leaves(name: str, manager: Any) -> Iterator[str]:
 
 
 def asks_judge(name: str, manager: Any) -> bool:
-    """Whether the scoring of a single task reaches outside."""
+    """Tell whether the scoring of a single task reaches outside."""
     entry = manager.task_index[name]
     if name.endswith("_static") or entry.get("yaml_path", -1) == -1:
         return False
@@ -75,7 +75,7 @@ def _texts(file: Path) -> list[tuple[Path, str]]:
 
 
 def _reaches(file: Path, name: str, seen: set[str]) -> bool:
-    """Whether a function names a judge, or another one of its file that does."""
+    """Tell whether a function names a judge, or another one of its file that does."""
     seen.add(name)
     source = _definitions(file).get(name, "")
     if _IN_SOURCE.search(source):

@@ -1,4 +1,4 @@
-"""How many processes take part, and where they meet."""
+"""Count the processes that take part, and let them meet."""
 
 from __future__ import annotations
 

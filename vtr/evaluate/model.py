@@ -42,11 +42,11 @@ class VTRChat(lmms):
             ``"original"``, else each method's own choice.
         seed: of methods that draw random tokens, and of answers that are drawn.
         batch_size: a number, or ``"auto"``: halved whenever memory runs out.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes a GPU where there is one.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes a GPU if there is one.
         dtype: ``"auto"`` (as stored; float32 for the built-in model), or a name.
         store: a results store or the path of one; answers in it are not asked for again.
         frames: of a video.
-        retry_errors: ask again where the store holds an error.
+        retry_errors: ask again if the store holds an error.
         max_batch_size: taken and ignored, because lmms-eval passes it.
 
     Raises:
@@ -108,7 +108,7 @@ class VTRChat(lmms):
 
     @property
     def device(self) -> Any:
-        """Where tensors of this process are; lmms-eval counts samples there."""
+        """The device of this process's tensors, on which lmms-eval counts samples."""
         import torch
 
         return torch.device(self._device)
@@ -211,7 +211,7 @@ class VTRChat(lmms):
         stored: dict[str, dict[tuple[int, int], StoredAnswer]],
         results: list[Any],
     ) -> Work | None:
-        """What is to be asked; None where the answer is known, or the question cannot be put."""
+        """Return what is to be asked; None if the answer is known, or the question cannot be put."""
         doc, task, _ = location(request)
         if task not in stored:
             stored[task] = self.store.rows(self._cell_name, task)

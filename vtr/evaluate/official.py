@@ -41,7 +41,7 @@ def require() -> None:
 
 
 def manager(tasks: Sequence[str], include: Sequence[str | Path] = ()) -> Any:
-    """lmms-eval's task manager; its own tasks are only read where one of them is asked for.
+    """lmms-eval's task manager; its own tasks are only read if one of them is asked for.
 
     Args:
         tasks: names; :data:`vtr.evaluate.tasks.BUILTIN` is the built-in benchmark,

@@ -1,4 +1,4 @@
-"""What a sweep found: per cell and task from the store, and as rows of a table."""
+"""The findings of a sweep: per cell and task from the store, and as rows of a table."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Line:
         method: with its options; ``dense`` for the bare model.
         label: its name alone.
         scores: per task, mean over seeds.
-        spread: per task, standard deviation over seeds where there are several.
+        spread: per task, standard deviation over seeds, with several of them.
         share: mean over tasks of the score as a share of the dense score, None without a dense row, and
             where a task failed.
         tokens: visual tokens in the last layer, mean over samples.
@@ -155,7 +155,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a sweep found, as data.
+    """The findings of a sweep, as data.
 
     Attributes:
         model: name, as given.

@@ -1,4 +1,4 @@
-"""What lmms-eval loads through its entry points: where the model classes are, and nothing heavy."""
+"""The module that lmms-eval loads through its entry points: it names the model classes, and loads little."""
 
 from __future__ import annotations
 

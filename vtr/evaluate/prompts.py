@@ -37,11 +37,11 @@ class Prompt:
 
     @property
     def samples(self) -> bool:
-        """Whether the answer is drawn by chance."""
+        """True if the answer is drawn by chance."""
         return bool(self.generation["do_sample"])
 
     def drawn_with(self, seed: int) -> Prompt:
-        """The same question for answers drawn with this seed: another key, where chance has a part."""
+        """The same question for answers drawn with this seed: another key, if chance has a part."""
         if not self.samples:
             return self
         key = hashlib.sha256(f"{self.key} seed {seed}".encode()).hexdigest()[:32]

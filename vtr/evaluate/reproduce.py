@@ -18,8 +18,8 @@ class Weights(NamedTuple):
     """A model of published rows.
 
     Attributes:
-        id: on the Hugging Face hub, in a form that transformers loads; None where there is none.
-        frames: of a video in those rows; None for a model of images, or where it is not told.
+        id: on the Hugging Face hub, in a form that transformers loads; None without one.
+        frames: of a video in those rows; None for a model of images, or if it is not told.
     """
 
     id: str | None
@@ -44,12 +44,12 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """A published setting, and the rows of published tables that it stands for.
+    """A published setting, and the rows of published tables that have it.
 
     Attributes:
         method: the setting.
         preset: its name, such as ``"llava-1.5-7b/64"``.
-        rows: rows of its method, model and budget, each with its table; there may be none.
+        rows: rows of its method, model and budget, each with its table; may be empty.
     """
 
     method: Method
@@ -65,12 +65,12 @@ class Wanted:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What the rows have a number for, in their order."""
+        """The columns that the rows have a number for, in their order."""
         return tuple(dict.fromkeys(c for _, row in self.rows for c in row.scores))
 
 
 class Setting(NamedTuple):
-    """What a sweep needs to know to run published rows again."""
+    """The facts that a sweep needs to run published rows again."""
 
     model: str
     tasks: str
@@ -139,7 +139,7 @@ def _amount(tokens: str) -> tuple[float, bool] | None:
 
 
 def setting(wanted: list[Wanted], model: str | None, tasks: str, frames: int | None) -> Setting:
-    """Model, tasks and frames of published rows, where they are not given.
+    """Model, tasks and frames of published rows, if they are not given.
 
     Raises:
         ValueError: the rows are of several models, their model cannot be loaded, or they name no task.

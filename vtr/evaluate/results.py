@@ -11,7 +11,7 @@ from vtr.evaluate.outcomes import Outcomes
 
 @dataclass(frozen=True)
 class Results(Outcomes):
-    """What a sweep found, with its tables and its plot."""
+    """The findings of a sweep, with its tables and its plot."""
 
     def table(self) -> Any:
         """A rich table; printing results in a rich console shows it."""

@@ -34,7 +34,7 @@ class Job:
         batch_size: a number or ``"auto"``.
         device, dtype, positions, frames: of the model.
         seed: of answers that are drawn, and what lmms-eval seeds its own generators with.
-        retry_errors: ask again where the store holds an error.
+        retry_errors: ask again if the store holds an error.
         manager: lmms-eval's task manager.
     """
 
@@ -73,7 +73,7 @@ def prepare(
 ) -> Job:
     """Check a sweep before anything is loaded.
 
-    The model's shapes are made without weights, and every method is applied to them, so that what
+    The model is built without weights, and every method is applied to it, so that what
     cannot work is known in seconds.
 
     Args:
@@ -85,13 +85,13 @@ def prepare(
         seeds: of methods that draw random tokens; the table shows their mean.
         limit: samples of each task.
         batch_size: a number, or ``"auto"``, which halves itself when memory runs out.
-        device: None takes a GPU where there is one.
+        device: None takes a GPU if there is one.
         dtype: ``"auto"`` (as stored; float32 for the built-in model), or a name.
         positions: as in :func:`vtr.apply`; None is the built-in model's ``"original"``, else each
             method's own.
         frames: of a video.
         dense: run the dense model as well.
-        retry_errors: ask again where the store holds an error.
+        retry_errors: ask again if the store holds an error.
         judge: allow tasks that ask a model of an outside provider.
         include: folders with tasks of the user's own.
         by_difficulty: run what :func:`vtr.evaluate.difficulty.by_difficulty` needs as well.
@@ -162,7 +162,7 @@ def _check(bones: Any, cells: Iterable[Cell], positions: str | None) -> None:
 
 
 def _all(methods: Any) -> tuple[bool, Any]:
-    """Whether ``all`` is among the methods, and the others."""
+    """Tell whether ``all`` is among the methods; return the others."""
     if isinstance(methods, str):
         found, rest = _all(methods.split(","))
         return found, ",".join(rest) or None if found else methods
@@ -329,7 +329,7 @@ def _one(
 
     made, taken = lm.made.copy(), lm.taken.copy()
     try:
-        with without_bars():  # they would stand between the lines of the log
+        with without_bars():  # they would come between the lines of the log
             found = evaluator.simple_evaluate(
                 model=lm,
                 tasks=[data],

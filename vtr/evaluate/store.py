@@ -31,7 +31,7 @@ class StoredAnswer:
     Attributes:
         doc, idx: number of the sample in its task, and of the repeat.
         prompt: hash of the question, its pictures and the generation options.
-        answer: what the model wrote; empty where it raised.
+        answer: what the model wrote; empty if it raised.
         error: what it raised, or None.
         tokens_in, tokens_out: visual tokens of the prompt, and those left in the last layer.
         mean_tokens: visual tokens, mean over the layers of the language model.
@@ -97,7 +97,7 @@ class Store:
     :meth:`put` is on the disk when it returns: a power cut loses the batch under way and nothing else.
 
     Args:
-        path: of the file, made if there is none.
+        path: of the file, created if it does not exist.
 
     Raises:
         ValueError: the file is no results store, or one of another version.
@@ -268,7 +268,7 @@ class Store:
         return {name: json.loads(config) for name, config in found}
 
     def result(self, cell: str, task: str, size: int = 0) -> dict[str, Any] | None:
-        """What :meth:`finish` wrote: ``metrics``, ``samples`` and ``error``, or None."""
+        """Read what :meth:`finish` wrote: ``metrics``, ``samples`` and ``error``, or None."""
         found = self._db.execute(
             "SELECT metrics, samples, error FROM results WHERE cell = ? AND task = ? AND size = ?",
             (cell, task, size),

@@ -75,7 +75,7 @@ def _flops_unit(results: Outcomes) -> tuple[float, str]:
 
 
 def notes(results: Outcomes) -> list[str]:
-    """What a reader of the table must know."""
+    """List what a reader of the table must know."""
     lines = results.lines()
     samples = max((line.samples for line in lines), default=0)
     out = [
@@ -226,7 +226,7 @@ NEAR = 12  # points that the second half of the plot shows: methods lie close th
 
 
 def _points(results: Outcomes) -> tuple[bool, dict[str, list[tuple[float, float, float]]]]:
-    """Whether scores are shares of dense; per method FLOPs in percent, score, mean tokens."""
+    """Tell whether scores are shares of dense; per method FLOPs in percent, score, mean tokens."""
     lines = results.lines()
     relative = any(line.share is not None for line in lines)
     points: dict[str, list[tuple[float, float, float]]] = {}
@@ -278,10 +278,10 @@ def save(results: Outcomes, folder: str | Path, name: str = "evaluation") -> lis
     A ``NAME.md`` that is there and holds the two comment lines :data:`BEGIN` and :data:`END` keeps its
     text: only what is between them is replaced.
 
-    Where nothing has a score there is no plot. Returns the paths of what was written.
+    Without any score there is no plot. Returns the paths of what was written.
 
     Raises:
-        ValueError: of the two lines one is missing, or they stand in the wrong order.
+        ValueError: of the two lines one is missing, or they are in the wrong order.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

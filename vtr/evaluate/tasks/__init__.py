@@ -21,7 +21,7 @@ _VERSION = 2  # of what is written; a new number makes new files
 
 
 def folder() -> Path:
-    """Where the task is written: ``$VTR_CACHE``, else ``vtr`` in the user's cache folder."""
+    """The folder that the task is written to: ``$VTR_CACHE``, else ``vtr`` in the user's cache folder."""
     root = os.environ.get("VTR_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = Path(root).expanduser() if root else Path(base).expanduser() / "vtr"
@@ -29,7 +29,7 @@ def folder() -> Path:
 
 
 def write(questions: int = QUESTIONS, seed: int = SEED, to: str | Path | None = None) -> Path:
-    """Make the task's files where they are not yet; returns their folder (lmms-eval's include path).
+    """Write the task's files if they are missing; return their folder (lmms-eval's include path).
 
     Args:
         questions: how many, in groups of five about one picture.

@@ -1,4 +1,4 @@
-"""How lmms-eval asks and scores the built-in video benchmark: the whole answer must be right."""
+"""The questions and scores of the built-in video benchmark for lmms-eval: the whole answer must be right."""
 
 from __future__ import annotations
 

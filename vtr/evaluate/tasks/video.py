@@ -20,7 +20,7 @@ PER_SECOND = 2  # frames in the file; the built-in model reads one a second
 
 
 def write(clips: int = CLIPS, seed: int = SEED, to: str | Path | None = None) -> Path:
-    """Make the task's files where they are not yet; returns their folder (lmms-eval's include path).
+    """Write the task's files if they are missing; return their folder (lmms-eval's include path).
 
     Args:
         clips: how many; seven questions are asked about each.
