@@ -95,13 +95,15 @@ def registered_too_early() -> Any:
     [
         (declared(sites=("promt",)), "Wrong.sites names the site 'promt', .* mean 'prompt'"),
         (declared(sites="prompt"), r"Wrong.sites must be a tuple: write \('prompt',\)"),
+        (declared(training="option"), "training is 'option', .* Did you mean 'optional'"),
+        (declared(positions="compat"), "positions is 'compat', .* Did you mean 'compact'"),
         (declared(needs={"promt": frozenset()}), "Wrong.needs names the site 'promt'"),
         (declared(needs={"prompt": frozenset({"txt"})}), "the signal 'txt', .* mean 'text'"),
         (declared(needs={"prompt": "text"}), r"write frozenset\(\{'text'\}\)"),
         (method_that_reduces, "derive it from vtr.TokenMethod, not from vtr.Method"),
         (registered_too_early, r"write @register above @dataclass\(frozen=True\)"),
     ],
-    ids=["site", "sites", "needs", "signal", "signals", "base", "order"],
+    ids=["site", "sites", "training", "positions", "needs", "signal", "signals", "base", "order"],
 )
 def test_a_class_that_cannot_be_registered(define: Callable[[], Any], words: str) -> None:
     with pytest.raises(TypeError, match=words):

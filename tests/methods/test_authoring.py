@@ -143,6 +143,16 @@ def test_the_example_in_low_precision_and_kept_whole(largest_norm: Any) -> None:
     assert handle.trace.stages[-1].tokens_out == 9
 
 
+def test_a_score_of_the_wrong_shape_is_refused(largest_norm: Any) -> None:
+    class PerChannel(largest_norm):  # type: ignore[misc]
+        def score(self, site: Any) -> torch.Tensor:
+            return site.hidden  # type: ignore[no-any-return]
+
+    words = r"PerChannel.score must return one number per token, \(2, 64\) here, got \(2, 64, 48\)"
+    with vtr.apply(vit(), PerChannel()) as handle, pytest.raises(ValueError, match=words):
+        handle.target(images())
+
+
 def test_what_the_base_refuses(largest_norm: Any) -> None:
     for options, words in (
         ({"keep": 0}, "keep must be an int >= 1"),

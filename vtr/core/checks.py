@@ -10,13 +10,16 @@ from typing import Any
 from vtr.core.method import PLACES, Method, Stage, TokenMethod
 from vtr.core.site import SIGNALS, ModelInfo
 
+TRAINING = ("none", "optional", "required")
+POSITIONS = ("original", "compact")
+
 
 def check_class(cls: type[Method]) -> None:
     """Check what a class declares.
 
     Raises:
-        TypeError: a site or a signal that does not exist, a name that is missing, or ``reduce`` in a class
-            that is no :class:`TokenMethod`.
+        TypeError: a site, a signal, or a value of ``training`` or ``positions`` that does not exist, no sites,
+            or ``reduce`` in a class that is no :class:`TokenMethod`.
     """
     if not cls.sites:
         raise TypeError(f"{cls.__name__} must define sites: where it acts, e.g. ('encoder',)")
@@ -27,6 +30,10 @@ def check_class(cls: type[Method]) -> None:
             f"{cls.__name__} has reduce(), which belongs to methods that decide about tokens: derive it "
             "from vtr.TokenMethod, not from vtr.Method"
         )
+    _known(cls.training, TRAINING, f"{cls.__name__}.training is", TypeError)
+    positions = getattr(cls, "positions", POSITIONS[0])
+    if isinstance(positions, str):  # no property, which is known for a method alone
+        _known(positions, POSITIONS, f"{cls.__name__}.positions is", TypeError)
     for site in cls.sites:
         _known(site, PLACES, f"{cls.__name__}.sites names the site", TypeError)
     for site, signals in cls.needs.items():

@@ -141,6 +141,11 @@ class ScoredMethod(TokenMethod):
         if number is None:
             return None
         score = self.score(site)
+        if score.shape != (site.batch, site.n):
+            raise ValueError(
+                f"{type(self).__name__}.score must return one number per token, ({site.batch}, {site.n}) "
+                f"here, got {tuple(score.shape)}: take the mean over heads or channels"
+            )
         return self.select(site, score, number, score)
 
     def _one_cut(self) -> None:
