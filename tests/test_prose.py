@@ -33,10 +33,11 @@ FOLDERS = (
     "vtr/kernels",
     "vtr/train",
     "vtr/video",
+    "vtr/vision",
     "vtr/zoo",
 )
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
-PENDING = ("CONTRIBUTING.md", "custom-vit.md")
+PENDING = ("CONTRIBUTING.md",)
 
 
 @dataclass(frozen=True)

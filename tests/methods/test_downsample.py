@@ -243,7 +243,7 @@ def test_patch_embeddings_that_are_no_plain_ones_are_refused() -> None:
 
     model = vit()
     model.patch_embed = Overlapping(64, 8, 3, 48)
-    with pytest.raises(UnsupportedMethodError, match="its patches are made by a Overlapping"):
+    with pytest.raises(UnsupportedMethodError, match="its patches come from a Overlapping"):
         vtr.apply(model, vtr.Downsample())
 
 

@@ -374,6 +374,6 @@ def test_a_batch_without_images() -> None:
 def test_a_block_in_two_places_is_refused() -> None:
     model = vit()
     model.blocks[3] = model.blocks[2]
-    with pytest.raises(vtr.UnsupportedModelError, match="stands in several places"):
+    with pytest.raises(vtr.UnsupportedModelError, match="is used at several depths"):
         vtr.apply(model, "evit")
     assert ours(model) == []

@@ -236,7 +236,7 @@ def test_changed_layers_are_refused() -> None:
         vtr.apply(model, "tome")
     model = build("dinov2-classes")
     with vtr.apply(model, "evit"):
-        with pytest.raises(vtr.UnsupportedModelError, match="carries a forward of its own"):
+        with pytest.raises(vtr.UnsupportedModelError, match="carries its own forward"):
             vtr.apply(model.dinov2, "evit")
         assert model(pixels()).logits.isfinite().all()
     assert ours(model) == []

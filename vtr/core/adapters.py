@@ -1,4 +1,4 @@
-"""Which adapter wraps the models of which library, and :func:`register_adapter` for further ones.
+"""The adapters of the libraries, and :func:`register_adapter` for further ones.
 
 An adapter is a module with three names:
 
@@ -43,7 +43,7 @@ def register_adapter(package: str, module: str | ModuleType) -> None:
             ``mymodels.vit.ViT`` (``"__main__"`` for classes of a script or notebook).
         module: the adapter, a module or its import path (imported when the first model of the package
             is wrapped). It has ``FAMILIES`` (tuple of str: the models that it supports, for messages),
-            ``locate(target)`` (the ``nn.Module`` to patch, or None if the model is not one of its own)
+            ``locate(target)`` (the ``nn.Module`` to patch, or None if the model is not one of its models)
             and ``wrap(root)`` (a :class:`vtr.core.wrapping.Wrapping` of that module, for encoders a
             :class:`vtr.vision.encoders.EncoderWrapping`). ``docs/custom-vit.md`` shows a whole one.
 
@@ -82,7 +82,7 @@ def adapters(package: str) -> Iterator[ModuleType]:
 
 
 def located(adapter: ModuleType, target: Any) -> nn.Module | None:
-    """What an adapter finds in a target, checked to be a module."""
+    """Ask an adapter what it finds in a target, and check that it is a module."""
     root = adapter.locate(target)
     if root is None or isinstance(root, nn.Module):
         return root
@@ -92,7 +92,7 @@ def located(adapter: ModuleType, target: Any) -> nn.Module | None:
 
 
 def wrapped(adapter: ModuleType, root: nn.Module) -> Wrapping:
-    """The wrapping that an adapter makes, checked to be one."""
+    """Let an adapter wrap a module, and check that it returns a wrapping."""
     wrapping = adapter.wrap(root)
     if isinstance(wrapping, Wrapping):
         return wrapping

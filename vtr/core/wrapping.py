@@ -139,7 +139,7 @@ class Wrapping(Threaded):
         check_method(method, self.info)
 
     def note(self, method: Method) -> str:
-        """What a method works for on this model, if not for all that the model takes; else empty."""
+        """Say for which inputs of this model a method works, if not for all; else empty."""
         return ""
 
     def attach(self, target: Any) -> None:
@@ -277,7 +277,7 @@ class Bound:
         return function(*self.bound, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # What torch.jit.script asks a function for; others find that there is no such attribute.
+        # torch.jit.script asks a function for these; others find that there is no such attribute.
         if name in ("__globals__", "__name__"):
             raise _NotScripted(
                 f"{self.method} of a wrapped model has no {name}: torch.jit.script cannot compile methods. Use "
@@ -294,7 +294,7 @@ _FORWARDS = {"forward": accelerate.FORWARD, accelerate.FORWARD: "forward"}
 
 
 def _moved(owner: Any, name: str) -> bool:
-    """Whether a patched forward is elsewhere now: accelerate moves it when it sets or takes off its hooks."""
+    """Tell whether a patched forward is elsewhere now: accelerate moves it when it sets or takes off its hooks."""
     held, other = owner.__dict__, _FORWARDS.get(name, "")
     return isinstance(held.get(other), Bound) and not isinstance(held.get(name), Bound)
 
@@ -313,7 +313,7 @@ def _no_replica(module: nn.Module, args: Any) -> None:
     if is_replica(module):
         raise UnsupportedModelError(
             f"a wrapped {type(module).__name__} cannot be replicated by nn.DataParallel (Trainer does so "
-            "where it sees several GPUs): use DistributedDataParallel, one process per GPU (torchrun)"
+            "if it sees several GPUs): use DistributedDataParallel, one process per GPU (torchrun)"
         )
 
 

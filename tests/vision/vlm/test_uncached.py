@@ -130,7 +130,7 @@ def test_an_answer_that_goes_on_with_other_samples_is_refused() -> None:
         generate(model, inputs, use_cache=False)
         made = model.prepare_inputs_for_generation(**one, use_cache=False)
         with pytest.raises(
-            RuntimeError, match=r"began with 2 samples .* and goes on with 1 of up to 16"
+            RuntimeError, match=r"began with 2 samples .* and continues with 1 of up to 16"
         ):
             model(**made)
 

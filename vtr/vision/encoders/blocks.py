@@ -46,7 +46,7 @@ class BlockRunner:
         return kwargs
 
     def returned(self, x: Tensor) -> Any:
-        """What the block's ``forward`` returns for its output x."""
+        """The value that the block's ``forward`` returns for its output x."""
         return x
 
     def keys_of(self, x: Tensor, index: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -57,7 +57,7 @@ class BlockRunner:
         raise NotImplementedError
 
     def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
-        """What the attention adds to its logits at full length, (B or 1, H or 1, T or 1, T) additive or
+        """The mask or bias that the attention adds to its logits at full length, (B or 1, H or 1, T or 1, T) additive or
         bool (True is seen), or None. ``kwargs`` are the block's own, before narrowing."""
         return None
 
@@ -73,7 +73,7 @@ class BlockRunner:
         """Set patches inside the block that the runner needs (through ``owner``)."""
 
     def checkpointed(self) -> bool:
-        """Whether the model runs the block again in the backward pass."""
+        """Tell whether the model runs the block again in the backward pass."""
         return False
 
     def checkpoints(self) -> Callable[..., Any] | None:
@@ -98,7 +98,7 @@ class WholeBlock(BlockRunner):
 
 
 class BlockEntry(NamedTuple):
-    """What a run knows at the entry of a block."""
+    """The state of a run at the entry of a block."""
 
     map: TokenMap | None
     merged: bool
@@ -117,7 +117,7 @@ class EncoderRun:
         crops: rows of the batch that belong to each image (its crops) or video (its frames), in order;
             None if every row is an image.
         entered: per block, what was known at its entry, in passes that may have to be repeated.
-        cuts: per (block, place, visit) the map of the cut there, None if there was none.
+        cuts: per (block, place, visit) the map of the cut there, None without a cut.
         first: the pass that this one repeats a part of, or None.
         late: whether it runs in a backward pass.
         output: the output of the last block that ran without gradients, to be guarded if methods change.
@@ -187,7 +187,7 @@ class EncoderRun:
 
     @property
     def cut(self) -> bool:
-        """Whether there are fewer tokens than the picture has."""
+        """Tell whether there are fewer tokens than the picture has."""
         return self.map is not None or self.image is not None
 
     def total(self, now: TokenMap) -> TokenMap:
@@ -219,7 +219,7 @@ def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
         owner.patch(module, accelerate.FORWARD, forward)
     elif "forward" in held and not _is_own(module, held["forward"]):
         raise UnsupportedModelError(
-            f"a {type(module).__name__} of {owner.info.family} carries a forward of its own "
+            f"a {type(module).__name__} of {owner.info.family} carries its own forward "
             f"({held['forward']!r}): another library, or another vtr.apply on a part of this model, has "
             "patched it; take that off first"
         )
@@ -228,7 +228,7 @@ def place_forward(owner: Wrapping, module: nn.Module, forward: Any) -> None:
 
 
 def _is_own(module: nn.Module, forward: Any) -> bool:
-    """Whether it is the class's forward, which accelerate leaves on an instance when its hooks go."""
+    """Tell whether it is the forward of the class, which accelerate leaves on an instance when its hooks go."""
     return (
         getattr(forward, "__func__", None) is type(module).forward
         and getattr(forward, "__self__", None) is module

@@ -1,4 +1,4 @@
-"""What methods may know of an encoder before a call."""
+"""Facts of an encoder that methods may know before a call."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def refuse_symbolic(x: Any) -> None:
 
 
 def check_graph(entries: Iterable[Entry]) -> None:
-    """Raise ``UnsupportedMethodError`` if a graph is being made that would be wrong for other images."""
+    """Raise ``UnsupportedMethodError`` if a graph is traced that would be wrong for other images."""
     maker = graph_maker()
     for entry in entries if maker else ():
         if entry.token_method.data_dependent:

@@ -50,7 +50,7 @@ def ask(
     memory: dict[str, Any],
     notes: dict[str, Any],
 ) -> Smaller | None:
-    """What a method does with ``batch`` pictures of ``grid`` tokens; None if it leaves them."""
+    """Ask a method what it does with ``batch`` pictures of ``grid`` tokens; None if it leaves them."""
     tokens = grid[0] * grid[1]
     site = Site(
         site="image",

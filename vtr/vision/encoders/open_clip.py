@@ -259,7 +259,7 @@ def _runner(block: nn.Module, transformer: nn.Module, prefix: int) -> BlockRunne
         if kind_of(attn) is not nn.MultiheadAttention:
             reason = f"its attention is a {type(attn).__qualname__}, not nn.MultiheadAttention"
         elif attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
-            reason = "its nn.MultiheadAttention has separate weights, or keys of its own"
+            reason = "its nn.MultiheadAttention has separate weights, or additional keys"
         elif hasattr(block, "ln_1_kv"):
             reason = "it is a cross attention"
     elif kind is CustomResidualAttentionBlock:

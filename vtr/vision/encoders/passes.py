@@ -98,8 +98,8 @@ class Passes(Threaded):
             x.register_hook(Guard(self.owner, run.entries))
 
     def remove(self) -> None:
-        """Methods change: the last block of reentrant checkpointing, whose output had no graph when it was
-        made, is guarded now. (The name is that of a hook's end, as which the owner calls it.)"""
+        """Methods change: the last block of reentrant checkpointing, whose output had no graph at the
+        time, is guarded now. (The name is that of a hook's end, as which the owner calls it.)"""
         for run in self.inputs.values():
             if not isinstance(run, EncoderRun):
                 continue

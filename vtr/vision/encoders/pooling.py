@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def has_pooling(tower: Any) -> bool:
-    """Whether a tower ends in such a head, of transformers' form."""
+    """Tell whether a tower ends in such a head, of transformers' form."""
     head = getattr(tower, "head", None)
     return (
         isinstance(getattr(head, "attention", None), nn.MultiheadAttention)

@@ -1,4 +1,4 @@
-"""How methods run inside any sequence-shaped vision encoder.
+"""Run methods inside any sequence-shaped vision encoder.
 
 A family's adapter gives one :class:`BlockRunner` per block; :class:`EncoderSession` puts a runner in
 place of each block's ``forward`` (on the instance, so that classes, parameters and ``state_dict``
@@ -42,7 +42,7 @@ class EncoderSession(Threaded):
         shape: the grid of the running call of this thread, where its adapter has noted it.
         mean: what an adapter hands from one hook of the running call to the next.
         image: what became of the pictures of the coming call, between their hook and the first block.
-        small: the pictures that the running call sees instead of its own, or None.
+        small: the smaller pictures that the running call sees, or None.
         latest: the call that began last, in any thread.
         passes: tells a call's passes through its blocks from those of its backward pass.
     """
@@ -68,7 +68,7 @@ class EncoderSession(Threaded):
         self.runners = list(runners)
         if len({id(r.block) for r in self.runners}) < len(self.runners):
             raise UnsupportedModelError(
-                f"{owner.info.family}: one block stands in several places (shared weights), where methods "
+                f"{owner.info.family}: one block is used at several depths (shared weights), so that methods "
                 "cannot tell the layers apart"
             )
         self.prefix = prefix
@@ -179,7 +179,7 @@ class EncoderSession(Threaded):
         return checkpoint(Again(self.owner, block, block), x)
 
     def _checkpointed(self) -> bool:
-        """Whether the model is set to run its blocks again in the backward pass."""
+        """Tell whether the model is set to run its blocks again in the backward pass."""
         flag = getattr(self.owner.root, "grad_checkpointing", False)
         return torch.is_grad_enabled() and (
             bool(flag) or any(r.checkpointed() for r in self.runners)
@@ -248,7 +248,7 @@ class EncoderSession(Threaded):
         self.owner.trace = run.trace
 
     def _note(self, run: EncoderRun, small: Smaller) -> None:
-        """Record that the pictures were made smaller."""
+        """Record that the pictures are smaller."""
         step = small.map
         if run.tokens != step.n_out:
             raise RuntimeError(
@@ -311,7 +311,7 @@ class EncoderSession(Threaded):
             return self._sizes(run, x)
         if self.latest is not None and self._sizes(self.latest, x) is not None:
             raise RuntimeError(
-                "the pooling must weigh tokens by what this model's call has merged, but the call was made in "
+                "the pooling must weigh tokens by what this model's call has merged, but the call ran in "
                 "another thread: pool in the thread that runs the blocks, or use output='restored'"
             )
         return None

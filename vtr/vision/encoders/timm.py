@@ -99,7 +99,7 @@ class TimmWrapping(EncoderWrapping):
         self.session.shape = tuple(grid)
         if entry_of(self) is None:
             return None
-        # What PatchEmbed checks by itself while it is strict.
+        # PatchEmbed checks the same while it is strict.
         if self.strict and (high, wide) != tuple(module.img_size):
             raise ValueError(
                 f"images are {high} x {wide} pixels, this model takes {module.img_size[0]} x "
@@ -117,7 +117,7 @@ class TimmWrapping(EncoderWrapping):
             self.hook(embed.register_forward_pre_hook(Bound(self, "look")))
         self.strict = False
         if entry_of(self) is not None and not getattr(model, "dynamic_img_size", True):
-            # What the model does when it is made with dynamic_img_size=True.
+            # A model created with dynamic_img_size=True does the same.
             self.strict = embed.strict_img_size
             self.patch(model, "dynamic_img_size", True)
             for name, value in _DYNAMIC.items():
@@ -199,15 +199,17 @@ class TimmWrapping(EncoderWrapping):
 
 
 def fixed_size(model: Any) -> str:
-    """Why a model takes no images of another size, or nothing."""
+    """Say why a model takes no images of another size, or nothing."""
     if isinstance(model, _NAFLEX_VIT):
         return ""
     if not hasattr(model, "dynamic_img_size"):
         return "its relative positions are a table for one grid"
     if type(model.patch_embed) is not _PATCH_EMBED:
-        return f"its patches are made by a {type(model.patch_embed).__name__}"
+        return f"its patches come from a {type(model.patch_embed).__name__}"
     if not model.dynamic_img_size and getattr(model, "rope", None) is not None:
-        return "its rotary positions were made for one grid; create it with dynamic_img_size=True"
+        return (
+            "its rotary positions are computed for one grid; create it with dynamic_img_size=True"
+        )
     return ""
 
 

@@ -4,7 +4,7 @@ Understood are the towers in :data:`TOWERS`, alone, under a projection or a clas
 image side of a CLIPModel or SiglipModel (whose text side is never touched). :func:`tower_parts` gives
 the pieces of a tower to an adapter that finds one inside a larger model.
 
-Block outputs have the tokens that are left: ``hidden_states`` and ``attentions``, where they are asked
+Block outputs have the tokens that are left: ``hidden_states`` and ``attentions``, if they are asked
 for, have one length per layer. ``output="restored"`` gives every hidden state its full length, and
 backbones, which reshape hidden states to feature maps, always run so.
 """
@@ -38,7 +38,7 @@ _REFUSED: dict[str, str] = {
     "VitDet": "its blocks hold 2-D grids with windowed attention",
     "Beit": "its relative position bias is not gathered here (timm's BEiT is supported)",
     "Data2VecVision": "its relative position bias is not gathered here",
-    "ViTMAE": "it drops patches of its own, and its decoder needs the full grid",
+    "ViTMAE": "it drops patches itself, and its decoder needs the full grid",
     "Pvt": "its stages reduce a full grid of tokens",
     "Segformer": "its stages reduce a full grid of tokens",
     "Levit": "its stages reduce a full grid of tokens",
@@ -90,7 +90,7 @@ def layer_runners(tower: nn.Module, name: str, path: str, prefix: int) -> list[L
     """The runners of the layers at ``path`` in a tower of the class ``name``.
 
     Raises:
-        UnsupportedModelError: there are none, or layers that are not understood.
+        UnsupportedModelError: no layers, or layers that are not understood.
     """
     try:
         layers: Any = tower.get_submodule(path)
@@ -196,7 +196,7 @@ class TransformersWrapping(EncoderWrapping):
 
 
 def fixed_size(tower: Any) -> str:
-    """Why a tower takes no images of another size, or nothing."""
+    """Say why a tower takes no images of another size, or nothing."""
     embeddings = getattr(tower, GIVEN_PIXELS[0], None)
     if class_named(tower, ("Siglip2VisionModel",)):
         return "its processor has cut the picture into patches; give that a smaller max_num_patches"

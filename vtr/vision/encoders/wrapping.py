@@ -2,7 +2,7 @@
 
 An adapter gives one :class:`~vtr.vision.encoders.blocks.BlockRunner` per block and the facts of its model.
 :class:`EncoderWrapping` runs methods in the blocks, gives outputs their length, weighs merged tokens in
-the model's pooling, and counts FLOPs. What only one library does stays in its adapter.
+the model's pooling, and counts FLOPs. Each adapter adds the peculiarities of its library.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class EncoderWrapping(Wrapping):
         return square_grid(tokens)
 
     def restores(self) -> bool:
-        """Whether block outputs have full length in every call."""
+        """Tell whether block outputs have full length in every call."""
         return any(e.options.get("output") == "restored" for e in self.active)
 
     def install(self) -> None:

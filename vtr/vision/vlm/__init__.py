@@ -39,8 +39,8 @@ visits. ``site.entry`` is (B,) int64, the visual tokens of each sample in the pr
 Where and when a token is: ``site.frame``, ``site.place`` and ``site.video`` (B, N) int64 number its
 frame through the prompt, its cell in the frame's grid, and its image or video; ``site.videos`` lists
 per sample the images and videos as :class:`vtr.core.language_site.VisualSpan` (kind, frames, grid, seconds). A
-still image is one frame. What has no cell (newlines, the class token that begins a frame of
-Video-LLaVA) has frame and place -1; packed crops and tiles have a frame and place -1. Qwen's temporal
+still image is one frame. Tokens without a cell (newlines, the class token that begins a frame of
+Video-LLaVA) have frame and place -1; packed crops and tiles have a frame and place -1. Qwen's temporal
 patches (two frames of the file) are one frame. InternVL, SmolVLM and prompts of many images give frames
 as still images, which nothing tells from a video: with ``vtr.apply(..., video=True)`` still images of
 the same grid that follow one another are the frames of one video.
@@ -54,7 +54,7 @@ always kept: the option ``"compact"`` is refused there, a method's own preferenc
 A language model that runs FlashAttention 2 or 3 is refused, with the reason, unless
 ``vtr.apply(..., flash_attention=True)`` asks for it: what is given to it after a cut is right (no
 positions with gaps, which it reads as packed sequences; tested with a probe in its place), but its
-results have not been compared on a GPU. SDPA, which has flash kernels of its own, always works.
+results have not been compared on a GPU. SDPA, which has its own flash kernels, always works.
 
 ``info.depth`` has ``encoder``, ``prompt`` (1) and ``decoder``; ``info.signals``:
 ``encoder`` as for the tower alone; ``prompt``: ``hidden``, ``text``, ``encoder_scores`` (``spread``
@@ -70,12 +70,12 @@ SmolVLM's are not opened.
 
 Prompts without an image, and every decoding step, are never offered to a method. generate with
 ``use_cache=False`` runs the prompt in every call: what was chosen in the first one holds, so that the answer
-is that with a cache; methods that free the cache are refused there. A plain call without a cache is a prompt
-of its own. Every sample must get the same result in every row that repeats it (beams): their caches are
+is that with a cache; methods that free the cache are refused there. A plain call without a cache is a new
+prompt. Every sample must get the same result in every row that repeats it (beams): their caches are
 exchanged.
 
-What is where
--------------
+Files
+-----
 
 - the model: ``wrapping`` (its hooks), ``facts`` (what methods may know of it), ``refusals``, ``family`` and
   ``families`` (what differs between models), ``arguments`` (of a call), ``nesting`` (calls inside of calls,

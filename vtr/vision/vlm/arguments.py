@@ -25,6 +25,6 @@ def has_any(given: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 
 def has_features(given: dict[str, Any]) -> bool:
-    """Whether a call of the model brings images or videos."""
+    """Tell whether a call of the model brings images or videos."""
     values = [given.get(name) for name in FEATURES]
     return any(isinstance(v, Tensor) or bool(v) for v in values)

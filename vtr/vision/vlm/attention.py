@@ -25,7 +25,7 @@ from vtr.compat.transformers import (
 
 
 def runs_otherwise(layer: Any) -> str:
-    """Why a decoder layer cannot be given a shorter sequence from outside; empty if it can."""
+    """Say why a decoder layer cannot be given a shorter sequence from outside; empty if it can."""
     names = inspect.signature(type(layer).forward).parameters
     lacking = [name for name in LAYER_ARGUMENTS if name not in names]
     if cache_name(type(layer).forward) is None:
@@ -34,7 +34,7 @@ def runs_otherwise(layer: Any) -> str:
 
 
 def opens(layer: Any) -> str:
-    """Why q, k, v of a decoder layer cannot be made from outside; empty if they can."""
+    """Say why q, k, v of a decoder layer cannot be computed from outside; empty if they can."""
     attn = getattr(layer, "self_attn", None)
     if attn is None or not hasattr(layer, "input_layernorm"):
         return f"{type(layer).__name__} is no pre-norm layer with self_attn and input_layernorm"
@@ -62,7 +62,7 @@ def opens(layer: Any) -> str:
 
 
 def _halves_turn(attn: Any) -> bool:
-    """Whether the rotary embedding of an attention module is :func:`rotate`: tried on a few numbers."""
+    """Tell whether the rotary embedding of an attention module is :func:`rotate`: tried on a few numbers."""
     home = rotary_home(attn)
     if home is None:
         return False
@@ -86,7 +86,7 @@ def _turns_so(home: Any, device: torch.device) -> bool:
 
 
 def has_halves(layer: Any) -> bool:
-    """Whether a decoder layer is known to be attention and MLP, each behind a norm and a residual."""
+    """Tell whether a decoder layer is known to be attention and MLP, each behind a norm and a residual."""
     cls = type(layer)
     return cls.__name__ in HALVES and cls.__module__.startswith("transformers.")
 
@@ -120,7 +120,7 @@ def project(
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where a module is, also one whose quantised weights are buffers.
+    """The device of a module, also of one whose quantised weights are buffers.
 
     None if it holds nothing, or if its weights come when it runs (accelerate's offloading).
     """

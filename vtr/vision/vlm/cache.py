@@ -1,4 +1,4 @@
-"""What a KV cache must remember of the cuts, so that decoding and later turns can continue from it."""
+"""Records of cuts on a KV cache, so that decoding and later turns can continue from it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Cuts:
 
     Attributes:
         groups: in the order of layers; the first one starts at layer 0.
-        length: tokens of the sequence as it was given, when the last cut was made.
+        length: tokens of the sequence as it was given, at the last cut.
         open: whether a wrapped model is running with this cache.
     """
 
@@ -76,7 +76,7 @@ class Cuts:
 
 
 class Follow:
-    """What a cache carries for a method that chooses again.
+    """The record that a cache carries for a method that chooses again.
 
     Attributes:
         method: the method.
@@ -128,8 +128,8 @@ class SeenTokens:
     """``cache.get_seq_length`` of a cache whose first layer is shorter than the sequence that was given.
 
     Without a layer it answers with the number of tokens that were given: generate and the models cut
-    their inputs and number positions by it. With a layer it answers with what that layer holds, which
-    masks are made from.
+    their inputs and number positions by it. With a layer it answers with what that layer holds, from which
+    masks are built.
     """
 
     def __init__(self, cache: Any) -> None:

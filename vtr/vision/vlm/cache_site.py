@@ -253,7 +253,7 @@ class CacheSession:
             return
         if follow.look.shape[0] != call.valid.shape[0]:
             raise RuntimeError(
-                f"the KV cache was made for {follow.look.shape[0]} sequences and is used for "
+                f"the KV cache was filled for {follow.look.shape[0]} sequences and is used for "
                 f"{call.valid.shape[0]}: {entry.method.name} cannot choose again for repeated samples; "
                 "repeat them before the prompt, or let it choose once"
             )
@@ -324,7 +324,7 @@ def _shorten(layer: Any, columns: Tensor, candidates: Tensor | None, follow: Fol
 
 
 def _gather(x: Tensor, columns: Tensor) -> Tensor:
-    """Columns (B, n) of x (B, Hk, S, D) -> (B, Hk, n, D), a tensor of its own."""
+    """Columns (B, n) of x (B, Hk, S, D) -> (B, Hk, n, D), a new tensor."""
     index = columns.clamp(min=0).to(x.device)[:, None, :, None]
     return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
 

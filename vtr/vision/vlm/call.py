@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class PrefillRecord:
-    """What the last prefill did, for the loss and the report.
+    """Record of the last prefill, for the loss and the report.
 
     Attributes:
         valid: (B, L) bool, the sequence as it came in.
@@ -94,12 +94,12 @@ class LanguageCall:
         self.left: list[SequenceLayout] = []
         self.purpose, self.aligned = Purpose(), True
         self.held: Held | None = None
-        # Of the visits so far, and those of an earlier run that are to be made again.
+        # Of the visits so far, and those of an earlier run that are to be repeated.
         self.choices: dict[Any, Reduction | None] = {}
         self.repeats: dict[Any, Reduction | None] | None = None
         self.again = False  # a layer of the call runs again, in the backward pass
         self.inside = False  # a layer runs that will run again
-        self.outside: int | None = None  # the layer whose cuts before it are made
+        self.outside: int | None = None  # the layer before which cuts are done
         self.rope: tuple[Tensor, Tensor] | None = None
         self.synced: SequenceLayout | None = None
         self.override: dict[str, Any] | None = None
@@ -126,13 +126,13 @@ class LanguageCall:
         self._counts: list[list[int]] | None = None
 
     def counts(self, kind: str) -> list[int]:
-        """How many visual tokens of a modality each sample has; the device is asked once."""
+        """Count the visual tokens of a modality in each sample; the device is asked once."""
         if self._counts is None:
             found = torch.stack([(self.kinds == number).sum(1) for number in KINDS.values()])
             self._counts = found.tolist()
         return self._counts[list(KINDS).index(kind)]
 
-    # What is known of a call, all of it on one device.
+    # Facts of a call that are all on one device.
     _PLACED = (
         *("valid", "history", "positions", "visual", "kinds", "arrived", "rank", "entry", "map"),
         *(
@@ -210,7 +210,7 @@ class LanguageCall:
         return out.clamp(min=0)
 
     def moves(self, layer: int) -> bool:
-        """Whether positions in this layer differ from those that were given."""
+        """Tell whether positions in this layer differ from those that were given."""
         return self.layout.adjust is not None or self.shift(layer) is not None
 
     def mask(self, layer: int) -> Tensor:
@@ -218,7 +218,7 @@ class LanguageCall:
         return torch.cat([self.columns_before(layer), self.layout.valid], 1).long()
 
     def record(self, always: bool = False) -> Cuts | None:
-        """What the cache must carry from now on; None if no call has cut anything (unless ``always``)."""
+        """The record that the cache must carry from now on; None if no call has cut anything (unless ``always``)."""
         if not self.changed and not always:
             return self.cuts
         length = self.valid.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
@@ -236,7 +236,7 @@ class LanguageCall:
         return Cuts(groups, length)
 
     def frames(self, joined: bool = False) -> Frames:
-        """Where and when the visual tokens of the prompt are."""
+        """Frames and places of the visual tokens of the prompt."""
         if joined not in self._frames:
             self._frames[joined] = self.owner.captures.frames(self, joined)
         return self._frames[joined]

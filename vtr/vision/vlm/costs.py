@@ -47,7 +47,7 @@ def _picture_flops(owner: VLMWrapping, kind: str, tokens: int, patches: int) -> 
     convolutions = (m for m in tower.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     embedding = next(convolutions, None)
     total += 0 if embedding is None else 2 * embedding.weight.numel() * n
-    # What joins patches is a part of the tower in some families.
+    # In some families the merger of patches is a part of the tower.
     joins = [m for name, m in tower.named_children() if "merger" in name]
     towers = {owner.family.tower(inner, k) for k in ("image", "video")}
     joins += [m for m in inner.children() if m not in towers and m is not owner.lm]

@@ -10,7 +10,7 @@ class DraftsAfterPrompt:
 
     The first round of assisted decoding runs prompt and drafted tokens in one call. Methods that rank
     by the last text token would rank by a draft, and a rejected draft would have to leave a cache
-    whose record of the cuts was made with it. Without drafts that call is an ordinary prefill, so that
+    whose record of the cuts knows it. Without drafts that call is an ordinary prefill, so that
     the same tokens are kept as without assistance.
     """
 
@@ -22,7 +22,7 @@ class DraftsAfterPrompt:
         return getattr(self.__dict__["inner"], name)
 
     def get_candidates(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        # A draft model must read the prompt in the first round: its drafts are made, and rejected here.
+        # A draft model must read the prompt in the first round: its drafts are computed, and rejected here.
         drafted = self.inner.get_candidates(input_ids, *args, **kwargs)
         first, self.started = not self.started, True
         return (input_ids, None) if first else drafted

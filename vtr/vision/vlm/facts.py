@@ -1,4 +1,4 @@
-"""What a vision-language model is: the facts that methods may know before a call."""
+"""Facts of a vision-language model that methods may know before a call."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class VLMFamily:
         return max(i + depth if i < 0 else i - 1 for i in layers)
 
     def describe(self, inner: Any, capture: Capture, given: dict[str, Any]) -> None:
-        """Fill ``capture`` after the features were made; ``given`` are the arguments by name."""
+        """Fill ``capture`` after the features were computed; ``given`` are the arguments by name."""
         capture.pieces = [still(n) for n in capture.lengths]
         sizes, tower = given.get("image_sizes"), self.tower(inner, capture.kind)
         if sizes is not None:  # a Pixtral tower: every image at its own resolution
@@ -52,7 +52,7 @@ class VLMFamily:
         capture.spread = rows
 
     def crops(self, inner: Any, capture: Capture, given: dict[str, Any]) -> list[int]:
-        """How many crops each image has in the tower's batch of ``capture.crops``, or frames each video.
+        """Count the crops that each image has in the tower's batch of ``capture.crops``, or the frames of each video.
 
         Asked for when the tower begins; ``given`` are the arguments of the features by name.
         """
@@ -69,7 +69,7 @@ class VLMFamily:
         """Complete ``capture`` with what only the model's forward is given (:data:`~vtr.compat.transformers.FORWARDED`)."""
 
     def fixed_size(self, inner: Any) -> str:
-        """Why the tower takes no pictures of another size, or nothing."""
+        """Say why the tower takes no pictures of another size, or nothing."""
         from vtr.vision.encoders.transformers import TOWERS, fixed_size
 
         towers = {self.tower(inner, "image"), self.tower(inner, "video")}

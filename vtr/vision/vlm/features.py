@@ -65,14 +65,14 @@ class Capture:
 
 
 class Captures:
-    """What the towers did for the coming call of the language model, per modality."""
+    """Record of the towers for the coming call of the language model, per modality."""
 
     def __init__(self) -> None:
         self.of: dict[str, Capture] = {}
         self.trace = Trace()  # of the towers
 
     def made(self, outputs: dict[str, Any]) -> bool:
-        """Whether these are the features that were captured (generate makes them before the forward)."""
+        """Tell whether these are the features that were captured (generate computes them before the forward)."""
         for modality, capture in self.of.items():
             found, known = first_token(outputs.get(modality)), capture.first
             # The features may have gone to another GPU on their way.
@@ -125,7 +125,7 @@ class Captures:
         return Spread(self, call)
 
     def frames(self, call: LanguageCall, joined: bool) -> Frames:
-        """Where and when the visual tokens are; unknown if the tower did not run."""
+        """Frames and places of the visual tokens; unknown if the tower did not run."""
         per_sample: dict[str, list[list[Piece]]] = {}
         for kind in self.of:
             found = per_sample[kind] = []

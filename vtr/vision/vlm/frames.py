@@ -16,7 +16,7 @@ KINDS = {"image": 1, "video": 2}
 
 
 class Piece(NamedTuple):
-    """What an image, a tile of one, or a video became: its tokens in the order of the prompt.
+    """The visual tokens of an image, a tile of one, or a video: its tokens in the order of the prompt.
 
     Attributes:
         kind: ``"image"`` or ``"video"``.

@@ -1,4 +1,4 @@
-"""What is around the inner model: who calls it, its logits and its loss."""
+"""The model around the inner one: who calls it, its logits and its loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a call of the model is for.
+    """The purpose of a call of the model.
 
     Attributes:
         generating: whether generate makes it. generate reads the last column: each sample's last token
@@ -34,12 +34,12 @@ class Purpose:
 
     @property
     def everything(self) -> bool:
-        """Whether logits of all columns are wanted."""
+        """Tell whether logits of all columns are wanted."""
         return isinstance(self.keep, int) and self.keep == 0
 
     @property
     def last(self) -> bool:
-        """Whether the last column's logits alone are wanted."""
+        """Tell whether the last column's logits alone are wanted."""
         return self.generating or (isinstance(self.keep, int) and self.keep == 1)
 
 
@@ -52,7 +52,7 @@ class Made:
     first: bool
 
     def are(self, given: dict[str, Any]) -> bool:
-        """Whether a call was given these."""
+        """Tell whether a call was given these."""
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         return ids is self.ids and embeds is self.embeds
 
@@ -114,7 +114,7 @@ class Head(Threaded):
     # ---- logits and loss --------------------------------------------------------------------
 
     def _way(self) -> Exit | None:
-        """How the sequence of the running call left the language model; None if nothing was cut."""
+        """The exit of the running call's sequence from the language model; None if nothing was cut."""
         return None if self.purpose is None else self.owner.language.way
 
     def shorten(self, module: Any, args: tuple[Any, ...]) -> Any:

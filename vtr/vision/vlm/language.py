@@ -1,4 +1,4 @@
-"""How methods run at the entry of a language model and between its layers.
+"""Run methods at the entry of a language model and between its layers.
 
 One pre-hook on the language model shortens everything that has the length of the prompt; one on every
 layer does so from a layer on, with masks and rotary tables to fit. Decoding steps pass the same hooks:
@@ -199,7 +199,7 @@ class LanguageSession(Threaded):
         return args, new
 
     def _runs_again(self, past: int) -> bool:
-        """Whether layers will run again in the backward pass, which they do without a cache."""
+        """Tell whether layers will run again in the backward pass, which they do without a cache."""
         self.inputs.purge()
         self.checkpoints.adopt()
         if not any(getattr(layer, CHECKPOINTED, False) for layer in self.layers):

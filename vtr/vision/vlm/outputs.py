@@ -40,7 +40,7 @@ class Exit:
         return spread(x, self._places)
 
     def shorten(self, x: Tensor, fill: Any = 0) -> Tensor:
-        """What is left of x (B, length, ...): (B, width, ...), ``fill`` at padding."""
+        """Shorten x (B, length, ...) to what is left, (B, width, ...), ``fill`` at padding."""
         return follow(x, self.layout.index, self.layout.valid, fill)
 
     def targets(self, labels: Tensor) -> Tensor:

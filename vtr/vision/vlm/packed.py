@@ -22,7 +22,7 @@ SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"
 
 
 class Form(NamedTuple):
-    """Where the parts of a tower are: its blocks, and the names of a block's first norm and attention."""
+    """The parts of a tower: its blocks, and the names of a block's first norm and attention."""
 
     blocks: nn.ModuleList
     norm: str
@@ -51,7 +51,7 @@ class PackedSession(Threaded):
     """Shows a method the tower's layers, one row per image (or frame), padded to the largest.
 
     Patches are in the order in which the merger reads them: 2 x 2 neighbours follow one another. Qwen2.5's
-    windows are undone. Attention signals are made from a layer's q and k over all patches of the image,
+    windows are undone. Attention signals are computed from a layer's q and k over all patches of the image,
     also in layers that attend within windows themselves. Nothing is cut here.
     """
 
@@ -184,7 +184,7 @@ class PackedQKV:
 
 
 def packed_info(session: PackedSession) -> ModelInfo:
-    """What :func:`vtr.vision.encoders.facts.encoder_info` says of other towers."""
+    """Facts of a packed tower, as :func:`vtr.vision.encoders.facts.encoder_info` gives them of others."""
     return ModelInfo(
         family="",
         depth={"encoder": len(session.blocks)},

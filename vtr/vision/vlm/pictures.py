@@ -135,7 +135,7 @@ class Patches(Pictures):
 
 
 class Shrunk:
-    """What a method made of the pictures of a call.
+    """The decisions of a method for the pictures of a call.
 
     Args:
         pictures: as they were given.
@@ -171,8 +171,8 @@ class Shrunk:
         extra, rest = divmod(total - sum(map(math.prod, made)), max(1, len(grids)))
         if rest or extra < 0:
             raise RuntimeError(
-                f"{total} visual tokens were made of {len(grids)} pictures with {made} of them: where "
-                "they belong is not understood"
+                f"{total} visual tokens were made of {len(grids)} pictures with {made} of them: their "
+                "places are not known"
             )
         parts: dict[Grid, tuple[Tensor, Tensor]] = {}
         index, moves = [], []
@@ -229,7 +229,7 @@ def _covers(grid: Grid, decision: Smaller | None) -> tuple[Tensor, Tensor]:
 
 
 class _Places:
-    """Which token of an output each visual token repeats.
+    """The token of an output that each visual token repeats.
 
     Args:
         index: (visual tokens,) int64.

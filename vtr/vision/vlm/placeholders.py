@@ -1,4 +1,4 @@
-"""Where a prompt has the placeholders that visual tokens replace."""
+"""Find the placeholders in a prompt that visual tokens replace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry of the language model: cuts that were made before it, in the pictures and in the towers."""
+"""The entry of the language model: cuts before it, in the pictures and in the towers."""
 
 from __future__ import annotations
 

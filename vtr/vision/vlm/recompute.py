@@ -1,6 +1,6 @@
 """Activation checkpointing of a language model: layers that run again in the backward pass.
 
-Cuts before and after a layer are made outside of what is checkpointed: the layer runs again with the
+Cuts before and after a layer are done outside of what is checkpointed: the layer runs again with the
 shorter sequence that it was given. (transformers before 5.24 checkpoints a layer's hooks as well: they are
 run before.) A cut between attention and MLP is part of it, and is repeated as the method chose it first.
 """
@@ -103,7 +103,7 @@ class LayerPass:
         call.inside = True
         try:
             output = self.block(*args)
-            # What is left is part of what the function returns, or reentrant checkpointing loses it.
+            # The tokens that are left are part of what the function returns, or reentrant checkpointing loses it.
             short = self.session.middle.halves(call, output)
         finally:
             call.inside = False
@@ -113,10 +113,10 @@ class LayerPass:
 def chosen(
     choose: Callable[[Tensor], Reduction | None], hidden: Tensor, name: str
 ) -> Reduction | None:
-    """What a method chooses inside of a layer that will run again, where its choice is repeated and not made.
+    """Ask a method for its choice inside of a layer that will run again, and then repeats the choice.
 
-    Its gradients are kept as they are made here: their tensors are none of those that the second run
-    makes anew. Reentrant checkpointing makes none here.
+    Its gradients are kept as they are computed here: their tensors are none of those that the second run
+    computes anew. Reentrant checkpointing computes none here.
 
     Args:
         choose: the method, given the hidden states that it sees.

@@ -1,4 +1,4 @@
-"""What a vision-language model refuses: options, methods, and methods for its videos."""
+"""Refuse options and methods that a vision-language model, or its videos, cannot take."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def check_options(owner: VLMWrapping, options: dict[str, Any]) -> None:
 def check_flash(owner: VLMWrapping, options: dict[str, Any]) -> None:
     """Refuse FlashAttention in the language model unless the caller asked for it.
 
-    What is given to it is right (no positions with gaps, which it reads as packed sequences), but
+    Its inputs are right (no positions with gaps, which it reads as packed sequences), but
     its results after a cut have never been compared on a GPU.
     """
     if owner.flash and not options.get("flash_attention"):
         name = attention_implementation(owner.lm)
         raise UnsupportedMethodError(
             f"the language model runs {name!r}, whose results after a cut have not been proven on "
-            "a GPU: call model.set_attn_implementation('sdpa') (it has flash kernels of its own), "
+            "a GPU: call model.set_attn_implementation('sdpa') (it has its own flash kernels), "
             "or pass flash_attention=True to use it all the same"
         )
 
@@ -49,7 +49,7 @@ def check_flash(owner: VLMWrapping, options: dict[str, Any]) -> None:
 def check_method(owner: VLMWrapping, method: Method) -> None:
     """Raise ``UnsupportedMethodError`` if a method acts where a model cannot be cut, and ``ValueError`` if
     nothing comes after its cut."""
-    # What a tower cuts is taken out of the prompt as well.
+    # Tokens that a tower cuts are taken out of the prompt as well.
     stages = method.stages(owner.info)
     shortens = any(stage.site != "encoder" or stage.cuts for stage in stages)
     odd = runs_otherwise(owner.layers[0]) or masks_otherwise()
@@ -85,7 +85,7 @@ def check_method(owner: VLMWrapping, method: Method) -> None:
 
 
 def takes_videos(owner: VLMWrapping, method: Method) -> bool:
-    """Whether a method that works on this model works for its videos, too."""
+    """Tell whether a method that works on this model works for its videos, too."""
     if not owner.family.pooled or (isinstance(method, TokenMethod) and method.rejoins):
         return True
     return not any(s.site == "encoder" and s.cuts for s in method.stages(owner.info))

@@ -1,4 +1,4 @@
-"""What methods see of the attention of a language model's layer."""
+"""Attention of a language model's layer, as methods see it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Seen:
-    """What enters a layer: ``hidden`` (B, L, C), rotary tables, and whether the layer has run since."""
+    """The input of a layer: ``hidden`` (B, L, C), rotary tables, and whether the layer has run since."""
 
     __slots__ = ("done", "hidden", "layer", "layout", "rope")
 

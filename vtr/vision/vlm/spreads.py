@@ -36,7 +36,7 @@ class Packing:
         self.rest = named
 
     def pieces(self) -> list[Piece]:
-        """What the images are made of: the base crop, then all crops with a newline after each row."""
+        """The parts of the images: the base crop, then all crops with a newline after each row."""
         blank = self(torch.zeros(sum(self.crops), self.patches, device="cpu"))
         out = []
         side = math.isqrt(self.patches)

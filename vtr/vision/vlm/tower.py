@@ -1,4 +1,4 @@
-"""How methods run inside the vision tower of a VLM."""
+"""Run methods inside the vision tower of a VLM."""
 
 from __future__ import annotations
 

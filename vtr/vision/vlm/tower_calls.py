@@ -25,7 +25,7 @@ class TowerCalls(Threaded):
     """Notes for each modality what becomes of the tower's tokens, and gives the tower smaller pictures.
 
     Attributes:
-        running: arguments of steps between tower and language model, while features are made; else None.
+        running: arguments of steps between tower and language model, while features are computed; else None.
         resizing: whether the tower is given pictures of another size.
     """
 
@@ -103,7 +103,7 @@ class TowerCalls(Threaded):
         return out
 
     def _shrunk(self, modality: str, given: dict[str, Any]) -> Shrunk | None:
-        """What a method decides for the pictures of a call, None if it leaves all of them."""
+        """Ask a method about the pictures of a call; None if it leaves all of them."""
         entry = entry_of(self.owner)
         pictures = (
             None if entry is None else self.owner.family.pictures(self.owner.inner, modality, given)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Held:
-    """What methods chose in the first call of a generate without a cache, whose calls all run the prompt.
+    """Choices of methods in the first call of a generate without a cache, whose calls all run the prompt.
 
     Args:
         shape: (samples, visual tokens) of the prompt.
@@ -40,7 +40,7 @@ class Held:
         if shape != self.shape:
             raise RuntimeError(
                 f"generate without a cache began with {self.shape[0]} samples of up to {self.shape[1]} "
-                f"visual tokens and goes on with {shape[0]} of up to {shape[1]}, for which nothing was "
+                f"visual tokens and continues with {shape[0]} of up to {shape[1]}, for which nothing was "
                 "chosen: use use_cache=True"
             )
 

@@ -1,4 +1,4 @@
-"""What a method sees when it is called at the prompt or in the decoder."""
+"""The site of a method at the prompt and in the decoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def language_site(
     call: LanguageCall, entry: Entry, name: str, layer: int, place: str, hidden: Tensor
 ) -> LanguageSite:
-    """What a method sees at a visit.
+    """Build the site that a method sees at a visit.
 
     Args:
         name: ``prompt`` or ``decoder``.

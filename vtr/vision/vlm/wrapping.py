@@ -58,14 +58,14 @@ class VLMWrapping(Wrapping):
 
     options = {"positions": None, "video": False, "flash_attention": False, "output": "aligned"}
 
-    # What the towers did for the coming call of the language model: generate lets a thread's towers run
+    # Record of the towers for the coming call of the language model: generate lets a thread's towers run
     # before the model, and other threads may come in between.
     captures = PerThread(make=Captures)
-    # What methods chose for a generate without a cache.
+    # Choices of methods for a generate without a cache.
     held = PerThread[Held | None]()
-    # A layer that the backward pass runs again: in a thread of its own on a GPU.
+    # A layer that the backward pass runs again, on a GPU in another thread.
     again = PerThread[LayerPass | None]()
-    # What this thread's call writes to; ``trace`` is that of the call that began last, in any thread.
+    # The trace that this thread's call writes to; ``trace`` is that of the call that began last, in any thread.
     tracing = PerThread[Trace](make=Trace)
     # Arguments of the model's call for the entry of the language model.
     forwarded = PerThread[dict[str, Any]](make=dict)
@@ -98,7 +98,7 @@ class VLMWrapping(Wrapping):
 
     @property
     def sliding(self) -> bool:
-        """Whether layers of the language model attend within a window."""
+        """Tell whether layers of the language model attend within a window."""
         config = self.lm.config
         types = getattr(config, "layer_types", None)
         if types is not None:
@@ -118,7 +118,7 @@ class VLMWrapping(Wrapping):
         return None if self.closed else float(self.layers[layer].self_attn.scaling)
 
     def compact(self, entry: Entry, site: str) -> bool:
-        """Whether a method's cut at a site numbers positions anew."""
+        """Tell whether a method's cut at a site numbers positions anew."""
         if self.mrope:
             return False
         chosen = entry.options.get("positions")
