@@ -31,6 +31,7 @@ FOLDERS = (
     "vtr/evaluate",
     "vtr/inspect",
     "vtr/kernels",
+    "vtr/testing",
     "vtr/train",
     "vtr/video",
     "vtr/vision",

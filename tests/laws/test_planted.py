@@ -154,7 +154,7 @@ class ForgetsPadding(Sound):
         (KeepsNoMore, "timm", "keep everything is the model"),
         (Unsorted, "timm", "not ascending"),
         (Twice, "timm", "ascending|one of them twice|own slot"),
-        (LosesMass, "timm", "stand for"),
+        (LosesMass, "timm", "the slots of sample 0 count"),
         (Remembers, "timm", "is broken|differ|otherwise"),
         (ForgetsPadding, "qwen2.5-vl", "padding"),
     ],

@@ -128,5 +128,5 @@ def _check_text(site: Any, weights: Tensor) -> None:
 
 
 def reduces(trial: Trial) -> bool:
-    """Whether the method computes something else than dense attention on this kind of model."""
+    """Return True if the method computes something else than dense attention on this kind of model."""
     return not torch.allclose(trial.reduced.out, trial.native, atol=DENSE, rtol=DENSE)

@@ -18,7 +18,7 @@ KEYS = ("some", "everything", "counted")
 
 
 class Settings(NamedTuple):
-    """What :func:`examples` found.
+    """The settings of one method that laws use.
 
     Attributes:
         some: settings that reduce.

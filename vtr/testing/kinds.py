@@ -20,7 +20,7 @@ Inputs = dict[str, Any]
 
 
 class SiteLayers(NamedTuple):
-    """Where the layers of a site are, and what in them sees the tokens.
+    """The layers of a site, and the modules in them that see the tokens.
 
     Attributes:
         path: end of the path of the list of layers (a regular expression).
@@ -69,7 +69,7 @@ class Kind:
 
     @property
     def installed(self) -> bool:
-        """Whether the library of the models is there."""
+        """True if the library of the models is installed."""
         return importlib.util.find_spec(self.library) is not None
 
     def build(self) -> Any:
@@ -88,7 +88,7 @@ class Kind:
 
     @functools.cached_property
     def native(self) -> Tensor:
-        """What that batch gets without a method."""
+        """The output of that batch without a method."""
         torch.manual_seed(7)
         with torch.no_grad():
             return self.call(self.model, self.whole)

@@ -1,4 +1,4 @@
-"""What is true of every token map, record and trace."""
+"""Checks that every token map, record and trace passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_map(map: TokenMap, valid: Tensor | None = None) -> None:
 
     Args:
         map: of B samples.
-        valid: (B, N_in) bool, False for padding in front of the map, which no slot may stand for; or None.
+        valid: (B, N_in) bool, False for padding in front of the map, which no slot may hold; or None.
 
     Raises:
         AssertionError: a sample, and what is wrong with it.
@@ -48,7 +48,7 @@ def check_mass(map: TokenMap) -> None:
         stands = sum(1 for slot in source if slot >= 0)
         require(
             sum(size) == stands,
-            f"the slots of sample {b} stand for {sum(size):g} tokens; {stands} of {map.n_in} went into one",
+            f"the slots of sample {b} count {sum(size):g} tokens; {stands} of {map.n_in} went into one",
         )
 
 

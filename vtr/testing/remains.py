@@ -1,4 +1,4 @@
-"""What a wrapped model must not be left with."""
+"""Traces of the package in a model, which must be gone after ``remove()``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ours(model: nn.Module) -> list[str]:
 
 
 class Facts:
-    """What a model consists of: state_dict keys, and the class and attributes of every module."""
+    """The parts of a model: state_dict keys, and the class and attributes of every module."""
 
     def __init__(self, model: nn.Module) -> None:
         self.keys = list(model.state_dict())
@@ -29,7 +29,7 @@ class Facts:
         self.ours = ours(model)
 
     def state(self) -> tuple[Any, ...]:
-        """What a method that is applied must leave alone."""
+        """Return the facts that an applied method must leave alone."""
         return self.keys, self.classes
 
     def new(self, before: Facts) -> str:

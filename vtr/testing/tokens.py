@@ -130,7 +130,7 @@ def _same_choice(trial: Trial, found: Any, b: int, wanted: Any, what: str, row: 
 
 
 def reduces(trial: Trial) -> bool:
-    """Whether the method does something on this kind of model."""
+    """Return True if the method does something on this kind of model."""
     return bool(trial.reduced.trace.stages)
 
 
@@ -171,7 +171,7 @@ def truth(trial: Trial) -> None:
 
 @contextlib.contextmanager
 def _counting(trial: Trial) -> Iterator[dict[tuple[str, int, int], int]]:
-    """What the halves of the layers get, by (site, half, layer): the columns of their input."""
+    """Count what the halves of the layers get, by (site, half, layer): the columns of their input."""
     kind, seen, hooks = trial.kind, {}, []
 
     def count_at(key: tuple[str, int, int]) -> Any:

@@ -21,7 +21,7 @@ from vtr.testing.kinds import Inputs, Kind
 
 @dataclass(frozen=True)
 class Ran:
-    """What a call gave: one row per sample, and the trace."""
+    """The result of a call: one row per sample, and the trace."""
 
     out: Tensor
     trace: Trace
@@ -69,7 +69,7 @@ class Trial:
 
     @property
     def native(self) -> Tensor:
-        """What the batch gets without a method."""
+        """The output of the batch without a method."""
         return self.kind.native
 
     @property
@@ -78,12 +78,12 @@ class Trial:
 
     @functools.cached_property
     def reduced(self) -> Ran:
-        """What the batch gets under the method."""
+        """The result of the batch under the method."""
         return self.run(self.method, self.batch)
 
     @functools.cached_property
     def alone(self) -> list[Ran]:
-        """What each sample gets alone under the method."""
+        """The result of each sample alone under the method."""
         return [self.run(self.method, sample) for sample in self.kind.samples]
 
     def own(self, trace: Trace) -> list[StageRecord]:
@@ -131,7 +131,7 @@ def kept(record: StageRecord, sample: int) -> list[int]:
 
 
 class Interruption(RuntimeError):
-    """What a law raises inside a model."""
+    """Raised by a law inside a model."""
 
 
 def instead(method: Method, name: str, value: Callable[..., Any]) -> Method:
