@@ -55,8 +55,8 @@ def markdown(results: Sequence[ClipsResult], questions: int) -> str:
         "prefill; FrameFusion merges inside layers, so that its tokens, counted at the entry of a layer, "
         "are more than its cost. Whole frames and EVS, which keeps the first frame, cannot go below 36 "
         "tokens: at 10 % EVS knows little but the first second. HoliTom, PruneVid and DyCoke are shown "
-        "with their cut before the language model alone, and with the later one on top. The model was "
-        "trained with random subsets of tokens, with merged tokens never. By kind of question:",
+        "with only their cut before the language model, and with the later cut as well. The model was "
+        "trained with random subsets of tokens, never with merged tokens. By kind of question:",
         "",
         "| method | tokens | " + " | ".join(KINDS) + " | FLOPs |",
         "| --- | ---: |" + " ---: |" * (len(KINDS) + 1),

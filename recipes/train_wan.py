@@ -42,7 +42,7 @@ Size = tuple[int, int, int]  # frames, height, width
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the run.
+    """A stage of the training run.
 
     Attributes:
         steps: optimiser steps.

@@ -85,18 +85,18 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         "- *density*: live key blocks in the sparse calls; *work*: all attention of a run, dense steps "
         "included, against dense. *PSNR*: to the dense videos, in dB.",
         "- *s per video*: processor time. At 640 tokens attention is a small part of the work and "
-        "blocks of 16 are too small to be fast, so that nothing is saved here; `docs/kernels.md` has "
+        "blocks of 16 are too small to be fast, so no time is saved here; `docs/kernels.md` has "
         "the speed of the kernels at real sizes.",
         "- *radial*: at half density `RadialAttention(decay=0.05, sink=False)`, the least that its "
         "formula keeps of five frames; below that, the nearest blocks in its order (rows apart times "
-        "two to the power of frames apart), which is no published setting.",
-        "- *Re-ttention of it*: `Rettention(mask=...)` with the mask above it, measured anew at the first "
-        "step after the dense ones and at every fifth from there; such a step computes the dense and the "
-        "sparse attention both (see *work*).",
-        "- *rectified* chooses its blocks by pooled scores; *its bare mask* leaves the rectification "
-        "out. *top of the dense map* keeps, for every head and query block, the key blocks with the "
-        "most attention, which it takes the dense map to find.",
-        "- *own frame*: the nearest rows of the own frame; a fifth of all is the whole frame.",
+        "two to the power of frames apart), which is not a published setting.",
+        "- *Re-ttention of it*: `Rettention(mask=...)` with the mask of the row above, measured again at the "
+        "first step after the dense ones and at every fifth from there; such a step computes both the dense "
+        "and the sparse attention (see *work*).",
+        "- *rectified* chooses its blocks by pooled scores; *its bare mask* leaves out the "
+        "rectification. *top of the dense map* keeps, for every head and query block, the key blocks with "
+        "the most attention; finding them needs the dense map.",
+        "- *own frame*: the nearest rows of the same frame; a fifth of all is the whole frame.",
         "",
         "![contact sheet](diffusion-digits.png)",
         "",

@@ -27,9 +27,9 @@ MethodLike = Method | str | dict[str, Any]
 
 
 class Handle:
-    """What :func:`apply` returns. Use it as a context manager, or call :meth:`remove`.
+    """Result of :func:`apply`. Use it as a context manager, or call :meth:`remove`.
 
-    Pause, resume and remove while no thread is inside the model: its patches come and go with them.
+    Pause, resume and remove only while no thread is inside the model: they set and remove its patches.
     """
 
     def __init__(self, target: Any, wrapping: Wrapping, entries: Sequence[Entry]) -> None:
@@ -97,7 +97,7 @@ class Handle:
 
     @property
     def trace(self) -> Trace:
-        """What the last call did; of several threads, that of the one that began last."""
+        """The record of the last call; with several threads, of the call that began last."""
         return self._wrapping.trace
 
     @property
@@ -208,8 +208,8 @@ def handles(target: Any) -> list[Handle]:
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a method works on a model: ``name``, ``supported``, ``reason`` (why not), and ``note``: what it
-    works for, if not for all that the model takes."""
+    """Support of a method by a model: ``name``, ``supported``, ``reason`` (why not), and ``note``: the
+    inputs for which it works, if not for all."""
 
     name: str
     supported: bool

@@ -1,4 +1,4 @@
-"""``vtr demo diffusion``: videos with all of the attention beside some with a part."""
+"""``vtr demo diffusion``: videos with dense and with sparse attention, side by side."""
 
 from __future__ import annotations
 

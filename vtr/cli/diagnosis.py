@@ -14,13 +14,13 @@ GOOD, ABSENT, UNTESTED, BROKEN = "ok", "not here", "not tested", "broken"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
         name: a library, a device, a backend.
         status: ``"ok"``; ``"not here"`` (something optional); ``"not tested"`` (a version that the
             tests have not run on); ``"broken"``.
-        detail: versions, sizes, errors, and what to do.
+        detail: versions, sizes, errors, and advice.
     """
 
     name: str

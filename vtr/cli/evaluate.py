@@ -66,9 +66,7 @@ def evaluate(
     ] = None,
     by_difficulty: Annotated[
         bool,
-        typer.Option(
-            help="scores on questions that a smaller picture is enough for, and on others"
-        ),
+        typer.Option(help="separate scores for questions that a smaller picture is enough for"),
     ] = False,
     dense: Annotated[bool, typer.Option(help="run the dense model too")] = True,
     retry_errors: Annotated[bool, typer.Option(help="ask again if a sample raised")] = False,
@@ -77,7 +75,7 @@ def evaluate(
         list[Path] | None, typer.Option(help="folder with tasks of your own (repeat for several)")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="fail unless so many processes take part")
+        int | None, typer.Option(min=1, help="fail unless this many processes take part")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="print what would run, and end")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,

@@ -1,1 +1,1 @@
-"""What everything else builds on: tokens, budgets, sites, methods, and the life of a wrapped model."""
+"""The parts that all others use: tokens, budgets, sites, methods, and the life of a wrapped model."""

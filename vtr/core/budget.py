@@ -1,6 +1,6 @@
-"""How much is kept: budgets (one number) and schedules (one number per stage).
+"""The number of tokens that are kept: budgets (one number) and schedules (one number per stage).
 
-``keep`` means the same everywhere: an ``int`` is a number of visual tokens per image, a ``float`` in
+``keep`` is a budget: an ``int`` is a number of visual tokens per image, a ``float`` in
 (0, 1] a fraction of them. ``keep=1`` is one token, ``keep=1.0`` is all of them.
 """
 
@@ -101,7 +101,7 @@ def spread(keep: Keep | Sequence[Keep], stages: int, n: int, name: str = "keep")
     """Counts after each stage: a sequence is taken as given, one number is reached geometrically.
 
     ``n`` is the number of tokens before the first stage; every entry refers to it. Raises
-    ``ValueError`` where the sequence's length differs from ``stages`` or where it grows.
+    ``ValueError`` if the sequence's length differs from ``stages``, or if it grows.
     """
     if isinstance(keep, Sequence):
         if len(keep) != stages:

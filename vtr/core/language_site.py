@@ -1,4 +1,4 @@
-"""What a method may look at in a vision-language model: its images and videos, its text, its cache."""
+"""The view of a method on a vision-language model: its images and videos, its text, its cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class View(NamedTuple):
     Attributes:
         name: for titles.
         grid: (rows, columns) of it, or of each tile.
-        start, stride: where its tokens stand.
+        start, stride: place of its tokens.
         tiles: number of tiles.
         raster: whether they show the whole image together, row by row of tiles. How many make a row is
             decided by processors from the image's size, and models are not told.
@@ -42,12 +42,12 @@ class VisualSpan(NamedTuple):
     Attributes:
         start, length: its span among the sample's visual tokens at the entry of the language model.
         kind: ``"image"`` or ``"video"``.
-        frames: number of its frames; 1 for an image. What the model makes of several frames together
-            counts as one (Qwen's temporal patches of two). 0 where the structure is not known.
-        grid: (rows, columns) of each frame, None where it is no plain grid (packed crops).
-        times: seconds of each frame in the video, where the model is told them; else None.
-        views: for an image without a grid, parts of it that have one (its base crop, its crops put
-            together, tiles, a thumbnail).
+        frames: number of its frames; 1 for an image. Several frames that the model joins to one set of
+            tokens count as one (Qwen's temporal patches of two). 0 if the structure is not known.
+        grid: (rows, columns) of each frame, None if it is no plain grid (packed crops).
+        times: seconds of each frame in the video, if the model gets them; else None.
+        views: for an image without a grid, parts of it that have one (its base crop, its joined crops,
+            tiles, a thumbnail).
     """
 
     start: int
@@ -60,7 +60,7 @@ class VisualSpan(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Where and when the visual tokens of a prompt are, as :class:`LanguageSite` explains.
+    """Place and time of the visual tokens of a prompt, as :class:`LanguageSite` explains.
 
     Attributes:
         frame, place, video: (B, N) int64 over the visual tokens at the entry of the language model.
@@ -197,14 +197,14 @@ class LanguageSite(Site):
     def spread(self, scores: Tensor, newline: float | None = None) -> Tensor:
         """Scores of the encoder's tokens at the visual tokens here.
 
-        The scores take the way of the features: crops are put together, padding is cut off, a
-        visual token made of several patches gets their mean.
+        The scores are treated like the features: crops are joined, padding is cut off, a
+        visual token built from several patches gets their mean.
 
         Args:
             scores: (crops, patches), without prefix tokens, in the order of the encoder's batch; or
                 features (crops, patches, D), for which ``newline`` is given.
-            newline: score of separator tokens, which no patch stands behind. None is the lowest
-                score of the sample, so that they go first and a budget counts image content;
+            newline: score of separator tokens, which have no patch. None is the lowest
+                score of the sample, so that they are dropped first and a budget counts image content;
                 ``inf`` keeps them always.
 
         Returns:
@@ -273,13 +273,13 @@ class LanguageSite(Site):
 
 
 class CacheSite(LanguageSite):
-    """What a method sees of a cache. ``hidden`` is empty (B, N, 0): N are the visual tokens that are left
-    in the last layer after the prompt, and ``map`` leads to them from those of the prompt.
+    """The view of a method on a cache. ``hidden`` is empty (B, N, 0): N are the visual tokens that are
+    left in the last layer after the prompt, and ``map`` leads to them from those of the prompt.
 
     Attributes:
         step: 0 after the prompt, then the number of the decoding step.
         kept: (B, K) int64, the tokens chosen last, indices into N, -1 for padding; None at step 0.
-        state: a dict of the method's own that lives as long as the cache.
+        state: the method's own dict, which is kept as long as the cache.
 
     :attr:`entry`, :attr:`frame`, :attr:`place`, :attr:`video` and :attr:`videos` are known at step 0 only.
     """

@@ -30,7 +30,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 """The places of a layer at which a method can visit each site; the first is the default.
 
 - ``image``: in front of the patches; the cut is a smaller picture.
-- ``encoder``: in the ``middle`` of a block, between attention and MLP, or at its ``end``, its output. Where a
+- ``encoder``: in the ``middle`` of a block, between attention and MLP, or at its ``end``, its output. If a
   block cannot be opened, the middle is the end.
 - ``prompt``: the entry of a language model.
 - ``decoder``: at the ``start`` of a layer of a language model (its input, with the q, k, v that it will
@@ -72,13 +72,13 @@ class Stage(_Visit):
 
 
 class Reduction(NamedTuple):
-    """What :meth:`TokenMethod.reduce` decided.
+    """The decision of :meth:`TokenMethod.reduce`.
 
     Attributes:
-        map: from the tokens of the site to those that go on.
+        map: from the tokens of the site to those that are kept.
         weights: (B, N_in) merge weights; None means that tokens are gathered, not merged.
         normalize: weighted mean (True) or weighted sum (False).
-        tokens: (B, N_out, C), the new hidden states, if the method made them itself.
+        tokens: (B, N_out, C), the new hidden states, if the method computed them itself.
         absolute: the map starts at the model's input instead of the tokens here (freezing, where
             tokens come back); needs ``tokens``.
         policy: (B, N) weights in [0, 1] of the tokens as keys in the following layers, for training:
@@ -192,7 +192,7 @@ class Method:
         )
 
     def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
-        """:attr:`needs`, where it depends on the options or the model."""
+        """Return :attr:`needs`, if it depends on the options or the model."""
         return self.needs
 
     def replace(self, **changes: Any) -> Method:

@@ -4,12 +4,12 @@ By then the model may have been called again, with other images, lengths or step
 several calls, or two losses and one backward pass). Two ways lead back to the call:
 
 - :class:`Again` goes in place of the function that a library gives to its checkpointing function. It is
-  made once per call and block, so that whatever it remembers is of that call (transformers, diffusers).
-- :class:`Inputs` knows a block's input again by its storage, where nothing can be put in between (timm,
+  created once per call and block, so that everything it remembers is of that call (transformers, diffusers).
+- :class:`Inputs` recognises a block's input by its storage, if no function can be put in between (timm,
   open_clip, ``torch.utils.checkpoint`` and ``checkpoint_wrapper`` by the caller).
 
-What is to be repeated is the owner's business: a snapshot of its state at the block's entry
-(:func:`copied`), and the cuts that were made inside (:func:`repeated`).
+The owner decides what is repeated: a snapshot of its state at the block's entry
+(:func:`copied`), and the cuts inside the block (:func:`repeated`).
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Guard:
 
 
 class Owner(Protocol):
-    """What :class:`Again` needs to know of whom it repeats a call for."""
+    """The owner of a call that :class:`Again` repeats."""
 
     def facts(self) -> Any:
-        """What belongs to the running call, as it is now."""
+        """Return the state of the running call, as it is now."""
 
     def repeating(self, facts: Any) -> AbstractContextManager[Any]:
         """Put these facts in place, and back what was there."""
@@ -128,13 +128,13 @@ class Inputs:
             self._notes[reference.cdata, block] = (reference, value)
 
     def find(self, x: Tensor, block: Hashable) -> Any:
-        """What was noted of the input of which ``x`` is a view or a detached copy; None if nothing was."""
+        """Find the note on the input of which ``x`` is a view or a detached copy; None without one."""
         reference = storage(x)
         found = None if reference is None else self._notes.get((reference.cdata, block))
         return None if found is None or found[0].expired() else found[1]
 
     def values(self) -> list[Any]:
-        """What was noted, once each."""
+        """List the notes, once each."""
         return list({id(value): value for _, value in list(self._notes.values())}.values())
 
     def purge(self) -> None:
@@ -167,11 +167,11 @@ def copied(value: Any) -> Any:
 def repeated(
     method: str, reduction: Reduction | None, first: TokenMap | None, sizes: Tensor
 ) -> Reduction | None:
-    """The reduction of a second pass with the cut that was made in the first one.
+    """Give the reduction of a second pass the cut of the first one.
 
-    A second pass may choose otherwise: random numbers that were not kept
-    (``preserve_rng_state=False``), or kernels that do not always round alike. What is gathered, or
-    averaged by size, are then still the tokens of the first pass.
+    A second pass may choose differently: random numbers that were not kept
+    (``preserve_rng_state=False``), or kernels that do not always round alike. The tokens of the first
+    pass are then still gathered, or averaged by size.
 
     Args:
         method: for the message.
@@ -180,7 +180,7 @@ def repeated(
         sizes: of the tokens here; weights that are these do not depend on the choice.
 
     Raises:
-        RuntimeError: they differ, and the weights or tokens that the method made belong to its own map.
+        RuntimeError: they differ, and the method's weights or tokens belong to its own map.
     """
     made = None if reduction is None else reduction.map
     if reduction is None or made is None or first is None:

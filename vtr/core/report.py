@@ -22,7 +22,7 @@ class Report:
         stages: one dict per reduction (site, layer, method, tokens_in, tokens_out).
         flops: per part of the model, ``(dense, reduced)`` FLOPs (two per multiply-add), from the
             layers' own shapes and the tokens that went through them.
-        kv_bytes: ``(dense, reduced)`` bytes of the KV cache, or None where there is none.
+        kv_bytes: ``(dense, reduced)`` bytes of the KV cache, or None without a cache.
     """
 
     methods: tuple[str, ...]
@@ -100,7 +100,7 @@ class Report:
 
 
 def as_text(shown: Any, width: int = 120) -> str:
-    """What a rich console shows, for ``print``: no colours, at most ``width`` columns."""
+    """Render a table as a rich console does, for ``print``: no colours, at most ``width`` columns."""
     from io import StringIO
 
     from rich.console import Console

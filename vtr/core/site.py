@@ -1,4 +1,4 @@
-"""What a method may look at: a :class:`Site` shows one place of one model during one call.
+"""The view of a method: a :class:`Site` shows one place of one model during one call.
 
 Nothing is computed before a method asks. Attention is only ever computed for a few query rows, or
 in chunks of rows: the N x N map is never materialised for a score.
@@ -29,7 +29,7 @@ SIGNALS: dict[str, frozenset[str]] = {
     "attention": frozenset({"qkv", "frames"}),
     "block": frozenset({"hidden"}),
 }
-"""What each site can show; a model shows those in ``info.signals``, and a method asks for them in ``needs``.
+"""The signals of each site; a model shows those in ``info.signals``, and a method asks for them in ``needs``.
 
 ``hidden``: the hidden states. ``pixels``: :attr:`Site.pixels`. ``queries``, ``keys``, ``values``, ``qkv``: those of
 the layer's attention. ``cls_attention``, ``attention_received``, ``pooling``: the methods of :class:`Site` of these
@@ -40,7 +40,7 @@ of :class:`CacheSite`. ``frames``: the tokens have a time axis of several frames
 
 
 def rows_at_once(batch: int) -> int:
-    """How many query rows of every sample are made at a time.
+    """Choose the number of query rows of every sample that are computed at a time.
 
     256, and fewer with more than 16 samples (the frames of a video), so that the rows of all samples
     together are 4096 at most, or one of each sample.
@@ -59,7 +59,7 @@ class LanguageSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a method may know of the model before a call.
+    """The facts of a model that a method may know before a call.
 
     Attributes:
         family: name of the adapter's family, for messages.
@@ -67,7 +67,7 @@ class ModelInfo:
         signals: names of the signals per site.
         prefix: number of protected tokens in front (CLS, distillation, registers).
         has_cls: whether the first token is a class token.
-        dim, heads: width and number of heads of the encoder (None where there is none).
+        dim, heads: width and number of heads of the encoder (None without an encoder).
         tokens: visual tokens per image at the model's own resolution, if fixed.
         last_layer: 0-based encoder layer whose output the model uses (the projector's input in a
             vision-language model); by default the last one.
@@ -77,7 +77,7 @@ class ModelInfo:
         language: sizes of the language model, None without one.
         experts: number of a diffusion pipeline's transformers.
         head_dim: channels per head of a diffusion transformer.
-        closed: sites that the model could have had, with the reason why it has not.
+        closed: sites that methods cannot use in this model, with the reason.
     """
 
     family: str
@@ -106,17 +106,17 @@ class Site:
     """One place of the model during one call. All tensors hold visual tokens only.
 
     Attributes:
-        site, layer: where this is.
+        site, layer: the place in the model.
         info: the model.
         hidden: (B, N, C) hidden states of the visual tokens here (after the attention residual at
             the ``middle`` of an encoder block, the block's output at its ``end``; C is 0 at the site
-            ``image``, where there are none yet).
+            ``image``, which has no features yet).
         n, batch, device: sizes.
         map: TokenMap from the tokens of the model's input to the tokens here.
-        size: (B, N) float32, how many input tokens each one stands for.
+        size: (B, N) float32, number of input tokens in each one.
         valid: (B, N) bool or None (all), False for padding.
         grid: (height, width) of the model's input in tokens, or None.
-        memory: a dict of this method's own for this call, shared by all its stages.
+        memory: this method's own dict for this call, shared by all its stages.
         training: whether the model is in training mode.
         modules: the learned modules of this method, or None.
         keys_of: (features (B, M, C) at the layer's input, their indices (B, M) in the model's input)
@@ -216,7 +216,7 @@ class Site:
                 stage, reached by one ratio per stage.
 
         Returns:
-            One number for all samples, or (B,) int64 if the samples have budgets of their own.
+            One number for all samples, or (B,) int64 if the samples have separate budgets.
         """
         return min(spread(keep, stages, self.map.n_in)[stage], self.n)
 
@@ -261,15 +261,15 @@ class Site:
         return attention_rows(queries, self.qkv[1], scale=self.scale, bias=bias)
 
     def mask_rows(self, rows: Tensor, index: Tensor | None = None) -> Tensor | None:
-        """What the layer's attention adds to the logits of some rows: relative positions, or a mask of
-        the caller's.
+        """Return what the layer's attention adds to the logits of some rows: relative positions, or the
+        caller's mask.
 
         Args:
             rows: (B, R) int64, the queries' places in the model's input, prefix included.
             index: (B, M) int64, visual tokens of the input as keys behind the prefix; None is those here.
 
         Returns:
-            (B, H or 1, R, prefix + M) float32, -inf where a key is not seen; None where nothing is added.
+            (B, H or 1, R, prefix + M) float32, -inf for a key that is not seen; None if nothing is added.
         """
         mask = None if self._make_mask is None else self._make_mask()
         if mask is None:
@@ -293,7 +293,7 @@ class Site:
 
     @property
     def padding_bias(self) -> Tensor | None:
-        """(B, prefix + N) float32, -inf for padding, or None where there is none."""
+        """Return (B, prefix + N) float32, -inf for padding, or None without padding."""
         if self.valid is None:
             return None
         mask = torch.zeros(self.batch, self.n, device=self.device).masked_fill(
@@ -336,7 +336,7 @@ class Site:
         return total / number.clamp(min=1)
 
     def pooling(self) -> tuple[Tensor, Tensor]:
-        """What the pooling head of a tower makes of the visual tokens (SigLIP's probe).
+        """Run the pooling head of a tower on the visual tokens (SigLIP's probe).
 
         Returns:
             its attention to them, mean over heads, (B, N) float32, and its output (B, C).

@@ -16,9 +16,9 @@ class TokenMap:
     Attributes:
         source: (B, N_in) int64, the slot that each input token went to, -1 if it was dropped (or is
             only frozen).
-        kept: (B, N_out) int64, for each slot the input token that it stands for (a merged slot: its
+        kept: (B, N_out) int64, for each slot the input token that it holds (a merged slot: its
             representative), -1 for padding. Padding comes last.
-        size: (B, N_out) float32, how many input tokens the slot stands for, 0 for padding.
+        size: (B, N_out) float32, number of input tokens in the slot, 0 for padding.
         frozen: (B, N_in) bool or None, tokens that are not computed but keep their place.
         has_padding: whether ``kept`` may hold -1 (known on the host, so that nothing has to ask the device).
     """

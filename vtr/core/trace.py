@@ -1,4 +1,4 @@
-"""What the last call of a wrapped model did."""
+"""The record of the last call of a wrapped model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class StageRecord:
 
     Attributes:
         site: ``image``, ``encoder``, ``projector``, ``prompt``, ``decoder``, ``cache`` or ``block``.
-        layer: 0-based layer after (or inside) which the cut was made.
+        layer: 0-based layer of the cut (after it or inside it).
         method: name of the method.
         tokens_in, tokens_out: visual tokens before and after (per sample; the largest of the batch).
         map: from the tokens before this stage to those after it.
         total: from the tokens of the model's input to those after this stage.
         grid: (height, width) or (frames, height, width) of the model's input in tokens, if known.
-        grids: the same per sample where samples may differ (vision-language models: None for a
-            sample without exactly one image), or None where ``grid`` holds for all.
-        frames: where and when each visual token of the prompt is (vision-language models), or None.
+        grids: the same per sample if samples may differ (vision-language models: None for a
+            sample without exactly one image), or None if ``grid`` is that of all.
+        frames: place and time of each visual token of the prompt (vision-language models), or None.
     """
 
     site: str

@@ -1,1 +1,1 @@
-"""Measuring what a method costs in accuracy: the built-in benchmarks."""
+"""Evaluation of methods: accuracy and cost on benchmarks, and the built-in benchmarks."""

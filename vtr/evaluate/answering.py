@@ -1,4 +1,4 @@
-"""Answers of a wrapped model to prompts, with what each of them cost."""
+"""Answers of a wrapped model to prompts, with the cost of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vtr.inspect.flops import cache_bytes, count_flops
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A sample to answer: where the answer goes, what it belongs to, and the prompt."""
+    """A sample to answer: the place of its answer, its identity, and the prompt."""
 
     slot: int
     task: str
@@ -35,7 +35,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a dense prefill of one sample: FLOPs of the whole model, bytes of its cache."""
+    """Cost of a dense prefill of one sample: FLOPs of the whole model, bytes of its cache."""
 
     flops: float
     kv: float
@@ -92,7 +92,7 @@ class Answerer:
     def answers(
         self, works: Sequence[Work], cell: Cell
     ) -> Iterator[list[tuple[Work, StoredAnswer]]]:
-        """Answer all, a batch at a time; what a batch made is to be stored before the next begins."""
+        """Answer all, a batch at a time; store each batch before the next begins."""
         groups: dict[tuple[Any, ...], list[Work]] = {}
         for work in works:
             p = work.prompt
@@ -137,7 +137,7 @@ class Answerer:
     # ---- one call ---------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """The processor's inputs on the model's device."""
+        """Compute the processor's inputs on the model's device."""
         from vtr.evaluate.videos import load_videos
 
         texts = [
@@ -288,17 +288,17 @@ def _saved(handle: Any) -> Cost:
 
 
 def explain(error: BaseException) -> str:
-    """An exception in one line."""
+    """Format an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _number(*parts: Any) -> int:
-    """A seed from anything."""
+    """Derive a seed from any values."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds of wall time; with one thread on the CPU, the processor's time for this process.
+    """Measure seconds of wall time; with one thread on the CPU, the processor's time for this process.
 
     The two are the same on an idle machine, and the second is not disturbed by other programs.
     """

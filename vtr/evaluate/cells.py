@@ -1,4 +1,4 @@
-"""Cells of a sweep: which methods with which budgets and seeds."""
+"""Cells of a sweep: methods with budgets and seeds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Cell:
         return " + ".join(map(title, self.methods)) or "dense"
 
     def draw(self, doc: int) -> tuple[Method, ...]:
-        """The methods for one sample, with the seed that is the sample's own."""
+        """Return the methods for one sample, with the sample's own seed."""
         if self.seed is None:
             return self.methods
         return tuple(
@@ -54,7 +54,7 @@ class Cell:
 
 
 def spelled(method: Method) -> str:
-    """A method with its budget and with those options that differ from their defaults."""
+    """Write a method with its budget and the options that differ from their defaults."""
     shown = []
     for f in dataclasses.fields(method):
         value = getattr(method, f.name)
@@ -224,7 +224,7 @@ def sweep(
 
 
 def all_methods(model: Any) -> list[tuple[Method, ...]]:
-    """Every registered method with a budget that works on a vision-language model without training."""
+    """List registered methods with a budget that work on a vision-language model without training."""
     from vtr import api
 
     out: list[tuple[Method, ...]] = []

@@ -37,7 +37,7 @@ TOKENS = 289
 
 @dataclass(frozen=True)
 class RandomFrames(TokenMethod):
-    """Baseline: whole frames drawn by chance, as many as :class:`vtr.UniformFrames` would keep.
+    """Baseline of whole frames drawn by chance, as many as :class:`vtr.UniformFrames` would keep.
 
     Drawn per sample from torch's global generator; prompts with one video. Separators stay.
 
@@ -69,11 +69,11 @@ class RandomFrames(TokenMethod):
 
 
 def methods_at(share: float) -> dict[str, Method]:
-    """Every method for video, with a share of the tokens left, under the name that tables show.
+    """Create every method for video, with a share of the tokens left, under the name that tables show.
 
-    HoliTom and PruneVid are there with their cut at the entry of the language model alone, and with
-    the one inside it, which comes on top; so is DyCoke with its cut of the cache while it answers. DyCoke
-    keeps a quarter of the frames whole, so that it cannot go below; at a quarter it keeps one token of
+    HoliTom and PruneVid appear with only their cut at the entry of the language model, and with
+    the additional cut inside it; DyCoke appears without and with its cut of the cache. DyCoke
+    keeps a quarter of the frames whole, so that it cannot keep less; at a quarter it keeps one token of
     each other frame.
     """
     per_frame: int | float = (4 * share - 1) / 3 if share > 0.25 else 1
@@ -99,12 +99,12 @@ def methods_at(share: float) -> dict[str, Method]:
 
 @dataclass(frozen=True)
 class ClipsResult:
-    """One configuration.
+    """Result of one configuration.
 
     Attributes:
         name: of the method; ``dense`` for the bare model.
         method: with its settings.
-        share: of the visual tokens that was asked for.
+        share: the budget, as a share of the visual tokens.
         tokens: visual tokens, mean over the layers of the language model, of the last batch.
         accuracy: share of whole, freely generated answers that are right.
         kinds: the same per kind of question.
@@ -130,7 +130,7 @@ def measure(
     method: Method | None,
     share: float = 1.0,
 ) -> ClipsResult:
-    """One configuration on samples; positions of tokens are kept, whatever the paper's default."""
+    """Measure one configuration on samples; positions of tokens are kept, even if the paper renumbers."""
     start = time.perf_counter()
     torch.manual_seed(0)
     applied = nullcontext() if method is None else apply(model, method, positions="original")
@@ -157,7 +157,7 @@ def evaluate(
     report: Callable[[list[ClipsResult]], None] = lambda results: None,
     progress: bool = False,
 ) -> list[ClipsResult]:
-    """Dense, then every method at every share.
+    """Measure the dense model, then every method at every share.
 
     Args:
         known: results that need not be measured again.

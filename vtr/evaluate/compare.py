@@ -1,4 +1,4 @@
-"""The papers' numbers beside ours, one table for each family of numbers that belong together.
+"""Comparison of the papers' numbers with ours, one table for each group of comparable numbers.
 
 Papers on LLaVA-1.5 copy each other's rows in two lineages that do not agree with one another (other
 token counts, another MME, other runs of the same methods). Rows of different tables are never put
@@ -139,10 +139,10 @@ class Comparison:
     """One published table with our rows.
 
     Attributes:
-        table: what was published.
-        columns: those that both have, or all of the table where we have none.
+        table: the published table.
+        columns: those that both have, or all of the table if we have none of them.
         ours: our rows, with the scores in the units of the columns.
-        remarks: where the two differ by construction.
+        remarks: differences of the two by construction.
     """
 
     table: PublishedTable
@@ -155,7 +155,7 @@ class Comparison:
         return f"{self.table.model}, {self.table.family}"
 
     def grid(self) -> list[list[str]]:
-        """Heading and rows as text: what was published, then ours."""
+        """Format heading and rows as text: the published ones, then ours."""
         head = ["who", "method", "tokens", *self.columns, "avg", "source"]
         out = [head]
         for row in self.table.rows:
@@ -225,12 +225,12 @@ def matching(model: str) -> list[PublishedTable]:
 
 
 def compared(results: Results) -> list[Comparison]:
-    """Our results beside every published table of the model, each by itself."""
+    """Put our results beside every published table of the model, one by one."""
     return [beside(table, results) for table in matching(results.model)]
 
 
 def beside(table: PublishedTable, results: Results) -> Comparison:
-    """Our results beside one published table."""
+    """Put our results beside one published table."""
     by_method: dict[str, list[Outcome]] = {}
     for outcome in results.outcomes:
         if not outcome.failure:

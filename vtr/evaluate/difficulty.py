@@ -1,8 +1,8 @@
-"""Scores on easy and on difficult questions, told apart by what a smaller picture is enough for.
+"""Scores on easy and on difficult questions; easy ones can be answered from a smaller picture.
 
 VTC-Bench (arXiv 2510.07143): most questions of common benchmarks are answered as well from a smaller
-picture, so that they say little about a method. Of the questions that the dense model answers rightly,
-those that it also answers rightly from a picture with as many tokens as the method keeps
+picture, so that they say little about a method. Of the questions that the dense model answers correctly,
+those that it also answers correctly from a picture with as many tokens as the method keeps
 (:class:`vtr.Downsample`) are *easy*, the others are *difficult*. Questions that the dense model gets wrong
 are in neither group, as in the authors' released code.
 """
@@ -51,10 +51,10 @@ class Split:
     """The questions of one task at one budget.
 
     Attributes:
-        task, keep: which.
+        task, keep: the task and the budget.
         sizes: number of easy and of difficult questions.
         left_out: questions that the dense model answers wrongly.
-        scores: per method the share of right answers in each group, None where the group is empty.
+        scores: per method the share of right answers in each group, None for an empty group.
     """
 
     task: str
@@ -70,7 +70,7 @@ class ByDifficulty:
 
     Attributes:
         splits: by budget and task, in the order of the sweep.
-        remarks: what could not be split, and why.
+        remarks: tasks and methods that could not be split, with the reason.
     """
 
     splits: tuple[Split, ...]
@@ -184,7 +184,7 @@ class ByDifficulty:
 
 
 def with_downsample(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells of a sweep with what its split needs: the smaller picture at each of its budgets.
+    """Add the cells that a split needs to those of a sweep: the smaller picture at each budget.
 
     Raises:
         ValueError: the dense model is not among them, or no method has one budget.
@@ -209,13 +209,13 @@ def _plain(cell: Cell) -> bool:
 
 
 def by_difficulty(results: Results, store: Store) -> ByDifficulty:
-    """Split what a sweep found, from the scores per sample in its store.
+    """Split the results of a sweep, from the scores per sample in its store.
 
-    A question counts where the dense model, the smaller picture and the method were all asked it.
+    A question counts if it was put to the dense model, the smaller picture and the method.
 
     Args:
         results: of :func:`vtr.evaluate.runner.run`, prepared with ``by_difficulty=True``.
-        store: the one that it wrote to.
+        store: the store of the sweep.
     """
     outcomes: dict[tuple[Cell, str], Outcome] = {(o.cell, o.task): o for o in results.outcomes}
     remarks: list[str] = []

@@ -1,9 +1,9 @@
-"""Judge of generated moving digits: which digit, and which way it went.
+"""Judge of generated moving digits: reads the digit and its direction.
 
 The digit of a frame is read by a support vector machine (scikit-learn's ``SVC``) that was fitted on
 the training digits, on the 8 x 8 window with the most ink; the digit of a video is the majority of
-its frames. The direction is that of the way of the centre of mass from the first frame to the last.
-Both are wrong at times: :func:`accuracy` says how often on real videos of held-out digits.
+its frames. The direction is that of the centre of mass from the first frame to the last.
+Both are wrong at times: :func:`accuracy` measures how often, on real videos of held-out digits.
 """
 
 from __future__ import annotations

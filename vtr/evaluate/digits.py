@@ -32,7 +32,7 @@ class DigitsResult:
         tokens: visual tokens in the last block's MLP.
         flops: per image, counted on the operations that ran (patch embedding and head included).
         speedup: dense time / this time, best of alternating passes.
-        seeds: how many seeds the accuracy is the mean of.
+        seeds: number of seeds over which the accuracy is averaged.
     """
 
     method: str

@@ -80,7 +80,7 @@ class DryRun:
 
 
 def estimate(job: Job) -> DryRun:
-    """Tokens, FLOPs and memory of every cell, with one image and a short question.
+    """Estimate tokens, FLOPs and memory of every cell, with one image and a short question.
 
     The tower's FLOPs are those of the dense one, also for methods that cut inside it or before it: an upper
     bound.

@@ -1,4 +1,4 @@
-"""Models and files told apart by what is in them."""
+"""Fingerprints of models and files by their content."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vtr.compat.transformers import ORIGINS
 
 
 def fingerprint(model: Any, processor: Any = None) -> str:
-    """A hash of class, configuration, every weight, and how the processor writes prompts.
+    """Hash class, configuration, every weight, and the processor's way of writing prompts.
 
-    Equal for equal numbers wherever they are stored; a name or a path has no part in it.
+    The hash depends on the numbers only, not on a name, a path or the place of storage.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The built-in generator, dense and with sparse attention: its videos, and what they are worth."""
+"""The built-in generator, dense and with sparse attention: its videos and their quality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of the evaluation harness: which package does not fit, and what to install instead."""
+"""Faults of the evaluation harness: the package that does not fit, and the version to install."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def named() -> Iterator[None]:
 
 
 def raise_fault(error: BaseException) -> None:
-    """Raise a :class:`~vtr.errors.HarnessError` where an exception is a fault of the harness."""
+    """Raise a :class:`~vtr.errors.HarnessError` if an exception is a fault of the harness."""
     message = fault(error)
     if message is not None:
         raise HarnessError(message) from error
@@ -94,7 +94,7 @@ def _message(package: str, why: str) -> str:
 
 
 def _tested(name: str) -> Library | None:
-    """The versions of a distribution that were tested, None where vtr names none."""
+    """Return the tested versions of a distribution, None if vtr names no version."""
     if name in BESIDE:
         version = BESIDE[name]
         return Library(name, name, version, version, f"{version}.1")
@@ -109,7 +109,7 @@ def _version(name: str) -> str | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came from; what tenacity tried again is in its last attempt."""
+    """Yield an exception and its causes; an exception that tenacity retried is in its last attempt."""
     seen: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -124,7 +124,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _module(error: BaseException) -> str | None:
-    """The module that lacks something, for an import or an attribute that failed."""
+    """Find the module that lacks a name, for an import or an attribute that failed."""
     if isinstance(error, ImportError):
         return error.name
     if not isinstance(error, AttributeError) or error.obj is None:
@@ -147,7 +147,7 @@ def _passes(traceback: TracebackType | None) -> bool:
 
 
 def _frames(traceback: TracebackType | None) -> list[str]:
-    """Names of the modules whose code is on the way, outermost first."""
+    """List the modules in a traceback, outermost first."""
     names = []
     while traceback is not None:
         names.append(str(traceback.tb_frame.f_globals.get("__name__", "")))

@@ -7,12 +7,12 @@ from typing import Any
 
 
 def ranks() -> tuple[int, int]:
-    """Rank of this process and number of processes, as the launcher says them."""
+    """Read the rank of this process and the number of processes from the launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: str) -> Any:
-    """Meet the other processes of a distributed run; accelerate's ``Accelerator``, or None for one.
+    """Connect the processes of a distributed run; returns accelerate's ``Accelerator``, None for one process.
 
     Raises:
         RuntimeError: fewer processes take part than the launcher said.

@@ -1,6 +1,6 @@
 """The model that lmms-eval calls: a transformers vision-language model with a method applied.
 
-``lmms_eval --model vtr --model_args pretrained=ID,method=flowcut,keep=64 --tasks gqa`` makes one by
+``lmms_eval --model vtr --model_args pretrained=ID,method=flowcut,keep=64 --tasks gqa`` creates one through
 its entry point; :mod:`vtr.evaluate.runner` keeps one and changes its cell between evaluations.
 """
 
@@ -128,12 +128,12 @@ class VTRChat(lmms):
 
     @property
     def new(self) -> int:
-        """Answers made since :meth:`use`; ``made`` has them per task."""
+        """Number of answers generated since :meth:`use`; ``made`` has them per task."""
         return self.made.total()
 
     @property
     def reused(self) -> int:
-        """Answers taken from the store since :meth:`use`; ``taken`` has them per task."""
+        """Number of answers taken from the store since :meth:`use`; ``taken`` has them per task."""
         return self.taken.total()
 
     @property
@@ -154,7 +154,7 @@ class VTRChat(lmms):
         return self._cell_name
 
     def describe(self, cell: Cell) -> dict[str, Any]:
-        """Everything that decides an answer beside the sample."""
+        """Everything that determines an answer besides the sample."""
         from importlib.metadata import version
 
         import transformers
@@ -179,10 +179,10 @@ class VTRChat(lmms):
     # ---- what lmms-eval calls ---------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        """Answers in the order of the requests; those in the store are not made again.
+        """Answer requests, in their order; answers in the store are not generated again.
 
-        A request that pads a shorter process's list is answered with nothing. A sample that raises is
-        recorded with its error and answered with an empty text.
+        A request that only fills up a shorter process's list gets an empty answer. A sample that raises
+        is recorded with its error and gets an empty answer.
         """
         results: list[Any] = [GenerationResult("", None)] * len(requests)
         stored: dict[str, dict[tuple[int, int], StoredAnswer]] = {}
@@ -259,7 +259,7 @@ class VTRChat(lmms):
 
 
 def one_cell(method: Any, keep: Any, seed: int) -> Cell:
-    """The cell of a single method, as model arguments give it."""
+    """Create the cell of a single method from model arguments."""
     if isinstance(method, str):
         method = method.replace(";", ",")
     methods = as_methods(method)

@@ -1,4 +1,4 @@
-"""The tasks of lmms-eval: which there are, what their headline is, and which ask an outside judge."""
+"""The tasks of lmms-eval: their names, their main metric, and the check for outside judges."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STATIC = {"mmbench_en_dev": "mmbench_en_dev_static"}
 
 
 def require() -> None:
-    """Raise where lmms-eval cannot be imported, or is another version than the one worked with."""
+    """Raise if lmms-eval cannot be imported, or is not the tested version."""
     found, tested = installed("lmms_eval"), TESTED["lmms_eval"]
     if found is None:
         raise missing("lmms-eval", "eval", "the evaluation")
@@ -123,7 +123,7 @@ def check(
 
 
 def headline(task: str, metrics: dict[str, float]) -> tuple[str, float | None]:
-    """Name and value of the number that a table shows for a task."""
+    """Choose the metric that a table shows for a task: its name and value."""
     names = HEADLINE.get(task, ())
     values = [metrics[n] for n in names if n in metrics]
     if names and len(values) == len(names):

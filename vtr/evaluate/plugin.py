@@ -23,5 +23,5 @@ def manifests() -> list[Any]:
 
 
 def register() -> None:
-    """Make the model known in this process, also where the entry point is not installed."""
+    """Register the model in this process, also if the entry point is not installed."""
     lmms_eval.register(manifests())

@@ -1,4 +1,4 @@
-"""From a request of lmms-eval to what a transformers processor takes."""
+"""Conversion of a request of lmms-eval to the inputs of a transformers processor."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Prompt:
 
 
 def prompt_of(request: Any, datasets: Mapping[str, Any], frames: int = 8) -> Prompt:
-    """The prompt of a request of a simple or a chat task. ``frames``: of a video.
+    """Build the prompt of a request of a simple or a chat task. ``frames``: of a video.
 
     Raises:
         ValueError: media that transformers' processors do not take (audio).
@@ -68,9 +68,9 @@ def prompt_of(request: Any, datasets: Mapping[str, Any], frames: int = 8) -> Pro
 def make_prompt(
     turns: list[dict[str, Any]], generation: Mapping[str, Any], frames: int = 8
 ) -> Prompt:
-    """A prompt from lmms-eval's messages, whose content holds ``type`` and ``text`` or ``url``.
+    """Build a prompt from lmms-eval's messages, whose content holds ``type`` and ``text`` or ``url``.
 
-    ``frames`` is how many a video is read with: part of the question, and of its key.
+    ``frames`` is the number of frames read from a video: part of the question, and of its key.
     """
     messages, images, videos = [], [], []
     digest = hashlib.sha256()
@@ -119,7 +119,7 @@ def _flat(values: Any) -> list[Any]:
 
 
 def _picture(source: Any) -> Any:
-    """A PIL picture in RGB; a path is read."""
+    """Return a PIL picture in RGB; a path is read."""
     from PIL import Image
 
     if isinstance(source, str):
@@ -131,7 +131,7 @@ def _picture(source: Any) -> Any:
 
 
 def _generation(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Options of ``generate`` from a task's: what it does not know is not for the model."""
+    """Select the options of ``generate`` from a task's options; others are not for the model."""
     chosen = {k: given[k] for k in GENERATION if given.get(k) is not None}
     draws = bool(chosen.get("do_sample", (chosen.get("temperature") or 0) > 0))
     if draws and not chosen.get("temperature", 1.0):
@@ -146,6 +146,6 @@ def _generation(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ..
 
 
 def cut(answer: str, until: tuple[str, ...]) -> str:
-    """An answer up to the first stop word."""
+    """Cut an answer at the first stop word."""
     ends = [answer.find(word) for word in until if word and word in answer]
     return answer[: min(ends)] if ends else answer

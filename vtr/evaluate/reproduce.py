@@ -78,12 +78,12 @@ class Setting(NamedTuple):
 
 
 def find(text: str) -> list[Wanted]:
-    """The published settings of ``"flowcut/llava-1.5-7b/64,fastvid/llava-onevision-7b"``.
+    """Find the published settings of ``"flowcut/llava-1.5-7b/64,fastvid/llava-onevision-7b"``.
 
     METHOD/PRESET is one setting, METHOD/MODEL all that were published for a model.
 
     Raises:
-        ValueError: there is no such method or preset; the message says what there is.
+        ValueError: an unknown method or preset; the message lists the known ones.
     """
     found: list[Wanted] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -175,9 +175,9 @@ class Reproduced:
 
     Attributes:
         wanted: the setting.
-        table, rows: what was published; several rows where sources differ.
+        table, rows: the published table and rows; several rows if sources differ.
         ours, dense: our scores in the units of the columns, of the setting and of the full model.
-        remarks: where the two differ by construction.
+        remarks: differences of the two by construction.
     """
 
     wanted: Wanted
@@ -192,7 +192,7 @@ class Reproduced:
         return f"{self.wanted}: {self.table.model}, {self.table.family}"
 
     def grid(self) -> list[list[str]]:
-        """Heading and rows as text: ours, what was published with our difference, the full models."""
+        """Format heading and rows as text: ours, the published ones with our difference, the full models."""
         columns = [c for c in self.table.columns if any(c in row.scores for row in self.rows)]
         out = [["", *columns], ["vtr", *(number(self.ours.get(c)) for c in columns)]]
         for i, row in enumerate(self.rows):
@@ -258,7 +258,7 @@ class Reproduced:
 
 
 def reproduced(results: Results, wanted: list[Wanted]) -> list[Reproduced]:
-    """The published rows of every setting beside what we found, table by table."""
+    """Put the published rows of every setting beside our results, table by table."""
     out = []
     for one in wanted:
         by_table: dict[str, list[PublishedRow]] = {}

@@ -24,7 +24,7 @@ from vtr.zoo import loading
 
 @dataclass(frozen=True)
 class Job:
-    """A sweep that was checked: it names a model, tasks and methods that exist and go together.
+    """A checked sweep: its model, tasks and methods exist and are compatible.
 
     Attributes:
         ref: the model, not loaded.
@@ -93,11 +93,11 @@ def prepare(
         dense: run the dense model as well.
         retry_errors: ask again if the store holds an error.
         judge: allow tasks that ask a model of an outside provider.
-        include: folders with tasks of the user's own.
-        by_difficulty: run what :func:`vtr.evaluate.difficulty.by_difficulty` needs as well.
+        include: folders with the user's own tasks.
+        by_difficulty: also run the cells that :func:`vtr.evaluate.difficulty.by_difficulty` needs.
 
     Raises:
-        ValueError: a model, task, method or budget that does not exist; the message says what does.
+        ValueError: an unknown model, task, method or budget; the message lists the known ones.
         UnsupportedMethodError: a method that cannot work on this model.
         MissingDependencyError: lmms-eval or transformers is not installed.
     """
@@ -219,9 +219,9 @@ def run(
     progress: Callable[[str], None] | None = None,
     submissions: str | Path | None = None,
 ) -> Results:
-    """Run a checked sweep; answers that the store holds are not made again.
+    """Run a checked sweep; answers that the store holds are not generated again.
 
-    Under torchrun every process calls this; the samples are dealt out, and only rank 0 gets the
+    Under torchrun every process calls this; the samples are divided, and only rank 0 gets the
     metrics (the others get an empty :class:`~vtr.evaluate.results.Results`).
 
     Args:
@@ -232,8 +232,8 @@ def run(
 
     Raises:
         ValueError: the data of a task cannot be loaded, or the weights of the model.
-        HarnessError: lmms-eval does not work with another package that is installed. Nothing would be
-            answered, so that the first evaluation is the last; often it is known before the weights.
+        HarnessError: lmms-eval does not work with another installed package. No sample could be
+            answered, so the run ends; often this is found before the weights are loaded.
     """
     harness.rehearse()
     with harness.named():
@@ -283,7 +283,7 @@ def run(
 
 
 def _load_data(job: Job) -> dict[str, Any]:
-    """The tasks with their data, read before the weights; a task without data ends the run here."""
+    """Load the tasks with their data, before the weights; a task without data ends the run here."""
     import torch
 
     rank, world = ranks()
@@ -305,7 +305,7 @@ def _load_data(job: Job) -> dict[str, Any]:
 
 
 def _with_data(job: Job, task: str) -> Any:
-    """A task of lmms-eval, made once for all cells; a group's name, which it makes each time anew."""
+    """Load a task of lmms-eval once for all cells; returns the name of a group, which it loads each time."""
     from lmms_eval.tasks import get_task_dict
 
     made = get_task_dict([task], job.manager, "chat")
@@ -314,7 +314,7 @@ def _with_data(job: Job, task: str) -> Any:
 
 
 def _root(error: BaseException) -> str:
-    """The message of what went wrong first (scoring and loading are retried, and wrapped in that)."""
+    """Return the message of the first error (scoring and loading are retried, which wraps it)."""
     last = getattr(error, "last_attempt", None)
     inner = last.exception() if last is not None else None
     inner = inner or error.__cause__
@@ -324,7 +324,7 @@ def _root(error: BaseException) -> str:
 def _one(
     job: Job, lm: Any, cell: Cell, name: str, task: str, data: Any, files: str
 ) -> list[Outcome]:
-    """One cell on one task (or group of tasks)."""
+    """Evaluate one cell on one task (or group of tasks)."""
     from lmms_eval import evaluator
 
     made, taken = lm.made.copy(), lm.taken.copy()

@@ -19,7 +19,7 @@ class VTRSimple(VTRChat):
     is_simple = True
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each given answer after its question, and whether greedy would write it.
+        """Compute the log-likelihood of each given answer, and whether greedy decoding would write it.
 
         The question goes through the prefill, where the method cuts; the answer follows in a second
         call on the shortened cache, so that a method never sees it. Not taken from the store.

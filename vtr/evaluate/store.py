@@ -1,9 +1,9 @@
 """The results store: one SQLite row per answered sample, so that nothing finished is lost.
 
-A *cell* is everything that decides an answer beside the sample itself: the model's weights, the
+A *cell* is everything that determines an answer besides the sample itself: the model's weights, the
 methods with all their options, the seed, the versions of the software. Its name is a hash of that.
 A row belongs to a cell, a task and a sample, and carries a hash of the prompt with its pictures: an
-answer is only taken back for the very same question.
+answer is reused only for exactly the same question.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Store:
     # ---- writing ----------------------------------------------------------------------------
 
     def cell(self, config: Mapping[str, Any]) -> str:
-        """Make a cell known; returns its name."""
+        """Register a cell; returns its name."""
         name = cell_id(config)
         with self._writing():
             self._db.execute(
@@ -219,7 +219,7 @@ class Store:
             )
 
     def scored(self, cell: str, task: str, scores: Mapping[int, Mapping[str, Any]]) -> None:
-        """Write what lmms-eval made of the answers, per sample."""
+        """Write lmms-eval's scores of the answers, per sample."""
         with self._writing():
             self._db.executemany(
                 "UPDATE samples SET score = ? WHERE cell = ? AND task = ? AND doc = ?",

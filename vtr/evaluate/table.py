@@ -261,7 +261,7 @@ def _mean_score(line: Line) -> float | None:
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those (cost, score) that no other beats in both, by ascending cost."""
+    """Select the (cost, score) that no other beats in both, by ascending cost."""
     best: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda p: (p[0], -p[1])):
         if not best or score > best[-1][1]:
@@ -298,7 +298,7 @@ def save(results: Outcomes, folder: str | Path, name: str = "evaluation") -> lis
 
 
 def _within(text: str, table: str, path: Path) -> str:
-    """A page with its table replaced; the table alone where the page has no place for one."""
+    """Replace the table of a page; returns the table alone if the page has no place for it."""
     found = [text.count(line) for line in (BEGIN, END)]
     if found == [0, 0]:
         return table

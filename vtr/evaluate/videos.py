@@ -1,4 +1,4 @@
-"""Videos of a task as a processor takes them."""
+"""Videos of a task as inputs of a processor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def load_videos(paths: Sequence[str], frames: int) -> dict[str, Any]:
-    """Keyword arguments of a transformers processor: evenly spaced frames, with their times.
+    """Build keyword arguments of a transformers processor: evenly spaced frames, with their times.
 
     Args:
         paths: of the files.

@@ -46,7 +46,7 @@ class VlmResult:
         flops: (dense, reduced) of tower and language model's prefill, of the first question.
         kv_bytes: (dense, reduced) of the last batch.
         seconds: time of all questions.
-        seeds: how many seeds the accuracy is the mean of.
+        seeds: number of seeds over which the accuracy is averaged.
     """
 
     method: str
@@ -60,7 +60,7 @@ class VlmResult:
 
 
 def methods_at(keep: int) -> list[Method]:
-    """Every method with ``keep`` of the 144 visual tokens left at the end (a smaller picture: at most)."""
+    """Create every method with ``keep`` of the 144 visual tokens left at the end (a smaller picture: at most)."""
     return [
         Downsample(keep=keep),
         Random(keep=keep, site="prompt"),
@@ -88,10 +88,10 @@ def evaluate(
     positions: str | None = "original",
     progress: bool = False,
 ) -> list[VlmResult]:
-    """Accuracy and cost of a vision-language model with each method, dense first.
+    """Measure accuracy and cost of a vision-language model with each method, dense first.
 
-    ``positions="original"`` holds for all methods: the built-in model was trained with them, and
-    loses the questions about places when tokens are renumbered. None takes each paper's default.
+    ``positions="original"`` is used for all methods: the built-in model was trained with them, and
+    fails at questions about places when tokens are renumbered. None takes each paper's default.
     """
     from rich.progress import Progress
 
@@ -145,7 +145,7 @@ def evaluate(
 
 
 def _prefill(model: Any, processor: Any, sample: Sample) -> int:
-    """FLOPs of tower and language model up to the first token of the answer."""
+    """Count the FLOPs of tower and language model up to the first token of the answer."""
     inputs = prompt(processor, [sample]).to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return count_flops(lambda: model(**inputs, logits_to_keep=1, use_cache=True))

@@ -44,14 +44,14 @@ def draw(
     video becomes a contact sheet: one small panel per frame, and one block of them per stage; a group
     that was merged over time has one colour in all its frames.
 
-    Of an image without one plain grid its parts are drawn: LLaVA-NeXT's and LLaVA-OneVision's base
-    crop and their crops put together, InternVL's tiles and their thumbnail. Tiles lie on ``image`` in
+    If an image has no single grid, its parts are drawn: LLaVA-NeXT's and LLaVA-OneVision's base
+    crop and their joined crops, InternVL's tiles and their thumbnail. Tiles are drawn on ``image`` in
     the rows that fit its shape best, as the processor chose them; without an image, or if they may
     be of several images (Idefics3, SmolVLM), they are drawn beside each other on grey, in their order.
 
     A diffusion transformer whose tokens were merged shows them in its grid, on grey; one with sparse
-    attention shows the mask of each layer: queries down, keys across, dark for what is
-    computed in full, light for what is in part.
+    attention shows the mask of each layer: queries down, keys across, dark for blocks that are
+    computed in full, light for partial ones.
 
     Args:
         what: a handle, a trace, or a block mask of :mod:`vtr.kernels`.
@@ -60,10 +60,10 @@ def draw(
             leave [0, 1]. For a video the frames that the model saw: a (T, H, W, 3) uint8 array or
             tensor, or a :class:`vtr.video.Video`; if the model turns several frames into one
             (Qwen's temporal patches), the first of them is shown. None draws on grey.
-        sample: which one of the batch (of a sparse attention: all share a mask, unless it has one each).
-        which: which of the sample's images and videos, counted through the prompt; needed if it has
-            several.
-        panels: draw at most so many stages (or different masks), evenly chosen, the last one among them.
+        sample: number of the sample in the batch (sparse attention: all share a mask, unless each has one).
+        which: number of the image or video of the sample, counted through the prompt; needed if the
+            sample has several.
+        panels: draw at most this many stages (or different masks), evenly chosen, including the last one.
         size: pixels per side of a panel; None is 288 for a picture and 112 for a frame.
         columns: frames beside each other.
         show_input: begin with a panel of the picture itself (if there is one).
@@ -132,7 +132,7 @@ def _of_prompts(stages: list[StageRecord], which: int | None) -> list[StageRecor
 
 
 def _frames(image: Any) -> np.ndarray | None:
-    """(T, H, W, 3) uint8 if the given picture is a video."""
+    """Convert the given picture to (T, H, W, 3) uint8 if it is a video."""
     image = getattr(image, "frames", image)
     if not isinstance(image, (np.ndarray, Tensor)) or image.ndim != 4 or image.shape[-1] != 3:
         return None
@@ -155,7 +155,7 @@ def _chosen(stages: list[Any], number: int) -> list[Any]:
 
 
 def _masks(layers: dict[int, dict[str, Any]], sample: int, panels: int, size: int) -> Image.Image:
-    """The masks of sparse attention, one panel for all layers that share one."""
+    """Draw the masks of sparse attention, one panel for all layers that share one."""
     from PIL import Image
 
     groups: dict[int, tuple[Any, float, list[int]]] = {}
@@ -188,7 +188,7 @@ def _sheet(
     columns: int,
     show_input: bool,
 ) -> Image.Image:
-    """A block of frames for the input, and one per stage."""
+    """Draw a block of frames for the input, and one per stage."""
     number = len(pictures[0][1][0].cells)
     if frames is None:
         canvas = [_canvas(None, size)] * number
@@ -279,7 +279,7 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 
 def _canvas(image: Any, size: int) -> np.ndarray:
-    """(size, size, 3) float in [0, 1]; grey for None."""
+    """Resize a picture to (size, size, 3) float in [0, 1]; grey for None."""
     from PIL import Image
 
     if image is None:
@@ -289,7 +289,7 @@ def _canvas(image: Any, size: int) -> np.ndarray:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    """(H, W, 3) float in [0, 1] of a picture of any kind."""
+    """Convert a picture of any kind to (H, W, 3) float in [0, 1]."""
     from PIL import Image
 
     if isinstance(image, Tensor):
@@ -322,7 +322,7 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def _colour(group: int) -> tuple[float, float, float]:
-    """Neighbouring groups differ: the golden ratio walks round the colour circle."""
+    """Choose a colour for a group; steps of the golden ratio make neighbouring groups differ."""
     return colorsys.hsv_to_rgb((group * 0.618034) % 1.0, 0.85, 1.0)
 
 
@@ -340,7 +340,7 @@ def _titled(picture: Any, title: str, height: int = 24, points: float = 14.0) ->
 
 
 def row(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
-    """Pictures beside each other."""
+    """Join pictures beside each other."""
     from PIL import Image
 
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
@@ -353,7 +353,7 @@ def row(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
 
 
 def stack(pictures: Sequence[Image.Image], gap: int = 10) -> Image.Image:
-    """Pictures below each other, for a sheet that compares methods."""
+    """Join pictures below each other, for a sheet that compares methods."""
     from PIL import Image
 
     height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)

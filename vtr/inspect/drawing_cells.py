@@ -84,7 +84,7 @@ def pictures_of(
 
 
 def _view(view: View, start: int, shape: Sequence[int] | None) -> Picture:
-    """Tokens of a view in a grid; of tiles, side by side."""
+    """Arrange the tokens of a view in a grid; those of tiles side by side."""
     rows, cols = view.grid
     tile = (
         torch.arange(rows, device="cpu")[:, None] * view.stride
@@ -113,6 +113,6 @@ def _view(view: View, start: int, shape: Sequence[int] | None) -> Picture:
 
 
 def _layout(tiles: int, aspect: float) -> tuple[int, int]:
-    """(rows, columns) of so many tiles whose shape is closest to an image's width over height."""
+    """Choose (rows, columns) of tiles whose shape is closest to an image's width over height."""
     fits = [(tiles // c, c) for c in range(1, tiles + 1) if tiles % c == 0]
     return min(fits, key=lambda fit: abs(fit[1] / fit[0] - aspect))

@@ -23,7 +23,7 @@ from vtr.compat.torch import cpu_flash_operator
 def _attention_flops(
     q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any
 ) -> int:
-    """Shapes (B, H, N, D), (B, Hk, M, D), (B, Hk, M, Dv): two matrix products per query head."""
+    """Count two matrix products per query head for shapes (B, H, N, D), (B, Hk, M, D), (B, Hk, M, Dv)."""
     batch, heads, n, width = q
     return 2 * batch * heads * n * k[2] * (width + v[3])
 
@@ -36,7 +36,7 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """``nn.MultiheadAttention`` by the operations that the counter knows.
+    """Run ``nn.MultiheadAttention`` by operations that the counter knows.
 
     In eval mode it is one operation (``_native_multi_head_attention``, and a whole
     ``nn.TransformerEncoderLayer`` another), which counts as nothing: of open_clip's ViTs a third.
@@ -50,7 +50,7 @@ def _without_fast_path() -> Iterator[None]:
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of one call ``fn(*args, **kwargs)``, without gradients.
+    """Count the FLOPs of one call ``fn(*args, **kwargs)``, without gradients.
 
     Args:
         fn: a module or any function; a module keeps its mode and may lie on the meta device.
@@ -79,7 +79,7 @@ def vit_macs(
     channels: int = 3,
     classes: int = 0,
 ) -> int:
-    """Multiply-adds of a plain vision transformer for one image.
+    """Compute the multiply-adds of a plain vision transformer for one image.
 
     ``macs = patches * patch^2 * channels * C + sum_l [4 n C^2 + 2 n^2 C + 2 r n' C^2] + classes * C``
 
@@ -112,7 +112,7 @@ def vit_macs(
 
 
 def llm_flops(tokens: Sequence[int], dim: int, *, kv_dim: int, ff_dim: int, vocab: int = 0) -> int:
-    """FLOPs of the prefill of a decoder with gated MLPs (Llama, Qwen, Mistral) for one sample.
+    """Compute the FLOPs of the prefill of a decoder with gated MLPs (Llama, Qwen, Mistral) for one sample.
 
     ``sum_l [2 n (2 d^2 + 2 d kv) + 6 n d ff + 4 n^2 d] + 2 d vocab``
 
@@ -132,7 +132,7 @@ def llm_flops(tokens: Sequence[int], dim: int, *, kv_dim: int, ff_dim: int, voca
 
 
 def kv_bytes(tokens: Sequence[int], kv_dim: int, itemsize: int) -> int:
-    """Bytes of the key-value cache of one sample: ``sum_l 2 n kv_dim itemsize``.
+    """Compute the bytes of the key-value cache of one sample: ``sum_l 2 n kv_dim itemsize``.
 
     Args:
         tokens: number of tokens n in each layer's cache.
@@ -143,7 +143,7 @@ def kv_bytes(tokens: Sequence[int], kv_dim: int, itemsize: int) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values in a transformers cache (the ``cache`` of an output).
+    """Count the bytes of the keys and values in a transformers cache (the ``cache`` of an output).
 
     Raises:
         TypeError: the object holds no layers of keys and values.

@@ -1,4 +1,4 @@
-"""Peak memory of a call, seen from outside: the tensors that operations make, on any device."""
+"""Peak memory of a call: the tensors that its operations allocate, on any device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vtr.compat.torch import TorchDispatchMode, tree_iter
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes held by tensors that operations made while it is on, and their peak (any device).
+    """Count the bytes of tensors that operations allocate inside the context, and their peak.
 
-    Storages are followed until they are freed; views cost nothing. Scratch space that an operator
-    takes and gives back inside of itself is not seen.
+    Works on any device. Storages are followed until they are freed; views cost nothing. Scratch space
+    that an operator allocates and frees internally is not seen.
     """
 
     def __init__(self) -> None:

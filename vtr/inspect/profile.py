@@ -46,10 +46,9 @@ def profile(
         inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         methods: each is measured alone (a list inside the list is applied together).
         batch: batch sizes to measure at; the samples of ``inputs`` are repeated or left out to reach
-            them. None takes ``inputs`` as they are. 1 and a large one answer two questions, latency
-            and throughput.
+            them. None takes ``inputs`` as they are. Size 1 measures latency, a large one throughput.
         warmup, repeats: calls before and during the measurement.
-        call: what to time instead of ``model``, e.g. ``model.generate``.
+        call: function to time instead of ``model``, e.g. ``model.generate``.
         progress: show a progress bar.
         options: of :func:`vtr.apply`.
 
@@ -167,7 +166,7 @@ def _measure(
 
 @contextmanager
 def _on(handle: Handle | None) -> Iterator[None]:
-    """Resume a handle for the time of a block, outside of the clock; None is the dense model."""
+    """Resume a handle inside the block; the switch itself is not timed. None is the dense model."""
     if handle is None:
         yield
         return
@@ -179,7 +178,7 @@ def _on(handle: Handle | None) -> Iterator[None]:
 
 
 def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, int | None]:
-    """FLOPs, peak bytes, cache bytes and tokens left of one call."""
+    """Measure FLOPs, peak bytes, cache bytes and tokens left of one call."""
     flops = count_flops(call)
     with PeakMemory() as memory:
         out = call()
@@ -198,7 +197,7 @@ def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, in
 
 @contextmanager
 def _fastest_attention(model: Any, notes: list[str]) -> Iterator[None]:
-    """Fused attention in the whole model; what was there before comes back at the end."""
+    """Switch the whole model to fused attention inside the block; the original attention is restored."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     eager: list[Any] = [m for m in modules if getattr(m, FUSED, None) is False]
     stuck = attention_implementation(model) == "eager"
@@ -263,7 +262,7 @@ def _at_batch(inputs: Any, size: int) -> Any:
 
 
 def _where(model: Any, inputs: Any) -> tuple[str, str]:
-    """Names of the device and of the model's dtype."""
+    """Name the device and the model's dtype."""
     device = _Call(model, *_arguments(inputs)).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     dtype = getattr(model, "dtype", None)

@@ -31,7 +31,7 @@ class ProfileRow:
         tokens: visual tokens left at the end, or None for dense.
         speedup: dense fastest / this fastest.
         ideal: dense FLOPs / these FLOPs.
-        achieved: speedup / ideal; 1 is all that the saved work can give.
+        achieved: speedup / ideal; 1 if the time falls as much as the FLOPs.
         verdict: the meaning of the speed-up, in words.
     """
 
@@ -60,7 +60,7 @@ class Profile:
         device: name of the device.
         dtype: of the model's parameters.
         threads: CPU threads of torch.
-        notes: what a reader must know about the measurement.
+        notes: conditions of the measurement that a reader must know.
     """
 
     model: str
@@ -71,7 +71,7 @@ class Profile:
     notes: tuple[str, ...] = ()
 
     def verdict(self) -> str:
-        """The best method at each batch size, in words."""
+        """Name the best method at each batch size, in words."""
         lines = []
         for batch in dict.fromkeys(r.batch for r in self.rows):
             reduced = [r for r in self.rows if r.batch == batch][1:]
@@ -141,7 +141,7 @@ class Profile:
 
 
 def _short(value: float) -> str:
-    """Three significant digits without an exponent: 0.0123, 1.23, 123, 12345."""
+    """Format three significant digits without an exponent: 0.0123, 1.23, 123, 12345."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 

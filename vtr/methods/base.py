@@ -1,4 +1,4 @@
-"""What the author of a method imports: ``from vtr.methods.base import ScoredMethod, register``.
+"""The names that the author of a method imports: ``from vtr.methods.base import ScoredMethod, register``.
 
 Bases for methods that decide which visual tokens a model computes with:
 

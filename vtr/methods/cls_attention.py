@@ -31,7 +31,7 @@ class CLSAttention(ScoredMethod):
             the score) the layer whose output the projector reads.
         ensemble: number of layers whose rows are averaged.
         site: ``"encoder"``, or ``"prompt"``: the entry of a language model, by the encoder's score;
-            None is the prompt where there is one, else the encoder.
+            None is the prompt if the model has one, else the encoder.
     """
 
     name: ClassVar[str] = "cls-attention"

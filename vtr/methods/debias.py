@@ -30,12 +30,12 @@ STRENGTHS: Mapping[str, Mapping[str, float]] = {
         "POPE": 2.666, "SQA": 1.721, "TextVQA": 1.810, "VizWiz": 1.577, "VQAv2": 2.370,
     },
 }  # fmt: skip
-"""What the released weight files amount to (LLaVA-1.5-7B): fitted per method on each benchmark's own
+"""Strengths equal to the released weight files (LLaVA-1.5-7B): fitted per method on each benchmark's own
 test images, hence unfair for results on them."""
 
 
 class Released(NamedTuple):
-    """What the authors do to a method: strength, and the share of padding that makes a patch padding."""
+    """The authors' setting for a method: strength, and the share of padding that makes a patch padding."""
 
     strength: float
     padding: float
@@ -240,7 +240,7 @@ def padding_share(pixels: Tensor, grid: tuple[int, ...] | None) -> Tensor:
     """Share of letter-box padding in each patch, (crops, rows * columns) float32.
 
     A picture that was padded to a square has bands of one colour at its top and bottom, or at its left
-    and right, of the same width (within two pixels). Where they end is found to a fraction of a pixel,
+    and right, of the same width (within two pixels). Their ends are found to a fraction of a pixel,
     since resizing blends their last rows with the picture's first. A picture without such bands, or of
     a single colour, has no padding.
 

@@ -18,18 +18,17 @@ from vtr.core.tokens import TokenMap
 @register
 @dataclass(frozen=True)
 class Downsample(TokenMethod):
-    """Give the model a smaller picture, so that it makes fewer tokens of it.
+    """Give the model a smaller picture, so that it has fewer tokens.
 
-    The plain baseline of VTC-Bench (arXiv 2510.07143), where it beats many methods on common
+    This is the plain baseline of VTC-Bench (arXiv 2510.07143), which beats many methods there on common
     benchmarks. The pixels are resized with an antialiased bicubic filter, as Pillow's ``BICUBIC``, and
     the model does the rest: it interpolates its own positions to the smaller grid, and computes what the
     bare model computes from the smaller picture. VTC-Bench divides height and width by 2, 3, 4, 5 or 10:
     ``keep=1/4, 1/9, 1/16, 1/25, 1/100``.
 
-    What differs from resizing a file before the processor: the pixels are those that the model is given,
-    normalised, so that they are not rounded to 8 bits again; and what the processor has made of the
-    picture (a square, tiles) is resized as it is. A model that reads tiles gets as many as before, each
-    of them smaller.
+    This differs from resizing a file before the processor: the pixels are the normalised ones of the
+    model's input, so that they are not rounded to 8 bits again, and the processor's output (a square,
+    tiles) is resized as it is. A model that reads tiles gets as many as before, each of them smaller.
 
     The new grid is the largest with the picture's proportions (``floor(s * rows)`` by ``floor(s *
     columns)`` for one ``s``) whose tokens are at most ``keep``. So a square stays a square: of 12 x 12
@@ -70,7 +69,7 @@ class Downsample(TokenMethod):
 def smaller(grid: tuple[int, int], most: int) -> tuple[int, int]:
     """Rows and columns of the largest grid of the same proportions with at most ``most`` cells."""
     best = (1, 1)
-    # Rounded down, the two change only where s times one of them is whole.
+    # Rounded down, the two change only when s times one of them is whole.
     for axis in (0, 1):
         for n in range(1, grid[axis] + 1):
             other = max(1, n * grid[1 - axis] // grid[axis])
@@ -83,7 +82,7 @@ def smaller(grid: tuple[int, int], most: int) -> tuple[int, int]:
 def cells(
     grid: tuple[int, int], small: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Which cells of a grid those of a smaller one cover.
+    """Find the cells of a grid that those of a smaller one cover.
 
     Returns:
         kept (1, small cells) int64: for each smaller cell the cell nearest its centre; source (1, cells)

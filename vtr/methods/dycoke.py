@@ -33,16 +33,16 @@ class DyCoke(Presets, TokenMethod):
     P + 3 ``count(keep, P)``, 47.5 % at the published K = 0.7. Still images and separators stay whole.
 
     While the answer is written, layers after ``layer`` hold the keys and values of only the ``kv`` share of
-    the video's tokens: those that the newest token attends to most in ``layer`` (mean over heads). A new
-    choice is made when that attention's cosine to the step before falls below ``similarity``. Layers up
-    to ``layer`` hold all. The first choice is made by the last token of the prompt.
+    the video's tokens: those that the newest token attends to most in ``layer`` (mean over heads). The
+    method chooses again when that attention's cosine to the step before falls below ``similarity``. Layers
+    up to ``layer`` hold all. The last token of the prompt makes the first choice.
 
-    Memory really falls, which it does not in the authors' code (their cache keeps everything, and the
-    chosen entries are copied out of it in every step). What is not chosen goes to CPU memory
-    (``evicted="cpu"``), from which a new choice takes it, or is dropped (``evicted="drop"``): then the
-    first choice stays. This part acts in ``generate``; a forward without a cache has nothing to choose
-    from. Where one call brings several tokens (a later turn, assisted decoding) the last of them chooses
-    for all: with ``evicted="cpu"`` assisted decoding need not give the answer that unassisted gives.
+    Unlike the authors' code, this frees memory (their cache keeps everything, and the
+    chosen entries are copied out of it in every step). Other entries are moved to CPU memory
+    (``evicted="cpu"``), from which a new choice takes them, or are dropped (``evicted="drop"``): then the
+    first choice is kept. This part acts in ``generate``; a forward without a cache has nothing to choose
+    from. If one call brings several tokens (a later turn, assisted decoding), the last of them chooses
+    for all: with ``evicted="cpu"`` assisted decoding may give another answer than unassisted decoding.
 
     Other differences from the authors' code: it leaves frame 2 of the last window whole, and a frame
     after the last pair out; they choose first in the first decoding step, and go back to the whole cache
@@ -57,7 +57,7 @@ class DyCoke(Presets, TokenMethod):
             per sample. None leaves the cache whole.
         layer: 0-based, the layer whose attention chooses; None is the third of 28 (the published L = 3:
             fewer from the fourth on), scaled.
-        similarity: cosine of the attention below which is chosen anew.
+        similarity: cosine of the attention below which the method chooses again.
         evicted: ``"cpu"`` or ``"drop"``.
     """
 
@@ -155,7 +155,7 @@ class DyCoke(Presets, TokenMethod):
 
 
 def thin(x: Tensor, number: int) -> Tensor:
-    """Which tokens of (T, P, C) features stay, (T, P) bool: ``number`` of each thinned frame."""
+    """Choose the tokens of (T, P, C) features that stay, (T, P) bool: ``number`` of each thinned frame."""
     t, p, _ = x.shape
     likeness = torch.zeros(t, p, device=x.device)
     if t > 1:

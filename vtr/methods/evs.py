@@ -33,8 +33,8 @@ class EVS(Presets, TokenMethod):
     exist. Every video of a prompt has its own budget; still images and separators stay whole.
 
     This follows the servers that ship it, which compare embeddings (the paper's text compares pixels).
-    Differences from the implementation in vLLM: with m-RoPE, text after the video goes on from the
-    positions that the whole prompt has (there, from an offset by the grid's width); and a share that is
+    Differences from the implementation in vLLM: with m-RoPE, text after the video has the positions of
+    the whole prompt (there, positions from an offset by the grid's width); and a share that is
     a whole number of tokens is that number. There ``int(total * (1 - q))`` loses one token of it to the
     binary fraction 1 - q for some q, 0.8 and 0.9 among them: of 10 frames of 100 tokens 199 stay
     instead of 200. ``rounding="vllm"`` counts so, for places that such a server has reserved.

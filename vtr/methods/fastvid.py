@@ -34,8 +34,8 @@ class FastVID(Presets, TokenMethod):
     so that it counts once for each anchor frame; an anchor becomes w times itself plus 1 - w times the
     mean of its tokens, w = max(1 / (their number + 1), ``beta``).
 
-    The signal follows the tower: the attention of its pooling head, whose output also is a frame's
-    global feature, where it has one (SigLIP: the authors add it to models that come without); else
+    The signal depends on the tower: if it has a pooling head, the head's attention, and its output as a
+    frame's global feature (SigLIP: the authors add the head to models without it); else
     class attention; else the mean attention that a token receives. Without a pooling head the global
     feature is the mean of the frame's embeddings. Both are other signals than those of the paper, whose
     numbers were not measured with them. The best threshold depends on the feature: the authors use
@@ -45,7 +45,7 @@ class FastVID(Presets, TokenMethod):
 
     Differences from the authors' code: numbers of tokens that do not divide evenly over frames and
     anchors are spread (theirs are rounded down in every frame and anchor frame, so that some are
-    lost); where anchors do not fit into the frames that have any, more frames get some (theirs fail,
+    lost); if anchors do not fit into the frames that have any, more frames get some (theirs fail,
     from about half of the tokens on); no noise in densities (ties go to the first token); segments of
     more than ``longest`` frames are divided evenly, so that the cost stays linear in the number of
     frames (theirs is quadratic in a segment's length). Their code for LLaVA-Video and Qwen2.5-VL
@@ -218,7 +218,7 @@ NEIGHBOURS = 4
 
 
 class FastVIDCut(NamedTuple):
-    """``stands`` (T * P,) the token that stands for each, -1 dropped; ``values`` (T * P, C) float32."""
+    """``stands`` (T * P,) the representative of each, -1 dropped; ``values`` (T * P, C) float32."""
 
     stands: Tensor
     values: Tensor
@@ -254,7 +254,7 @@ def anchors_per_frame(number: int, room: list[int], step: int) -> list[int]:
     """Anchors of each frame of a segment: ``number`` of them, in every ``step``-th frame from the last.
 
     Args:
-        room: tokens of each frame that could be one; where they do not suffice, the step gets shorter.
+        room: tokens of each frame that could be one; if they do not suffice, the step gets shorter.
     """
     out = [0] * len(room)
     while True:

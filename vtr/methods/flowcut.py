@@ -47,14 +47,14 @@ class FlowCut(Presets, TokenMethod):
     several crops (LLaVA-NeXT) it leaves half of the budget per crop, about twice as many tokens in
     all, and the budget is reached after layer 1 of the language model: r is the attention of the last
     prompt token, softmax over the visual tokens; s is softmax of v_last . v_j / sqrt(d) over them; n
-    as above. Where the connector joins neighbouring patches (Qwen, InternVL), nothing is cut in the
-    encoder: its scores go on as the mean of the patches joined, twice the budget is left at the
+    as above. If the connector joins neighbouring patches (Qwen, InternVL), nothing is cut in the
+    encoder: the scores of joined patches are averaged, twice the budget is left at the
     language model's entry, and the budget after its layer 1. Positions are renumbered, except under
     m-RoPE (the authors' choices).
 
     Differences from the authors' code: the number dropped is each image's own (theirs is the largest
     of the batch, which is one image in their evaluation), scores are float32 with 0 log 0 = 0 (theirs is NaN when a half-precision
-    weight underflows), and the semantic term follows the code's softmax, where the paper's text says
+    weight underflows), and the semantic term follows the code's softmax, although the paper's text says
     cosine. Their Qwen variant cuts in the encoder, after which four patches that are no neighbours
     any more are joined; here joined patches are always neighbours, at the price of a full encoder.
     Left padding, several images and any place of the image in the prompt work.
@@ -247,10 +247,10 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
 
 
 def _mean_mask(site: Site, chunk: int = 64) -> Tensor | None:
-    """What the layer adds to the mean query's logits, (B, H or 1, 1, prefix + N) float32: the mean of what it
-    adds to the visual queries that see the key, -inf where none does; None where nothing is added.
+    """Compute the bias of the mean query's logits, (B, H or 1, 1, prefix + N) float32: the mean bias of the
+    visual queries that see the key, -inf if none does; None without a bias.
 
-    Made for ``chunk`` queries at a time, so that no map of all pairs is held.
+    Computed for ``chunk`` queries at a time, so that no map of all pairs is held.
     """
     total = number = None
     for start in range(0, site.n, chunk):

@@ -27,7 +27,7 @@ class FrameFusion(Presets, TokenMethod):
 
     At the entry of layer 0 and then between attention and MLP of every layer, a token of a video is
     compared by its hidden state with the token of its place that is left in an earlier frame (cosine).
-    Where it is ``similarity`` or above it is merged; chains become the plain mean of their tokens, in the
+    If it is at least ``similarity``, the token is merged; chains become the plain mean of their tokens, in the
     place of the earliest. When fewer than ``least`` of the tokens merge at a layer, merging ends, and at
     the next visit one cut by attention follows: by the mean attention that a token receives, over heads and
     over queries: all tokens of the prompt, or its last ``rows`` tokens of text.
@@ -41,16 +41,16 @@ class FrameFusion(Presets, TokenMethod):
     (LLaVA-Video, MiniCPM-V, NVILA, InternVL: ``rows=1``), or the last four (Qwen2-VL: ``rows=4``). The
     number of layers is the model's (theirs is always 28); numbers of tokens are rounded down, so that
     the cost is never more than the budget (theirs: to the nearest at the cut by attention); several
-    samples and videos work, each with its own budget; where what merging left would spend more than
+    samples and videos work, each with its own budget; if the tokens left by merging would spend more than
     the budget, the cut follows at once (theirs raises an error later); layers that cannot be opened
     between attention and MLP are cut at their end, which costs the MLP of one layer more than
-    counted. Positions of survivors are kept. Still images and separators stay whole. Data-dependent is
-    where tokens go, not what it costs.
+    counted. Positions of kept tokens do not change. Still images and separators stay whole. The content
+    decides which tokens are merged, not the cost.
 
     Args:
         keep: budget per video: mean over layers of the share of its tokens, the paper's cost. An int is
             a mean number of tokens per video.
-        similarity: cosine from which on tokens are merged.
+        similarity: least cosine at which tokens are merged.
         least: share of merged tokens below which merging ends.
         rows: number of text tokens at the end of the prompt whose attention ranks; None is every token of
             the prompt, of the video too.
@@ -184,7 +184,7 @@ class _State:
     Attributes:
         budget: mean tokens per layer.
         spent: tokens of each layer decided so far.
-        merging, done: whether merging goes on; whether all is decided.
+        merging, done: merging continues; all is decided.
     """
 
     def __init__(self, budget: float) -> None:
@@ -198,13 +198,13 @@ class _State:
         return max(1, int(rest / (depth - len(self.spent)) + 1e-9))
 
     def affords(self, tokens: int, depth: int) -> bool:
-        """Whether so many tokens in the next layer leave one for each layer after it."""
+        """Tell whether this many tokens in the next layer leave one for each layer after it."""
         later = depth - len(self.spent) - 1
         return sum(self.spent) + tokens + later <= max(self.budget, 1.0) * depth + 1e-9
 
 
 def chain_cosine(x: Tensor, place: Tensor) -> Tensor:
-    """Cosine of each token with the one before it at its place; -inf where there is none.
+    """Cosine of each token with the one before it at its place; -inf without one.
 
     Args:
         x: (N, C), in the order of the prompt.

@@ -32,11 +32,11 @@ class PruneVid(Presets, TokenMethod):
     """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
 
     Frames are clustered by density peaks (k = 7) on the mean of their embeddings into 0.25 T clusters, which
-    are then made contiguous: a cluster keeps its longest runs, where they are longer than one frame, and
-    what lies between such runs joins the longer one (the earlier of equals). In such a segment a place is
-    static where the mean cosine over all pairs of its frames is above ``threshold``; its tokens are
+    then become contiguous: a cluster keeps its longest runs, if they are longer than one frame, and
+    frames between such runs join the longer one (the earlier of equals). In such a segment a place is
+    static if the mean cosine over all pairs of its frames is above ``threshold``; its tokens are
     averaged over time. Static tokens of a segment and the other tokens of each frame are clustered in
-    space by density peaks to ``ratio`` of their number (where there are more than 14), plain means.
+    space by density peaks to ``ratio`` of their number (if there are more than 14), plain means.
 
     Inside the language model, after layer ``layer - 1``: of every such group the ``inner`` share stays
     that a text token after the video attends to most in any head (maximum over heads and text tokens).
@@ -51,7 +51,7 @@ class PruneVid(Presets, TokenMethod):
 
     Args:
         keep: budget per video at the entry of the language model, shared by the groups in proportion to
-            their sizes (fewer only where merging in time leaves fewer); None is the paper's ``ratio``.
+            their sizes (fewer only if merging in time leaves fewer); None is the paper's ``ratio``.
         ratio: share of a group's tokens that its clusters are.
         threshold: tau.
         segments: clusters of frames, as a share of the frames.
@@ -239,8 +239,8 @@ def frame_segments(frames: Tensor, share: float) -> list[tuple[int, int]]:
 def contiguous(labels: list[int]) -> list[tuple[int, int]]:
     """(start, stop) of runs of labels, of which only the longest of each label stay.
 
-    Those of one frame go. What has gone joins the neighbour with the longer run (the earlier of equals),
-    from the first to the last; where no run stays, all frames are one.
+    Runs of one frame are dropped. Their frames join the neighbour with the longer run (the earlier of
+    equals), from the first to the last; if no run is kept, all frames are one.
     """
     runs = [(label, len(list(group))) for label, group in groupby(labels)]
     longest: dict[int, int] = {}

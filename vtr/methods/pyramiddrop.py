@@ -25,9 +25,9 @@ class PyramidDrop(Presets, TextScoredMethod):
     """PyramidDrop (CVPR 2025, arXiv 2410.17247): a pyramid of visual tokens in the language model.
 
     Before each layer of ``layers`` the visual tokens are ranked by the attention that the last
-    prompt token would pay to them there: query and keys are made from the hidden states that enter
+    prompt token would pay to them there: query and keys are computed from the hidden states that enter
     this layer, with its own norm, projections and rotary embedding; softmax over all keys, mean over
-    heads. The best go on in raster order, with positions renumbered (the authors' choice).
+    heads. The best are kept in raster order, with positions renumbered (the authors' choice).
 
     Only that one row is computed, so that every attention backend works. Differences from the
     authors' code: left padding and several images work (theirs: right padding, one span per
@@ -66,7 +66,7 @@ class PyramidDrop(Presets, TextScoredMethod):
     def validate(self) -> None:
         super().validate()
         if self.layers is not None and self.layers[0] < 1:
-            raise ValueError(f"layers must be >= 1 (a cut is made before them), got {self.layers}")
+            raise ValueError(f"layers must be >= 1 (cuts are before them), got {self.layers}")
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         if depth in (32, 40):

@@ -27,7 +27,7 @@ class Random(ScoredMethod):
             (``torch.manual_seed``). With a seed a sample gets in a batch what it gets alone also where
             the samples have different numbers of tokens.
         site: ``"encoder"``, ``"prompt"`` (the entry of a language model, one cut) or ``"decoder"``
-            (between its layers); None is the prompt where there is one, else the encoder.
+            (between its layers); None is the prompt if the model has one, else the encoder.
     """
 
     name: ClassVar[str] = "random"
@@ -58,7 +58,7 @@ class Random(ScoredMethod):
 def hashed(seed: int, n: int, device: torch.device) -> Tensor:
     """Scores (1, n) by a 32-bit integer hash of seed and position.
 
-    Tensor arithmetic, because a generator cannot be made inside a compiled graph, and because the
+    Tensor arithmetic, because a generator cannot be created inside a compiled graph, and because the
     same seed then gives the same tokens on every device.
     """
     mask = 0xFFFFFFFF

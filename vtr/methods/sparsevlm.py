@@ -29,7 +29,7 @@ from vtr.methods.common.merge import by_representative
 from vtr.methods.common.text import need_text_after, scaled_layers
 
 PLUS = {"recycle": False, "heads": 14, "gravity": True}
-"""What the second release (SparseVLM+) does otherwise."""
+"""Options of the second release (SparseVLM+)."""
 
 
 @register
@@ -39,10 +39,10 @@ class SparseVLM(Presets, TextScoredMethod):
 
     At the entry of the language model the raters are found: text tokens t after the image for which
     the mean over the visual tokens of softmax_t(H_v H_t^T) is above the mean over the text (all of
-    them, where none is above, as with a single token). After each layer of
+    them if none is above, as with a single token). After each layer of
     ``layers`` a visual token's score is that layer's attention from the raters to it (softmax over all
-    keys, mean over heads, then over raters); the best go on. Of the others the best 30 % (plus one)
-    are clustered by density peaks, one cluster for ten tokens (plus one), and each cluster goes on as
+    keys, mean over heads, then over raters); the best are kept. Of the others the best 30 % (plus one)
+    are clustered by density peaks, one cluster for ten tokens (plus one), and each cluster is kept as
     its mean, on top of ``keep``. Positions are renumbered.
 
     The second release, SparseVLM+, recycles nothing, keeps positions, divides each attention weight by what
@@ -50,7 +50,7 @@ class SparseVLM(Presets, TextScoredMethod):
     scores by the ``heads`` that look most at the image: presets that end in ``-plus``.
 
     Differences from the authors' code: batches; rows of the raters only, so that every attention
-    backend works; a cluster stands in the place of its centre, so that tokens stay in raster order
+    backend works; a cluster takes the place of its centre, so that tokens stay in raster order
     (theirs come after the kept tokens); no noise is added to the densities, ties go to the first.
     The paper's adaptive number of tokens (from the rank of the text-to-image attention) is not
     offered: the released code uses fixed numbers.
@@ -201,7 +201,7 @@ def raters(
 
 
 def clusters_of(dropped: int, share: float = 0.3) -> tuple[int, int]:
-    """How many of ``dropped`` tokens are recycled, and into how many clusters.
+    """Count the ``dropped`` tokens that are recycled, and their clusters.
 
     int(0.3 n) + 1 tokens become n' // 10 + 1 clusters (the released code's numbers).
     """

@@ -43,7 +43,7 @@ class ToFe(TokenMethod):
     training, and the budget loss in :mod:`vtr.train.tofe`.
 
     Without training (``trained=False``; ours, not in the paper) the score is the class token's
-    attention to the keys of all tokens, those of frozen tokens made from the features that they were
+    attention to the keys of all tokens, those of frozen tokens computed from the features that they were
     frozen with, and the approximate module is the identity.
 
     Args:
@@ -54,7 +54,7 @@ class ToFe(TokenMethod):
         weights: a safetensors file with trained modules, or the name of a built-in one
             (``"digits-tofe"``); implies ``trained``.
         adaptive: keep the tokens with a predicted probability above one half instead of ``keep``, a
-            number of its own for each image. Needs ``trained``. Batches are padded to the largest.
+            separate number for each image. Needs ``trained``. Batches are padded to the largest.
         final_rejoin: after the last block the frozen tokens rejoin the sequence, which then has its
             full length again (for pooling over tokens and dense outputs). False leaves the active ones.
     """
@@ -82,7 +82,7 @@ class ToFe(TokenMethod):
         if self.layers is not None:
             self._set("layers", check_layers(self.layers))
             if self.layers[0] < 1:  # type: ignore[index]
-                raise ValueError("layers must be >= 1: decisions stand between two blocks")
+                raise ValueError("layers must be >= 1: decisions are between two blocks")
         self._set(
             "keep", check_schedule(self.keep, None if self.layers is None else len(self.layers))
         )
@@ -211,7 +211,7 @@ class ToFe(TokenMethod):
                 x.dtype
             )
         if last:
-            # What does not rejoin has no part in a pooling over tokens, here as in inference.
+            # Tokens that do not rejoin are left out of a pooling over tokens, as in inference.
             return Reduction(None, tokens=x, policy=None if self.final_rejoin else masks[-1])
         active = masks[-1] if masks else torch.ones(x.shape[:2], device=x.device)
         chances = modules.predictors[stage](x, active)

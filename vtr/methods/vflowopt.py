@@ -23,7 +23,7 @@ from vtr.methods.common.scored import prune, to_keep
 
 
 class Tuned(NamedTuple):
-    """What the authors' search found for one budget."""
+    """Result of the authors' search for one budget."""
 
     rates: tuple[float, float, float]
     threshold: float
@@ -47,7 +47,7 @@ class VFlowOpt(Presets, TokenMethod):
     last encoder layer whose output the model uses, the tokens whose received attention exceeds
     ``threshold`` times the mean act as the queries, and a token's importance is the mean attention
     that they pay to it. This one map ranks the tokens at all stages: at the entry of the language
-    model, after L/3 and after 2L/3 of its layers. The first cut is made before tokens have positions, so
+    model, after L/3 and after 2L/3 of its layers. The first cut comes before tokens have positions, so
     that they are numbered from 0 behind it; the later ones leave gaps (as in the authors' code).
 
     At the first stage the least important tokens are recycled: those of one cell of ``cell`` x
@@ -60,7 +60,7 @@ class VFlowOpt(Presets, TokenMethod):
     at the budget ``keep``; between two budgets they are interpolated linearly, which is ours, and
     beyond the last they stay as they are.
 
-    Differences from the authors' code: where no token passes the threshold, all do (theirs averages
+    Differences from the authors' code: if no token passes the threshold, all count (theirs averages
     the empty set); the number left is exact (theirs depends on how many cells are occupied); cells of
     a tiled image stay within their tile (theirs lie on the composed grid); the entropy term, whose
     weight is 0 in all released settings, reads pixels in 0..255 (theirs are normalised ones that wrap
@@ -76,7 +76,7 @@ class VFlowOpt(Presets, TokenMethod):
         alpha: weight of the patches' entropy (softmax over the crop), in [-1, 1].
         pixel_mean, pixel_std: what the image processor subtracts and divides by (``image_mean``,
             ``image_std``; on pixels in 0..1); needed with ``alpha``.
-        layers: the two 0-based layers before which the later cuts are made; None is L/3 and 2L/3.
+        layers: the two 0-based layers before the later cuts; None is L/3 and 2L/3.
         merge: recycle (True) or drop (False); None recycles unless the prompt has a video.
     """
 
@@ -229,13 +229,13 @@ class VFlowOpt(Presets, TokenMethod):
         return Reduction(step, importance.clamp_min(1e-20))
 
     def _recycles(self, spans: Sequence[VisualSpan]) -> bool:
-        """Whether the first cut of a prompt with these images and videos merges what it takes away."""
+        """Tell whether the first cut of a prompt with these images and videos merges the removed tokens."""
         if self.merge is not None:
             return self.merge
         return all(span.kind != "video" for span in spans)
 
     def _threshold(self, site: Site) -> float | Tensor:
-        """t, of each row of the tower's batch where it differs."""
+        """t, one for each row of the tower's batch if they differ."""
         if self.threshold is not None:
             return self.threshold
         if not isinstance(self.keep, int):
@@ -380,7 +380,7 @@ def coordinates(
     x = site.spread((place % patches[1]).float().expand(score.shape), -1.0)
     apart = (tile < 0) | (y < 0)
     rows = y[~apart].unique()
-    # Where a token stands for joined patches, cells are counted in tokens all the same.
+    # Cells are counted in tokens, also if a token represents joined patches.
     unit = float(rows.diff().median().clamp(min=1)) if rows.numel() > 1 else 1.0
     spread = [(tile + 1e4).masked_fill(apart, -1.0), y / unit, x / unit]
     group, row, column = (
@@ -414,7 +414,7 @@ def calibrated_context(site: Site, threshold: float | Tensor, chunk: int | None 
 
     With A the attention map averaged over heads, r_j = mean_i A_ij and K = {j: r_j > t mean(r)}:
     context_i = mean over k in K of A_ki. An empty K is every token (the authors' code averages the
-    empty set). Rows are made ``chunk`` of every sample at a time; None is what
+    empty set). Rows are computed ``chunk`` of every sample at a time; None is what
     :func:`vtr.core.site.rows_at_once` says for the batch. ``threshold`` may be a (B, 1) tensor.
     """
     chunk = chunk or rows_at_once(site.batch)
@@ -423,7 +423,7 @@ def calibrated_context(site: Site, threshold: float | Tensor, chunk: int | None 
     mean = (received * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
     chosen = (received > threshold * mean).float() * valid
     number = chosen.sum(1, keepdim=True)
-    # The rows of K alone are made again: first in each sample, then rows of weight 0.
+    # Only the rows of K are computed again: first in each sample, then rows of weight 0.
     order = chosen.sort(dim=1, descending=True, stable=True).indices
     most = int(number.max())
     q = site.qkv[0][:, :, site.prefix :]
@@ -441,7 +441,7 @@ def recycle(importance: Tensor, cell: Tensor, target: Tensor, valid: Tensor) -> 
     """Merge the least important tokens by cells until ``target[b]`` tokens are left in row b.
 
     The m least important tokens are merged within their cells, each into the slot of the cell's most
-    important one of them; m is the smallest number that leaves the target. Where even merging all
+    important one of them; m is the smallest number that leaves the target. If even merging all
     leaves more (fewer tokens wanted than there are cells), the most important cells stay and the
     others are dropped.
 

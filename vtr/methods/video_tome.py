@@ -74,7 +74,7 @@ def merge_in_windows(x: Tensor, size: Tensor, number: int, window: int | None) -
 
     Args:
         x: (T, P, C) features, compared by cosine.
-        size: (T, P) what each token stands for.
+        size: (T, P) number of tokens merged into each.
         number: tokens to leave.
         window: frames per window, None for all.
 

@@ -34,18 +34,18 @@ class VisionZip(Presets, TokenMethod):
     target plus the mean of those assigned to it (a sum, as in the authors' code).
 
     Without a class token (SigLIP, Qwen) the score is the mean attention that a token receives in that
-    layer, the paper's rule for such towers, made in chunks of rows so that the full map is never in
-    memory. The authors' code for LLaVA, which has a class token, is what this was compared with; the
-    code for Qwen2.5-VL that they have added since, which makes the whole map of the last block, is not.
+    layer, the paper's rule for such towers, computed in chunks of rows so that the full map is never in
+    memory. This was compared with the authors' code for LLaVA, which has a class token, not with their
+    later code for Qwen2.5-VL, which computes the whole map of the last block.
 
-    Where an image is one crop whose patches are the visual tokens (LLaVA-1.5), all of this is done in
-    the encoder, so that contextual tokens are made before the projector, as by the authors. Elsewhere
-    (tiles, joined patches) an image's crops share its budget, and contextual tokens are made of
+    If an image is one crop whose patches are the visual tokens (LLaVA-1.5), all of this is done in
+    the encoder, so that contextual tokens are computed before the projector, as by the authors. Otherwise
+    (tiles, joined patches) an image's crops share its budget, and contextual tokens are built from
     projected ones, at the entry of the language model.
 
-    Differences from the authors' code: the class token itself does not go on (it is one of their
+    Differences from the authors' code: the class token itself is not kept (it is one of their
     dominant tokens; language models here never see it); tokens stay in raster order (theirs:
-    dominant, then contextual); with tiles they choose in every crop apart.
+    dominant, then contextual); with tiles they choose in every crop separately.
 
     Args:
         keep: budget per image, contextual tokens included.
@@ -148,7 +148,7 @@ class VisionZip(Presets, TokenMethod):
         return Reduction(step, tokens=step.gather(site.hidden))
 
     def _contextual(self, number: Tensor) -> Tensor:
-        """How many of ``number`` (B,) tokens are contextual; at least one is dominant."""
+        """Count the contextual ones of ``number`` (B,) tokens; at least one is dominant."""
         if isinstance(self.contextual, int):
             wanted = torch.full_like(number, self.contextual)
         else:

@@ -28,7 +28,7 @@ class VTCCLS(Presets, ScoredMethod):
     s_l[j] is the mean over heads of layer l's attention from the class token to patch j (softmax over
     all keys, the class token's own included, not normalised again). The score is the sum of s_l over
     the ``window`` layers that end with the one whose output the projector reads (the last but one of
-    LLaVA-1.5's CLIP). The best ``keep`` tokens go on in raster order, before the language model, with
+    LLaVA-1.5's CLIP). The best ``keep`` tokens are kept in raster order, before the language model, with
     positions renumbered (the authors' choice); nothing is merged and the text plays no part.
 
     The cut is at the entry of the language model, the authors' before the projector: a projector

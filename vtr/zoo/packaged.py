@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 NAMES = ("digits-vit",)
-"""What :func:`vtr.zoo.load` takes."""
+"""Names that :func:`vtr.zoo.load` takes."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The built-in benchmark as a task of lmms-eval: questions about scenes of digits, made on the spot.
+"""The built-in benchmark as a task of lmms-eval: generated questions about scenes of digits.
 
 The questions are :func:`vtr.zoo.vqa`'s. They are written once, as a parquet file beside the task's
 YAML, into a cache folder; lmms-eval reads them there without a network.
@@ -32,7 +32,7 @@ def write(questions: int = QUESTIONS, seed: int = SEED, to: str | Path | None = 
     """Write the task's files if they are missing; return their folder (lmms-eval's include path).
 
     Args:
-        questions: how many, in groups of five about one picture.
+        questions: number of questions, in groups of five about one picture.
         seed: the same seed gives the same questions.
         to: a folder; None is :func:`folder`.
 

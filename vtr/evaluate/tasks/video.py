@@ -23,7 +23,7 @@ def write(clips: int = CLIPS, seed: int = SEED, to: str | Path | None = None) ->
     """Write the task's files if they are missing; return their folder (lmms-eval's include path).
 
     Args:
-        clips: how many; seven questions are asked about each.
+        clips: number of clips; seven questions are asked about each.
         seed: the same seed gives the same clips and questions.
         to: a folder; None is :func:`vtr.evaluate.tasks.folder`.
 

@@ -1,1 +1,1 @@
-"""What several methods share, by subject. An author imports :mod:`vtr.methods.base` first."""
+"""Code that several methods share, by subject. An author imports :mod:`vtr.methods.base` first."""

@@ -27,16 +27,16 @@ def distances(x: Tensor) -> Tensor:
 
 
 def peaks(distance: Tensor, valid: Tensor, k: int) -> Tensor:
-    """How much each token is the centre of a cluster: its density times its distance to denser ones.
+    """Score each token as the centre of a cluster: its density times its distance to denser ones.
 
     The density is exp(-mean d^2) over the k nearest tokens, itself among them; the distance is that to
-    the nearest denser token, or the largest of the set where none is denser. Of two tokens of one
+    the nearest denser token, or the largest of the set if none is denser. Of two tokens of one
     density the first counts as denser (the authors of this family of methods add noise instead).
 
     Args:
         distance: (F, M, M).
         valid: (F, M) bool, the tokens of each set.
-        k: number of neighbours; fewer where the set has fewer.
+        k: number of neighbours; fewer if the set has fewer.
 
     Returns:
         (F, M) float32, -inf for tokens that are not valid.

@@ -1,4 +1,4 @@
-"""What methods store in the encoder for a cut behind it."""
+"""Values that methods store in the encoder for a cut after it."""
 
 from __future__ import annotations
 

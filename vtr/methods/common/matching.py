@@ -25,7 +25,7 @@ def bipartite_soft_matching(
 
     Returns:
         The map, and the order (B, N - r) of its slots for the next call: what is left of A (ascending;
-        by falling similarity where there is no prefix, as in the authors' code), then B.
+        by falling similarity without a prefix, as in the authors' code), then B.
     """
     batch, n, _ = metric.shape
     device = metric.device

@@ -1,4 +1,4 @@
-"""Merging by representatives: the map in which each token goes to the one that stands for it."""
+"""Merging by representatives: the map in which each token goes to its representative."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def by_representative(representative: Tensor) -> TokenMap:
     """The merging map in which token j goes to the slot of ``representative[:, j]``.
 
     Args:
-        representative: (B, N) int64, the token that stands for each token (its own index where it
-            stays), -1 where it is dropped.
+        representative: (B, N) int64, the representative of each token (its own index if it is kept),
+            -1 if it is dropped.
     """
     n = representative.shape[1]
     index = torch.arange(n, device=representative.device)

@@ -64,7 +64,7 @@ class ScoredMethod(TokenMethod):
     def score(self, site: Any) -> Tensor:
         """Compute (B, N) scores of the tokens at ``site``, in any dtype; the highest stay.
 
-        What padding gets does not matter.
+        Scores of padding are ignored.
         """
         raise NotImplementedError(f"{type(self).__name__} must define score(site)")
 

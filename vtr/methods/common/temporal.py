@@ -1,4 +1,4 @@
-"""What the methods for video share: frames as tables of tokens, budgets over parts, cuts put together."""
+"""Code that methods for video share: frames as tables of tokens, budgets over parts, joined cuts."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Clip(NamedTuple):
 
 
 def has_video(site: LanguageSite, method: str) -> bool:
-    """Whether a prompt of the batch holds a video; the trace notes that none does.
+    """Tell whether a prompt of the batch holds a video; the trace notes that none does.
 
     Raises:
-        ValueError: a video whose frames the model does not tell.
+        ValueError: the frames of a video are not known.
     """
     videos = [span for spans in site.videos for span in spans if span.kind == "video"]
     if any(not span.frames for span in videos):
@@ -49,9 +49,7 @@ def has_video(site: LanguageSite, method: str) -> bool:
     if not videos:
         several = any(len(spans) > 1 for spans in site.videos)
         site.notes[method] = "no video in the prompt: still images are left whole" + (
-            "; where they are the frames of one, apply the method with video=True"
-            if several
-            else ""
+            "; if they are the frames of one, apply the method with video=True" if several else ""
         )
     return bool(videos)
 
@@ -99,9 +97,9 @@ class Cutting:
         """One video's cut.
 
         Args:
-            stands: (T * P,) int64, the token of the video that stands for each (its own index where it
-                stays), -1 where it is dropped.
-            weights: (T * P,) how much each token counts in the sum of its slot; None for drops only.
+            stands: (T * P,) int64, the representative of each token of the video (its own index if it
+                is kept), -1 if it is dropped.
+            weights: (T * P,) weight of each token in the sum of its slot; None for drops only.
         """
         flat = clip.tokens.flatten()
         own = torch.where(stands < 0, -1, flat[stands.clamp(min=0)])

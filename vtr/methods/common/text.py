@@ -1,4 +1,4 @@
-"""What methods that rank by text-to-image attention share."""
+"""Code that methods share that rank by text-to-image attention."""
 
 from __future__ import annotations
 

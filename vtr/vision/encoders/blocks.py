@@ -113,7 +113,7 @@ class EncoderRun:
     ``map`` and ``tokens`` are of the sequence that enters the blocks.
 
     Attributes:
-        image: what became of the picture's tokens before the blocks, None if it was not made smaller.
+        image: map of the picture's tokens to those of the smaller picture, None if it was not resized.
         crops: rows of the batch that belong to each image (its crops) or video (its frames), in order;
             None if every row is an image.
         entered: per block, what was known at its entry, in passes that may have to be repeated.

@@ -34,7 +34,7 @@ class EncoderSession(Threaded):
         runners: one per block, in order.
         prefix: number of protected tokens in front.
         grid: tokens -> (height, width) or None.
-        tower: the module that is given the images, where methods may look at them.
+        tower: the module that gets the images, so that methods may look at them.
 
     Attributes:
         restoring: whether block outputs have full length, in every call.

@@ -1,6 +1,6 @@
 """transformers' vision towers: CLIP, SigLIP, ViT, DeiT, DINOv2, DINOv3, InternVL's and their kin.
 
-Understood are the towers in :data:`TOWERS`, alone, under a projection or a classifier, or as the
+Supported are the towers in :data:`TOWERS`, alone, under a projection or a classifier, or as the
 image side of a CLIPModel or SiglipModel (whose text side is never touched). :func:`tower_parts` gives
 the pieces of a tower to an adapter that finds one inside a larger model.
 

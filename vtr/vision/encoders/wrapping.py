@@ -1,4 +1,4 @@
-"""The base of all encoder adapters: what they share around their blocks.
+"""The base of all encoder adapters: the parts around the blocks that they share.
 
 An adapter gives one :class:`~vtr.vision.encoders.blocks.BlockRunner` per block and the facts of its model.
 :class:`EncoderWrapping` runs methods in the blocks, gives outputs their length, weighs merged tokens in

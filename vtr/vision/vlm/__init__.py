@@ -6,23 +6,23 @@ The contract for methods
 ``Method.stages(info)`` names visits, ``Method.reduce(site)`` is called at each:
 
 - ``Stage("image", 0)``: in front of the tower. The site has ``grid`` and ``n`` of one picture (an image, a
-  crop or tile of one, a frame) in visual tokens, and no features; ``Reduction.grid`` says the smaller
-  one. The tower is then given smaller pictures, and the prompt has their tokens: the logits are the bare
-  model's for these pictures. Does not go together with looks into the tower. Families whose crops are put
-  together by the sizes of the configuration refuse it (``info.closed["image"]``).
+  crop or tile of one, a frame) in visual tokens, and no features; ``Reduction.grid`` gives the smaller
+  one. The tower then gets smaller pictures, and the prompt has their tokens: the logits are the bare
+  model's for these pictures. It cannot be combined with looks into the tower. Families whose crops are
+  joined by the sizes of the configuration refuse it (``info.closed["image"]``).
 - ``Stage("encoder", l, "middle" or "end")``: inside the vision tower, as for any encoder. The batch is
   the **crops** of all images of the call. A method that only looks here (``Stage(..., cuts=False)``) stores
   what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with
-  fewer tokens, and what is gone is taken out of the prompt at the entry of the language model (in
+  fewer tokens, and the dropped tokens are taken out of the prompt at the entry of the language model (in
   between features have full length, because transformers checks their number). Families whose
   connector joins patches, or whose tower needs its full grid, refuse cuts here, not looks. LLaVA-OneVision
   and LLaVA-NeXT-Video, which make the frames of a video smaller behind the tower, take cuts here for
   images alone; ``apply`` warns of it and :func:`vtr.supported` notes it. For a video
   the crops are the frames of all videos of the call. A prompt with images and videos runs the tower
-  twice; what a method stored per crop in each run is put one behind the other for its later visits.
+  twice; the values that a method stored per crop in the two runs are joined for its later visits.
 - ``Stage("prompt", 0)``: the entry of the language model, after the projector. The batch is the
   **samples**.
-- ``Stage("decoder", k, "start")``: before layer k, with the q, k, v that layer k will make;
+- ``Stage("decoder", k, "start")``: before layer k, with the q, k, v that layer k will compute;
   ``Stage("decoder", k, "end")``: after layer k, with the q, k, v that it has used. Both cuts leave
   layers < k (or <= k) with the full sequence and its whole KV cache. Nothing can be cut after the
   last layer. ``Stage("decoder", k, "middle")``: between attention and MLP of layer k, as at its end,
@@ -36,18 +36,18 @@ the visual tokens through ``qkv``, ``attention_rows_from_text(rows)`` and ``text
 ``site.memory`` is one dict per method for the whole prefill, shared by its encoder, prompt and decoder
 visits. ``site.entry`` is (B,) int64, the visual tokens of each sample in the prompt.
 
-Where and when a token is: ``site.frame``, ``site.place`` and ``site.video`` (B, N) int64 number its
+The place and time of tokens: ``site.frame``, ``site.place`` and ``site.video`` (B, N) int64 number its
 frame through the prompt, its cell in the frame's grid, and its image or video; ``site.videos`` lists
 per sample the images and videos as :class:`vtr.core.language_site.VisualSpan` (kind, frames, grid, seconds). A
 still image is one frame. Tokens without a cell (newlines, the class token that begins a frame of
 Video-LLaVA) have frame and place -1; packed crops and tiles have a frame and place -1. Qwen's temporal
 patches (two frames of the file) are one frame. InternVL, SmolVLM and prompts of many images give frames
-as still images, which nothing tells from a video: with ``vtr.apply(..., video=True)`` still images of
+as still images, which cannot be told from a video: with ``vtr.apply(..., video=True)`` still images of
 the same grid that follow one another are the frames of one video.
 
 ``reduce`` returns a :class:`vtr.core.method.Reduction` over the visual tokens (``map``, and ``weights`` or
 ``tokens`` for merging); text is never touched. A merged token takes the place and the position of its
-representative. ``Method.positions_at(site)`` says whether kept tokens keep their positions; the option
+representative. ``Method.positions_at(site)`` decides if kept tokens keep their positions; the option
 ``positions=`` of ``vtr.apply`` overrides it. With m-RoPE (Qwen) positions are two-dimensional and are
 always kept: the option ``"compact"`` is refused there, a method's own preference gives way.
 
@@ -77,26 +77,26 @@ exchanged.
 Files
 -----
 
-- the model: ``wrapping`` (its hooks), ``facts`` (what methods may know of it), ``refusals``, ``family`` and
-  ``families`` (what differs between models), ``arguments`` (of a call), ``nesting`` (calls inside of calls,
+- the model: ``wrapping`` (its hooks), ``facts`` (known to methods before a call), ``refusals``, ``family`` and
+  ``families`` (differences between models), ``arguments`` (of a call), ``nesting`` (calls inside calls,
   compiled code), ``costs``;
 - its towers: ``tower_calls`` (features of images and videos), ``pictures`` (smaller ones), ``tower`` and
-  ``packed`` (methods inside), ``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (which
-  frame and place each token has), ``placeholders`` (where a prompt has them);
+  ``packed`` (methods inside), ``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (the
+  frame and place of each token), ``placeholders`` (their places in a prompt);
 - its language model: ``language`` (hooks), ``prompt`` (cuts at the entry), ``call`` (one call, and its cuts),
-  ``visit`` and ``rows`` (what methods see of it), ``middle`` (cuts between the halves of a layer), ``sequence``
+  ``visit`` and ``rows`` (the view of methods on it), ``middle`` (cuts between the halves of a layer), ``sequence``
   (padded batches), ``attention`` (q, k, v of a few tokens), ``deepstack`` (Qwen3-VL), ``cache`` and
-  ``cache_site`` (what a KV cache remembers of its cuts, and cuts in it), ``uncached`` and ``drafts``
+  ``cache_site`` (the record of cuts in a KV cache, and cuts in it), ``uncached`` and ``drafts``
   (generate without a cache, and with a draft model), ``recompute`` (gradient checkpointing);
-- what comes out: ``head`` (logits and loss), ``outputs`` (in which columns they are).
+- the outputs: ``head`` (logits and loss), ``outputs`` (their columns).
 
 Training
 --------
 
 Layers that transformers checkpoints (``model.gradient_checkpointing_enable()``, from 5.24 on
 ``activation_checkpointing_enable()``) run again with the sequence that they had: gradients are those without
-it. Methods may be taken off before the backward pass unless they cut inside of layers; those merge by values
-with gradients only without ``use_reentrant``. A checkpoint of the caller's own around layers is refused.
+it. Methods may be removed before the backward pass unless they cut inside layers; those merge by values
+with gradients only without ``use_reentrant``. The caller's own checkpoints around layers are refused.
 
 Other calls
 -----------
@@ -121,8 +121,8 @@ columns, counts columns of the caller. A text token behind visual tokens of whic
 before it, a uniform prediction: score answers, which begin behind a text token.
 
 ``labels=`` give the loss of the tokens that are left, each predicted by the one left before it, which is what
-each sample gives alone; they cannot be combined with ``logits_to_keep``. The head runs on what is left, and
-its logits take their columns afterwards: (B, L, V) as without a method.
+each sample gives alone; they cannot be combined with ``logits_to_keep``. The head runs on the tokens that are
+left, and its logits are put into their columns afterwards: (B, L, V) as without a method.
 
 With ``output="reduced"`` outputs have the columns that are left, padded anew on the side of the prompt's
 padding (on the left if one logit is kept), and ``handle.columns`` says which columns they were. It saves

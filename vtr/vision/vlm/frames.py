@@ -25,7 +25,7 @@ class Piece(NamedTuple):
         frame: (length,) int64 on the CPU, the frame of each token, -1 for separators.
         place: (length,) int64 on the CPU, row * columns + column, -1 for separators or without a grid.
         times: seconds of each frame, or None.
-        views: grids in a piece that is none.
+        views: grids in a piece that has no single grid.
     """
 
     kind: str
@@ -92,7 +92,7 @@ def frames_of(
         pieces: per modality and sample, its pieces in the order of the prompt; a modality that is
             missing is not known.
         tiled: images that follow one another without text between them are tiles of one.
-        scattered: tiles are, also with text between them; unless they are ``joined``.
+        scattered: images with text between them are tiles of one too, unless they are ``joined``.
         joined: still images of the same grid that follow one another are the frames of one video.
     """
     width = [call.arrived.shape[1], call.kinds.shape[1]]

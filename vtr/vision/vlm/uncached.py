@@ -19,7 +19,7 @@ class Held:
 
     Args:
         shape: (samples, visual tokens) of the prompt.
-        choices: of every visit, and of the cut that the tower made; filled by the first call.
+        choices: of every visit, and of the tower's cut; filled by the first call.
 
     Attributes:
         notes: of the methods.
