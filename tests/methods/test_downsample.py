@@ -213,7 +213,7 @@ def test_two_smaller_pictures_are_refused() -> None:
     [
         ("beit_base_patch16_224", "a table for one grid"),
         ("vit_relpos_small_patch16_224", "a table for one grid"),
-        ("eva02_tiny_patch14_224", "rotary positions were made for one grid"),
+        ("eva02_tiny_patch14_224", "rotary positions are computed for one grid"),
     ],
 )
 def test_timm_models_that_take_one_size_alone_are_refused(name: str, reason: str) -> None:

@@ -73,7 +73,7 @@ def test_a_method_is_asked_once_for_an_answer(options: dict[str, Any]) -> None:
     if options and not ENCODES_FIRST:
         pytest.skip("this version of transformers repeats images wrongly for beams, unwrapped too")
     model, inputs = FAMILIES["llava"](1)
-    with vtr.apply(model, Counted((("prompt", 0, ""), ("decoder", 1, "end")))):
+    with vtr.apply(model, Counted((("prompt", 0, "entry"), ("decoder", 1, "end")))):
         calls.clear()
         cached = generate(model, inputs, **options)
         calls.clear()
@@ -114,7 +114,7 @@ def test_a_choice_that_fails_holds_nothing() -> None:
 
     model, inputs = FAMILIES["llava"](1)
     broken = True
-    with vtr.apply(model, Broken((("prompt", 0, ""), ("decoder", 1, "end")))):
+    with vtr.apply(model, Broken((("prompt", 0, "entry"), ("decoder", 1, "end")))):
         with pytest.raises(ZeroDivisionError):
             generate(model, inputs, use_cache=False)
         broken = False

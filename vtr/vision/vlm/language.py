@@ -110,7 +110,7 @@ class LanguageSession(Threaded):
             if stage.site in ("image", "encoder", "cache"):
                 continue
             inside = stage.site == "decoder"
-            key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "")
+            key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "entry")
             self.visits.setdefault(key, []).append((entry, stage.site))
         module = self.module
         owner.hook(self.checkpoints)
@@ -244,8 +244,8 @@ class LanguageSession(Threaded):
         """The prompt after all cuts before its first layer."""
         embeds = without_repetitions(self.owner, call, embeds)
         embeds = cut_by_tower(self.owner, call, embeds)
-        for entry, name in self.visits.get(("prompt", 0, ""), ()):
-            embeds = call.visit(entry, name, 0, "", embeds)
+        for entry, name in self.visits.get(("prompt", 0, "entry"), ()):
+            embeds = call.visit(entry, name, 0, "entry", embeds)
         return embeds
 
     def columns(self) -> Tensor:
