@@ -276,9 +276,9 @@ class Diffusion(Kind):
 
     @property
     def facts(self) -> Any:
-        from vtr.testing.models.diffusion import CASES
+        from vtr.testing.models.diffusion import CASES, LONG
 
-        return CASES[self.case]
+        return LONG if self.case == "wan" else CASES[self.case]
 
     def build(self) -> Any:
         return self.facts.build()

@@ -34,12 +34,14 @@ class Trial:
         kind: of model.
         settings: of the method.
         method: the first that reduces.
+        native: output of the batch without a method.
     """
 
     def __init__(self, kind: Kind, settings: Settings) -> None:
         self.kind = kind
         self.settings = settings
         self.method = settings.some[0]
+        self.native = kind.native  # of the batch, while no method is applied
 
     def run(self, method: Method, inputs: Inputs, model: Any = None) -> Ran:
         """Call the model under a method that is taken off again."""
@@ -66,11 +68,6 @@ class Trial:
         torch.manual_seed(7)  # methods may draw from the global generator
         with torch.no_grad():
             return self.kind.call(self.kind.model if model is None else model, inputs)
-
-    @property
-    def native(self) -> Tensor:
-        """The output of the batch without a method."""
-        return self.kind.native
 
     @property
     def batch(self) -> Inputs:

@@ -85,6 +85,10 @@ def _wan_inputs(batch: int, time: float) -> dict[str, Any]:
     }
 
 
+def _wan_long_inputs(batch: int, time: float) -> dict[str, Any]:
+    return {**_wan_inputs(batch, time), "hidden_states": torch.randn(batch, 4, 8, 8, 8)}
+
+
 def _wan_ti2v_inputs(batch: int, time: float) -> dict[str, Any]:
     # One timestep per token; the first frame is given.
     times = torch.full((batch, 45), time)
@@ -356,3 +360,6 @@ CASES = {
         _hunyuan_dit, _hunyuan_dit_inputs, (1, 5, 7), _in("blocks", 2), context=False
     ),
 }  # fmt: skip
+
+LONG = Case(_wan, _wan_long_inputs, (8, 4, 4), _in("blocks", 3))
+"""Wan with enough frames that masks thin out those that are far apart."""
