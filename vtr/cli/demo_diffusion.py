@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import vtr
+from vtr.cli.shared import PAGE
 from vtr.core.report import as_text
 from vtr.evaluate import generator
 from vtr.zoo import load_pipeline
@@ -62,4 +63,4 @@ def run(out: Path, console: Console) -> tuple[Any, str]:
         shares = (f"{row[key]:.0%}" for key in ("digit", "direction"))
         table.add_row(row["attention"], f"{row['density']:.2f}", *shares, near)
     console.print(table)
-    return rows, as_text(table)
+    return rows, as_text(table, PAGE)

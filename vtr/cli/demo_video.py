@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vtr
+from vtr.cli.shared import PAGE
 from vtr.core.report import as_text
 from vtr.evaluate import clips
 from vtr.inspect.drawing import stack
@@ -80,7 +81,7 @@ def run(out: Path, console: Console) -> tuple[Any, str]:
             {"method": r.name, "tokens": r.tokens, "accuracy": r.accuracy} for r in results
         ],
     }
-    return found, f"{as_text(table)}\n{as_text(accuracy)}"
+    return found, f"{as_text(table, PAGE)}\n{as_text(accuracy, PAGE)}"
 
 
 def _mark(said: str, right: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 import vtr
+from vtr.cli.shared import PAGE
 from vtr.core.report import as_text
 from vtr.evaluate import digits
 from vtr.inspect.drawing import row, stack
@@ -32,7 +33,7 @@ def run(out: Path, console: Console) -> tuple[Any, str]:
     stages, compared = _sheets(model, methods, pixels[(light or [0])[:4]])
     stages.save(out / "vit-stages.png")
     compared.save(out / "vit.png")
-    return digits.to_dicts(results), as_text(table)
+    return digits.to_dicts(results), as_text(table, PAGE)
 
 
 def _sheets(model: Any, methods: Sequence[Any], pixels: torch.Tensor) -> tuple[Any, Any]:

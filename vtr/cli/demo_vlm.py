@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 import vtr
+from vtr.cli.shared import PAGE
 from vtr.core.report import as_text
 from vtr.evaluate import vlm as questions
 from vtr.inspect.drawing import row, stack
@@ -45,4 +46,4 @@ def run(out: Path, console: Console) -> tuple[Any, str]:
                 )
             )
     row(columns).save(out / "vlm.png")
-    return questions.to_dicts(results), as_text(table)
+    return questions.to_dicts(results), as_text(table, PAGE)

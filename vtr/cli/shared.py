@@ -10,6 +10,7 @@ from rich.console import Console
 from vtr.zoo import loading
 
 console = Console()
+PAGE = 110  # columns of tables in files
 
 ModelArgument = Annotated[str, typer.Argument(help=loading.NAMES)]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=loading.NAMES)]
