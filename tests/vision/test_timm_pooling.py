@@ -113,7 +113,7 @@ def test_a_head_in_another_thread_than_the_blocks() -> None:
                 features = model.forward_features(x)
                 wanted = model.forward_head(features)
                 if method.name == "tome":
-                    with pytest.raises(RuntimeError, match="made in another thread"):
+                    with pytest.raises(RuntimeError, match="ran in another thread"):
                         other.submit(model.forward_head, features).result()
                 else:
                     got = other.submit(model.forward_head, features).result()
