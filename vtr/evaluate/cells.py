@@ -70,7 +70,7 @@ def title(method: Method) -> str:
     inner = _inner(method)
     if inner is not None:
         return f"{method.name}({title(getattr(method, inner))})"
-    site = getattr(method, "site", None)
+    site = method.to_dict().get("site")  # an option; some classes have one site for all
     return method.name if site is None else f"{method.name}@{site}"
 
 
