@@ -269,6 +269,7 @@ class Diffusion(Kind):
     """A diffusion transformer: one run of three denoising steps."""
 
     case: str = ""
+    text_apart: bool = False
     times: tuple[float, ...] = (900.0, 600.0, 300.0)
 
     rows: ClassVar[tuple[str, ...]] = ("block",)
@@ -308,7 +309,8 @@ class Diffusion(Kind):
         )
 
     def visual(self, site: str, length: int, sample: Inputs) -> int:
-        return length - (self.facts.text if length > self.facts.tokens else 0)
+        # Attention counts joint text, also if another module projects it.
+        return length + (self.facts.text if self.text_apart else 0)
 
 
 def _per_sample(value: Any, batch: int = 2) -> bool:
@@ -368,9 +370,17 @@ def _language(name: str, family: str, tower: SiteLayers | None = None, **more: A
     )  # fmt: skip
 
 
-def _diffusion(name: str, blocks: str, attention: str) -> Diffusion:
+def _diffusion(name: str, blocks: str, attention: str, text_apart: bool = False) -> Diffusion:
     layers = {"attention": SiteLayers(blocks, attention, "")}
-    return Diffusion(name, "diffusers", layers, case=name, tolerance=3e-5, calls_after_error=2)
+    return Diffusion(
+        name,
+        "diffusers",
+        layers,
+        case=name,
+        tolerance=3e-5,
+        calls_after_error=2,
+        text_apart=text_apart,
+    )
 
 
 KINDS: dict[str, Kind] = {
@@ -400,8 +410,8 @@ KINDS: dict[str, Kind] = {
         _language("llava-onevision-video", "llava_onevision_video", video=True, separators=1),
         _diffusion("wan", "blocks", "attn1.to_out.0"),
         _diffusion("cogvideox", "transformer_blocks", "attn1.to_out.0"),
-        _diffusion("hunyuan-video", "transformer_blocks", "attn.to_out.0"),
-        _diffusion("flux", "transformer_blocks", "attn.to_out.0"),
+        _diffusion("hunyuan-video", "transformer_blocks", "attn.to_out.0", text_apart=True),
+        _diffusion("flux", "transformer_blocks", "attn.to_out.0", text_apart=True),
     )
 }  # fmt: skip
 """Every kind by its name: encoders, vision-language models, then diffusion transformers."""
