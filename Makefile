@@ -11,7 +11,7 @@ EXTRAS := vision,vlm,video,diffusion,ui,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
-.PHONY: demo test lint types contract compat candidates canary lock gpu gpu-first docs clean \
+.PHONY: demo test lint types contract compat candidates canary lock gpu gpu-first clean \
 	$(VENV)-newest $(VENV)-canary
 
 $(BIN)/uv: requirements/uv.txt
