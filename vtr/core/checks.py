@@ -83,7 +83,7 @@ def _check_signals(name: str, site: str, signals: Iterable[str], kind: type[Exce
 
 
 def _known(word: str, words: Iterable[str], what: str, kind: type[Exception] = ValueError) -> None:
-    known = sorted(words)
+    known = list(words) if isinstance(words, tuple) else sorted(words)
     if word in known:
         return
     near = difflib.get_close_matches(str(word), known, n=1)
