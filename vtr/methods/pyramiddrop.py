@@ -14,6 +14,7 @@ from vtr.methods.base import (
     Presets,
     Stage,
     TextScoredMethod,
+    check_layers,
     register,
 )
 from vtr.methods.common.text import last_text_row
@@ -64,9 +65,9 @@ class PyramidDrop(Presets, TextScoredMethod):
     layers: tuple[int, ...] | None = None
 
     def validate(self) -> None:
-        super().validate()
-        if self.layers is not None and self.layers[0] < 1:
+        if self.layers is not None and check_layers(self.layers)[0] < 1:
             raise ValueError(f"layers must be >= 1 (cuts are before them), got {self.layers}")
+        super().validate()
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         if depth in (32, 40):

@@ -240,7 +240,7 @@ def test_stages_that_do_not_exist_are_refused() -> None:
         vtr.apply(model, Pick((("decoder", 3, "end"),)))
     with pytest.raises(ValueError, match="nothing comes after layer 3"):
         vtr.apply(model, Pick((("decoder", 3, "middle"),)))
-    with pytest.raises(ValueError, match="'inside', which does not exist. Known: start, middle, end"):
+    with pytest.raises(ValueError, match=r"'inside', which does not exist\. Known: "):
         vtr.apply(model, Pick((("decoder", 1, "inside"),)))
     assert not any(m._forward_pre_hooks for m in model.modules())
 
