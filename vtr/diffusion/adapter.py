@@ -48,6 +48,7 @@ class DiffusionWrapping(Wrapping):
         block_of: the block of each attention layer.
         schedule: the pipeline or scheduler that runs them.
         by_layer, by_block: the method of each attention layer and block that has one.
+        inside: a transformer is running, or its last call has raised.
         shared: dicts of methods by (method, transformer) that live across runs, for masks.
         session: counts runs and steps.
         contexts: names of the branches that are open.
@@ -89,13 +90,20 @@ class DiffusionWrapping(Wrapping):
         self.session = Session()
         self.run = DiffusionRun()
         self.call: DiffusionCall | None = None
+        self.inside = False
         self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
         self._paddings = Paddings()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without a run: tensors of one may belong to a graph, masks are built again.
         state = {k: v for k, v in super().__getstate__().items() if k != "trace"}
-        fresh = {"session": Session(), "run": DiffusionRun(), "call": None, "shared": {}}
+        fresh = {
+            "session": Session(),
+            "run": DiffusionRun(),
+            "call": None,
+            "shared": {},
+            "inside": False,
+        }
         return {**state, **fresh, "contexts": [], "_paddings": Paddings(), "_trace": Trace()}
 
     def attach(self, target: Any) -> None:
@@ -167,6 +175,7 @@ class DiffusionWrapping(Wrapping):
             self.hook(
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
+            self.hook(member.register_forward_hook(Bound(self, "leave")))
 
     def _processor(self, current: Any, layer: int) -> SiteProcessor:
         around = None
@@ -269,6 +278,9 @@ class DiffusionWrapping(Wrapping):
         self, index: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """At the start of a forward call of a transformer."""
+        if self.inside:  # the last one raised: its run is broken off
+            self.session.end()
+        self.inside = True
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         view = self.family.view(model, given)
         name, facts = self.contexts[-1] if self.contexts else (None, {})
@@ -309,6 +321,11 @@ class DiffusionWrapping(Wrapping):
         self._trace = Trace(batch=batch, notes={"attention": {}})
         self.call = DiffusionCall(seen, batch, batch, self._trace, self.run.costs)
         self._adopt(model)
+
+    @torch.compiler.disable
+    def leave(self, *call: Any) -> None:
+        """At the end of a forward call that has not raised."""
+        self.inside = False
 
     def same_text(self, valid: Tensor | None) -> Tensor | None:
         """The padding of an earlier call if it is equal; see :class:`Paddings`."""

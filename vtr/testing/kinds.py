@@ -46,7 +46,6 @@ class Kind:
         sides: sides of the padding in a batch; empty if a batch has no padding.
         tolerance: absolute and relative, between float32 results of a sample alone and in a batch.
         compiles: whether torch.compile is tried with every method; it takes a second and more.
-        calls_after_error: calls after one that raised until a new run begins.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Kind:
     sides: tuple[str, ...] = ()
     tolerance: float = 2e-4
     compiles: bool = False
-    calls_after_error: int = 1
 
     #: sites whose records have one row per sample
     rows: ClassVar[tuple[str, ...]] = ("image", "encoder")
@@ -378,7 +376,6 @@ def _diffusion(name: str, blocks: str, attention: str, text_apart: bool = False)
         layers,
         case=name,
         tolerance=3e-5,
-        calls_after_error=2,
         text_apart=text_apart,
     )
 
