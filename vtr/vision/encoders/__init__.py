@@ -1,6 +1,6 @@
 """Image encoders: timm, open_clip, and the vision towers of transformers.
 
-For an adapter of one's own (``docs/custom-vit.md``): a :class:`BlockRunner` per block, an
+For an adapter of your own (``docs/custom-vit.md``): a :class:`BlockRunner` per block, an
 :class:`EncoderWrapping` for the model, and ``vtr.register_adapter``.
 """
 
