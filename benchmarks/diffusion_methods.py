@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import vtr
-from vtr.diffusion.site import AttentionSite, CallFacts
+from vtr.diffusion.site import DiffusionAttentionSite, CallFacts
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ["grid", "heads", "dim", "dtype", "method", "first_call_ms", "work", "ms", "efficiency"]
@@ -60,7 +60,7 @@ class Layer:
         q, k, v = self.qkv
         call = CallFacts(run=0, step=step, steps=50, timestep=900.0, branch="cond", grid=self.grid)
         self.notes = {}
-        site = AttentionSite(
+        site = DiffusionAttentionSite(
             call=call, layer=0, layers=1, q=q, k=k, v=v, scale=q.shape[-1] ** -0.5,
             dense=lambda: F.scaled_dot_product_attention(q, k, v), state=self.state,
             shared=self.shared, memory={}, notes=self.notes, backend=self.method.backend,

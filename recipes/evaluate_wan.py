@@ -27,7 +27,7 @@ from vtr.methods.base import Grid, MaskedAttention
 from vtr.methods.common.attention import AttentionMethod
 
 if TYPE_CHECKING:
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 BLOCK = 16
 DENSITIES = (0.5, 0.25, 0.125)
@@ -86,7 +86,7 @@ class Top(AttentionMethod):
 
     density: float = 0.25
 
-    def attend(self, site: AttentionSite) -> Tensor:
+    def attend(self, site: DiffusionAttentionSite) -> Tensor:
         q, k, v = site.q, site.k, site.v
         n = -(-q.shape[2] // self.block)
         if n * self.block != q.shape[2]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vtr.diffusion.site import AttentionSite, CallFacts
+from vtr.diffusion.site import DiffusionAttentionSite, CallFacts
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -64,7 +64,7 @@ class Run:
                 q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
 
-        return AttentionSite(
+        return DiffusionAttentionSite(
             call=call, layer=self.layer, layers=self.layers, q=q, k=k, v=v, scale=scale, dense=dense,
             state=self.state, shared=self.shared, memory={}, notes=self.notes,
             backend=self.method.backend,

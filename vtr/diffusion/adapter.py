@@ -24,7 +24,7 @@ from vtr.diffusion.families import blocks_of, layers_of
 from vtr.diffusion.processor import SiteProcessor, site_processor
 from vtr.diffusion.run import DiffusionCall, DiffusionRun, Paddings
 from vtr.diffusion.session import ScheduleRef, Session
-from vtr.diffusion.site import AttentionSite, BlockSite, CallFacts
+from vtr.diffusion.site import DiffusionAttentionSite, BlockSite, CallFacts
 from vtr.diffusion.targets import Experts, locate, supported
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 
@@ -376,12 +376,12 @@ class DiffusionWrapping(Wrapping):
     def attention_site(
         self, layer: int, entry: Entry, facts: CallFacts, heads: tuple[Tensor, Tensor, Tensor],
         scale: float, dense: Callable[[], Tensor],
-    ) -> AttentionSite:  # fmt: skip
+    ) -> DiffusionAttentionSite:  # fmt: skip
         """The site of one attention call, with the state of its method."""
         assert self.call is not None
         which, index = self.entries.index(entry), facts.expert
         q, k, v = heads
-        return AttentionSite(
+        return DiffusionAttentionSite(
             call=facts, layer=layer, layers=self.info.depth["attention"], q=q, k=k, v=v, scale=scale,
             dense=dense,
             state=self.run.state(which, index, facts.branch, layer),

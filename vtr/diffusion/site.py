@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtr.core.attention_site import AttentionSite
 from vtr.diffusion.density import density
 from vtr.kernels import BlockMask, block_sparse_attention
 from vtr.kernels.keys import without_keys
@@ -60,8 +61,8 @@ class _InCall:
         return getattr(self.call, name)
 
 
-class AttentionSite(_InCall):
-    """One self- or joint-attention call of one layer.
+class DiffusionAttentionSite(_InCall, AttentionSite):
+    """One self- or joint-attention call of one layer of a diffusion transformer.
 
     Everything of :class:`CallFacts` (``run``, ``step``, ``steps``, ``timestep``, ``branch``, ``grid``,
     ``text_first``, ``text_valid``, ``training``, ``expert``, ``expert_step``) is an attribute here too.
@@ -95,34 +96,13 @@ class AttentionSite(_InCall):
     expert: int
     expert_step: int
 
-    def __init__(
-        self,
-        *,
-        call: CallFacts,
-        layer: int,
-        layers: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        dense: Callable[[], Tensor],
-        state: dict[str, Any],
-        shared: dict[Any, Any],
-        memory: dict[str, Any],
-        notes: dict[str, Any],
-        modules: torch.nn.Module | None = None,
-        backend: str = "auto",
-    ) -> None:
+    def __init__(self, *, call: CallFacts, shared: dict[Any, Any], **common: Any) -> None:
         self.call = call
-        self.layer, self.layers = layer, layers
-        self.q, self.k, self.v, self.scale = q, k, v, scale
-        self.text = k.shape[2] - self.tokens
+        super().__init__(**common)
+        self.text = self.k.shape[2] - self.tokens
         valid = call.text_valid
         self.text_valid = valid if valid is not None and self.text else None
-        self.state, self.shared, self.memory, self.notes = state, shared, memory, notes
-        self.modules = modules
-        self.backend = backend
-        self._dense = dense
+        self.shared = shared
 
     @property
     def tokens(self) -> int:

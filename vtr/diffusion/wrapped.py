@@ -10,7 +10,7 @@ from torch import Tensor
 from vtr.core.wrapping import Entry
 from vtr.diffusion.families import DiffusionFamily
 from vtr.diffusion.run import DiffusionCall
-from vtr.diffusion.site import AttentionSite, BlockSite, CallFacts
+from vtr.diffusion.site import DiffusionAttentionSite, BlockSite, CallFacts
 
 
 class WrappedTransformer(Protocol):
@@ -28,7 +28,7 @@ class WrappedTransformer(Protocol):
     def attention_site(
         self, layer: int, entry: Entry, facts: CallFacts, heads: tuple[Tensor, Tensor, Tensor],
         scale: float, dense: Callable[[], Tensor],
-    ) -> AttentionSite: ...  # fmt: skip
+    ) -> DiffusionAttentionSite: ...  # fmt: skip
 
     def block_site(self, number: int, hidden: Tensor) -> BlockSite: ...
 

@@ -9,7 +9,7 @@ from vtr.kernels import BlockMask, masks
 from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, check_share, register
 
 if TYPE_CHECKING:
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 
 @register
@@ -36,10 +36,10 @@ class RandomSparse(MaskedAttention):
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an int, got {self.seed!r}")
 
-    def mask_key(self, site: AttentionSite) -> tuple[object, ...]:
+    def mask_key(self, site: DiffusionAttentionSite) -> tuple[object, ...]:
         return (site.layer, site.q.shape[1])
 
-    def grid_mask_at(self, site: AttentionSite) -> GridMask:
+    def grid_mask_at(self, site: DiffusionAttentionSite) -> GridMask:
         # Layers are apart, but a seed and its successor must not share masks.
         seed, heads = self.seed * 10_007 + site.layer, site.q.shape[1]
         mask = masks.random(site.tokens, self.density, heads=heads, block=self.block, seed=seed)

@@ -19,7 +19,7 @@ from vtr.methods.common.order import (
 from vtr.methods.common.rectify import always_critical, rectified_attention
 
 if TYPE_CHECKING:
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 
 @register
@@ -98,7 +98,7 @@ class RectifiedSparse(Presets, AttentionMethod):
         check_share(self.drop, "drop", zero=True)
         self._set("order", check_order(self.order))
 
-    def attend(self, site: AttentionSite) -> Tensor:
+    def attend(self, site: DiffusionAttentionSite) -> Tensor:
         arranged, always = self._places(site)
         q, k, v = site.q, site.k, site.v
         if arranged is not None:
@@ -112,7 +112,7 @@ class RectifiedSparse(Presets, AttentionMethod):
             )  # fmt: skip
         return out if arranged is None else reorder(out, arranged.back)
 
-    def _places(self, site: AttentionSite) -> tuple[Arranged | None, Tensor | None]:
+    def _places(self, site: DiffusionAttentionSite) -> tuple[Arranged | None, Tensor | None]:
         """The order of the tokens and the blocks that always see each other, once per grid."""
 
         def build() -> tuple[Arranged | None, Tensor | None]:

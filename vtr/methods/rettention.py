@@ -27,7 +27,7 @@ from vtr.methods.base import (
 from vtr.methods.common.kept import PRECISIONS, Measured, kept_bytes, warn_if_short
 
 if TYPE_CHECKING:
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 
 @register
@@ -144,7 +144,7 @@ class Rettention(Presets, MaskedAttention):
 
     # ---- the mask ---------------------------------------------------------------------------
 
-    def sequence_mask(self, site: AttentionSite) -> SequenceMask:
+    def sequence_mask(self, site: DiffusionAttentionSite) -> SequenceMask:
         if isinstance(self.mask, MaskedAttention):
             return self.mask.sequence_mask(site)
         return super().sequence_mask(site)
@@ -164,7 +164,7 @@ class Rettention(Presets, MaskedAttention):
 
     # ---- a call -----------------------------------------------------------------------------
 
-    def attend(self, site: AttentionSite) -> Tensor:
+    def attend(self, site: DiffusionAttentionSite) -> Tensor:
         if site.training:
             raise RuntimeError(
                 "Re-ttention carries a ratio from step to step of a generation, and training has no "
@@ -187,7 +187,7 @@ class Rettention(Presets, MaskedAttention):
             out = (out + known.residual.load(out.device)).to(out.dtype)
         return out
 
-    def _refresh(self, site: AttentionSite, mask: SequenceMask, known: Measured | None) -> Tensor:
+    def _refresh(self, site: DiffusionAttentionSite, mask: SequenceMask, known: Measured | None) -> Tensor:
         dense, whole = site.dense(return_lse=True)
         if known is None:
             known = site.state["measured"] = Measured(self.precision, self.offload, self.residual)
@@ -229,7 +229,7 @@ class Rettention(Presets, MaskedAttention):
             kept = kept_bytes(rows, head_dim, self.precision)
         return {"ratio": 4 * rows, "residual": kept if self.residual else 0}
 
-    def _announce(self, site: AttentionSite) -> None:
+    def _announce(self, site: DiffusionAttentionSite) -> None:
         """At the first refresh of a layer: how much this branch will keep, and whether it fits."""
         batch, heads, tokens, dim = site.q.shape
         size = self.memory(

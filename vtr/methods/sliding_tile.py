@@ -25,7 +25,7 @@ from vtr.methods.common.tiles import filled_tiles, tiles_of
 from vtr.methods.common.windows import load_windows
 
 if TYPE_CHECKING:
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 
 @register
@@ -98,7 +98,7 @@ class SlidingTile(Presets, MaskedAttention):
     def stays(self) -> bool:
         return self.table is None
 
-    def mask_key(self, site: AttentionSite) -> tuple[object, ...]:
+    def mask_key(self, site: DiffusionAttentionSite) -> tuple[object, ...]:
         return (self.window,)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
@@ -121,7 +121,7 @@ class SlidingTile(Presets, MaskedAttention):
         mask = masks.sliding_tile(grid, tile, window, block=self.block)
         return GridMask(mask, masks.tile_order(grid, tile))
 
-    def attend(self, site: AttentionSite) -> Tensor:
+    def attend(self, site: DiffusionAttentionSite) -> Tensor:
         if self.table is None:
             return super().attend(site)
         table = load_windows(self.table)

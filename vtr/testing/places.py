@@ -61,7 +61,7 @@ def _attend(
     step: int,
     state: dict[str, Any],
 ) -> Tensor:
-    from vtr.diffusion.site import AttentionSite, CallFacts
+    from vtr.diffusion.site import DiffusionAttentionSite, CallFacts
 
     q, k, v = qkv
     rest = torch.ones(2, q.shape[2] - valid.shape[1], dtype=torch.bool)
@@ -74,7 +74,7 @@ def _attend(
         run=0, step=step, steps=50, timestep=1000.0 - step, branch="0", grid=GRID,
         text_first=text_first, text_valid=valid, expert_step=step,
     )  # fmt: skip
-    site = AttentionSite(
+    site = DiffusionAttentionSite(
         call=facts, layer=1, layers=4, q=q, k=k, v=v, scale=0.25, dense=dense,
         state=state.setdefault("state", {}), shared=state.setdefault("shared", {}), memory={},
         notes={}, backend=getattr(method, "backend", "auto"),

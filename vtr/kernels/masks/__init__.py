@@ -1,7 +1,8 @@
 """Sparse attention masks as pure functions: sizes in, :class:`~vtr.kernels.BlockMask` out.
 
 Each mask is exact to the token, and is built block by block without any token-level map of the
-sequence. All are built on the CPU; ``mask.to(device)`` moves one.
+sequence. All are built on the CPU, except those of :func:`causal` and :func:`causal_blocks`, which stay
+with their argument; ``mask.to(device)`` moves one.
 """
 
 from vtr.kernels.masks.bands import (
@@ -13,6 +14,7 @@ from vtr.kernels.masks.bands import (
     temporal_order,
 )
 from vtr.kernels.masks.build import exact
+from vtr.kernels.masks.causal import causal, causal_blocks
 from vtr.kernels.masks.chance import random
 from vtr.kernels.masks.grids import neighborhood, sliding_tile, tile_order
 from vtr.kernels.masks.radial import radial
@@ -20,6 +22,8 @@ from vtr.kernels.masks.text import with_text
 
 __all__ = [
     "band",
+    "causal",
+    "causal_blocks",
     "exact",
     "frame_band",
     "frame_window",

@@ -13,7 +13,7 @@ from vtr.methods.common.schedule import Scheduled
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
 
@@ -61,7 +61,7 @@ class AttentionMethod(Scheduled):
             )
         super().check(info)
 
-    def attend(self, site: AttentionSite) -> Tensor:
+    def attend(self, site: DiffusionAttentionSite) -> Tensor:
         """Return the attention output, (B, H, S, D) in the dtype of q.
 
         It is not called in dense layers and steps. Image or video tokens begin at ``site.first``.

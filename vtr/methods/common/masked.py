@@ -16,7 +16,7 @@ from vtr.methods.common.order import Arranged, arrange, reorder
 
 if TYPE_CHECKING:
     from vtr.core.site import ModelInfo
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 Grid = tuple[int, int, int]
 
@@ -85,12 +85,12 @@ class MaskedAttention(AttentionMethod):
         """
         raise NotImplementedError(f"{type(self).__name__} must define grid_mask(grid)")
 
-    def grid_mask_at(self, site: AttentionSite) -> BlockMask | Tensor | GridMask:
+    def grid_mask_at(self, site: DiffusionAttentionSite) -> BlockMask | Tensor | GridMask:
         """Return :meth:`grid_mask` for one layer. Override it, and :meth:`mask_key`, if the mask
         depends on more than the grid."""
         return self.grid_mask(site.grid)
 
-    def mask_key(self, site: AttentionSite) -> tuple[object, ...]:
+    def mask_key(self, site: DiffusionAttentionSite) -> tuple[object, ...]:
         """Return what the mask depends on beside the grid."""
         return ()
 
@@ -98,7 +98,7 @@ class MaskedAttention(AttentionMethod):
         """Tell whether the mask of a layer is the same in every step of a run."""
         return True
 
-    def sequence_mask(self, site: AttentionSite) -> SequenceMask:
+    def sequence_mask(self, site: DiffusionAttentionSite) -> SequenceMask:
         """Return the mask of grid and text on the device of ``site.q``, built at the first call."""
 
         def build() -> SequenceMask:
@@ -119,14 +119,14 @@ class MaskedAttention(AttentionMethod):
         found: SequenceMask = site.for_size(("mask", *self.mask_key(site)), build)
         return found
 
-    def attend(self, site: AttentionSite) -> Tensor:
+    def attend(self, site: DiffusionAttentionSite) -> Tensor:
         return masked_attention(site, self.sequence_mask(site))[0]
 
 
 # ---- from the grid to the sequence ---------------------------------------------------------------
 
 
-def checked(name: str, found: object, site: AttentionSite, block: int) -> GridMask:
+def checked(name: str, found: object, site: DiffusionAttentionSite, block: int) -> GridMask:
     """Return what an author gave for a grid as a :class:`GridMask`.
 
     Raises:
@@ -208,7 +208,7 @@ def around_text(
 
 
 def masked_attention(
-    site: AttentionSite,
+    site: DiffusionAttentionSite,
     given: SequenceMask,
     *,
     row_scale: Tensor | None = None,
@@ -251,7 +251,7 @@ def masked_attention(
     return out, lse
 
 
-def _without_padding(site: AttentionSite, given: SequenceMask) -> BlockMask:
+def _without_padding(site: DiffusionAttentionSite, given: SequenceMask) -> BlockMask:
     """The mask without the padding of text, built once per padding."""
 
     def build() -> BlockMask:

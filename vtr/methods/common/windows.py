@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from vtr.core.site import ModelInfo
-    from vtr.diffusion.site import AttentionSite
+    from vtr.diffusion.site import DiffusionAttentionSite
 
 Window = tuple[int, int, int]
 
@@ -59,7 +59,7 @@ class WindowTable:
                 f"{info.family} here has {layers} of {info.heads}"
             )
 
-    def check_run(self, site: AttentionSite, tiles: tuple[int, ...]) -> None:
+    def check_run(self, site: DiffusionAttentionSite, tiles: tuple[int, ...]) -> None:
         """Raise ``RuntimeError`` if the call is of a run that the table is not for.
 
         Args:
@@ -86,12 +86,12 @@ class WindowTable:
                 f"are {tiles} tiles here"
             )
 
-    def is_whole(self, site: AttentionSite) -> bool:
+    def is_whole(self, site: DiffusionAttentionSite) -> bool:
         """Tell whether all heads of this step and layer have the whole grid."""
         numbers = self.index[site.step, site.layer].unique().tolist()
         return [self.windows[n] for n in numbers] == [self.whole]
 
-    def heads_by_window(self, site: AttentionSite) -> tuple[list[tuple[Window, Tensor]], Tensor]:
+    def heads_by_window(self, site: DiffusionAttentionSite) -> tuple[list[tuple[Window, Tensor]], Tensor]:
         """The heads (n,) int64 of each window in this step and layer, and (heads,) int64, where each
         head is when they are put one after the other; on the device of ``site.q``."""
         chosen = self.index[site.step, site.layer]
