@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import vtr
-from vtr.diffusion.site import DiffusionAttentionSite, CallFacts
+from vtr.diffusion.site import CallFacts, DiffusionAttentionSite
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = ["grid", "heads", "dim", "dtype", "method", "first_call_ms", "work", "ms", "efficiency"]

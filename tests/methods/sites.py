@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vtr.diffusion.site import DiffusionAttentionSite, CallFacts
+from vtr.diffusion.site import CallFacts, DiffusionAttentionSite
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

@@ -121,10 +121,71 @@ def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> 
 # ---- attention ------------------------------------------------------------------------------
 
 
+#: In front of the name of an attention implementation that methods are asked before.
+ASKING = "vtr_"
+#: Attribute of an attention module: the function that computes its attention, given that of the library.
+ATTEND = "_vtr_attend"
+#: Arguments by which an attention function is asked for more than a softmax over keys.
+ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+
 def attention_implementation(model: Any) -> str:
     """Name the attention that a module with a ``config`` runs: ``"sdpa"``, ``"eager"`` ..."""
     found: str | None = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return found or ""
+    return (found or "").removeprefix(ASKING)
+
+
+def cannot_ask(model: Any, attention: Any) -> str:
+    """Say why methods cannot be asked in the attention of a language model; empty if they can."""
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface  # noqa: F401
+    except ImportError:
+        return "transformers has no AttentionInterface and AttentionMaskInterface"
+    title = type(attention).__name__
+    home: Any = sys.modules.get(type(attention).__module__)
+    if not hasattr(home, "ALL_ATTENTION_FUNCTIONS") or not hasattr(home, "eager_attention_forward"):
+        return f"{title} computes attention by itself, not by a registered attention function"
+    if not hasattr(getattr(model, "config", None), _IMPLEMENTATION):
+        return f"the configuration of {type(model).__name__} names no attention implementation"
+    if getattr(attention, "sinks", None) is not None:
+        return f"{title} has learned attention sinks"
+    return ""
+
+
+def ask(model: Any) -> None:
+    """Let the attention of a language model be computed by :data:`ATTEND` of each attention module that has
+    it. Nothing changes in others, and in what they are given: the mask is that of the implementation."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = attention_implementation(model)
+    asking = ASKING + name
+    if getattr(model.config, _IMPLEMENTATION) == asking:
+        return
+    if name in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(asking, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    AttentionInterface.register(asking, _Asking(name))
+    setattr(model.config, _IMPLEMENTATION, asking)
+
+
+def ask_no_more(model: Any) -> None:
+    """End :func:`ask`; the implementation is what it was, or what has been chosen since."""
+    setattr(model.config, _IMPLEMENTATION, attention_implementation(model))
+
+
+class _Asking:
+    """A registered attention function that asks :data:`ATTEND` of the module, if it has one."""
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+
+    def __call__(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        function = attention_function(module, self.implementation)
+        attend = module.__dict__.get(ATTEND)
+        if attend is None:
+            return function(module, *args, **kwargs)
+        return attend(function, module, *args, **kwargs)
 
 
 def attention_function(module: Any, implementation: str) -> Callable[..., Any]:

@@ -38,7 +38,8 @@ PLACES: dict[str, tuple[str, ...]] = {
   ``info.decoder_middle``.
 - ``cache``: the keys and values of a language model after the prompt, in layers ``from`` this one on, in those
   ``before`` it, or from it on and chosen again while the answer is written (``follow``).
-- ``attention``, ``block``: an attention call, and a block, of a diffusion transformer.
+- ``attention``: an attention call, of a diffusion transformer or of a language model.
+- ``block``: a block of a diffusion transformer.
 """
 
 

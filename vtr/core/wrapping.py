@@ -9,7 +9,7 @@ set the patches; it sets them only through :meth:`patch` and :meth:`hook`, so th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -89,6 +89,7 @@ class Entry:
         self.method = method
         self.options = options
         self.modules = modules
+        self.table: Mapping[str, torch.Tensor] = {}  # calibrated numbers
         self.paused = False
 
     @property

@@ -24,7 +24,7 @@ from vtr.diffusion.families import blocks_of, layers_of
 from vtr.diffusion.processor import SiteProcessor, site_processor
 from vtr.diffusion.run import DiffusionCall, DiffusionRun, Paddings
 from vtr.diffusion.session import ScheduleRef, Session
-from vtr.diffusion.site import DiffusionAttentionSite, BlockSite, CallFacts
+from vtr.diffusion.site import BlockSite, CallFacts, DiffusionAttentionSite
 from vtr.diffusion.targets import Experts, locate, supported
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 
@@ -73,7 +73,7 @@ class DiffusionWrapping(Wrapping):
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
         self._forget()
-        looks = {"qkv", "frames"} if self.family.video else {"qkv"}
+        looks = {"qkv", "denoising"} | ({"frames"} if self.family.video else set())
         info = ModelInfo(
             self.family.name,
             {"attention": len(layers), "block": self.block_of[-1] + 1},
@@ -388,7 +388,7 @@ class DiffusionWrapping(Wrapping):
             shared=self.shared.setdefault((which, index), {}),
             memory=self.call.memory.setdefault(which, {}),
             notes=self.call.notes(layer),
-            modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
+            table=entry.table, modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
         )  # fmt: skip
 
     def block_site(self, number: int, hidden: Tensor) -> BlockSite:

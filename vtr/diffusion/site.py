@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vtr.core.attention_site import AttentionSite
-from vtr.diffusion.density import density
 from vtr.kernels import BlockMask, block_sparse_attention
+from vtr.kernels.density import density
 from vtr.kernels.keys import without_keys
 
 

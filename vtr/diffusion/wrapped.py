@@ -10,7 +10,7 @@ from torch import Tensor
 from vtr.core.wrapping import Entry
 from vtr.diffusion.families import DiffusionFamily
 from vtr.diffusion.run import DiffusionCall
-from vtr.diffusion.site import DiffusionAttentionSite, BlockSite, CallFacts
+from vtr.diffusion.site import BlockSite, CallFacts, DiffusionAttentionSite
 
 
 class WrappedTransformer(Protocol):

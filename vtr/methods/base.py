@@ -12,6 +12,12 @@ Bases for methods that decide what an attention call of a diffusion transformer 
 - :class:`MaskedAttention`: a mask that follows from the grid of tokens. You write ``grid_mask(grid)`` alone.
 - :class:`AttentionMethod`: any other. You write ``attend(site)``.
 
+Bases for methods that act inside the attention of a language model:
+
+- :class:`PrefillMethod`: skips key blocks of a long prompt. You write ``blocks(site)`` alone.
+- :class:`EditMethod`: changes the attention of some rows. You write ``edit(site, attention, rows)``.
+- :class:`LanguageAttentionMethod`: any other. You write ``attend(site)``.
+
 A method is a frozen dataclass, decorated with :func:`register` (outermost) and
 ``@dataclass(frozen=True)``. Everything else here is used by them: budgets (``Keep`` and the checks of
 options), published settings (:class:`Presets`), visits (:class:`Stage`), and results
@@ -35,6 +41,7 @@ from vtr.core.budget import (
     spread,
     third_points,
 )
+from vtr.core.language_attention import LanguageAttentionSite
 from vtr.core.language_site import CacheSite, LanguageSite, VisualSpan
 from vtr.core.method import Examples, Method, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
@@ -42,6 +49,8 @@ from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods.common.attention import AttentionMethod, check_share
+from vtr.methods.common.edit import EditMethod
+from vtr.methods.common.language_attention import LanguageAttentionMethod
 from vtr.methods.common.masked import (
     Grid,
     GridMask,
@@ -49,19 +58,24 @@ from vtr.methods.common.masked import (
     SequenceMask,
     masked_attention,
 )
+from vtr.methods.common.prefill import PrefillMethod
 from vtr.methods.common.scored import ScoredMethod, TextScoredMethod
 
 __all__ = [
     "AttentionMethod",
     "CacheSite",
+    "EditMethod",
     "Examples",
     "Grid",
     "GridMask",
     "Keep",
+    "LanguageAttentionMethod",
+    "LanguageAttentionSite",
     "LanguageSite",
     "MaskedAttention",
     "Method",
     "ModelInfo",
+    "PrefillMethod",
     "Presets",
     "Reduction",
     "ScoredMethod",

@@ -187,7 +187,9 @@ class Rettention(Presets, MaskedAttention):
             out = (out + known.residual.load(out.device)).to(out.dtype)
         return out
 
-    def _refresh(self, site: DiffusionAttentionSite, mask: SequenceMask, known: Measured | None) -> Tensor:
+    def _refresh(
+        self, site: DiffusionAttentionSite, mask: SequenceMask, known: Measured | None
+    ) -> Tensor:
         dense, whole = site.dense(return_lse=True)
         if known is None:
             known = site.state["measured"] = Measured(self.precision, self.offload, self.residual)

@@ -61,7 +61,7 @@ def _attend(
     step: int,
     state: dict[str, Any],
 ) -> Tensor:
-    from vtr.diffusion.site import DiffusionAttentionSite, CallFacts
+    from vtr.diffusion.site import CallFacts, DiffusionAttentionSite
 
     q, k, v = qkv
     rest = torch.ones(2, q.shape[2] - valid.shape[1], dtype=torch.bool)

@@ -93,7 +93,7 @@ def causal_blocks(
         index = index.repeat_interleave(heads // maps, 1)
     return BlockMask.from_entries(
         q_len, k_len, (bm, bn), index, batch * maps,
-        pattern * nq + row, col, tile[row, col], _band(*kind, (bm, bn), window),
+        pattern * nq + row, col, tile[row, col], _band(kind[0], kind[1], (bm, bn), window),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class AttentionMethod(Scheduled):
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attention",)
-    needs: ClassVar[Mapping[str, frozenset[str]]] = {"attention": frozenset({"qkv"})}
+    needs: ClassVar[Mapping[str, frozenset[str]]] = {"attention": frozenset({"qkv", "denoising"})}
 
     block: int = 128
     backend: str = "auto"

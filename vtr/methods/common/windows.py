@@ -91,7 +91,9 @@ class WindowTable:
         numbers = self.index[site.step, site.layer].unique().tolist()
         return [self.windows[n] for n in numbers] == [self.whole]
 
-    def heads_by_window(self, site: DiffusionAttentionSite) -> tuple[list[tuple[Window, Tensor]], Tensor]:
+    def heads_by_window(
+        self, site: DiffusionAttentionSite
+    ) -> tuple[list[tuple[Window, Tensor]], Tensor]:
         """The heads (n,) int64 of each window in this step and layer, and (heads,) int64, where each
         head is when they are put one after the other; on the device of ``site.q``."""
         chosen = self.index[site.step, site.layer]

@@ -12,6 +12,7 @@ from vtr.core.tokens import TokenMap
 
 ATTRIBUTE = "_vtr_cuts"
 FOLLOW = "_vtr_follow"
+MARKS = "_vtr_marks"
 
 
 class Group:
@@ -172,15 +173,17 @@ class CachedRows:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         (given,) = (*args, *kwargs.values())
-        cuts, follow = cuts_of(self.cache), self.cache.__dict__.get(FOLLOW)
+        held = self.cache.__dict__
+        cuts, marks = cuts_of(self.cache), held.get(MARKS)
         out = getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
-        if cuts is None:
+        if cuts is None and marks is None:
             return out
-        rows = torch.arange(cuts.groups[0].mask.shape[0], device="cpu")
+        batch = marks.rows if cuts is None else cuts.groups[0].mask.shape[0]
+        rows = torch.arange(batch, device="cpu")
         rows = rows[given.cpu()] if isinstance(given, Tensor) else rows.repeat_interleave(given)
-        cuts.take(rows)
-        if follow is not None:
-            follow.take(rows)
+        for record in (cuts, marks, held.get(FOLLOW)):
+            if record is not None:
+                record.take(rows)
         return out
 
 
@@ -194,11 +197,16 @@ def remember(cache: Any, cuts: Cuts) -> None:
     cuts.open = False
     cache.__dict__[ATTRIBUTE] = cuts
     cache.__dict__["update"] = CacheGuard(cache)
+    follow_rows(cache)
+    if cuts.offset:
+        cache.__dict__["get_seq_length"] = SeenTokens(cache)
+
+
+def follow_rows(cache: Any) -> None:
+    """From now on the records of a cache move with its rows."""
     for name in CACHE_ROWS:
         if hasattr(type(cache), name):
             cache.__dict__[name] = CachedRows(cache, name)
-    if cuts.offset:
-        cache.__dict__["get_seq_length"] = SeenTokens(cache)
 
 
 def unlock(cache: Any, cuts: Cuts) -> None:
@@ -215,7 +223,7 @@ def lock(cache: Any, cuts: Cuts) -> None:
 
 
 def forget(cache: Any) -> None:
-    for name in (ATTRIBUTE, FOLLOW, "update", "get_seq_length", *CACHE_ROWS):
+    for name in (ATTRIBUTE, FOLLOW, MARKS, "update", "get_seq_length", *CACHE_ROWS):
         cache.__dict__.pop(name, None)
 
 

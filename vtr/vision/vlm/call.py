@@ -28,6 +28,7 @@ from vtr.vision.vlm.sequence import SequenceLayout, follow, positions_along, put
 from vtr.vision.vlm.visit import language_site
 
 if TYPE_CHECKING:
+    from vtr.vision.vlm.marks import MarkedCache
     from vtr.vision.vlm.uncached import Held
     from vtr.vision.vlm.wrapping import VLMWrapping
 
@@ -105,6 +106,11 @@ class LanguageCall:
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
         self.last: PrefillRecord | None = None  # what a prefill did
+        # For methods inside the attention: what is known of the columns, whether their images and frames are
+        # asked for, and what enters the layer that runs.
+        self.marks: MarkedCache | None = None
+        self.placed = False
+        self.hidden: Tensor | None = None
         # Layers before which something changes in a decoding step; None in other calls: it may before any.
         self.stops: set[int] | None = None
         # The newest token's query, and the sequence that it is of.
@@ -119,7 +125,7 @@ class LanguageCall:
             place = torch.arange(slots.shape[1], device=valid.device).expand_as(slots)
             kept = torch.where(self.layout.valid_slots, place, -1)
             self.map = TokenMap.keep(kept, slots.shape[1], self.layout.has_padding)
-        self.memory: dict[int, dict[str, Any]] = {}
+        self.memory: dict[Any, dict[Any, Any]] = {}
         self.casts = casts_of(valid.device)
         self.changed = False
         self._frames: dict[bool, Frames] = {}
@@ -346,6 +352,7 @@ class LanguageCall:
         twin.again, twin.inside = True, False
         twin.repeats = self.choices if self.repeats is None else self.repeats
         twin.memory, twin._frames, twin.seen, twin.cache = {}, {}, None, None
+        twin.hidden = None
         twin.segments, twin.left = list(self.segments), list(self.left)
         return twin
 

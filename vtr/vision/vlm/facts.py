@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vtr.compat.transformers import MODALITIES
+from vtr.compat.transformers import MODALITIES, cannot_ask
 from vtr.core.site import LanguageSizes, ModelInfo
 from vtr.errors import UnsupportedModelError
 from vtr.vision.encoders.facts import encoder_info, square_grid
@@ -51,6 +51,13 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
         signals["encoder"] |= {"pooling"}
     cache = frozenset() if owner.closed else frozenset({"newest_attention"})
     signals |= {"prompt": look, "decoder": decoder, "cache": cache}
+    closed = {}
+    odd = cannot_ask(owner.lm, getattr(owner.layers[0], "self_attn", None))
+    if odd:
+        closed["attention"] = odd
+    else:
+        depth["attention"] = layers
+        signals["attention"] = frozenset({"qkv", "prompt", "hidden"})
     info = ModelInfo(
         f"transformers {owner.family.title}",
         depth,
@@ -59,6 +66,7 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
         decoder_middle=has_halves(owner.layers[0]),
         mrope=owner.mrope,
         language=language,
+        closed=closed,
         **common,
     )
     open_image(info, owner.family.fixed_size(owner.inner))

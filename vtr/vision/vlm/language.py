@@ -31,6 +31,7 @@ from vtr.vision.vlm.cache import cuts_of, forget, length_of, lock, remember, unl
 from vtr.vision.vlm.call import LanguageCall, PrefillRecord
 from vtr.vision.vlm.deepstack import deepstack, narrowed
 from vtr.vision.vlm.head import Purpose
+from vtr.vision.vlm.marks import MarkedCache, marked
 from vtr.vision.vlm.middle import MiddleCuts
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.prompt import cut_by_tower, without_repetitions
@@ -107,7 +108,7 @@ class LanguageSession(Threaded):
         self.forget()
         self.visits = {}
         for entry, stage in owner.stages():
-            if stage.site in ("image", "encoder", "cache"):
+            if stage.site in ("image", "encoder", "cache", "attention"):
                 continue
             inside = stage.site == "decoder"
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "entry")
@@ -129,6 +130,8 @@ class LanguageSession(Threaded):
         self.call, kinds, self.pending = None, self.pending, None
         purpose, self.purpose, self.way = self.purpose, Purpose(), None
         embeds, cache = kwargs.get("inputs_embeds"), given_cache(kwargs)
+        attention = self.owner.attention
+        attention.check(kwargs)
         if embeds is None:
             return None
         past = length_of(cache)
@@ -145,7 +148,7 @@ class LanguageSession(Threaded):
         if kinds is None:
             if past == 0:
                 self.owner.begin(Trace())
-            if cuts is None:
+            if cuts is None and not attention.known(cache):
                 return None
         for entry in self.owner.active:
             check_flash(self.owner, entry.options)  # it may have been chosen since
@@ -166,6 +169,8 @@ class LanguageSession(Threaded):
         call = LanguageCall(self.owner, past, valid, history, cuts, kinds, positions, cache)
         reduced = self.owner.output == "reduced"
         call.purpose, call.aligned = purpose, not (reduced or purpose.generating)
+        if attention.by_layer:
+            call.marks = marked(cache) or MarkedCache()
         if purpose.last and not call.aligned:  # padding that a cut makes anew goes to the left
             call.layout.right = False
         self.call = call
@@ -263,6 +268,7 @@ class LanguageSession(Threaded):
         if cuts is not None and call.cache is not None:
             remember(call.cache, cuts)
         self.owner.cache.after(call)
+        self.owner.attention.after(call)
         if call.held is not None:
             call.held.done, call.held.notes = True, dict(self.owner.tracing.notes)
         if call.changed:

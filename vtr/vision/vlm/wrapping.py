@@ -24,6 +24,7 @@ from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.arguments import has_any, has_features, named
+from vtr.vision.vlm.attending import LanguageAttention
 from vtr.vision.vlm.attention import has_halves, opens
 from vtr.vision.vlm.cache_site import CacheSession
 from vtr.vision.vlm.costs import language_costs, tower_costs
@@ -82,6 +83,7 @@ class VLMWrapping(Wrapping):
         super().__init__(root, vlm_info(self))
         self.tower_calls = TowerCalls(self)
         self.language = LanguageSession(self, self.lm)
+        self.attention = LanguageAttention(self)
         self.cache = CacheSession(self)
         self.head = Head(self)
 
@@ -178,6 +180,7 @@ class VLMWrapping(Wrapping):
                 session.install()
         self.tower_calls.install()
         self.language.install()
+        self.attention.install()
         self.cache.install()
         if self.root is not inner:
             self.head.install()
@@ -213,6 +216,7 @@ class VLMWrapping(Wrapping):
         self.language.pending = None
         self.language.purpose = self.head.purpose or Purpose()
         given = named(module, args, kwargs)
+        self.attention.check(given)
         made = given.get(ENCODER_OUTPUTS)
         elsewhere = made is not None and not (isinstance(made, dict) and self.captures.made(made))
         if elsewhere or has_any(given, (*PIXELS, *ENCODED)):

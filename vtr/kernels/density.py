@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from vtr.kernels import BlockMask
+from vtr.kernels.blockmask import BlockMask
 
 _KNOWN: weakref.WeakKeyDictionary[BlockMask, Tensor] = weakref.WeakKeyDictionary()
 

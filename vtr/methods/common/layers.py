@@ -1,0 +1,69 @@
+"""The layers that a method leaves dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vtr.core.method import Method
+from vtr.core.site import ModelInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layered(Method):
+    """Base of the methods that act inside attention.
+
+    Options are given by name, except the one that says how much is computed, which a subclass makes
+    positional with ``field(default=..., kw_only=False)``.
+
+    Attributes:
+        dense_layers: layers left dense: the first n (int), or these (tuple of 0-based numbers).
+    """
+
+    dense_layers: int | tuple[int, ...] = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        named = [f.name for f in dataclasses.fields(cls) if f.init and not f.kw_only]
+        if len(args) > len(named):
+            rest = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in named]
+            raise TypeError(
+                f"{cls.__name__} takes {', '.join(named) or 'nothing'} without a name, and got "
+                f"{len(args)} values; give the others by name: {', '.join(f'{n}=' for n in rest)}"
+            )
+        return super().__new__(cls)
+
+    def validate(self) -> None:
+        layers = self.dense_layers
+        if isinstance(layers, list):
+            layers = tuple(layers)
+            self._set("dense_layers", layers)
+        numbers = layers if isinstance(layers, tuple) else (layers,)
+        if any(not is_whole(n) for n in numbers):
+            raise ValueError(
+                "dense_layers must be a number of first layers (int from 0 on) or a tuple of 0-based "
+                f"layers, got {layers!r}"
+            )
+
+    def working_layers(self, info: ModelInfo, site: str) -> list[int]:
+        """The layers that are not dense. Raises ``ValueError`` for layers that do not exist."""
+        depth = info.depth.get(site, 0)
+        if isinstance(self.dense_layers, tuple):
+            missing = [n for n in self.dense_layers if n >= depth]
+            if missing:
+                raise ValueError(
+                    f"dense_layers {missing} do not exist: {info.family} has {depth} {site} "
+                    f"layers, 0 to {depth - 1}"
+                )
+            return [n for n in range(depth) if n not in self.dense_layers]
+        if depth and self.dense_layers >= depth:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} leaves nothing to do: {info.family} has {depth} "
+                f"{site} layers"
+            )
+        return list(range(self.dense_layers, depth))
+
+
+def is_whole(value: object) -> bool:
+    """Tell whether an option is an int from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,212 @@
+"""Methods inside the attention of a language model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtr.compat.transformers import ATTEND, ATTENTION_EXTRAS, ask, ask_no_more
+from vtr.core.language_attention import PaddingGroup, LanguageAttentionSite, Marks, groups_of
+from vtr.core.wrapping import Bound, Entry
+from vtr.vision.vlm.marks import Columns, joined, mark, marked, marks_here
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.call import LanguageCall
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+
+class LanguageAttention:
+    """Computes the attention of layers by their methods.
+
+    One attention function and one mask function are registered with transformers, and named on the language
+    model's configuration alone; the tower keeps its own. A module without a method is computed as ever.
+
+    Attributes:
+        by_layer: the method of each layer that has one.
+    """
+
+    def __init__(self, owner: VLMWrapping) -> None:
+        self.owner = owner
+        self.by_layer: dict[int, Entry] = {}
+
+    def install(self) -> None:
+        owner = self.owner
+        self.by_layer = {s.layer: e for e, s in owner.stages() if s.site == "attention"}
+        if not self.by_layer:
+            return
+        ask(owner.lm)
+        owner.hook(self)
+        for i, entry in self.by_layer.items():
+            layer = owner.layers[i]
+            owner.patch(layer.self_attn, ATTEND, Bound(self, "attend", i))
+            if "hidden" in entry.method.requirements(owner.info)["attention"]:
+                see = Bound(self, "before_layer")
+                owner.hook(layer.register_forward_pre_hook(see, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Called when hooks come off."""
+        ask_no_more(self.owner.lm)
+
+    # ---- calls of the language model --------------------------------------------------------
+
+    def check(self, kwargs: dict[str, Any]) -> None:
+        """A call of the language model begins.
+
+        Raises:
+            ValueError: attention maps are asked for, which a method does not compute.
+        """
+        if not self.by_layer:
+            return
+        ask(
+            self.owner.lm
+        )  # another model with this configuration may have ended it, or a caller chosen anew
+        wanted = kwargs.get("output_attentions")
+        if wanted is None:
+            wanted = getattr(self.owner.lm.config, "output_attentions", False)
+        if wanted:
+            names = ", ".join(dict.fromkeys(e.method.name for e in self.by_layer.values()))
+            raise ValueError(
+                f"{names} computes no whole attention map, which output_attentions=True asks for. "
+                'handle.trace.notes["attention"] has the density and the mask of each layer, vtr.draw shows '
+                "the mask, and vtr.sinks the attention of a dense run; or remove the method for this call"
+            )
+
+    def known(self, cache: Any) -> bool:
+        """Tell whether a call without new images is one that methods must see."""
+        return bool(self.by_layer) and marked(cache) is not None
+
+    def after(self, call: LanguageCall) -> None:
+        """A call ends: its cache carries what is visual."""
+        record, cache = call.marks, call.cache
+        if not self.by_layer or cache is None or record is None:
+            return
+        if call.visual is not None:
+            made = []
+            cuts = {layer for layer, _ in call.segments}
+            for first in sorted({0, *(c.first for c in record.columns), *cuts}):
+                layout = [call.entered, *(lay for at, lay in call.segments if at <= first)][-1]
+                made.append(Columns(first, self._marks(call, layout, first, call.placed)))
+            record.columns = made
+        mark(cache, record)
+
+    def _marks(self, call: LanguageCall, layout: Any, layer: int, places: bool) -> Marks:
+        past = call.columns_before(layer).shape[1]
+        assert call.marks is not None
+        device = layout.valid.device
+        before = call.marks.before(layer, past, layout.valid.shape[0], device)
+        entry = self.by_layer.get(layer) or next(iter(self.by_layer.values()))
+        call.placed = call.placed or places
+        video = bool(entry.options.get("video")) if places else None
+        return joined(before, marks_here(call, layout, video))
+
+    # ---- its layers -------------------------------------------------------------------------
+
+    def before_layer(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.owner.language.running()
+        if call is not None:
+            call.hidden = args[0] if args else kwargs["hidden_states"]
+
+    @torch.compiler.disable
+    def attend(
+        self, i: int, function: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """Compute the attention of layer ``i``, (B, L, H, D); ``function`` is what transformers would call."""
+        call = self.owner.language.running()
+        if call is None or call.marks is None:
+            out: Tensor = function(module, q, k, v, mask, **kwargs)[0]
+            return out, None
+        call.to(q.device)
+
+        def dense() -> Tensor:
+            found: Tensor = function(module, q, k, v, mask, **kwargs)[0]
+            return found.transpose(1, 2)
+
+        self._check(i, module, q, v, kwargs)
+        entry = self.by_layer[i]
+        method: Any = entry.method
+        valid, window = self._columns(call, i, k, kwargs.get("sliding_window"))
+        columns = valid.shape[1]
+        site = self._site(
+            call, i, entry, q, k[:, :, :columns], v[:, :, :columns], valid, window, dense, kwargs
+        )
+        with call.casting(False):
+            result: Tensor = method.attend(site)
+        if result.shape != (*q.shape[:3], v.shape[3]) or result.dtype != q.dtype:
+            raise RuntimeError(
+                f"{method.name}: attend() returned {result.dtype} {tuple(result.shape)}, and the attention of "
+                f"this call is {q.dtype} {(*q.shape[:3], v.shape[3])} (batch, heads, rows, head dim)"
+            )
+        self._note(call, site)
+        return result.transpose(1, 2).contiguous(), None
+
+    def _site(
+        self, call: LanguageCall, i: int, entry: Entry, q: Tensor, k: Tensor, v: Tensor, valid: Tensor,
+        window: int | None, dense: Any, kwargs: dict[str, Any],
+    ) -> LanguageAttentionSite:  # fmt: skip
+        owner = self.owner
+        which = owner.entries.index(entry)
+        assert call.marks is not None
+        layout, rows = call.layout, q.shape[2]
+        phase = (
+            "decode" if rows == 1 and call.visual is None else "turn" if call.past else "prefill"
+        )
+        notes = (
+            {}
+            if phase == "decode"
+            else owner.tracing.notes.setdefault("attention", {}).setdefault(i, {})
+        )
+
+        def marks(places: bool) -> Marks:
+            found = self._marks(call, layout, i, places)
+            return Marks(*(x[:, -valid.shape[1] :] for x in found))
+
+        def groups() -> list[PaddingGroup]:
+            held = call.memory.setdefault("vtr.groups", {})
+            key = (id(layout), valid.shape, q.device)
+            if key not in held:
+                held[key] = layout, groups_of(valid, rows)
+            found: list[PaddingGroup] = held[key][1]
+            return found
+
+        return LanguageAttentionSite(
+            info=owner.info, phase=phase, training=owner.root.training, valid=valid, marks=marks,
+            window=window, hidden=call.hidden, groups=groups, layer=i, layers=len(owner.layers),
+            q=q, k=k, v=v, scale=kwargs["scaling"], dense=dense,
+            state=call.marks.state.setdefault((which, entry.method.name, i), {}),
+            memory=call.memory.setdefault(("attention", which), {}), notes=notes, table=entry.table,
+            modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
+        )  # fmt: skip
+
+    def _columns(
+        self, call: LanguageCall, layer: int, k: Tensor, window: int | None
+    ) -> tuple[Tensor, int | None]:
+        """The columns of ``k`` that are tokens, and the window if rows do not see all of them."""
+        valid = torch.cat([call.columns_before(layer), call.layout.valid], 1)
+        # A cache with a window has let go of the oldest.
+        return valid[:, -k.shape[2] :], window
+
+    def _note(self, call: LanguageCall, site: LanguageAttentionSite) -> None:
+        if site.phase == "decode" or call.again:
+            return
+        site.notes["density"] = site.notes.pop("work", 0.0) / site.pairs
+        columns = site.k.shape[2]
+        self.owner.tracing.count("attention", site.layer, columns, columns)
+
+    def _check(self, i: int, module: Any, q: Tensor, v: Tensor, kwargs: dict[str, Any]) -> None:
+        """Raise ``RuntimeError`` if the attention is asked for more than a softmax over keys."""
+        name = self.by_layer[i].method.name
+        extra = [n for n in ATTENTION_EXTRAS if kwargs.get(n) is not None]
+        if extra or q.shape[3] != v.shape[3]:
+            what = f"has {', '.join(extra)}" if extra else "has values of another width than keys"
+            raise RuntimeError(
+                f"{name}: the attention of layer {i} ({type(module).__name__}) {what}, which no kernel of vtr "
+                f"computes: name the layer in dense_layers, or use a method that acts between layers"
+            )
+        if kwargs.get("dropout"):
+            raise RuntimeError(
+                f"{name}: the attention of layer {i} has dropout: set attention_dropout to 0 in the "
+                "language model's configuration"
+            )
