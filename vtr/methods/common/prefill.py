@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtr.core.stopwatch import Stopwatch
 from vtr.core.site import ModelInfo
+from vtr.core.stopwatch import Stopwatch
 from vtr.core.tokens import top_indices
 from vtr.methods.common.attention import BACKENDS
 from vtr.methods.common.language_attention import LanguageAttentionMethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtr.compat.transformers import ATTEND, ATTENTION_EXTRAS, ask, ask_no_more
-from vtr.core.language_attention import PaddingGroup, LanguageAttentionSite, Marks, groups_of
+from vtr.core.language_attention import LanguageAttentionSite, Marks, PaddingGroup, groups_of
 from vtr.core.wrapping import Bound, Entry
 from vtr.vision.vlm.marks import Columns, joined, mark, marked, marks_here
 
