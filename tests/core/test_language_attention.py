@@ -190,7 +190,7 @@ def test_wrong_masks() -> None:
     site = make()
     with pytest.raises(TypeError, match="bool tensor of blocks or a BlockMask, got list"):
         site.sparse([[True]])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the mask is for 16 x 16 tokens.*21 rows and 21 columns"):
+    with pytest.raises(ValueError, match=r"the mask is for 16 x 16 tokens.*21 rows and 21 columns"):
         site.sparse(BlockMask.from_dense(torch.ones(16, 16, dtype=torch.bool), block=16))
     with pytest.raises(ValueError, match="the block map has 3 samples, and there are 2 here"):
         site.sparse(torch.ones(3, 1, 2, 2, dtype=torch.bool), 16)
