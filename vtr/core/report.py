@@ -23,12 +23,16 @@ class Report:
         flops: per part of the model, ``(dense, reduced)`` FLOPs (two per multiply-add), from the
             layers' own shapes and the tokens that went through them.
         kv_bytes: ``(dense, reduced)`` bytes of the KV cache, or None without a cache.
+        finding: ``(FLOPs, seconds)`` that finding the masks of sparse attention took, or None without
+            such masks. The FLOPs are a part of ``flops["language"]``; the seconds are those of the whole
+            batch, None if they were not measured.
     """
 
     methods: tuple[str, ...]
     stages: tuple[dict[str, Any], ...]
     flops: dict[str, tuple[int, int]] = field(default_factory=dict)
     kv_bytes: tuple[int, int] | None = None
+    finding: tuple[int, float | None] | None = None
 
     @classmethod
     def of(cls, wrapping: Wrapping, methods: Sequence[Method]) -> Report:
@@ -52,8 +56,9 @@ class Report:
                 }
                 for s in trace.stages
             ),
-            {k: v for k, v in costs.items() if k != "kv_bytes"},
+            {k: v for k, v in costs.items() if k not in ("kv_bytes", "finding")},
             costs.get("kv_bytes"),
+            (costs["finding"], trace.finding) if "finding" in costs else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +69,9 @@ class Report:
             "kv_bytes": None
             if self.kv_bytes is None
             else {"dense": self.kv_bytes[0], "reduced": self.kv_bytes[1]},
+            "finding": None
+            if self.finding is None
+            else {"flops": self.finding[0], "seconds": self.finding[1]},
         }
 
     def table(self) -> Table:
@@ -85,6 +93,10 @@ class Report:
                 f"{reduced / 1e9:.3f}",
                 f"{reduced / dense:.2f}",
             )
+        if self.finding is not None:
+            flops, seconds = self.finding
+            took = "" if seconds is None else f"{1e3 * seconds:.1f} ms"
+            table.add_row("of these, finding masks", "", f"{flops / 1e9:.3f}", took)
         if self.kv_bytes is not None:
             dense, reduced = self.kv_bytes
             table.add_row(

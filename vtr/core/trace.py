@@ -64,6 +64,14 @@ class Trace:
         self.tokens.setdefault(site, {})[layer] = (before, after)
 
     @property
+    def finding(self) -> float | None:
+        """Seconds that finding the masks of sparse attention took in the last call, all layers together;
+        None without such masks. On a GPU it waits until they are found."""
+        layers = self.notes.get("attention", {}).values()
+        found = [_seconds(note["finding"]) for note in layers if "finding" in note]
+        return sum(found) if found else None
+
+    @property
     def kept(self) -> Tensor | None:
         """(B, N_out) indices, in the model's input, of the tokens left after the last stage."""
         return self.stages[-1].total.kept if self.stages else None
@@ -81,3 +89,14 @@ class Trace:
             if "density" in note
         ]
         return "\n".join(lines) or "no reduction took place"
+
+
+def _seconds(measured: Any) -> float:
+    """Of a number of seconds, a pair of CUDA events, or a list of them."""
+    if isinstance(measured, list):
+        return sum(map(_seconds, measured))
+    if isinstance(measured, tuple):
+        start, end = measured
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    return float(measured)

@@ -12,7 +12,7 @@ import torch
 
 from vtr.api import apply
 from vtr.core.method import Method
-from vtr.inspect.flops import count_flops
+from vtr.inspect.flops import count_flops, reduced_flops
 from vtr.methods import (
     VTCCLS,
     Debias,
@@ -126,6 +126,8 @@ def evaluate(
                         continue
                     # Counted, not reported: a report has only the parts that a method shortens.
                     cost = _prefill(model, processor, samples[0])
+                    if handle is not None:
+                        cost = reduced_flops(handle, cost, whole, 1)
                     whole, flops = (cost, None) if method is None else (whole, (whole, cost))
             mean = {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
             out.append(

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vtr.compat.torch import cpu_flash_operator
+
+if TYPE_CHECKING:
+    from vtr.api import Handle
 
 
 def _attention_flops(
@@ -67,6 +70,26 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     ):
         fn(*args, **kwargs)
     return int(counter.get_total_flops())
+
+
+def reduced_flops(handle: Handle, counted: int, dense: int, batch: int) -> int:
+    """Correct the FLOPs that :func:`count_flops` found in a call of a wrapped model.
+
+    The counter takes causal attention as full attention, but a sparse causal mask as what it computes.
+    With sparse attention in a language model the FLOPs are therefore those of the dense call, less what
+    the report says is saved.
+
+    Args:
+        handle: of the method, after the call.
+        counted, dense: what :func:`count_flops` returned for this call, and for the dense model.
+        batch: samples in the call.
+    """
+    if not handle.trace.notes.get("attention"):
+        return counted
+    flops = handle.report().flops
+    if "language" not in flops:  # a generator: its attention is not causal
+        return counted
+    return dense - batch * sum(whole - part for whole, part in flops.values())
 
 
 def vit_macs(

@@ -22,7 +22,7 @@ from vtr.compat.around import unwrapped
 from vtr.compat.timm import FUSED
 from vtr.compat.torch import tree_iter, tree_map
 from vtr.compat.transformers import attention_implementation, cache_of
-from vtr.inspect.flops import cache_bytes, count_flops
+from vtr.inspect.flops import cache_bytes, count_flops, reduced_flops
 from vtr.inspect.memory import PeakMemory
 from vtr.inspect.profile_rows import Profile, ProfileRow, verdict
 
@@ -126,19 +126,24 @@ class _Call:
 def _measure(
     call: _Call, wrapped: Sequence[Handle | None], warmup: int, repeats: int, progress: bool
 ) -> list[ProfileRow]:
-    facts = []
+    facts: list[tuple[int, int, int | None, int | None]] = []
     times: list[list[float]] = [[] for _ in wrapped]
+    finding: list[list[float]] = [[] for _ in wrapped]
     for handle in wrapped:
         with _on(handle):
-            facts.append(_facts(call, handle))
+            facts.append(_facts(call, handle, facts[0][0] if facts else 0))
             for _ in range(warmup):
                 call()
     for _ in _track(repeats, f"batch size {call.batch}", progress):
         for slot, handle in enumerate(wrapped):
             with _on(handle):
                 times[slot].append(call.seconds())
+                found = None if handle is None else handle.trace.finding
+                if found is not None:
+                    finding[slot].append(found)
     rows: list[ProfileRow] = []
-    for handle, seconds, (flops, peak, cache, tokens) in zip(wrapped, times, facts, strict=True):
+    every = zip(wrapped, times, finding, facts, strict=True)
+    for handle, seconds, masks, (flops, peak, cache, tokens) in every:
         best = min(seconds)
         row = ProfileRow(
             name="dense" if handle is None else " + ".join(map(str, handle.methods)),
@@ -150,6 +155,7 @@ def _measure(
             peak_bytes=peak,
             kv_bytes=cache,
             tokens=tokens,
+            finding_ms=statistics.median(masks) * 1e3 if masks else None,
         )
         if rows:
             speedup, ideal = rows[0].best_ms / row.best_ms, rows[0].flops / max(1, flops)
@@ -177,9 +183,13 @@ def _on(handle: Handle | None) -> Iterator[None]:
         handle.pause()
 
 
-def _facts(call: _Call, handle: Handle | None) -> tuple[int, int, int | None, int | None]:
-    """Measure FLOPs, peak bytes, cache bytes and tokens left of one call."""
+def _facts(
+    call: _Call, handle: Handle | None, dense: int
+) -> tuple[int, int, int | None, int | None]:
+    """Measure FLOPs, peak bytes, cache bytes and tokens left of one call; ``dense``: the dense FLOPs."""
     flops = count_flops(call)
+    if handle is not None:
+        flops = reduced_flops(handle, flops, dense, call.batch)
     with PeakMemory() as memory:
         out = call()
     cache = cache_of(out)

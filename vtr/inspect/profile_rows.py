@@ -25,7 +25,9 @@ class ProfileRow:
         latency_ms: median time of one call.
         best_ms: fastest call.
         throughput: samples per second, from the fastest call.
-        flops: of one call, counted on the operations that ran.
+        flops: of one call, counted on the operations that ran; with sparse attention in a language
+            model, the dense ones less what the report says is saved, so that both count causal
+            attention as full attention.
         peak_bytes: most memory held by tensors allocated in the call (beside weights and inputs).
         kv_bytes: of the KV cache that the call returned, or None.
         tokens: visual tokens left at the end, or None for dense.
@@ -33,6 +35,8 @@ class ProfileRow:
         ideal: dense FLOPs / these FLOPs.
         achieved: speedup / ideal; 1 if the time falls as much as the FLOPs.
         verdict: the meaning of the speed-up, in words.
+        finding_ms: median time of finding the masks of sparse attention, a part of ``latency_ms``;
+            None without such masks.
     """
 
     name: str
@@ -48,6 +52,7 @@ class ProfileRow:
     ideal: float = 1.0
     achieved: float = 1.0
     verdict: str = "the baseline"
+    finding_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,17 +115,19 @@ class Profile:
             padding=(0, 1, 0, 0),
         )
         cache = any(r.kv_bytes is not None for r in self.rows)
+        masks = any(r.finding_ms is not None for r in self.rows)
         table.add_column("method", overflow="fold")
-        heads = ["batch", "tokens", "GFLOPs", "ms", "per s", "peak\nMiB", "KV\nMiB", "speed\n-up"]
-        for head in (*heads, "ideal", "of\nideal"):
-            if head != "KV\nMiB" or cache:  # two-line heads: the table fits 80 columns
-                table.add_column(head, justify="right", no_wrap=True)
+        heads = ["batch", "tokens", "GFLOPs", "ms", *["masks\nms"] * masks, "per s", "peak\nMiB"]
+        # Two-line heads: the table fits 80 columns.
+        for head in (*heads, *["KV\nMiB"] * cache, "speed\n-up", "ideal", "of\nideal"):
+            table.add_column(head, justify="right", no_wrap=True)
         for r, after in zip(self.rows, (*self.rows[1:], None), strict=True):
             cells = [
                 str(r.batch),
                 "all" if r.tokens is None else str(r.tokens),
                 _short(r.flops / 1e9),
                 _short(r.latency_ms),
+                *["" if r.finding_ms is None else _short(r.finding_ms)] * masks,
                 _short(r.throughput),
                 _short(r.peak_bytes / 2**20),
             ]

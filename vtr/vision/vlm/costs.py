@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from vtr.vision.encoders.blocks import linear_flops
@@ -62,8 +64,11 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
 
     Per layer and sample with n tokens after p cached ones: two per multiply-add of every linear layer,
     and 4 n (p + n) per head dimension for the attention (its causal half is not taken off, as PyTorch's
-    counter does); the vocabulary is read out for one token. Bytes are those of keys and values in the
-    model's dtype.
+    counter does); the vocabulary is read out for one token. In a layer with sparse attention the square
+    is multiplied by the density, the share of the causal pairs that was computed, and what finding the
+    mask cost is added. Bytes are those of keys and values in the model's dtype.
+
+    Returns ``finding`` as well if masks were found: the FLOPs of that, a part of ``language``.
     """
     dense: Lengths = [(last.valid.sum(1),) * 2] * len(owner.layers)
     reduced: Lengths = [
@@ -73,21 +78,28 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
     root: Any = owner.root
     head = root.get_output_embeddings()
     vocabulary = 0 if head is None else linear_flops(head)
-    return {
-        "language": tuple(
-            round(_flops(owner, lengths, last.past) + vocabulary) for lengths in (dense, reduced)
-        ),
+    notes = owner.trace.notes.get("attention", {})
+    spent = [float(note["spent"]) for note in notes.values() if "spent" in note]
+    whole = _flops(owner, dense, last.past, {}) + vocabulary
+    part = _flops(owner, reduced, last.past, notes) + vocabulary + sum(spent)
+    costs: dict[str, Any] = {
+        "language": (round(whole), round(part)),
         "kv_bytes": tuple(round(_bytes(owner, lengths)) for lengths in (dense, held)),
     }
+    return costs | ({"finding": round(sum(spent))} if spent else {})
 
 
-def _flops(owner: VLMWrapping, lengths: Lengths, past: Tensor) -> float:
+def _flops(
+    owner: VLMWrapping, lengths: Lengths, past: Tensor, notes: Mapping[int, Mapping[str, Any]]
+) -> float:
+    """Of the layers; ``notes`` hold the ``density`` of those with sparse attention."""
     total, sizes = 0.0, owner.info.language
     assert sizes is not None
     width = sizes.heads * sizes.head_dim
-    for layer, (n, m) in zip(owner.layers, lengths, strict=True):
+    for i, (layer, (n, m)) in enumerate(zip(owner.layers, lengths, strict=True)):
         number = n.double()
-        square = 4 * number * (number + past.to(number)) * width
+        share = torch.as_tensor(notes.get(i, {}).get("density", 1.0)).to(number)
+        square = 4 * number * (number + past.to(number)) * width * share
         mlp = linear_flops(layer.mlp)
         linear = (linear_flops(layer) - mlp) * number + mlp * m.double()
         total += float((linear + square).mean())

@@ -1,0 +1,290 @@
+"""Time a long visual prefill: dense (SDPA) and with sparse attention, side by side in one process.
+
+    python benchmarks/prefill.py                     # CPU, one thread: 0.5B at 8k and 16k, 7B at 8k
+    python benchmarks/prefill.py --gpu               # CUDA: 0.5B and 7B at 8k, 16k, 32k; three minutes at most
+
+The language models have the shapes of Qwen2-0.5B and Qwen2-7B, random weights in bfloat16 (times do not depend on
+them), a vocabulary of 4,096 tokens of which one row is read out, and a small vision tower whose time is not counted.
+The prompt is a video with 196 tokens per frame between 40 tokens of text. On a CPU the whole 0.5B model runs at 8k;
+longer prompts and the 7B model run with the number of layers that the column ``measured`` has, and all times are
+scaled to the model's ``layers``, which are alike.
+
+Random weights attend almost uniformly, so that a method which keeps a share of the attention keeps about that share
+of the blocks: the settings in ``METHODS`` are chosen to compute about a quarter of the causal pairs. The density
+that was computed is in the table.
+
+- ttft_s: from the entry of the language model to the first token, of which
+- finding_s: finding the masks;
+- attention_s: the attention function without that, which includes building the kernel's mask and dense rows;
+- rest_s: everything else;
+- achieved_over_ideal: (dense attention x density + dense rest) / ttft_s.
+
+On a CPU times are CPU seconds of this process, so that other load hardly matters. Each is the best of alternating
+repeats, by ``ttft_s``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from options import named  # beside this script, as is video
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from video import show
+
+import vtr
+
+CELLS = 196  # tokens of a frame
+TEXT = 40
+IMAGE, VIDEO = 4000, 4001
+SHAPES: dict[str, dict[str, int]] = {
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "tiny": {  # for trying the script out
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
+# Shape, visual tokens, layers that are measured (0: all).
+CPU = [("0.5b", 8192, 0), ("0.5b", 16384, 2), ("7b", 8192, 1)]
+GPU = [(shape, tokens, 0) for tokens in (16384, 32768, 8192) for shape in ("7b", "0.5b")]
+METHODS: dict[str, Callable[[], vtr.Method]] = {}
+FIELDS = [
+    "shape", "visual", "layers", "measured", "method", "density", "ttft_s", "finding_s", "attention_s",
+    "rest_s", "speedup", "ideal", "achieved_over_ideal",
+]  # fmt: skip
+
+
+class Clock:
+    """CPU seconds of this process; on a GPU seconds between its events, which are read at the end."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        if not self.cuda:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+class Bench:
+    """One model, a prompt with one video, and the times of its language model."""
+
+    def __init__(self, shape: str, tokens: int, measured: int, device: str, dtype: Any) -> None:
+        sizes = dict(SHAPES[shape])
+        self.layers = sizes["num_hidden_layers"]
+        sizes["num_hidden_layers"] = self.measured = measured or self.layers
+        vision = SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=384,
+            patch_size=14,
+            vision_use_head=False,
+        )
+        text = Qwen2Config(vocab_size=4096, max_position_embeddings=65536, **sizes)
+        config = LlavaOnevisionConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_feature_select_strategy="full",
+            vision_feature_layer=-1,
+        )
+        config._attn_implementation = "sdpa"
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                self.model = LlavaOnevisionForConditionalGeneration(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+        self.clock = Clock(device)
+        frames = round(tokens / CELLS)
+        self.visual = frames * CELLS + 1  # a newline ends the video
+        ids = torch.randint(10, 3000, (1, TEXT + self.visual))
+        ids[:, TEXT // 2 : TEXT // 2 + self.visual] = VIDEO
+        video = torch.rand(1, frames, 3, 384, 384).to(device, dtype)
+        self.inputs = {
+            "input_ids": ids.to(device),
+            "attention_mask": torch.ones_like(ids).to(device),
+            "pixel_values_videos": video,
+        }
+        # Set before any method is applied, so that it times all work of a method.
+        self.model.model.language_model.register_forward_pre_hook(self._enter)
+        self.start: Any = None
+        self.spans: list[tuple[Any, Any]] = []
+        self.inside = False
+
+    def _enter(self, *args: Any) -> None:
+        self.start, self.spans = self.clock.now(), []
+
+    def _timed(self, attention: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:  # one attention function may call another
+                return attention(*args, **kwargs)
+            self.inside, start = True, self.clock.now()
+            try:
+                return attention(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.spans.append((start, self.clock.now()))
+
+        return call
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds to the first token, and of the attention functions in it."""
+        known = {name: ALL_ATTENTION_FUNCTIONS[name] for name in list(ALL_ATTENTION_FUNCTIONS)}
+        for name, attention in known.items():
+            ALL_ATTENTION_FUNCTIONS[name] = self._timed(attention)
+        try:
+            self.model(**self.inputs, use_cache=True, logits_to_keep=1)
+            end = self.clock.now()
+        finally:
+            for name in known:  # what was set hides the registered one
+                del ALL_ATTENTION_FUNCTIONS[name]
+        total = self.clock.between(self.start, end)
+        return total, sum(self.clock.between(*span) for span in self.spans)
+
+
+@torch.inference_mode()
+def measure(
+    shape: str,
+    tokens: int,
+    measured: int,
+    methods: list[str],
+    repeats: int,
+    device: str,
+    dtype: Any,
+) -> list[dict[str, object]]:
+    """Rows of one model and length, dense first."""
+    bench = Bench(shape, tokens, measured, device, dtype)
+    handles: list[vtr.Handle | None] = [None]
+    for name in methods:
+        handles.append(vtr.apply(bench.model, METHODS[name]()))
+        handles[-1].pause()  # type: ignore[union-attr]
+    best: list[tuple[float, float, float, float]] = [(float("inf"), 0.0, 0.0, 1.0)] * len(handles)
+    for repeat in range(repeats + 1):
+        for i, handle in enumerate(handles):
+            if handle is not None:
+                handle.resume()
+            total, attention = bench()
+            finding, density = 0.0, 1.0
+            if handle is not None:
+                finding = handle.trace.finding or 0.0
+                notes = handle.trace.notes["attention"].values()
+                density = sum(float(note["density"]) for note in notes) / len(notes)
+                handle.pause()
+            if repeat:  # the first is a warm-up
+                best[i] = min(best[i], (total, attention, finding, density))
+    dense_total, dense_attention = best[0][:2]
+    rows = []
+    for handle, (total, attention, finding, density) in zip(handles, best, strict=True):
+        ideal = dense_attention * density + dense_total - dense_attention
+        scale = bench.layers / bench.measured
+        seconds = (total, finding, attention - finding, total - attention)
+        rows.append(
+            {
+                "shape": shape,
+                "visual": bench.visual,
+                "layers": bench.layers,
+                "measured": bench.measured,
+                "method": "dense" if handle is None else " + ".join(map(str, handle.methods)),
+                "density": round(density, 4),
+                **{k: round(scale * t, 4) for k, t in zip(FIELDS[6:10], seconds, strict=True)},
+                "speedup": round(dense_total / total, 3),
+                "ideal": round(dense_total / ideal, 3),
+                "achieved_over_ideal": round(ideal / total, 3),
+            }
+        )
+    for handle in handles[1:]:
+        handle.remove()  # type: ignore[union-attr]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA device")
+    parser.add_argument("--shapes", help="some of the shapes, by comma")
+    parser.add_argument("--methods", help="some of the methods, by comma")
+    parser.add_argument(
+        "--limit", type=float, default=180, help="seconds on a GPU after which no case begins"
+    )
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    device = "cuda" if args.gpu else "cpu"
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device")
+    torch.set_num_threads(args.threads)
+    methods = named("--methods", args.methods, METHODS)
+    shapes = named("--shapes", args.shapes, SHAPES) if args.shapes else ["0.5b", "7b"]
+    machine = torch.cuda.get_device_name() if args.gpu else platform.machine()
+    where = (
+        f"prefill, {machine}, {args.threads} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, bfloat16, best of {args.repeats}, {datetime.date.today()}"
+    )
+    tag = f"{'' if args.gpu else 'cpu-'}{machine.replace(' ', '-').lower()}"
+    start, rows = time.time(), []
+    for shape, tokens, measured in GPU if args.gpu else CPU:
+        if shape not in shapes:
+            continue
+        if args.gpu and time.time() - start > args.limit - 30:
+            print(f"{shape} at {tokens}: left out, no time")
+            continue
+        rows += measure(shape, tokens, measured, methods, args.repeats, device, torch.bfloat16)
+        write(args.out / f"prefill-{tag}.csv", where, rows)  # an early end loses nothing
+    show(rows, where)
+
+
+def write(path: Path, where: str, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# {where}\n")
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
