@@ -124,6 +124,33 @@ def test_low_precision_by_either_way(dtype, tiles, monkeypatch, calls):
     torch.testing.assert_close(lse, expected_lse, atol=limit, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("own", ["one pattern", "one per key head", "one per head"])
+def test_heads_that_share_keys_are_stacked(dtype, own, monkeypatch):
+    """Six query heads, two key heads; long rows, of which some see nothing in their partial blocks."""
+    monkeypatch.setattr(product, "_has_tiles", lambda: True)
+    q, k, v = qkv(2, 6, 2, 200, 1500, 32, dtype)
+    heads = {"one pattern": 1, "one per key head": 2, "one per head": 6}[own]
+    g = torch.Generator().manual_seed(3)
+    seen = torch.rand(1, heads, 200, 1500, generator=g) < 0.5  # partial blocks
+    seen[..., 128:1408] = True  # full ones
+    seen[..., :20, 1408:] = seen[..., :20, :128] = False
+    seen[..., 70:90, :] = False  # rows without a key
+    seen[..., 128:, 256:] = False  # few keys: computed in one piece
+    seen = seen.repeat_interleave(6 // heads, 1) if heads > 1 else seen
+    mask = BlockMask.from_dense(seen, block=64)
+    calls = []
+    flash = sdpa.cpu_flash
+    monkeypatch.setattr(sdpa, "cpu_flash", lambda q, *a: calls.append(q.shape[2]) or flash(q, *a))
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="sdpa")
+    assert max(calls) == {1: 3, 2: 3, 6: 1}[heads] * 64
+    expected, expected_lse = block_sparse_attention_reference(q, k, v, mask)
+    limit = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(out, expected, atol=limit, rtol=limit)
+    torch.testing.assert_close(lse, expected_lse, atol=limit, rtol=1e-3)
+    assert (out[:, :, 70:90] == 0).all() and (lse[:, :, 70:90] == float("-inf")).all()
+
+
 @here
 def test_auto_prefers_the_faster_of_compiled_and_onednn(monkeypatch):
     """Large tiles are multiplied by oneDNN, small ones, or many threads', by the compiled kernel."""
@@ -136,14 +163,15 @@ def test_auto_prefers_the_faster_of_compiled_and_onednn(monkeypatch):
         flex_module, "forward", lambda q, *_: compiled.append(1) or (q.clone(), q.new_empty(0))
     )
 
-    def compiles(block, dtype=torch.float32):
+    def compiles(block, dtype=torch.float32, heads=1):
         compiled.clear()
-        q, k, v = qkv(1, 1, 1, 1024, 1024, 64, dtype)
+        q, k, v = qkv(1, heads, 1, 1024, 1024, 64, dtype)
         block_sparse_attention(q, k, v, masks.random(1024, 0.5, block=block))
         return bool(compiled)
 
     assert not compiles(128) and compiles(16)
     assert compiles(128, torch.bfloat16)
+    assert not compiles(128, torch.bfloat16, heads=4)  # which share keys and pattern
     tiles = False
     assert not compiles(128, torch.bfloat16)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -16,7 +16,7 @@ from vtr.compat.torch import is_fake, transformed
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
 from vtr.kernels.precision import full_precision, lowers
-from vtr.kernels.product import gains
+from vtr.kernels.product import gains, stacks
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -249,7 +249,7 @@ def _forward(
         from vtr.kernels import triton_attention
 
         return triton_attention.forward(q, k, v, row_scale, added, mask, dims, scale)
-    if backend == "flex" or (backend == "flex or sdpa" and not _sooner_by_onednn(q, mask, dims)):
+    if backend == "flex" or (backend == "flex or sdpa" and not _sooner_by_sdpa(q, k, mask, dims)):
         from vtr.kernels import flex
 
         try:
@@ -263,9 +263,12 @@ def _forward(
     return sdpa.forward(q, k, v, row_scale, added, mask, dims, scale, need_lse)
 
 
-def _sooner_by_onednn(q: Tensor, mask: list[Tensor], dims: list[int]) -> bool:
+def _sooner_by_sdpa(q: Tensor, k: Tensor, mask: list[Tensor], dims: list[int]) -> bool:
     """Tell whether ``sdpa`` beats compiled FlexAttention; at run time, as it depends on the threads."""
     rows, columns = mask[2].numel(), mask[3].numel()
+    if stacks(q.dtype, q.device):  # query heads of a key head that share a pattern are one call
+        patterns, groups = rows // -(-dims[0] // dims[2]), k.shape[0] * k.shape[1]
+        return groups < q.shape[0] * q.shape[1] and patterns <= groups
     pairs = columns / max(1, rows) * dims[2] * dims[3]
     return pairs >= _ONEDNN_PAIRS * torch.get_num_threads() and gains(q.dtype, q.device)
 

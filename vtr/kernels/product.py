@@ -56,6 +56,13 @@ def gains(dtype: torch.dtype, device: torch.device) -> bool:
     return has_onednn(dtype, device)
 
 
+def stacks(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether attention on such tensors is fastest with the query heads that share keys as one head:
+    in low precision by flash attention, which prepares keys and values anew in every call."""
+    low = dtype in (torch.bfloat16, torch.float16)
+    return low and device.type == "cpu" and not gains(dtype, device)
+
+
 def onednn(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a (M, K) by the transpose of b (N, K), float32: (M, N)."""
     return compat.linear_pointwise(a, b)

@@ -12,6 +12,7 @@ import itertools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ _ONEDNN_TILE = 1 << 21
 _PRODUCT_ROWS = range(96, 192)
 # A tile of this many scores (4 MiB) or more no longer profits from being written out then.
 _TILE = 1 << 20
+# Flash attention is a quarter slower with a mask: masked keys are computed apart if there are so many others.
+_APART = 512
 
 
 @dataclass
@@ -56,6 +59,7 @@ class QueryStep:
     keys: Keys  # partial blocks, then full blocks (of which the last may be short)
     partial: Tensor | None  # tiles of the partial blocks
     holes: bool  # some queries may see no key at all
+    tiles: tuple[int, ...] = ()  # the same tiles as numbers
 
 
 @dataclass
@@ -115,7 +119,7 @@ def _make_plan(mask: list[Tensor], dims: list[int]) -> StepPlan:
         tiles_of = torch.tensor(which, dtype=torch.int64, device="cpu")
         holes = not full and not bool(some_key[tiles_of, : stop - start].any(0).all())
         keys = Keys.of(part + full, bn, short)
-        return QueryStep(start, stop, keys, tiles_of if part else None, holes)
+        return QueryStep(start, stop, keys, tiles_of if part else None, holes, tuple(which))
 
     plan = StepPlan([of[i : i + heads] for i in range(0, len(of), heads)], [], [], ~tiles)
     for p in range(split.numel() // nq):
@@ -175,6 +179,7 @@ class Scratch:
         self._scores: dict[tuple[int, int], Tensor] = {}
         self._parts: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._steps: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
+        self._bias: tuple[Any, Tensor, Tensor | None] | None = None
 
     def by_flash(self, row: QueryStep) -> bool:
         """Tell whether a step calls the CPU's flash attention, or does two products and a softmax."""
@@ -236,6 +241,24 @@ class Scratch:
         torch.index_select(source.view(self.shape), 0, keys.blocks, out=parts[which])
         return parts[2 + which]
 
+    def bias(
+        self, row: QueryStep, plan: StepPlan, heads: int, tokens: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The bias (1, 1, heads * queries, tokens) that masks the partial blocks of a step, and which
+        of these queries see nothing in it, None if all see something. Causal masks have the same one in
+        nearly all steps: the last is kept."""
+        key = (row.tiles, row.stop - row.start, heads, tokens)
+        if self._bias is None or self._bias[0] != key:
+            bias = self.keys.new_zeros(row.stop - row.start, tokens)
+            _mask_partial(bias, row, plan)
+            nothing = None
+            if row.holes or tokens < row.keys.tokens:
+                nothing = (bias == float("-inf")).all(1)
+                nothing = nothing.repeat(heads) if bool(nothing.any()) else None
+            bias = bias.repeat(heads, 1) if heads > 1 else bias
+            self._bias = key, bias[None, None], nothing
+        return self._bias[1:]
+
     def _part(self, keys: Keys) -> tuple[Tensor, ...]:
         """Memory for key and value blocks, and these as (tokens, D)."""
         assert keys.blocks is not None
@@ -274,48 +297,58 @@ def forward(
     out = torch.empty(q.shape, dtype=work, device=q.device)
     lse = torch.empty(q.shape[:3] if need_lse else (0,), dtype=lse_type, device=q.device)
     scratch = Scratch(plan, dims[3], q.shape[3], work, q.device)
-    for b, h, p, keys, values in _heads(q, k, v, plan, dims, work):
-        query, target = q[b, h].to(work), out[b, h]
-        line = lse[b, h] if need_lse else None
+    stack = flash and product.stacks(work, q.device)
+    for b, heads, p, keys, values in _heads(q, k, v, plan, dims, work, stack):
+        query, target = q[b, heads].to(work), out[b, heads]
+        line = lse[b, heads] if need_lse else None
         for start, stop in plan.empty[p]:
-            target[start:stop] = 0
+            target[:, start:stop] = 0
             if line is not None:
-                line[start:stop] = float("-inf")
+                line[:, start:stop] = float("-inf")
         blocks = keys.view(scratch.shape), values.view(scratch.shape)
         plain = line is None and not scratch.onednn
         for row in plan.rows[p]:
             if scratch.by_flash(row):
                 _flash(query, keys, values, row, plan, scale, scratch, target, line)
             elif not plain or row.partial is not None or row.keys.blocks is None:
-                _product(query, keys, values, row, plan, scale, scratch, target, line)
+                own = None if line is None else line[0]
+                _product(query[0], keys, values, row, plan, scale, scratch, target[0], own)
             else:
                 # _product without a detour: at low density, where a step takes a third of a
                 # millisecond, what Python does in between counts.
                 scores, kept, weighed, by_key, by_value = scratch.step(row)
                 torch.index_select(blocks[0], 0, row.keys.blocks, out=kept)
-                part = query[row.start : row.stop]
+                part = query[0, row.start : row.stop]
                 torch.addmm(scores, part, by_key, beta=0, alpha=scale, out=scores)
                 torch.softmax(scores, 1, out=scores)
                 torch.index_select(blocks[1], 0, row.keys.blocks, out=weighed)
-                torch.mm(scores, by_value, out=target[row.start : row.stop])
+                torch.mm(scores, by_value, out=target[0, row.start : row.stop])
     return finish(out, row_scale, added, dims[2]).to(q.dtype), lse
 
 
 def _heads(
-    q: Tensor, k: Tensor, v: Tensor, plan: StepPlan, dims: list[int], dtype: torch.dtype
-) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
-    """Yield every head with its pattern and its keys and values, padded to whole blocks."""
+    q: Tensor, k: Tensor, v: Tensor, plan: StepPlan, dims: list[int], dtype: torch.dtype, stack: bool
+) -> Iterator[tuple[int, slice, int, Tensor, Tensor]]:  # fmt: skip
+    """Yield every head, or with ``stack`` neighbours of one key head that share a pattern, with the
+    pattern and with keys and values, padded to whole blocks."""
     group = q.shape[1] // k.shape[1]
     pad = -dims[1] % dims[3]
     for b in range(q.shape[0]):
         line = plan.pattern[b if len(plan.pattern) > 1 else 0]
-        for h in range(q.shape[1]):
-            if h % group == 0:
-                keys, values = (t[b, h // group].to(dtype) for t in (k, v))
-                if pad:
-                    keys, values = (F.pad(t, (0, 0, 0, pad)) for t in (keys, values))
-                keys, values = keys.contiguous(), values.contiguous()
-            yield b, h, line[h if len(line) > 1 else 0], keys, values
+        if len(line) == 1:
+            line = line * q.shape[1]
+        for kv in range(k.shape[1]):
+            keys, values = (t[b, kv].to(dtype) for t in (k, v))
+            if pad:
+                keys, values = (F.pad(t, (0, 0, 0, pad)) for t in (keys, values))
+            keys, values = keys.contiguous(), values.contiguous()
+            h, last = kv * group, (kv + 1) * group
+            while h < last:
+                after = h + 1
+                while stack and after < last and line[after] == line[h]:
+                    after += 1
+                yield b, slice(h, after), line[h], keys, values
+                h = after
 
 
 def _product(
@@ -349,21 +382,40 @@ def _flash(
     query: Tensor, keys: Tensor, values: Tensor, row: QueryStep, plan: StepPlan, scale: float,
     scratch: Scratch, out: Tensor, lse: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute the same through the CPU's flash attention."""
+    """Compute the same through the CPU's flash attention.
+
+    ``query`` and ``out`` (G, S, D), ``lse`` (G, S): heads that share keys and pattern are computed as more
+    queries of one head, since flash attention prepares keys and values anew in every call.
+    """
     here = slice(row.start, row.stop)
-    key, value = (scratch.gather(row.keys, t, i)[None, None] for i, t in enumerate((keys, values)))
-    bias = None
-    if row.partial is not None:
-        bias = query.new_zeros(1, 1, row.stop - row.start, row.keys.tokens)
-        _mask_partial(bias[0, 0], row, plan)
-    found, line = cpu_flash(query[None, None, here], key, value, bias, scale)
-    if row.holes and bias is not None:
-        nothing = (bias[0, 0] == float("-inf")).all(1)
-        found[0, 0, nothing] = 0
-        line = line.view(-1).masked_fill(nothing, float("-inf"))
-    out[here] = found[0, 0]
+    stacked = query[:, here].reshape(1, 1, -1, query.shape[2])
+    pair = [scratch.gather(row.keys, t, i)[None, None] for i, t in enumerate((keys, values))]
+    if row.partial is None:
+        found, line = cpu_flash(stacked, *pair, None, scale)
+    else:
+        block = plan.unseen.shape[2]
+        cut = row.partial.numel() * block
+        if scratch.exact or row.keys.tokens - cut < _APART:
+            cut = row.keys.tokens
+        bias, nothing = scratch.bias(row, plan, len(query), cut)
+        found, line = cpu_flash(stacked, *(t[:, :, :cut] for t in pair), bias, scale)
+        if nothing is not None:
+            found[0, 0, nothing] = 0
+            line = line.view(-1).masked_fill(nothing, float("-inf"))
+        if cut < row.keys.tokens:
+            rest = cpu_flash(stacked, *(t[:, :, cut:] for t in pair), None, scale)
+            found, line = _joined((found, line), rest)
+    out[:, here] = found[0, 0].view(len(query), -1, query.shape[2])
     if lse is not None:
-        lse[here] = line.reshape(-1)
+        lse[:, here] = line.reshape(len(query), -1)
+
+
+def _joined(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over all keys from that over some keys and over the others, each (1, 1, N, D) with its LSE;
+    every query sees some of the others."""
+    share = torch.sigmoid(one[1].reshape(-1) - other[1].reshape(-1))
+    joined = torch.lerp(other[0].float(), one[0].float(), share[None, None, :, None])
+    return joined, torch.logaddexp(one[1].reshape(-1), other[1].reshape(-1))
 
 
 def backward(
@@ -385,7 +437,8 @@ def backward(
     dk = torch.zeros(shape, dtype=work_type, device=q.device)
     dv = torch.zeros(shape, dtype=work_type, device=q.device)
     scratch = Scratch(plan, block, q.shape[3], work_type, q.device)
-    for b, h, p, keys, values in _heads(q, k, v, plan, dims, work_type):
+    for b, heads, p, keys, values in _heads(q, k, v, plan, dims, work_type, False):
+        h = heads.start
         dkeys, dvalues = dk[b, h // group], dv[b, h // group]
         for row in plan.rows[p]:
             rows = slice(row.start, row.stop)
