@@ -50,6 +50,7 @@ class LanguageAttentionSite(AttentionSite):
             all.
         hidden: (B, L, C) what enters the layer, before its norm, for methods that need the signal
             ``hidden``; else None.
+        samples: (B,) int64 samples of the call that this part of it has (:meth:`parts`); None for all.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class LanguageAttentionSite(AttentionSite):
         window: int | None = None,
         hidden: Tensor | None = None,
         groups: Callable[[], list[PaddingGroup]] = list,
+        samples: Tensor | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.samples = samples
         self.info, self.phase, self.training = info, phase, training
         self.valid, self.window, self.hidden = valid, window, hidden
         self._marks = marks
@@ -166,6 +169,7 @@ class LanguageAttentionSite(AttentionSite):
                 f"site.sparse takes a bool tensor of blocks or a BlockMask, got {type(mask).__name__}"
             )
         self.notes.setdefault("mask", found)
+        self.notes.setdefault("masks", []).append((self.samples, found))
         self.count(share_of(found, self.window))
         out = block_sparse_attention(
             self.q, self.k, self.v, found.to(self.q.device), scale=self.scale, backend=self.backend
@@ -265,7 +269,7 @@ class LanguageAttentionSite(AttentionSite):
             layer=self.layer, layers=self.layers, q=of(self.q, rows, 2), k=of(self.k, columns, 2),
             v=of(self.v, columns, 2), scale=self.scale, dense=lambda: _all(part), state={},
             memory=self.memory.setdefault(f"vtr.part{number}", {}), notes=self.notes,
-            table=self.table, modules=self.modules, backend=self.backend,
+            table=self.table, modules=self.modules, backend=self.backend, samples=samples,
         )  # fmt: skip
         return part
 

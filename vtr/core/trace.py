@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vtr.core.language_site import Frames
+from vtr.core.stopwatch import seconds
 from vtr.core.tokens import TokenMap
 
 
@@ -68,7 +69,7 @@ class Trace:
         """Seconds that finding the masks of sparse attention took in the last call, all layers together;
         None without such masks. On a GPU it waits until they are found."""
         layers = self.notes.get("attention", {}).values()
-        found = [_seconds(note["finding"]) for note in layers if "finding" in note]
+        found = [seconds(note["finding"]) for note in layers if "finding" in note]
         return sum(found) if found else None
 
     @property
@@ -89,14 +90,3 @@ class Trace:
             if "density" in note
         ]
         return "\n".join(lines) or "no reduction took place"
-
-
-def _seconds(measured: Any) -> float:
-    """Of a number of seconds, a pair of CUDA events, or a list of them."""
-    if isinstance(measured, list):
-        return sum(map(_seconds, measured))
-    if isinstance(measured, tuple):
-        start, end = measured
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-    return float(measured)

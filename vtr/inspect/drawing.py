@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtr.core.trace import StageRecord, Trace
 from vtr.inspect.drawing_cells import Picture, pictures_of
+from vtr.inspect.drawing_masks import mask_of, paint, strip_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +37,7 @@ def draw(
     size: int | None = None,
     columns: int = 8,
     show_input: bool = True,
+    heads: Sequence[int] | None = None,
 ) -> Image.Image:
     """Draw the last call of a wrapped model, one panel per stage, or a block mask.
 
@@ -53,6 +55,11 @@ def draw(
     attention shows the mask of each layer: queries down, keys across, dark for blocks that are
     computed in full, light for partial ones.
 
+    A language model with sparse attention shows its masks likewise. The strips above and on the left
+    of a map show what the tokens are: text is orange, frames alternate in grey, and lines separate them if there
+    is room. Blocks that only some heads see are drawn as light as their share; ``heads`` draws heads
+    one by one. If tokens were cut between layers as well, the cuts are drawn, and with ``heads`` the masks.
+
     Args:
         what: a handle, a trace, or a block mask of :mod:`vtr.kernels`.
         image: the picture that the model saw: a PIL image, an (H, W, 3) array, a (3, H, W) tensor or
@@ -67,6 +74,7 @@ def draw(
         size: pixels per side of a panel; None is 288 for a picture and 112 for a frame.
         columns: frames beside each other.
         show_input: begin with a panel of the picture itself (if there is one).
+        heads: query heads whose masks are drawn, each in a row; None draws the mean over all heads.
 
     Raises:
         ValueError: nothing was reduced yet, ``sample`` or ``which`` is out of range, the grid is not known,
@@ -83,8 +91,8 @@ def draw(
     for name, value in (("panels", panels), ("size", size), ("columns", columns)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
-    if not stages:
-        return _masks(trace.notes.get("attention", {}), sample, panels, size or 288)
+    if not stages or heads is not None:
+        return _masks(trace, sample, heads, panels, size or 288)
     frames = _frames(image)
     wants = None if image is None else "image" if frames is None else "video"
     stages = _of_prompts(stages, which)
@@ -154,30 +162,40 @@ def _chosen(stages: list[Any], number: int) -> list[Any]:
     return [stages[i] for i in order]
 
 
-def _masks(layers: dict[int, dict[str, Any]], sample: int, panels: int, size: int) -> Image.Image:
-    """Draw the masks of sparse attention, one panel for all layers that share one."""
-    from PIL import Image
-
-    groups: dict[int, tuple[Any, float, list[int]]] = {}
+def _masks(
+    trace: Trace, sample: int, heads: Sequence[int] | None, panels: int, size: int
+) -> Image.Image:
+    """Draw the masks of sparse attention, one panel for all layers that share one; one row for each of
+    the heads."""
+    layers = trace.notes.get("attention", {})
+    groups: dict[int, tuple[Any, list[int]]] = {}
     for layer, note in layers.items():
-        if (mask := note.get("mask")) is not None:
-            density = float(note.get("density", 1.0))
-            groups.setdefault(id(mask), (mask, density, []))[2].append(layer)
+        if note.get("mask") is not None:
+            groups.setdefault(id(note["mask"]), (note, []))[1].append(layer)
     if not groups:
         what = KEPT_NO_MASK if layers else NOTHING
         raise ValueError(f"nothing to draw: {what}")
-    drawn = []
-    for mask, density, names in _chosen(list(groups.values()), panels):
-        own = mask.pattern.shape[0]
-        if own > 1 and not 0 <= sample < own:
-            raise ValueError(f"sample must be in 0..{own - 1}, got {sample}")
-        picture = mask.picture(sample=sample if own > 1 else 0, size=size)
-        side = (size, max(1, round(size * picture.height / picture.width)))
-        run = len(names) > 1 and names == [*range(names[0], names[-1] + 1)]
-        where = f"{names[0]}..{names[-1]}" if run else ", ".join(map(str, names))
-        title = f"attention {where}: {100 * density:.1f} % of the pairs"
-        drawn.append(_titled(picture.resize(side, Image.Resampling.BOX), title))
-    return row(drawn)
+    chosen = _chosen(list(groups.values()), panels)
+    lines = []
+    for head in [None] if heads is None else heads:
+        drawn = []
+        for note, names in chosen:
+            mask, number = mask_of(note, sample)
+            own = mask.pattern.shape[1]
+            if head is not None and (head < 0 or 1 < own <= head):
+                raise ValueError(f"heads must be in 0..{own - 1} in layer {names[0]}, got {head}")
+            strip = strip_of(trace, names[0], sample)
+            these = range(own) if head is None else [head]
+            picture = paint(mask, number, these, size, strip)
+            run = len(names) > 1 and names == [*range(names[0], names[-1] + 1)]
+            where = f"{names[0]}..{names[-1]}" if run else ", ".join(map(str, names))
+            which = "" if head is None else f", head {head}"
+            share = 100 * float(note.get("density", 1.0))
+            pairs = "the pairs" if strip is None else "the causal pairs"
+            title = f"attention {where}{which}: {share:.1f} % of {pairs}"
+            drawn.append(_titled(picture, title))
+        lines.append(row(drawn))
+    return stack(lines)
 
 
 def _sheet(

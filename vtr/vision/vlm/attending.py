@@ -80,16 +80,28 @@ class LanguageAttention:
     def after(self, call: LanguageCall) -> None:
         """A call ends: its cache carries what is visual."""
         record, cache = call.marks, call.cache
-        if not self.by_layer or cache is None or record is None:
+        if not self.by_layer or record is None:
             return
         if call.visual is not None:
-            made = []
+            made, shown = [], []
             cuts = {layer for layer, _ in call.segments}
             for first in sorted({0, *(c.first for c in record.columns), *cuts}):
                 layout = [call.entered, *(lay for at, lay in call.segments if at <= first)][-1]
-                made.append(Columns(first, self._marks(call, layout, first, call.placed)))
+                made.append(Columns(first, self._marks_for_pictures(call, layout, first)))
+                valid = torch.cat([call.columns_before(first), layout.valid], 1)
+                shown.append((first, valid, made[-1].marks))
             record.columns = made
-        mark(cache, record)
+            self.owner.tracing.notes["columns"] = shown
+        if cache is not None:
+            mark(cache, record)
+
+    def _marks_for_pictures(self, call: LanguageCall, layout: Any, layer: int) -> Marks:
+        """The marks with frames, which :func:`vtr.draw` shows, if they are known."""
+        try:
+            return self._marks(call, layout, layer, True)
+        except RuntimeError:  # the call has a part of an image, whose frames nobody knows
+            call.placed = False
+            return self._marks(call, layout, layer, False)
 
     def _marks(self, call: LanguageCall, layout: Any, layer: int, places: bool) -> Marks:
         past = call.columns_before(layer).shape[1]
@@ -153,11 +165,10 @@ class LanguageAttention:
         phase = (
             "decode" if rows == 1 and call.visual is None else "turn" if call.past else "prefill"
         )
-        notes = (
-            {}
-            if phase == "decode"
-            else owner.tracing.notes.setdefault("attention", {}).setdefault(i, {})
-        )
+        # Of calls without visual tokens nothing is noted: the trace is that of the last prompt.
+        apart = call.visual is None or call.again
+        every = {} if apart else owner.tracing.notes.setdefault("attention", {})
+        notes = every.setdefault(i, {})
 
         def marks(places: bool) -> Marks:
             found = self._marks(call, layout, i, places)
@@ -189,7 +200,7 @@ class LanguageAttention:
         return valid[:, -k.shape[2] :], window
 
     def _note(self, call: LanguageCall, site: LanguageAttentionSite) -> None:
-        if site.phase == "decode" or call.again:
+        if call.visual is None or call.again:
             return
         site.notes["density"] = site.notes.pop("work", 0.0) / site.pairs
         columns = site.k.shape[2]

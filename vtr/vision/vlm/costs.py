@@ -79,20 +79,21 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
     head = root.get_output_embeddings()
     vocabulary = 0 if head is None else linear_flops(head)
     notes = owner.trace.notes.get("attention", {})
-    spent = [float(note["spent"]) for note in notes.values() if "spent" in note]
+    found = any("finding" in note for note in notes.values())
+    spent = sum(float(note.get("spent", 0)) for note in notes.values()) / last.valid.shape[0]
     whole = _flops(owner, dense, last.past, {}) + vocabulary
-    part = _flops(owner, reduced, last.past, notes) + vocabulary + sum(spent)
+    part = _flops(owner, reduced, last.past, notes) + vocabulary + spent
     costs: dict[str, Any] = {
         "language": (round(whole), round(part)),
         "kv_bytes": tuple(round(_bytes(owner, lengths)) for lengths in (dense, held)),
     }
-    return costs | ({"finding": round(sum(spent))} if spent else {})
+    return costs | ({"finding": round(spent)} if found else {})
 
 
 def _flops(
     owner: VLMWrapping, lengths: Lengths, past: Tensor, notes: Mapping[int, Mapping[str, Any]]
 ) -> float:
-    """Of the layers; ``notes`` hold the ``density`` of those with sparse attention."""
+    """Compute those of the layers; ``notes`` have the ``density`` of layers with sparse attention."""
     total, sizes = 0.0, owner.info.language
     assert sizes is not None
     width = sizes.heads * sizes.head_dim
