@@ -389,21 +389,21 @@ def _flash(
     """
     here = slice(row.start, row.stop)
     stacked = query[:, here].reshape(1, 1, -1, query.shape[2])
-    pair = [scratch.gather(row.keys, t, i)[None, None] for i, t in enumerate((keys, values))]
+    key, value = (scratch.gather(row.keys, t, i)[None, None] for i, t in enumerate((keys, values)))
     if row.partial is None:
-        found, line = cpu_flash(stacked, *pair, None, scale)
+        found, line = cpu_flash(stacked, key, value, None, scale)
     else:
         block = plan.unseen.shape[2]
         cut = row.partial.numel() * block
         if scratch.exact or row.keys.tokens - cut < _APART:
             cut = row.keys.tokens
         bias, nothing = scratch.bias(row, plan, len(query), cut)
-        found, line = cpu_flash(stacked, *(t[:, :, :cut] for t in pair), bias, scale)
+        found, line = cpu_flash(stacked, key[:, :, :cut], value[:, :, :cut], bias, scale)
         if nothing is not None:
             found[0, 0, nothing] = 0
             line = line.view(-1).masked_fill(nothing, float("-inf"))
         if cut < row.keys.tokens:
-            rest = cpu_flash(stacked, *(t[:, :, cut:] for t in pair), None, scale)
+            rest = cpu_flash(stacked, key[:, :, cut:], value[:, :, cut:], None, scale)
             found, line = _joined((found, line), rest)
     out[:, here] = found[0, 0].view(len(query), -1, query.shape[2])
     if lse is not None:
