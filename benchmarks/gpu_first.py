@@ -12,7 +12,8 @@ group with a time limit, and writes each result at once, so that an early end lo
   candidates, the Hopper kernel, FlexAttention), the error before the time;
 - tests.txt: the tests that need a GPU;
 - vlm-*.csv, vit-*.csv: whole models of real shapes with random weights;
-- wan.jsonl: one attention site of Wan-1.3B at 480p: the cost of a method besides its kernel.
+- wan.jsonl: one attention site of Wan-1.3B at 480p: the cost of a method besides its kernel;
+- prefill.jsonl: a 7B language model that reads 16k visual tokens, dense and with sparse attention.
 
 ``efficiency`` is (fastest dense ms / ms) * density: 1 if nothing is lost to sparsity.
 """
@@ -254,6 +255,20 @@ def wan(folder: Path) -> None:
             write(folder, "wan.jsonl", {**row, "efficiency": round(dense / ms * work, 3)})
 
 
+def prefill(folder: Path) -> None:
+    import torch
+    from prefill import METHODS, measure  # beside this script
+
+    import vtr
+
+    case = ("tiny", 400, 0) if DRY else ("7b", 16384, 0)
+    names = ("local-window", "flexprefill", "xattention", "hip")
+    options: dict[str, Any] = {"block": 16} if DRY else {}
+    methods = [vtr.create(name, **{**METHODS[name], **options}) for name in names]
+    for row in measure(case, methods, 2, DEVICE, torch.float32 if DRY else torch.bfloat16):
+        write(folder, "prefill.jsonl", row)
+
+
 def parts(out: Path) -> list[tuple[str, int, str]]:
     """List name, seconds and command of each part, the most important first."""
     python, vlm, vit = sys.executable, HERE.with_name("vlm.py"), HERE.with_name("vit.py")
@@ -280,6 +295,7 @@ def parts(out: Path) -> list[tuple[str, int, str]]:
             f"{python} {vit} --models vit-l-512 --batches 32 --repeats 4 --out {out} "
             "--methods evit,tome,cls-attention",
         ),
+        ("prefill", 45, f"{own} prefill --out {out}"),
         ("wan", 30, f"{own} wan --out {out}"),
     ]
 
@@ -313,7 +329,7 @@ def everything(out: Path, limit: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["all", "env", "warm", "sweep", "wan"])
+    parser.add_argument("part", choices=["all", "env", "warm", "sweep", "wan", "prefill"])
     parser.add_argument("--out", type=Path, default=Path("gpu_first"))
     parser.add_argument("--limit", type=float, default=300, help="seconds in all")
     parser.add_argument(
@@ -326,7 +342,8 @@ def main() -> None:
     elif options.part == "warm":
         warm(options.share)
     else:
-        {"env": environment, "sweep": sweep, "wan": wan}[options.part](options.out)
+        known = {"env": environment, "sweep": sweep, "wan": wan, "prefill": prefill}
+        known[options.part](options.out)
 
 
 if __name__ == "__main__":
