@@ -1,0 +1,122 @@
+"""FlexPrefill (Lai et al., ICLR 2025, arXiv 2502.20766): a sparse pattern and a budget for each head and
+prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.kernels import pooled_block_scores
+from vtr.methods.base import Examples, PrefillMethod, check_count, check_share, register
+from vtr.methods.common.lines import (
+    block_sums,
+    last_lines,
+    lines_flops,
+    pooled_flops,
+    seen_blocks,
+    vertical_slash,
+)
+from vtr.methods.common.shares import count_to_share, js_distance, reach_share
+
+if TYPE_CHECKING:
+    from vtr.core.language_attention import LanguageAttentionSite
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FlexPrefill(PrefillMethod):
+    """Compute the key blocks that hold a share ``gamma`` of the estimated attention of each head.
+
+    P is the attention of the last ``block`` rows. Per sample and query head:
+
+    1. Two estimates of the attention of these rows to each key block: the exact one, P summed over the
+       block, and that of pooled tokens, ``softmax(mean(q) . mean(k_J))``. If their Jensen-Shannon distance is
+       less than ``tau``, pooling can be trusted: the head is *query-aware*; else it is a *vertical-slash* head.
+    2. Vertical-slash: ``n // block + 1`` key blocks, n the fewest keys whose P reaches ``gamma``; the
+       blocks of largest P. Likewise for distances between row and key, summed along the diagonals of P:
+       the slashes, in groups of ``block`` distances. The lines are extended to all rows.
+    3. Query-aware: the fewest pairs of a query and a key block whose ``softmax_J(mean(q_I) . mean(k_J))``, over
+       the whole map, reaches ``gamma`` of it, united with ``min_budget`` tokens of 2.
+
+    Prompts of at most ``max(2 * block, min_budget)`` keys are dense, and so is ``gamma=1``.
+
+    The authors' code differs in these points:
+
+    - A line of distances crosses two diagonals of blocks, and it computes the first of them alone: of a slash
+      at distance 127 a 128th part. Here both are computed.
+    - The first key block and the diagonal take a place each in the counts of 2 there: a single hot key that is
+      elsewhere is left out if the count is one. Here they are computed beside the chosen ones.
+    - It divides token counts by 128 for every block size; here by ``block``.
+    - The pair that reaches ``gamma`` in 3 is left out there, and taken here, as it is in 2.
+    - A probability that underflows to 0 gives a NaN there, and the head is never query-aware; here it adds 0.
+    - A shorter last key block counts there with the mean of zeros and keys; here with the mean of its keys,
+      weighted by their number.
+
+    Args:
+        gamma: share of the attention to reach, in (0, 1]. The authors run 0.9 and 0.95.
+        tau: distance below which a head is query-aware, in [0, 1]. 0: no head is.
+        min_budget: tokens that the vertical and the slash part compute at least (the authors' README; 1024 in
+            their demo).
+        max_budget: tokens that each of them computes at most; None is no limit.
+    """
+
+    name: ClassVar[str] = "flexprefill"
+    paper: ClassVar[str] = "FlexPrefill, ICLR 2025, arXiv 2502.20766"
+
+    gamma: float = field(default=0.9, kw_only=False)
+    tau: float = 0.1
+    min_budget: int = 512
+    max_budget: int | None = None
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(0.5, min_budget=16, block=16), cls(0.5, tau=1.0, min_budget=16, block=16)),
+            "everything": (cls(1.0, min_budget=16, block=16),),
+        }
+
+    def validate(self) -> None:
+        super().validate()
+        check_share(self.gamma, "gamma")
+        check_share(self.tau, "tau", zero=True)
+        check_count(self.min_budget, "min_budget")
+        if self.max_budget is not None:
+            check_count(self.max_budget, "max_budget")
+            if self.max_budget < self.min_budget:
+                raise ValueError(
+                    f"max_budget must be at least min_budget ({self.min_budget} tokens) or None, got "
+                    f"{self.max_budget}"
+                )
+
+    def blocks(self, site: LanguageAttentionSite) -> Tensor | None:
+        q, k, (bm, bn) = site.q, site.k, self.sides
+        rows, keys = q.shape[2], k.shape[2]
+        least = -(-self.min_budget // bn)
+        most = keys if self.max_budget is None else -(-self.max_budget // bn)
+        if self.gamma == 1 or keys <= max(2 * bn, least * bn):
+            return None
+        last = q[:, :, -bm:]
+        site.spend(lines_flops(q, k, last.shape[2]) + pooled_flops(last, k, self.sides))
+        vertical, slash = last_lines(last, k, scale=site.scale, window=site.window)
+        exact = block_sums(vertical, bn)
+        aware = js_distance(self._pooled(site, last)[:, :, 0], exact) < self.tau
+        wide, near = (
+            torch.where(aware, least, (count_to_share(x, self.gamma) // bn + 1).clamp(least, most))
+            for x in (vertical, slash)
+        )
+        found = vertical_slash(vertical, slash, (wide, near), rows, self.sides)
+        if self.tau and bool(aware.any()):
+            site.spend(pooled_flops(q, k, self.sides))
+            share = self._pooled(site, q)
+            pairs = reach_share(share.flatten(2), self.gamma).view_as(share)
+            found |= pairs & aware[..., None, None]
+        return found
+
+    def _pooled(self, site: LanguageAttentionSite, q: Tensor) -> Tensor:
+        """The attention of each block of the last rows to each key block, estimated from their means."""
+        logits = pooled_block_scores(q, site.k, block=self.sides, scale=site.scale, softmax=False)
+        seen = seen_blocks(q.shape[2], site.k.shape[2], self.sides, q.device, site.window)
+        return logits.masked_fill(~seen, float("-inf")).softmax(-1)
