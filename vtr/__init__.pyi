@@ -41,9 +41,12 @@ from vtr.methods.evit import EViT as EViT
 from vtr.methods.evs import EVS as EVS
 from vtr.methods.fastv import FastV as FastV
 from vtr.methods.fastvid import FastVID as FastVID
+from vtr.methods.flexprefill import FlexPrefill as FlexPrefill
 from vtr.methods.flowcut import FlowCut as FlowCut
 from vtr.methods.framefusion import FrameFusion as FrameFusion
 from vtr.methods.holitom import HoliTom as HoliTom
+from vtr.methods.image_blocks import ImageBlocks as ImageBlocks
+from vtr.methods.minference import MInference as MInference
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
 from vtr.methods.prunevid import PruneVid as PruneVid
 from vtr.methods.pyramiddrop import PyramidDrop as PyramidDrop
@@ -63,6 +66,7 @@ from vtr.methods.vflowopt import VFlowOpt as VFlowOpt
 from vtr.methods.video_tome import VideoToMe as VideoToMe
 from vtr.methods.visionzip import VisionZip as VisionZip
 from vtr.methods.vtc_cls import VTCCLS as VTCCLS
+from vtr.methods.xattention import XAttention as XAttention
 
 __version__: str
 __all__: list[str]

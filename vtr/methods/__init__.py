@@ -18,9 +18,12 @@ TABLE: dict[str, str] = {
     "EViT": "evit",
     "FastV": "fastv",
     "FastVID": "fastvid",
+    "FlexPrefill": "flexprefill",
     "FlowCut": "flowcut",
     "FrameFusion": "framefusion",
     "HoliTom": "holitom",
+    "ImageBlocks": "image_blocks",
+    "MInference": "minference",
     "NeighborhoodAttention": "neighborhood",
     "OwnFrame": "random_sparse",
     "PruneVid": "prunevid",
@@ -40,6 +43,7 @@ TABLE: dict[str, str] = {
     "VTCCLS": "vtc_cls",
     "VideoToMe": "video_tome",
     "VisionZip": "visionzip",
+    "XAttention": "xattention",
 }
 """The class of every method, and its module in this package.
 
