@@ -4,7 +4,7 @@ prompt."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,9 +73,10 @@ class FlexPrefill(PrefillMethod):
 
     @classmethod
     def examples(cls) -> Examples:
+        small: dict[str, Any] = {"min_budget": 16, "block": 16, "last_rows": 1}
         return {
-            "some": (cls(0.5, min_budget=16, block=16), cls(0.5, tau=1.0, min_budget=16, block=16)),
-            "everything": (cls(1.0, min_budget=16, block=16),),
+            "some": (cls(0.5, **small), cls(0.5, tau=1.0, **small)),
+            "everything": (cls(1.0, **small),),
         }
 
     def validate(self) -> None:
@@ -96,7 +97,8 @@ class FlexPrefill(PrefillMethod):
         rows, keys = q.shape[2], k.shape[2]
         least = -(-self.min_budget // bn)
         most = keys if self.max_budget is None else -(-self.max_budget // bn)
-        if self.gamma == 1 or keys <= max(2 * bn, least * bn):
+        whole = self.gamma == 1 and self.max_budget is None
+        if whole or keys <= max(2 * bn, least * bn):
             return None
         last = q[:, :, -bm:]
         site.spend(lines_flops(q, k, last.shape[2]) + pooled_flops(last, k, self.sides))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -46,14 +46,14 @@ class ImageBlocks(PrefillMethod):
     name: ClassVar[str] = "image-blocks"
     paper: ClassVar[str] = "BlindSight's intra-image mask, 2025, arXiv 2507.09071"
 
-    unit: str = "image"
+    unit: str = field(default="image", kw_only=False)
     sinks: int = 0
 
     @classmethod
     def examples(cls) -> Examples:
         return {
-            "some": (cls(block=16), cls(unit="frame", sinks=1, block=16)),
-            "everything": (cls(sinks=1 << 30, block=16),),
+            "some": (cls(block=16, last_rows=1), cls("frame", sinks=1, block=16, last_rows=1)),
+            "everything": (cls(sinks=1 << 30, block=16, last_rows=1),),
         }
 
     def validate(self) -> None:

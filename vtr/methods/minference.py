@@ -22,7 +22,7 @@ from vtr.methods.common.shares import largest
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
 
-PATTERNS = ("vertical-slash", "a-shape", "block-sparse")
+PATTERNS = "vertical-slash", "a-shape", "block-sparse"
 _AUTHORS = {"vertical_and_slash": "vertical-slash", "stream_llm": "a-shape", "block_sparse": "block-sparse"}  # fmt: skip
 
 Head = tuple[str, Keep, Keep]
@@ -76,17 +76,12 @@ class MInference(PrefillMethod):
 
     @classmethod
     def examples(cls) -> Examples:
-        return {
-            "some": (
-                cls(0.1, 0.1, block=16),
-                cls(0.1, 0.1, pattern="a-shape", block=16),
-                cls(pooled=0.2, pattern="block-sparse", block=16),
-            ),
-            "everything": (
-                cls(1.0, 1.0, block=16),
-                cls(pooled=1.0, pattern="block-sparse", block=16),
-            ),
-        }
+        def with_share(share: float) -> tuple[MInference, ...]:
+            return tuple(
+                cls(share, share, pooled=share, pattern=p, block=16, last_rows=1) for p in PATTERNS
+            )
+
+        return {"some": with_share(0.1), "everything": with_share(1.0)}
 
     def validate(self) -> None:
         super().validate()

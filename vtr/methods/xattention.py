@@ -54,8 +54,8 @@ class XAttention(PrefillMethod):
     @classmethod
     def examples(cls) -> Examples:
         return {
-            "some": (cls(0.4, stride=4, block=16),),
-            "everything": (cls(1.0, stride=4, block=16),),
+            "some": (cls(0.4, stride=4, block=16, last_rows=1),),
+            "everything": (cls(1.0, stride=4, block=16, last_rows=1),),
         }
 
     def validate(self) -> None:
