@@ -1,4 +1,4 @@
-"""Float32 matrix products on the CPU, by the faster of the two libraries that torch includes.
+"""Matrix products: float32 on the CPU, by the faster of the two libraries that torch includes; int8.
 
 ``torch.mm`` calls MKL, which uses AVX-512 only on Intel processors: on an AMD EPYC (Zen 5) it has half
 the speed of oneDNN, which uses AVX-512 there; on an Intel Xeon with AMX it is 1.3 to 1.4 times as fast as
@@ -66,3 +66,11 @@ def stacks(dtype: torch.dtype, device: torch.device) -> bool:
 def onednn(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a (M, K) by the transpose of b (N, K), float32: (M, N)."""
     return compat.linear_pointwise(a, b)
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply a (M, K) by the transpose of b (N, K), int8, exactly: (M, N) int32.
+
+    CUDA needs M > 16 and multiples of 8 as N and K.
+    """
+    return compat.integer_product(a, b.t())
