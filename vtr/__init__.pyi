@@ -30,6 +30,7 @@ from vtr.errors import UnsupportedModelError as UnsupportedModelError
 from vtr.errors import VtrError as VtrError
 from vtr.inspect.drawing import draw as draw
 from vtr.inspect.profile import profile as profile
+from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
 from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
 from vtr.methods.cls_attention import CLSAttention as CLSAttention
@@ -56,6 +57,7 @@ from vtr.methods.random_sparse import OwnFrame as OwnFrame
 from vtr.methods.random_sparse import RandomSparse as RandomSparse
 from vtr.methods.rectified import RectifiedSparse as RectifiedSparse
 from vtr.methods.rettention import Rettention as Rettention
+from vtr.methods.sale import SALE as SALE
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
 from vtr.methods.tofe import ToFe as ToFe
@@ -67,6 +69,7 @@ from vtr.methods.video_tome import VideoToMe as VideoToMe
 from vtr.methods.visionzip import VisionZip as VisionZip
 from vtr.methods.vtc_cls import VTCCLS as VTCCLS
 from vtr.methods.xattention import XAttention as XAttention
+from vtr.methods.zipvl import ZipVL as ZipVL
 
 __version__: str
 __all__: list[str]

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 TABLE: dict[str, str] = {
+    "AnchorAttention": "anchor_attention",
     "CLSAttention": "cls_attention",
     "Debias": "debias",
     "DivPrune": "divprune",
@@ -33,6 +34,7 @@ TABLE: dict[str, str] = {
     "RandomSparse": "random_sparse",
     "RectifiedSparse": "rectified",
     "Rettention": "rettention",
+    "SALE": "sale",
     "SlidingTile": "sliding_tile",
     "SparseVLM": "sparsevlm",
     "ToFe": "tofe",
@@ -44,6 +46,7 @@ TABLE: dict[str, str] = {
     "VideoToMe": "video_tome",
     "VisionZip": "visionzip",
     "XAttention": "xattention",
+    "ZipVL": "zipvl",
 }
 """The class of every method, and its module in this package.
 
