@@ -5,6 +5,8 @@ from __future__ import annotations
 BRUTE_FORCE = {
     "flexprefill": "tests.methods.test_flexprefill",
     "image-blocks": "tests.methods.test_image_blocks",
+    "local-window": "tests.methods.test_prefill_baselines",
     "minference": "tests.methods.test_minference",
+    "random-blocks": "tests.methods.test_prefill_baselines",
     "xattention": "tests.methods.test_xattention",
 }

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from vtr.core.language_attention import LanguageAttentionSite, Marks, groups_of
 
 
-def tensors(length, keys=None, *, batch=1, heads=2, key_heads=None, dim=16, sharp=1.0, seed=0):
-    """q (B, H, L, D), k and v (B, Hk, S, D) in float32; ``sharp`` spreads the scores."""
+def tensors(
+    rows=300, keys=None, *, batch=1, heads=2, key_heads=None, dim=16, sharp=1.0,
+    dtype=torch.float32, seed=0,
+):  # fmt: skip
+    """q (B, H, L, D), k and v (B, Hk, S, D); ``sharp`` spreads the scores."""
     g = torch.Generator().manual_seed(seed)
-    keys, key_heads = keys or length, key_heads or heads
-    q = torch.randn(batch, heads, length, dim, generator=g) * sharp
+    keys, key_heads = keys or rows, key_heads or heads
+    q = torch.randn(batch, heads, rows, dim, generator=g) * sharp
     k, v = (torch.randn(batch, key_heads, keys, dim, generator=g) for _ in range(2))
-    return q, k, v
+    return tuple(x.to(dtype) for x in (q, k, v))
 
 
 def turning(length, back, dim=16):
@@ -96,3 +102,75 @@ def live_blocks(tokens, sides):
             part = tokens[i * sides[0] : (i + 1) * sides[0], j * sides[1] : (j + 1) * sides[1]]
             found[i, j] = part.any()
     return found
+
+
+def marks(valid, first=5, frame=49, last=20):
+    """Text, frames of ``frame`` tokens in images of two frames, and text, in each row of valid tokens."""
+    place = valid.long().cumsum(1) - 1
+    number = valid.sum(1, keepdim=True)
+    visual = valid & (place >= first) & (place < number - last)
+    frames = torch.where(visual, (place - first) // frame, -1)
+    return Marks(visual.long(), torch.where(visual, frames // 2, -1), frames)
+
+
+def site(qkv, *, valid=None, layer=0, layers=4, window=None, table=None, found=marks):
+    """The site of an attention call of the whole batch; it is a later turn if there are more keys."""
+    q, k, v = qkv
+    rows, keys = q.shape[2], k.shape[2]
+    valid = torch.ones(q.shape[0], keys, dtype=torch.bool) if valid is None else valid
+    phase = "decode" if rows == 1 else "prefill" if rows == keys else "turn"
+    whole = None
+
+    def dense():
+        every = torch.arange(rows).expand(q.shape[0], -1)
+        seen = whole.sees(every)
+        lone = ~seen.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(
+            q, k, v, (seen | lone)[:, None], scale=q.shape[-1] ** -0.5,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out.masked_fill(lone[:, None], 0)
+
+    whole = LanguageAttentionSite(
+        info=SimpleNamespace(), phase=phase, training=False, valid=valid,
+        marks=lambda: found(valid), window=window, layer=layer, layers=layers, q=q, k=k, v=v,
+        scale=q.shape[-1] ** -0.5, dense=dense, state={}, memory={}, notes={}, table=table,
+        groups=lambda: groups_of(valid, rows),
+    )  # fmt: skip
+    return whole
+
+
+def double(x):
+    """A tensor as a float64 array."""
+    return x.detach().double().numpy()
+
+
+def seen_blocks(rows, keys, sides):
+    """(NQ, NK) bool by loops: blocks that hold a pair of a row and a key not after it."""
+    bm, bn = sides
+    found = np.zeros((-(-rows // bm), -(-keys // bn)), bool)
+    for i in range(rows):
+        for j in range(keys - rows + i + 1):
+            found[i // bm, j // bn] = True
+    return found
+
+
+def always_blocks(rows, keys, sides):
+    """(NQ, NK) bool by loops: the first key block, and those of the rows themselves."""
+    bm, bn = sides
+    found = np.zeros((-(-rows // bm), -(-keys // bn)), bool)
+    found[:, 0] = True
+    for i in range(rows):
+        found[i // bm, (keys - rows + i) // bn] = True
+    return found
+
+
+def probabilities(q, k, rows):
+    """Causal attention of some rows of one head in float64: q (L, D), k (S, D) -> (len(rows), S)."""
+    out = np.zeros((len(rows), len(k)))
+    for n, i in enumerate(rows):
+        last = len(k) - len(q) + i
+        s = k[: last + 1] @ q[i] / np.sqrt(q.shape[1])
+        e = np.exp(s - s.max())
+        out[n, : last + 1] = e / e.sum()
+    return out
