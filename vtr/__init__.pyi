@@ -49,6 +49,8 @@ from vtr.methods.holitom import HoliTom as HoliTom
 from vtr.methods.image_blocks import ImageBlocks as ImageBlocks
 from vtr.methods.minference import MInference as MInference
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
+from vtr.methods.prefill_baselines import LocalWindow as LocalWindow
+from vtr.methods.prefill_baselines import RandomBlocks as RandomBlocks
 from vtr.methods.prunevid import PruneVid as PruneVid
 from vtr.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vtr.methods.radial import RadialAttention as RadialAttention
