@@ -133,7 +133,7 @@ def site(qkv, *, valid=None, layer=0, layers=4, window=None, table=None, found=m
 
     whole = LanguageAttentionSite(
         info=SimpleNamespace(), phase=phase, training=False, valid=valid,
-        marks=lambda: found(valid), window=window, layer=layer, layers=layers, q=q, k=k, v=v,
+        marks=lambda places: found(valid), window=window, layer=layer, layers=layers, q=q, k=k, v=v,
         scale=q.shape[-1] ** -0.5, dense=dense, state={}, memory={}, notes={}, table=table,
         groups=lambda: groups_of(valid, rows),
     )  # fmt: skip
