@@ -1,0 +1,158 @@
+"""Block masks of vertical and diagonal lines of a causal attention map, counted without the map."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtr.kernels.precision import full_precision
+from vtr.methods.common.key_blocks import BlockGrid
+
+if TYPE_CHECKING:
+    from vtr.core.language_attention import LanguageAttentionSite
+
+
+def column_sums(weights: Tensor, block: int) -> Tensor:
+    """Sum the weights of the columns of each key block: (..., S) -> (..., ceil(S / block))."""
+    return pad(weights, (0, -weights.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
+
+
+def diagonal_sums(weights: Tensor, grid: BlockGrid) -> Tensor:
+    """Sum the weights of the diagonals that cross each block.
+
+    Diagonal o holds the pairs of a row at column p with key p - o.
+
+    Args:
+        weights: (..., S), from 0 on, of the diagonals 0 to S - 1.
+
+    Returns:
+        (..., NQ, NK) float64, exact if the weights are counts.
+    """
+    total = pad(weights.double().cumsum(-1), (1, 0))
+    side = grid.sides[1]
+    key = torch.arange(grid.key_blocks, device=grid.device) * side
+    low = grid.first_column()[:, None] - (key + side - 1).clamp(max=grid.keys - 1)
+    high = grid.last_column()[:, None] - key
+    low, high = (at.clamp(0, grid.keys) for at in (low, high + 1))
+    return total[..., high] - total[..., low]
+
+
+def line_weights(attention: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """Sum the attention of neighbouring rows along columns and along diagonals.
+
+    Args:
+        attention: (..., R, S), of which the last row is column ``last``.
+
+    Returns:
+        two tensors (..., S): of the columns, and of the diagonals; diagonal o holds the pairs of a row
+        at column p with key p - o.
+    """
+    rows, keys = attention.shape[-2:]
+    row = torch.arange(last - rows + 1, last + 1, device=attention.device)[:, None]
+    key = row - torch.arange(keys, device=attention.device)
+    along = attention.gather(-1, key.clamp(min=0).expand(attention.shape))
+    return attention.sum(-2), (along * (key >= 0)).sum(-2)
+
+
+def top_weights(weights: Tensor, number: int) -> Tensor:
+    """The ``number`` largest weights (..., S), of equal ones the first, and 0 for the others."""
+    order = weights.sort(dim=-1, descending=True, stable=True).indices[..., :number]
+    return torch.zeros_like(weights).scatter(-1, order, weights.gather(-1, order))
+
+
+def max_pooled(q: Tensor, k: Tensor, grid: BlockGrid, stride: int = 1) -> Tensor:
+    """The largest attention of each block of rows to a key of each key block, never the whole map.
+
+    Args:
+        q: (B, H, L, D) float32, scaled. k: (B, H, S, D) float32.
+        stride: every stride-th row of a block is computed.
+
+    Returns:
+        (B, H, NQ, NK) float32.
+    """
+    rows, side = -(-grid.sides[0] // stride), grid.sides[1]
+    found = q.new_zeros(*q.shape[:2], grid.row_blocks, grid.key_blocks)
+    for part in grid.pieces(q.shape[0] * q.shape[1] * rows * grid.keys):
+        index = grid.row_index(part, stride)
+        column = index + grid.keys - grid.rows
+        end = min(grid.keys, part.stop * grid.sides[0] + grid.keys - grid.rows)
+        with full_precision(q.device):
+            scores = q[:, :, index.flatten()] @ k[:, :, :end].transpose(-1, -2)
+        later = torch.arange(end, device=q.device) > column.flatten()[:, None]
+        seen = scores.masked_fill(later, -torch.inf).softmax(-1).unflatten(2, index.shape).amax(3)
+        seen = pad(seen, (0, -end % side)).unflatten(-1, (-1, side)).amax(-1)
+        found[:, :, part, : seen.shape[-1]] = seen
+    return found
+
+
+class MeanMaps:
+    """Mean attention maps of each layer and head over calibration samples, from the first token on.
+
+    Its memory is layers * heads * length^2 * 4 bytes, on the CPU.
+
+    Args:
+        length: tokens per side; longer samples are read up to there.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.sums: dict[int, Tensor] = {}
+        self.counts: dict[int, Tensor] = {}
+
+    def see(self, site: LanguageAttentionSite) -> None:
+        """Add the samples of one attention call; calls that continue a sample are passed over."""
+        if site.phase != "prefill":
+            return
+        # The columns of the first tokens of each sample, padding behind them.
+        columns = (~site.valid).byte().argsort(dim=1, stable=True)[:, : self.length]
+        inside = site.valid.gather(1, columns)
+        batch, size = columns.shape
+        heads, device = site.q.shape[1], site.q.device
+        total = torch.zeros(heads, size, size, device=device)
+        for start in range(0, size, 64):  # a few rows: of all keys, a sample may have many
+            rows = (columns - site.offset).masked_fill(~inside, -1)[:, start : start + 64]
+            found = site.attention_rows(rows)
+            index = columns[:, None, None].expand(batch, heads, rows.shape[1], size)
+            total[:, start : start + 64] = (found.gather(-1, index) * inside[:, None, None]).sum(0)
+        both = (inside[:, :, None] & inside[:, None]).sum(0).tril()
+        add = (0, self.length - size, 0, self.length - size)
+        for kept, new in ((self.sums, total), (self.counts, both.float())):
+            new = pad(new, add).cpu()
+            kept[site.layer] = kept[site.layer] + new if site.layer in kept else new
+
+    def mean(self, layer: int) -> Tensor:
+        """(H, P, P) float32; 0 for pairs that no sample has."""
+        return self.sums[layer] / self.counts[layer].clamp(min=1)
+
+
+def strong_lines(
+    strong: Tensor, counted: Tensor, share: float, least: int
+) -> tuple[Tensor, Tensor]:
+    """The diagonals and columns of a causal map of which at least ``share`` of the pairs are strong.
+
+    Args:
+        strong: (H, P, P) bool.
+        counted: (P, P) bool, the pairs that count; a line needs ``least`` of them.
+
+    Returns:
+        diagonals (H, P) and columns (H, P), bool; diagonal o holds the pairs of row i with key i - o.
+    """
+    row = torch.arange(strong.shape[-1], device=strong.device)
+    column = row - row[:, None]  # [o, i]: of the pair of row i on diagonal o
+
+    def diagonals(x: Tensor) -> Tensor:
+        return (x[..., row, column.clamp(min=0)] & (column >= 0)).sum(-1)
+
+    def columns(x: Tensor) -> Tensor:
+        return x.tril().sum(-2)
+
+    def kept(held: Tensor, pairs: Tensor) -> Tensor:
+        return (pairs >= least) & (held >= share * pairs)
+
+    return (
+        kept(diagonals(strong & counted), diagonals(counted)),
+        kept(columns(strong & counted), columns(counted)),
+    )

@@ -1,0 +1,98 @@
+"""ProxyAttn: a few proxy heads rank the key blocks for all heads, each with its own budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.methods.base import Examples, PrefillMethod, check_count, check_share, register
+from vtr.methods.common.key_blocks import BlockGrid, best_blocks
+from vtr.methods.common.patterns import column_sums, max_pooled
+
+if TYPE_CHECKING:
+    from vtr.core.language_attention import LanguageAttentionSite
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ProxyAttn(PrefillMethod):
+    """ProxyAttn (arXiv 2509.24745): heads agree on which keys matter, and differ in how many they need.
+
+    1. Heads are grouped; the mean of a group's queries, and of its keys, is a proxy head.
+    2. The attention of the proxy heads, token by token, is max-pooled to blocks: the ranking of the key
+       blocks for all heads of the group.
+    3. Each head has its budget: in its attention of the last block of rows, the smallest share of the
+       key blocks that has ``gamma`` of the mass. Every block of rows keeps this share of the key blocks
+       that it sees, the best of the group's ranking.
+
+    The abstract and third-party summaries of the paper name these parts. Our reading: groups are
+    neighbouring heads, the ranking is of softmax probabilities, and the whole of 3.
+
+    Args:
+        gamma: mass that the budget of a head must reach, in (0, 1]; 1 is dense.
+        proxies: proxy heads; they must divide the query heads, and divide the key heads or be a multiple
+            of them. They cost ``proxies / heads`` of the dense scores.
+        stride: every stride-th row of a block is scored by the proxy heads.
+    """
+
+    name: ClassVar[str] = "proxyattn"
+    paper: ClassVar[str] = "ProxyAttn, ICLR 2026, arXiv 2509.24745"
+
+    gamma: float = field(default=0.95, kw_only=False)
+    proxies: int = 2
+    stride: int = 1
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (
+                cls(0.5, block=16, last_rows=1),
+                cls(0.5, proxies=1, stride=4, block=16, last_rows=1),
+            ),
+            "everything": (cls(1.0, block=16, last_rows=1),),
+        }
+
+    def validate(self) -> None:
+        super().validate()
+        check_share(self.gamma, "gamma")
+        check_count(self.proxies, "proxies")
+        check_count(self.stride, "stride")
+
+    def blocks(self, site: LanguageAttentionSite) -> Tensor | None:
+        if self.gamma == 1:
+            return None
+        grid, (heads, _, width) = BlockGrid.of(site, self.sides), site.q.shape[1:]
+        q, k = proxy_heads(site.q, site.k, self.proxies)
+        ranking = max_pooled(q * site.scale, k, grid, self.stride)
+        shares = self._budgets(site)
+        number = torch.ceil(shares[..., None] * grid.seen() - 1e-6).long()
+        scored = self.proxies * grid.rows / self.stride + heads * self.sides[0]
+        site.spend(2 * width * grid.keys * scored)
+        return best_blocks(
+            ranking.repeat_interleave(heads // self.proxies, 1), number, grid.visible()
+        )
+
+    def _budgets(self, site: LanguageAttentionSite) -> Tensor:
+        """(B, H) float64, the share of the key blocks that has the mass, in the last block of rows."""
+        rows = torch.arange(site.q.shape[2], device=site.q.device)[-self.sides[0] :]
+        seen = site.attention_rows(rows.expand(site.q.shape[0], -1)).mean(2)
+        mass = column_sums(seen.double(), self.sides[1]).sort(-1, descending=True).values
+        before = mass.cumsum(-1) - mass
+        return (before < self.gamma * mass.sum(-1, keepdim=True)).double().mean(-1)
+
+
+def proxy_heads(q: Tensor, k: Tensor, proxies: int) -> tuple[Tensor, Tensor]:
+    """The mean queries (B, P, L, D) and keys (B, P, S, D) of P groups of neighbouring heads, float32."""
+    heads, groups = q.shape[1], k.shape[1]
+    if heads % proxies or (groups % proxies and proxies % groups):
+        raise ValueError(
+            f"proxies must divide the {heads} query heads, and divide the {groups} key heads or be a "
+            f"multiple of them, got {proxies}"
+        )
+    pooled = q.unflatten(1, (proxies, -1)).mean(2, dtype=torch.float32)
+    if proxies >= groups:
+        return pooled, k.float().repeat_interleave(proxies // groups, 1)
+    return pooled, k.unflatten(1, (proxies, -1)).mean(2, dtype=torch.float32)
