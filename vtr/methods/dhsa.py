@@ -1,0 +1,122 @@
+"""DHSA: chunks of keys that follow images and frames are scored, and their blocks kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.methods.base import Examples, PrefillMethod, check_count, check_share, register
+from vtr.methods.common.chunks import chunk_scores, chunk_starts
+from vtr.methods.common.key_blocks import BlockGrid, best_blocks
+from vtr.methods.common.patterns import column_sums, diagonal_sums, line_weights, top_weights
+
+if TYPE_CHECKING:
+    from vtr.core.language_attention import LanguageAttentionSite
+
+MODES = ("topk", "a-shape", "vs")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DHSA(PrefillMethod):
+    """DHSA (arXiv 2510.24606): every block of rows keeps the key blocks whose chunks it scores highest.
+
+    The number of key blocks is ``density`` of all, rounded down; rows that see no more are dense. Modes:
+
+    - ``"topk"``: the keys are cut into chunks of different length. A chunk's representative is the
+      mean of its keys times the square root of their number, so that long chunks are not scored too low.
+      Its score is the product with the mean of a block's rows. A key has the score of its chunk, a key block
+      the largest of its keys.
+    - ``"a-shape"``: the same, the first key block and the most recent one among the number.
+    - ``"vs"``: from the attention of the last block of rows, half of the number in keys is spent on the
+      columns, half on the diagonals with the largest sums; a key block's score is the sum of those of them
+      that cross it. First and most recent block as in ``"a-shape"``; the first rows, as many as the number
+      has keys, are dense.
+
+    Against the authors' code: the paper predicts where chunks end, with a trained network; here they end
+    where an image, a frame or a text ends, and longer ones are cut into equal parts of at most
+    ``chunk`` tokens. Rows are pooled in the blocks of the mask. Only key blocks before the rows are
+    candidates. ``"topk"`` and ``"a-shape"`` in the code pool key blocks instead of chunks: ``chunk=0``.
+
+    Args:
+        density: share of the key blocks, in (0, 1].
+        mode: ``"topk"``, ``"a-shape"`` or ``"vs"``.
+        chunk: tokens of the longest chunk; 0 scores key blocks themselves.
+        key_block: keys per block of the mask; rows are ``block``.
+    """
+
+    name: ClassVar[str] = "dhsa"
+    paper: ClassVar[str] = "DHSA, ICML 2026, arXiv 2510.24606"
+
+    density: float = field(default=0.125, kw_only=False)
+    mode: str = "topk"
+    chunk: int = 64
+    key_block: int = 64
+
+    @classmethod
+    def examples(cls) -> Examples:
+        some = [cls(0.3, mode=mode, block=16, key_block=16, last_rows=1) for mode in MODES]
+        return {"some": some, "everything": (cls(1.0, block=16, key_block=16, last_rows=1),)}
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.block, self.key_block
+
+    def validate(self) -> None:
+        super().validate()
+        check_share(self.density, "density")
+        check_count(self.chunk, "chunk", low=0)
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if isinstance(self.key_block, bool) or self.key_block not in (16, 32, 64, 128):
+            raise ValueError(f"key_block must be 16, 32, 64 or 128, got {self.key_block!r}")
+
+    def blocks(self, site: LanguageAttentionSite) -> Tensor:
+        grid = BlockGrid.of(site, self.sides)
+        number = max(1, int(self.density * grid.key_blocks))
+        if self.mode == "vs":
+            scores = self._lines(site, grid, number * self.key_block)
+        else:
+            scores = self._chunks(site, grid)
+        among, seen = grid.visible(), grid.seen()
+        if self.mode != "topk":
+            column = torch.arange(grid.key_blocks, device=grid.device)
+            forced = (column == 0) | (column == seen[:, None] - 1)
+            scores = scores.masked_fill(forced, torch.inf)
+        limit = torch.full_like(seen, number)
+        if self.mode == "vs":
+            # Rows that the lines were found from, and rows before which nearly all keys fit.
+            dense = grid.first_column() < number * self.key_block
+            dense[-1] = True
+            limit = torch.where(dense, seen, limit)
+        return best_blocks(scores, limit, among)
+
+    def _chunks(self, site: LanguageAttentionSite, grid: BlockGrid) -> Tensor:
+        """(B, H, NQ, NK), the score of the best chunk of each key block."""
+        # The same in all layers of one length; cuts between layers leave shorter ones.
+        name = f"chunks of {tuple(site.valid.shape)}"
+        if name not in site.memory:
+            site.memory[name] = self._starts(site, grid)
+        scores = chunk_scores(site.q, site.k, site.memory[name], grid)
+        site.spend(2.0 * site.q.shape[1] * site.q.shape[3] * grid.row_blocks * scores.shape[-1])
+        return scores
+
+    def _starts(self, site: LanguageAttentionSite, grid: BlockGrid) -> Tensor:
+        """(B, S) bool, the first token of each chunk."""
+        if self.chunk:
+            return chunk_starts((site.visual, site.image, site.frame), self.chunk)
+        column = torch.arange(grid.keys, device=grid.device).expand(site.valid.shape)
+        return column % self.key_block == 0
+
+    def _lines(self, site: LanguageAttentionSite, grid: BlockGrid, keys: int) -> Tensor:
+        """(B, H, NQ, NK), the sums of the strongest columns and diagonals that cross each block."""
+        rows = torch.arange(grid.rows, device=grid.device)[-self.block :]
+        seen = site.attention_rows(rows.expand(site.q.shape[0], -1))
+        columns, diagonals = line_weights(seen, grid.keys - 1)
+        columns = top_weights(columns, keys // 2)
+        diagonals = top_weights(diagonals, keys - keys // 2)
+        site.spend(2.0 * site.q.shape[1] * site.q.shape[3] * len(rows) * grid.keys)
+        return column_sums(columns, self.key_block)[..., None, :] + diagonal_sums(diagonals, grid)
