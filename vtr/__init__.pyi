@@ -34,7 +34,9 @@ from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
 from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
 from vtr.methods.cls_attention import CLSAttention as CLSAttention
+from vtr.methods.dam import DAM as DAM
 from vtr.methods.debias import Debias as Debias
+from vtr.methods.dhsa import DHSA as DHSA
 from vtr.methods.divprune import DivPrune as DivPrune
 from vtr.methods.downsample import Downsample as Downsample
 from vtr.methods.dycoke import DyCoke as DyCoke
@@ -45,12 +47,14 @@ from vtr.methods.fastvid import FastVID as FastVID
 from vtr.methods.flexprefill import FlexPrefill as FlexPrefill
 from vtr.methods.flowcut import FlowCut as FlowCut
 from vtr.methods.framefusion import FrameFusion as FrameFusion
+from vtr.methods.hip import HiP as HiP
 from vtr.methods.holitom import HoliTom as HoliTom
 from vtr.methods.image_blocks import ImageBlocks as ImageBlocks
 from vtr.methods.minference import MInference as MInference
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
 from vtr.methods.prefill_baselines import LocalWindow as LocalWindow
 from vtr.methods.prefill_baselines import RandomBlocks as RandomBlocks
+from vtr.methods.proxyattn import ProxyAttn as ProxyAttn
 from vtr.methods.prunevid import PruneVid as PruneVid
 from vtr.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vtr.methods.radial import RadialAttention as RadialAttention

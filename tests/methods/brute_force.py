@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 BRUTE_FORCE = {
+    "dam": "tests.methods.test_dam",
+    "dhsa": "tests.methods.test_dhsa",
     "flexprefill": "tests.methods.test_flexprefill",
+    "hip": "tests.methods.test_hip",
     "image-blocks": "tests.methods.test_image_blocks",
     "local-window": "tests.methods.test_prefill_baselines",
     "minference": "tests.methods.test_minference",
+    "proxyattn": "tests.methods.test_proxyattn",
     "random-blocks": "tests.methods.test_prefill_baselines",
     "xattention": "tests.methods.test_xattention",
 }
