@@ -32,7 +32,7 @@ def brute_force(method, qkv, **facts):
             for c in range(seen.shape[1]):
                 ranking[r, c] = p[:, c * bn : (c + 1) * bn].max()
         last = probabilities(
-            q[b, h], k[b, h // (heads // groups)], range(max(0, rows - bm), rows)
+            q[b, h], k[b, h // (heads // groups)], range(max(0, rows - bm), rows, method.stride)
         ).mean(0)
         mass = sorted(
             (last[c * bn : (c + 1) * bn].sum() for c in range(seen.shape[1])), reverse=True
@@ -47,7 +47,7 @@ def brute_force(method, qkv, **facts):
 
 @pytest.mark.parametrize("size", [(300, 300), (288, 288), (70, 300)], ids=str)
 @pytest.mark.parametrize("method", [
-    ProxyAttn(0.7, block=32),
+    ProxyAttn(0.7, block=32, stride=1),
     ProxyAttn(0.5, block=16, proxies=1),
     ProxyAttn(0.9, block=32, proxies=4, stride=5),
 ], ids=str)  # fmt: skip
@@ -82,7 +82,7 @@ def test_a_far_key_with_a_huge_score_is_found():
     want[3] = 12.0
     q[:, :, 100:] += want
     k[:, :, 37] += want
-    blocks = ProxyAttn(0.5, block=16).blocks(site((q, k, v)))
+    blocks = ProxyAttn(0.5, block=16, stride=1).blocks(site((q, k, v)))
     assert blocks[:, :, 7:, 37 // 16].all()
 
 

@@ -52,7 +52,9 @@ class RandomBlocks(PrefillMethod):
         # Drawn on the CPU, so that all devices choose alike; a seed and its successor must not share layers.
         generator = torch.Generator().manual_seed(self.seed * 10_007 + site.layer)
         size = (heads, grid.row_blocks, grid.key_blocks)
-        rank = torch.rand(size, generator=generator, device="cpu").to(grid.device)
+        rank = torch.rand(size, generator=generator, device="cpu").to(
+            grid.device, non_blocking=True
+        )
         always, visible = grid.always(), grid.visible()
         free = visible & ~always
         goal = (self.density * visible.sum() - always.sum()).clamp(min=0)

@@ -107,10 +107,9 @@ def best_blocks(scores: Tensor, number: Tensor, among: Tensor) -> Tensor:
     # Sorted, not ``topk``: devices would choose differently among equal scores.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(scores.shape[-1], device=scores.device)
-    first = place < number.unsqueeze(-1)
-    order = order.expand(torch.broadcast_shapes(order.shape, first.shape))
+    order, first = torch.broadcast_tensors(order, place < number.unsqueeze(-1))
     keep = torch.zeros(order.shape, dtype=torch.bool, device=scores.device)
-    return keep.scatter_(-1, order, first.expand(order.shape)) & among
+    return keep.scatter_(-1, order, first) & among
 
 
 def shares(share: float | Tensor, counts: Tensor) -> Tensor:
@@ -143,6 +142,6 @@ def even_numbers(share: float, counts: Tensor, most: int) -> Tensor:
     widths = torch.arange(most + 1, device=counts.device)
     totals = torch.minimum(counts[:, None], widths).sum(0)
     width = (totals <= goal).sum() - 1
-    extra = goal - totals[width]
+    extra = goal - torch.where(totals <= goal, totals, 0).amax()
     row = torch.arange(counts.shape[0], device=counts.device)
     return torch.minimum(counts, width + (row >= counts.shape[0] - extra))

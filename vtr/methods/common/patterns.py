@@ -77,12 +77,16 @@ def max_pooled(q: Tensor, k: Tensor, grid: BlockGrid, stride: int = 1) -> Tensor
     found = q.new_zeros(*q.shape[:2], grid.row_blocks, grid.key_blocks)
     for part in grid.pieces(q.shape[0] * q.shape[1] * rows * grid.keys):
         index = grid.row_index(part, stride)
-        column = index + grid.keys - grid.rows
+        first = part.start * grid.sides[0] + grid.keys - grid.rows
         end = min(grid.keys, part.stop * grid.sides[0] + grid.keys - grid.rows)
         with full_precision(q.device):
             scores = q[:, :, index.flatten()] @ k[:, :, :end].transpose(-1, -2)
-        later = torch.arange(end, device=q.device) > column.flatten()[:, None]
-        seen = scores.masked_fill(later, -torch.inf).softmax(-1).unflatten(2, index.shape).amax(3)
+        column = index.flatten()[:, None] + grid.keys - grid.rows
+        # Keys up to the first row are seen by all.
+        scores[..., first:].masked_fill_(
+            torch.arange(first, end, device=q.device) > column, -torch.inf
+        )
+        seen = scores.softmax(-1).unflatten(2, index.shape).amax(3)
         seen = pad(seen, (0, -end % side)).unflatten(-1, (-1, side)).amax(-1)
         found[:, :, part, : seen.shape[-1]] = seen
     return found
