@@ -187,9 +187,14 @@ class LanguageAttentionSite(AttentionSite):
             rows: (B, R) int64 rows of this call, -1 for none.
         """
         whole = self.q.shape[2] == 1 and rows.shape[1] == 1
-        out = torch.zeros_like(self.q) if whole else self.dense()
-        if whole:
+        if (
+            whole
+        ):  # a decoding step: samples without a row to change are dense, and no device is asked
             self.count(1.0)
+            attention = self.attention_rows(torch.zeros_like(rows))
+            changed = torch.where((rows < 0)[:, None, :, None], attention, change(attention, rows))
+            return self.weigh(changed)
+        out = self.dense()
         if not rows.shape[1]:
             return out
         step = max(1, _BYTES // (4 * self.q.shape[0] * self.q.shape[1] * self.k.shape[2]))
