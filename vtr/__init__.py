@@ -37,6 +37,7 @@ _PUBLIC = {
     "Plan": "vtr.core.plan",
     "profile": "vtr.inspect.profile",
     "draw": "vtr.inspect.drawing",
+    "sinks": "vtr.inspect.sinks",
     "VtrError": "vtr.errors",
     "MissingDependencyError": "vtr.errors",
     "UnsupportedModelError": "vtr.errors",

@@ -30,10 +30,13 @@ from vtr.errors import UnsupportedModelError as UnsupportedModelError
 from vtr.errors import VtrError as VtrError
 from vtr.inspect.drawing import draw as draw
 from vtr.inspect.profile import profile as profile
+from vtr.inspect.sinks import sinks as sinks
+from vtr.methods.act import ACT as ACT
 from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
 from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
 from vtr.methods.cls_attention import CLSAttention as CLSAttention
+from vtr.methods.cmai import CMAI as CMAI
 from vtr.methods.dam import DAM as DAM
 from vtr.methods.debias import Debias as Debias
 from vtr.methods.dhsa import DHSA as DHSA
@@ -70,9 +73,12 @@ from vtr.methods.tofe import ToFe as ToFe
 from vtr.methods.tome import ToMe as ToMe
 from vtr.methods.tomesd import ToMeSD as ToMeSD
 from vtr.methods.uniform_frames import UniformFrames as UniformFrames
+from vtr.methods.var import VAR as VAR
 from vtr.methods.vflowopt import VFlowOpt as VFlowOpt
+from vtr.methods.vhr import VHR as VHR
 from vtr.methods.video_tome import VideoToMe as VideoToMe
 from vtr.methods.visionzip import VisionZip as VisionZip
+from vtr.methods.vmtc import VMTC as VMTC
 from vtr.methods.vtc_cls import VTCCLS as VTCCLS
 from vtr.methods.xattention import XAttention as XAttention
 from vtr.methods.zipvl import ZipVL as ZipVL

@@ -9,8 +9,10 @@ import importlib
 from typing import Any
 
 TABLE: dict[str, str] = {
+    "ACT": "act",
     "AnchorAttention": "anchor_attention",
     "CLSAttention": "cls_attention",
+    "CMAI": "cmai",
     "DAM": "dam",
     "DHSA": "dhsa",
     "Debias": "debias",
@@ -47,7 +49,10 @@ TABLE: dict[str, str] = {
     "ToMe": "tome",
     "ToMeSD": "tomesd",
     "UniformFrames": "uniform_frames",
+    "VAR": "var",
     "VFlowOpt": "vflowopt",
+    "VHR": "vhr",
+    "VMTC": "vmtc",
     "VTCCLS": "vtc_cls",
     "VideoToMe": "video_tome",
     "VisionZip": "visionzip",
