@@ -35,7 +35,8 @@ VLMS = {
 VIDEO = ["dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "uniform-frames"]
 VIDEO += ["video-tome"]
 IMAGE = ["cls-attention", "debias", "divprune", "downsample", "evit", "fastv", "flowcut"]
-IMAGE += ["pyramiddrop", "random", "sparsevlm", "tofe", "tome", "vflowopt", "visionzip", "vtc-cls"]
+IMAGE += ["pyramiddrop", "random", "sparsevlm", "tofe", "tome", "vflowopt", "visionzip", "vmtc"]
+IMAGE += ["vtc-cls"]
 
 
 def create(name: str) -> vtr.Method:
@@ -227,6 +228,14 @@ def test_images(built: dict[str, Any], name: str) -> None:
     machine = agree(built["llava"][0], create(name), answers, built["llava"][1], name != "fastv")
     if name in PREFILL_WAITS:
         assert sum(machine.ours().values()) <= PREFILL_WAITS[name], machine.ours()
+
+
+@pytest.mark.parametrize("cls", [vtr.ACT, vtr.CMAI, vtr.VAR, vtr.VHR])
+def test_attention_edits(built: dict[str, Any], cls: type[vtr.Method]) -> None:
+    """Beside what every prompt waits for, once for the rows of each of four layers."""
+    model, inputs = built["llava"]
+    machine = agree(model, cls.examples()["some"][0], answers, inputs, True)
+    assert sum(machine.ours().values()) <= 9, machine.ours()
 
 
 @pytest.mark.parametrize("name", [*VIDEO, "downsample", "visionzip", "flowcut", "vflowopt"])

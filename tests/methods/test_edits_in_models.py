@@ -10,7 +10,9 @@ from torch import Tensor
 
 import vtr
 from tests.vision.vlm.models import Inputs, llava, prompts
+from vtr.compat.transformers import cache_of, with_cache
 from vtr.methods.common.sinks import massive
+from vtr.vision.vlm.cache import MARKS
 
 MODEL, _ = llava(1)
 IMAGES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(11))
@@ -82,10 +84,10 @@ def test_beams_are_scored_as_their_texts_are(cls: type[vtr.Method]) -> None:
             extra = {"pixel_values": IMAGES} if step == 0 else {}
             places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             got = MODEL(
-                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache,
-                use_cache=True, **extra,
+                input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **extra,
+                **with_cache(type(MODEL).forward, cache),
             )  # fmt: skip
-            ids, cache = out.sequences[:, length + step, None], got.past_key_values
+            ids, cache = out.sequences[:, length + step, None], cache_of(got)
             total += got.logits[:, -1].log_softmax(-1).gather(1, ids)[:, 0]
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
     torch.testing.assert_close(out.sequences_scores, total, atol=1e-4, rtol=1e-4)
@@ -94,11 +96,11 @@ def test_beams_are_scored_as_their_texts_are(cls: type[vtr.Method]) -> None:
 def test_sinks_are_found_in_what_enters_each_layer() -> None:
     method = vtr.VAR(0.2, dims=(3, 5), tau=1.5, rho=0.0, summ=0.0, dense_layers=0, last_layer=True)
     with torch.no_grad(), vtr.apply(MODEL, method):
-        cache = MODEL(**INPUTS, use_cache=True, output_hidden_states=True)
-    held = cache.past_key_values.__dict__["_vtr_marks"].state
-    assert len(held) == len(cache.hidden_states) - 1
+        out = MODEL(**INPUTS, use_cache=True, output_hidden_states=True)
+    held = cache_of(out).__dict__[MARKS].state
+    assert len(held) == len(out.hidden_states) - 1
     for (_, _, layer), state in held.items():
-        wanted = massive(cache.hidden_states[layer], (3, 5), 1.5)
+        wanted = massive(out.hidden_states[layer], (3, 5), 1.5)
         assert torch.equal(state["sinks"], wanted & INPUTS["attention_mask"].bool())
 
 

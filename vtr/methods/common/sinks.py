@@ -33,8 +33,8 @@ def massive(hidden: Tensor, dims: Sequence[int], tau: float) -> Tensor:
     Returns:
         (B, L) bool.
     """
-    index = torch.tensor(list(dims), device=hidden.device)
-    return (normalised(hidden).index_select(-1, index) > tau).any(-1)
+    size = normalised(hidden)
+    return (torch.stack([size[..., d] for d in dims]) > tau).any(0)
 
 
 def move_mass(
