@@ -20,6 +20,7 @@ from vtr.core.wrapping import Entry, Wrapping, wrapping_of
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from vtr.core.calibration import Fingerprint, Table
     from vtr.core.plan import Plan
     from vtr.core.report import Report
 
@@ -123,7 +124,9 @@ class Handle:
         return Report.of(self._wrapping, self.methods)
 
 
-def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **options: Any) -> Handle:
+def apply(
+    target: Any, method: MethodLike | Plan | Sequence[MethodLike | Plan], **options: Any
+) -> Handle:
     """Wrap a model so that it computes with fewer visual tokens.
 
     Args:
@@ -143,14 +146,24 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
         UserWarning: the method works for some of the model's inputs only (:attr:`Support.note`).
 
     Raises:
-        UnsupportedModelError: no adapter for this object.
-        UnsupportedMethodError: the model lacks a site or a signal that the method needs.
+        UnsupportedModelError: no adapter for this object, or a plan was calibrated on another model; the
+            message says in what they differ.
+        UnsupportedMethodError: the model lacks a site or a signal that the method needs, or a calibrated
+            method comes without its plan.
         ValueError: a bad option, or a combination of methods that has no meaning.
     """
-    methods = [_method(m) for m in _listed(method)]
+    parts, models = _parts(_listed(method))
+    methods = [m for m, _ in parts]
     if not methods:
         raise ValueError("method must be a method or a non-empty list of methods")
     wrapping = _wrapping(target)
+    for model in models:
+        difference = model.difference(wrapping.fingerprint())
+        if difference:
+            raise UnsupportedModelError(
+                f"the plan was calibrated on another model: {difference}. Calibrate on this one: "
+                "vtr.calibrate(model, batches, method)"
+            )
     modules = options.pop("modules", None)
     for name in options:
         if name not in wrapping.options:
@@ -164,7 +177,7 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
     if modules is not None and sum(m.learned for m in methods) != 1:
         raise ValueError("modules= needs exactly one method that learns among the methods")
     entries = []
-    for m in methods:
+    for m, table in parts:
         try:
             wrapping.check(m, options)
         except UnsupportedMethodError as error:
@@ -172,13 +185,18 @@ def apply(target: Any, method: MethodLike | Plan | Sequence[MethodLike], **optio
             raise UnsupportedMethodError(
                 f"{error}. Methods that work on it: {', '.join(works) or 'none'}"
             ) from None
+        if m.needs_table(wrapping.info) and not table:
+            raise UnsupportedMethodError(
+                f"{m.name} needs numbers that are calibrated on this model: plan = vtr.calibrate(model, "
+                f"batches, {m!r}), then vtr.apply(model, plan)"
+            )
         learned = None
         if m.learned:
             learned = m.build(wrapping.info)
             if modules is not None:
                 _check_modules(m, learned, modules)
                 learned = modules
-        entries.append(Entry(m, {**wrapping.options, **options}, learned))
+        entries.append(Entry(m, {**wrapping.options, **options}, learned, table))
     with blaming(_library(target)):
         wrapping.add(entries)
     for m in methods:
@@ -264,15 +282,27 @@ def _support(wrapping: Wrapping) -> list[Support]:
 
 
 def _listed(method: Any) -> list[Any]:
+    """The methods and plans of what :func:`apply` is given."""
     from vtr.core.plan import Plan
 
-    if isinstance(method, Plan):
-        return list(method.methods)
-    if isinstance(method, (Method, str, dict)):
-        return [method]
-    if isinstance(method, Iterable):
+    if isinstance(method, Iterable) and not isinstance(method, (Method, Plan, str, dict)):
         return [m for part in method for m in _listed(part)]
     return [method]
+
+
+def _parts(listed: Sequence[Any]) -> tuple[list[tuple[Method, Table]], list[Fingerprint]]:
+    """Each method with its calibrated numbers (empty without any), and the models that these are for."""
+    from vtr.core.plan import Plan
+
+    parts: list[tuple[Method, Table]] = []
+    models = []
+    for part in listed:
+        if not isinstance(part, Plan):
+            parts.append((_method(part), {}))
+            continue
+        parts += part.parts()
+        models += [] if part.fingerprint is None else [part.fingerprint]
+    return parts, models
 
 
 def _method(method: Any) -> Method:

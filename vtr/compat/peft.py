@@ -8,6 +8,9 @@ from typing import Any
 #: of a tuner that holds the model.
 HELD = ("base_model", "model")
 
+#: The submodule of an adapted layer that is the layer as it was; it comes first.
+ADAPTED = "base_layer"
+
 
 def inside_adapters(model: Any) -> Any:
     """Return the model in a PeftModel, a PeftMixedModel or a tuner (LoraModel), or ``model`` itself."""

@@ -429,3 +429,13 @@ def from_config(cls: Any, config: Any, attention: str) -> Any:
 
 #: Entries of a config that name the origin of a model, not its architecture.
 ORIGINS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+
+#: Entries of a config, and of the configs of its parts, that say how large the model is. Not the number of
+#: words, which users change when they add some.
+SIZES = frozenset(
+    {
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "embed_dim", "depth", "num_heads", "sliding_window"),
+        *("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size"),
+    }
+)

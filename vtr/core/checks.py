@@ -19,7 +19,7 @@ def check_class(cls: type[Method]) -> None:
 
     Raises:
         TypeError: a site, a signal, or a value of ``training`` or ``positions`` that does not exist, no sites,
-            or ``reduce`` in a class that is no :class:`TokenMethod`.
+            ``reduce`` in a class that is no :class:`TokenMethod`, or ``calibrated`` without ``calibrator``.
     """
     if not cls.sites:
         raise TypeError(f"{cls.__name__} must define sites: where it acts, e.g. ('encoder',)")
@@ -29,6 +29,11 @@ def check_class(cls: type[Method]) -> None:
         raise TypeError(
             f"{cls.__name__} has reduce(), which belongs to methods that decide about tokens: derive it "
             "from vtr.TokenMethod, not from vtr.Method"
+        )
+    if cls.calibrated and cls.calibrator is Method.calibrator:
+        raise TypeError(
+            f"{cls.__name__} is calibrated, and must define calibrator(info): an object with see(site), called "
+            "at each attention call of the dense model, and finish(), which returns names and tensors"
         )
     _known(cls.training, TRAINING, f"{cls.__name__}.training is", TypeError)
     positions = getattr(cls, "positions", POSITIONS[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -98,6 +98,16 @@ class Reduction(NamedTuple):
     grid: tuple[int, int] | None = None
 
 
+class Calibrator(Protocol):
+    """Measures numbers for a calibrated method while the dense model runs (:func:`vtr.calibrate`)."""
+
+    def see(self, site: Any) -> None:
+        """Look at one attention call: every layer of every batch, in order."""
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the method's table, when all batches have run."""
+
+
 Examples = Mapping[str, "Sequence[Method]"]
 """Settings of a method, by what they are examples of."""
 
@@ -117,6 +127,8 @@ class Method:
         training: ``"none"``, ``"optional"`` or ``"required"``.
         learned: whether :meth:`build` makes modules.
         alone: no other method may reduce at the same site (its maps start at the model's input).
+        calibrated: whether :func:`vtr.calibrate` measures numbers for it on data, its table; it then defines
+            :meth:`calibrator`.
     """
 
     name: ClassVar[str] = ""
@@ -126,6 +138,7 @@ class Method:
     training: ClassVar[str] = "none"
     learned: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.validate()
@@ -162,6 +175,14 @@ class Method:
     def build(self, info: ModelInfo) -> nn.Module | None:
         """Make the modules of a method that learns; the handle owns them, the model does not."""
         return None
+
+    def needs_table(self, info: ModelInfo) -> bool:
+        """Tell whether a calibrated method cannot work on this model without its table."""
+        return False
+
+    def calibrator(self, info: ModelInfo) -> Calibrator:
+        """Return an object that measures the numbers of a calibrated method on one model."""
+        raise NotImplementedError(f"{type(self).__name__} must define calibrator(info)")
 
     def overhead(self, modules: nn.Module, tokens: int) -> int:
         """FLOPs of the method's own ``modules`` for a sample of ``tokens`` visual tokens."""

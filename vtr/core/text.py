@@ -12,13 +12,14 @@ from vtr.core.registry import create
 def parse(text: str) -> Any:
     """Make a method from its text form: ``evit:keep=0.5,layers=1+2+3``. A '+' joins a tuple.
 
-    ``debias(fastv:keep=64):strength=2`` wraps a method. The name of a file, ``plan.json``, gives the
-    :class:`vtr.Plan` saved in it.
+    ``debias(fastv:keep=64):strength=2`` wraps a method. The name of a file, ``plan.json`` or
+    ``plan.safetensors``, gives the :class:`vtr.Plan` saved in it.
 
     Raises:
         ValueError: the text has an option without a value, or :func:`create` refuses what it names.
     """
-    if text.endswith(".json"):
+    # An option may end so as well: tofe:weights=modules.safetensors.
+    if text.endswith(".json") or (text.endswith(".safetensors") and "=" not in text):
         return Plan.load(text)
     options: dict[str, Any] = {}
     wrapped = re.fullmatch(r"([^(:]*)\((.*)\)(?::([^()]*))?", text)

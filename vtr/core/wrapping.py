@@ -9,7 +9,7 @@ set the patches; it sets them only through :meth:`patch` and :meth:`hook`, so th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from vtr.compat import accelerate
 from vtr.compat.torch import is_replica
+from vtr.core.calibration import Fingerprint, Table, fingerprint
 from vtr.core.checks import check_method
 from vtr.core.method import Method, Stage, TokenMethod
 from vtr.core.site import ModelInfo
@@ -83,13 +84,19 @@ class PerThread(Generic[Value]):
 
 
 class Entry:
-    """One applied method."""
+    """One applied method, with its learned modules and its calibrated numbers."""
 
-    def __init__(self, method: Method, options: dict[str, Any], modules: nn.Module | None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        options: dict[str, Any],
+        modules: nn.Module | None,
+        table: Table | None = None,
+    ) -> None:
         self.method = method
         self.options = options
         self.modules = modules
-        self.table: Mapping[str, torch.Tensor] = {}  # calibrated numbers
+        self.table: Table = {} if table is None else dict(table)
         self.paused = False
 
     @property
@@ -105,6 +112,12 @@ class Entry:
             if first is not None and first.device != x.device:
                 self.modules.to(x.device)
         return self.modules
+
+    def table_like(self, x: torch.Tensor) -> Table:
+        """The calibrated numbers on the device of ``x`` (they follow the model lazily)."""
+        if any(tensor.device != x.device for tensor in self.table.values()):
+            self.table = {name: tensor.to(x.device) for name, tensor in self.table.items()}
+        return self.table
 
 
 class Wrapping(Threaded):
@@ -130,6 +143,11 @@ class Wrapping(Threaded):
         self._hooks: list[Removable] = []
 
     # ---- for subclasses ---------------------------------------------------------------------
+
+    @property
+    def identified(self) -> nn.Module:
+        """The part of the model by one of whose weights it is told from others."""
+        return self.root
 
     def install(self) -> None:
         """Set the patches for :attr:`active` entries."""
@@ -255,6 +273,10 @@ class Wrapping(Threaded):
             f"columns are those of a language model's prompt, and {self.info.family} has none: use "
             "handle.trace, whose maps say where each token went"
         )
+
+    def fingerprint(self) -> Fingerprint:
+        """The identity of the model, which calibrated numbers belong to."""
+        return fingerprint(self.root, self.identified)
 
     def costs(self) -> dict[str, Any] | None:
         """Dense and reduced FLOPs of the last call, per site; None if nothing was counted."""

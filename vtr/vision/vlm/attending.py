@@ -187,7 +187,7 @@ class LanguageAttention:
             window=window, hidden=call.hidden, groups=groups, layer=i, layers=len(owner.layers),
             q=q, k=k, v=v, scale=kwargs["scaling"], dense=dense,
             state=call.marks.state.setdefault((which, entry.method.name, i), {}),
-            memory=call.memory.setdefault(("attention", which), {}), notes=notes, table=entry.table,
+            memory=call.memory.setdefault(("attention", which), {}), notes=notes, table=entry.table_like(q),
             modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
         )  # fmt: skip
 

@@ -111,6 +111,11 @@ class VLMWrapping(Wrapping):
     def flash(self) -> bool:
         return "flash" in attention_implementation(self.lm)
 
+    @property
+    def identified(self) -> nn.Module:
+        """The last layer of the language model: fine-tuning changes it, and towers are shared by many models."""
+        return self.layers[-1]  # type: ignore[no-any-return]
+
     def why(self, problem: str) -> str:
         """A problem of the layers; of a known class, the version of transformers may be to blame."""
         return explain("transformers", problem) if has_halves(self.layers[0]) else problem
