@@ -35,6 +35,7 @@ _PUBLIC = {
     "TokenMap": "vtr.core.tokens",
     "Trace": "vtr.core.trace",
     "Plan": "vtr.core.plan",
+    "calibrate": "vtr.inspect.calibrate",
     "profile": "vtr.inspect.profile",
     "draw": "vtr.inspect.drawing",
     "sinks": "vtr.inspect.sinks",
