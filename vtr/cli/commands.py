@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vtr.cli.builtin import demo, plot
+from vtr.cli.calibrate import calibrate
 from vtr.cli.doctor import doctor
 from vtr.cli.draw import draw
 from vtr.cli.evaluate import evaluate
@@ -66,7 +67,7 @@ def root(
         print(context.get_help())
 
 
-for _command_function in (methods, supported, profile, draw, demo, plot):
+for _command_function in (methods, supported, profile, draw, calibrate, demo, plot):
     app.command()(_command_function)
 app.command("eval")(evaluate)
 app.command("doctor")(doctor)

@@ -31,7 +31,7 @@ def evaluate(
         typer.Option(
             "--method",
             "-k",
-            help="NAME or NAME:option=value,...; several with commas; all; PLAN.json",
+            help="NAME or NAME:option=value,...; several with commas; all; PLAN.json or PLAN.safetensors",
         ),
     ] = "",
     preset: Annotated[

@@ -19,7 +19,8 @@ MethodOption = Annotated[
     typer.Option(
         "--method",
         "-k",
-        help="NAME, NAME:option=value,option=value, debias(NAME:...) or PLAN.json (repeat for several)",
+        help="NAME, NAME:option=value,option=value, debias(NAME:...), or the file of a plan, PLAN.json or "
+        "PLAN.safetensors (repeat for several)",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda")]
