@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
 
 import vtr
+from vtr.core.calibration import Fingerprint
 from vtr.evaluate.cells import (
     DRAWS,
     Cell,
@@ -40,6 +44,21 @@ def test_a_plan_is_applied_together(tmp_path):
         (vtr.FastV(keep=3),),
         (vtr.FlowCut(),),
     ]
+
+
+def test_a_calibrated_plan_brings_its_numbers(tmp_path):
+    model = Fingerprint("Llava", {}, "w", (2, 2), "ab")
+    plan = vtr.Plan((vtr.Random(keep=5), vtr.FastV(keep=3)), {}, model, ({}, {"a": torch.ones(2)}))
+    plan.save(tmp_path / "plan.safetensors")
+    (found,) = as_methods(str(tmp_path / "plan.safetensors"))
+    assert found == plan
+    dense, *cells = sweep([found], (0.5, 7), (0, 1))
+    assert dense.plan is None and "tables" not in dense.to_dict()
+    assert [(c.methods[1].keep, c.seed) for c in cells] == [(0.5, 0), (0.5, 1), (7, 0), (7, 1)]
+    assert all(c.plan == plan and c.to_dict()["tables"] == plan.tables_hash for c in cells)
+    # Another calibration of the same methods is another cell.
+    other = dataclasses.replace(plan, tables=({}, {"a": torch.zeros(2)}))
+    assert len(sweep([plan, other, plan.methods], dense=False)) == 3
 
 
 @pytest.mark.parametrize(

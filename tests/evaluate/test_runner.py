@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import vtr
+from tests.calibrated import image_share  # noqa: F401
 from tests.evaluate.conftest import QUESTIONS
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.fingerprint import fingerprint
@@ -454,3 +456,26 @@ def test_nothing_is_imported_with_the_package():
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout
+
+
+def test_a_calibrated_plan_is_evaluated(image_share, tmp_path):  # noqa: F811
+    from vtr.evaluate.runner import evaluate
+    from vtr.zoo import load_vlm, vqa
+    from vtr.zoo.questions import prompt
+
+    model, processor = load_vlm()
+    batch = prompt(processor, vqa(8, split="train"))
+    plan = vtr.calibrate(model, [batch], "image-share")
+    nothing = replace(plan, tables=({"share": torch.ones_like(plan.tables[0]["share"])},))
+    results = evaluate(
+        methods=[plan, nothing], store=tmp_path / "store.sqlite", limit=8, batch_size=8
+    )
+    dense, scaled, same = results.outcomes
+    answers = [
+        {n: row.answer for n, row in rows_of(tmp_path / "store.sqlite", o).items()}
+        for o in (dense, scaled, same)
+    ]
+    assert answers[0] == answers[2] != answers[1]
+    # A plan for another model is refused before weights are loaded.
+    with pytest.raises(vtr.UnsupportedModelError, match=r"ImageShare.*LlavaForConditional"):
+        evaluate("digits-video", tasks="digits_vqa", methods=plan)

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from vtr.api import apply, handles
 from vtr.compat.transformers import cache_of
 from vtr.core.method import Method
+from vtr.core.plan import Plan
 from vtr.errors import UnsupportedModelError
 from vtr.evaluate.cells import Cell
 from vtr.evaluate.prompts import Prompt, cut
@@ -76,15 +77,21 @@ class Answerer:
         marks = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
         self._visual = [m for m in marks if m is not None]
 
-    def apply(self, methods: tuple[Method, ...]) -> Any:
-        """Return a handle, or without methods a context that does nothing."""
+    def apply(self, methods: tuple[Method, ...], plan: Plan | None = None) -> Any:
+        """Return a handle, or without methods a context that does nothing.
+
+        Args:
+            methods: applied together.
+            plan: has their calibrated numbers.
+        """
         if not methods:
             return nullcontext()
-        return apply(self.model, list(methods), positions=self.positions)
+        given = list(methods) if plan is None else replace(plan, methods=methods)
+        return apply(self.model, given, positions=self.positions)
 
     def check(self, cell: Cell) -> None:
         """Raise where the cell's methods cannot work on the model."""
-        with self.apply(cell.draw(0)):
+        with self.apply(cell.draw(0), cell.plan):
             pass
 
     # ---- batches ----------------------------------------------------------------------------
@@ -99,7 +106,7 @@ class Answerer:
             shape = (len(p.images), len(p.videos), str(p.generation), p.until, p.samples)
             groups.setdefault((cell.draw(work.doc), shape), []).append(work)
         for (methods, shape), group in groups.items():
-            with self.apply(methods) as handle:
+            with self.apply(methods, cell.plan) as handle:
                 # A drawn answer must not depend on its neighbours; videos differ in their shapes.
                 alone = shape[-1] or shape[1]
                 start = 0

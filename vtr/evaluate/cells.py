@@ -9,6 +9,7 @@ from typing import Any
 
 from vtr.core.budget import Keep, check_keep
 from vtr.core.method import Method
+from vtr.core.plan import Plan
 from vtr.core.registry import create, registry
 from vtr.core.text import parse
 
@@ -18,6 +19,9 @@ DRAWS = 16
 A draw belongs to the sample and not to its batch, so that neither the batch size, nor the number of
 processes, nor where a run was resumed changes an answer."""
 
+Group = tuple[Method, ...] | Plan
+"""Methods that are applied together, or a plan for one model, which has their calibrated numbers too."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -26,10 +30,12 @@ class Cell:
     Attributes:
         methods: applied together; empty for the dense model.
         seed: of methods that draw random tokens, None if no method does.
+        plan: the calibrated plan that the methods come from, None without one.
     """
 
     methods: tuple[Method, ...] = ()
     seed: int | None = None
+    plan: Plan | None = None
 
     def __str__(self) -> str:
         return " + ".join(map(spelled, self.methods)) or "dense"
@@ -49,8 +55,9 @@ class Cell:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return methods and seed as plain JSON values."""
-        return {"methods": [m.to_dict() for m in self.methods], "seed": self.seed}
+        """Return methods, seed and the hash of calibrated numbers as plain JSON values."""
+        plain = {"methods": [m.to_dict() for m in self.methods], "seed": self.seed}
+        return plain if self.plan is None else {**plain, "tables": self.plan.tables_hash}
 
 
 def spelled(method: Method) -> str:
@@ -167,20 +174,18 @@ def parse_method(text: str) -> Any:
     return None if text == "dense" else parse(text)
 
 
-def as_methods(given: Any) -> list[tuple[Method, ...]]:
-    """Turn what a user calls methods into one tuple of methods for each configuration."""
-    from vtr.core.plan import Plan
-
+def as_methods(given: Any) -> list[Group]:
+    """Turn what a user calls methods into one group for each configuration."""
     if given is None:
         return []
     if isinstance(given, str):
         given = parse_methods(given)
     elif isinstance(given, (Method, Plan, dict)) or not isinstance(given, Iterable):
         given = [given]
-    out: list[tuple[Method, ...]] = []
+    out: list[Group] = []
     for item in given:
         if isinstance(item, Plan):
-            out.append(tuple(item.methods))
+            out.append(item.methods if item.fingerprint is None else item)
         elif isinstance(item, str):
             out += as_methods(item)
         elif isinstance(item, dict) and "name" in item:
@@ -201,7 +206,7 @@ def as_methods(given: Any) -> list[tuple[Method, ...]]:
 
 
 def sweep(
-    methods: Sequence[tuple[Method, ...]],
+    methods: Sequence[Group],
     keeps: Sequence[Keep] = (),
     seeds: Sequence[int] = (0,),
     dense: bool = True,
@@ -215,16 +220,19 @@ def sweep(
         dense: put the dense model first.
     """
     cells = [Cell()] if dense else []
-    for group in methods:
+    for given in methods:
+        group, plan = (given.methods, given) if isinstance(given, Plan) else (given, None)
         variants = [tuple(with_keep(m, k) for m in group) for k in keeps] if group else []
         for variant in variants or [group]:
             random = any(map(is_random, variant))
-            cells += [Cell(variant, s if random else None) for s in (seeds if random else (0,))]
+            drawn = seeds if random else (None,)
+            cells += [Cell(variant, seed, plan) for seed in drawn]
     return list(dict.fromkeys(cells))
 
 
 def all_methods(model: Any) -> list[tuple[Method, ...]]:
-    """List registered methods with a budget that work on a vision-language model without training."""
+    """List registered methods with a budget that work on a vision-language model without training or
+    calibration."""
     from vtr import api
 
     out: list[tuple[Method, ...]] = []
@@ -233,6 +241,8 @@ def all_methods(model: Any) -> list[tuple[Method, ...]]:
         if name not in works or cls.training == "required":
             continue
         method = cls()
+        if method.calibrated:
+            continue
         try:
             with_keep(method, 0.5)
         except ValueError:

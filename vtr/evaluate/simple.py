@@ -47,7 +47,7 @@ class VTRSimple(VTRChat):
         ).input_ids.to(self.model.device)
         if tokens.shape[1] == 0:
             raise ValueError("the answer whose likelihood is asked for is empty")
-        with answerer.apply(self.cell.draw(doc)):
+        with answerer.apply(self.cell.draw(doc), self.cell.plan):
             first = self.model(**inputs, logits_to_keep=1, use_cache=True)
             logits = [first.logits[:, -1:]]
             if tokens.shape[1] > 1:
