@@ -28,6 +28,7 @@ from vtr.errors import MissingDependencyError as MissingDependencyError
 from vtr.errors import UnsupportedMethodError as UnsupportedMethodError
 from vtr.errors import UnsupportedModelError as UnsupportedModelError
 from vtr.errors import VtrError as VtrError
+from vtr.inspect.calibrate import calibrate as calibrate
 from vtr.inspect.drawing import draw as draw
 from vtr.inspect.profile import profile as profile
 from vtr.inspect.sinks import sinks as sinks
