@@ -28,6 +28,7 @@ RECIPES = {
     "digits-tofe": "recipes.train_tofe",
     "digits-llava": "recipes.train_llava",
     "digits-video": "recipes.train_video",
+    "digits-long": "recipes.train_long",
     "digits-wan": "recipes.train_wan",
 }
 

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from vtr.errors import missing
 from vtr.zoo import data
-from vtr.zoo.scenes import COLOURS, QUADRANTS
+from vtr.zoo.scenes import COLOURS, PALETTE, QUADRANTS
 
 SECONDS = 8
 MOST = 3  # digits in a clip
 BOX = (26.0, 34.0)  # pixels, side of a digit's box
 
-_PALETTE = ((1.0, 0.15, 0.15), (0.15, 1.0, 0.2), (0.3, 0.45, 1.0), (1.0, 1.0, 0.15))
 _HALF = data.IMAGE // 2
 _FLICKER = 0.03  # largest standard deviation of the sensor's noise
 _PLAIN = 0.4  # share of clips in front of one colour
@@ -223,7 +222,7 @@ def clips(
         path=path,
         shape=torch.stack([side, angle], -1),
         glyphs=glyphs,
-        paint=torch.tensor(_PALETTE)[colours] * shade,
+        paint=torch.tensor(PALETTE)[colours] * shade,
         backgrounds=backgrounds.half(),
         flicker=_FLICKER * torch.rand(n, generator=generator),
     )

@@ -121,7 +121,9 @@ def _randint(low: Tensor | int, high: Tensor | int, n: int, generator: torch.Gen
     return (low + (torch.rand(n, generator=generator, dtype=torch.float64) * span)).long()
 
 
-def backgrounds(n: int, generator: torch.Generator, *, brightness: float = 0.5) -> Tensor:
+def backgrounds(
+    n: int, generator: torch.Generator, *, brightness: float = 0.5, size: int = IMAGE
+) -> Tensor:
     """Random square crops of the photographs, scaled to the picture's size, with noise.
 
     Args:
@@ -129,9 +131,10 @@ def backgrounds(n: int, generator: torch.Generator, *, brightness: float = 0.5) 
         generator: source of all randomness.
         brightness: the photograph's [0, 1] is mapped to [0, ``brightness``], which keeps the
             clutter darker than the digits.
+        size: side of a picture in pixels.
 
     Returns:
-        ``(n, 3, 96, 96)`` float32, not normalised; noise may leave [0, 1].
+        ``(n, 3, size, size)`` float32, not normalised; noise may leave [0, 1].
     """
     source = _sources()
     height, width = source.size
@@ -139,17 +142,19 @@ def backgrounds(n: int, generator: torch.Generator, *, brightness: float = 0.5) 
     side = _randint(*_CROP, n, generator)
     top = _randint(0, height - side, n, generator)
     left = _randint(0, width - side, n, generator)
-    steps = torch.linspace(0, 1, IMAGE)
-    offset = (steps * (side[:, None] - 1)).long()  # (n, 96)
+    steps = torch.linspace(0, 1, size)
+    offset = (steps * (side[:, None] - 1)).long()  # (n, size)
     rows = (photo * height + top)[:, None] + offset
     columns = left[:, None] + offset
     pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten()
-    crops = source.photos.index_select(0, pixels).view(n, IMAGE, IMAGE, 3).permute(0, 3, 1, 2)
-    noise = torch.randn(n, 3, IMAGE, IMAGE, generator=generator)
+    crops = source.photos.index_select(0, pixels).view(n, size, size, 3).permute(0, 3, 1, 2)
+    noise = torch.randn(n, 3, size, size, generator=generator)
     return torch.add(crops * brightness, noise, alpha=_NOISE)
 
 
-def digit_masks(index: Tensor, x: Tensor, y: Tensor, box: Tensor, angle: Tensor) -> Tensor:
+def digit_masks(
+    index: Tensor, x: Tensor, y: Tensor, box: Tensor, angle: Tensor, *, size: int = IMAGE
+) -> Tensor:
     """Opacity of digits drawn into empty pictures.
 
     Args:
@@ -158,13 +163,14 @@ def digit_masks(index: Tensor, x: Tensor, y: Tensor, box: Tensor, angle: Tensor)
         box: ``(n,)`` float32, side of the digit's square box in pixels, its empty border (a tenth
             on every side) included.
         angle: ``(n,)`` float32, rotation in radians.
+        size: side of a picture in pixels.
 
     Returns:
-        ``(n, 1, 96, 96)`` float32 in [0, 1].
+        ``(n, 1, size, size)`` float32 in [0, 1].
     """
-    scale = IMAGE / box
+    scale = size / box
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    centre_x, centre_y = x / IMAGE * 2 - 1, y / IMAGE * 2 - 1
+    centre_x, centre_y = x / size * 2 - 1, y / size * 2 - 1
     # Rows of the affine map from the picture's [-1, 1] square to the digit's.
     theta = torch.stack(
         [
@@ -173,7 +179,7 @@ def digit_masks(index: Tensor, x: Tensor, y: Tensor, box: Tensor, angle: Tensor)
         ],
         1,
     )
-    grid = F.affine_grid(theta, [len(index), 1, IMAGE, IMAGE], align_corners=False)
+    grid = F.affine_grid(theta, [len(index), 1, size, size], align_corners=False)
     return F.grid_sample(_sources().glyphs[index], grid, align_corners=False)
 
 

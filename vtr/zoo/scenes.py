@@ -22,7 +22,7 @@ NO_DIGIT = 10  # class of a patch without ink
 NO_COLOUR = 4
 UNCLEAR = -100  # a patch that a digit barely touches; what torch's cross-entropy ignores
 
-_PALETTE = ((1.0, 0.15, 0.15), (0.15, 1.0, 0.2), (0.3, 0.45, 1.0), (1.0, 1.0, 0.15))
+PALETTE = ((1.0, 0.15, 0.15), (0.15, 1.0, 0.2), (0.3, 0.45, 1.0), (1.0, 1.0, 0.15))
 _HALF = data.IMAGE // 2
 
 
@@ -116,7 +116,7 @@ def scenes(
     masks = masks * present[:, :, None, None, None]
 
     shade = 0.8 + 0.2 * torch.rand(n, MOST, 1, generator=generator)
-    paint = (torch.tensor(_PALETTE)[colours] * shade)[..., None, None]
+    paint = (torch.tensor(PALETTE)[colours] * shade)[..., None, None]
     pixels = data.backgrounds(n, generator, brightness=0.45)
     for slot in range(MOST):
         pixels = torch.lerp(pixels, paint[:, slot], masks[:, slot])

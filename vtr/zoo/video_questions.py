@@ -64,9 +64,10 @@ def ids(words: str) -> Tensor:
     return torch.tensor([VOCABULARY[word] for word in words.split()])
 
 
-_DIGIT, _COLOUR = ids(" ".join(map(str, range(10)))), ids(" ".join(COLOURS))
-_ROW, _COLUMN = ids("top bottom"), ids("left right")
-_QUARTER, _TIMES = ids(" ".join(QUARTERS)), ids(" ".join(TIMES))
+DIGIT_IDS, COLOUR_IDS = ids(" ".join(map(str, range(10)))), ids(" ".join(COLOURS))
+ROW_IDS, COLUMN_IDS = ids("top bottom"), ids("left right")
+TIMES_IDS = ids(" ".join(TIMES))
+_QUARTER = ids(" ".join(QUARTERS))
 
 
 def ask(batch: Clips, kind: str, generator: torch.Generator) -> Turn:
@@ -80,23 +81,23 @@ def ask(batch: Clips, kind: str, generator: torch.Generator) -> Turn:
     slots = slots.masked_fill(torch.arange(video.MOST) >= batch.number[:, None], 2).argsort(1)[
         :, :2
     ]
-    digit, other = _DIGIT[batch.digits.gather(1, slots)].unbind(1)
+    digit, other = DIGIT_IDS[batch.digits.gather(1, slots)].unbind(1)
     pick = slots[:, :1]
 
     def of(column: Tensor) -> Tensor:
         return column.gather(1, pick)[:, 0]
 
-    colour = _COLOUR[of(batch.colours)]
+    colour = COLOUR_IDS[of(batch.colours)]
     if kind == "what":
-        return _turn("which digit is", colour, "? ASSISTANT:", answer=(colour, "*", digit))
+        return turn("which digit is", colour, "? ASSISTANT:", answer=(colour, "*", digit))
     if kind == "colour":
-        return _turn("what color is the", digit, "? ASSISTANT:", answer=(digit, "*", colour))
+        return turn("what color is the", digit, "? ASSISTANT:", answer=(digit, "*", colour))
     if kind in ("where first", "where last"):
         end = 0 if kind == "where first" else 1
         place = of(batch.places[..., end])
-        row, column = _ROW[place // 2], _COLUMN[place % 2]
+        row, column = ROW_IDS[place // 2], COLUMN_IDS[place % 2]
         name = "first" if end == 0 else "last"
-        return _turn(
+        return turn(
             "where is the",
             digit,
             f"seen {name} ? ASSISTANT:",
@@ -104,20 +105,20 @@ def ask(batch: Clips, kind: str, generator: torch.Generator) -> Turn:
         )
     if kind == "when":
         quarter = _QUARTER[of(batch.first()) * 4 // SECONDS]
-        return _turn(
+        return turn(
             "in which quarter does the",
             digit,
             "appear first ? ASSISTANT:",
             answer=(digit, "*", quarter),
         )
     if kind == "how often":
-        times = _TIMES[of(batch.times())]
-        return _turn("how often does the", digit, "appear ? ASSISTANT:", answer=(digit, "*", times))
+        times = TIMES_IDS[of(batch.times())]
+        return turn("how often does the", digit, "appear ? ASSISTANT:", answer=(digit, "*", times))
     if kind != "which came first":
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     onset = batch.first().gather(1, slots)
     winner = torch.where(onset[:, 0] < onset[:, 1], digit, other)
-    return _turn(
+    return turn(
         "which came first , the",
         digit,
         "or the",
@@ -133,8 +134,14 @@ def _rows(parts: tuple[str | Tensor, ...], n: int) -> Tensor:
     return torch.cat(columns, 1)
 
 
-def _turn(words: str, *rest: str | Tensor, answer: tuple[str | Tensor, ...]) -> Turn:
-    """A turn; what follows the star in ``answer`` is decisive."""
+def turn(words: str, *rest: str | Tensor, answer: tuple[str | Tensor, ...]) -> Turn:
+    """Build a turn; what follows the star in ``answer`` is decisive.
+
+    Args:
+        words: the question begins with them.
+        rest: of the question: words that all rows share, or ids of each row, ``(n,)`` int64.
+        answer: likewise, without its end.
+    """
     n = len(next(part for part in rest if not isinstance(part, str)))
     star = answer.index("*") if "*" in [a for a in answer if isinstance(a, str)] else 0
     said = _rows((*answer[:star], *answer[star + 1 :], "</s>"), n)
