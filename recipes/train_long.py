@@ -272,7 +272,7 @@ class Trainer:
         return torch.cat(parts)
 
     def _compose(self, batch: Slides, generator: torch.Generator) -> Tensor:
-        """Which frames of the bank show clips, ``(n, 64)`` int64."""
+        """Choose the frames of the bank that show clips, ``(n, 64)`` int64."""
         each, n = self.recipe.looks, len(batch.digits)
         empty = torch.randint(160 * each, 200 * each, (n, FRAMES), generator=generator)
         row, slot, turn = (batch.frames >= 0).nonzero(as_tuple=True)

@@ -120,7 +120,9 @@ def test_a_far_key_with_a_large_score_is_the_only_stripe():
 
 def test_last_rows_that_are_all_rows_are_dense_and_counted_once():
     site = site_of(*qkv(50, 90))
-    torch.testing.assert_close(vtr.AnchorAttention(0.0).attend(site), dense(site), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        vtr.AnchorAttention(0.0).attend(site), dense(site), atol=1e-5, rtol=0
+    )
     assert float(site.notes["work"] / site.pairs) == 1.0
 
 

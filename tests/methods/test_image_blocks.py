@@ -8,7 +8,7 @@ import torch
 
 import vtr
 from tests.methods.prefill_sites import allowed, attention, attention_site, tensors
-from vtr.methods.common.image_mask import Prompt, image_blocks, image_mask
+from vtr.methods.common.image_mask import PromptImages, image_blocks, image_mask
 
 
 def prompt(lengths, text=(3, 2, 6)):
@@ -42,7 +42,7 @@ def brute_force(image, length, *, sinks=0, window=None):
 def test_the_mask_is_exact_to_the_token(sides, length, window, sinks):
     image = prompt([37, 64, 1, 90, 50, 30])
     length = length or len(image)
-    given = Prompt(image, length, sinks, window)
+    given = PromptImages(image, length, sinks, window)
     order, mask = image_mask(given, sides)
     expected = brute_force(image.tolist(), length, sinks=sinks, window=window)
     np.testing.assert_array_equal(mask.to_dense().numpy(), expected[:, order.numpy()])
@@ -55,7 +55,7 @@ def test_the_mask_is_exact_to_the_token(sides, length, window, sinks):
 def test_text_between_images_fills_few_blocks():
     """32 images of 100 tokens with text around each: live blocks are those of the image and of the text."""
     image = prompt([100] * 32, text=(10, 4, 20))
-    _, mask = image_mask(Prompt(image, len(image)), (64, 64))
+    _, mask = image_mask(PromptImages(image, len(image)), (64, 64))
     live = mask.to_dense(blocks=True).sum(1).float().mean()
     assert live < 2.5 + 1 + 3  # its images, a straddling block, and the blocks of 158 text tokens
 

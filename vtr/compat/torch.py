@@ -161,6 +161,8 @@ def is_intel() -> bool:
     except OSError:
         told = platform.processor()
     return "GenuineIntel" in told
+
+
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a (M, K) by b (K, N), both int8: (M, N) int32."""
     return torch._int_mm(a, b)

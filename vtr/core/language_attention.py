@@ -240,7 +240,7 @@ class LanguageAttentionSite(AttentionSite):
     def parts(self) -> list[tuple[PaddingGroup, LanguageAttentionSite]]:
         """Split the batch into sites without padding: samples with the same padding are together.
 
-        A part has ``notes`` and ``table`` of the whole, ``memory`` of its own, and no ``state``.
+        A part has ``notes`` and ``table`` of the whole, a separate ``memory``, and no ``state``.
         """
         return [(group, self._part(n, group)) for n, group in enumerate(self._groups())]
 

@@ -12,7 +12,7 @@ from vtr.core.language_attention import share_of
 from vtr.core.stopwatch import Stopwatch
 from vtr.kernels import BlockMask, block_sparse_attention
 from vtr.methods.base import Examples, PrefillMethod, check_count, register
-from vtr.methods.common.image_mask import Prompt, image_blocks, image_mask
+from vtr.methods.common.image_mask import PromptImages, image_blocks, image_mask
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
@@ -94,7 +94,7 @@ class ImageBlocks(PrefillMethod):
         kinds, which = image.cpu().unique(dim=0, return_inverse=True)
         masks, blocks = [], []
         for number, kind in enumerate(kinds):
-            prompt = Prompt(kind, rows, self.sinks, window)
+            prompt = PromptImages(kind, rows, self.sinks, window)
             order, mask = image_mask(prompt, sides)
             samples = (which == number).nonzero().flatten()
             masks.append((samples.to(device), order.to(device), mask.to(device)))

@@ -106,7 +106,7 @@ class ZipVL(PrefillMethod):
                 q[:, :, rows], k[:, :, keys], v[:, :, keys], places, keys, scale=site.scale,
                 window=site.window, block=self.block, backend=self.backend,
             )  # fmt: skip
-            # Rows of text and the last ones are counted where they are computed over all keys.
+            # Rows of text and the last ones are counted with the dense rows of the base.
             site.count(0.0, pairs_among(places[~apart[b, rows]], keys, site.window))
             made.append(torch.zeros_like(q).index_copy(2, rows, found))
         return torch.cat(made)

@@ -1,4 +1,4 @@
-"""How much the output of an attention head depends on the image."""
+"""The part of an attention head's output that depends on the image."""
 
 from __future__ import annotations
 

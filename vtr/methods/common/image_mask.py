@@ -13,7 +13,7 @@ from vtr.kernels import BlockMask, masks
 _NONE = 1 << 40
 
 
-class Prompt(NamedTuple):
+class PromptImages(NamedTuple):
     """The images of a prompt, and the rows of a call.
 
     Attributes:
@@ -43,7 +43,7 @@ class Prompt(NamedTuple):
         return (image < 0) | (place < self.sinks)
 
 
-def image_mask(prompt: Prompt, sides: tuple[int, int]) -> tuple[Tensor, BlockMask]:
+def image_mask(prompt: PromptImages, sides: tuple[int, int]) -> tuple[Tensor, BlockMask]:
     """Build the causal mask in which a visual row sees its own image, and text.
 
     Text is scattered between the images, so that nearly every block of neighbouring keys would hold some.
@@ -72,7 +72,7 @@ def image_mask(prompt: Prompt, sides: tuple[int, int]) -> tuple[Tensor, BlockMas
     return order, masks.exact(rule, prompt.rows, keys, block=sides, maybe=maybe, surely=surely)
 
 
-def image_blocks(prompt: Prompt, sides: tuple[int, int]) -> Tensor:
+def image_blocks(prompt: PromptImages, sides: tuple[int, int]) -> Tensor:
     """Find the blocks of a prompt, in its own order, in which a pair is seen: (NQ, NK) bool.
 
     Of blocks with several images, some are found in which no pair is seen.
@@ -80,7 +80,9 @@ def image_blocks(prompt: Prompt, sides: tuple[int, int]) -> Tensor:
     return _blocks_of(prompt, torch.arange(prompt.image.shape[0], device="cpu"), sides)[0]
 
 
-def _blocks_of(prompt: Prompt, order: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _blocks_of(
+    prompt: PromptImages, order: Tensor, sides: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Tell of blocks of reordered keys whether a pair may be seen, and whether all surely are, (NQ, NK)
     each: by the smallest and largest image and column of each block."""
     bm, bn = sides

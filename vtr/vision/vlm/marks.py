@@ -1,4 +1,4 @@
-"""Which columns of a KV cache are visual tokens, for methods inside the attention of later calls."""
+"""The visual tokens among the columns of a KV cache, for methods inside the attention of later calls."""
 
 from __future__ import annotations
 
