@@ -1,7 +1,7 @@
 """Clips of 64 slides, on a few of which coloured digits appear, some of them twice: the data of the
 built-in model for long videos.
 
-Every slide has a background of its own and lasts one frame. Ten slides show a digit, in one of four
+Every slide has a separate background and lasts one frame. Ten slides show a digit, in one of four
 quadrants: four digits are seen once, and three come back after at least :data:`FAR` frames, in another
 colour and at another place. Nothing in a single frame tells that a digit comes back: a frame has to be
 compared with all that came before it.
