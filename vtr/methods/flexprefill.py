@@ -43,17 +43,18 @@ class FlexPrefill(PrefillMethod):
 
     Prompts of at most ``max(2 * block, min_budget)`` keys are dense, and so is ``gamma=1``.
 
-    The authors' code differs in these points:
+    The authors' code (``get_active_blocks``) differs in the following. With all of it put in, the blocks are equal on
+    prompts of whole blocks; as it is, these blocks hold all of theirs there.
 
-    - A line of distances crosses two diagonals of blocks, and it computes the first of them alone: of a slash
-      at distance 127 a 128th part. Here both are computed.
-    - The first key block and the diagonal take a place each in the counts of 2 there: a single hot key that is
+    - A slash crosses two diagonals of blocks, unless its distance is a multiple of ``block``. The first alone is
+      computed there: of a slash at distance 127 a 128th part. Here both are.
+    - The first key block and the diagonal take a place each in the counts of 2 there, so that a single hot key
       elsewhere is left out if the count is one. Here they are computed beside the chosen ones.
-    - It divides token counts by 128 for every block size; here by ``block``.
     - The pair that reaches ``gamma`` in 3 is left out there, and taken here, as it is in 2.
+    - Token counts are divided by 128 for every block size there, and by ``block`` here.
     - A probability that underflows to 0 gives a NaN there, and the head is never query-aware; here it adds 0.
-    - A shorter last key block counts there with the mean of zeros and keys; here with the mean of its keys,
-      weighted by their number.
+    - If the last block is shorter, groups of distances end with the last row's own block there and begin at
+      distance 0 here, and the shorter key block weighs as much as the others there, and here by its number of keys.
 
     Args:
         gamma: share of the attention to reach, in (0, 1]. The authors run 0.9 and 0.95.

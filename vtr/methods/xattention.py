@@ -34,8 +34,11 @@ class XAttention(PrefillMethod):
     An antidiagonal meets every key of its tile once. It meets one slash in two: as ``stride`` is even, row minus key
     is odd on it. A hot slash at an even distance is found by its neighbours, if they are hot as well.
 
-    Against the authors' code: a later turn may begin at any column, not only at a multiple of their chunk, and
-    ``threshold=1`` is dense, while there blocks can be missing whose share is lost in rounding.
+    The masses are those of the authors' code (``xattn_estimate``), the choice is not: in the first chunk of rows,
+    which is the whole prompt up to 16k tokens, it does not count the mass of the first block and takes one block
+    more than the threshold asks for. Here the rule is that of the paper, as it is there in later chunks. Also, a later
+    turn may begin at any column, not at multiples of their chunk alone, and ``threshold=1`` is dense, while blocks
+    whose share is lost in rounding can be missing there.
 
     Args:
         threshold: share of the attention to reach, in [0, 1]: one for all heads, or per layer and query head, as the

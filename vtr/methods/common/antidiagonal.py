@@ -10,6 +10,7 @@ from vtr.methods.common.lines import scores
 
 # Scores that are held at a time (128 MiB of float32).
 _CHUNK = 1 << 25
+_STEPS = 8
 
 
 def antidiagonal_mass(
@@ -42,18 +43,20 @@ def antidiagonal_mass(
     """
     batch, heads, rows, _ = q.shape
     keys, (bm, bn) = k.shape[2], sides
-    queries, columns = _runs(q, stride).flip(3).flatten(3), _runs(k, stride).flatten(3)
+    # Keys are turned round in the place of queries, which are many more.
+    queries, columns = _runs(q, stride).flatten(3), _runs(k, stride).flip(3).flatten(3)
     blocks = -(-keys // bn)
     per = bm // stride
     number = columns.shape[2]
-    step = max(1, _CHUNK // (batch * heads * number * per)) * per
+    # At least a few steps: runs of keys after the last rows of a step are not multiplied.
+    fitting = max(1, _CHUNK // (batch * heads * number * per))
+    step = min(fitting, -(-queries.shape[2] // (per * _STEPS))) * per
     begin = torch.arange(number, device=q.device) * stride
     parts = []
     for first in range(0, queries.shape[2], step):
         some = queries[:, :, first : first + step]
         start = torch.arange(first, first + some.shape[2], device=q.device) * stride + keys - rows
         last = (start + stride).clamp(max=keys)[:, None] - 1
-        # Runs of keys after the last of these rows are not multiplied.
         until = min(number, -(-(keys - rows + (first + some.shape[2]) * stride) // stride))
         seen = begin[:until] <= last
         if window is not None:
@@ -69,7 +72,9 @@ def antidiagonal_mass(
 
 def _runs(x: Tensor, stride: int) -> Tensor:
     """Cut (B, H, S, D) into (B, H, ceil(S / stride), stride, D); zeros fill the last run."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % stride)).unflatten(2, (-1, stride))
+    if x.shape[2] % stride:  # a padding of nothing would be a copy
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % stride))
+    return x.unflatten(2, (-1, stride))
 
 
 def antidiagonal_flops(q: Tensor, k: Tensor, stride: int) -> float:

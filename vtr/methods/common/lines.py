@@ -35,21 +35,25 @@ def last_lines(
         O(R S) at a time.
     """
     batch, heads, rows, _ = q.shape
-    key_heads, keys = k.shape[1], k.shape[2]
-    column = torch.arange(keys - rows, keys, device=q.device)[:, None]
-    distance = column - torch.arange(keys, device=q.device)
-    hidden = distance < 0
-    if window is not None:
-        hidden = hidden | (distance >= window)
+    key_heads, keys, front = k.shape[1], k.shape[2], rows - 1
     group = heads // key_heads
+    later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
     step = max(1, _CHUNK // (batch * group * rows * keys))
     vertical, slash = [], []
     for first in range(0, key_heads, step):
         some = slice(first * group, (first + step) * group)
-        weight = scores(q[:, some], k[:, first : first + step], scale)
-        weight = weight.masked_fill_(hidden, float("-inf")).softmax(-1)
-        vertical.append(weight.mean(2))
-        slash.append(diagonal_sums(weight) / rows)
+        # Keys in front that no row sees: with them each slash is a column of a view.
+        wide = F.pad(k[:, first : first + step], (0, 0, front, 0))
+        found = scores(q[:, some], wide, scale)
+        found[..., :front] = float("-inf")
+        found[..., keys - 1 :].masked_fill_(later, float("-inf"))
+        if window is not None:
+            place = torch.arange(-front, keys, device=q.device)
+            row = torch.arange(keys - rows, keys, device=q.device)[:, None]
+            found.masked_fill_(row - place >= window, float("-inf"))
+        weight = found.softmax(-1)
+        vertical.append(weight[..., front:].mean(2))
+        slash.append(_diagonal_means(weight))
     return torch.cat(vertical, 1), torch.cat(slash, 1)
 
 
@@ -64,26 +68,26 @@ def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     # Query heads of one key head become rows of one product, so that k is not repeated.
     rows = q.unflatten(1, (k.shape[1], group)).flatten(2, 3)
     with full_precision(q.device):
-        if not q.is_cuda:
+        if q.is_cuda:
+            found = torch.matmul(rows, k.transpose(-1, -2)).to(work) * scale
+        else:
             rows, k = rows.to(work), k.to(work)
-        found = torch.matmul(rows, k.transpose(-1, -2)).to(work) * scale
+            # The smaller of the two is scaled.
+            rows, k = (rows * scale, k) if rows.numel() < k.numel() else (rows, k * scale)
+            found = torch.matmul(rows, k.transpose(-1, -2))
     return found.unflatten(2, (group, -1)).flatten(1, 2)
 
 
-def diagonal_sums(weight: Tensor) -> Tensor:
-    """Sum the attention of the last rows along each slash line.
+def _diagonal_means(weight: Tensor) -> Tensor:
+    """Average the attention (..., R, R - 1 + S) of the last rows along each slash line, (..., S).
 
-    Args:
-        weight: (..., R, S), row r is that of column ``S - R + r``; zero for keys after it.
-
-    Returns:
-        (..., S): entry t is the sum over the rows of the attention to the key t columns back.
+    Its first R - 1 columns are zero. Row r begins one column further than row r - 1 in a row that is one longer:
+    slashes become columns, the farthest first.
     """
-    rows, keys = weight.shape[-2:]
-    # Row r begins one place further in a row that is one place longer: diagonals become columns.
-    wide = F.pad(weight, (rows - 1, 0))
-    flat = F.pad(wide.flatten(-2), (0, rows))
-    return flat.unflatten(-1, (rows, rows + keys))[..., :keys].sum(-2).flip(-1)
+    rows, width = weight.shape[-2:]
+    lead, strides = weight.shape[:-2], weight.stride()[:-2]
+    view = weight.as_strided((*lead, rows, width - rows + 1), (*strides, width + 1, 1))
+    return view.mean(-2).flip(-1)
 
 
 def vertical_slash(
