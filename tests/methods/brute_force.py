@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 BRUTE_FORCE = {
+    "anchor-attention": "tests.methods.test_anchor_attention",
     "dam": "tests.methods.test_dam",
     "dhsa": "tests.methods.test_dhsa",
     "flexprefill": "tests.methods.test_flexprefill",
@@ -12,5 +13,7 @@ BRUTE_FORCE = {
     "minference": "tests.methods.test_minference",
     "proxyattn": "tests.methods.test_proxyattn",
     "random-blocks": "tests.methods.test_prefill_baselines",
+    "sale": "tests.methods.test_sale",
     "xattention": "tests.methods.test_xattention",
+    "zipvl": "tests.methods.test_zipvl",
 }
