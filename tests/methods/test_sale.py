@@ -13,7 +13,7 @@ from tests.methods.prompts import INFO, TOLERANCE, attention, dense, qkv, seen, 
 from vtr.kernels import product
 from vtr.methods.common import lowbit
 from vtr.methods.common.lowbit import LowBit, quantized, relative_scores
-from vtr.methods.sale import Thresholds
+from vtr.methods.common.thresholds import Thresholds
 
 SMALL = {"block": 32, "local": 32, "min_length": 0, "last_rows": 1}
 

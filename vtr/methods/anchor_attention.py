@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vtr.core.stopwatch import Stopwatch
-from vtr.kernels import block_sparse_attention, merge_states
-from vtr.kernels.masks import causal_blocks
 from vtr.methods.base import (
     Examples,
     LanguageAttentionSite,
@@ -21,13 +17,7 @@ from vtr.methods.base import (
     check_number,
     register,
 )
-from vtr.methods.common.stripes import (
-    Anchors,
-    row_maxima,
-    stripe_attention,
-    stripe_keys,
-    stripe_pairs,
-)
+from vtr.methods.common.stripes import Anchors, anchored_attention
 
 
 @register
@@ -86,44 +76,14 @@ class AnchorAttention(PrefillMethod):
             raise ValueError(f"group must be a multiple of block={self.block}, got {self.group!r}")
 
     def compute(self, site: LanguageAttentionSite) -> Tensor:
-        q, k, v = site.q, site.k, site.v
         counted = ~self._apart(site)  # the others are counted with the rows over all keys
         if not counted.any():
-            return torch.zeros_like(q)
+            return torch.zeros_like(site.q)
         anchors = Anchors(
-            q.shape[2], k.shape[2], self.block, self.group, self.first * self.block, site.window
-        )
-        site.count(0.0, (anchors.numbers(q.device) * counted).sum())
-        mask = causal_blocks(
-            anchors.blocks(q.device), q_len=anchors.rows, k_len=anchors.keys, block=self.block,
-            window=site.window,
+            site.q.shape[2], site.k.shape[2], self.block, self.group, self.first * self.block,
+            site.window,
         )  # fmt: skip
-        options: dict[str, Any] = {"scale": site.scale, "backend": self.backend}
-        out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, **options)
-        pieces, done = [], 0
-        for first, kept in self._stripes(site, anchors):
-            site.count(0.0, stripe_pairs(kept, first, anchors, counted))
-            for rows, part, line in stripe_attention(q, k, v, kept, first, anchors, **options):
-                joined = merge_states(out[:, :, rows], lse[:, :, rows], part, line)[0]
-                pieces += [out[:, :, done : rows.start], joined]
-                done = rows.stop
-        return torch.cat([*pieces, out[:, :, done:]], 2)
-
-    def _stripes(
-        self, site: LanguageAttentionSite, anchors: Anchors
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yield the stripes of some groups at a time, which takes the time that finding takes."""
-        q, k, scale = site.q, site.k, site.scale
-        heads = k.shape[1] if self.heads == "kv" else q.shape[1]
-        blocks = -(-anchors.rows // self.block)
-        pairs = anchors.rows * (self.group / 2 + anchors.first) + blocks * anchors.keys
-        site.spend(2.0 * q.shape[1] * q.shape[3] * pairs)
-        watch = Stopwatch(site.notes, "finding", q.device)
-        with watch, torch.no_grad():
-            maxima = row_maxima(q, k, anchors, scale)
-            search = stripe_keys(q, k, maxima, anchors, scale, self.theta, heads)
-            found = next(search, None)
-        while found is not None:
-            yield found
-            with watch, torch.no_grad():
-                found = next(search, None)
+        heads = (site.k if self.heads == "kv" else site.q).shape[1]
+        out, pairs = anchored_attention(site, anchors, self.theta, heads, counted)
+        site.count(0.0, pairs)
+        return out

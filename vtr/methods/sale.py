@@ -10,8 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.kernels import block_sparse_attention
-from vtr.kernels.masks import causal_blocks
 from vtr.methods.base import (
     Examples,
     LanguageAttentionSite,
@@ -22,9 +20,7 @@ from vtr.methods.base import (
     register,
 )
 from vtr.methods.common.lowbit import LowBit, relative_scores
-
-LEAST = 1e-4
-"""A threshold of at most this is 0: the head is dense."""
+from vtr.methods.common.thresholds import Thresholds
 
 
 @register
@@ -108,57 +104,3 @@ class SALE(PrefillMethod):
     def calibrator(self, info: ModelInfo) -> Thresholds:
         """Return what finds the thresholds of each head from dense runs."""
         return Thresholds(self, info)
-
-
-class Thresholds:
-    """Halves the threshold of each head of each layer until its output is close to dense attention."""
-
-    START = 0.008
-
-    def __init__(self, method: SALE, info: ModelInfo) -> None:
-        self.method, self.layers = method, info.depth["attention"]
-        self.found: dict[int, Tensor] = {}
-
-    def see(self, site: LanguageAttentionSite) -> None:
-        """Look at one attention call of a dense run."""
-        if site.phase != "prefill" or not self.method.acts(site):
-            return
-        start = torch.full((site.q.shape[1],), self.START, device=site.q.device)
-        found = self.found.get(site.layer, start)
-        for _, part in site.parts():
-            scores, dense = torch.cat(list(self.method.scores(part)), 2), part.dense()
-            for b in range(part.q.shape[0]):
-                found = self._lowered(found, part, scores[b : b + 1], dense[b], b)
-        self.found[site.layer] = found
-
-    def _lowered(
-        self, found: Tensor, site: LanguageAttentionSite, scores: Tensor, dense: Tensor, b: int
-    ) -> Tensor:
-        q, k, v = (x[b : b + 1] for x in (site.q, site.k, site.v))
-        sizes: dict[str, Any] = {"q_len": q.shape[2], "k_len": k.shape[2], "window": site.window}
-        while True:
-            blocks = scores >= found.log()[:, None, None]
-            mask = causal_blocks(blocks, block=self.method.sides, **sizes)
-            out = block_sparse_attention(q, k, v, mask, scale=site.scale)
-            assert isinstance(out, Tensor)
-            error = (out[0].float() - dense.float()).abs().sum((1, 2))
-            wrong = (error >= self.method.error * q.shape[2]) & (found > 0)
-            if not wrong.any():
-                return found
-            found = torch.where(wrong, found / 2, found)
-            found = found.masked_fill(found <= LEAST, 0.0)
-
-    def finish(self) -> dict[str, Tensor]:
-        """Return ``thresholds``, (layers, heads) float32; 0, dense, for a layer that was not seen.
-
-        Raises:
-            ValueError: no prompt was long enough.
-        """
-        if not self.found:
-            raise ValueError(
-                f"no prompt of the calibration has min_length={self.method.min_length} tokens: "
-                "calibrate on longer prompts, or with a smaller min_length"
-            )
-        dense = torch.zeros_like(next(iter(self.found.values())))
-        rows = [self.found.get(n, dense) for n in range(self.layers)]
-        return {"thresholds": torch.stack(rows).float().cpu()}

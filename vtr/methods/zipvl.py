@@ -18,7 +18,7 @@ from vtr.methods.base import (
     check_share,
     register,
 )
-from vtr.methods.common.token_sets import attention_among, important, pairs_among, probe_rows
+from vtr.methods.common.token_sets import attention_inside, important, probe_rows
 
 SCORES = 1 << 25  # of probe rows that are held at a time
 
@@ -84,9 +84,8 @@ class ZipVL(PrefillMethod):
         for part in rows.split(max(1, SCORES // (batch * heads * columns)), 1):
             mass += site.attention_rows(part).mean(1).sum(1)
         site.spend(2.0 * heads * rows.shape[1] * columns * dim)
-        always = site.text.clone()
+        always = site.text.scatter(1, site.bos[:, None], True)
         always[:, -1] = True
-        always = always.scatter(1, site.bos[:, None], True)
         return important(mass, site.sees(rows).sum(1), self.tau, always)
 
     def compute(self, site: LanguageAttentionSite) -> Tensor:
@@ -95,18 +94,7 @@ class ZipVL(PrefillMethod):
             return torch.zeros_like(site.q)
         with Stopwatch(site.notes, "finding", site.q.device), torch.no_grad():
             chosen = self.tokens(site)
-        made = []
-        for b in range(site.q.shape[0]):
-            keys = chosen[b].nonzero().flatten()
-            every = torch.arange(site.offset, site.k.shape[2], device=keys.device)
-            places = keys[keys >= site.offset] if self.skip_rows else every
-            q, k, v = (x[b : b + 1] for x in (site.q, site.k, site.v))
-            rows = places - site.offset
-            found = attention_among(
-                q[:, :, rows], k[:, :, keys], v[:, :, keys], places, keys, scale=site.scale,
-                window=site.window, block=self.block, backend=self.backend,
-            )  # fmt: skip
-            # Rows of text and the last ones are counted with the dense rows of the base.
-            site.count(0.0, pairs_among(places[~apart[b, rows]], keys, site.window))
-            made.append(torch.zeros_like(q).index_copy(2, rows, found))
-        return torch.cat(made)
+        rows = site.row_mask(chosen) if self.skip_rows else torch.ones_like(apart)
+        out, pairs = attention_inside(site, rows, chosen, ~apart, self.block)
+        site.count(0.0, pairs)
+        return out

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.kernels import BlockMask, block_sparse_attention, pool_blocks
+from vtr.core.stopwatch import Stopwatch
+from vtr.kernels import BlockMask, block_sparse_attention, merge_states, pool_blocks
+from vtr.kernels.masks import causal_blocks
 from vtr.kernels.precision import full_precision
+
+if TYPE_CHECKING:
+    from vtr.core.language_attention import LanguageAttentionSite
 
 # Scores that are held at a time: they stay in a cache of the CPU, and fill a GPU.
 SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -68,6 +74,55 @@ class Anchors:
         least = torch.zeros_like(row) if self.window is None else (place - self.window + 1).clamp(0)
         own = place - torch.maximum(start, least) + 1
         return own + (start.clamp(max=self.first) - least).clamp(0)
+
+
+def anchored_attention(
+    site: LanguageAttentionSite, anchors: Anchors, theta: float, heads: int, counted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute attention to the anchors and the stripes, each pair once.
+
+    Args:
+        site: without padding.
+        theta, heads: as in :func:`stripe_keys`.
+        counted: (B, L) bool, the rows whose pairs are counted.
+
+    Returns:
+        (B, H, L, D) in the dtype of q; and the number of pairs, mean of the heads, () float64.
+    """
+    q, k, v = site.q, site.k, site.v
+    mask = causal_blocks(
+        anchors.blocks(q.device), q_len=anchors.rows, k_len=anchors.keys, block=anchors.block,
+        window=site.window,
+    )  # fmt: skip
+    options: dict[str, Any] = {"scale": site.scale, "backend": site.backend}
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, **options)
+    pairs = (anchors.numbers(q.device) * counted).sum().double()
+    pieces, done = [], 0
+    for first, kept in _found(site, anchors, theta, heads):
+        pairs = pairs + stripe_pairs(kept, first, anchors, counted)
+        for rows, part, line in stripe_attention(q, k, v, kept, first, anchors, **options):
+            joined = merge_states(out[:, :, rows], lse[:, :, rows], part, line)[0]
+            pieces += [out[:, :, done : rows.start], joined]
+            done = rows.stop
+    return torch.cat([*pieces, out[:, :, done:]], 2), pairs
+
+
+def _found(
+    site: LanguageAttentionSite, anchors: Anchors, theta: float, heads: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the stripes of some groups at a time, and note what finding them takes."""
+    q, k, scale = site.q, site.k, site.scale
+    blocks = -(-anchors.rows // anchors.block)
+    products = anchors.rows * (anchors.group / 2 + anchors.first) + blocks * anchors.keys
+    site.spend(2.0 * q.shape[1] * q.shape[3] * products)
+    watch = Stopwatch(site.notes, "finding", q.device)
+    with watch, torch.no_grad():
+        search = stripe_keys(q, k, row_maxima(q, k, anchors, scale), anchors, scale, theta, heads)
+        found = next(search, None)
+    while found is not None:
+        yield found
+        with watch, torch.no_grad():
+            found = next(search, None)
 
 
 def row_maxima(q: Tensor, k: Tensor, anchors: Anchors, scale: float) -> Tensor:

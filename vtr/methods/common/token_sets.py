@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.kernels import BlockMask, block_sparse_attention
+
+if TYPE_CHECKING:
+    from vtr.core.language_attention import LanguageAttentionSite
 
 
 def probe_rows(rows: int, recent: int, random: int, seed: int) -> Tensor:
@@ -45,6 +50,33 @@ def important(mass: Tensor, seen: Tensor, tau: float, always: Tensor) -> Tensor:
     order = (mass / seen.clamp(min=1)).sort(dim=1, descending=True, stable=True).indices
     chosen = torch.arange(mass.shape[1], device=mass.device) < number
     return torch.zeros_like(always).scatter(1, order, chosen) | always
+
+
+def attention_inside(
+    site: LanguageAttentionSite, rows: Tensor, keys: Tensor, counted: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the attention of some rows to some keys of each sample, each row to the earlier ones.
+
+    Args:
+        site: without padding.
+        rows: (B, L) bool. keys: (B, S) bool.
+        counted: (B, L) bool, the rows whose pairs are counted.
+
+    Returns:
+        (B, H, L, D) in the dtype of q, zeros in all other rows; and the number of pairs, () int64.
+    """
+    made, pairs = [], torch.zeros((), dtype=torch.int64, device=rows.device)
+    for b in range(site.q.shape[0]):
+        row, key = rows[b].nonzero().flatten(), keys[b].nonzero().flatten()
+        place = row + site.offset
+        q, k, v = (x[b : b + 1] for x in (site.q, site.k, site.v))
+        found = attention_among(
+            q[:, :, row], k[:, :, key], v[:, :, key], place, key, scale=site.scale,
+            window=site.window, block=block, backend=site.backend,
+        )  # fmt: skip
+        made.append(torch.zeros_like(q).index_copy(2, row, found))
+        pairs = pairs + pairs_among(place[counted[b, row]], key, site.window)
+    return torch.cat(made), pairs
 
 
 def attention_among(
