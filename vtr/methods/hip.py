@@ -79,7 +79,7 @@ class HiP(Presets, PrefillMethod):
 
     @classmethod
     def examples(cls) -> Examples:
-        small: dict[str, Any] = {"block": 16, "rows": 16, "window": 16, "last_rows": 1}
+        small: dict[str, Any] = {"block": 16, "rows": 16, "window": 1, "last_rows": 1}
         return {
             "some": (cls(16, **small), cls(16, **small, pruning=((32, 32), (16, 16)))),
             "everything": (cls(1.0, **small), cls(1.0, **small, pruning=((16, 1 << 20),))),

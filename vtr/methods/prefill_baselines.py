@@ -82,7 +82,7 @@ class LocalWindow(PrefillMethod):
     @classmethod
     def examples(cls) -> Examples:
         return {
-            "some": (cls(0.3, block=16, last_rows=1), cls(window=20, block=16, last_rows=1)),
+            "some": (cls(0.3, block=16, last_rows=1), cls(window=1, block=16, last_rows=1)),
             "everything": (cls(1.0, block=16, last_rows=1),),
         }
 
