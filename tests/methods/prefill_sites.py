@@ -145,32 +145,34 @@ def double(x):
     return x.detach().double().numpy()
 
 
-def seen_blocks(rows, keys, sides):
-    """(NQ, NK) bool by loops: blocks that hold a pair of a row and a key not after it."""
+def seen_blocks(rows, keys, sides, window=None):
+    """(NQ, NK) bool by loops: blocks that hold a pair of a row and a key that it may see."""
     bm, bn = sides
     found = np.zeros((-(-rows // bm), -(-keys // bn)), bool)
     for i in range(rows):
-        for j in range(keys - rows + i + 1):
+        column = keys - rows + i
+        for j in range(max(0, column - (window or keys) + 1), column + 1):
             found[i // bm, j // bn] = True
     return found
 
 
-def always_blocks(rows, keys, sides):
-    """(NQ, NK) bool by loops: the first key block, and those of the rows themselves."""
+def always_blocks(rows, keys, sides, window=None):
+    """(NQ, NK) bool by loops: of the blocks that are seen the first key block, and those of the rows."""
     bm, bn = sides
     found = np.zeros((-(-rows // bm), -(-keys // bn)), bool)
     found[:, 0] = True
     for i in range(rows):
         found[i // bm, (keys - rows + i) // bn] = True
-    return found
+    return found & seen_blocks(rows, keys, sides, window)
 
 
-def probabilities(q, k, rows):
+def probabilities(q, k, rows, window=None):
     """Causal attention of some rows of one head in float64: q (L, D), k (S, D) -> (len(rows), S)."""
     out = np.zeros((len(rows), len(k)))
     for n, i in enumerate(rows):
         last = len(k) - len(q) + i
-        s = k[: last + 1] @ q[i] / np.sqrt(q.shape[1])
+        first = max(0, last - (window or len(k)) + 1)
+        s = k[first : last + 1] @ q[i] / np.sqrt(q.shape[1])
         e = np.exp(s - s.max())
-        out[n, : last + 1] = e / e.sum()
+        out[n, first : last + 1] = e / e.sum()
     return out

@@ -31,12 +31,12 @@ def runs(found, sample, keys, method):
     return chunks
 
 
-def brute_force(method, qkv, found=None):
+def brute_force(method, qkv, found=None, window=None):
     """The mask (B, H, NQ, NK), one head and one block of rows after the other, in float64."""
     q, k = map(double, qkv[:2])
     (batch, heads, rows, _), (_, groups, keys, _) = q.shape, k.shape
     bm, bn = method.sides
-    seen = seen_blocks(rows, keys, (bm, bn))
+    seen = seen_blocks(rows, keys, (bm, bn), window)
     found = marks(torch.ones(batch, keys, dtype=torch.bool)) if found is None else found
     number = max(1, int(method.density * seen.shape[1]))
     keep = np.zeros((batch, heads, *seen.shape), bool)
@@ -44,7 +44,7 @@ def brute_force(method, qkv, found=None):
         key = k[b, h // (heads // groups)]
         scores = np.zeros(seen.shape)
         if method.mode == "vs":
-            scores = lines(method, q[b, h], key, seen.shape, number * bn)
+            scores = lines(method, q[b, h], key, seen.shape, number * bn, window)
         else:
             for r, c in np.ndindex(*seen.shape):
                 row = q[b, h, r * bm : (r + 1) * bm].mean(0)
@@ -54,23 +54,23 @@ def brute_force(method, qkv, found=None):
                     if first < (c + 1) * bn and end > c * bn
                 )
         for r in range(seen.shape[0]):
-            count = int(seen[r].sum())
-            best = scores[r, :count].copy()
+            inside = np.flatnonzero(seen[r])
+            best = scores[r].copy()
             if method.mode != "topk":
-                best[[0, -1]] = np.inf
+                best[[0, inside[-1]]] = np.inf
             dense = method.mode == "vs" and (
                 r * bm + keys - rows < number * bn or r == seen.shape[0] - 1
             )
-            order = np.argsort(-best, kind="stable")[: count if dense else number]
-            keep[b, h, r, order] = True
+            order = inside[np.argsort(-best[inside], kind="stable")]
+            keep[b, h, r, order if dense else order[:number]] = True
     return keep
 
 
-def lines(method, q, k, shape, budget):
+def lines(method, q, k, shape, budget, window):
     """The sums of the strongest columns and diagonals that cross each block."""
     (rows, keys), (bm, bn) = (len(q), len(k)), method.sides
     last = list(range(max(0, rows - bm), rows))
-    seen = probabilities(q, k, last)
+    seen = probabilities(q, k, last, window)
     column, diagonal = seen.sum(0), np.zeros(keys)
     for n, i in enumerate(last):
         for j in range(keys - rows + i + 1):
@@ -98,6 +98,13 @@ def test_the_mask_is_that_of_the_paper(method, size):
     qkv = tensors(*size, batch=2, heads=4, key_heads=2)
     blocks = method.blocks(site(qkv))
     assert (blocks.numpy() == brute_force(method, qkv)).all()
+
+
+@pytest.mark.parametrize("mode", ["topk", "a-shape", "vs"])
+def test_a_sliding_window_layer_chooses_from_what_it_sees(mode):
+    qkv, method = tensors(300), DHSA(0.2, block=32, key_block=16, mode=mode)
+    blocks = method.blocks(site(qkv, window=120))
+    assert (blocks.numpy() == brute_force(method, qkv, window=120)).all()
 
 
 def test_samples_of_a_batch_have_their_own_chunks():

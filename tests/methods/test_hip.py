@@ -63,7 +63,7 @@ def staged(score, low, high, stages, side, keys):
     return starts
 
 
-def brute_force(method, qkv, **facts):
+def brute_force(method, qkv, window=None):
     """The mask (B, H, NQ, NK), one head and one block of rows after the other."""
     q, k = map(double, qkv[:2])
     (batch, heads, rows, _), (_, groups, keys, _) = q.shape, k.shape
@@ -77,16 +77,25 @@ def brute_force(method, qkv, **facts):
         recent = max(0, first + keys - rows - method.window + 1) // bn
         sinks = -(-method.sink // bn)
         seen = (last + keys - rows) // bn + 1
+        oldest = max(0, first + keys - rows - (window or keys) + 1) // bn
         found[b, h, r, :seen] = [c < sinks or c >= recent for c in range(seen)]
+        found[b, h, r, :oldest] = False
 
         def score(token, products=products):
             return products[:, token].max()
 
         if method.pruning:
-            chosen = staged(score, sinks, recent, method.pruning, bn, keys)
+            chosen = staged(score, max(sinks, oldest), recent, method.pruning, bn, keys)
         else:
             chosen = tree(
-                score, sinks, recent, -(-number // bn), method.probes, method.place, bn, keys
+                score,
+                max(sinks, oldest),
+                recent,
+                -(-number // bn),
+                method.probes,
+                method.place,
+                bn,
+                keys,
             )
         found[b, h, r, chosen] = True
     return found
@@ -109,6 +118,13 @@ def test_the_search_is_that_of_the_paper(method, size):
     qkv = tensors(*size, batch=1 + (method is METHODS[0]), heads=4, key_heads=2)
     blocks = method.blocks(site(qkv))
     assert (blocks.numpy() == brute_force(method, qkv)).all()
+
+
+@pytest.mark.parametrize("method", METHODS[2:5], ids=str)
+def test_the_search_stays_in_a_sliding_window(method):
+    qkv = tensors(300)
+    blocks = method.blocks(site(qkv, window=150))
+    assert (blocks.numpy() == brute_force(method, qkv, window=150)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -12,12 +12,12 @@ from vtr.methods.prefill_baselines import LocalWindow, RandomBlocks
 SIZES = [(300, 300), (288, 288), (130, 300), (17, 17)]
 
 
-def brute_force(method, qkv, layer=0):
+def brute_force(method, qkv, layer=0, window=None):
     """The mask of either baseline from its definition, block by block: (H, NQ, NK), H = 1 for the window."""
     q, k = qkv[:2]
     rows, keys = q.shape[2], k.shape[2]
     sides = (method.block, method.block)
-    seen, keep = seen_blocks(rows, keys, sides), always_blocks(rows, keys, sides)
+    seen, keep = (f(rows, keys, sides, window) for f in (seen_blocks, always_blocks))
     if isinstance(method, RandomBlocks):
         return chosen(method, seen, keep, q.shape[1], layer)
     if method.window is not None:
@@ -25,16 +25,15 @@ def brute_force(method, qkv, layer=0):
             column = keys - rows + i
             for j in range(max(0, column - method.window + 1), column + 1):
                 keep[i // method.block, j // method.block] = True
-        return keep[None]
+        return (keep & seen)[None]
     counts = [int(n) for n in seen.sum(1)]
     goal = int(np.floor(method.density * sum(counts) + 0.5))
     width = max(w for w in range(max(counts) + 1) if sum(min(w, c) for c in counts) <= goal)
     left = goal - sum(min(width, c) for c in counts)
     for r, count in enumerate(counts):
         number = min(count, width + (r >= len(counts) - left))
-        keep[r, count - max(number - 1, 1) : count] = True
-        if number == count:
-            keep[r, :count] = True
+        near = number if number == count else max(number - seen[r, 0], 1)
+        keep[r, np.flatnonzero(seen[r])[count - near :]] = True
     return keep[None]
 
 
@@ -68,6 +67,15 @@ def test_the_mask_is_as_defined(method, size):
     expected = brute_force(method, qkv, layer=2)
     assert blocks.shape == (2, *expected.shape) and blocks.dtype == torch.bool
     assert (blocks.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("method", [
+    LocalWindow(0.5, block=16), LocalWindow(window=40, block=16), RandomBlocks(0.5, block=16),
+], ids=str)  # fmt: skip
+def test_in_a_sliding_window_layer_the_share_is_of_what_it_sees(method):
+    qkv = tensors(300, heads=4, key_heads=2)
+    blocks = method.blocks(site(qkv, window=100)).numpy()
+    assert (blocks[0] == brute_force(method, qkv, window=100)).all()
 
 
 @pytest.mark.parametrize("density", [0.15, 0.3, 0.5, 0.8, 1.0])

@@ -12,12 +12,12 @@ from tests.methods.prefill_sites import double, probabilities, seen_blocks, site
 from vtr.methods.proxyattn import ProxyAttn
 
 
-def brute_force(method, qkv, **facts):
+def brute_force(method, qkv, window=None):
     """The mask (B, H, NQ, NK), one head after the other, in float64."""
     q, k = map(double, qkv[:2])
     (batch, heads, rows, _width), (_, groups, keys, _) = q.shape, k.shape
     bm, bn = method.sides
-    seen = seen_blocks(rows, keys, (bm, bn))
+    seen = seen_blocks(rows, keys, (bm, bn), window)
     found = np.zeros((batch, heads, *seen.shape), bool)
     for b, h in np.ndindex(batch, heads):
         size = heads // method.proxies
@@ -28,11 +28,14 @@ def brute_force(method, qkv, **facts):
         ranking = np.zeros(seen.shape)
         for r in range(seen.shape[0]):
             index = list(range(r * bm, min((r + 1) * bm, rows), method.stride))
-            p = probabilities(mean_q, mean_k, index)
+            p = probabilities(mean_q, mean_k, index, window)
             for c in range(seen.shape[1]):
                 ranking[r, c] = p[:, c * bn : (c + 1) * bn].max()
         last = probabilities(
-            q[b, h], k[b, h // (heads // groups)], range(max(0, rows - bm), rows, method.stride)
+            q[b, h],
+            k[b, h // (heads // groups)],
+            range(max(0, rows - bm), rows, method.stride),
+            window,
         ).mean(0)
         mass = sorted(
             (last[c * bn : (c + 1) * bn].sum() for c in range(seen.shape[1])), reverse=True
@@ -40,8 +43,9 @@ def brute_force(method, qkv, **facts):
         number = next(n for n in range(1, len(mass) + 1) if sum(mass[:n]) >= method.gamma)
         for r in range(seen.shape[0]):
             count = int(seen[r].sum())
-            budget = math.ceil(number / seen.shape[1] * count - 1e-6)
-            found[b, h, r, np.argsort(-ranking[r, :count], kind="stable")[:budget]] = True
+            budget = math.ceil(number / seen[-1].sum() * count - 1e-6)
+            order = np.argsort(-np.where(seen[r], ranking[r], -1), kind="stable")
+            found[b, h, r, order[: min(budget, count)]] = True
     return found
 
 
@@ -55,6 +59,12 @@ def test_the_mask_is_that_of_the_paper(method, size):
     qkv = tensors(*size, batch=2, heads=4, key_heads=2)
     blocks = method.blocks(site(qkv))
     assert (blocks.numpy() == brute_force(method, qkv)).all()
+
+
+def test_a_sliding_window_layer_ranks_what_it_sees():
+    qkv, method = tensors(300, heads=4, key_heads=2), ProxyAttn(0.7, block=16)
+    blocks = method.blocks(site(qkv, window=90))
+    assert (blocks.numpy() == brute_force(method, qkv, window=90)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

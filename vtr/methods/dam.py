@@ -1,4 +1,4 @@
-"""DAM: a static mask per layer and head, of the diagonals and columns that calibration found."""
+"""DAM: a static mask per layer and head, of the vertical and slash lines that calibration found."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vtr.methods.base import (
     check_share,
     register,
 )
-from vtr.methods.common.key_blocks import BlockGrid
-from vtr.methods.common.patterns import MeanMaps, column_sums, diagonal_sums, strong_lines
+from vtr.methods.common.lines import block_sums, slash_blocks
+from vtr.methods.common.patterns import MeanMaps, strong_lines
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class DAM(PrefillMethod):
-    """DAM (arXiv 2506.11104): diagonals and columns that are strong in mean attention maps, for any length.
+    """DAM (arXiv 2506.11104): lines that are strong in mean attention maps are kept, in any length.
 
     Calibration averages the attention map of each layer and head over the first ``length`` tokens of
     samples, and applies the Box-Cox transformation ``(max(a, 1e-10)^power - 1) / power``, less its minimum
-    over the map. A pair whose value is at least ``threshold`` is strong. A diagonal or a
-    column is kept if at least ``match`` of its pairs are strong. At run time every row sees the kept
-    diagonals and columns, in any length; blocks that such a line crosses are computed whole, so that a row
-    may see more than in the paper.
+    over the map. A pair whose value is at least ``threshold`` is strong. A vertical line (a key) or a
+    slash line (a distance: a diagonal of the map) is kept if at least ``match`` of its pairs are strong. At run
+    time every row sees the kept lines; blocks that a line crosses are computed whole, so that a row may see
+    more than in the paper.
 
-    Columns are places in the prompt, so calibrate on prompts whose images have their usual place. Rows beyond
-    ``length`` see what is near them and the columns kept, nothing else.
+    Vertical lines are places in the prompt, so calibrate on prompts whose images have their usual place.
+    Behind ``length`` tokens rows see the vertical lines and what is near, nothing else.
 
     Against the authors' code: pairs that no sample has do not count, and lines of less than
-    ``least`` pairs are not kept, since the corners of a map hold diagonals and columns of one pair.
+    ``least`` pairs are not kept, since the corners of a map hold lines of one pair.
 
     Args:
         length: tokens of the maps. The authors take 512; the maps need layers * heads * length^2 * 4 bytes.
@@ -77,20 +77,19 @@ class DAM(PrefillMethod):
         check_share(self.match, "match")
 
     def calibrator(self, info: ModelInfo) -> Lines:
-        """Return what finds the lines: ``diagonals`` and ``columns``, (layers, H, length) bool."""
+        """Return what finds the lines: ``vertical`` and ``slash``, (layers, H, length) bool."""
         return Lines(self)
 
     def blocks(self, site: LanguageAttentionSite) -> Tensor:
-        grid = BlockGrid.of(site, self.sides)
-        diagonals, columns = (self._lines(site, n) for n in ("diagonals", "columns"))
-        crossed = column_sums(columns, self.sides[1]) > 0
-        keep = crossed[:, None] | (diagonal_sums(diagonals, grid) > 0)
-        return (keep & grid.visible()).expand(site.q.shape[0], -1, -1, -1)
+        vertical, slash = (self._lines(site, name) for name in ("vertical", "slash"))
+        crossed = block_sums(vertical, self.block) > 0
+        keep = crossed[:, None] | slash_blocks(slash, site.q.shape[2], self.sides)
+        return keep.expand(site.q.shape[0], -1, -1, -1)
 
     def _lines(self, site: LanguageAttentionSite, name: str) -> Tensor:
-        """(H, S) float64, 1 for the kept lines."""
+        """(H, S) bool, the kept lines."""
         found, keys = site.table[name][site.layer].to(site.q.device), site.k.shape[2]
-        return pad(found[:, :keys].double(), (0, max(0, keys - found.shape[1])))
+        return pad(found[:, :keys], (0, max(0, keys - found.shape[1])))
 
 
 class Lines(MeanMaps):
@@ -117,8 +116,8 @@ class Lines(MeanMaps):
         nothing = tuple(torch.zeros_like(lines) for lines in next(iter(found.values())))
         layers = [found.get(layer, nothing) for layer in range(self.layers)]
         return {
-            "diagonals": torch.stack([diagonals for diagonals, _ in layers]),
-            "columns": torch.stack([columns for _, columns in layers]),
+            "vertical": torch.stack([vertical for vertical, _ in layers]),
+            "slash": torch.stack([slash for _, slash in layers]),
         }
 
     def _kept(self, layer: int) -> tuple[Tensor, Tensor]:

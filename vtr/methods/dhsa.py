@@ -11,7 +11,9 @@ from torch import Tensor
 from vtr.methods.base import Examples, PrefillMethod, check_count, check_share, register
 from vtr.methods.common.chunks import chunk_scores, chunk_starts
 from vtr.methods.common.key_blocks import BlockGrid, best_blocks
-from vtr.methods.common.patterns import column_sums, diagonal_sums, line_weights, top_weights
+from vtr.methods.common.lines import block_sums, last_lines, lines_flops
+from vtr.methods.common.patterns import slash_sums
+from vtr.methods.common.shares import largest
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
@@ -32,8 +34,8 @@ class DHSA(PrefillMethod):
       the largest of its keys.
     - ``"a-shape"``: the same, the first key block and the most recent one among the number.
     - ``"vs"``: from the attention of the last block of rows, half of the number in keys is spent on the
-      columns, half on the diagonals with the largest sums; a key block's score is the sum of those of them
-      that cross it. First and most recent block as in ``"a-shape"``; the first rows, as many as the number
+      vertical, half on the slash lines with the largest sums; a key block's score is the sum of those
+      of them that cross it. First and most recent block as in ``"a-shape"``; the first rows, as many as the number
       has keys, are dense.
 
     Against the authors' code: the paper predicts where chunks end, with a trained network; here they end
@@ -81,18 +83,18 @@ class DHSA(PrefillMethod):
             scores = self._lines(site, grid, number * self.key_block)
         else:
             scores = self._chunks(site, grid)
-        among, seen = grid.visible(), grid.seen()
+        visible, newest = grid.visible(), grid.newest()
         if self.mode != "topk":
             column = torch.arange(grid.key_blocks, device=grid.device)
-            forced = (column == 0) | (column == seen[:, None] - 1)
+            forced = (column == 0) | (column == newest[:, None])
             scores = scores.masked_fill(forced, torch.inf)
-        limit = torch.full_like(seen, number)
+        limit = torch.full_like(newest, number)
         if self.mode == "vs":
             # Rows that the lines were found from, and rows before which nearly all keys fit.
             dense = grid.first_column() < number * self.key_block
             dense[-1] = True
-            limit = torch.where(dense, seen, limit)
-        return best_blocks(scores, limit, among)
+            limit = torch.where(dense, grid.key_blocks, limit)
+        return best_blocks(scores, limit, visible)
 
     def _chunks(self, site: LanguageAttentionSite, grid: BlockGrid) -> Tensor:
         """(B, H, NQ, NK), the score of the best chunk of each key block."""
@@ -112,11 +114,12 @@ class DHSA(PrefillMethod):
         return column % self.key_block == 0
 
     def _lines(self, site: LanguageAttentionSite, grid: BlockGrid, keys: int) -> Tensor:
-        """(B, H, NQ, NK), the sums of the strongest columns and diagonals that cross each block."""
-        rows = torch.arange(grid.rows, device=grid.device)[-self.block :]
-        seen = site.attention_rows(rows.expand(site.q.shape[0], -1))
-        columns, diagonals = line_weights(seen, grid.keys - 1)
-        columns = top_weights(columns, keys // 2)
-        diagonals = top_weights(diagonals, keys - keys // 2)
-        site.spend(2.0 * site.q.shape[1] * site.q.shape[3] * len(rows) * grid.keys)
-        return column_sums(columns, self.key_block)[..., None, :] + diagonal_sums(diagonals, grid)
+        """(B, H, NQ, NK), the sums of the strongest vertical and slash lines that cross each block."""
+        q = site.q[:, :, -self.block :]
+        found = last_lines(q, site.k, scale=site.scale, window=site.window)
+        site.spend(lines_flops(q, site.k, q.shape[2]))
+        vertical, slash = (
+            torch.where(largest(mass, torch.full_like(mass[..., 0], half)), mass, 0)
+            for mass, half in zip(found, (keys // 2, keys - keys // 2), strict=True)
+        )
+        return block_sums(vertical, self.key_block)[..., None, :] + slash_sums(slash, grid)

@@ -106,7 +106,8 @@ class HiP(Presets, PrefillMethod):
         sinks, recent = -(-self.sink // self.block), grid.recent(self.window)
         column = torch.arange(grid.key_blocks, device=grid.device)
         keep = grid.visible() & ((column < sinks) | (column >= recent[:, None]))
-        search = Search(site.q, site.k, grid, torch.full_like(recent, sinks), recent, self.stride)
+        low = grid.oldest().clamp(min=sinks)
+        search = Search(site.q, site.k, grid, low, recent, self.stride)
         if self.pruning is not None:
             found = stage_search(search, self.pruning)
         else:

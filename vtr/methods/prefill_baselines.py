@@ -96,10 +96,12 @@ class LocalWindow(PrefillMethod):
         if self.window is not None:
             first = grid.recent(self.window)
         else:
-            seen = grid.seen()
-            # One of the number is the first block, wherever the window does not reach it.
-            number = even_numbers(self.density, seen, grid.key_blocks)
-            first = torch.where(number >= seen, 0, seen - (number - 1).clamp(min=1))
+            visible, newest = grid.visible(), grid.newest()
+            counts = visible.sum(-1)
+            number = even_numbers(self.density, counts, grid.key_blocks)
+            # One of the number is the first block, unless the window reaches it.
+            near = (number - visible[:, 0].long()).clamp(min=1)
+            first = torch.where(number >= counts, 0, newest - near + 1)
         column = torch.arange(grid.key_blocks, device=grid.device)
         keep = grid.always() | (grid.visible() & (column >= first[:, None]))
         return keep.expand(site.q.shape[0], 1, -1, -1)

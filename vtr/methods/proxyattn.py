@@ -10,7 +10,9 @@ from torch import Tensor
 
 from vtr.methods.base import Examples, PrefillMethod, check_count, check_share, register
 from vtr.methods.common.key_blocks import BlockGrid, best_blocks
-from vtr.methods.common.patterns import column_sums, max_pooled
+from vtr.methods.common.lines import block_sums
+from vtr.methods.common.patterns import max_pooled
+from vtr.methods.common.shares import count_to_share
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
@@ -67,22 +69,20 @@ class ProxyAttn(PrefillMethod):
         grid, (heads, _, width) = BlockGrid.of(site, self.sides), site.q.shape[1:]
         q, k = proxy_heads(site.q, site.k, self.proxies)
         ranking = max_pooled(q * site.scale, k, grid, self.stride)
-        shares = self._budgets(site)
-        number = torch.ceil(shares[..., None] * grid.seen() - 1e-6).long()
+        visible = grid.visible()
+        counts = visible.sum(-1)
+        share = self._budget(site).double() / counts[-1]
+        number = torch.ceil(share[..., None] * counts - 1e-6).long()
         scored = (self.proxies * grid.rows + heads * self.block) / self.stride
         site.spend(2 * width * grid.keys * scored)
-        return best_blocks(
-            ranking.repeat_interleave(heads // self.proxies, 1), number, grid.visible()
-        )
+        return best_blocks(ranking.repeat_interleave(heads // self.proxies, 1), number, visible)
 
-    def _budgets(self, site: LanguageAttentionSite) -> Tensor:
-        """(B, H) float64, the share of the key blocks that has the mass, in the last block of rows."""
+    def _budget(self, site: LanguageAttentionSite) -> Tensor:
+        """(B, H) int64, the number of key blocks that have the mass in the last block of rows."""
         first = max(0, site.q.shape[2] - self.block)
         rows = torch.arange(first, site.q.shape[2], self.stride, device=site.q.device)
         seen = site.attention_rows(rows.expand(site.q.shape[0], -1)).mean(2)
-        mass = column_sums(seen.double(), self.block).sort(-1, descending=True).values
-        before = mass.cumsum(-1) - mass
-        return (before < self.gamma * mass.sum(-1, keepdim=True)).double().mean(-1)
+        return count_to_share(block_sums(seen, self.block), self.gamma)
 
 
 def proxy_heads(q: Tensor, k: Tensor, proxies: int) -> tuple[Tensor, Tensor]:

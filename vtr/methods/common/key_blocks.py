@@ -7,18 +7,23 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vtr.methods.common.shares import largest
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 class HasKeys(Protocol):
-    """An attention call: ``q`` (B, H, L, D) and ``k`` (B, Hk, S, D), of which L rows are the last."""
+    """An attention call: ``q`` (B, H, L, D) and ``k`` (B, Hk, S, D), whose rows are the last L columns."""
 
     @property
     def q(self) -> Tensor: ...
 
     @property
     def k(self) -> Tensor: ...
+
+    @property
+    def window(self) -> int | None: ...
 
 
 class BlockGrid(NamedTuple):
@@ -28,16 +33,18 @@ class BlockGrid(NamedTuple):
         rows, keys: L and S.
         sides: (rows, keys) per block; the last block of each may be shorter.
         device: of the tensors that the methods return.
+        window: keys that a row of a sliding-window layer sees, its own among them; None is all.
     """
 
     rows: int
     keys: int
     sides: tuple[int, int]
     device: torch.device
+    window: int | None = None
 
     @classmethod
     def of(cls, site: HasKeys, sides: tuple[int, int]) -> BlockGrid:
-        return cls(site.q.shape[2], site.k.shape[2], sides, site.q.device)
+        return cls(site.q.shape[2], site.k.shape[2], sides, site.q.device, site.window)
 
     @property
     def row_blocks(self) -> int:
@@ -56,18 +63,24 @@ class BlockGrid(NamedTuple):
         """(NQ,) int64, the column of the last row of each block of rows."""
         return (self.first_column() + self.sides[0] - 1).clamp(max=self.keys - 1)
 
-    def seen(self) -> Tensor:
-        """(NQ,) int64, the number of key blocks of which a row of the block sees a key."""
-        return self.last_column() // self.sides[1] + 1
+    def newest(self) -> Tensor:
+        """(NQ,) int64, the last key block of which a row of the block sees a key."""
+        return self.last_column() // self.sides[1]
+
+    def oldest(self) -> Tensor:
+        """(NQ,) int64, the first key block of which a row of the block sees a key."""
+        return self.recent(self.keys if self.window is None else self.window)
 
     def visible(self) -> Tensor:
         """(NQ, NK) bool, the key blocks of which a row of the block sees a key."""
-        return self._columns() < self.seen()[:, None]
+        column = self._columns()
+        return (column >= self.oldest()[:, None]) & (column <= self.newest()[:, None])
 
     def always(self) -> Tensor:
-        """(NQ, NK) bool, the key blocks that every sparse prefill keeps: the first, the diagonal."""
-        diagonal = self._columns() >= (self.first_column() // self.sides[1])[:, None]
-        return self.visible() & (diagonal | (self._columns() == 0))
+        """(NQ, NK) bool, the visible key blocks that every sparse prefill keeps: the first, and those of
+        the rows themselves."""
+        own = self._columns() >= (self.first_column() // self.sides[1])[:, None]
+        return self.visible() & (own | (self._columns() == 0))
 
     def recent(self, tokens: int) -> Tensor:
         """(NQ,) int64, the first key block of which a row of the block has a key among the last
@@ -103,13 +116,7 @@ def best_blocks(scores: Tensor, number: Tensor, among: Tensor) -> Tensor:
     Returns:
         bool tensor, of the shape that the three have together.
     """
-    scores = scores.masked_fill(~among, -torch.inf)
-    # Sorted, not ``topk``: devices would choose differently among equal scores.
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    place = torch.arange(scores.shape[-1], device=scores.device)
-    order, first = torch.broadcast_tensors(order, place < number.unsqueeze(-1))
-    keep = torch.zeros(order.shape, dtype=torch.bool, device=scores.device)
-    return keep.scatter_(-1, order, first) & among
+    return largest(scores.masked_fill(~among, -torch.inf), number) & among
 
 
 def shares(share: float | Tensor, counts: Tensor) -> Tensor:
@@ -132,8 +139,8 @@ def even_numbers(share: float, counts: Tensor, most: int) -> Tensor:
     ``share`` of the sum of ``counts``, rounded; what is left over goes to the last rows, one each.
 
     Args:
-        counts: (NQ,) int64, not falling.
-        most: the largest count.
+        counts: (NQ,) int64; to be exact, not falling.
+        most: the largest count at most.
 
     Returns:
         (NQ,) int64 from 0 to ``counts``.

@@ -1,4 +1,4 @@
-"""Block masks of vertical and diagonal lines of a causal attention map, counted without the map."""
+"""Patterns of causal attention maps: sums along lines, maxima in blocks, and means over samples."""
 
 from __future__ import annotations
 
@@ -15,21 +15,14 @@ if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
 
 
-def column_sums(weights: Tensor, block: int) -> Tensor:
-    """Sum the weights of the columns of each key block: (..., S) -> (..., ceil(S / block))."""
-    return pad(weights, (0, -weights.shape[-1] % block)).unflatten(-1, (-1, block)).sum(-1)
-
-
-def diagonal_sums(weights: Tensor, grid: BlockGrid) -> Tensor:
-    """Sum the weights of the diagonals that cross each block.
-
-    Diagonal o holds the pairs of a row at column p with key p - o.
+def slash_sums(weights: Tensor, grid: BlockGrid) -> Tensor:
+    """Sum the weights of the slash lines that cross each block.
 
     Args:
-        weights: (..., S), from 0 on, of the diagonals 0 to S - 1.
+        weights: (..., S), of the lines of distance 0 to S - 1.
 
     Returns:
-        (..., NQ, NK) float64, exact if the weights are counts.
+        (..., NQ, NK) float64.
     """
     total = pad(weights.double().cumsum(-1), (1, 0))
     side = grid.sides[1]
@@ -38,29 +31,6 @@ def diagonal_sums(weights: Tensor, grid: BlockGrid) -> Tensor:
     high = grid.last_column()[:, None] - key
     low, high = (at.clamp(0, grid.keys) for at in (low, high + 1))
     return total[..., high] - total[..., low]
-
-
-def line_weights(attention: Tensor, last: int) -> tuple[Tensor, Tensor]:
-    """Sum the attention of neighbouring rows along columns and along diagonals.
-
-    Args:
-        attention: (..., R, S), of which the last row is column ``last``.
-
-    Returns:
-        two tensors (..., S): of the columns, and of the diagonals; diagonal o holds the pairs of a row
-        at column p with key p - o.
-    """
-    rows, keys = attention.shape[-2:]
-    row = torch.arange(last - rows + 1, last + 1, device=attention.device)[:, None]
-    key = row - torch.arange(keys, device=attention.device)
-    along = attention.gather(-1, key.clamp(min=0).expand(attention.shape))
-    return attention.sum(-2), (along * (key >= 0)).sum(-2)
-
-
-def top_weights(weights: Tensor, number: int) -> Tensor:
-    """The ``number`` largest weights (..., S), of equal ones the first, and 0 for the others."""
-    order = weights.sort(dim=-1, descending=True, stable=True).indices[..., :number]
-    return torch.zeros_like(weights).scatter(-1, order, weights.gather(-1, order))
 
 
 def max_pooled(q: Tensor, k: Tensor, grid: BlockGrid, stride: int = 1) -> Tensor:
@@ -82,10 +52,11 @@ def max_pooled(q: Tensor, k: Tensor, grid: BlockGrid, stride: int = 1) -> Tensor
         with full_precision(q.device):
             scores = q[:, :, index.flatten()] @ k[:, :, :end].transpose(-1, -2)
         column = index.flatten()[:, None] + grid.keys - grid.rows
-        # Keys up to the first row are seen by all.
-        scores[..., first:].masked_fill_(
-            torch.arange(first, end, device=q.device) > column, -torch.inf
-        )
+        # Keys up to the first row are seen by all, without a window.
+        start = first if grid.window is None else 0
+        apart = column - torch.arange(start, end, device=q.device)
+        hidden = apart < 0 if grid.window is None else (apart < 0) | (apart >= grid.window)
+        scores[..., start:].masked_fill_(hidden, -torch.inf)
         seen = scores.softmax(-1).unflatten(2, index.shape).amax(3)
         seen = pad(seen, (0, -end % side)).unflatten(-1, (-1, side)).amax(-1)
         found[:, :, part, : seen.shape[-1]] = seen
@@ -135,28 +106,28 @@ class MeanMaps:
 def strong_lines(
     strong: Tensor, counted: Tensor, share: float, least: int
 ) -> tuple[Tensor, Tensor]:
-    """The diagonals and columns of a causal map of which at least ``share`` of the pairs are strong.
+    """The vertical and slash lines of a causal map of which at least ``share`` of the pairs are strong.
 
     Args:
         strong: (H, P, P) bool.
         counted: (P, P) bool, the pairs that count; a line needs ``least`` of them.
 
     Returns:
-        diagonals (H, P) and columns (H, P), bool; diagonal o holds the pairs of row i with key i - o.
+        vertical (H, P) by key, and slash (H, P) by distance; bool.
     """
     row = torch.arange(strong.shape[-1], device=strong.device)
-    column = row - row[:, None]  # [o, i]: of the pair of row i on diagonal o
+    key = row - row[:, None]  # [t, i]: the key of row i that is t columns back
 
-    def diagonals(x: Tensor) -> Tensor:
-        return (x[..., row, column.clamp(min=0)] & (column >= 0)).sum(-1)
-
-    def columns(x: Tensor) -> Tensor:
+    def vertical(x: Tensor) -> Tensor:
         return x.tril().sum(-2)
+
+    def slash(x: Tensor) -> Tensor:
+        return (x[..., row, key.clamp(min=0)] & (key >= 0)).sum(-1)
 
     def kept(held: Tensor, pairs: Tensor) -> Tensor:
         return (pairs >= least) & (held >= share * pairs)
 
     return (
-        kept(diagonals(strong & counted), diagonals(counted)),
-        kept(columns(strong & counted), columns(counted)),
+        kept(vertical(strong & counted), vertical(counted)),
+        kept(slash(strong & counted), slash(counted)),
     )
