@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import vtr
 from tests.methods.prefill_sites import double, probabilities, seen_blocks, site, tensors
+from tests.vision.vlm.models import made
 from vtr.methods.dam import DAM
 
 
@@ -136,12 +138,40 @@ def test_later_calls_are_not_calibrated():
     finder = METHOD.calibrator(SimpleNamespace())
     finder.see(site(tensors(10, 30), layers=1))
     finder.see(site(tensors(1, 30), layers=1))
-    with pytest.raises(ValueError, match="saw no attention of a prompt: calibrate with prompts"):
+    with pytest.raises(ValueError, match="no attention of a prompt was seen: calibrate with"):
         finder.finish()
+
+
+def test_lines_may_be_given():
+    method = DAM(vertical=(0, 130, 5000), slash=(3, 40), block=16)
+    table = {name: torch.zeros(1, 2, 300).bool() for name in ("vertical", "slash")}
+    table["vertical"][..., [0, 130]] = table["slash"][..., [3, 40]] = True
+    qkv = tensors(120, 300)
+    blocks = method.blocks(site(qkv)) & torch.from_numpy(seen_blocks(120, 300, (16, 16)))
+    assert (blocks[0].numpy() == brute_force(method, qkv, table)).all()
+    assert not DAM(slash=0, block=16).blocks(site(qkv)).all()
+
+
+def test_a_model_is_calibrated_and_needs_it():
+    """With every pair strong nothing is skipped; with two lines something is."""
+    model, inputs = made("llava_next", 2)
+    seen = inputs["attention_mask"].bool()
+    method = DAM(length=128, threshold=0.0, least=1, block=16, last_rows=1)
+    with pytest.raises(vtr.UnsupportedMethodError, match="dam needs numbers that are calibrated"):
+        vtr.apply(model, method)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        for change, same in [({}, True), ({"threshold": 1.9, "match": 1.0}, False)]:
+            plan = vtr.calibrate(model, [inputs], method.replace(**change))
+            with vtr.apply(model, plan):
+                found = model(**inputs).logits
+            assert torch.allclose(found[seen], dense[seen], atol=1e-5) == same
 
 
 def test_bad_options_are_refused():
     for options, message in [
+        ({"slash": (3, 1)}, "slash must be strictly ascending"),
+        ({"vertical": ()}, "vertical must be an int or a non-empty sequence"),
         ({"length": 0}, "length must be an int >= 1"),
         ({"least": 0}, "least must be an int >= 1"),
         ({"power": 0}, r"power must be a number in \[0.01, 1.0\]"),

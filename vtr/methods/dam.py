@@ -14,12 +14,14 @@ from vtr.methods.base import (
     ModelInfo,
     PrefillMethod,
     check_count,
+    check_layers,
     check_number,
     check_share,
     register,
 )
 from vtr.methods.common.lines import block_sums, slash_blocks
-from vtr.methods.common.patterns import MeanMaps, strong_lines
+from vtr.methods.common.patterns import StrongLines
+from vtr.methods.common.planned import planned
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
@@ -49,6 +51,8 @@ class DAM(PrefillMethod):
         threshold: of a strong pair, after it.
         match: share of a line that must be strong, in (0, 1].
         least: pairs of a line, 1 as in the authors' code.
+        vertical, slash: keys and distances that all heads keep, ascending; instead of calibration, and
+            with one of them the other is empty by default.
     """
 
     name: ClassVar[str] = "dam"
@@ -61,12 +65,13 @@ class DAM(PrefillMethod):
     match: float = 0.8
     least: int = 16
 
+    vertical: tuple[int, ...] | None = None
+    slash: tuple[int, ...] | None = None
+
     @classmethod
     def examples(cls) -> Examples:
-        return {
-            "some": (cls(length=64, block=16, last_rows=1),),
-            "everything": (cls(length=512, threshold=0.0, least=1, block=16, last_rows=1),),
-        }
+        some = cls(vertical=(0, 20), slash=(0, 1), block=16, last_rows=1)
+        return {"some": (some,), "everything": ()}  # lines of any length need numbers from data
 
     def validate(self) -> None:
         super().validate()
@@ -75,10 +80,22 @@ class DAM(PrefillMethod):
         check_number(self.power, "power", 0.01, 1.0)
         check_number(self.threshold, "threshold", 0.0, 1.0 / self.power)
         check_share(self.match, "match")
+        for name in ("vertical", "slash"):
+            lines = getattr(self, name)
+            if lines is not None:
+                self._set(name, check_layers(lines, name))
 
-    def calibrator(self, info: ModelInfo) -> Lines:
+    def needs_table(self, info: ModelInfo) -> bool:
+        return self.vertical is None and self.slash is None
+
+    def calibrator(self, info: ModelInfo) -> StrongLines:
         """Return what finds the lines: ``vertical`` and ``slash``, (layers, H, length) bool."""
-        return Lines(self)
+        return StrongLines(self.length, self._strong, self.match, self.least)
+
+    def _strong(self, mean: Tensor) -> Tensor:
+        """The strong pairs of mean attention maps (H, P, P)."""
+        value = (mean.clamp(min=1e-10) ** self.power - 1) / self.power
+        return value - value.amin((-2, -1), keepdim=True) >= self.threshold
 
     def blocks(self, site: LanguageAttentionSite) -> Tensor:
         vertical, slash = (self._lines(site, name) for name in ("vertical", "slash"))
@@ -87,42 +104,11 @@ class DAM(PrefillMethod):
         return keep.expand(site.q.shape[0], -1, -1, -1)
 
     def _lines(self, site: LanguageAttentionSite, name: str) -> Tensor:
-        """(H, S) bool, the kept lines."""
-        found, keys = site.table[name][site.layer].to(site.q.device), site.k.shape[2]
+        """(H, S) or (1, S) bool, the kept lines."""
+        keys, device = site.k.shape[2], site.q.device
+        if not self.needs_table(site.info):
+            lines = torch.zeros(1, keys, dtype=torch.bool, device="cpu")
+            lines[:, [n for n in getattr(self, name) or () if n < keys]] = True
+            return lines.to(device, non_blocking=True)
+        found = planned(site, name, DAM, "give vertical= or slash=")[site.layer].to(device)
         return pad(found[:, :keys], (0, max(0, keys - found.shape[1])))
-
-
-class Lines(MeanMaps):
-    """The calibration of :class:`DAM`."""
-
-    def __init__(self, method: DAM) -> None:
-        super().__init__(method.length)
-        self.method = method
-        self.layers = 0
-
-    def see(self, site: LanguageAttentionSite) -> None:
-        """Add one attention call of a dense run."""
-        super().see(site)
-        self.layers = site.layers
-
-    def finish(self) -> dict[str, Tensor]:
-        """Return the kept lines by name, (layers, H, length) bool each."""
-        if not self.sums:
-            raise ValueError(
-                "dam saw no attention of a prompt: calibrate with prompts that have images or videos"
-            )
-        found = {layer: self._kept(layer) for layer in self.sums}
-        # Layers that were not seen are dense at run time as well.
-        nothing = tuple(torch.zeros_like(lines) for lines in next(iter(found.values())))
-        layers = [found.get(layer, nothing) for layer in range(self.layers)]
-        return {
-            "vertical": torch.stack([vertical for vertical, _ in layers]),
-            "slash": torch.stack([slash for _, slash in layers]),
-        }
-
-    def _kept(self, layer: int) -> tuple[Tensor, Tensor]:
-        power = self.method.power
-        value = (self.mean(layer).clamp(min=1e-10) ** power - 1) / power
-        strong = value - value.amin((-2, -1), keepdim=True) >= self.method.threshold
-        counted = self.counts[layer] > 0
-        return strong_lines(strong, counted, self.method.match, self.method.least)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtr.methods.base import Examples, PrefillMethod, check_count, check_share, register
 from vtr.methods.common.chunks import chunk_scores, chunk_starts
-from vtr.methods.common.key_blocks import BlockGrid, best_blocks
+from vtr.methods.common.key_blocks import BlockGrid, best_blocks, check_side
 from vtr.methods.common.lines import block_sums, last_lines, lines_flops
 from vtr.methods.common.patterns import slash_sums
 from vtr.methods.common.shares import largest
@@ -73,8 +73,7 @@ class DHSA(PrefillMethod):
         check_count(self.chunk, "chunk", low=0)
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if isinstance(self.key_block, bool) or self.key_block not in (16, 32, 64, 128):
-            raise ValueError(f"key_block must be 16, 32, 64 or 128, got {self.key_block!r}")
+        check_side(self.key_block, "key_block")
 
     def blocks(self, site: LanguageAttentionSite) -> Tensor:
         grid = BlockGrid.of(site, self.sides)

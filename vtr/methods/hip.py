@@ -19,7 +19,7 @@ from vtr.methods.base import (
     register,
 )
 from vtr.methods.common.hierarchy import PLACES, Search, check_stages, stage_search, tree_search
-from vtr.methods.common.key_blocks import BlockGrid
+from vtr.methods.common.key_blocks import BlockGrid, check_side
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
@@ -92,8 +92,7 @@ class HiP(Presets, PrefillMethod):
     def validate(self) -> None:
         super().validate()
         self._set("keys", check_keep(self.keys, "keys"))
-        if isinstance(self.rows, bool) or self.rows not in (16, 32, 64, 128):
-            raise ValueError(f"rows must be 16, 32, 64 or 128, got {self.rows!r}")
+        check_side(self.rows, "rows")
         for name, low in (("window", 1), ("sink", 0), ("probes", 1), ("stride", 1)):
             check_count(getattr(self, name), name, low=low)
         if self.place not in PLACES:
@@ -106,12 +105,11 @@ class HiP(Presets, PrefillMethod):
         sinks, recent = -(-self.sink // self.block), grid.recent(self.window)
         column = torch.arange(grid.key_blocks, device=grid.device)
         keep = grid.visible() & ((column < sinks) | (column >= recent[:, None]))
-        low = grid.oldest().clamp(min=sinks)
-        search = Search(site.q, site.k, grid, low, recent, self.stride)
+        search = Search(site.q, site.k, grid, grid.oldest().clamp(min=sinks), recent, self.stride)
         if self.pruning is not None:
             found = stage_search(search, self.pruning)
         else:
-            groups = -(-count(self.keys, grid.keys) // self.block)
-            found = tree_search(search, groups, self.probes, self.place)
+            number = -(-count(self.keys, grid.keys) // self.block)
+            found = tree_search(search, number, self.probes, self.place)
         site.spend(search.flops)
         return found | keep

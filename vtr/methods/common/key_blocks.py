@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def check_side(value: object, name: str) -> None:
+    """Raise a ``ValueError`` that names the option unless it is a side of blocks that all kernels have."""
+    if isinstance(value, bool) or value not in (16, 32, 64, 128):
+        raise ValueError(f"{name} must be 16, 32, 64 or 128, got {value!r}")
+
+
 class HasKeys(Protocol):
     """An attention call: ``q`` (B, H, L, D) and ``k`` (B, Hk, S, D), whose rows are the last L columns."""
 

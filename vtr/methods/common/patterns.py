@@ -1,4 +1,4 @@
-"""Patterns of causal attention maps: sums along lines, maxima in blocks, and means over samples."""
+"""Patterns of causal attention maps: sums along lines, maxima in blocks, and lines that are strong on average."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from vtr.kernels.precision import full_precision
 from vtr.methods.common.key_blocks import BlockGrid
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtr.core.language_attention import LanguageAttentionSite
 
 
@@ -63,17 +65,23 @@ def max_pooled(q: Tensor, k: Tensor, grid: BlockGrid, stride: int = 1) -> Tensor
     return found
 
 
-class MeanMaps:
-    """Mean attention maps of each layer and head over calibration samples, from the first token on.
+class StrongLines:
+    """The calibration that finds the vertical and slash lines of strong attention in any prompt.
 
-    Its memory is layers * heads * length^2 * 4 bytes, on the CPU.
+    It averages the attention maps of each layer and head over samples, from the first token on. Its memory
+    is layers * heads * length^2 * 4 bytes, on the CPU.
 
     Args:
         length: tokens per side; longer samples are read up to there.
+        strong: tells which pairs of mean maps (H, P, P) are strong, bool.
+        share, least: of :func:`strong_lines`.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(
+        self, length: int, strong: Callable[[Tensor], Tensor], share: float, least: int
+    ) -> None:
+        self.length, self.strong, self.share, self.least = length, strong, share, least
+        self.layers = 0
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, Tensor] = {}
 
@@ -81,6 +89,7 @@ class MeanMaps:
         """Add the samples of one attention call; calls that continue a sample are passed over."""
         if site.phase != "prefill":
             return
+        self.layers = site.layers
         # The columns of the first tokens of each sample, padding behind them.
         columns = (~site.valid).byte().argsort(dim=1, stable=True)[:, : self.length]
         inside = site.valid.gather(1, columns)
@@ -98,9 +107,29 @@ class MeanMaps:
             new = pad(new, add).cpu()
             kept[site.layer] = kept[site.layer] + new if site.layer in kept else new
 
-    def mean(self, layer: int) -> Tensor:
-        """(H, P, P) float32; 0 for pairs that no sample has."""
-        return self.sums[layer] / self.counts[layer].clamp(min=1)
+    def finish(self) -> dict[str, Tensor]:
+        """Return the kept lines, ``vertical`` and ``slash``, (layers, H, length) bool each.
+
+        Layers that were not seen have none.
+
+        Raises:
+            ValueError: no prompt was seen.
+        """
+        if not self.sums:
+            raise ValueError(
+                "no attention of a prompt was seen: calibrate with prompts that have images or videos"
+            )
+        found = {}
+        for layer, total in self.sums.items():
+            counts = self.counts[layer]
+            strong = self.strong(total / counts.clamp(min=1))
+            found[layer] = strong_lines(strong, counts > 0, self.share, self.least)
+        nothing = tuple(torch.zeros_like(lines) for lines in next(iter(found.values())))
+        layers = [found.get(layer, nothing) for layer in range(self.layers)]
+        return {
+            "vertical": torch.stack([vertical for vertical, _ in layers]),
+            "slash": torch.stack([slash for _, slash in layers]),
+        }
 
 
 def strong_lines(
