@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 BRUTE_FORCE = {
+    "act": "tests.methods.test_act",
     "anchor-attention": "tests.methods.test_anchor_attention",
+    "cmai": "tests.methods.test_cmai",
     "dam": "tests.methods.test_dam",
     "dhsa": "tests.methods.test_dhsa",
     "flexprefill": "tests.methods.test_flexprefill",
@@ -14,6 +16,8 @@ BRUTE_FORCE = {
     "proxyattn": "tests.methods.test_proxyattn",
     "random-blocks": "tests.methods.test_prefill_baselines",
     "sale": "tests.methods.test_sale",
+    "var": "tests.methods.test_var",
+    "vhr": "tests.methods.test_vhr",
     "xattention": "tests.methods.test_xattention",
     "zipvl": "tests.methods.test_zipvl",
 }
