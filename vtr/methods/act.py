@@ -17,10 +17,9 @@ from vtr.methods.base import (
     check_number,
     register,
 )
+from vtr.methods.common.heads import Heads, better_heads, check_heads, fit_heads
 from vtr.methods.common.planned import planned
 from vtr.methods.common.sinks import SinkMass, all_rows, hidden_sinks, move_mass
-
-Heads = tuple[tuple[int, int], ...]
 
 
 @register
@@ -68,13 +67,7 @@ class ACT(EditMethod):
         for name in ("keep", "threshold", "least"):
             check_number(getattr(self, name), name, 0, 1)
         if self.heads is not None:
-            try:
-                heads = tuple(sorted({(int(layer), int(head)) for layer, head in self.heads}))
-            except (TypeError, ValueError):
-                raise ValueError(f"heads must be (layer, head) pairs, got {self.heads!r}") from None
-            if not heads or min(map(min, heads)) < 0:
-                raise ValueError(f"heads must be pairs of ints >= 0, got {self.heads!r}")
-            self._set("heads", heads)
+            self._set("heads", check_heads(self.heads))
 
     @classmethod
     def examples(cls) -> Examples:
@@ -83,13 +76,7 @@ class ACT(EditMethod):
 
     def check(self, info: ModelInfo) -> None:
         super().check(info)
-        sizes, depth = info.language, info.depth["attention"]
-        for layer, head in self.heads or ():
-            if layer >= depth or (sizes is not None and head >= sizes.heads):
-                raise ValueError(
-                    f"heads has ({layer}, {head}), and {info.family} has {depth} layers"
-                    + (f" of {sizes.heads} heads here" if sizes else " here")
-                )
+        fit_heads(self.heads or (), info)
 
     def attend(self, site: LanguageAttentionSite) -> Tensor:
         if site.phase != "prefill" or self.keep == 1 or not (chosen := self._chosen(site)):
@@ -132,11 +119,8 @@ class ACT(EditMethod):
         Raises:
             ValueError: no head raises the score.
         """
-        pairs = [(layer, head) for layer in range(2, layers - 1) for head in range(heads)]
-        better = [pair for pair in pairs if score(cls(heads=(pair,), **options)) > base]
-        if not better:
-            raise ValueError(f"none of {len(pairs)} heads raises the score above {base:g}")
-        return cls(heads=tuple(better), **options)
+        found = better_heads(lambda h: score(cls(heads=h, **options)), base, layers, heads)
+        return cls(heads=found, **options)
 
     def calibrator(self, info: ModelInfo) -> SinkMass:
         """Collect how much attention each head spends on hidden sinks."""

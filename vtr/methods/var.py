@@ -21,19 +21,7 @@ from vtr.methods.base import (
     register,
 )
 from vtr.methods.common.planned import planned
-from vtr.methods.common.sinks import FirstToken, aligned, massive, move_mass
-
-DIMS = {(4096, 32, 32, 32): (1415, 2533), (5120, 40, 40, 40): (2100, 4743)}
-"""Channels, query heads, key heads and layers of Llama-2 (and Vicuna 1.5) 7B and 13B: the channels in which their
-sinks are massive (the authors' constants.py)."""
-
-
-def published(info: ModelInfo) -> tuple[int, ...]:
-    """Return the published channels of a model, by its sizes; empty if it has others."""
-    sizes = info.language
-    if sizes is None:
-        return ()
-    return DIMS.get((sizes.dim, sizes.heads, sizes.kv_heads, info.depth["attention"]), ())
+from vtr.methods.common.sinks import FirstToken, aligned, massive, move_mass, published
 
 
 @register

@@ -11,9 +11,14 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
+    from vtr.core.site import ModelInfo
 
 EPS = 1e-6
 ROWS = 256  # query rows at a time
+
+DIMS = {(4096, 32, 32, 32): (1415, 2533), (5120, 40, 40, 40): (2100, 4743)}
+"""Channels, query heads, key heads and layers of Llama-2 (and Vicuna 1.5) 7B and 13B: the channels in which their
+sinks are massive (the authors' constants.py)."""
 
 
 def normalised(hidden: Tensor) -> Tensor:
@@ -35,6 +40,14 @@ def massive(hidden: Tensor, dims: Sequence[int], tau: float) -> Tensor:
     """
     size = normalised(hidden)
     return (torch.stack([size[..., d] for d in dims]) > tau).any(0)
+
+
+def published(info: ModelInfo) -> tuple[int, ...]:
+    """Return the published channels of a model, by its sizes; empty if it has others."""
+    sizes = info.language
+    if sizes is None:
+        return ()
+    return DIMS.get((sizes.dim, sizes.heads, sizes.kv_heads, info.depth["attention"]), ())
 
 
 def move_mass(
