@@ -112,3 +112,23 @@ def test_bfloat16_runs() -> None:
         with torch.no_grad(), vtr.apply(model, cls.examples()["some"][0]):
             logits = model(**inputs).logits
         assert logits.dtype == torch.bfloat16 and torch.isfinite(logits.float()).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        vtr.ACT(threshold=0.05, least=0.05),
+        vtr.VAR(0.2, tau=1.6, rho=0.0, summ=0.0, last_layer=True),
+        vtr.VHR(heads="plan"),
+    ],
+    ids=lambda m: m.name,
+)
+def test_a_plan_is_calibrated_and_applied(method: vtr.Method) -> None:
+    with pytest.raises(vtr.UnsupportedMethodError, match=r"vtr\.calibrate"):
+        vtr.apply(MODEL, method)
+    plan = vtr.calibrate(MODEL, [INPUTS], method)
+    with torch.no_grad():
+        dense = MODEL(**INPUTS).logits
+        with vtr.apply(MODEL, plan):
+            logits = MODEL(**INPUTS).logits
+    assert float((logits - dense).abs().max()) > 1e-4
