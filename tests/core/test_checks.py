@@ -100,10 +100,22 @@ def registered_too_early() -> Any:
         (declared(needs={"promt": frozenset()}), "Wrong.needs names the site 'promt'"),
         (declared(needs={"prompt": frozenset({"txt"})}), "the signal 'txt', .* mean 'text'"),
         (declared(needs={"prompt": "text"}), r"write frozenset\(\{'text'\}\)"),
+        (declared(calibrated=True), r"Wrong is calibrated, and must define calibrator\(info\)"),
         (method_that_reduces, "derive it from vtr.TokenMethod, not from vtr.Method"),
         (registered_too_early, r"write @register above @dataclass\(frozen=True\)"),
     ],
-    ids=["site", "sites", "training", "positions", "needs", "signal", "signals", "base", "order"],
+    ids=[
+        "site",
+        "sites",
+        "training",
+        "positions",
+        "needs",
+        "signal",
+        "signals",
+        "table",
+        "base",
+        "order",
+    ],
 )
 def test_a_class_that_cannot_be_registered(define: Callable[[], Any], words: str) -> None:
     with pytest.raises(TypeError, match=words):

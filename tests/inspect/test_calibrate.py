@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
+import sys
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +19,7 @@ import vtr
 from tests.calibrated import ImageShare, Shares, image_share  # noqa: F401
 from tests.vision.vlm import models
 from tests.vision.vlm.models import visual
+from vtr.core import registry
 
 
 @pytest.fixture(scope="module")
@@ -329,3 +334,19 @@ def test_a_checkpoint_without_weights_is_compared_by_its_sizes(llava):
 def test_the_bar_is_on_the_standard_error(llava, capsys):
     vtr.calibrate(llava[0], [llava[1]], ImageShare(), progress=True)
     assert capsys.readouterr().out == ""
+
+
+def test_the_example_of_the_page_works(llava, monkeypatch, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    use, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    registry.registry()
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setitem(sys.modules, "page", ModuleType("page"))
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(own, "docs/calibration.md", "exec", dont_inherit=True), names)
+    model, batch = llava
+    monkeypatch.chdir(tmp_path)
+    model.generation_config.max_new_tokens = 2
+    names |= {"model": model, "batches": [batch], "inputs": batch}
+    exec(use.replace("vtr.SALE()", "ImageHeads(least=0.5)"), names)
+    torch.testing.assert_close(names["plan"].tables[0]["share"], by_hand(model, [batch]))
