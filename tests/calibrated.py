@@ -25,9 +25,6 @@ class ImageShare(LanguageAttentionMethod):
 
     power: float = 1.0
 
-    def needs_table(self, info: ModelInfo) -> bool:
-        return True
-
     def calibrator(self, info: ModelInfo) -> Shares:
         return Shares(info)
 

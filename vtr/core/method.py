@@ -177,8 +177,9 @@ class Method:
         return None
 
     def needs_table(self, info: ModelInfo) -> bool:
-        """Tell whether a calibrated method cannot work on this model without its table."""
-        return False
+        """Tell whether a calibrated method cannot work on this model without its table; True unless it says
+        otherwise."""
+        return self.calibrated
 
     def calibrator(self, info: ModelInfo) -> Calibrator:
         """Return an object that measures the numbers of a calibrated method on one model."""

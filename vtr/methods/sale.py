@@ -101,6 +101,10 @@ class SALE(PrefillMethod):
         sizes = LowBit(length, site.k.shape[2], bm, bn, self.local, site.window)
         return relative_scores(site.q, site.k, sizes, site.scale)
 
+    def needs_table(self, info: ModelInfo) -> bool:
+        """Return False: without a table all heads have ``threshold``."""
+        return False
+
     def calibrator(self, info: ModelInfo) -> Thresholds:
         """Return what finds the thresholds of each head from dense runs."""
         return Thresholds(self, info)
