@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from vtr.core.registry import registry
 from vtr.testing import KINDS, Kind, examples
-from vtr.testing.methods import hold_all, refused
+from vtr.testing.inside import acts_inside
+from vtr.testing.methods import hold, hold_all, laws_of, refused, trial_of
 from vtr.testing.trial import Trial
 
 METHODS = list(registry())
@@ -15,23 +16,41 @@ NAMES = {
     for group in ("Encoder", "Language", "Diffusion")
 }
 
+INSIDE = [name for name, cls in registry().items() if acts_inside(cls)]
+# Of methods inside attention: the laws that depend on how a family batches and numbers its tokens.
+OF_FAMILIES = (
+    "keep everything is dense attention",
+    "a sample alone equals the sample in a padded batch",
+)
+
 
 def hold_on(name: str, kinds: Iterable[str]) -> None:
-    """Hold a method to the laws on each of the kinds that takes it, and tell all that is broken."""
-    settings, broken = examples(registry()[name]), []
-    for kind in kinds:
-        if not refused(KINDS[kind], settings):
-            try:
-                hold_all(Trial(KINDS[kind], settings))
-            except AssertionError as error:
-                broken.append(str(error))
+    """Hold a method to the laws on each of the kinds that takes it, and tell all that is broken.
+
+    A method inside attention is held to all of them on one kind, another one for each method, and to those of
+    families on the others: its life is the same in all.
+    """
+    settings, broken, names = examples(registry()[name]), [], list(kinds)
+    home = names[INSIDE.index(name) % len(names)] if name in INSIDE else None
+    for kind in names:
+        if refused(KINDS[kind], settings):
+            continue
+        trial = trial_of(KINDS[kind], settings)
+        try:
+            if home in (None, kind):
+                hold_all(trial)
+            else:
+                for law in OF_FAMILIES:
+                    hold(law, laws_of(trial.method)[law], trial)
+        except AssertionError as error:
+            broken.append(str(error))
     assert not broken, "\n".join(broken)
 
 
 def first_that_takes(kind: Kind, names: Iterable[str]) -> Trial:
     """A trial of the first method that a kind takes and is reduced by."""
     for name in names:
-        trial = Trial(kind, examples(registry()[name]))
+        trial = trial_of(kind, examples(registry()[name]))
         if not refused(kind, trial.settings):
             return trial
     raise AssertionError(f"no method works on {kind}")

@@ -10,8 +10,7 @@ import pytest
 from tests.laws.everyone import METHODS, first_that_takes
 from vtr.core.registry import registry
 from vtr.testing import KINDS, examples
-from vtr.testing.methods import hold, life, reduces, refused
-from vtr.testing.trial import Trial
+from vtr.testing.methods import hold, life, reduces, refused, trial_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_every_method_reduces_some_kind_of_model(name: str) -> None:
     """Also that every method is held to the laws somewhere: a kind that it reduces takes it."""
     settings = examples(registry()[name])
-    trials = (Trial(k, settings) for k in KINDS.values() if not refused(k, settings))
+    trials = (trial_of(k, settings) for k in KINDS.values() if not refused(k, settings))
     assert any(map(reduces, trials))
 
 

@@ -10,8 +10,8 @@ from vtr.core.method import Method
 
 EVERYTHING = {"keep": 1.0, "density": 1.0}
 SOME = {"keep": 0.4, "density": 0.4}
-# Fractions of a tiny model's tokens need small blocks, and a method that draws needs a seed.
-COMMON = {"block": 16, "seed": 3}
+# Fractions of a tiny model's tokens need small blocks and few dense rows, and a method that draws needs a seed.
+COMMON = {"block": 16, "last_rows": 4, "seed": 3}
 
 
 KEYS = ("some", "everything", "counted")
@@ -36,8 +36,9 @@ def examples(method: type[Method] | Method) -> Settings:
 
     A class may say them itself in :meth:`vtr.Method.examples`, a mapping with the keys ``"some"``,
     ``"everything"`` and ``"counted"`` to sequences of methods. What it does not say follows from its options: ``keep`` and
-    ``density`` are 0.4 for some and 1.0 for everything, ``block`` is 16 and ``seed`` is 3. An option that
-    holds a method gets that one's. Exact counts are asked of ``keep`` at 0.4 and 5.
+    ``density`` are 0.4 for some and 1.0 for everything, ``block`` is 16, ``last_rows`` is 4 and ``seed`` is 3. An
+    option that holds a method gets that one's. Exact counts are asked of ``keep`` at 0.4 and 5, unless the
+    method acts inside attention.
 
     Args:
         method: a class, or an instance, which is then what reduces.
@@ -60,7 +61,7 @@ def examples(method: type[Method] | Method) -> Settings:
     everything = told["everything"] if "everything" in told else _whole(cls)
     if "counted" in told:
         counted: Sequence[Method] = told["counted"]
-    elif "keep" in {f.name for f in dataclasses.fields(cls)}:
+    elif "attention" not in cls.sites and "keep" in {f.name for f in dataclasses.fields(cls)}:
         counted = [_derived(cls, {"keep": keep}) for keep in (0.4, 5)]
     else:
         counted = ()

@@ -7,6 +7,7 @@ calls the model. Its library is imported when the model is built.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -78,6 +79,11 @@ class Kind:
     def model(self) -> Any:
         """The model of this process: laws leave it as it was."""
         return self.build()
+
+    @property
+    def longer(self) -> Kind:
+        """The same kind with prompts that are long enough for methods inside attention."""
+        return self
 
     @functools.cached_property
     def whole(self) -> Inputs:
@@ -192,6 +198,7 @@ class Language(Kind):
     video: bool = False
     steps: int = 3
     separators: int = 0
+    long: bool = False
 
     rows: ClassVar[tuple[str, ...]] = ("prompt", "decoder", "cache")
     counted: ClassVar[frozenset[str]] = frozenset({"prompt", "decoder"})
@@ -205,9 +212,18 @@ class Language(Kind):
         return self._made()[0]
 
     @functools.cached_property
+    def longer(self) -> Kind:  # type: ignore[override]
+        return dataclasses.replace(self, long=True)
+
+    @functools.cached_property
     def _samples(self) -> list[Inputs]:
         from vtr.testing.models import prompts
 
+        if self.long:
+            from vtr.testing.models.long import LONG
+
+            if self.family in LONG:
+                return LONG[self.family]()
         return prompts.split(self._made()[1])
 
     @property

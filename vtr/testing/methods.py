@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
-from vtr.testing import attention, life, tokens
+from vtr.testing import attention, inside, life, tokens
 from vtr.testing.examples import Settings, examples
 from vtr.testing.kinds import KINDS, Kind
 from vtr.testing.trial import Trial
@@ -41,10 +41,20 @@ ATTENTION: dict[str, Law] = {
     "no leak between samples": attention.leak,
     **LIFE,
 }
+INSIDE: dict[str, Law] = {
+    "keep everything is dense attention": inside.everything,
+    "attention is causal and whole": inside.whole,
+    "a sample alone equals the sample in a padded batch": inside.alone,
+    "a second turn continues the first": inside.turns,
+    "no leak between samples": attention.leak,
+    **LIFE,
+}
 
 
 def laws_of(method: type[Method] | Method) -> dict[str, Law]:
     """The laws that a method is held to, by name: those of its sites."""
+    if inside.acts_inside(method):
+        return INSIDE
     return ATTENTION if "attention" in method.sites else TOKENS
 
 
@@ -80,7 +90,7 @@ def check_method(
         if reason:
             reasons.append(f"{name}: {reason}")
             continue
-        reduced |= hold_all(Trial(kind, settings))
+        reduced |= hold_all(trial_of(kind, settings))
         held.append(name)
     first = settings.some[0]
     if not held:
@@ -90,6 +100,11 @@ def check_method(
             f"{first} reduces nothing on {', '.join(held)}: give examples() with settings that do"
         )
     return tuple(held)
+
+
+def trial_of(kind: Kind, settings: Settings) -> Trial:
+    """A trial of a method on a kind of model, with prompts that are long enough for it."""
+    return Trial(kind.longer if inside.acts_inside(settings.some[0]) else kind, settings)
 
 
 def reduces(trial: Trial) -> bool:
@@ -103,7 +118,7 @@ def refused(kind: Kind, settings: Settings) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trial = Trial(kind, settings)
+            trial = trial_of(kind, settings)
             trial.run(trial.method, trial.batch)  # some inputs are refused when they come
     except (UnsupportedMethodError, ValueError) as error:
         return str(error)
