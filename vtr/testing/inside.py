@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -81,7 +82,9 @@ def whole(trial: Trial) -> None:
 
 def _compare_density(looked: dict[tuple[int, str], tuple[Any, float]]) -> None:
     for (layer, phase), (site, seen) in looked.items():
-        said = 1.0 if phase == "decode" else float(site.notes["density"])
+        if "density" not in site.notes:  # of calls without visual tokens nothing is noted
+            continue
+        said = float(site.notes["density"])
         require(
             seen <= said + 1e-3,
             f"attention[{layer}] in a {phase} sees {seen:.3f} of the pairs, and the trace says {said:.3f}: "
@@ -90,7 +93,8 @@ def _compare_density(looked: dict[tuple[int, str], tuple[Any, float]]) -> None:
 
 
 def turns(trial: Trial) -> None:
-    """A second turn continues from the cache of the first: dense if everything is kept, and the same alone."""
+    """A second turn with images continues from the cache of the first: dense if everything is kept, and alone as
+    in a batch."""
     for method in trial.settings.everything:
         what = f"{method}, two turns"
         close(chat(trial, method, trial.batch), chat(trial, None, trial.batch), LOGITS, what)
@@ -101,30 +105,33 @@ def turns(trial: Trial) -> None:
 
 
 def chat(trial: Trial, method: Method | None, inputs: Inputs) -> Tensor:
-    """The logits of two turns with two generated tokens each, (B, 4, V)."""
-    model = trial.kind.model
-    if method is None:
-        return _chat(model, inputs)
-    with trial.applied(method):
-        return _chat(model, inputs)
+    """The last logits of a prompt, of a second turn with the same images, and of a token behind it, (B, 3, V)."""
+    with nullcontext() if method is None else trial.applied(method), torch.no_grad():
+        return _chat(trial.kind.model, inputs)
 
 
-@torch.no_grad()
 def _chat(model: Any, inputs: Inputs) -> Tensor:
-    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True,
-               "return_dict_in_generate": True}  # fmt: skip
-    torch.manual_seed(7)
-    first = model.generate(**inputs, **options)
-    batch, asked = first.sequences.shape[0], inputs["attention_mask"]
-    # The same first tokens for all, so that rounding in the first turn does not change the second.
+    mask, cache, out = inputs["attention_mask"][:, :0], None, []
+    batch = inputs["input_ids"].shape[0]
     said = torch.arange(30, 37).expand(batch, -1)
-    ids = torch.cat([inputs["input_ids"], said], 1)
-    mask = torch.cat([asked, torch.ones_like(said)], 1)
-    cache = cache_of(first)
-    cache.crop(asked.shape[1] - cache.get_seq_length())
-    more = with_cache(type(model).forward, cache)
-    second = model.generate(input_ids=ids, attention_mask=mask, **options, **more)
-    return torch.stack([*first.logits, *second.logits], 1)
+    again = {**inputs, "input_ids": torch.cat([said, inputs["input_ids"]], 1)}
+    again["attention_mask"] = pad(inputs["attention_mask"], (7, 0), value=1)
+    if "mm_token_type_ids" in inputs:
+        again["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"], (7, 0))
+    one = {"input_ids": said[:, :1], "attention_mask": torch.ones_like(said[:, :1])}
+    for turn in (inputs, again, one):
+        mask, length = torch.cat([mask, turn["attention_mask"]], 1), turn["input_ids"].shape[1]
+        # Tokens are counted, so that padding between two turns changes nothing.
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        if "mm_token_type_ids" in inputs:
+            positions = positions.expand(3, -1, -1)
+        more = {} if cache is None else with_cache(type(model).forward, cache)
+        found = model(
+            **{**turn, "attention_mask": mask}, position_ids=positions, use_cache=True, **more
+        )
+        cache = cache_of(found)
+        out.append(found.logits[:, -1])
+    return torch.stack(out, 1)
 
 
 def _with(method: Method, around: Callable[[Any, Any], Tensor]) -> Method:

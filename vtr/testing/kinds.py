@@ -103,6 +103,11 @@ class Kind:
         types = (torch.bfloat16, torch.float16)
         return {dtype: copy.deepcopy(self.model).to(dtype) for dtype in types}
 
+    @functools.cached_property
+    def plans(self) -> dict[Any, Any]:
+        """Calibrated numbers by method and dtype; None for methods that need none."""
+        return {}
+
     @property
     def samples(self) -> list[Inputs]:
         """Two samples, each as the model is called with it alone."""

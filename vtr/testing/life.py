@@ -21,7 +21,7 @@ def off(trial: Trial) -> None:
     """Off is bit-identical: paused, and after remove; keys and classes never change."""
     model, native = trial.kind.model, trial.native
     before = Facts(model)
-    handle = vtr.apply(model, trial.given(trial.method), **trial.kind.options)
+    handle = vtr.apply(model, trial.planned(trial.method), **trial.kind.options)
     try:
         first = trial.call(trial.batch)
         require(

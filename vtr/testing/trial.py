@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 import vtr
-from vtr.api import _wrapping
 from vtr.core.method import Method
 from vtr.core.trace import StageRecord, Trace
 from vtr.testing.examples import Settings
@@ -43,7 +43,6 @@ class Trial:
         self.kind = kind
         self.settings = settings
         self.method = settings.some[0]
-        self._plans: dict[Method, vtr.Plan] = {}
         self.native = kind.native  # of the batch, while no method is applied
 
     def run(self, method: Method, inputs: Inputs, model: Any = None) -> Ran:
@@ -55,20 +54,28 @@ class Trial:
     def applied(self, method: Method, model: Any = None) -> Iterator[vtr.Handle]:
         """Apply a method to the kind's model, or to another one like it."""
         model = self.kind.model if model is None else model
-        handle = vtr.apply(model, self.given(method), **self.kind.options)
+        handle = vtr.apply(model, self.planned(method, model), **self.kind.options)
         try:
             yield handle
         finally:
             handle.remove()
 
-    def given(self, method: Method) -> Method | vtr.Plan:
-        """The method, or a plan with its table if it needs one, measured on the kind's batch."""
-        if not method.calibrated or not method.needs_table(_wrapping(self.kind.model).info):
+    def planned(self, method: Method, model: Any = None) -> Method | vtr.Plan:
+        """The method; if it does not work without calibrated numbers, a plan with those of the batch."""
+        if not method.calibrated:
             return method
-        if method not in self._plans:
-            found = vtr.calibrate(self.kind.build(), [self.batch], method, **self.kind.options)
-            self._plans[method] = found
-        return dataclasses.replace(self._plans[method], methods=(method,))
+        model = self.kind.model if model is None else model
+        plans, dtype = self.kind.plans, next(model.parameters()).dtype
+        key = json.dumps(method.to_dict()), dtype
+        if key not in plans:
+            try:
+                vtr.apply(model, method, **self.kind.options).remove()
+                plans[key] = None
+            except vtr.UnsupportedMethodError:
+                batch = self.kind.cast(self.batch, dtype)
+                plans[key] = vtr.calibrate(model, [batch], method, **self.kind.options)
+        plan = plans[key]
+        return method if plan is None else dataclasses.replace(plan, methods=(method,))
 
     def again(self, handle: vtr.Handle, inputs: Inputs, model: Any = None) -> Ran:
         """Call a model that a method is applied to."""
