@@ -210,6 +210,23 @@ def test_the_output_is_attention_under_the_blocks():
     assert site.notes["spent"] > 0
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        vtr.FlexPrefill(0.5, tau=0.5, min_budget=16, block=16),
+        vtr.MInference(0.2, 0.2, block=16),
+        vtr.XAttention(0.5, stride=4, block=16),
+    ],
+)
+def test_gradients_flow_through_the_blocks(method):
+    """Finding the blocks is outside of the graph; attention over them is inside."""
+    q, k, v = (x.requires_grad_() for x in tensors(120, heads=4, key_heads=2))
+    site = attention_site(q, k, v)
+    assert not method.blocks(site).requires_grad
+    method.attend(site).sum().backward()
+    assert all(bool(torch.isfinite(x.grad).all()) and bool(x.grad.any()) for x in (q, k, v))
+
+
 def test_short_prompts_are_dense():
     q, k, v = tensors(512)
     assert vtr.FlexPrefill().blocks(attention_site(q, k, v)) is None

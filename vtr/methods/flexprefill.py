@@ -93,6 +93,7 @@ class FlexPrefill(PrefillMethod):
                     f"{self.max_budget}"
                 )
 
+    @torch.no_grad()
     def blocks(self, site: LanguageAttentionSite) -> Tensor | None:
         q, k, (bm, bn) = site.q, site.k, self.sides
         rows, keys = q.shape[2], k.shape[2]

@@ -91,6 +91,7 @@ class MInference(PrefillMethod):
         if self.patterns is not None:
             self._set("patterns", tuple(tuple(map(_head, layer)) for layer in self.patterns))
 
+    @torch.no_grad()
     def blocks(self, site: LanguageAttentionSite) -> Tensor | None:
         heads = self._heads(site)
         found = site.q.new_zeros(1, 1, 1, 1, dtype=torch.bool)

@@ -78,6 +78,7 @@ class XAttention(PrefillMethod):
                 f"stride must be 2, 4, 8, 16 or 32 and divide block ({self.block}), got {self.stride!r}"
             )
 
+    @torch.no_grad()
     def blocks(self, site: LanguageAttentionSite) -> Tensor:
         q, k, sides = site.q, site.k, self.sides
         share = torch.tensor(self._shares(site), dtype=torch.float64, device=q.device)
