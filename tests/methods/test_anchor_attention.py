@@ -118,6 +118,20 @@ def test_a_far_key_with_a_large_score_is_the_only_stripe():
     np.testing.assert_allclose(method.attend(site)[0], expected(method, site)[0], atol=1e-5)
 
 
+def test_the_picture_has_the_blocks_of_anchors_and_stripes():
+    site = site_of(*qkv(100, 150))
+    vtr.AnchorAttention(1.4, **SMALL).attend(site)
+    kept = brute_force(site.q[0], site.k[0], scale=0.25, theta=1.4, block=16, group=32)
+    apart = site.row_mask(site.text)[0].numpy().copy()
+    apart[-1] = True
+    found = site.notes["mask"].to_dense(blocks=True)[0]
+    for a, start in enumerate(range(0, 100, 16)):
+        rows = slice(start, start + 16)
+        for b in range(10):
+            some = kept[:, rows, b * 16 : b * 16 + 16].any((1, 2)) & (not apart[rows].all())
+            assert found[:, a, b].tolist() == some.tolist()
+
+
 def test_last_rows_that_are_all_rows_are_dense_and_counted_once():
     site = site_of(*qkv(50, 90))
     torch.testing.assert_close(

@@ -145,6 +145,24 @@ def test_counts_differ_between_samples_and_layers():
         np.testing.assert_allclose(method.attend(site)[b], expected(method, site, b)[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("skip_rows", [True, False])
+def test_the_picture_has_the_blocks_of_tokens(skip_rows):
+    site = site_of(*qkv(100, 150), before=40, after=40)
+    method = vtr.ZipVL(0.2, skip_rows=skip_rows, recent=1, random=0, last_rows=20, block=16)
+    method.attend(site)
+    chosen = method.tokens(site)[0].numpy()
+    found = site.notes["mask"].to_dense(blocks=True)
+    for a, start in enumerate(range(0, 100, 16)):
+        rows = range(start, min(100, start + 16))
+        apart = all(50 + i < 40 or i >= 60 for i in rows)
+        some = not apart and (not skip_rows or chosen[50 + rows.start : 50 + rows.stop].any())
+        for b in range(10):
+            causal = b * 16 <= 50 + rows.stop - 1
+            assert found[..., a, b].all() == (
+                some and causal and chosen[b * 16 : b * 16 + 16].any()
+            )
+
+
 def test_last_rows_that_are_all_rows_are_dense_and_counted_once():
     site = site_of(*qkv(50, 90))
     torch.testing.assert_close(vtr.ZipVL(0.5).attend(site), dense(site), atol=1e-5, rtol=0)

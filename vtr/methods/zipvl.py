@@ -18,6 +18,7 @@ from vtr.methods.base import (
     check_share,
     register,
 )
+from vtr.methods.common.pictures import blocks_of, note_blocks
 from vtr.methods.common.token_sets import attention_inside, important, probe_rows
 
 SCORES = 1 << 25  # of probe rows that are held at a time
@@ -97,4 +98,6 @@ class ZipVL(PrefillMethod):
         rows = site.row_mask(chosen) if self.skip_rows else torch.ones_like(apart)
         out, pairs = attention_inside(site, rows, chosen, ~apart, self.block)
         site.count(0.0, pairs)
+        seen = blocks_of(rows, self.block)[:, :, None] & blocks_of(chosen, self.block)[:, None]
+        note_blocks(site, seen[:, None], ~apart, self.block)
         return out

@@ -14,6 +14,7 @@ from vtr.core.stopwatch import Stopwatch
 from vtr.kernels import BlockMask, block_sparse_attention, merge_states, pool_blocks
 from vtr.kernels.masks import causal_blocks
 from vtr.kernels.precision import full_precision
+from vtr.methods.common.pictures import blocks_of, note_blocks
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import LanguageAttentionSite
@@ -97,14 +98,23 @@ def anchored_attention(
     options: dict[str, Any] = {"scale": site.scale, "backend": site.backend}
     out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, **options)
     pairs = (anchors.numbers(q.device) * counted).sum().double()
-    pieces, done = [], 0
+    pieces, done, seen = [], 0, []
     for first, kept in _found(site, anchors, theta, heads):
+        seen.append(_seen(kept, anchors))
         pairs = pairs + stripe_pairs(kept, first, anchors, counted)
         for rows, part, line in stripe_attention(q, k, v, kept, first, anchors, **options):
             joined = merge_states(out[:, :, rows], lse[:, :, rows], part, line)[0]
             pieces += [out[:, :, done : rows.start], joined]
             done = rows.stop
+    blocks = torch.cat(seen, 2).repeat_interleave(anchors.group // anchors.block, 2)
+    blocks = blocks[:, :, : -(-anchors.rows // anchors.block)] | anchors.blocks(q.device)
+    note_blocks(site, blocks, counted, anchors.block)
     return torch.cat([*pieces, out[:, :, done:]], 2), pairs
+
+
+def _seen(kept: Tensor, anchors: Anchors) -> Tensor:
+    """Tell which blocks of all keys hold a stripe, (B, heads, n, NK)."""
+    return blocks_of(F.pad(kept, (0, anchors.keys - kept.shape[3])), anchors.block)
 
 
 def _found(
