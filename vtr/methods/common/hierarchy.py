@@ -124,37 +124,41 @@ def tree_search(search: Search, groups: int, probes: int, place: str = "first") 
     start = bounds[None, None, :, :-1].expand(shape)
     end = bounds[None, None, :, 1:].expand(shape)
     rounds = math.ceil(math.log2(max(1, -(-grid.key_blocks // groups))))
+    # The first keys of a run are those of its first half: that half is judged already.
+    known = place == "first" and probes <= grid.sides[1] and rounds > 0
+    score = _judge(search, start, end, probes, place) if known else None
     for _ in range(rounds):
         middle = (start + end + 1) // 2
+        first = _judge(search, start, middle, probes, place) if score is None else score
+        scores = torch.cat([first, _judge(search, middle, end, probes, place)], -1)
         start, end = torch.cat([start, middle], -1), torch.cat([middle, end], -1)
-        scores = torch.cat(
-            [
-                _judge(search, start[:, :, part], end[:, :, part], part, probes, place)
-                for part in grid.pieces(batch * heads * 2 * groups * probes * search.q.shape[3])
-            ],
-            dim=2,
-        )
-        start, end = _best(scores, groups, start, end)
+        start, end, best = _best(scores, groups, start, end, scores)
+        score = best if known else None
     return search.mask(start, end > start)
 
 
-def _judge(
-    search: Search, start: Tensor, end: Tensor, part: slice, probes: int, place: str
-) -> Tensor:
-    """(B, H, R, T), the largest product of a run's probes; -inf for a run without keys."""
+def _judge(search: Search, start: Tensor, end: Tensor, probes: int, place: str) -> Tensor:
+    """(B, H, NQ, T), the largest product of a run's probes; -inf for a run without keys."""
     side = search.grid.sides[1]
     first = start * side
-    length = (end * side).clamp(max=search.grid.keys) - first
+    length = ((end * side).clamp(max=search.grid.keys) - first)[..., None]
     step = torch.arange(probes, device=start.device)
     if place == "first":
-        offset = step.expand(*length.shape, probes)
+        offset = step.expand(*length.shape[:-1], probes)
     elif place == "center":
-        offset = (length[..., None] - probes).clamp(min=0) // 2 + step
+        offset = (length - probes).clamp(min=0) // 2 + step
     else:
-        offset = (2 * step + 1) * length[..., None] // (2 * probes)
-    tokens = first[..., None] + offset.minimum((length[..., None] - 1).clamp(min=0))
-    scores = search.scores(search.rows(part), tokens.flatten(-2)).unflatten(-1, (-1, probes))
-    return scores.amax(-1).masked_fill(end <= start, -torch.inf)
+        offset = (2 * step + 1) * length // (2 * probes)
+    tokens = (first[..., None] + offset.minimum((length - 1).clamp(min=0))).flatten(-2)
+    elements = tokens[:, :, 0].numel() * search.q.shape[3]
+    scores = torch.cat(
+        [
+            search.scores(search.rows(part), tokens[:, :, part])
+            for part in search.grid.pieces(elements)
+        ],
+        dim=2,
+    )
+    return scores.unflatten(-1, (-1, probes)).amax(-1).masked_fill(end <= start, -torch.inf)
 
 
 def stage_search(search: Search, stages: Sequence[tuple[int, int]]) -> Tensor:
