@@ -85,7 +85,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "local-window": {"density": 0.25},
     "flexprefill": {"gamma": 0.2},
     "xattention": {"threshold": 0.2},
-    "minference": {"vertical": 0.1, "slash": 0.2},
+    "minference": {"vertical": 512, "slash": 1024},
     "hip": {"keys": 2048},
     "proxyattn": {"gamma": 0.2},
     "dhsa": {"density": 0.2},

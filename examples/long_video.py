@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", nargs="?", type=Path, help="a video; without it one is generated")
     parser.add_argument("question", nargs="?", default="")
     parser.add_argument("--model", help="a hub id or a folder; without it the built-in model")
-    parser.add_argument("--frames", type=int, default=32, help="frames that the model sees")
-    parser.add_argument("--method", default="flexprefill:gamma=0.9,min_budget=64,block=32")
+    parser.add_argument("--frames", type=int, default=16, help="frames that the model sees")
+    parser.add_argument("--method", default="flexprefill:gamma=0.5,min_budget=16,block=16")
     parser.add_argument("--length", type=int, help="longest answer in tokens")
     parser.add_argument("--picture", type=Path, help="file for a picture of the masks")
     args = parser.parse_args(arguments)
@@ -50,14 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table(title=f"{args.model or 'digits-video'}, {args.frames} frames")
     for column in ("question", "right", "dense", method.name, "pairs computed"):
         table.add_column(column)
-    for question, right in asked[:3]:
+    for question, right in asked[:2]:
         dense, full = answer(model, processor, video, question, length)
         with vtr.apply(model, method) as handle:
             sparse, less = answer(model, processor, video, question, length)
             report, notes = handle.report(), handle.trace.notes["attention"].values()
             density = sum(float(note["density"]) for note in notes) / len(notes)
             if args.picture:
-                vtr.draw(handle).save(args.picture)
+                vtr.draw(handle, size=420).save(args.picture)
         said = (f"{dense} ({full:.2f} s)", f"{sparse} ({less:.2f} s)")
         table.add_row(*map(escape, (question, right, *said, f"{density:.0%}")))
     console.print(table)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 NOTHING, FULL, PARTIAL = (255, 255, 255), (31, 58, 95), (122, 162, 200)
-TEXT, FRAMES, BORDER = (226, 135, 40), ((150, 150, 150), (205, 205, 205)), (214, 96, 77)
+TEXT, FRAMES, BORDER = (226, 135, 40), ((150, 150, 150), (205, 205, 205)), (240, 196, 188)
 RULER = 8  # pixels of the strips beside a map that show what its tokens are
 APART = 6  # frames of fewer pixels have no line between them, only their strip
 
