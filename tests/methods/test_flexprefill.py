@@ -250,7 +250,7 @@ def test_max_budget_bounds_both_parts():
         ({"gamma": 0}, "gamma must be in"),
         ({"tau": 1.5}, "tau must be"),
         ({"min_budget": 0}, "min_budget must be"),
-        ({"max_budget": 100}, "max_budget must be at least min_budget"),
+        ({"max_budget": 100}, "max_budget must be an int >= 512 or None"),
         ({"max_budget": 0.5}, "max_budget must be"),
     ],
 )

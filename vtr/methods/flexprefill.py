@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.kernels import pooled_block_scores
 from vtr.methods.base import Examples, PrefillMethod, check_count, check_share, register
 from vtr.methods.common.lines import (
     block_sums,
     last_lines,
     lines_flops,
     pooled_flops,
-    seen_blocks,
+    pooled_scores,
     vertical_slash,
 )
 from vtr.methods.common.shares import count_to_share, js_distance, reach_share
@@ -61,7 +60,7 @@ class FlexPrefill(PrefillMethod):
         tau: distance below which a head is query-aware, in [0, 1]. 0: no head is.
         min_budget: tokens that the vertical and the slash part compute at least (the authors' README; 1024 in
             their demo).
-        max_budget: tokens that each of them computes at most; None is no limit.
+        max_budget: tokens that each of them computes at most, not less than ``min_budget``; None is no limit.
     """
 
     name: ClassVar[str] = "flexprefill"
@@ -85,13 +84,7 @@ class FlexPrefill(PrefillMethod):
         check_share(self.gamma, "gamma")
         check_share(self.tau, "tau", zero=True)
         check_count(self.min_budget, "min_budget")
-        if self.max_budget is not None:
-            check_count(self.max_budget, "max_budget")
-            if self.max_budget < self.min_budget:
-                raise ValueError(
-                    f"max_budget must be at least min_budget ({self.min_budget} tokens) or None, got "
-                    f"{self.max_budget}"
-                )
+        check_count(self.max_budget, "max_budget", low=self.min_budget, none=True)
 
     @torch.no_grad()
     def blocks(self, site: LanguageAttentionSite) -> Tensor | None:
@@ -105,8 +98,8 @@ class FlexPrefill(PrefillMethod):
         last = q[:, :, -bm:]
         site.spend(lines_flops(q, k, last.shape[2]) + pooled_flops(last, k, self.sides))
         vertical, slash = last_lines(last, k, scale=site.scale, window=site.window)
-        exact = block_sums(vertical, bn)
-        aware = js_distance(self._pooled(site, last)[:, :, 0], exact) < self.tau
+        pooled = pooled_scores(last, k, self.sides, site.scale, site.window).softmax(-1)
+        aware = js_distance(pooled[:, :, 0], block_sums(vertical, bn)) < self.tau
         wide, near = (
             torch.where(aware, least, (count_to_share(x, self.gamma) // bn + 1).clamp(least, most))
             for x in (vertical, slash)
@@ -114,13 +107,7 @@ class FlexPrefill(PrefillMethod):
         found = vertical_slash(vertical, slash, (wide, near), rows, self.sides)
         if self.tau and bool(aware.any()):
             site.spend(pooled_flops(q, k, self.sides))
-            share = self._pooled(site, q)
+            share = pooled_scores(q, k, self.sides, site.scale, site.window).softmax(-1)
             pairs = reach_share(share.flatten(2), self.gamma).view_as(share)
             found |= pairs & aware[..., None, None]
         return found
-
-    def _pooled(self, site: LanguageAttentionSite, q: Tensor) -> Tensor:
-        """The attention of each block of the last rows to each key block, estimated from their means."""
-        logits = pooled_block_scores(q, site.k, block=self.sides, scale=site.scale, softmax=False)
-        seen = seen_blocks(q.shape[2], site.k.shape[2], self.sides, q.device, site.window)
-        return logits.masked_fill(~seen, float("-inf")).softmax(-1)

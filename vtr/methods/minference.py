@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.kernels import pooled_block_scores
 from vtr.methods.base import Examples, Keep, PrefillMethod, check_keep, count, register
 from vtr.methods.common.lines import (
     last_lines,
     lines_flops,
     pooled_flops,
-    seen_blocks,
+    pooled_scores,
     vertical_slash,
 )
 from vtr.methods.common.shares import largest
@@ -134,10 +133,9 @@ class MInference(PrefillMethod):
     def _block_sparse(self, site: LanguageAttentionSite) -> Tensor:
         q, k = site.q, site.k
         site.spend(pooled_flops(q, k, self.sides))
-        logits = pooled_block_scores(q, k, block=self.sides, scale=site.scale, softmax=False)
-        seen = seen_blocks(q.shape[2], k.shape[2], self.sides, q.device, site.window)
+        logits = pooled_scores(q, k, self.sides, site.scale, site.window)
         best = -(-count(self.pooled, k.shape[2]) // self.sides[1])
-        return largest(logits.masked_fill(~seen, -torch.inf), torch.tensor(best, device=q.device))
+        return largest(logits, torch.tensor(best, device=q.device))
 
 
 def _known(pattern: object) -> str:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.kernels import pooled_block_scores
 from vtr.kernels.precision import full_precision
 from vtr.methods.common.shares import largest
 
@@ -171,6 +172,16 @@ def _edges(
     return start, (start + bm).clamp(max=keys) - 1, begin, (begin + bn).clamp(max=keys) - 1
 
 
+def pooled_scores(
+    q: Tensor, k: Tensor, sides: tuple[int, int], scale: float, window: int | None = None
+) -> Tensor:
+    """Compute :func:`vtr.kernels.pooled_block_scores` of the last L rows, as logits, with -inf for blocks in
+    which causality or the window leaves no pair: (B, H, NQ, NK) float32."""
+    logits = pooled_block_scores(q, k, block=sides, scale=scale, softmax=False)
+    seen = seen_blocks(q.shape[2], k.shape[2], sides, q.device, window)
+    return logits.masked_fill(~seen, float("-inf"))
+
+
 def lines_flops(q: Tensor, k: Tensor, rows: int) -> float:
     """FLOPs per sample of :func:`last_lines` for that many rows: the product, the softmax (5 per weight) and
     both sums."""
@@ -178,7 +189,7 @@ def lines_flops(q: Tensor, k: Tensor, rows: int) -> float:
 
 
 def pooled_flops(q: Tensor, k: Tensor, sides: tuple[int, int]) -> float:
-    """FLOPs per sample of :func:`vtr.kernels.pooled_block_scores` and a softmax over its rows."""
+    """FLOPs per sample of :func:`pooled_scores` and a softmax over its rows."""
     heads, rows, dim = q.shape[1:]
     blocks = -(-rows // sides[0]) * -(-k.shape[2] // sides[1])
     return dim * (heads * rows + k.shape[1] * k.shape[2]) + heads * blocks * (2 * dim + 5.0)
