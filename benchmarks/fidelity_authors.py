@@ -887,6 +887,74 @@ def _their_prefill(
     return lm.norm(x)[0], left
 
 
+# ---- attention of language models ----------------------------------------------------------------
+
+
+def var(code: Checkout) -> Finding:
+    """The map that they edit, and which of its rows change, for prompts of three text tokens, an image and text."""
+    from collections import defaultdict
+    from copy import deepcopy
+
+    from tests.methods.language_sites import Prompt
+
+    facts = SimpleNamespace(
+        segments={"begin_pos": {"image": 3}},
+        metadata={"vis_len": 20},
+        model_config={"num_attention_heads": 4, "num_hidden_layers": 32},
+    )
+    theirs = code.functions(
+        *("src/logic/logic.py", "DefaultVars", "LogicEngine"),
+        *("DimProspector", "HeadFork", "VARProcessor"),
+        **{"MetadataStation": facts, "defaultdict": defaultdict, "MODEL_LLM": {}},
+        **{"DIM_SINK": {"llama-v2-7b": torch.tensor([3, 7])}},
+        ValueMonitor=SimpleNamespace(get_output_token_count=lambda: -1),
+        copy=SimpleNamespace(deepcopy=deepcopy),
+    )
+    theirs.LogicEngine.activate(tau=1.5, rho=0.5, summ=0.2, p=0.6)
+    method = vtr.VAR(0.6, dims=(3, 7), tau=1.5, dense_layers=0)
+    found = Finding()
+    for seed in range(30):
+        prompt = Prompt("ttt" + "v" * 20 + "t" * 9, seed=seed, sharp=2.5)
+        site, every = prompt.site(), torch.arange(32)[None]
+        method.attend(site)
+        rows = method.rows(site)
+        assert rows is not None
+        before = site.attention_rows(every)
+        ours = before.index_copy(2, rows[0], method.edit(site, before[:, :, rows[0]], rows))
+        theirs.DimProspector.run_logic(prompt.hidden, 2)
+        theirs.HeadFork.run_logic(before.clone(), 2)
+        edited = theirs.VARProcessor.attn_redist(before.clone(), 2)
+        found.choices((ours != before).any(-1), (edited != before).any(-1))
+        found.numbers(ours, edited)
+    return found
+
+
+def act(code: Checkout) -> Finding:
+    """The map of a head that they edit, for prompts whose first token is a sink."""
+    from copy import deepcopy
+
+    from tests.methods.language_sites import Prompt
+    from vtr.methods.common.sinks import hidden_sinks, move_mass
+
+    theirs = code.functions(
+        *("models/llama_modelling_aug.py", "atten_process_cal"),
+        **{"BETA": 0.4, "THRES": 0.12, "HEAD_NUM": 0},
+        copy=SimpleNamespace(deepcopy=deepcopy),
+    )
+    found = Finding()
+    for seed in range(60):
+        site = Prompt("t" * 30, seed=seed).site()
+        before = site.attention_rows(torch.arange(30)[None])
+        if before[0, 0, :, 0].mean() <= 0.12:
+            continue  # theirs takes the first sink that it finds for the first token
+        sinks = hidden_sinks(site, 0.12)[:, :, None]
+        ours = move_mass(before, sinks, ~sinks, 0.4)[0, 0, 1:]
+        edited = theirs.atten_process_cal(before.clone())[0, 0, 1:]
+        found.choices((ours != before[0, 0, 1:]).any(-1), (edited != before[0, 0, 1:]).any(-1))
+        found.numbers(ours, edited)
+    return found
+
+
 # ---- diffusion -----------------------------------------------------------------------------------
 
 
@@ -967,6 +1035,7 @@ def neighborhood(code: Checkout) -> Finding:
 
 
 COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
+    "act": ("GATECH-EIC/ACT", act),
     "debias": ("intcomp/attention-bias", debias),
     "divprune": ("vbdi/divprune", divprune),
     "dycoke": ("KD-TAO/DyCoke", dycoke),
@@ -984,6 +1053,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "sliding-tile": ("hao-ai-lab/FastVideo", sliding_tile),
     "tome": ("facebookresearch/ToMe", tome),
     "tomesd": ("dbolya/tomesd", tomesd),
+    "var": ("seilk/VisAttnSink", var),
     "visionzip": ("dvlab-research/VisionZip", visionzip),
     "vtc-cls": ("THU-MIG/VTC-CLS", vtc_cls),
 }
