@@ -47,7 +47,7 @@ class Shares:
         self.phases.add(site.phase)
         self.grad |= torch.is_grad_enabled()
         self.training |= site.training
-        rows = torch.full((site.q.shape[0], 1), site.q.shape[2] - 1)
+        rows = torch.full((site.q.shape[0], 1), site.q.shape[2] - 1, device=site.q.device)
         share = (site.attention_rows(rows)[:, :, 0] * site.visual[:, None]).sum(-1)
         self.found.setdefault(site.layer, []).extend(share)
 

@@ -12,6 +12,7 @@ from PIL import Image
 import vtr
 from tests.calibrated import ImageShare, image_share  # noqa: F401
 from vtr.cli import commands as cli
+from vtr.cli.calibrate import summary
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("image_share")
@@ -47,7 +48,7 @@ def test_a_built_in_model_on_its_own_data(run, tmp_path):
     status, text, err = run("digits-llava", "-k", "image-share:power=2", "--builtin", 10, "-o", out)
     assert status == 0, err
     assert "10 prompts with 10 images or videos, 1440 visual tokens" in text
-    assert "share: float32 (4, 5), " in text and f"wrote {out}" in text.replace("\n", "")
+    assert "share: float32 (4, 5), " in text and f"wrote {out}" in text
     plan = vtr.Plan.load(out)
     assert plan.methods == (ImageShare(power=2),)
     assert plan.data["description"] == "10 training questions of digits-llava, seed 0"
@@ -120,6 +121,18 @@ def test_a_plan_is_a_method_of_other_commands(run, folder, tmp_path, monkeypatch
         cli.main()
     assert stop.value.code == 2
     assert "class LlavaForConditionalGeneration, and this model is a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.tensor([[0.5, -2.0]]), "float32 (1, 2), -2 to 0.5"),
+        (torch.tensor([True, False, True]), "bool (3,), 2 of 3 true"),
+        (torch.zeros(0, dtype=torch.int64), "int64 (0,)"),
+    ],
+)
+def test_a_tensor_is_summed_up(tensor, words):
+    assert summary(tensor) == words
 
 
 @pytest.mark.parametrize(

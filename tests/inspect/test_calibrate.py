@@ -17,6 +17,7 @@ import torch
 
 import vtr
 from tests.calibrated import ImageShare, Shares, image_share  # noqa: F401
+from tests.simulated import gpu, moved
 from tests.vision.vlm import models
 from tests.vision.vlm.models import visual
 from vtr.core import registry
@@ -146,6 +147,33 @@ def test_inputs_get_the_dtype_of_the_model(llava):
     )
     with vtr.apply(model, share):  # the same model in another dtype
         pass
+
+
+def test_a_plan_follows_the_model_to_another_device(llava):
+    model, batch = llava
+    model = deepcopy(model)
+    here = vtr.calibrate(model, [batch], ImageShare())
+    with vtr.apply(model, here), torch.no_grad():
+        wanted = model(**batch).logits
+        with gpu():
+            try:
+                model.to("cuda")
+                torch.testing.assert_close(
+                    model(**moved(batch)).logits.cpu(), wanted, atol=1e-4, rtol=1e-4
+                )
+            finally:
+                model.to("cpu")
+    with gpu():
+        try:
+            model.to("cuda")
+            there = vtr.calibrate(model, [batch], ImageShare())  # inputs are moved
+            with vtr.apply(model, here):
+                pass
+        finally:
+            model.to("cpu")
+    assert there.fingerprint == here.fingerprint and there.data == here.data
+    assert not there.tables[0]["share"].is_cuda
+    torch.testing.assert_close(there.tables[0], here.tables[0])
 
 
 def test_a_bare_model_without_its_head(llava):

@@ -84,9 +84,9 @@ def calibrate(
         f"{chosen}: {data['samples']} prompts with {data['images']} images or videos, {data['tokens']} "
         "visual tokens"
     ]
-    lines += [f"  {name}: {_summary(t)}" for name, t in plan.tables[0].items()]
+    lines += [f"  {name}: {summary(t)}" for name, t in plan.tables[0].items()]
     for line in [*lines, f"wrote {out}"]:
-        shared.console.print(escape(line), highlight=False)
+        shared.console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 class Lazy:
@@ -163,11 +163,13 @@ def _built_in(model: str, processor: Any, count: int) -> tuple[Lazy, str]:
     return Lazy(-(-count // TOGETHER), read), text
 
 
-def _summary(tensor: Any) -> str:
+def summary(tensor: Any) -> str:
     """Shape, dtype and range of a tensor."""
     kind = str(tensor.dtype).removeprefix("torch.")
     span = ""
-    if tensor.numel():
+    if kind == "bool":
+        span = f", {int(tensor.sum())} of {tensor.numel()} true"
+    elif tensor.numel():
         least, most = tensor.min().item(), tensor.max().item()
         span = f", {least:.4g} to {most:.4g}"
     return f"{kind} {tuple(tensor.shape)}{span}"
@@ -175,5 +177,5 @@ def _summary(tensor: Any) -> str:
 
 def _facts(plan: Any) -> dict[str, Any]:
     """A plan as plain JSON values, with a summary of each table."""
-    facts = {**plan.to_dict(), "tables": {n: _summary(t) for n, t in plan.tables[0].items()}}
+    facts = {**plan.to_dict(), "tables": {n: summary(t) for n, t in plan.tables[0].items()}}
     return {key: facts[key] for key in ("methods", "tables", "data", "model", "versions")}
