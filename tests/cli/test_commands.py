@@ -206,6 +206,11 @@ def test_a_video_is_drawn_frame_by_frame(run, tmp_path):
     assert status == 0 and "answer: " in out
     with Image.open(out_file) as picture:
         assert picture.width == 4 * 112 + 3 * 4
+    masks = ["-k", "local-window:density=0.4,block=16", *options[2:]]
+    status, out, _ = run("draw", clip, "-m", "digits-video", *masks)
+    assert status == 0 and "attention[0]: " in out
+    with Image.open(out_file) as picture:  # a map with its strips for each of five layers
+        assert picture.width == 5 * (288 + 8) + 4 * 8
     status, out, err = run("draw", clip, "-m", "digits-llava", *options)
     assert status == 2 and "digits-llava takes no videos" in err
 

@@ -44,9 +44,8 @@ def test_use(names, tmp_path, monkeypatch):
 def test_calibration(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inputs = {k: v for k, v in names["inputs"].items() if torch.is_tensor(v)}
-    done = run(1, {**names, "batches": [inputs]})
-    done["plan"].save("again.json")
-    assert vtr.Plan.load("sale.safetensors").methods == (vtr.SALE(),)
+    run(1, {**names, "batches": [inputs]})
+    assert vtr.Plan.load("dam.safetensors").methods == (vtr.DAM(),)
     for handle in vtr.handles(names["model"]):
         handle.remove()
 

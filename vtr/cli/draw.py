@@ -68,7 +68,8 @@ def draw(
 
 
 def _something_cut(handle: Any) -> None:
-    if not handle.trace.stages:
+    notes = handle.trace.notes.get("attention", {}).values()
+    if not handle.trace.stages and not any("mask" in note for note in notes):
         names = " and ".join(map(str, handle.methods))
         raise ValueError(
             f"{names} cut nothing here, so that there is nothing to draw: methods for videos need a "
