@@ -90,8 +90,9 @@ class SALE(PrefillMethod):
 
     def blocks(self, site: LanguageAttentionSite) -> Tensor:
         table = site.table.get("thresholds")
-        bar = torch.tensor([self.threshold]) if table is None else table[site.layer]
-        bar = bar.to(site.q.device).float().log()[:, None, None]
+        bar: float | Tensor = math.log(self.threshold) if self.threshold else -math.inf
+        if table is not None:
+            bar = table[site.layer].to(site.q.device).float().log()[:, None, None]
         return torch.cat([scores >= bar for scores in self.scores(site)], 2)
 
     def scores(self, site: LanguageAttentionSite) -> Iterator[Tensor]:
