@@ -18,6 +18,7 @@ METHODS = [name for name, cls in registry().items() if cls.calibrated]
 # Options with which a method takes its numbers from the table, and finds some in random weights.
 FROM_TABLE: dict[str, dict[str, Any]] = {
     "act": {"heads": None, "least": 0.0},
+    "dam": {"vertical": None, "slash": None, "length": 64},
     "var": {"dims": None},
     "vhr": {"heads": "plan"},
 }
