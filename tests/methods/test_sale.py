@@ -194,6 +194,17 @@ def test_integers_and_floats_estimate_the_same(rows, columns, dim):
     assert torch.isfinite(found[0]).any()
 
 
+@pytest.mark.gpu
+def test_a_gpu_estimates_in_integers_what_a_cpu_does_in_floats():
+    q, k, _ = qkv(130, 150, batch=2, dim=32)
+    sizes = LowBit(130, 150, 32, 16, 32)
+    here, there = (
+        torch.cat(list(relative_scores(x, y, sizes, 0.25)), 2).cpu()
+        for x, y in ((q, k), (q.cuda(), k.cuda()))
+    )
+    torch.testing.assert_close(there, here, atol=1e-3, rtol=1e-3)
+
+
 def test_integer_products_are_exact():
     a, b = (torch.randint(-128, 128, (n, 64), dtype=torch.int8) for n in (33, 40))
     assert torch.equal(product.integer_product(a, b), (a.int()[:, None] * b.int()).sum(-1).int())
