@@ -70,8 +70,9 @@ class DAM(PrefillMethod):
 
     @classmethod
     def examples(cls) -> Examples:
-        some = cls(vertical=(0, 20), slash=(0, 1), block=16, last_rows=1)
-        return {"some": (some,), "everything": ()}  # lines of any length need numbers from data
+        given = cls(vertical=(0, 20), slash=(0, 1), block=16, last_rows=1)
+        whole = cls(threshold=0.0, least=1, block=16, last_rows=1)
+        return {"some": (given,), "everything": (whole,)}
 
     def validate(self) -> None:
         super().validate()
