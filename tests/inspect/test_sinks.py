@@ -135,6 +135,9 @@ def test_bad_calls_are_refused(found: Any) -> None:
     for options in ({"threshold": 0}, {"likeness": 1.0}, {"rows": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             vtr.sinks(model, inputs, **options)
+    words = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long()}
+    with pytest.raises(ValueError, match="the inputs have no image or video"):
+        vtr.sinks(model, words)
     with vtr.apply(model, vtr.FastV()), pytest.raises(ValueError, match="wrapped already"):
         vtr.sinks(model, inputs)
     with pytest.raises(vtr.UnsupportedMethodError):

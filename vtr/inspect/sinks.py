@@ -151,7 +151,7 @@ def sinks(
         :class:`Sinks`. ``print(found.summary())`` counts them, ``found.draw()`` draws them.
 
     Raises:
-        ValueError: the model has a method, a number is out of range, or no layer called its attention.
+        ValueError: the model has a method, a number is out of range, or the inputs have no image.
         UnsupportedModelError, UnsupportedMethodError: as :func:`vtr.apply`.
     """
     for name, value in (("threshold", threshold), ("likeness", likeness)):
@@ -168,7 +168,9 @@ def sinks(
         found = handle.trace.notes.get("attention", {})
         layers = [found[n]["sinks"] for n in sorted(found) if "sinks" in found[n]]
     if not layers:
-        raise ValueError("no attention layer of the language model was called with these inputs")
+        raise ValueError(
+            "the inputs have no image or video: give the processor's, with pixel values"
+        )
     mean, number, cosine, norm = (torch.stack(x) for x in list(zip(*layers, strict=True))[:4])
     valid, visual = layers[0][4:]
     column = valid.int().argmax(1)
