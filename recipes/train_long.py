@@ -11,6 +11,10 @@ What a question needs is a comparison of every frame with all that came before: 
 appear again, and what did it look like then. Heads that are thrown away afterwards ask visual tokens for
 these facts inside the language model.
 
+Text sees all tokens, and would learn to look for both appearances of a digit by itself. So most clips
+hide the first one from text, and from the newline before it, in the larger part of the run: what it
+looked like has to be read from the second one, whose tokens saw it.
+
 Most tokens show no digit. Those are dropped to save time, in the first part of the run nearly all of them;
 tokens keep their positions. The last steps see all tokens.
 
@@ -33,7 +37,7 @@ from recipes.train_llava import choose, turn_mask
 from vtr.zoo import data
 from vtr.zoo.scenes import COLOURS
 from vtr.zoo.slide_questions import KINDS, ask
-from vtr.zoo.slides import FRAMES, IMAGE, Looks, Slides, backgrounds, draw, slides
+from vtr.zoo.slides import FRAMES, IMAGE, TWICE, Looks, Slides, backgrounds, draw, slides
 from vtr.zoo.video_llava import SLIDES, build, features, pool_order, processor
 from vtr.zoo.video_questions import VOCABULARY
 
@@ -42,6 +46,7 @@ PER_FRAME = SIDE * SIDE
 TOKENS = FRAMES * PER_FRAME
 NOTHING = 10  # class of a token without ink
 UNCLEAR = -100  # of one that a digit barely touches; what torch's cross-entropy ignores
+_UNSEEN = -1e4
 CLEAR = 0.06  # share of a token's square that a digit covers at least
 
 
@@ -51,20 +56,25 @@ class Recipe:
 
     Attributes:
         tower_steps, language_steps: optimiser steps of the two stages.
+        hiding: step of the second stage from which on text does not see the first appearance of a digit
+            that appears twice, in three clips of four.
         settling: the last steps of the second stage, which see all tokens in every second step.
         frames: frames per step of the first stage.
         batch: clips per step of the second stage, while it sees few tokens; fewer with more.
-        looks: frames with each combination of digit, colour and quadrant, whose features are computed;
-            as many frames without a digit as 40 combinations have.
+        looks: handwritten digits of each class, whose features are computed in each colour and quadrant;
+            and 40 times as many frames without a digit.
         seed: of the weights, the frames, the clips, the questions and the choice of tokens.
-        tower_rate, language_rate: peak learning rates, warmed up over 100 steps.
+        tower_rate, language_rate: peak learning rates, warmed up over 100 steps. The first one follows
+            a cosine of 1800 steps, and falls to nothing over the last 350; the second one falls over the
+            last 45 % of its stage.
     """
 
-    tower_steps: int = 1800
-    language_steps: int = 3000
-    settling: int = 300
+    tower_steps: int = 1150
+    language_steps: int = 1000
+    hiding: int = 450
+    settling: int = 60
     frames: int = 128
-    batch: int = 32
+    batch: int = 24
     looks: int = 50
     seed: int = 71
     tower_rate: float = 2e-3
@@ -76,7 +86,8 @@ class Recipe:
 
 
 class Bank(NamedTuple):
-    """Single frames: first those with a digit, ordered by digit, colour, quadrant; then those without.
+    """Single frames: first those with a digit, ordered by its class, colour, quadrant and hand; then those
+    without.
 
     Attributes:
         features: ``(m, 64, 64)`` bfloat16, what the projector reads.
@@ -197,9 +208,10 @@ class Trainer:
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.position)
         if self._in_tower():
-            at = self.position / recipe.tower_steps
-            rate = recipe.tower_rate * (0.5 * (1 + math.cos(math.pi * at)) + 0.02)
-            warm, compute = self.position, self._tower_loss
+            warm, compute, at = self.position, self._tower_loss, 0.0
+            left = (recipe.tower_steps - self.position) / 350
+            rate = recipe.tower_rate * (0.52 + 0.5 * math.cos(math.pi * self.position / 1800))
+            rate *= min(1.0, max(0.02, left))
         else:
             warm = self.position - recipe.tower_steps
             at = warm / recipe.language_steps
@@ -254,9 +266,9 @@ class Trainer:
             seen, inks = [], []
             for digit in range(10):
                 of_digit = indices[labels[indices] == digit]
-                chosen = torch.randint(len(of_digit), (16 * each,), generator=generator)
+                hands = of_digit[torch.randint(len(of_digit), (each,), generator=generator)]
                 pair = torch.arange(16).repeat_interleave(each)
-                shown = Looks(of_digit[chosen], pair // 4, pair % 4)
+                shown = Looks(hands.repeat(16), pair // 4, pair % 4)
                 frames = backgrounds(16 * each, generator)
                 frames, opacity = draw(shown, frames, generator)
                 seen.append(self._see(frames))
@@ -278,8 +290,8 @@ class Trainer:
         row, slot, turn = (batch.frames >= 0).nonzero(as_tuple=True)
         look = batch.digits[row, slot] * 16
         look += batch.colours[row, slot, turn] * 4 + batch.places[row, slot, turn]
-        chosen = torch.randint(each, (len(row),), generator=generator)
-        empty[row, batch.frames[row, slot, turn]] = look * each + chosen
+        hand = torch.randint(each, batch.digits.shape, generator=generator)[row, slot]
+        empty[row, batch.frames[row, slot, turn]] = look * each + hand
         return empty
 
     def _keep(self, at: float) -> int:
@@ -331,7 +343,7 @@ class Trainer:
             out = model.language_model(
                 inputs_embeds=torch.cat([start, projected, end, words(tokens)], 1),
                 position_ids=positions,
-                attention_mask=turn_mask(keep + 1, lengths),
+                attention_mask=self._mask(batch, kept, lengths, generator),
                 use_cache=False,
                 output_hidden_states=True,
             )
@@ -358,6 +370,21 @@ class Trainer:
             clear = label != UNCLEAR
             news[f"token's {name}"] = (guess.argmax(1) == label)[clear].float().mean().item()
         return loss + 0.3 * helping * self._alignment(projected, known, words.weight), news
+
+    def _mask(
+        self, batch: Slides, kept: Tensor, lengths: list[int], generator: torch.Generator
+    ) -> Tensor:
+        """(n or 1, 1, T, T) additive mask: that of :func:`turn_mask`, and what is hidden from text."""
+        keep = kept.shape[1]
+        mask = turn_mask(keep + 1, lengths)
+        if self.position < self.recipe.tower_steps + self.recipe.hiding:
+            return mask
+        first = batch.frames[:, :TWICE, 0]
+        hidden = (kept[..., None] // PER_FRAME == first[:, None]).any(-1)
+        hidden &= torch.rand(len(kept), 1, generator=generator) < 0.75
+        mask = mask.repeat(len(kept), 1, 1, 1)
+        mask[:, 0, keep + 1 :, 1 : 1 + keep].masked_fill_(hidden[:, None], _UNSEEN)
+        return mask
 
     def _alignment(self, visual: Tensor, known: Facts, table: Tensor) -> Tensor:
         """Projected tokens read as words through the word table: a faster start."""

@@ -10,7 +10,7 @@ from vtr.zoo import data, video_llava, video_questions
 from vtr.zoo.slide_questions import slides_qa
 from vtr.zoo.slides import DIGITS, FRAMES, IMAGE, TWICE, Looks, backgrounds, draw, slides
 
-SMALL = Recipe(tower_steps=2, language_steps=3, settling=1, frames=4, batch=2, looks=1)
+SMALL = Recipe(tower_steps=2, language_steps=3, hiding=1, settling=1, frames=4, batch=2, looks=1)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -58,8 +58,10 @@ def test_clips_are_put_together_from_the_right_frames():
                 quadrant = ink[i, at].view(2, 2, 2, 2).sum((1, 3)).argmax()
                 assert quadrant == batch.places[i, slot, turn]
     assert torch.equal(ink.sum(-1) > 0, there)
-    again = Trainer(SMALL).bank()
-    assert torch.equal(again.features, trainer.bank().features)
+    more = Trainer(Recipe(looks=3))
+    chosen = more._compose(batch, generator(4)).gather(1, batch.frames[:, :TWICE].flatten(1)) % 3
+    hands = chosen.view(3, TWICE, 2)
+    assert torch.equal(hands[..., 0], hands[..., 1]), "a digit comes back in the same hand"
 
 
 def test_training_computes_what_the_model_computes():
@@ -101,6 +103,27 @@ def test_recipe_runs_and_resumes_where_it_left(tmp_path):
     assert type(processor).__name__ == "LlavaOnevisionProcessor"
     samples = slides_qa(2, seed=8)
     assert video_questions.evaluate_video_vlm(model, processor, samples)["mean"] <= 0.5
+
+
+def test_the_first_appearance_is_hidden_from_text_and_newline_alone():
+    trainer = Trainer(Recipe(tower_steps=1, language_steps=40, hiding=10, settling=4))
+    batch = slides(40, generator(7))
+    keep, lengths = 30, [3, 4]
+    kept = torch.rand(40, TOKENS, generator=generator(8)).topk(keep).indices.sort(1).values
+    open_to_all = trainer._mask(batch, kept, lengths, generator(9))
+    assert open_to_all.shape == (1, 1, 39, 39)
+    trainer.position = 11
+    mask = trainer._mask(batch, kept, lengths, generator(9))
+    hides = 0
+    for i in range(40):
+        closed = (mask[i, 0] != open_to_all[0, 0]).nonzero().tolist()
+        first = set(batch.frames[i, :TWICE, 0].tolist())
+        columns = [1 + j for j, token in enumerate(kept[i].tolist()) if token // PER_FRAME in first]
+        rows = range(keep + 1, 39)
+        wanted = [[r, c] for r in rows for c in columns if open_to_all[0, 0, r, c] == 0]
+        assert closed in ([], wanted)
+        hides += bool(closed)
+    assert 15 < hides < 38, "in three clips of four, of those that have such a token"
 
 
 def test_the_last_steps_see_all_tokens():

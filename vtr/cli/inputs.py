@@ -10,6 +10,7 @@ from vtr.zoo.loading import VLMS
 QUESTIONS = {
     "digits-llava": "how many digits are there ?",
     "digits-video": "which digit is blue ?",
+    "digits-long": "which digit does appear twice , last in blue ?",
 }
 
 

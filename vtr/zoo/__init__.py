@@ -30,6 +30,7 @@ _PUBLIC = {
     "vqa": "vtr.zoo.questions",
     "evaluate_video_vlm": "vtr.zoo.video_questions",
     "video_qa": "vtr.zoo.video_questions",
+    "slides_qa": "vtr.zoo.slide_questions",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load_vlm",
     "models",
     "samples",
+    "slides_qa",
     "video_qa",
     "vlm_path",
     "vqa",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from vtr.zoo.loading import load, load_pipeline, load_vlm
     from vtr.zoo.packaged import ModelCard, card, models, vlm_path, weights_path
     from vtr.zoo.questions import evaluate_vlm, vqa
+    from vtr.zoo.slide_questions import slides_qa
     from vtr.zoo.video_questions import evaluate_video_vlm, video_qa
 
 

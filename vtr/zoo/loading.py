@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
-NAMES = "digits-vit, timm:NAME, open_clip:NAME, digits-llava, digits-video, a folder or a hub id of a VLM"
+NAMES = (
+    "digits-vit, timm:NAME, open_clip:NAME, digits-llava, digits-video, digits-long, "
+    "a folder or a hub id of a VLM"
+)
 VLMS = {
     "builtin": "digits-llava",
     "digits-llava": "digits-llava",
     "digits-video": "digits-video",
+    "digits-long": "digits-long",
 }
 """Built-in vision-language models by the names that they go by."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -63,8 +67,8 @@ def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tu
 
     Args:
         name: ``"digits-llava"`` (a transformers ``LlavaForConditionalGeneration``),
-            ``"digits-video"`` (a ``LlavaOnevisionForConditionalGeneration``), or the folder of a
-            training run.
+            ``"digits-video"`` or ``"digits-long"`` (a ``LlavaOnevisionForConditionalGeneration``
+            each; the second one is for clips of 64 frames), or the folder of a training run.
         dtype: of the parameters; None for float32. The weights are stored in bfloat16.
 
     Raises:
@@ -97,7 +101,7 @@ def load_pipeline(name: str = "digits-wan", dtype: torch.dtype | None = None) ->
     """
     folder = Path(str(resources.files("vtr.zoo").joinpath("weights", name)))
     folder = folder if folder.is_dir() else Path(name)
-    if not (folder / "config.json").is_file() or name in ("digits-llava", "digits-video"):
+    if not (folder / "config.json").is_file() or name in VLMS:
         raise ValueError(f"there is no built-in generator {name!r}; there is: digits-wan")
     from vtr.zoo import wan
 
@@ -198,8 +202,8 @@ def find_vlm(name: str) -> VlmReference:
     """The model of a name, with its configuration and without its weights.
 
     Args:
-        name: ``"digits-llava"`` (or ``"builtin"``), ``"digits-video"``, a folder with a
-            ``config.json``, or an id of the Hugging Face hub.
+        name: ``"digits-llava"`` (or ``"builtin"``), ``"digits-video"``, ``"digits-long"``, a folder
+            with a ``config.json``, or an id of the Hugging Face hub.
 
     Raises:
         ValueError: there is no such model, or it is none that answers questions about images.
@@ -215,7 +219,10 @@ def find_vlm(name: str) -> VlmReference:
         path = str(vlm_path(VLMS[name]))
     elif os.path.isdir(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(f"the folder {name} holds no config.json: it is no saved model")
-    known = "builtin (digits-llava), digits-video, a folder of a saved model, or an id of the Hugging Face hub"
+    known = (
+        "builtin (digits-llava), digits-video, digits-long, a folder of a saved model, or an id of "
+        "the Hugging Face hub"
+    )
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

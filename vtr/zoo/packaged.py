@@ -75,6 +75,7 @@ def check(name: str) -> None:
         hints = {
             "digits-llava": f" ({name} answers questions: vtr.zoo.load_vlm)",
             "digits-video": f" ({name} answers questions about videos: vtr.zoo.load_vlm)",
+            "digits-long": f" ({name} answers questions about videos: vtr.zoo.load_vlm)",
             "digits-wan": f" ({name} makes videos: vtr.zoo.load_pipeline)",
         }
         hint = hints.get(name, "")

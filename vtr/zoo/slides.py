@@ -2,9 +2,9 @@
 built-in model for long videos.
 
 Every slide has a separate background and lasts one frame. Ten slides show a digit, in one of four
-quadrants: four digits are seen once, and three come back after at least :data:`FAR` frames, in another
-colour and at another place. Nothing in a single frame tells that a digit comes back: a frame has to be
-compared with all that came before it.
+quadrants: four digits are seen once, and three come back after at least :data:`FAR` frames, written by
+the same hand, in another colour and at another place. Nothing in a single frame tells that a digit comes
+back: a frame has to be compared with all that came before it.
 
 A batch is a description, :class:`Slides`, and pixels only when they are asked for (:func:`render`).
 """
@@ -24,10 +24,10 @@ IMAGE = 32  # pixels, side of a frame
 FAR = 12  # frames, at least, between the two appearances of a digit
 TWICE, ONCE = 3, 4  # digits of a clip that appear twice, and once
 DIGITS = TWICE + ONCE
-BOX = (16.0, 18.5)  # pixels, side of a digit's box
+BOX = (18.0, 19.0)  # pixels, side of a digit's box
 
 _HALF = IMAGE // 2
-_BRIGHTNESS = 0.45
+_BRIGHTNESS = 0.3
 _PLAIN = 0.4  # share of frames in front of one colour
 
 
@@ -42,7 +42,7 @@ class Slides(NamedTuple):
             a digit differ, and so do the last ones of the digits that appear twice.
         places: ``(n, 7, 2)`` int64, indices into :data:`~vtr.zoo.scenes.QUADRANTS`, or -1. The two
             of a digit differ.
-        glyphs: ``(n, 7, 2)`` int64, which handwritten digits, or -1.
+        glyphs: ``(n, 7)`` int64, which handwritten digits.
     """
 
     digits: Tensor
@@ -98,9 +98,9 @@ def slides(n: int, generator: torch.Generator, split: data.Split = "train") -> S
     colours = _two(len(COLOURS), last, generator)
     places = _two(4, torch.randint(4, (n, DIGITS), generator=generator), generator)
     of_class = (data.digit_labels()[indices] == digits.flatten()[:, None]).float()
-    glyphs = indices[torch.multinomial(of_class, 2, generator=generator)].view(n, DIGITS, 2)
-    columns = (c.masked_fill(~there, -1) for c in (colours, places, glyphs))
-    return Slides(digits, frames, *columns)
+    glyphs = indices[torch.multinomial(of_class, 1, generator=generator)[:, 0]].view(n, DIGITS)
+    colours, places = (c.masked_fill(~there, -1) for c in (colours, places))
+    return Slides(digits, frames, colours, places, glyphs)
 
 
 class Looks(NamedTuple):
@@ -155,7 +155,9 @@ def render(batch: Slides, generator: torch.Generator) -> Tensor:
     frames = backgrounds(n * FRAMES, generator)
     row, slot, turn = (batch.frames >= 0).nonzero(as_tuple=True)
     at = row * FRAMES + batch.frames[row, slot, turn]
-    looks = Looks(*(c[row, slot, turn] for c in (batch.glyphs, batch.colours, batch.places)))
+    looks = Looks(
+        batch.glyphs[row, slot], batch.colours[row, slot, turn], batch.places[row, slot, turn]
+    )
     frames[at], _ = draw(looks, frames[at], generator)
     return frames.view(n, FRAMES, 3, IMAGE, IMAGE)
 

@@ -224,12 +224,18 @@ def answers(
     """Whole answers, freely generated, greedy. Works on a wrapped model."""
     said: list[str] = []
     for start in range(0, len(samples), batch_size):
-        inputs = prompt(processor, samples[start : start + batch_size]).to(model.device)
-        inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(model.dtype)
-        out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        said += [a.strip() for a in processor.batch_decode(new, skip_special_tokens=True)]
+        said += reply(model, processor, prompt(processor, samples[start : start + batch_size]))
     return said
+
+
+@torch.no_grad()
+def reply(model: Any, processor: Any, inputs: Any) -> list[str]:
+    """Whole answers to what :func:`prompt` prepared, freely generated, greedy."""
+    inputs = inputs.to(model.device)
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(model.dtype)
+    out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [a.strip() for a in processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def score(samples: list[VideoSample], said: list[str]) -> dict[str, float]:
