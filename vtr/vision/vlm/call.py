@@ -22,13 +22,13 @@ from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.frames import KINDS
 from vtr.vision.vlm.head import Purpose
+from vtr.vision.vlm.marks import MarkedCache
 from vtr.vision.vlm.recompute import chosen
 from vtr.vision.vlm.rows import Seen
 from vtr.vision.vlm.sequence import SequenceLayout, follow, positions_along, put, rows_of
 from vtr.vision.vlm.visit import language_site
 
 if TYPE_CHECKING:
-    from vtr.vision.vlm.marks import MarkedCache
     from vtr.vision.vlm.uncached import Held
     from vtr.vision.vlm.wrapping import VLMWrapping
 
@@ -347,12 +347,14 @@ class LanguageCall:
         )
 
     def repeat(self) -> LanguageCall:
-        """The call as it is now, for a layer that runs again: methods are not asked anew."""
+        """The call as it is now, for a layer that runs again: methods that cut are not asked anew."""
         twin = copy.copy(self)
         twin.again, twin.inside = True, False
         twin.repeats = self.choices if self.repeats is None else self.repeats
         twin.memory, twin._frames, twin.seen, twin.cache = {}, {}, None, None
         twin.hidden = None
+        # A method is asked again inside of attention: it must not find what it kept in the first run.
+        twin.marks = None if self.marks is None else MarkedCache()
         twin.segments, twin.left = list(self.segments), list(self.left)
         return twin
 

@@ -3,6 +3,7 @@
 Cuts before and after a layer are done outside of what is checkpointed: the layer runs again with the
 shorter sequence that it was given. (transformers before 5.24 checkpoints a layer's hooks as well: they are
 run before.) A cut between attention and MLP is part of it, and is repeated as the method chose it first.
+Methods inside its attention are asked again.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Checkpointed:
                 args, kwargs = made
                 block = functools.partial(block.func, *block.args, **kwargs)
             call.outside = i
-        cuts = (
-            ("decoder", i, "middle") in session.visits
-            and call is not None
-            and call.visual is not None
-        )
-        return function(LayerPass(session, block, call if cuts else None), *args)
+        if call is None:
+            return function(LayerPass(session, block, None), *args)
+        cuts = ("decoder", i, "middle") in session.visits and call.visual is not None
+        attends = i in session.owner.attention.by_layer and call.marks is not None
+        made = LayerPass(session, block, call if cuts or attends else None, cuts)
+        return function(made, *args)
 
 
 class Layers:
@@ -71,13 +72,18 @@ class LayerPass:
 
     Args:
         block: the layer with its arguments.
-        call: the running call if methods cut inside of the layer.
+        call: the running call if methods act inside of the layer.
+        cuts: whether they shorten the sequence there.
     """
 
     def __init__(
-        self, session: LanguageSession, block: Callable[..., Any], call: LanguageCall | None
+        self,
+        session: LanguageSession,
+        block: Callable[..., Any],
+        call: LanguageCall | None,
+        cuts: bool = False,
     ) -> None:
-        self.session, self.block = session, block
+        self.session, self.block, self.cuts = session, block, cuts
         self.entries: list[Entry] | None = None
         self.first, self.state = call, None if call is None else call.repeat()
         self.call: LanguageCall | None = None
@@ -101,8 +107,11 @@ class LayerPass:
         if call is None:
             return self.block(*args)
         call.inside = True
+        call.hidden = args[0] if args else None
         try:
             output = self.block(*args)
+            if not self.cuts:
+                return output
             # The tokens that are left are part of what the function returns, or reentrant checkpointing loses it.
             short = self.session.middle.halves(call, output)
         finally:
