@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vtr.testing import check_method
-from vtr.testing.methods import ATTENTION, TOKENS
+from vtr.testing.methods import ATTENTION, INSIDE, TOKENS
 
 DOCS = Path(__file__).parents[2] / "docs"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -57,6 +57,10 @@ def test_the_adapter_of_the_page(code: list[str]) -> None:
     run(code[3])["test_the_adapter"]()
 
 
+def test_the_method_inside_attention_of_the_page(code: list[str]) -> None:
+    run(code[4])["test_inside_attention"]()
+
+
 def test_the_page_names_every_law() -> None:
     page = (DOCS / "laws.md").read_text()
-    assert not [law for law in {**TOKENS, **ATTENTION} if f"| {law} |" not in page]
+    assert not [law for law in {**TOKENS, **ATTENTION, **INSIDE} if f"| {law} |" not in page]
