@@ -127,7 +127,11 @@ ASKING = "vtr_"
 ATTEND = "_vtr_attend"
 #: Arguments by which an attention function is asked for more than a softmax over keys.
 ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")
-_IMPLEMENTATION = "_attn_implementation_internal"
+#: Arguments of an attention function: the factor of the scores, the columns that a row sees in a layer with a
+#: sliding window (absent or None without one), and the dropout of the softmax.
+SCALING, WINDOW, DROPOUT = "scaling", "sliding_window", "dropout"
+#: Attribute of a configuration: the implementation that its own model runs, none of its parts.
+IMPLEMENTATION = "_attn_implementation_internal"
 
 
 def attention_implementation(model: Any) -> str:
@@ -146,7 +150,7 @@ def cannot_ask(model: Any, attention: Any) -> str:
     home: Any = sys.modules.get(type(attention).__module__)
     if not hasattr(home, "ALL_ATTENTION_FUNCTIONS") or not hasattr(home, "eager_attention_forward"):
         return f"{title} computes attention by itself, not by a registered attention function"
-    if not hasattr(getattr(model, "config", None), _IMPLEMENTATION):
+    if not hasattr(getattr(model, "config", None), IMPLEMENTATION):
         return f"the configuration of {type(model).__name__} names no attention implementation"
     if getattr(attention, "sinks", None) is not None:
         return f"{title} has learned attention sinks"
@@ -161,17 +165,17 @@ def ask(model: Any) -> None:
 
     name = attention_implementation(model)
     asking = ASKING + name
-    if getattr(model.config, _IMPLEMENTATION) == asking:
+    if getattr(model.config, IMPLEMENTATION) == asking:
         return
     if name in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(asking, ALL_MASK_ATTENTION_FUNCTIONS[name])
     AttentionInterface.register(asking, _Asking(name))
-    setattr(model.config, _IMPLEMENTATION, asking)
+    setattr(model.config, IMPLEMENTATION, asking)
 
 
 def ask_no_more(model: Any) -> None:
     """End :func:`ask`; the implementation is what it was, or what has been chosen since."""
-    setattr(model.config, _IMPLEMENTATION, attention_implementation(model))
+    setattr(model.config, IMPLEMENTATION, attention_implementation(model))
 
 
 class _Asking:

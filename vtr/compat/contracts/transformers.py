@@ -10,6 +10,7 @@ from vtr.compat.contract import Expectation
 _ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.py"
 _WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
 _DEEPSTACK = "vtr/vision/vlm/deepstack.py"
+_ASK, _ATTENDING = "vtr/compat/transformers.py", "vtr/vision/vlm/attending.py"
 _CACHES, _PACKED = "vtr/vision/vlm/cache.py", "vtr/vision/vlm/packed.py"
 _HEAD, _DRAFTS, _SPREADS = (f"vtr/vision/vlm/{name}.py" for name in ("head", "drafts", "spreads"))
 _TOWERS, _LAYERS = (
@@ -49,6 +50,7 @@ def _general() -> Iterator[Expectation]:
         _LAYERS,
         starts=("attn_implementation", "default"),
     )
+    yield from _asking()
     yield Expectation(
         "transformers.configuration_utils:PreTrainedConfig",
         f"{_WRAPPING}, {_LAYERS}",
@@ -74,6 +76,50 @@ def _general() -> Iterator[Expectation]:
         "vtr/zoo/loading.py",
         has=("_model_mapping",),
     )
+
+
+def _asking() -> Iterator[Expectation]:
+    """Methods inside attention: a registered function, named on the configuration of a language model."""
+    masks = "ALL_MASK_ATTENTION_FUNCTIONS"
+    for name in ("AttentionInterface", "AttentionMaskInterface"):
+        yield Expectation(f"transformers:{name}.register", _ASK, starts=("key", "value"))
+    yield Expectation(
+        f"transformers.masking_utils:{masks}", _ASK, has=("__getitem__", "__contains__")
+    )
+    yield Expectation(
+        "transformers.masking_utils:create_causal_mask",
+        f"{_ASK}, {_ATTENDING}",
+        calls=(masks, "_attn_implementation"),
+    )
+    yield Expectation(
+        "transformers.configuration_utils:PreTrainedConfig._attn_implementation.fget",
+        _ASK,
+        calls=(names.IMPLEMENTATION,),
+    )
+    used = f"{_ASK}, {_ATTENDING}"
+    for model, title, slides in (
+        ("llama", "Llama", False),
+        ("mistral", "Mistral", True),
+        ("qwen2", "Qwen2", True),
+        ("qwen2_vl", "Qwen2VL", True),
+        ("qwen2_5_vl", "Qwen2_5_VL", True),
+        ("qwen3", "Qwen3", True),
+        ("qwen3_vl", "Qwen3VLText", False),
+    ):
+        yield Expectation(
+            f"{_home(model)}:{title}Attention.forward",
+            used,
+            calls=(
+                *("ALL_ATTENTION_FUNCTIONS", "get_interface", names.SCALING, names.DROPOUT),
+                *([names.WINDOW] if slides else []),
+            ),
+        )
+        yield Expectation(
+            f"{_home(model)}:eager_attention_forward",
+            _ASK,
+            starts=("module", "query", "key", "value", "attention_mask"),
+            takes=(names.SCALING, names.DROPOUT),
+        )
 
 
 def _generate() -> Iterator[Expectation]:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtr.compat.transformers import ATTEND, ATTENTION_EXTRAS, ask, ask_no_more
+from vtr.compat.transformers import (
+    ATTEND,
+    ATTENTION_EXTRAS,
+    DROPOUT,
+    SCALING,
+    WINDOW,
+    ask,
+    ask_no_more,
+)
 from vtr.core.language_attention import LanguageAttentionSite, Marks, PaddingGroup, groups_of
 from vtr.core.wrapping import Bound, Entry
 from vtr.vision.vlm.marks import Columns, joined, mark, marked, marks_here
@@ -139,7 +147,7 @@ class LanguageAttention:
         self._check(i, module, q, v, kwargs)
         entry = self.by_layer[i]
         method: Any = entry.method
-        valid, window = self._columns(call, i, k, kwargs.get("sliding_window"))
+        valid, window = self._columns(call, i, k, kwargs.get(WINDOW))
         columns = valid.shape[1]
         site = self._site(
             call, i, entry, q, k[:, :, :columns], v[:, :, :columns], valid, window, dense, kwargs
@@ -185,7 +193,7 @@ class LanguageAttention:
         return LanguageAttentionSite(
             info=owner.info, phase=phase, training=owner.root.training, valid=valid, marks=marks,
             window=window, hidden=call.hidden, groups=groups, layer=i, layers=len(owner.layers),
-            q=q, k=k, v=v, scale=kwargs["scaling"], dense=dense,
+            q=q, k=k, v=v, scale=kwargs[SCALING], dense=dense,
             state=call.marks.state.setdefault((which, entry.method.name, i), {}),
             memory=call.memory.setdefault(("attention", which), {}), notes=notes, table=entry.table_like(q),
             modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
@@ -216,7 +224,7 @@ class LanguageAttention:
                 f"{name}: the attention of layer {i} ({type(module).__name__}) {what}, which no kernel of vtr "
                 f"computes: name the layer in dense_layers, or use a method that acts between layers"
             )
-        if kwargs.get("dropout"):
+        if kwargs.get(DROPOUT):
             raise RuntimeError(
                 f"{name}: the attention of layer {i} has dropout: set attention_dropout to 0 in the "
                 "language model's configuration"
