@@ -125,7 +125,7 @@ def _chat(model: Any, inputs: Inputs) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
         if "mm_token_type_ids" in inputs:
             positions = positions.expand(3, -1, -1)
-        more = {} if cache is None else with_cache(type(model).forward, cache)
+        more: dict[str, Any] = {} if cache is None else with_cache(type(model).forward, cache)
         found = model(
             **{**turn, "attention_mask": mask}, position_ids=positions, use_cache=True, **more
         )
