@@ -26,9 +26,7 @@ def built_in():
 def test_every_registered_method_is_measured():
     found = methods()
     assert tuple(found)[:2] == BASELINES
-    wanted = {
-        name for name, cls in registry().items() if issubclass(cls, LanguageAttentionMethod)
-    }
+    wanted = {name for name, cls in registry().items() if issubclass(cls, LanguageAttentionMethod)}
     assert set(found) == wanted
     for name, settings in found.items():
         assert settings and all(method.name == name for method in settings)
@@ -90,7 +88,9 @@ def test_a_method_that_draws_takes_the_seed(built_in, monkeypatch):
     monkeypatch.setattr(prefill, "apply", spy)
     samples = prefill.questions(built_in[1], 1, (5, 6))
     assert samples[5][0].samples[0].answer != samples[6][0].samples[0].answer
-    prefill.measure(*built_in, samples, "random-blocks", vtr.RandomBlocks(0.5, block=16, backend="sdpa"))
+    prefill.measure(
+        *built_in, samples, "random-blocks", vtr.RandomBlocks(0.5, block=16, backend="sdpa")
+    )
     assert [m.seed for m in applied] == [5, 6]
 
 

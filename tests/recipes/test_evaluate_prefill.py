@@ -48,7 +48,10 @@ def test_a_run_of_some_methods_goes_on_where_it_stopped(measured, tmp_path):
     assert len(lines) == 8 and lines[0].startswith("method,setting,density,accuracy,spread,random-")
     page = (tmp_path / "run-1.5.md").read_text()
     assert "| random-blocks | 25% | 12.5% ± 7.1 | 12.5% | 12.5% |" in page
-    assert "- local-window, density 10%: `LocalWindow(block=16, last_rows=1, backend='sdpa', density=0.1)`" in page
+    assert (
+        "- local-window, density 10%: `LocalWindow(block=16, last_rows=1, backend='sdpa', density=0.1)`"
+        in page
+    )
 
 
 def test_a_run_of_all_methods_leaves_nothing_of_other_settings(measured, tmp_path):
