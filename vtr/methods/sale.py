@@ -72,7 +72,7 @@ class SALE(PrefillMethod):
     def examples(cls) -> Examples:
         small: dict[str, Any] = {"block": 16, "local": 16, "min_length": 0}
         return {
-            "some": (cls(0.05, last_rows=1, **small), cls(0.05, last_rows=1, heads="kv", **small)),
+            "some": (cls(10.0, last_rows=1, **small), cls(0.05, last_rows=1, heads="kv", **small)),
             "everything": (cls(0.0, **small),),
         }
 
