@@ -158,7 +158,7 @@ def _check(method: Method, attend: Any, given: Any) -> float:
     change = type(site).edit
 
     def plain(probe: Any) -> Tensor:
-        """What the method does; dense attention follows the values of the probe."""
+        """Run the method, with dense attention that follows the values of the probe."""
 
         def edit(how: Any, rows: Tensor) -> Tensor:
             edited.logical_or_(_marked(rows, edited))
