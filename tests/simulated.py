@@ -346,6 +346,22 @@ def _of_numbers(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
+class _Event:
+    """A stand-in for ``torch.cuda.Event`` on a device where everything is done at once."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.machine.synchronize()
+
+    def elapsed_time(self, later: _Event) -> float:
+        return 0.0
+
+
 @contextmanager
 def gpu() -> Iterator[Machine]:
     """A simulated CUDA device for the time of a block; ``torch.cuda.is_available()`` stays False.
@@ -364,6 +380,7 @@ def gpu() -> Iterator[Machine]:
     patches = {
         "_lazy_init": lambda: None,
         "synchronize": machine.synchronize,
+        "Event": lambda **_: _Event(machine),
         "get_device_name": lambda device=None: "simulated",
         "mem_get_info": lambda device=None: (1 << 40, 1 << 40),
         "is_current_stream_capturing": lambda: False,
