@@ -156,7 +156,7 @@ def density(notes: Mapping[int, Mapping[str, Any]], layers: int) -> float:
 
 
 def calibrated(model: Any, processor: Any, method: Method) -> Any:
-    """What :func:`vtr.apply` takes for a method: itself, or a plan if it has numbers from data."""
+    """Return what :func:`vtr.apply` takes for a method: itself, or a plan if it has numbers from data."""
     if not getattr(method, "calibrated", False):
         return method
     from vtr.inspect.calibrate import calibrate
