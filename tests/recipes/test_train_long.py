@@ -134,4 +134,4 @@ def test_the_last_steps_see_all_tokens():
     assert max(sizes[:20]) < 100 and TOKENS not in sizes[:36]
     assert sizes[36:].count(TOKENS) == 2
     with pytest.raises(ValueError, match="settling"):
-        Trainer(Recipe(language_steps=200))
+        Trainer(Recipe(language_steps=60))
