@@ -73,6 +73,7 @@ class LanguageAttentionSite(AttentionSite):
         self.valid, self.window, self.hidden = valid, window, hidden
         self._marks = marks
         self._found: dict[bool, Marks] = {}
+        self.was_dense = False  # all rows have been computed over all keys
         self._groups = groups
 
     # ---- columns ----------------------------------------------------------------------------
@@ -131,6 +132,7 @@ class LanguageAttentionSite(AttentionSite):
     def dense(self) -> Tensor:
         """Compute what the unwrapped model does, (B, H, L, D)."""
         self.count(1.0)
+        self.was_dense = True
         return self._dense()
 
     def sparse(self, mask: Tensor | BlockMask, block: int | tuple[int, int] = 128) -> Tensor:

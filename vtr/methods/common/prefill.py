@@ -93,9 +93,10 @@ class PrefillMethod(LanguageAttentionMethod):
             return site.dense()
         made = []
         for group, part in site.parts():
-            rows = self.dense_rows(part)
             out = self.compute(part)
-            made.append((group, part.overwrite(out, rows)))
+            if not part.was_dense:
+                out = part.overwrite(out, self.dense_rows(part))
+            made.append((group, out))
         return site.join(made)
 
     def compute(self, site: LanguageAttentionSite) -> Tensor:
