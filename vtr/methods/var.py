@@ -34,7 +34,9 @@ class VAR(EditMethod):
     never one. In the rows after the image and in every decoding step, a head's row is image-centric if at least
     ``summ`` of its attention is on visual tokens, and at least ``rho`` of that on visual tokens that are no
     sinks. In these rows every sink, text too, keeps ``keep`` of its attention, and the visual tokens that are no sinks
-    get the rest in proportion to what they have. All other rows and heads stay as they are.
+    get the rest in proportion to what they have. All other rows and heads stay as they are. Draft tokens of assisted
+    decoding come several at a time, as the text of a later turn does, in which sinks are looked for: its answers may
+    differ from those of plain decoding.
 
     The paper calls p what is taken: a sink keeps 1 - p. The authors' code calls p what is kept, and ships p =
     0.6. Which of the two its tables used is not known. ``keep`` has the name of its effect: 0.6 is the code's
