@@ -15,7 +15,12 @@ from vtr.core.registry import register, registry
 from vtr.core.site import ModelInfo
 
 BAD_KEEP = [0, -3, 0.0, 1.01, math.nan, True, "x", 1j]
-WITH_KEEP = [n for n, c in registry().items() if "keep" in {f.name for f in dataclasses.fields(c)}]
+# Of tokens: what an attention edit keeps is a share of attention.
+WITH_KEEP = [
+    n
+    for n, c in registry().items()
+    if issubclass(c, vtr.TokenMethod) and "keep" in {f.name for f in dataclasses.fields(c)}
+]
 WITH_LAYERS = [
     n for n, c in registry().items() if "layers" in {f.name for f in dataclasses.fields(c)}
 ]
@@ -82,7 +87,7 @@ def test_create_by_name() -> None:
         assert type(vtr.create(cls.__name__)) is cls
     with pytest.raises(ValueError, match=r"no method 'flowcat'\. Did you mean 'flowcut'"):
         vtr.create("flowcat")
-    with pytest.raises(ValueError, match=r"Known: cls-attention, .*evit"):
+    with pytest.raises(ValueError, match=r"Known: act, .*cls-attention, .*evit"):
         vtr.create("zzz")
     with pytest.raises(ValueError, match="evit has no option 'kept'; it has: keep, layers, fuse"):
         vtr.create("evit", kept=3)
