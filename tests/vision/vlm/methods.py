@@ -21,7 +21,7 @@ def method_of(name: str) -> vtr.Method:
 
 
 def cutting(model: Any) -> Iterator[vtr.Method]:
-    """Those that a model supports."""
+    """Those that a model supports, of the methods that decide about tokens."""
     for support in vtr.supported(model):
-        if support.supported:
+        if support.supported and issubclass(registry()[support.name], vtr.TokenMethod):
             yield method_of(support.name)
