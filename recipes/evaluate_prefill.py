@@ -83,7 +83,7 @@ def markdown(results: Sequence[PrefillResult], facts: Mapping[str, Any]) -> str:
         "find it, visual tokens compare their frame with all before it; a guess among the digits of a colour is "
         "right in about a third of *which twice*, and in half of *how often*. *Colour last* and *where last* "
         "can be answered by rows of text alone, which are dense. Settings were chosen by their densities, with "
-        "6 questions of another seed; methods with numbers from data are calibrated on 12 questions about "
+        "6 questions of another seed (thresholds of *sale* with these questions); methods with numbers from data are calibrated on 12 questions about "
         "clips of the training split, except SALE, whose thresholds are given.",
         "",
     ]

@@ -232,10 +232,11 @@ def test_images(built: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("cls", [vtr.ACT, vtr.CMAI, vtr.VAR, vtr.VHR])
 def test_attention_edits(built: dict[str, Any], cls: type[vtr.Method]) -> None:
-    """Beside what every prompt waits for, once for the rows of each of four layers."""
+    """Beside what every prompt waits for, once for the rows of each of four layers, and for the frames that
+    pictures of masks show."""
     model, inputs = built["llava"]
     machine = agree(model, cls.examples()["some"][0], answers, inputs, True)
-    assert sum(machine.ours().values()) <= 9, machine.ours()
+    assert sum(machine.ours().values()) <= 10, machine.ours()
 
 
 @pytest.mark.parametrize("name", [*VIDEO, "downsample", "visionzip", "flowcut", "vflowopt"])
