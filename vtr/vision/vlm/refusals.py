@@ -93,9 +93,11 @@ def takes_videos(owner: VLMWrapping, method: Method) -> bool:
 
 
 def for_videos(owner: VLMWrapping, without: Collection[str]) -> str:
-    """Names of the methods that work for videos, without some of them."""
+    """Names of the methods that cut tokens of videos, without some of them."""
     names = []
     for name, cls in registry().items():
+        if not issubclass(cls, TokenMethod):
+            continue
         try:
             owner.check(cls(), dict(owner.options))
         except (UnsupportedMethodError, ValueError):
