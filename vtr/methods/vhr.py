@@ -72,7 +72,8 @@ class VHR(LanguageAttentionMethod):
 
     @classmethod
     def examples(cls) -> Examples:
-        return {"some": (cls(2.0),), "everything": (cls(1.0),)}
+        # Rounding may change which heads are above the median: a small factor keeps its effect small.
+        return {"some": (cls(1.25),), "everything": (cls(1.0),)}
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         depth = info.depth["attention"]
