@@ -25,6 +25,13 @@ from vtr.testing.trial import Trial
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 every = pytest.mark.parametrize("name", INSIDE)
+
+
+def third(first: int) -> pytest.MarkDecorator:
+    """A third of the methods: what these laws ask is mostly the base's, and they take seconds a method."""
+    return pytest.mark.parametrize("name", INSIDE[first::3])
+
+
 either = pytest.mark.parametrize("method", [Thirds(block=16, last_rows=2), Flatter()], ids=str)
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 CLOSE = 1e-4
@@ -111,7 +118,7 @@ def test_decoding_with_a_cache_is_decoding_without(method: Any) -> None:
     close(found, whole)
 
 
-@every
+@third(0)
 def test_a_static_cache_is_a_dynamic_one(name: str) -> None:
     t = trial(name)
     with t.applied(t.method):
@@ -120,7 +127,7 @@ def test_a_static_cache_is_a_dynamic_one(name: str) -> None:
     close(found, wanted)
 
 
-@every
+@third(1)
 def test_each_beam_has_the_score_of_its_text(name: str) -> None:
     t = trial(name)
     model, sample = t.kind.model, t.kind.samples[0]
@@ -140,7 +147,7 @@ def test_each_beam_has_the_score_of_its_text(name: str) -> None:
 DRAFTS_ARE_TURNS = {"var"}
 
 
-@pytest.mark.parametrize("name", [n for n in INSIDE if n not in DRAFTS_ARE_TURNS])
+@pytest.mark.parametrize("name", [n for n in INSIDE[1::3] if n not in DRAFTS_ARE_TURNS])
 def test_drafts_are_judged_as_tokens_one_by_one(name: str) -> None:
     """Several rows of text are a later turn of it."""
     t = trial(name)
@@ -194,7 +201,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@every
+@third(2)
 def test_gradients(name: str, learner: Any) -> None:
     """Those of dense attention if everything is kept; and with checkpoints those without."""
     model, inputs = learner
@@ -289,7 +296,7 @@ def sliding() -> tuple[Any, dict[str, Any]]:
     return model, {"pixel_values": noise(3, 3, 28, 28), **prompts([[16], [16, 16]])}
 
 
-@every
+@third(0)
 def test_sliding_windows(name: str) -> None:
     """With a cache that lets go of what no row sees any more."""
     model, inputs = sliding()
