@@ -42,7 +42,7 @@ def make(
         "marks": lambda places: Marks(kind, kind - 1, kind - 1), "q": q, "k": k, "v": v,
         "valid": valid, "window": window, "groups": lambda: groups_of(valid, rows),
     }  # fmt: skip
-    site = LanguageAttentionSite(**given, **more)
+    site = LanguageAttentionSite(**{**given, **more})
     return site
 
 
@@ -194,3 +194,22 @@ def test_wrong_masks() -> None:
         site.sparse(BlockMask.from_dense(torch.ones(16, 16, dtype=torch.bool), block=16))
     with pytest.raises(ValueError, match="the block map has 3 samples, and there are 2 here"):
         site.sparse(torch.ones(3, 1, 2, 2, dtype=torch.bool), 16)
+
+
+def test_parts_keep_their_memory_until_a_cut() -> None:
+    """Cuts between layers may change the order of the samples' lengths: no sample sees another's memory."""
+    memory: dict[str, Any] = {}
+    fresh = []
+    for lengths in (
+        (20, 12),
+        (20, 12),
+        (12, 12),
+        (9, 12),
+        (9, 10),
+    ):  # of two samples, layer by layer
+        valid = torch.arange(20)[None] < torch.tensor(lengths)[:, None]
+        for group, part in make(20, valid=valid, memory=memory).parts():
+            mine = (None if group.samples is None else group.samples.tolist(), part.q.shape[2])
+            fresh.append("mine" not in part.memory)
+            assert part.memory.setdefault("mine", mine) == mine
+    assert sum(fresh) == 5 and len(fresh) == 9  # each sample at each length once, and once both

@@ -29,6 +29,23 @@ def test_cuts_between_layers_and_a_mask_of_everything(name: str) -> None:
     assert keys[0] > keys[1] == keys[2] == keys[3]
 
 
+@pytest.mark.parametrize("name", ["llava-next", "qwen3-vl"])
+def test_each_sample_is_dense_or_sparse_by_its_own_length(name: str) -> None:
+    kind = KINDS[name].longer
+    lengths = [sample["input_ids"].shape[1] for sample in kind.samples]
+    assert lengths[0] != lengths[1]
+    method = SOME.replace(min_length=max(lengths))
+    with torch.no_grad():
+        dense = [kind.forward(kind.model, sample)[0, -1] for sample in kind.samples]
+        with vtr.apply(kind.model, method, **kind.options):
+            alone = [kind.forward(kind.model, sample)[0, -1] for sample in kind.samples]
+            both = kind.call(kind.model, kind.whole)[:, 0]
+    short = lengths.index(min(lengths))
+    torch.testing.assert_close(alone[short], dense[short])
+    assert not torch.allclose(alone[1 - short], dense[1 - short], atol=1e-3)
+    torch.testing.assert_close(both, torch.stack(alone), atol=1e-5, rtol=0)
+
+
 def test_a_compiled_model_gives_the_same() -> None:
     kind = KINDS["llava-next"]
     inputs = kind.whole

@@ -242,9 +242,9 @@ class LanguageAttentionSite(AttentionSite):
     def parts(self) -> list[tuple[PaddingGroup, LanguageAttentionSite]]:
         """Split the batch into sites without padding: samples with the same padding are together.
 
-        A part has ``notes`` and ``table`` of the whole, a separate ``memory``, and no ``state``.
+        A part has ``notes`` and ``table`` of the whole, a separate ``memory``, shared by the layers of one length, and no ``state``.
         """
-        return [(group, self._part(n, group)) for n, group in enumerate(self._groups())]
+        return [(group, self._part(group)) for group in self._groups()]
 
     def join(self, outputs: list[tuple[PaddingGroup, Tensor]]) -> Tensor:
         """Put the outputs of :meth:`parts` together, (B, H, L, D); padding rows are zero."""
@@ -259,8 +259,8 @@ class LanguageAttentionSite(AttentionSite):
             out = widened if group.samples is None else out.index_copy(0, group.samples, widened)
         return out
 
-    def _part(self, number: int, group: PaddingGroup) -> LanguageAttentionSite:
-        samples, rows, columns = group
+    def _part(self, group: PaddingGroup) -> LanguageAttentionSite:
+        samples, rows, columns, key = group
 
         def of(x: Tensor, along: Any, dim: int) -> Tensor:
             x = x if samples is None else x[samples]
@@ -275,7 +275,7 @@ class LanguageAttentionSite(AttentionSite):
             hidden=None if self.hidden is None else of(self.hidden, rows, 1),
             layer=self.layer, layers=self.layers, q=of(self.q, rows, 2), k=of(self.k, columns, 2),
             v=of(self.v, columns, 2), scale=self.scale, dense=lambda: _all(part), state={},
-            memory=self.memory.setdefault(f"vtr.part{number}", {}), notes=self.notes,
+            memory=self.memory.setdefault(f"vtr.part {key}", {}), notes=self.notes,
             table=self.table, modules=self.modules, backend=self.backend, samples=samples,
         )  # fmt: skip
         return part
@@ -309,11 +309,14 @@ class PaddingGroup(NamedTuple):
     Attributes:
         samples: (n,) int64, None for all.
         rows, columns: those that are tokens, as a slice or as indices.
+        key: the samples and their number of tokens, which cuts between layers make smaller: no other group
+            of a call has it.
     """
 
     samples: Tensor | None
     rows: slice | Tensor
     columns: slice | Tensor
+    key: tuple[tuple[int, ...], int]
 
 
 def groups_of(valid: Tensor, rows: int) -> list[PaddingGroup]:
@@ -326,12 +329,13 @@ def groups_of(valid: Tensor, rows: int) -> list[PaddingGroup]:
     kinds, which = valid.cpu().unique(dim=0, return_inverse=True)
     found = []
     for number, kind in enumerate(kinds):
-        samples = (which == number).nonzero().flatten().to(device)
+        samples = (which == number).nonzero().flatten()
+        key = tuple(samples.tolist()), int(kind.sum())
         place = _places(kind[offset:], device)
         if isinstance(place, slice) and place.start == place.stop:
             continue  # nothing but padding
-        whole = None if len(kinds) == 1 else samples
-        found.append(PaddingGroup(whole, place, _places(kind, device)))
+        whole = None if len(kinds) == 1 else samples.to(device)
+        found.append(PaddingGroup(whole, place, _places(kind, device), key))
     return found
 
 

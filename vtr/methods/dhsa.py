@@ -97,11 +97,9 @@ class DHSA(PrefillMethod):
 
     def _chunks(self, site: LanguageAttentionSite, grid: BlockGrid) -> Tensor:
         """(B, H, NQ, NK), the score of the best chunk of each key block."""
-        # The same in all layers of one length; cuts between layers leave shorter ones.
-        name = f"chunks of {tuple(site.valid.shape)}"
-        if name not in site.memory:
-            site.memory[name] = self._starts(site, grid)
-        scores = chunk_scores(site.q, site.k, site.memory[name], grid)
+        if "chunks" not in site.memory:
+            site.memory["chunks"] = self._starts(site, grid)
+        scores = chunk_scores(site.q, site.k, site.memory["chunks"], grid)
         site.spend(2.0 * site.q.shape[1] * site.q.shape[3] * grid.row_blocks * scores.shape[-1])
         return scores
 

@@ -85,15 +85,15 @@ class PrefillMethod(LanguageAttentionMethod):
         raise NotImplementedError(f"{type(self).__name__} must define blocks(site)")
 
     def acts(self, site: LanguageAttentionSite) -> bool:
-        """Tell whether a call is sparse: it has several rows, and is long enough."""
+        """Tell whether a call is sparse, or one of its parts: it has several rows, and is long enough."""
         return site.phase != "decode" and site.k.shape[2] >= self.min_length
 
     def attend(self, site: LanguageAttentionSite) -> Tensor:
-        if not self.acts(site):
+        if not self.acts(site):  # with its padding, the whole is as long as the longest part
             return site.dense()
         made = []
         for group, part in site.parts():
-            out = self.compute(part)
+            out = self.compute(part) if self.acts(part) else part.dense()
             if not part.was_dense:
                 out = part.overwrite(out, self.dense_rows(part))
             made.append((group, out))

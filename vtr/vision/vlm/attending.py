@@ -67,9 +67,8 @@ class LanguageAttention:
         """
         if not self.by_layer:
             return
-        ask(
-            self.owner.lm
-        )  # another model with this configuration may have ended it, or a caller chosen anew
+        # Another model with this configuration may have ended it, or the caller has chosen anew.
+        ask(self.owner.lm)
         wanted = kwargs.get("output_attentions")
         if wanted is None:
             wanted = getattr(self.owner.lm.config, "output_attentions", False)
@@ -140,18 +139,20 @@ class LanguageAttention:
             return out, None
         call.to(q.device)
 
+        given = (q, k, v, mask)
+
         def dense() -> Tensor:
-            found: Tensor = function(module, q, k, v, mask, **kwargs)[0]
+            found: Tensor = function(module, *given, **kwargs)[0]
             return found.transpose(1, 2)
 
         self._check(i, module, q, v, kwargs)
         entry = self.by_layer[i]
         method: Any = entry.method
-        valid, window = self._columns(call, i, k, kwargs.get(WINDOW))
-        columns = valid.shape[1]
-        site = self._site(
-            call, i, entry, q, k[:, :, :columns], v[:, :, :columns], valid, window, dense, kwargs
-        )
+        valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
+        # A cache with a window has let go of the oldest columns, and a static one has room for more.
+        valid = valid[:, -k.shape[2] :]
+        k, v = (x[:, :, : valid.shape[1]] for x in (k, v))
+        site = self._site(call, i, entry, q, k, v, valid, dense, kwargs)
         with call.casting(False):
             result: Tensor = method.attend(site)
         if result.shape != (*q.shape[:3], v.shape[3]) or result.dtype != q.dtype:
@@ -164,7 +165,7 @@ class LanguageAttention:
 
     def _site(
         self, call: LanguageCall, i: int, entry: Entry, q: Tensor, k: Tensor, v: Tensor, valid: Tensor,
-        window: int | None, dense: Any, kwargs: dict[str, Any],
+        dense: Any, kwargs: dict[str, Any],
     ) -> LanguageAttentionSite:  # fmt: skip
         owner = self.owner
         which = owner.entries.index(entry)
@@ -192,20 +193,12 @@ class LanguageAttention:
 
         return LanguageAttentionSite(
             info=owner.info, phase=phase, training=owner.root.training, valid=valid, marks=marks,
-            window=window, hidden=call.hidden, groups=groups, layer=i, layers=len(owner.layers),
+            window=kwargs.get(WINDOW), hidden=call.hidden, groups=groups, layer=i, layers=len(owner.layers),
             q=q, k=k, v=v, scale=kwargs[SCALING], dense=dense,
             state=call.marks.state.setdefault((which, entry.method.name, i), {}),
             memory=call.memory.setdefault(("attention", which), {}), notes=notes, table=entry.table_like(q),
             modules=entry.modules_like(q), backend=getattr(entry.method, "backend", "auto"),
         )  # fmt: skip
-
-    def _columns(
-        self, call: LanguageCall, layer: int, k: Tensor, window: int | None
-    ) -> tuple[Tensor, int | None]:
-        """The columns of ``k`` that are tokens, and the window if rows do not see all of them."""
-        valid = torch.cat([call.columns_before(layer), call.layout.valid], 1)
-        # A cache with a window has let go of the oldest.
-        return valid[:, -k.shape[2] :], window
 
     def _note(self, call: LanguageCall, site: LanguageAttentionSite) -> None:
         if call.visual is None or call.again:
