@@ -2,45 +2,70 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 import vtr
+from tests.laws.everyone import INSIDE
+from vtr.core.registry import registry
 from vtr.methods.common.prefill import PrefillMethod
-from vtr.testing.kinds import KINDS
+from vtr.testing import KINDS, examples
+from vtr.testing.kinds import Kind
 
-EVERYTHING = vtr.FlexPrefill(1.0, block=16, min_budget=16, last_rows=1)
 SOME = vtr.RandomBlocks(0.1, block=16, last_rows=1)
+CUT = vtr.FastV(keep=0.5, layer=1)
 
 
-@pytest.mark.parametrize("name", ["llava-next", "qwen3-vl", "internvl"])
-def test_cuts_between_layers_and_a_mask_of_everything(name: str) -> None:
-    kind = KINDS[name]
-    cut = vtr.FastV(keep=0.5, layer=1)
+def lengths(kind: Kind) -> list[int]:
+    """Tokens of each sample."""
+    return [sample["input_ids"].shape[1] for sample in kind.samples]
+
+
+@functools.cache
+def cut_alone() -> tuple[torch.Tensor, dict[int, tuple[int, int]]]:
+    """The logits of a batch under a cut alone, and the tokens of each layer."""
+    kind = KINDS["llava-next"].longer
+    with torch.no_grad(), vtr.apply(kind.model, CUT, **kind.options) as handle:
+        return kind.call(kind.model, kind.whole)[:, 0], handle.trace.tokens["decoder"]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_cuts_between_layers(name: str) -> None:
+    """Everything kept, a cut is what it is alone; else each sample is what it is alone."""
+    kind, settings = KINDS["llava-next"].longer, examples(registry()[name])
+    model = kind.model
+    wanted, tokens = cut_alone()
     with torch.no_grad():
-        with vtr.apply(kind.model, cut, **kind.options) as handle:
-            alone = kind.call(kind.model, kind.whole)
-            shorter = handle.trace.tokens["decoder"]
-        with vtr.apply(kind.model, [EVERYTHING, cut], **kind.options) as handle:
-            both = kind.call(kind.model, kind.whole)
-            assert handle.trace.tokens["decoder"] == shorter
-            keys = [handle.trace.tokens["attention"][n][0] for n in range(4)]
+        for method in (
+            settings.everything if name != "dam" else ()
+        ):  # which needs lines of this model
+            with vtr.apply(model, [method, CUT], **kind.options) as handle:
+                found = kind.call(model, kind.whole)[:, 0]
+                assert handle.trace.tokens["decoder"] == tokens
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+        with vtr.apply(model, [settings.some[0], CUT], **kind.options) as handle:
+            both = kind.call(model, kind.whole)[:, 0]
+            keys = handle.trace.tokens["attention"]
+            alone = torch.cat([kind.call(model, sample)[:, 0] for sample in kind.samples])
     torch.testing.assert_close(both, alone, atol=1e-5, rtol=0)
-    assert keys[0] > keys[1] == keys[2] == keys[3]
+    for layer, (here, _) in keys.items():
+        assert here == (max(lengths(kind)) if layer == 0 else keys[max(keys)][0])
 
 
 @pytest.mark.parametrize("name", ["llava-next", "qwen3-vl"])
 def test_each_sample_is_dense_or_sparse_by_its_own_length(name: str) -> None:
     kind = KINDS[name].longer
-    lengths = [sample["input_ids"].shape[1] for sample in kind.samples]
-    assert lengths[0] != lengths[1]
-    method = SOME.replace(min_length=max(lengths))
+    tokens = lengths(kind)
+    assert tokens[0] != tokens[1]
+    method = SOME.replace(min_length=max(tokens))
     with torch.no_grad():
         dense = [kind.forward(kind.model, sample)[0, -1] for sample in kind.samples]
         with vtr.apply(kind.model, method, **kind.options):
             alone = [kind.forward(kind.model, sample)[0, -1] for sample in kind.samples]
             both = kind.call(kind.model, kind.whole)[:, 0]
-    short = lengths.index(min(lengths))
+    short = tokens.index(min(tokens))
     torch.testing.assert_close(alone[short], dense[short])
     assert not torch.allclose(alone[1 - short], dense[1 - short], atol=1e-3)
     torch.testing.assert_close(both, torch.stack(alone), atol=1e-5, rtol=0)
