@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recipes.state import load_moments, moments, part
+from recipes.state import Resumable
 from vtr.zoo import data, llava, weights_path
 from vtr.zoo.llava import DIM, PATCHES, TOWER_LAYERS
 from vtr.zoo.questions import KINDS, VOCABULARY, ask
@@ -80,7 +80,7 @@ def patch_quadrants() -> Tensor:
     return (2 * half[:, None] + half[None]).flatten()
 
 
-class Trainer:
+class Trainer(Resumable):
     """A run of a :class:`Recipe`, one :meth:`step` at a time."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -102,7 +102,7 @@ class Trainer:
         self.tower: Any = self.model.model.vision_tower
         vit = load_file(str(weights_path("digits-vit")))
         self.tower.load_state_dict(llava.tower_from_vit(vit), strict=False)
-        self.optimizer = self._optimizer()
+        self.optimizer = self.new_optimizer()
         self._pictures: tuple[Scenes, Tensor] | None = None
 
     # ---- stages -----------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Trainer:
         parts = (self.model.model.multi_modal_projector, self.model.model.language_model)
         return [p for part in parts for p in part.parameters()]
 
-    def _optimizer(self) -> torch.optim.AdamW:
+    def new_optimizer(self) -> torch.optim.AdamW:
         decay = 0.03 if self._in_tower() else 0.02
         return torch.optim.AdamW(
             self._parameters(), lr=1e-3, weight_decay=decay, betas=(0.9, 0.98), fused=True
@@ -135,16 +135,10 @@ class Trainer:
             at = warm / recipe.language_steps
             rate = recipe.language_rate * min(1.0, max(0.03, (1 - at) / 0.4))
             compute = self._language_loss
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (warm + 1) / 100)
         loss, accuracy = compute(at, generator)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._parameters(), 1.0)
-        self.optimizer.step()
-        self.position += 1
+        self.descend(loss, self._parameters(), rate * min(1.0, (warm + 1) / 100))
         if self.position == recipe.tower_steps:
-            self.optimizer = self._optimizer()
+            self.optimizer = self.new_optimizer()
         return {"loss": loss.item(), "accuracy": accuracy}
 
     # ---- stage 1 ----------------------------------------------------------------------------
@@ -284,21 +278,6 @@ class Trainer:
         model.load_state_dict(self.model.state_dict())
         model.to(torch.bfloat16).save_pretrained(directory)
         llava.processor().save_pretrained(directory)
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, by name, plus ``position``."""
-        tensors = {"position": torch.tensor(self.position)}
-        for prefix, module in (("model", self.model), ("heads", self.heads)):
-            tensors |= {f"{prefix}.{k}": v.clone() for k, v in module.state_dict().items()}
-        return tensors | moments(self.optimizer)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`state` returned; the recipe must be the same one."""
-        self.position = int(tensors["position"])
-        for prefix, module in (("model", self.model), ("heads", self.heads)):
-            module.load_state_dict(part(tensors, prefix))
-        self.optimizer = self._optimizer()
-        load_moments(self.optimizer, tensors)
 
 
 def presence(batch: Scenes) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.state import load_moments, moments, part
+from recipes.state import Resumable
 from recipes.train_llava import choose, turn_mask
 from vtr.zoo import data
 from vtr.zoo.scenes import COLOURS
@@ -155,7 +155,7 @@ def facts(batch: Slides, ink: Tensor) -> Facts:
     return Facts(*(c.repeat_interleave(PER_FRAME, 1).masked_fill(~clear, UNCLEAR) for c in out))
 
 
-class Trainer:
+class Trainer(Resumable):
     """A run of a :class:`Recipe`, one :meth:`step` at a time."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -182,7 +182,7 @@ class Trainer:
                 }
             )
         self.tower: Any = self.model.model.vision_tower
-        self.optimizer = self._optimizer()
+        self.optimizer = self.new_optimizer()
         self._bank: Bank | None = None
 
     def _in_tower(self) -> bool:
@@ -197,7 +197,7 @@ class Trainer:
         modules += [self.heads[k] for k in Facts._fields[3:]]
         return [inner.image_newline, *(p for module in modules for p in module.parameters())]
 
-    def _optimizer(self) -> torch.optim.AdamW:
+    def new_optimizer(self) -> torch.optim.AdamW:
         decay = 0.03 if self._in_tower() else 0.02
         return torch.optim.AdamW(
             self._parameters(), lr=1e-3, weight_decay=decay, betas=(0.9, 0.98), fused=True
@@ -217,16 +217,10 @@ class Trainer:
             at = warm / recipe.language_steps
             rate = recipe.language_rate * min(1.0, max(0.02, (1 - at) / 0.45))
             compute = self._language_loss
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (warm + 1) / 100)
         loss, news = compute(at, generator)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._parameters(), 1.0)
-        self.optimizer.step()
-        self.position += 1
+        self.descend(loss, self._parameters(), rate * min(1.0, (warm + 1) / 100))
         if self.position == recipe.tower_steps:
-            self.optimizer = self._optimizer()
+            self.optimizer = self.new_optimizer()
         return {"loss": loss.item(), **news}
 
     # ---- stage 1 ----------------------------------------------------------------------------
@@ -413,18 +407,3 @@ class Trainer:
         model.load_state_dict(self.model.state_dict())
         model.to(torch.bfloat16).save_pretrained(directory)
         processor(SLIDES).save_pretrained(directory)
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, by name, plus ``position``."""
-        tensors = {"position": torch.tensor(self.position)}
-        for prefix, module in (("model", self.model), ("heads", self.heads)):
-            tensors |= {f"{prefix}.{k}": v.clone() for k, v in module.state_dict().items()}
-        return tensors | moments(self.optimizer)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`state` returned; the recipe must be the same one."""
-        self.position = int(tensors["position"])
-        for prefix, module in (("model", self.model), ("heads", self.heads)):
-            module.load_state_dict(part(tensors, prefix))
-        self.optimizer = self._optimizer()
-        load_moments(self.optimizer, tensors)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recipes.state import load_moments, moments, part
+from recipes.state import Resumable
 from recipes.train_llava import choose, turn_mask
 from vtr.zoo import clips as video
 from vtr.zoo import vlm_path
@@ -158,7 +158,7 @@ def facts(batch: Clips, owner: Tensor) -> Facts:
     return Facts(second.flatten(1), *(t.flatten(1) for t in about))
 
 
-class Trainer:
+class Trainer(Resumable):
     """A run of a :class:`Recipe`, one :meth:`step` at a time."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -225,14 +225,8 @@ class Trainer:
         if self.position >= recipe.main:
             falling = 0.25 * (recipe.steps - self.position) / recipe.settling
         rate = recipe.rate * min(1.0, max(0.02, falling))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (self.position + 1) / 100)
         loss, news = self._loss(at, generator)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._parameters(), 1.0)
-        self.optimizer.step()
-        self.position += 1
+        self.descend(loss, self._parameters(), rate * min(1.0, (self.position + 1) / 100))
         return {"loss": loss.item(), **news}
 
     def _batch(self, at: float, generator: torch.Generator) -> Bank:
@@ -361,17 +355,3 @@ class Trainer:
         model.load_state_dict(self.model.state_dict())
         model.to(torch.bfloat16).save_pretrained(directory)
         processor().save_pretrained(directory)
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, by name, plus ``position``."""
-        tensors = {"position": torch.tensor(self.position)}
-        for prefix, module in (("model", self.model), ("heads", self.heads)):
-            tensors |= {f"{prefix}.{k}": v.clone() for k, v in module.state_dict().items()}
-        return tensors | moments(self.optimizer)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`state` returned; the recipe must be the same one."""
-        self.position = int(tensors["position"])
-        for prefix, module in (("model", self.model), ("heads", self.heads)):
-            module.load_state_dict(part(tensors, prefix))
-        load_moments(self.optimizer, tensors)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recipes.state import load_moments, moments, part
+from recipes.state import Resumable
 from vtr.compat.torch import blend
 from vtr.zoo import wan
 from vtr.zoo.videos import videos
@@ -223,8 +223,10 @@ def flow_loss(
     return (error.mean((1, 3, 4)) * weight).sum() / weight.sum()
 
 
-class Trainer:
+class Trainer(Resumable):
     """A run of a :class:`Recipe`, one :meth:`step` at a time."""
+
+    PARTS = ("model", "averaged")
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -279,17 +281,3 @@ class Trainer:
         self.averaged.save_config(directory)
         tensors = {k: v.bfloat16().contiguous() for k, v in self.averaged.state_dict().items()}
         save_file(tensors, directory / "diffusion_pytorch_model.safetensors")
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, by name, plus ``position``."""
-        tensors = {"position": torch.tensor(self.position)}
-        for prefix, module in (("model", self.model), ("averaged", self.averaged)):
-            tensors |= {f"{prefix}.{k}": v.clone() for k, v in module.state_dict().items()}
-        return tensors | moments(self.optimizer)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from what :meth:`state` returned; the recipe must be the same one."""
-        self.position = int(tensors["position"])
-        for prefix, module in (("model", self.model), ("averaged", self.averaged)):
-            module.load_state_dict(part(tensors, prefix))
-        load_moments(self.optimizer, tensors)
