@@ -39,36 +39,17 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from options import named  # beside this script, as is video
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
+import video_models  # beside this script, as are the next ones
+from options import named
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from video import show
 
 import vtr
 
-CELLS = 196  # tokens of a frame
-TEXT = 40
+CELLS, TEXT = video_models.CELLS, video_models.TEXT
 IMAGE, VIDEO = 4000, 4001
 SHAPES: dict[str, dict[str, int]] = {
-    "0.5b": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
-    "7b": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
+    **video_models.SHAPES,
     "tiny": {  # for trying the script out
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -78,7 +59,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 # Shape, visual tokens, layers that are measured (0: all).
-CPU = [("0.5b", 16384, 1), ("0.5b", 8192, 0), ("7b", 8192, 1)]
+CPU = [("0.5b", 16384, 1), ("0.5b", 8192, 0), ("7b", 8192, 1), ("tiny", 1024, 0)]
 GPU = [(shape, tokens, 0) for tokens in (32768, 16384, 8192) for shape in ("7b", "0.5b")]
 # Names and options; most of them keep about a quarter of the causal pairs of a uniform attention.
 METHODS: dict[str, dict[str, Any]] = {
@@ -134,33 +115,16 @@ class Bench:
         sizes = dict(SHAPES[shape])
         self.layers = sizes["num_hidden_layers"]
         sizes["num_hidden_layers"] = self.measured = measured or self.layers
-        vision = SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=384,
-            patch_size=14,
-            vision_use_head=False,
+        self.model = video_models.build(
+            sizes,
+            device,
+            dtype,
+            width=32,
+            depth=1,
+            vocabulary=4096,
+            positions=65536,
+            tokens=(IMAGE, VIDEO),
         )
-        text = Qwen2Config(vocab_size=4096, max_position_embeddings=65536, **sizes)
-        config = LlavaOnevisionConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            vision_feature_select_strategy="full",
-            vision_feature_layer=-1,
-        )
-        config._attn_implementation = "sdpa"
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                self.model = LlavaOnevisionForConditionalGeneration(config).eval()
-        finally:
-            torch.set_default_dtype(before)
         for layer in self.model.model.language_model.layers:
             make_alike(layer.self_attn.q_proj.weight, sizes)
         self.clock = Clock(device)
@@ -285,6 +249,8 @@ def main() -> None:
     cases = [case for case in (GPU if args.gpu else CPU) if case[0] in shapes]
     if args.tokens:
         cases = [case for case in cases if str(case[1]) in args.tokens.split(",")]
+    if not cases:
+        parser.error(f"no such case; there are {GPU if args.gpu else CPU} (shape, tokens, layers)")
     machine = torch.cuda.get_device_name() if args.gpu else platform.machine()
     where = (
         f"prefill, {machine}, {args.threads} threads, torch {torch.__version__}, transformers "

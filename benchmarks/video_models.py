@@ -25,7 +25,7 @@ import datetime
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,11 @@ def plot(seconds: dict[str, dict[int, float]], args: argparse.Namespace) -> None
     print(f"wrote {args.plot}")
 
 
-def build(shape: str, device: str, dtype: torch.dtype) -> Any:
+def build(
+    sizes: Mapping[str, int], device: str, dtype: torch.dtype, *, width: int = 64, depth: int = 2,
+    vocabulary: int = 152000, positions: int = 32768, tokens: tuple[int, int] = (IMAGE, VIDEO),
+) -> Any:  # fmt: skip
+    """A LLaVA-OneVision with random weights, a language model of some ``sizes`` and a small tower."""
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -209,20 +213,20 @@ def build(shape: str, device: str, dtype: torch.dtype) -> Any:
     )
 
     vision = SiglipVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=depth,
         num_attention_heads=2,
         image_size=384,
         patch_size=14,
         vision_use_head=False,
     )
-    text = Qwen2Config(vocab_size=152000, max_position_embeddings=32768, **SHAPES[shape])
+    text = Qwen2Config(vocab_size=vocabulary, max_position_embeddings=positions, **sizes)
     config = LlavaOnevisionConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        image_token_id=tokens[0],
+        video_token_id=tokens[1],
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
@@ -242,7 +246,7 @@ class Prefill:
 
     def __init__(self, args: argparse.Namespace) -> None:
         dtype = getattr(torch, args.dtype)
-        self.model = build(args.shape, args.device, dtype)
+        self.model = build(SHAPES[args.shape], args.device, dtype)
         self.clock = Clock(args.device)
         n = args.frames * CELLS + 1
         g = torch.Generator().manual_seed(0)
