@@ -65,3 +65,20 @@ def attention(q: Any, k: Any, v: Any, scale: float, kept: np.ndarray) -> np.ndar
                 weight = np.exp(scores - scores.max())
                 out[h, i] = weight @ v[h // group, at] / weight.sum()
     return out
+
+
+def check_padding(method: Any, alone_is: Any = None) -> None:
+    """Check that each of three samples, of which two are padded, is what it is alone; ``alone_is`` (method,
+    site) gives what that is as well."""
+    valid = torch.ones(3, 150, dtype=torch.bool)
+    valid[1, :37] = False
+    valid[2, 120:] = False
+    q, k, v = qkv(150, 150, batch=3)
+    out = method.attend(site_of(q, k, v, valid=valid))
+    for b in range(3):
+        alone = site_of(*(x[b : b + 1, :, valid[b]] for x in (q, k, v)))
+        found = out[b : b + 1, :, valid[b]]
+        torch.testing.assert_close(found, method.attend(alone), atol=1e-6, rtol=0)
+        if alone_is is not None:
+            np.testing.assert_allclose(found[0], alone_is(method, alone)[0], atol=1e-5)
+        assert not out[b][:, ~valid[b]].any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vtr
-from tests.methods.prompts import TOLERANCE, attention, dense, qkv, seen, site_of
+from tests.methods.prompts import TOLERANCE, attention, check_padding, dense, qkv, seen, site_of
 from vtr.methods.common import stripes
 
 SMALL = {"block": 16, "group": 32, "last_rows": 1}
@@ -141,19 +141,7 @@ def test_last_rows_that_are_all_rows_are_dense_and_counted_once():
 
 
 def test_padded_samples_equal_the_samples_alone():
-    valid = torch.ones(3, 150, dtype=torch.bool)
-    valid[1, :37] = False
-    valid[2, 120:] = False
-    q, k, v = qkv(150, 150, batch=3)
-    method = vtr.AnchorAttention(1.4, **SMALL)
-    out = method.attend(site_of(q, k, v, valid=valid))
-    for b in range(3):
-        alone = site_of(*(x[b : b + 1, :, valid[b]] for x in (q, k, v)))
-        torch.testing.assert_close(
-            out[b : b + 1, :, valid[b]], method.attend(alone), atol=1e-6, rtol=0
-        )
-        np.testing.assert_allclose(out[b][:, valid[b]], expected(method, alone)[0], atol=1e-5)
-        assert not out[b][:, ~valid[b]].any()
+    check_padding(vtr.AnchorAttention(1.4, **SMALL), expected)
 
 
 def test_the_steps_of_the_search_decide_nothing(monkeypatch):

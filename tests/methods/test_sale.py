@@ -9,7 +9,16 @@ import pytest
 import torch
 
 import vtr
-from tests.methods.prompts import INFO, TOLERANCE, attention, dense, qkv, seen, site_of
+from tests.methods.prompts import (
+    INFO,
+    TOLERANCE,
+    attention,
+    check_padding,
+    dense,
+    qkv,
+    seen,
+    site_of,
+)
 from vtr.kernels import product
 from vtr.methods.common import lowbit
 from vtr.methods.common.lowbit import LowBit, quantized, relative_scores
@@ -153,18 +162,7 @@ def test_a_table_has_a_threshold_for_each_head():
 
 
 def test_padded_samples_equal_the_samples_alone():
-    valid = torch.ones(3, 150, dtype=torch.bool)
-    valid[1, :37] = False
-    valid[2, 120:] = False
-    q, k, v = qkv(150, 150, batch=3)
-    method = vtr.SALE(0.4, **SMALL)
-    out = method.attend(site_of(q, k, v, valid=valid))
-    for b in range(3):
-        alone = site_of(*(x[b : b + 1, :, valid[b]] for x in (q, k, v)))
-        torch.testing.assert_close(
-            out[b : b + 1, :, valid[b]], method.attend(alone), atol=1e-6, rtol=0
-        )
-        assert not out[b][:, ~valid[b]].any()
+    check_padding(vtr.SALE(0.4, **SMALL))
 
 
 def test_prompts_below_the_least_length_are_dense():
