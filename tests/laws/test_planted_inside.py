@@ -134,9 +134,8 @@ class Leaks(Thirds):
     """Chooses blocks by the mean of all samples of a batch."""
 
     def attend(self, site: Any) -> Tensor:
-        site.memory["mean"] = float(site.k.mean()) * 1e4
-        for n in range(8):
-            site.memory.setdefault(f"vtr.part{n}", {})["mean"] = site.memory["mean"]
+        for _, part in site.parts():
+            part.memory["mean"] = float(site.k.mean()) * 1e4
         return super().attend(site)
 
     def blocks(self, site: Any) -> Tensor | None:

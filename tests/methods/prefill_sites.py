@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from vtr.core.language_attention import LanguageAttentionSite, Marks, groups_of
+from tests.methods.prompts import site_of
+from vtr.core.language_attention import Marks
 
 
 def tensors(
@@ -39,13 +37,19 @@ def attention_site(q, k, v, *, image=None, frame=None, valid=None, window=None, 
     frame = image if frame is None else frame
     valid = torch.ones(batch, keys, dtype=torch.bool) if valid is None else valid
     marks = Marks((image >= 0).long(), image, frame)
+    return _site(q, k, v, valid, window, lambda places: marks, layer=layer, layers=layers)
+
+
+def _site(q, k, v, valid, window, marks, **given):
+    """A site whose dense attention is written out."""
     scale = q.shape[-1] ** -0.5
-    return LanguageAttentionSite(
-        info=None, phase="prefill" if q.shape[2] == keys else "turn", training=False, valid=valid,
-        marks=lambda places: marks, window=window, groups=lambda: groups_of(valid, q.shape[2]),
-        layer=layer, layers=layers, q=q, k=k, v=v, scale=scale, state={}, memory={}, notes={},
-        dense=lambda: attention(q, k, v, allowed(valid, q.shape[2], window)[:, None], scale),
-    )  # fmt: skip
+
+    def dense():
+        return attention(q, k, v, allowed(valid, q.shape[2], window)[:, None], scale)
+
+    return site_of(
+        q, k, v, valid=valid, window=window, scale=scale, marks=marks, dense=dense, **given
+    )
 
 
 def allowed(valid, length, window=None):
@@ -116,28 +120,9 @@ def marks(valid, first=5, frame=49, last=20):
 def site(qkv, *, valid=None, layer=0, layers=4, window=None, table=None, found=marks):
     """The site of an attention call of the whole batch; it is a later turn if there are more keys."""
     q, k, v = qkv
-    rows, keys = q.shape[2], k.shape[2]
-    valid = torch.ones(q.shape[0], keys, dtype=torch.bool) if valid is None else valid
-    phase = "decode" if rows == 1 else "prefill" if rows == keys else "turn"
-    whole = None
-
-    def dense():
-        every = torch.arange(rows).expand(q.shape[0], -1)
-        seen = whole.sees(every)
-        lone = ~seen.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(
-            q, k, v, (seen | lone)[:, None], scale=q.shape[-1] ** -0.5,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        return out.masked_fill(lone[:, None], 0)
-
-    whole = LanguageAttentionSite(
-        info=SimpleNamespace(), phase=phase, training=False, valid=valid,
-        marks=lambda places: found(valid), window=window, layer=layer, layers=layers, q=q, k=k, v=v,
-        scale=q.shape[-1] ** -0.5, dense=dense, state={}, memory={}, notes={}, table=table,
-        groups=lambda: groups_of(valid, rows),
-    )  # fmt: skip
-    return whole
+    valid = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool) if valid is None else valid
+    given = {"layer": layer, "layers": layers, "table": table}
+    return _site(q, k, v, valid, window, lambda places: found(valid), **given)
 
 
 def double(x):

@@ -31,8 +31,9 @@ def site_of(q: Tensor, k: Tensor, v: Tensor, *, valid: Tensor | None = None, bef
     valid = torch.ones(batch, columns, dtype=torch.bool) if valid is None else valid
     place = valid.int().cumsum(1)
     kind = ((place > before) & (place <= place[:, -1:] - after) & valid).long()
+    phase = "decode" if rows == 1 else "prefill" if rows == columns else "turn"
     options: dict[str, Any] = {
-        "info": INFO, "phase": "prefill" if rows == columns else "turn", "training": False,
+        "info": INFO, "phase": phase, "training": False,
         "layer": 1, "layers": 2, "scale": 0.25, "state": {}, "memory": {}, "notes": {},
         "dense": lambda: dense(site), "marks": lambda places: Marks(kind, kind - 1, kind - 1),
         "groups": lambda: groups_of(valid, rows), **given,
