@@ -55,6 +55,13 @@ def _layer_classes() -> tuple[type, type]:
     return DynamicLayer, StaticLayer
 
 
+def cache_layer_base() -> Any:
+    """Return the base class of the layers of a cache."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    return CacheLayerMixin
+
+
 def cache_layer(cache: Any, layer: int, growing: bool = False) -> Any:
     """Return a layer of a cache that holds its ``keys`` and ``values`` (B, Hk, S, D) plainly; None if
     they are quantised, sliding, offloaded or absent.

@@ -25,6 +25,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "decoder": ("end", "start", "middle"),
     "cache": ("from", "before", "follow"),
     "attention": ("inside",),
+    "kv": ("behind",),
     "block": ("around",),
 }
 """The places of a layer at which a method can visit each site; the first is the default.
@@ -39,6 +40,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 - ``cache``: the keys and values of a language model after the prompt, in layers ``from`` this one on, in those
   ``before`` it, or from it on and chosen again while the answer is written (``follow``).
 - ``attention``: an attention call, of a diffusion transformer or of a language model.
+- ``kv``: the entries of a layer's KV cache, ``behind`` its attention.
 - ``block``: a block of a diffusion transformer.
 """
 
@@ -127,6 +129,7 @@ class Method:
         training: ``"none"``, ``"optional"`` or ``"required"``.
         learned: whether :meth:`build` makes modules.
         alone: no other method may reduce at the same site (its maps start at the model's input).
+        reads_cache: whether it computes attention of decoding steps over the whole KV cache.
         calibrated: whether :func:`vtr.calibrate` measures numbers for it on data, its table; it then defines
             :meth:`calibrator`.
     """
@@ -139,6 +142,7 @@ class Method:
     learned: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    reads_cache: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.validate()

@@ -41,6 +41,7 @@ from vtr.core.budget import (
     spread,
     third_points,
 )
+from vtr.core.kv_site import Change, KVSite
 from vtr.core.language_attention import LanguageAttentionSite
 from vtr.core.language_site import CacheSite, LanguageSite, VisualSpan
 from vtr.core.method import Examples, Method, Reduction, Stage, TokenMethod
@@ -50,6 +51,7 @@ from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods.common.attention import AttentionMethod, check_share
 from vtr.methods.common.edit import EditMethod
+from vtr.methods.common.kv import EvictionMethod, KVMethod
 from vtr.methods.common.language_attention import LanguageAttentionMethod
 from vtr.methods.common.masked import (
     Grid,
@@ -64,10 +66,14 @@ from vtr.methods.common.scored import ScoredMethod, TextScoredMethod
 __all__ = [
     "AttentionMethod",
     "CacheSite",
+    "Change",
     "EditMethod",
+    "EvictionMethod",
     "Examples",
     "Grid",
     "GridMask",
+    "KVMethod",
+    "KVSite",
     "Keep",
     "LanguageAttentionMethod",
     "LanguageAttentionSite",

@@ -28,6 +28,8 @@ class LanguageAttentionMethod(Layered):
     sites: ClassVar[tuple[str, ...]] = ("attention",)
     needs: ClassVar[Mapping[str, frozenset[str]]] = {"attention": frozenset({"qkv", "prompt"})}
 
+    reads_cache: ClassVar[bool] = True
+
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return tuple(Stage("attention", n) for n in self.working_layers(info, "attention"))
 

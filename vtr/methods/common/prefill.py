@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class PrefillMethod(LanguageAttentionMethod):
             them, so that keys are read once.
         backend: of :func:`vtr.kernels.block_sparse_attention`.
     """
+
+    reads_cache: ClassVar[bool] = False
 
     block: int = 128
     last_rows: int = 64

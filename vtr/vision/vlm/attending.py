@@ -19,6 +19,7 @@ from vtr.compat.transformers import (
 from vtr.core.language_attention import LanguageAttentionSite, Marks, PaddingGroup, groups_of
 from vtr.core.wrapping import Bound, Entry
 from vtr.vision.vlm.marks import Columns, joined, mark, marked, marks_here
+from vtr.vision.vlm.store import store_of
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import LanguageCall
@@ -33,22 +34,26 @@ class LanguageAttention:
 
     Attributes:
         by_layer: the method of each layer that has one.
+        asked: layers whose attention is asked for, by these or by methods at the KV cache.
     """
 
     def __init__(self, owner: VLMWrapping) -> None:
         self.owner = owner
         self.by_layer: dict[int, Entry] = {}
+        self.asked: list[int] = []
 
     def install(self) -> None:
         owner = self.owner
         self.by_layer = {s.layer: e for e, s in owner.stages() if s.site == "attention"}
-        if not self.by_layer:
+        self.asked = sorted({*self.by_layer, *owner.kv.by_layer})
+        if not self.asked:
             return
         ask(owner.lm)
         owner.hook(self)
+        for i in self.asked:
+            owner.patch(owner.layers[i].self_attn, ATTEND, Bound(self, "attend", i))
         for i, entry in self.by_layer.items():
             layer = owner.layers[i]
-            owner.patch(layer.self_attn, ATTEND, Bound(self, "attend", i))
             if "hidden" in entry.method.requirements(owner.info)["attention"]:
                 see = Bound(self, "before_layer")
                 owner.hook(layer.register_forward_pre_hook(see, with_kwargs=True))
@@ -65,7 +70,7 @@ class LanguageAttention:
         Raises:
             ValueError: attention maps are asked for, which a method does not compute.
         """
-        if not self.by_layer:
+        if not self.asked:
             return
         # Another model with this configuration may have ended it, or the caller has chosen anew.
         ask(self.owner.lm)
@@ -73,7 +78,8 @@ class LanguageAttention:
         if wanted is None:
             wanted = getattr(self.owner.lm.config, "output_attentions", False)
         if wanted:
-            names = ", ".join(dict.fromkeys(e.method.name for e in self.by_layer.values()))
+            asked = (*self.by_layer.values(), *self.owner.kv.by_layer.values())
+            names = ", ".join(dict.fromkeys(e.method.name for e in asked))
             raise ValueError(
                 f"{names} computes no whole attention map, which output_attentions=True asks for. "
                 'handle.trace.notes["attention"] has the density and the mask of each layer, vtr.draw shows '
@@ -82,12 +88,12 @@ class LanguageAttention:
 
     def known(self, cache: Any) -> bool:
         """Tell whether a call without new images is one that methods must see."""
-        return bool(self.by_layer) and marked(cache) is not None
+        return bool(self.asked) and marked(cache) is not None
 
     def after(self, call: LanguageCall) -> None:
         """A call ends: its cache carries what is visual."""
         record, cache = call.marks, call.cache
-        if not self.by_layer or record is None:
+        if not self.asked or record is None:
             return
         if call.visual is not None:
             made, shown = [], []
@@ -104,18 +110,26 @@ class LanguageAttention:
 
     def _marks_for_pictures(self, call: LanguageCall, layout: Any, layer: int) -> Marks:
         """The marks with frames, which :func:`vtr.draw` shows, if they are known."""
+        entry = self._entry(layer)
         try:
-            return self._marks(call, layout, layer, True)
+            return self.marks(call, layout, layer, True, entry)
         except RuntimeError:  # the call has a part of an image, whose frames nobody knows
             call.placed = False
-            return self._marks(call, layout, layer, False)
+            return self.marks(call, layout, layer, False, entry)
 
-    def _marks(self, call: LanguageCall, layout: Any, layer: int, places: bool) -> Marks:
+    def _entry(self, layer: int) -> Entry:
+        """The method that a layer's marks are for, or one of the others."""
+        by_layer = {**self.owner.kv.by_layer, **self.by_layer}
+        return by_layer.get(layer) or next(iter(by_layer.values()))
+
+    def marks(
+        self, call: LanguageCall, layout: Any, layer: int, places: bool, entry: Entry
+    ) -> Marks:
+        """The marks of the columns of a layer."""
         past = call.columns_before(layer).shape[1]
         assert call.marks is not None
         device = layout.valid.device
         before = call.marks.before(layer, past, layout.valid.shape[0], device)
-        entry = self.by_layer.get(layer) or next(iter(self.by_layer.values()))
         call.placed = call.placed or places
         video = bool(entry.options.get("video")) if places else None
         return joined(before, marks_here(call, layout, video))
@@ -138,14 +152,29 @@ class LanguageAttention:
             out: Tensor = function(module, q, k, v, mask, **kwargs)[0]
             return out, None
         call.to(q.device)
+        self._check(i, module, q, v, kwargs)
+        store = store_of(call.cache, i)
+        if store is not None and not store.whole:
+            result = self.owner.kv.attend(store, call, i, q, k, v, mask, kwargs)
+        elif i in self.by_layer:
+            result = self._by_method(call, i, function, module, q, k, v, mask, kwargs)
+        else:
+            if store is not None and mask is not None and mask.shape[-1] > k.shape[2]:
+                mask = mask[..., : k.shape[2]]  # that of a static cache, which has room for more
+            result = function(module, q, k, v, mask, **kwargs)[0]
+        self.owner.kv.after_attention(call, i, q, k, v, kwargs)
+        return result.contiguous(), None
 
+    def _by_method(
+        self, call: LanguageCall, i: int, function: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
         given = (q, k, v, mask)
 
         def dense() -> Tensor:
             found: Tensor = function(module, *given, **kwargs)[0]
             return found.transpose(1, 2)
 
-        self._check(i, module, q, v, kwargs)
         entry = self.by_layer[i]
         method: Any = entry.method
         valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
@@ -161,7 +190,7 @@ class LanguageAttention:
                 f"this call is {q.dtype} {(*q.shape[:3], v.shape[3])} (batch, heads, rows, head dim)"
             )
         self._note(call, site)
-        return result.transpose(1, 2).contiguous(), None
+        return result.transpose(1, 2)
 
     def _site(
         self, call: LanguageCall, i: int, entry: Entry, q: Tensor, k: Tensor, v: Tensor, valid: Tensor,
@@ -180,7 +209,7 @@ class LanguageAttention:
         notes = every.setdefault(i, {})
 
         def marks(places: bool) -> Marks:
-            found = self._marks(call, layout, i, places)
+            found = self.marks(call, layout, i, places, entry)
             return Marks(*(x[:, -valid.shape[1] :] for x in found))
 
         def groups() -> list[PaddingGroup]:
@@ -209,7 +238,7 @@ class LanguageAttention:
 
     def _check(self, i: int, module: Any, q: Tensor, v: Tensor, kwargs: dict[str, Any]) -> None:
         """Raise ``RuntimeError`` if the attention is asked for more than a softmax over keys."""
-        name = self.by_layer[i].method.name
+        name = self._entry(i).method.name
         extra = [n for n in ATTENTION_EXTRAS if kwargs.get(n) is not None]
         if extra or q.shape[3] != v.shape[3]:
             what = f"has {', '.join(extra)}" if extra else "has values of another width than keys"

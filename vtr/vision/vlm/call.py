@@ -111,6 +111,7 @@ class LanguageCall:
         self.marks: MarkedCache | None = None
         self.placed = False
         self.hidden: Tensor | None = None
+        self.normed: Tensor | None = None  # what enters its attention
         # Layers before which something changes in a decoding step; None in other calls: it may before any.
         self.stops: set[int] | None = None
         # The newest token's query, and the sequence that it is of.

@@ -54,10 +54,11 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
     closed = {}
     odd = cannot_ask(owner.lm, getattr(owner.layers[0], "self_attn", None))
     if odd:
-        closed["attention"] = odd
+        closed["attention"] = closed["kv"] = odd
     else:
-        depth["attention"] = layers
+        depth["attention"] = depth["kv"] = layers
         signals["attention"] = frozenset({"qkv", "prompt", "hidden"})
+        signals["kv"] = frozenset({"entries", "hidden"})
     info = ModelInfo(
         f"transformers {owner.family.title}",
         depth,

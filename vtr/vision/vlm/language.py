@@ -108,7 +108,7 @@ class LanguageSession(Threaded):
         self.forget()
         self.visits = {}
         for entry, stage in owner.stages():
-            if stage.site in ("image", "encoder", "cache", "attention"):
+            if stage.site in ("image", "encoder", "cache", "attention", "kv"):
                 continue
             inside = stage.site == "decoder"
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "entry")
@@ -169,13 +169,14 @@ class LanguageSession(Threaded):
         call = LanguageCall(self.owner, past, valid, history, cuts, kinds, positions, cache)
         reduced = self.owner.output == "reduced"
         call.purpose, call.aligned = purpose, not (reduced or purpose.generating)
-        if attention.by_layer:
+        if attention.asked:
             call.marks = marked(cache) or MarkedCache()
         if purpose.last and not call.aligned:  # padding that a cut makes anew goes to the left
             call.layout.right = False
         self.call = call
         if cuts is not None:
             unlock(cache, cuts)
+        self.owner.kv.open(cache, True)
         if kinds is not None:
             self._begin(call)
             hold(self.owner, call)
@@ -269,6 +270,7 @@ class LanguageSession(Threaded):
             remember(call.cache, cuts)
         self.owner.cache.after(call)
         self.owner.attention.after(call)
+        self.owner.kv.after(call)
         if call.held is not None:
             call.held.done, call.held.notes = True, dict(self.owner.tracing.notes)
         if call.changed:
@@ -294,6 +296,8 @@ class LanguageSession(Threaded):
         call, self.call = self.call, None
         if call is not None and call.cuts is not None:
             lock(call.given, call.cuts)
+        if call is not None:
+            self.owner.kv.open(call.given, False)
 
     # ---- its layers -------------------------------------------------------------------------
 

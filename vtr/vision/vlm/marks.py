@@ -40,6 +40,11 @@ class MarkedCache:
         """Samples that are recorded."""
         return self.columns[0].marks.kind.shape[0] if self.columns else None
 
+    def length(self, layer: int) -> int:
+        """Columns of a layer up to the end of the last prompt with images or videos."""
+        found = [c.marks for c in self.columns if c.first <= layer]
+        return found[-1].kind.shape[1] if found else 0
+
     def before(self, layer: int, past: int, batch: int, device: torch.device) -> Marks:
         """The marks of the first ``past`` columns of a layer; what came after the last prompt is text."""
         found = [c.marks for c in self.columns if c.first <= layer]

@@ -51,12 +51,19 @@ def check_method(owner: VLMWrapping, method: Method) -> None:
     nothing comes after its cut."""
     # Tokens that a tower cuts are taken out of the prompt as well.
     stages = method.stages(owner.info)
-    whole = [s for s in stages if s.site == "attention" or (s.site == "encoder" and not s.cuts)]
+    whole = [
+        s for s in stages if s.site in ("attention", "kv") or (s.site == "encoder" and not s.cuts)
+    ]
     shortens = len(whole) < len(stages)
     odd = runs_otherwise(owner.layers[0]) or masks_otherwise()
     if odd and shortens:
         odd = owner.why(f"{odd}, by which a cut is carried out")
         raise UnsupportedMethodError(f"{method.name} cannot cut for this language model: {odd}")
+    if owner.sliding and any(s.site == "kv" for s in stages):
+        raise UnsupportedMethodError(
+            f"{method.name} cannot choose entries of the KV cache of a language model with sliding-window "
+            "layers, whose caches hold their window alone"
+        )
     if owner.sliding and shortens:
         raise UnsupportedMethodError(
             f"{method.name} cannot cut for a language model with sliding-window layers: their "

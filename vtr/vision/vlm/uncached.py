@@ -58,6 +58,7 @@ def hold(owner: VLMWrapping, call: LanguageCall) -> None:
     if call.cache is not None:
         owner.held = None
         return
+    owner.kv.check(call.cache)
     if owner.cache.visits:
         names = ", ".join(entry.method.name for entry, _, _ in owner.cache.visits)
         raise UnsupportedMethodError(

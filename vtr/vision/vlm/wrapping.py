@@ -33,6 +33,7 @@ from vtr.vision.vlm.facts import vlm_info
 from vtr.vision.vlm.family import VLMFamily
 from vtr.vision.vlm.features import Captures
 from vtr.vision.vlm.head import Head, Purpose
+from vtr.vision.vlm.kv import KVSession
 from vtr.vision.vlm.language import LanguageSession
 from vtr.vision.vlm.nesting import INNER, LANGUAGE, ROOT, Nesting, forget_compiled
 from vtr.vision.vlm.outputs import MODES
@@ -85,6 +86,7 @@ class VLMWrapping(Wrapping):
         self.language = LanguageSession(self, self.lm)
         self.attention = LanguageAttention(self)
         self.cache = CacheSession(self)
+        self.kv = KVSession(self)
         self.head = Head(self)
 
     def begin(self, trace: Trace) -> None:
@@ -153,6 +155,14 @@ class VLMWrapping(Wrapping):
                 "one that looks at the prompt or in the decoder"
             )
 
+        kv = [e for e, found in sites if "kv" in found]
+        rows = [e for e, found in sites if "attention" in found and e.method.reads_cache]
+        if kv and rows:
+            raise ValueError(
+                f"{rows[0].method.name} reads the whole KV cache while an answer is written, and "
+                f"{kv[0].method.name} drops or packs entries of it: apply one of them"
+            )
+
     def columns(self) -> Tensor:
         return self.language.columns()
 
@@ -185,6 +195,7 @@ class VLMWrapping(Wrapping):
                 session.install()
         self.tower_calls.install()
         self.language.install()
+        self.kv.install()
         self.attention.install()
         self.cache.install()
         if self.root is not inner:
@@ -200,6 +211,7 @@ class VLMWrapping(Wrapping):
 
     def drafts(self, *args: Any, **kwargs: Any) -> DraftsAfterPrompt:
         """generate asks for its candidate generator: assisted decoding begins."""
+        self.kv.check_drafts()
         root: Any = self.root
         return DraftsAfterPrompt(getattr(type(root), DRAFTS)(root, *args, **kwargs))
 

@@ -1,0 +1,227 @@
+"""Methods that decide what the KV cache of a language model holds (the site ``kv``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtr.compat.transformers import SCALING, WINDOW
+from vtr.core.kv_site import KVSite
+from vtr.core.wrapping import Bound, Entry
+from vtr.errors import UnsupportedMethodError
+from vtr.vision.vlm.store import EntryStore, make_store, store_of
+
+if TYPE_CHECKING:
+    from vtr.core.language_attention import Marks
+    from vtr.vision.vlm.call import LanguageCall
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+PENDING = "vtr.kv"  # of a call's memory: sites that wait for the end of the call
+
+
+class KVSession:
+    """Lets methods choose the entries of caches, and attends to what is held.
+
+    Attributes:
+        by_layer: the method of each layer that has one.
+    """
+
+    def __init__(self, owner: VLMWrapping) -> None:
+        self.owner = owner
+        self.by_layer: dict[int, Entry] = {}
+
+    def install(self) -> None:
+        owner = self.owner
+        self.by_layer = {s.layer: e for e, s in owner.stages() if s.site == "kv"}
+        for i, entry in self.by_layer.items():
+            if "hidden" in entry.method.requirements(owner.info)["kv"]:
+                see = Bound(self, "before_attention")
+                attention = owner.layers[i].self_attn
+                owner.hook(attention.register_forward_pre_hook(see, with_kwargs=True))
+
+    # ---- calls of the language model --------------------------------------------------------
+
+    def open(self, cache: Any, is_open: bool) -> None:
+        """A call begins or ends: stores may be added to in between."""
+        for i in self.by_layer:
+            store = store_of(cache, i)
+            if store is not None:
+                store.open = is_open
+
+    def check(self, cache: Any) -> None:
+        """generate begins.
+
+        Raises:
+            UnsupportedMethodError: it has no cache.
+        """
+        if self.by_layer and cache is None:
+            raise UnsupportedMethodError(
+                f"{self._names()} acts on the KV cache, and generate runs without one: use use_cache=True"
+            )
+
+    def check_drafts(self) -> None:
+        """Assisted decoding begins.
+
+        Raises:
+            UnsupportedMethodError: entries are chosen while an answer is written, by tokens that may be
+                rejected.
+        """
+        if any(e.method.while_decoding for e in self.by_layer.values()):  # type: ignore[attr-defined]
+            raise UnsupportedMethodError(
+                f"{self._names()} chooses entries of the KV cache while the answer is written, and assisted "
+                "decoding (a draft model, prompt lookup) takes tokens back: use every=0 and keep instead of "
+                "bytes, or generate without assistance"
+            )
+
+    def _names(self) -> str:
+        return ", ".join(dict.fromkeys(e.method.name for e in self.by_layer.values()))
+
+    def after(self, call: LanguageCall) -> None:
+        """A call ends: methods that see all layers first choose now."""
+        for entry, site, store in call.memory.pop(PENDING, ()):
+            site.q = None
+            self._choose(call, entry, site, store)
+
+    # ---- its layers -------------------------------------------------------------------------
+
+    def before_attention(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self.owner.language.running()
+        if call is not None:
+            call.normed = args[0] if args else kwargs["hidden_states"]
+
+    def attend(
+        self, store: EntryStore, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Compute the attention of layer ``i`` over the entries that are held, (B, L, H, D).
+
+        ``mask`` is that of a cache which holds everything; None if the model found no padding.
+        """
+        if mask is None and q.shape[2] == 1 and not store.ragged:
+            return attend_all(q, k, v, kwargs[SCALING]).transpose(1, 2)
+        valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
+        return attend(
+            q, k, v, store.columns(), valid, scale=kwargs[SCALING], window=kwargs.get(WINDOW)
+        ).transpose(1, 2)
+
+    def after_attention(
+        self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """The attention of layer ``i`` is done."""
+        entry = self.by_layer.get(i)
+        if entry is None or call.cache is None or call.again:
+            return
+        valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
+        store = store_of(call.cache, i) or make_store(call.cache, i, valid.shape[1])
+        if store is None:
+            held = type(call.cache.layers[i]).__name__
+            raise UnsupportedMethodError(
+                f"{entry.method.name} chooses entries of a KV cache, and layer {i} holds them in a {held}: use "
+                "a dynamic or static cache of transformers (cache_implementation='dynamic'), whose entries are "
+                "neither quantised nor limited to a window"
+            )
+        store.open = True
+        method: Any = entry.method
+        k, v = (x[:, :, : store.number] for x in (k, v))
+        site = self._site(call, i, entry, store, q, k, v, valid, kwargs)
+        method.watch(site)
+        store.entries, store.state = site.entries, site.state
+        if not method.due(site):
+            return
+        if method.whole:
+            call.memory.setdefault(PENDING, []).append((entry, site, store))
+        else:
+            self._choose(call, entry, site, store)
+
+    def _choose(self, call: LanguageCall, entry: Entry, site: KVSite, store: EntryStore) -> None:
+        method: Any = entry.method
+        with call.casting(False):
+            change = method.compress(site)
+        store.entries, store.state = site.entries, site.state
+        store.chosen = store.length
+        if change is None:
+            return
+        shape = site.columns.shape
+        for name, x in (("kept", change.kept), ("bits", change.bits)):
+            if x is not None and x.shape != shape:
+                raise RuntimeError(
+                    f"{method.name}: {name} of a Change must be {tuple(shape)} (batch, KV heads, entries), got "
+                    f"{tuple(x.shape)}"
+                )
+        nothing = change.k is None and (change.bits is None or torch.equal(change.bits, site.bits))
+        if nothing and torch.equal(change.kept & site.valid, site.valid):
+            return
+        store.choose(change._replace(kept=change.kept & site.valid))
+        if call.visual is not None:
+            site.notes["columns"] = store.columns()
+
+    def _site(
+        self, call: LanguageCall, i: int, entry: Entry, store: EntryStore, q: Tensor, k: Tensor, v: Tensor,
+        valid: Tensor, kwargs: dict[str, Any],
+    ) -> KVSite:  # fmt: skip
+        owner, attention = self.owner, self.owner.attention
+        assert call.marks is not None
+        rows, layout = q.shape[2], call.layout
+        which = owner.entries.index(entry)
+        every = {} if call.visual is None else owner.tracing.notes.setdefault("kv", {})
+        prompt = valid.shape[1] if call.visual is not None else call.marks.length(i)
+
+        def marks(places: bool) -> Marks:
+            return attention.marks(call, layout, i, places, entry)
+
+        return KVSite(
+            info=owner.info, layer=i, layers=len(owner.layers), training=owner.root.training,
+            phase="decode" if rows == 1 and call.visual is None else "turn" if call.past else "prefill",
+            q=q, k=k, v=v, scale=kwargs[SCALING], columns=store.columns, tokens=valid, rows=rows,
+            prompt=prompt, marks=marks, bits=store.bits, fresh=store.length - store.chosen,
+            visited=call.visual is not None, entries=store.noted(), state=store.state,
+            memory=call.memory.setdefault(("kv", which), {}), notes=every.setdefault(i, {}),
+            hidden=call.normed,
+        )  # fmt: skip
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Compute attention of one row over all entries, (B, H, 1, D)."""
+    batch, heads, _, width = q.shape
+    grouped = q.view(batch, k.shape[1], -1, width)
+    out = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+    return out.view(batch, heads, 1, v.shape[3])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    valid: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Compute attention over entries of each KV head, (B, H, L, D).
+
+    Keys and values are read once for all query heads of a KV head. Rows of padding are zero.
+
+    Args:
+        q: (B, H, L, D), the last L columns of the sequence.
+        k, v: (B, Hk, K, D).
+        columns: (B, Hk, K) int64, the column of each entry, -1 for an empty place.
+        valid: (B, S) bool, the columns that are tokens.
+        window: columns that a row sees, itself the last of them; None for all.
+    """
+    batch, heads, rows, width = q.shape
+    groups, length = k.shape[1], valid.shape[1]
+    at = torch.arange(length - rows, length, device=q.device)
+    live = valid.gather(1, columns.clamp(min=0).view(batch, -1)).view_as(columns) & (columns >= 0)
+    sees = live[:, :, None] & (columns[:, :, None] <= at[:, None])
+    if window is not None:
+        sees &= at[:, None] - columns[:, :, None] < window
+    none = ~valid[:, None, length - rows :, None]
+    sees = (sees | none).repeat(1, 1, heads // groups, 1)
+    out = F.scaled_dot_product_attention(
+        q.reshape(batch, groups, -1, width), k, v, sees, scale=scale
+    )
+    return out.view(batch, heads, rows, v.shape[3]).masked_fill(none, 0)

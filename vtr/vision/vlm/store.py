@@ -1,0 +1,293 @@
+"""The layer of a KV cache that holds entries by KV head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtr.compat.transformers import cache_layer, cache_layer_base
+from vtr.core.kv_site import Change
+from vtr.core.packed_entries import BITS, PackedEntries
+
+_Base: Any = cache_layer_base()
+
+
+class EntryStore(_Base):  # type: ignore[misc]
+    """A layer of a KV cache of transformers that holds some of the entries.
+
+    It says how long the sequence is, so that masks and positions are those of a cache that holds everything;
+    which entries it holds is for the attention of a wrapped model to know. Entries are padded to the number
+    of the head that holds most. Packed entries are first, then those in the model's dtype.
+
+    Attributes:
+        keys, values: (B, Hk, n, D) the entries in the model's dtype.
+        packed: entries with fewer bits.
+        length: columns of the sequence.
+        held: (B, Hk, P) int32, the columns of the first P entries, -1 for empty places; later entries are
+            the last columns, in order. None if all columns are held.
+        ragged: whether there are empty places.
+        chosen: columns of the sequence when entries were last chosen.
+        open: whether a wrapped model is running with the cache, which attends to what is held.
+        entries, state: of the method's site.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.packed: list[PackedEntries] = []
+        self.length = keys.shape[2]
+        self.held: Tensor | None = None
+        self.ragged = False
+        self.chosen = 0
+        self.open = False
+        self.entries: dict[str, Tensor] = {}
+        self.state: dict[str, Any] = {}
+        self.device, self.dtype = keys.device, keys.dtype
+        self.is_initialized = True
+
+    # ---- what it holds ----------------------------------------------------------------------
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether all entries are held as the model made them."""
+        return self.held is None
+
+    @property
+    def number(self) -> int:
+        """Entries of the head that holds most, empty places counted."""
+        return sum(p.valid.shape[2] for p in self.packed) + self.keys.shape[2]  # type: ignore[no-any-return]
+
+    def columns(self) -> Tensor:
+        """(B, Hk, K) int64 columns of the entries, -1 for empty places."""
+        batch, heads = self.keys.shape[:2]
+        known = 0 if self.held is None else self.held.shape[2]
+        last = torch.arange(self.length - (self.number - known), self.length, device=self.device)
+        last = last.expand(batch, heads, -1)
+        return last if self.held is None else torch.cat([self.held.long(), last], 2)
+
+    def bits(self) -> Tensor:
+        """(B, Hk, K) int64, with how many bits each entry is stored."""
+        batch, heads = self.keys.shape[:2]
+        sizes = [(p.bits, p.valid.shape[2]) for p in self.packed]
+        sizes.append((8 * self.dtype.itemsize, self.keys.shape[2]))
+        found = [torch.full((n,), bits, device=self.device) for bits, n in sizes]
+        return torch.cat(found).expand(batch, heads, -1)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """(B, Hk, K, D) keys and values of all entries, in the model's dtype."""
+        if not self.packed:
+            return self.keys, self.values
+        made = [p.unpack() for p in self.packed]
+        keys = torch.cat([*(k for k, _ in made), self.keys], 2)
+        return keys, torch.cat([*(v for _, v in made), self.values], 2)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that it holds."""
+        yield from (self.keys, self.values)
+        for packed in self.packed:
+            yield from packed.tensors()
+        if self.held is not None:
+            yield self.held
+        yield from self.entries.values()
+        yield from (x for x in self.state.values() if isinstance(x, Tensor))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it holds."""
+        return sum(x.nbytes for x in self.tensors())
+
+    def noted(self) -> dict[str, Tensor]:
+        """``entries``, with zeros for those that are new."""
+        for name, x in self.entries.items():
+            more = self.number - x.shape[2]
+            if more:
+                self.entries[name] = F.pad(x, (0, 0) * (x.ndim - 3) + (0, more))
+        return self.entries
+
+    # ---- what it keeps ----------------------------------------------------------------------
+
+    def choose(self, change: Change) -> None:
+        """Hold from now on what a method has decided."""
+        self.chosen = self.length
+        columns, bits, noted = self.columns(), self.bits(), self.noted()
+        kept = change.kept & (columns >= 0)
+        wanted = bits if change.bits is None else change.bits
+        native = wanted > max(BITS)
+        same = change.k is None and not self.packed and bool((native | ~kept).all())
+        if same and self.whole and bool(kept.all()):
+            return
+        keys, values = self.read()
+        if change.k is not None and change.v is not None:
+            keys, values = change.k.to(keys), change.v.to(values)
+        packed, order, at = [], [], 0
+        for entries in self.packed:
+            stop = at + entries.valid.shape[2]
+            here = torch.zeros_like(kept)
+            here[..., at:stop] = True
+            stays = kept & here & (wanted == entries.bits)
+            if change.k is None and torch.equal(stays[..., at:stop], entries.valid):
+                packed.append(entries)
+                index = torch.arange(at, stop, device=columns.device)
+                order.append(torch.where(entries.valid, index, -1))
+                kept = kept & ~here
+            at = stop
+        for size in BITS:
+            index = places(kept & (wanted == size))
+            if index.shape[2]:
+                packed.append(
+                    PackedEntries.pack(
+                        _gather(keys, index), _gather(values, index), index >= 0, size
+                    )
+                )
+                order.append(index)
+        index = places(kept & native)
+        self.keys, self.values, self.packed = _gather(keys, index), _gather(values, index), packed
+        whole_order = torch.cat([*order, index], 2)
+        self.held = _look_up(columns, whole_order, -1).int()
+        self.ragged = bool((self.held < 0).any())
+        self.entries = {name: _look_up(x, whole_order, 0) for name, x in noted.items()}
+
+    # ---- a layer of a cache -----------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add entries, and return all of them."""
+        if not self.open and not self.whole:
+            raise RuntimeError(
+                "entries of this KV cache were dropped or packed: it can only be continued while a method at "
+                "the site kv is applied to this layer of the model. Apply it again, or start with a new cache"
+            )
+        if self.keys is None:
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = torch.cat([self.keys, key_states], 2)
+            self.values = torch.cat([self.values, value_states], 2)
+        self.length += key_states.shape[2]
+        return self.read()
+
+    def get_seq_length(self) -> int:
+        return self.length  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens of the sequence: a negative number of them, or (in older versions of
+        transformers) the length that is left."""
+        gone = -tokens_to_remove
+        if tokens_to_remove > 0:
+            gone = max(0, self.length - tokens_to_remove)
+        if not gone:
+            return
+        columns = self.columns()
+        known = 0 if self.held is None else self.held.shape[2]
+        last = self.number - known
+        self.length -= gone
+        self.chosen = min(self.chosen, self.length)
+        stop = self.keys.shape[2] - min(gone, last)
+        self.keys, self.values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        self.entries = {n: x[:, :, : self.number] for n, x in self.entries.items()}
+        if gone > last:
+            held = columns[:, :, :known]
+            self.held = torch.where(held < self.length, held, -1).int()
+            self.ragged = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.keys.shape[0], device=self.device)
+        self._take(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(indices)
+
+    def _take(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` was."""
+        batch, rows = self.keys.shape[0], rows.to(self.device)
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.packed = [p.take(rows) for p in self.packed]
+        self.held = None if self.held is None else self.held[rows]
+        self.entries = {name: x[rows] for name, x in self.entries.items()}
+        self.state = {
+            name: x[rows] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x
+            for name, x in self.state.items()
+        }
+
+    def reset(self) -> None:
+        self.keys = self.values = self.held = None
+        self.packed, self.entries, self.state = [], {}, {}
+        self.length = self.chosen = 0
+
+    def offload(self) -> None:
+        """Move entries to CPU memory; which they are stays known on the device."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.keys is None:
+            return
+        self.keys = self.keys.to(device, non_blocking=True)
+        self.values = self.values.to(device, non_blocking=True)
+        self.packed = [p.to(device) for p in self.packed]
+
+
+def store_of(cache: Any, layer: int) -> EntryStore | None:
+    """The store at a layer of a cache."""
+    layers = getattr(cache, "layers", ())
+    found = layers[layer] if layer < len(layers) else None
+    return found if isinstance(found, EntryStore) else None
+
+
+def make_store(cache: Any, layer: int, length: int) -> EntryStore | None:
+    """Put a store in the place of a layer that holds ``length`` columns plainly; None if it does not."""
+    plain = cache_layer(cache, layer)
+    if plain is None:
+        return None
+    keys, values = plain.keys, plain.values
+    if keys.shape[2] != length:  # a static layer has room for more
+        keys, values = (x[:, :, :length].clone() for x in (keys, values))
+    cache.layers[layer] = store = EntryStore(keys, values)
+    return store
+
+
+def places(mask: Tensor) -> Tensor:
+    """List the True places of a mask (B, Hk, K), ascending: (B, Hk, n) int64 with n the most of a head, -1
+    behind them."""
+    number = int(mask.sum(2).max()) if mask.numel() else 0
+    index = torch.arange(mask.shape[2], device=mask.device).expand_as(mask)
+    rank = torch.where(mask, mask.cumsum(2) - 1, number)
+    found = torch.full((*mask.shape[:2], number + 1), -1, device=mask.device)
+    return found.scatter(2, rank, torch.where(mask, index, -1))[..., :number]
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Entries (B, Hk, n) of x (B, Hk, K, D), a new tensor; those of -1 are zero."""
+    found = x.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
+    return found.masked_fill_((index < 0)[..., None], 0)
+
+
+def _look_up(x: Tensor, index: Tensor, nothing: int) -> Tensor:
+    """Values (B, Hk, n, ...) of x (B, Hk, K, ...) at an index, ``nothing`` for -1."""
+    more = (1,) * (x.ndim - 3)
+    where = index.clamp(min=0).view(*index.shape, *more).expand(*index.shape, *x.shape[3:])
+    return x.gather(2, where).masked_fill((index < 0).view(*index.shape, *more), nothing)
