@@ -29,6 +29,8 @@ from vtr.vision.vlm.sequence import SequenceLayout, follow, positions_along, put
 from vtr.vision.vlm.visit import language_site
 
 if TYPE_CHECKING:
+    from vtr.core.kv_site import KVSite
+    from vtr.vision.vlm.store import EntryStore
     from vtr.vision.vlm.uncached import Held
     from vtr.vision.vlm.wrapping import VLMWrapping
 
@@ -112,6 +114,8 @@ class LanguageCall:
         self.placed = False
         self.hidden: Tensor | None = None
         self.normed: Tensor | None = None  # what enters its attention
+        # Layers whose entries of the KV cache are chosen when the call ends.
+        self.choosing: list[tuple[Entry, KVSite, EntryStore]] = []
         # Layers before which something changes in a decoding step; None in other calls: it may before any.
         self.stops: set[int] | None = None
         # The newest token's query, and the sequence that it is of.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from vtr.vision.vlm.call import LanguageCall
     from vtr.vision.vlm.wrapping import VLMWrapping
 
-PENDING = "vtr.kv"  # of a call's memory: sites that wait for the end of the call
-
 
 class KVSession:
     """Lets methods choose the entries of caches, and attends to what is held.
@@ -81,7 +79,8 @@ class KVSession:
 
     def after(self, call: LanguageCall) -> None:
         """A call ends: methods that see all layers first choose now."""
-        for entry, site, store in call.memory.pop(PENDING, ()):
+        waiting, call.choosing = call.choosing, []
+        for entry, site, store in waiting:
             site.q = None
             self._choose(call, entry, site, store)
 
@@ -132,7 +131,7 @@ class KVSession:
         if not method.due(site):
             return
         if method.whole:
-            call.memory.setdefault(PENDING, []).append((entry, site, store))
+            call.choosing.append((entry, site, store))
         else:
             self._choose(call, entry, site, store)
 

@@ -232,7 +232,8 @@ class EntryStore(_Base):  # type: ignore[misc]
         }
 
     def reset(self) -> None:
-        self.keys = self.values = self.held = None
+        self.keys = self.values = None
+        self.held = None
         self.packed, self.entries, self.state = [], {}, {}
         self.length = self.chosen = 0
 
