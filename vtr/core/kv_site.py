@@ -25,12 +25,28 @@ class Change(NamedTuple):
         k, v: (B, Hk, K, D) what the entries that stay hold from now on (merging); None for what they hold.
         bits: (B, Hk, K) int64, the bits with which an entry that stays is stored: 2, 4, 8, or 16 and more for
             the model's dtype. None leaves each as it is stored.
+        aside: (B, Hk, K) bool, entries that are copied to CPU memory, from where :meth:`KVMethod.recall` takes
+            them instead of others of them. None for none.
     """
 
     kept: Tensor
     k: Tensor | None = None
     v: Tensor | None = None
     bits: Tensor | None = None
+    aside: Tensor | None = None
+
+
+class Here(NamedTuple):
+    """The visual tokens of a call among the columns of a layer.
+
+    Attributes:
+        token: (B, S) int64, the index of each among the visual tokens of the prompt as it came in, -1 for
+            others.
+        left: (B, N) bool, which of the N tokens are left, in the layer that runs or at the end of the call.
+    """
+
+    token: Tensor
+    left: Tensor
 
 
 class KVSite:
@@ -59,6 +75,7 @@ class KVSite:
         state: dict that is kept with the cache; tensors in it have the batch first, and follow its rows.
         memory: dict of this method for this call, shared by its layers.
         notes: dict that ends in ``trace.notes["kv"][layer]``.
+        aside: what is noted of the entries in CPU memory, as in ``entries``; None if there are none.
     """
 
     site = "kv"
@@ -80,6 +97,7 @@ class KVSite:
         rows: int,
         prompt: int,
         marks: Callable[[bool], Marks],
+        visuals: Callable[[], Here],
         bits: Callable[[], Tensor],
         fresh: int,
         visited: bool,
@@ -88,13 +106,15 @@ class KVSite:
         memory: dict[str, Any],
         notes: dict[str, Any],
         hidden: Tensor | None = None,
+        aside: dict[str, Tensor] | None = None,
     ) -> None:
         self.info, self.layer, self.layers, self.phase = info, layer, layers, phase
         self.training, self.q, self.k, self.v, self.scale = training, q, k, v, scale
         self.fresh, self.visited = fresh, visited
         self._columns, self._bits = columns, bits
         self.entries, self.state, self.memory, self.notes = entries, state, memory, notes
-        self.hidden = hidden
+        self.hidden, self.aside = hidden, aside
+        self._visuals = visuals
         self._tokens, self._rows, self._prompt = tokens, rows, prompt
         self._marks = marks
         self._found: dict[bool, Marks] = {}
@@ -155,6 +175,20 @@ class KVSite:
         """(B, Hk, K) int64: the frame of each visual entry, counted through the conversation, -1 for others
         and for separators. A still image is one frame."""
         return self.at_entries(self.marks(True).frame, -1)
+
+    @property
+    def token(self) -> Tensor:
+        """(B, Hk, K) int64: the index of each visual entry of this call among the visual tokens of the prompt as
+        it came in; -1 for others."""
+        return self.at_entries(self._visuals().token, -1)
+
+    @property
+    def left(self) -> Tensor:
+        """(B, Hk, K) bool, True for visual entries of this call whose tokens are left: in this layer, or at the
+        end of the call in the last one."""
+        token, left = self.token, self._visuals().left
+        found = left.gather(1, token.clamp(min=0).flatten(1)).view_as(token)
+        return found & (token >= 0)
 
     @property
     def here(self) -> Tensor:

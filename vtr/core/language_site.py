@@ -270,34 +270,3 @@ class LanguageSite(Site):
         if self._rows is None:
             raise RuntimeError(f"site {self.site}[{self.layer}] shows no attention of the text")
         return self._rows(self.last_text if rows is None else rows)
-
-
-class CacheSite(LanguageSite):
-    """The view of a method on a cache. ``hidden`` is empty (B, N, 0): N are the visual tokens that are
-    left in the last layer after the prompt, and ``map`` leads to them from those of the prompt.
-
-    Attributes:
-        step: 0 after the prompt, then the number of the decoding step.
-        kept: (B, K) int64, the tokens chosen last, indices into N, -1 for padding; None at step 0.
-        state: the method's own dict, which is kept as long as the cache.
-
-    :attr:`entry`, :attr:`frame`, :attr:`place`, :attr:`video` and :attr:`videos` are known at step 0 only.
-    """
-
-    def __init__(
-        self,
-        *,
-        step: int,
-        kept: Tensor | None,
-        state: dict[str, Any],
-        newest: Callable[[], Tensor],
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        self.step, self.kept, self.state = step, kept, state
-        self._newest = newest
-
-    def newest_attention(self) -> Tensor:
-        """Attention that the newest token pays to the N tokens in layer ``layer - 1``, which holds all
-        of them: mean over heads, softmax over all that it sees, (B, N) float32; padding gets zeros."""
-        return self._newest()

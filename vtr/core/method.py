@@ -23,7 +23,6 @@ PLACES: dict[str, tuple[str, ...]] = {
     "encoder": ("middle", "end"),
     "prompt": ("entry",),
     "decoder": ("end", "start", "middle"),
-    "cache": ("from", "before", "follow"),
     "attention": ("inside",),
     "kv": ("behind",),
     "block": ("around",),
@@ -37,8 +36,6 @@ PLACES: dict[str, tuple[str, ...]] = {
 - ``decoder``: at the ``start`` of a layer of a language model (its input, with the q, k, v that it will
   compute), in its ``middle`` or at its ``end``, both with the q, k, v that it has used. The middle needs
   ``info.decoder_middle``.
-- ``cache``: the keys and values of a language model after the prompt, in layers ``from`` this one on, in those
-  ``before`` it, or from it on and chosen again while the answer is written (``follow``).
 - ``attention``: an attention call, of a diffusion transformer or of a language model.
 - ``kv``: the entries of a layer's KV cache, ``behind`` its attention.
 - ``block``: a block of a diffusion transformer.

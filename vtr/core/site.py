@@ -25,7 +25,6 @@ SIGNALS: dict[str, frozenset[str]] = {
     "encoder": _ATTENTION | {"hidden", "pixels", "cls_attention", "keys_of", "pooling"},
     "prompt": frozenset({"hidden", "text", "encoder_scores"}),
     "decoder": _ATTENTION | {"hidden", "text", "text_attention", "encoder_scores"},
-    "cache": frozenset({"newest_attention"}),
     "attention": frozenset({"qkv", "denoising", "frames", "prompt", "hidden"}),
     "kv": frozenset({"entries", "hidden"}),
     "block": frozenset({"hidden"}),
@@ -36,8 +35,7 @@ SIGNALS: dict[str, frozenset[str]] = {
 a KV cache: those that enter the attention module). ``pixels``: :attr:`Site.pixels`. ``queries``, ``keys``, ``values``, ``qkv``: those of
 the layer's attention. ``cls_attention``, ``attention_received``, ``pooling``: the methods of :class:`Site` of these
 names. ``keys_of``: :attr:`Site.keys_of`. ``text``: the hidden states of the text. ``text_attention``: attention
-of text to visual tokens. ``encoder_scores``: :meth:`LanguageSite.spread` works. ``newest_attention``: that method
-of :class:`CacheSite`. ``frames``: the tokens have a time axis of several frames. ``denoising``: the attention is
+of text to visual tokens. ``encoder_scores``: :meth:`LanguageSite.spread` works. ``frames``: the tokens have a time axis of several frames. ``denoising``: the attention is
 that of a diffusion transformer, in steps. ``prompt``: it is that of a language model, whose text and visual tokens
 are told apart. ``entries``: keys and values of each KV head, which may be dropped, merged or stored with fewer
 bits.

@@ -43,7 +43,7 @@ from vtr.core.budget import (
 )
 from vtr.core.kv_site import Change, KVSite
 from vtr.core.language_attention import LanguageAttentionSite
-from vtr.core.language_site import CacheSite, LanguageSite, VisualSpan
+from vtr.core.language_site import LanguageSite, VisualSpan
 from vtr.core.method import Examples, Method, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
@@ -65,7 +65,6 @@ from vtr.methods.common.scored import ScoredMethod, TextScoredMethod
 
 __all__ = [
     "AttentionMethod",
-    "CacheSite",
     "Change",
     "EditMethod",
     "EvictionMethod",

@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_count, check_keep, check_number, count, counts
-from vtr.core.language_site import CacheSite, LanguageSite
+from vtr.core.kv_site import Change, KVSite
+from vtr.core.language_site import LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo
-from vtr.core.tokens import TokenMap, top_indices
-from vtr.methods.common.temporal import Cutting, best, clips, in_videos, neighbour_similarity
+from vtr.methods.common.kv import KVChoices
+from vtr.methods.common.temporal import Cutting, best, clips, neighbour_similarity
 
 WINDOW = 4
 
 
 @register
 @dataclass(frozen=True)
-class DyCoke(Presets, TokenMethod):
+class DyCoke(Presets, KVChoices, TokenMethod):
     """DyCoke (CVPR 2025, arXiv 2411.15024): temporal merging, then a dynamic KV cache.
 
     Before the language model, in windows of four frames, the first stays whole. Frames 1 and 3 are
@@ -65,10 +66,10 @@ class DyCoke(Presets, TokenMethod):
     paper: ClassVar[str] = (
         "DyCoke: Dynamic Compression of Tokens for Fast Video LLMs, CVPR 2025, arXiv 2411.15024"
     )
-    sites: ClassVar[tuple[str, ...]] = ("prompt", "cache")
+    sites: ClassVar[tuple[str, ...]] = ("prompt", "kv")
     needs: ClassVar = {
         "prompt": frozenset({"hidden"}),
-        "cache": frozenset({"newest_attention"}),
+        "kv": frozenset({"entries"}),
     }
     positions: ClassVar[str] = "compact"
 
@@ -112,16 +113,18 @@ class DyCoke(Presets, TokenMethod):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         if self.kv is None:
             return (Stage("prompt", 0),)
-        depth = info.depth["decoder"]
-        layer = max(0, 3 * depth // 28 - 1) if self.layer is None else self.layer
+        layer, depth = self.layer_in(info), info.depth["kv"]
         if layer > depth - 2:
             raise ValueError(f"layer must be in 0..{depth - 2} for {depth} layers, got {layer}")
-        place = "follow" if self.evicted == "cpu" else "from"
-        return Stage("prompt", 0), Stage("cache", layer + 1, place)
+        later = (Stage("kv", n) for n in range(layer + 1, depth))
+        return Stage("prompt", 0), Stage("kv", layer, cuts=False), *later
+
+    def layer_in(self, info: ModelInfo) -> int:
+        """The layer whose attention chooses."""
+        depth = info.depth["kv"]
+        return max(0, 3 * depth // 28 - 1) if self.layer is None else self.layer
 
     def reduce(self, site: Any) -> Reduction | None:
-        if site.site == "cache":
-            return self._choose(site)
         return self._thin(site)
 
     def _thin(self, site: LanguageSite) -> Reduction | None:
@@ -132,26 +135,75 @@ class DyCoke(Presets, TokenMethod):
             cutting.put(clip, torch.where(stays.flatten(), index, -1))
         return cutting.reduction()
 
-    def _choose(self, site: CacheSite) -> Reduction | None:
-        """At the cache after the prompt, or in a decoding step."""
-        assert self.kv is not None
-        if site.kept is None:
-            site.state["video"] = in_videos(site)
-        moving: Tensor = site.state["video"]
-        row = site.newest_attention().masked_fill(~moving, 0)
+    def due(self, site: KVSite) -> bool:
+        return site.visited and site.layer > self.layer_in(site.info)
+
+    def watch(self, site: KVSite) -> None:
+        """In the layer whose attention chooses."""
+        if site.layer != self.layer_in(site.info):
+            if site.visited:
+                site.entries["token"] = site.token + 1
+            return
+        if site.visited:
+            site.entries["token"] = site.token + 1
+            site.state.clear()
+            site.state["moving"] = in_videos(site)
+        elif "moving" not in site.state or self.evicted == "drop":
+            return
+        moving: Tensor = site.state["moving"]
+        row = newest_attention(site, moving.shape[1]).masked_fill(~moving, 0)
         before: Tensor | None = site.state.get("row")
         site.state["row"] = row
-        number = counts(self.kv, moving.sum(1))
-        alike = torch.zeros(site.batch, dtype=torch.bool, device=row.device)
+        chosen = best(row, counts(self.kv, moving.sum(1)), moving)
         if before is not None:
             alike = F.cosine_similarity(row, before, dim=1) >= self.similarity
-        if bool((number == moving.sum(1)).all() | alike.all()):  # one look at the device per step
+            if bool(alike.all()):  # the one look at the device of a step
+                return
+            chosen = torch.where(alike[:, None], site.state["chosen"], chosen)
+        site.state["chosen"] = site.memory["chosen"] = chosen
+        site.memory["moving"] = moving
+
+    def compress(self, site: KVSite) -> Change | None:
+        moving = at_tokens(site.memory["moving"], site.entries["token"])
+        kept = ~moving | at_tokens(site.memory["chosen"], site.entries["token"])
+        return Change(kept, aside=moving if self.evicted == "cpu" else None)
+
+    def recall(self, site: KVSite) -> Tensor | None:
+        if site.aside is None or "chosen" not in site.memory:
             return None
-        stays = best(row, number, moving) | (site.valid_mask & ~moving)
-        kept, has_padding = top_indices(stays.float(), stays.sum(1), stays)
-        if site.kept is not None:
-            kept = torch.where(alike[:, None], site.kept, kept)
-        return Reduction(TokenMap.keep(kept, site.n, has_padding), absolute=site.kept is not None)
+        return at_tokens(site.memory["chosen"], site.aside["token"])
+
+
+def newest_attention(site: KVSite, tokens: int) -> Tensor:
+    """Compute the attention that the newest token pays to each of ``tokens`` visual tokens of the prompt, (B,
+    tokens) float32: mean over heads, softmax over all that it sees."""
+    row = site.attention_rows(site.last_rows(1))[:, :, 0].mean(1)
+    token = site.entries["token"][:, 0]  # of a layer that holds all: the same in every head
+    out = row.new_zeros(len(row), tokens + 1)
+    return out.scatter(1, token, row)[:, 1:]
+
+
+def at_tokens(values: Tensor, token: Tensor) -> Tensor:
+    """Look values of tokens (B, N) bool up for entries of token + 1 (B, Hk, K); False for 0."""
+    index = (token - 1).clamp(min=0)
+    return values.gather(1, index.flatten(1)).view_as(token) & (token > 0)
+
+
+def in_videos(site: KVSite) -> Tensor:
+    """(B, N) bool: which of the visual tokens of a prompt are those of a frame of a video."""
+    marks, token = site.marks(True), site.token[:, 0]
+    video, frame = site.image[:, 0].clamp(min=0), site.frame[:, 0]
+    here = (token >= 0) & (frame >= 0)
+    number = int(marks.image.max()) + 1
+    last = torch.full((len(token), number + 1), -1, device=token.device)
+    where = torch.where(here, video, number)
+    last = last.scatter_reduce(1, where, torch.where(here, frame, -1), "amax")
+    first = torch.full_like(last, torch.iinfo(last.dtype).max)
+    first = first.scatter_reduce(1, where, torch.where(here, frame, first[0, 0]), "amin")
+    several = (last > first).gather(1, where) | (site.at_entries(marks.kind)[:, 0] == 2)
+    size = int(token.max()) + 1
+    out = torch.zeros(len(token), size + 1, dtype=torch.bool, device=token.device)
+    return out.scatter(1, torch.where(here, token, size), several & here)[:, :size]
 
 
 def thin(x: Tensor, number: int) -> Tensor:

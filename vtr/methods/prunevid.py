@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_count, check_keep, check_number, count, counts
+from vtr.core.kv_site import Change, KVSite
 from vtr.core.language_site import LanguageSite
 from vtr.core.method import Examples, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
@@ -18,6 +19,7 @@ from vtr.core.registry import register
 from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods.common.dpc_knn import cluster, mean_weights
+from vtr.methods.common.kv import KVChoices
 from vtr.methods.common.temporal import Cutting, clips, shares
 from vtr.methods.common.text import need_text_after
 
@@ -28,7 +30,7 @@ LAYER = 11  # the first with fewer tokens, in models of 28 and of 32 layers
 
 @register
 @dataclass(frozen=True)
-class PruneVid(Presets, TokenMethod):
+class PruneVid(Presets, KVChoices, TokenMethod):
     """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
 
     Frames are clustered by density peaks (k = 7) on the mean of their embeddings into 0.25 T clusters, which
@@ -67,11 +69,12 @@ class PruneVid(Presets, TokenMethod):
     paper: ClassVar[str] = (
         "PruneVid: Visual Token Pruning for Efficient Video LLMs, ACL 2025, arXiv 2412.16117"
     )
-    sites: ClassVar[tuple[str, ...]] = ("prompt", "decoder", "cache")
+    sites: ClassVar[tuple[str, ...]] = ("prompt", "decoder", "kv")
+    whole: ClassVar[bool] = True
     needs: ClassVar = {
         "prompt": frozenset({"hidden"}),
         "decoder": frozenset({"text_attention"}),
-        "cache": frozenset(),
+        "kv": frozenset({"entries"}),
     }
     positions: ClassVar[str] = "compact"
 
@@ -125,13 +128,15 @@ class PruneVid(Presets, TokenMethod):
         if layer >= depth:
             raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
         inside = Stage("prompt", 0), Stage("decoder", layer - 1, "end")
-        return (*inside, Stage("cache", layer, "before")) if self.trim else inside
+        return (*inside, *(Stage("kv", n) for n in range(layer))) if self.trim else inside
 
     def reduce(self, site: Any) -> Reduction | None:
-        if site.site == "cache":  # nothing more goes; what went is freed in the layers before
-            return Reduction(TokenMap.identity(site.batch, site.n, site.device))
         here: LanguageSite = site
         return self._outer(here) if site.site == "prompt" else self._inner(here)
+
+    def compress(self, site: KVSite) -> Change | None:
+        """Free what was cut later in the layers before, which needed it for the prompt."""
+        return Change((site.token < 0) | site.left)
 
     def positions_at(self, site: str) -> str:
         return "original" if site == "decoder" else self.positions
@@ -141,14 +146,14 @@ class PruneVid(Presets, TokenMethod):
         groups = torch.full((site.batch, site.map.n_in), -1, device=site.device)
         first = 0
         for clip in clips(site, self.name):
-            made = self.compress(clip.of(site.hidden))
+            made = self.outer_cut(clip.of(site.hidden))
             cutting.put(clip, made.stands, made.weights)
             groups[clip.sample, clip.of(site.index).flatten()] = made.groups + first
             first += int(made.groups.max()) + 1
         site.memory["groups"] = groups
         return cutting.reduction()
 
-    def compress(self, x: Tensor) -> PruneVidCut:
+    def outer_cut(self, x: Tensor) -> PruneVidCut:
         """One video's reduction, of (T, P, C) embeddings."""
         t, p, _ = x.shape
         device = x.device

@@ -205,7 +205,7 @@ class Language(Kind):
     separators: int = 0
     long: bool = False
 
-    rows: ClassVar[tuple[str, ...]] = ("prompt", "decoder", "cache")
+    rows: ClassVar[tuple[str, ...]] = ("prompt", "decoder")
     counted: ClassVar[frozenset[str]] = frozenset({"prompt", "decoder"})
 
     def _made(self) -> tuple[Any, Inputs]:

@@ -35,8 +35,7 @@ def maps(trial: Trial) -> None:
         def reduce(site: Any, plain: Any = plain) -> Any:
             made = plain(site)
             if made is not None and made.map is not None and not made.absolute:
-                # At the cache a map counts rows that are stored, of which padding is one.
-                check_map(made.map, None if site.site == "cache" else getattr(site, "valid", None))
+                check_map(made.map, getattr(site, "valid", None))
             return made
 
         for side in trial.kind.sides or ("left",):

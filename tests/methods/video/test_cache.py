@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import vtr
 from tests.vision.vlm.models import START, Inputs
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import cache_of, given_cache, with_cache
-from vtr.vision.vlm.cache_site import ATTRIBUTE
+from vtr.vision.vlm.store import EntryStore
 
 STEPS = 6
 LAYER = 1
@@ -42,33 +41,8 @@ def size(out: Any) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-@dataclasses.dataclass(frozen=True)
-class EveryOther(vtr.TokenMethod):
-    """Frees every other token from a layer on."""
-
-    name: ClassVar[str] = "every-other"
-    sites: ClassVar[tuple[str, ...]] = ("cache",)
-
-    layer: int = 2
-    place: str = "from"
-
-    def stages(self, info: Any) -> tuple[vtr.Stage, ...]:
-        return (vtr.Stage("cache", self.layer, self.place),)
-
-    def reduce(self, site: vtr.Site) -> vtr.Reduction:
-        kept = torch.arange(0, site.n, 2).expand(site.batch, -1)
-        return vtr.Reduction(vtr.TokenMap.keep(kept, site.n))
-
-
-@pytest.mark.parametrize(("layer", "place"), [(3, "from"), (2, "before")])
-def test_layers_lose_what_a_map_drops(layer: int, place: str) -> None:
-    model, inputs = VIDEOS["qwen2_vl_video"](1)
-    dense = generate(model, inputs)
-    out, trace = reduced(model, inputs, EveryOther(layer, place))
-    inside = [i < layer if place == "before" else i >= layer for i in range(4)]
-    assert lengths(out) == [n - 12 * x for n, x in zip(lengths(dense), inside, strict=True)]
-    assert torch.equal(out.logits[0], dense.logits[0])
-    assert len(trace.stages) == (place == "from")
+def stores(cache: Any) -> list[EntryStore]:
+    return [layer for layer in cache.layers if isinstance(layer, EntryStore)]
 
 
 class Masked:
@@ -134,7 +108,6 @@ def test_answers_are_those_of_a_masked_full_cache(
         assert len(masked.choices) == STEPS and len(set(map(frozenset, masked.choices))) > 1
     if similarity is None:
         assert len(masked.choices) == 1
-    assert trace.stages[1].tokens_out == 4
     dense, _ = reduced(model, inputs, vtr.DyCoke(kv=None, **keep))
     saved = tokens - 4
     assert lengths(out) == [n - saved * (i > LAYER) for i, n in enumerate(lengths(dense))]
@@ -144,13 +117,17 @@ def test_answers_are_those_of_a_masked_full_cache(
 def test_the_offloaded_copy_holds_all_and_the_cache_none_of_it() -> None:
     model, inputs = VIDEOS["llava_next_video"](1)
     out, trace = reduced(model, inputs, vtr.DyCoke(kv=2, layer=LAYER))
-    follow = cache_of(out).__dict__[ATTRIBUTE]
     n = trace.stages[0].tokens_out
     heads, dim = cache_of(out).layers[0].keys.shape[1::2]
-    assert follow.bytes == 2 * 2 * heads * n * dim * 4  # keys and values of two layers
-    assert follow.step == STEPS - 1
+    assert [s.aside is not None for s in stores(cache_of(out))] == [i > LAYER for i in range(1, 4)]
+    for store in stores(cache_of(out))[LAYER:]:
+        aside = store.aside
+        assert aside is not None and aside.keys.shape == aside.values.shape == (1, heads, n, dim)
+        assert ((aside.at >= 0).sum(2) == 2).all()
+        there = store.columns().gather(2, aside.at.clamp(min=0))
+        assert torch.equal(there[aside.at >= 0], aside.columns[aside.at >= 0])
     dropped, _ = reduced(model, inputs, vtr.DyCoke(kv=2, layer=LAYER, evicted="drop"))
-    assert ATTRIBUTE not in cache_of(dropped).__dict__ and size(dropped) == size(out)
+    assert all(s.aside is None for s in stores(cache_of(dropped))) and size(dropped) == size(out)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision_mixed", "qwen2_5_vl_video", "llava_next_video"])
@@ -331,8 +308,7 @@ def test_a_copy_of_the_cache_goes_on_by_itself() -> None:
                 input_ids=ids, attention_mask=mask, **with_cache(type(model).forward, twin)
             ).logits
             assert torch.equal(a, b)
-        follow = cache.__dict__[ATTRIBUTE]
-        assert follow is not twin.__dict__[ATTRIBUTE] and follow.step == 3
+        assert cache.layers[-1].aside is not twin.layers[-1].aside
 
 
 def test_a_new_prompt_forgets_the_old_one() -> None:
@@ -340,37 +316,33 @@ def test_a_new_prompt_forgets_the_old_one() -> None:
     with vtr.apply(model, vtr.DyCoke(kv=3, layer=LAYER)), torch.no_grad():
         out = model(**inputs, use_cache=True)
         cache = cache_of(out)
-        assert ATTRIBUTE in cache.__dict__
+        assert cache.layers[-1].aside is not None
         cache.reset()
         for layer in cache.layers:  # older versions of transformers leave zeros there
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         text = {k: v[:, :3] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         model(**text, **with_cache(type(model).forward, cache))
-        assert ATTRIBUTE not in cache.__dict__
+        assert all(layer.whole and layer.aside is None for layer in stores(cache))
 
 
-def test_what_cannot_be_freed_is_refused() -> None:
-    model, inputs = VIDEOS["llava_next_video"](1)
-    with (
-        vtr.apply(model, vtr.DyCoke(layer=LAYER)),
-        pytest.raises(vtr.UnsupportedMethodError, match="StaticCache cannot be freed"),
-    ):
-        generate(model, inputs, cache_implementation="static")
-    with pytest.raises(
-        ValueError, match="visited once per prompt, got visits of dycoke, every-other"
-    ):
-        vtr.apply(model, [vtr.DyCoke(layer=LAYER), EveryOther(3)])
-    assert not vtr.handles(model)
-    for layer, place, words in (
-        (0, "from", "layer 0 holds the whole cache"),
-        (4, "from", "has layers 0 to 3 there"),
-        (2, "end", "at the place 'end', which does not exist"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            vtr.apply(model, EveryOther(layer, place))
+def test_layers_that_do_not_exist_are_refused() -> None:
+    model, _ = VIDEOS["llava_next_video"](1)
     with pytest.raises(ValueError, match=r"layer must be in 0\.\.2 for 4 layers"):
         vtr.apply(model, vtr.DyCoke(layer=3))
+    assert not vtr.handles(model)
+
+
+def test_a_static_cache_is_freed_as_well() -> None:
+    model, inputs = VIDEOS["llava_next_video"](1)
+    with vtr.apply(model, vtr.DyCoke(layer=LAYER, kv=3)):
+        wanted, found = (
+            generate(model, inputs),
+            generate(model, inputs, cache_implementation="static"),
+        )
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits))
+    freed = [[s.nbytes for s in stores(cache_of(out))] for out in (found, wanted)]
+    assert freed[0] == freed[1]
 
 
 def test_the_report_counts_what_is_held() -> None:

@@ -82,7 +82,7 @@ def test_prunevid(seed: int, keep: float | None) -> None:
     t, p = 8, 20
     x = clip(t, p, seed=seed)
     method = vtr.PruneVid(keep=keep, threshold=0.85)
-    made = method.compress(x)
+    made = method.outer_cut(x)
     values = {(i, j): x[i, j].double() for i in range(t) for j in range(p)}
     groups: list[list[tuple[int, int]]] = [[] for _ in range(2 * t)]
     for start, stop in frame_segments(x.mean(1), 0.25):
@@ -156,9 +156,9 @@ def test_best_of_every_group() -> None:
 )
 def test_the_default_layer_comes_after_the_one_that_ranks(depth: int, layer: int) -> None:
     """Layer 10 ranks, counted from 0, of 32 layers (the release) as of 28 (the paper's text)."""
-    info = vtr.ModelInfo("", {"decoder": depth}, {})
+    info = vtr.ModelInfo("", {"decoder": depth, "kv": depth}, {})
     stages = vtr.PruneVid().stages(info)
     assert stages[1:] == (
         vtr.Stage("decoder", layer - 1, "end"),
-        vtr.Stage("cache", layer, "before"),
+        *(vtr.Stage("kv", n) for n in range(layer)),
     )

@@ -26,7 +26,7 @@ def made(name: str) -> tuple[Any, dict[str, Any]]:
 
 def frees(model: Any, method: vtr.Method) -> bool:
     info = vtr.handles(model)[0]._wrapping.info
-    return any(stage.site == "cache" for stage in method.stages(info))
+    return any(stage.site == "kv" for stage in method.stages(info))
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl_video"])

@@ -28,24 +28,54 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 COLUMN = 4  # bytes of an entry's column in the store
 
 
-@dataclass(frozen=True, kw_only=True)
-class KVMethod(Layered):
-    """Base of the methods that decide what a KV cache holds, per layer and KV head.
+class KVChoices:
+    """What a method at the site ``kv`` may define: which entries a KV cache holds, per layer and KV head.
 
-    A subclass defines :meth:`compress`, or derives from :class:`EvictionMethod`, which defines it.
-
-    Attributes (beside those of :class:`Layered`):
-        every: 0 for a choice after each prompt with images or videos; n for another one after every n new
-            tokens.
+    For methods that act at other sites as well; others derive from :class:`KVMethod`.
 
     Class attributes:
         whole: :meth:`compress` needs to know all layers: it is called at the end of the call for every layer,
             without queries. What it needs of them, :meth:`watch` notes.
     """
 
+    whole: ClassVar[bool] = False
+
+    @property
+    def while_decoding(self) -> bool:
+        """Whether entries that go while an answer is written do not come back."""
+        return False
+
+    def watch(self, site: KVSite) -> None:
+        """Look at an attention call of a layer, in prompts and decoding steps; what is kept of it belongs into
+        ``site.entries`` or ``site.state``."""
+
+    def due(self, site: KVSite) -> bool:
+        """Tell whether entries are chosen in this call of a layer, behind its attention."""
+        return site.visited
+
+    def compress(self, site: KVSite) -> Change | None:
+        """Decide which entries stay and how they are stored; None leaves all as they are."""
+        raise NotImplementedError(f"{type(self).__name__} must define compress(site)")
+
+    def recall(self, site: KVSite) -> Tensor | None:
+        """Decide which of the entries in CPU memory a layer is to hold, (B, Hk, M) bool, before its attention in
+        a call without new images; ``site.aside`` has what was noted of them. None leaves all as they are."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVMethod(KVChoices, Layered):
+    """Base of the methods that decide what a KV cache holds, and nothing else.
+
+    A subclass defines :meth:`compress`, or derives from :class:`EvictionMethod`, which defines it.
+
+    Attributes (beside those of :class:`Layered`):
+        every: 0 for a choice after each prompt with images or videos; n for another one after every n new
+            tokens.
+    """
+
     sites: ClassVar[tuple[str, ...]] = ("kv",)
     needs: ClassVar[Mapping[str, frozenset[str]]] = {"kv": frozenset({"entries"})}
-    whole: ClassVar[bool] = False
 
     every: int = 0
 
@@ -55,7 +85,7 @@ class KVMethod(Layered):
             raise ValueError(f"every must be an int from 0 on (new tokens), got {self.every!r}")
 
     def check(self, info: ModelInfo) -> None:
-        if type(self).compress is KVMethod.compress:
+        if type(self).compress is KVChoices.compress:
             raise TypeError(f"{type(self).__name__} must define compress(site) -> Change or None")
         super().check(info)
 
@@ -64,20 +94,10 @@ class KVMethod(Layered):
 
     @property
     def while_decoding(self) -> bool:
-        """Whether entries are chosen while an answer is written."""
         return self.every > 0
 
-    def watch(self, site: KVSite) -> None:
-        """Look at an attention call of a layer, in prompts and decoding steps; what is kept of it belongs into
-        ``site.entries`` or ``site.state``."""
-
     def due(self, site: KVSite) -> bool:
-        """Tell whether entries are chosen in this call of a layer, behind its attention."""
         return site.visited or bool(self.every and site.fresh >= self.every)
-
-    def compress(self, site: KVSite) -> Change | None:
-        """Decide which entries stay and how they are stored; None leaves all as they are."""
-        raise NotImplementedError(f"{type(self).__name__} must define compress(site)")
 
 
 @dataclass(frozen=True, kw_only=True)

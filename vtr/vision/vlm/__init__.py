@@ -70,7 +70,7 @@ SmolVLM's are not opened.
 
 Prompts without an image, and every decoding step, are never offered to a method. generate with
 ``use_cache=False`` runs the prompt in every call: what was chosen in the first one holds, so that the answer
-is that with a cache; methods that free the cache are refused there. A plain call without a cache is a new
+is that with a cache; methods at the site ``kv`` are refused there. A plain call without a cache is a new
 prompt. Every sample must get the same result in every row that repeats it (beams): their caches are
 exchanged.
 
@@ -85,8 +85,9 @@ Files
   frame and place of each token), ``placeholders`` (their places in a prompt);
 - its language model: ``language`` (hooks), ``prompt`` (cuts at the entry), ``call`` (one call, and its cuts),
   ``visit`` and ``rows`` (the view of methods on it), ``middle`` (cuts between the halves of a layer), ``sequence``
-  (padded batches), ``attention`` (q, k, v of a few tokens), ``deepstack`` (Qwen3-VL), ``cache`` and
-  ``cache_site`` (the record of cuts in a KV cache, and cuts in it), ``uncached`` and ``drafts``
+  (padded batches), ``attention`` (q, k, v of a few tokens), ``deepstack`` (Qwen3-VL), ``cache`` (the
+  record of cuts in a KV cache), ``attending`` (methods inside the attention) and ``marks`` (what is visual in a
+  cache), ``kv`` and ``store`` (the entries of a cache), ``uncached`` and ``drafts``
   (generate without a cache, and with a draft model), ``recompute`` (gradient checkpointing);
 - the outputs: ``head`` (logits and loss), ``outputs`` (their columns).
 
@@ -137,7 +138,8 @@ The KV cache
 ------------
 
 A KV cache that was cut can only be continued while a method is applied. Its ``get_seq_length()`` counts
-the tokens that were given, ``get_seq_length(layer)`` those that a layer holds.
+the tokens that were given, ``get_seq_length(layer)`` those that came into a layer; which of them its cache
+holds by KV head is known to :mod:`vtr.vision.vlm.store` alone.
 """
 
 from __future__ import annotations

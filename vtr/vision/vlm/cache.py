@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from vtr.compat.transformers import CACHE_ROWS, cache_layer
-from vtr.core.tokens import TokenMap
 
 ATTRIBUTE = "_vtr_cuts"
-FOLLOW = "_vtr_follow"
 MARKS = "_vtr_marks"
 
 
@@ -76,55 +74,6 @@ class Cuts:
         ]
 
 
-class Follow:
-    """The record that a cache carries for a method that chooses again.
-
-    Attributes:
-        method: the method.
-        first: 0-based layer from which tokens are chosen.
-        map: to the N tokens of the first visit, and from them to those chosen then.
-        look: (B, N) columns of the N tokens in layer ``first - 1``, -1 for padding.
-        held: per group of layers (its first layer), (B, K) columns of the chosen tokens.
-        kept: (B, K) the tokens chosen last.
-        keys, values: per layer from ``first`` on, (B0, Hk, N, D) of all N tokens in CPU memory.
-        rows: (B,) int64 on the CPU, the row of ``keys`` and ``values`` that each row began as.
-        state, step: of the method's site.
-    """
-
-    def __init__(self, method: Any, first: int, map: TokenMap, look: Tensor, kept: Tensor) -> None:
-        self.method, self.first, self.map, self.look, self.kept = method, first, map, look, kept
-        self.held: dict[int, Tensor] = {}
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.rows = torch.arange(look.shape[0], device="cpu")
-        self.state: dict[str, Any] = {}
-        self.step = 0
-
-    @property
-    def bytes(self) -> int:
-        """CPU memory of what is offloaded."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
-
-    def take(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` was."""
-        batch, here = len(self.rows), rows.to(self.look.device)
-        self.rows = self.rows[rows.cpu()]
-        self.look, self.kept = self.look[here], self.kept[here]
-        self.held = {first: columns[here] for first, columns in self.held.items()}
-        old = self.map
-        self.map = TokenMap(
-            old.source[here],
-            old.kept[here],
-            old.size[here],
-            None if old.frozen is None else old.frozen[here],
-            old.has_padding,
-        )
-        self.state = {
-            name: x[here] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x
-            for name, x in self.state.items()
-        }
-
-
 class SeenTokens:
     """``cache.get_seq_length`` of a cache whose first layer is shorter than the sequence that was given.
 
@@ -181,7 +130,7 @@ class CachedRows:
         batch = marks.rows if cuts is None else cuts.groups[0].mask.shape[0]
         rows = torch.arange(batch, device="cpu")
         rows = rows[given.cpu()] if isinstance(given, Tensor) else rows.repeat_interleave(given)
-        for record in (cuts, marks, held.get(FOLLOW)):
+        for record in (cuts, marks):
             if record is not None:
                 record.take(rows)
         return out
@@ -223,7 +172,7 @@ def lock(cache: Any, cuts: Cuts) -> None:
 
 
 def forget(cache: Any) -> None:
-    for name in (ATTRIBUTE, FOLLOW, MARKS, "update", "get_seq_length", *CACHE_ROWS):
+    for name in (ATTRIBUTE, MARKS, "update", "get_seq_length", *CACHE_ROWS):
         cache.__dict__.pop(name, None)
 
 

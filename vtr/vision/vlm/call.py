@@ -118,8 +118,6 @@ class LanguageCall:
         self.choosing: list[tuple[Entry, KVSite, EntryStore]] = []
         # Layers before which something changes in a decoding step; None in other calls: it may before any.
         self.stops: set[int] | None = None
-        # The newest token's query, and the sequence that it is of.
-        self.newest: tuple[Tensor, SequenceLayout] | None = None
         self.half: Tensor | None = None  # the residual of a layer that was cut in the middle
         self.full = valid.shape
         if kinds is not None and visual is not None:
@@ -228,9 +226,9 @@ class LanguageCall:
         """(B, past of this layer + L) int64 padding mask."""
         return torch.cat([self.columns_before(layer), self.layout.valid], 1).long()
 
-    def record(self, always: bool = False) -> Cuts | None:
-        """The record that the cache must carry from now on; None if no call has cut anything (unless ``always``)."""
-        if not self.changed and not always:
+    def record(self) -> Cuts | None:
+        """The record that the cache must carry from now on; None if no call has cut anything."""
+        if not self.changed:
             return self.cuts
         length = self.valid.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
         groups = []

@@ -24,7 +24,7 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
     """The facts of a model; opens its towers, which are kept in ``owner.towers``."""
     config = owner.lm.config
     layers = len(owner.layers)
-    depth = {"prompt": 1, "decoder": layers, "cache": layers}
+    depth = {"prompt": 1, "decoder": layers}
     look = frozenset({"hidden", "text"})
     decoder = look
     if not owner.closed:
@@ -49,8 +49,7 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
     signals = {} if facts is None else dict(facts.signals)
     if facts is not None and all(map(has_pooling, (s.tower for s in owner.towers.values()))):
         signals["encoder"] |= {"pooling"}
-    cache = frozenset() if owner.closed else frozenset({"newest_attention"})
-    signals |= {"prompt": look, "decoder": decoder, "cache": cache}
+    signals |= {"prompt": look, "decoder": decoder}
     closed = {}
     odd = cannot_ask(owner.lm, getattr(owner.layers[0], "self_attn", None))
     if odd:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.compat.transformers import SCALING, WINDOW
-from vtr.core.kv_site import KVSite
+from vtr.core.kv_site import Here, KVSite
 from vtr.core.wrapping import Bound, Entry
 from vtr.errors import UnsupportedMethodError
+from vtr.vision.vlm.sequence import mark
 from vtr.vision.vlm.store import EntryStore, make_store, store_of
 
 if TYPE_CHECKING:
@@ -95,16 +96,35 @@ class KVSession:
         self, store: EntryStore, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Any,
         kwargs: dict[str, Any],
     ) -> Tensor:  # fmt: skip
-        """Compute the attention of layer ``i`` over the entries that are held, (B, L, H, D).
+        """Compute the attention of layer ``i`` over the entries that are held, (B, L, H, D). Before that, the
+        method may exchange them for others in CPU memory.
 
         ``mask`` is that of a cache which holds everything; None if the model found no padding.
         """
+        if self._recall(call, i, q, k, v, kwargs, store):
+            k, v = store.read()
         if mask is None and q.shape[2] == 1 and not store.ragged:
             return attend_all(q, k, v, kwargs[SCALING]).transpose(1, 2)
         valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
         return attend(
             q, k, v, store.columns(), valid, scale=kwargs[SCALING], window=kwargs.get(WINDOW)
         ).transpose(1, 2)
+
+    def _recall(
+        self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any], store: EntryStore
+    ) -> bool:  # fmt: skip
+        """Tell whether other entries are held from now on."""
+        entry = self.by_layer.get(i)
+        if entry is None or store.aside is None or call.visual is not None:
+            return False
+        valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
+        site = self._site(call, i, entry, store, q, k, v, valid, kwargs)
+        method: Any = entry.method
+        wanted = method.recall(site)
+        if wanted is None:
+            return False
+        store.recall(wanted)
+        return True
 
     def after_attention(
         self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]
@@ -171,6 +191,9 @@ class KVSession:
         def marks(places: bool) -> Marks:
             return attention.marks(call, layout, i, places, entry)
 
+        def visuals() -> Here:
+            return here(call, i, valid.shape[1])
+
         return KVSite(
             info=owner.info, layer=i, layers=len(owner.layers), training=owner.root.training,
             phase="decode" if rows == 1 and call.visual is None else "turn" if call.past else "prefill",
@@ -178,8 +201,25 @@ class KVSession:
             prompt=prompt, marks=marks, bits=store.bits, fresh=store.length - store.chosen,
             visited=call.visual is not None, entries=store.noted(), state=store.state,
             memory=call.memory.setdefault(("kv", which), {}), notes=every.setdefault(i, {}),
-            hidden=call.normed,
+            hidden=call.normed, visuals=visuals, aside=None if store.aside is None else store.aside.entries,
         )  # fmt: skip
+
+
+def here(call: LanguageCall, layer: int, columns: int) -> Here:
+    """The visual tokens of a call among the columns of a layer, and which of them are left now."""
+    batch, length = call.valid.shape
+    if call.visual is None:
+        none = torch.full((batch, columns), -1, device=call.valid.device)
+        return Here(none, torch.zeros(batch, 1, dtype=torch.bool, device=none.device))
+    layout = [call.entered, *(lay for at, lay in call.segments if at <= layer)][-1]
+    number = call.arrived.shape[1]
+    index = torch.arange(number, device=call.valid.device).expand_as(call.arrived)
+    of_column = torch.full((batch, length + 1), -1, device=index.device)
+    of_column = of_column.scatter(1, torch.where(call.arrived < 0, length, call.arrived), index)
+    of_column[:, length] = -1
+    token = of_column.gather(1, layout.index).masked_fill(~layout.visual, -1)
+    left = mark(call.map.kept, number)
+    return Here(F.pad(token, (columns - token.shape[1], 0), value=-1), left)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

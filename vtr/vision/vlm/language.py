@@ -108,7 +108,7 @@ class LanguageSession(Threaded):
         self.forget()
         self.visits = {}
         for entry, stage in owner.stages():
-            if stage.site in ("image", "encoder", "cache", "attention", "kv"):
+            if stage.site in ("image", "encoder", "attention", "kv"):
                 continue
             inside = stage.site == "decoder"
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "entry")
@@ -268,7 +268,6 @@ class LanguageSession(Threaded):
         cuts = call.record()
         if cuts is not None and call.cache is not None:
             remember(call.cache, cuts)
-        self.owner.cache.after(call)
         self.owner.attention.after(call)
         self.owner.kv.after(call)
         if call.held is not None:

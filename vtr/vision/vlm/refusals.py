@@ -75,11 +75,6 @@ def check_method(owner: VLMWrapping, method: Method) -> None:
                 f"{method.name} cuts inside the vision tower, which {owner.info.family} does not "
                 f"allow: {owner.family.cuts}"
             )
-        if stage.site == "cache" and stage.layer < 1:
-            raise ValueError(
-                f"{method.name}: layer 0 holds the whole cache, so that a visit of the cache is at a "
-                f"layer in 1..{len(owner.layers) - 1}, got {stage!r}"
-            )
         if stage[::2] == ("decoder", "middle") and not owner.info.decoder_middle:
             raise UnsupportedMethodError(
                 f"{method.name} acts between attention and MLP of layer {stage.layer}, where "

@@ -16,6 +16,33 @@ from vtr.core.packed_entries import BITS, PackedEntries
 _Base: Any = cache_layer_base()
 
 
+class Aside:
+    """Entries in CPU memory, which may take the places of others of them.
+
+    Attributes:
+        keys, values: (B0, Hk, M, D) in CPU memory.
+        rows: (B,) int64 on the CPU, the row of ``keys`` and ``values`` that each row began as.
+        columns: (B, Hk, M) int64, -1 for empty places.
+        at: (B, Hk, M) int64, the place of each in the store's keys, -1 for those that it does not hold.
+        entries: what a method has noted of them.
+    """
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, columns: Tensor, at: Tensor, entries: dict[str, Tensor]
+    ) -> None:
+        self.keys, self.values = (_to_cpu(x) for x in (keys, values))
+        self.rows = torch.arange(len(keys), device="cpu")
+        self.columns, self.at, self.entries = columns, at, entries
+
+    def take(self, rows: Tensor) -> Aside:
+        """Row i becomes what row ``rows[i]`` was; what is in CPU memory stays as it is."""
+        new = object.__new__(Aside)
+        new.keys, new.values, new.rows = self.keys, self.values, self.rows[rows.cpu()]
+        new.columns, new.at = self.columns[rows], self.at[rows]
+        new.entries = {name: x[rows] for name, x in self.entries.items()}
+        return new
+
+
 class EntryStore(_Base):  # type: ignore[misc]
     """A layer of a KV cache of transformers that holds some of the entries.
 
@@ -33,6 +60,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         chosen: columns of the sequence when entries were last chosen.
         open: whether a wrapped model is running with the cache, which attends to what is held.
         entries, state: of the method's site.
+        aside: entries in CPU memory, or None.
     """
 
     is_sliding = False
@@ -50,6 +78,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         self.open = False
         self.entries: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {}
+        self.aside: Aside | None = None
         self.device, self.dtype = keys.device, keys.dtype
         self.is_initialized = True
 
@@ -90,18 +119,20 @@ class EntryStore(_Base):  # type: ignore[misc]
         return keys, torch.cat([*(v for _, v in made), self.values], 2)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors that it holds."""
+        """All tensors that it holds on the model's device."""
         yield from (self.keys, self.values)
         for packed in self.packed:
             yield from packed.tensors()
         if self.held is not None:
             yield self.held
         yield from self.entries.values()
+        if self.aside is not None:
+            yield from (self.aside.columns, self.aside.at, *self.aside.entries.values())
         yield from (x for x in self.state.values() if isinstance(x, Tensor))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that it holds."""
+        """Bytes of the tensors that it holds on the model's device."""
         return sum(x.nbytes for x in self.tensors())
 
     def noted(self) -> dict[str, Tensor]:
@@ -154,6 +185,58 @@ class EntryStore(_Base):  # type: ignore[misc]
         self.held = _look_up(columns, whole_order, -1).int()
         self.ragged = bool((self.held < 0).any())
         self.entries = {name: _look_up(x, whole_order, 0) for name, x in noted.items()}
+        self.aside = None
+        if change.aside is not None:
+            self._set_aside(change.aside & (columns >= 0), keys, values, columns, index, noted)
+
+    def _set_aside(
+        self, mask: Tensor, keys: Tensor, values: Tensor, columns: Tensor, held: Tensor, noted: dict[str, Tensor]
+    ) -> None:  # fmt: skip
+        """Copy entries to CPU memory; ``held`` (B, Hk, n) are those that are in the store's keys now."""
+        index = places(mask)
+        number = torch.arange(held.shape[2], device=held.device).expand_as(held)
+        at = torch.full((*held.shape[:2], columns.shape[2] + 1), -1, device=held.device)
+        at.scatter_(2, torch.where(held < 0, columns.shape[2], held), number)
+        at[..., -1] = -1
+        self.aside = Aside(
+            _gather(keys, index), _gather(values, index), _look_up(columns, index, -1),
+            _look_up(at, index, -1), {name: _look_up(x, index, 0) for name, x in noted.items()},
+        )  # fmt: skip
+
+    def recall(self, wanted: Tensor) -> None:
+        """Hold the ``wanted`` (B, Hk, M) bool entries of those in CPU memory, as far as others of them are held in
+        whose places they can be put."""
+        aside = self.aside
+        assert aside is not None and self.held is not None
+        held = aside.at >= 0
+        incoming, outgoing = wanted & ~held & (aside.columns >= 0), held & ~wanted
+        number = torch.minimum(incoming.sum(2), outgoing.sum(2))
+        source, target = (
+            places(x & (x.cumsum(2) <= number[..., None])) for x in (incoming, outgoing)
+        )
+        if not source.shape[2]:
+            return
+        row, head, slot = (source >= 0).nonzero(as_tuple=True)
+        new, old = source[row, head, slot], target[row, head, slot]
+        place = aside.at[row, head, old]
+        origin, cpu_head, cpu_new = aside.rows[row.cpu()], head.cpu(), new.cpu()
+        for name in ("keys", "values"):
+            x = getattr(self, name)
+            if x.is_inference() and not torch.is_inference_mode_enabled():
+                x = x.clone()  # made in inference mode: it can only be written to there
+                setattr(self, name, x)
+            chosen = getattr(aside, name)[origin, cpu_head, cpu_new]
+            x[row, head, place] = chosen.to(x.device, non_blocking=True)
+        behind = sum(p.valid.shape[2] for p in self.packed)
+        held_columns, at = self.held.clone(), aside.at.clone()
+        held_columns[row, head, behind + place] = aside.columns[row, head, new].int()
+        at[row, head, new] = place
+        at[row, head, old] = -1
+        self.held, aside.at = held_columns, at
+        for name, x in self.entries.items():
+            x = x.clone()
+            x[row, head, behind + place] = aside.entries[name][row, head, new]
+            self.entries[name] = x
 
     # ---- a layer of a cache -----------------------------------------------------------------
 
@@ -207,7 +290,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         if gone > last:
             held = columns[:, :, :known]
             self.held = torch.where(held < self.length, held, -1).int()
-            self.ragged = True
+            self.ragged, self.aside = True, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._take(beam_idx)
@@ -226,6 +309,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         self.packed = [p.take(rows) for p in self.packed]
         self.held = None if self.held is None else self.held[rows]
         self.entries = {name: x[rows] for name, x in self.entries.items()}
+        self.aside = None if self.aside is None else self.aside.take(rows)
         self.state = {
             name: x[rows] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x
             for name, x in self.state.items()
@@ -233,7 +317,7 @@ class EntryStore(_Base):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.held = None
+        self.held = self.aside = None
         self.packed, self.entries, self.state = [], {}, {}
         self.length = self.chosen = 0
 
@@ -279,6 +363,11 @@ def places(mask: Tensor) -> Tensor:
     rank = torch.where(mask, mask.cumsum(2) - 1, number)
     found = torch.full((*mask.shape[:2], number + 1), -1, device=mask.device)
     return found.scatter(2, rank, torch.where(mask, index, -1))[..., :number]
+
+
+def _to_cpu(x: Tensor) -> Tensor:
+    """A copy in CPU memory, pinned if x is on a GPU."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda, device="cpu").copy_(x)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

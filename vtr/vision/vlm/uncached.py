@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtr.core.method import Reduction
-from vtr.errors import UnsupportedMethodError
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.call import LanguageCall
@@ -59,12 +58,6 @@ def hold(owner: VLMWrapping, call: LanguageCall) -> None:
         owner.held = None
         return
     owner.kv.check(call.cache)
-    if owner.cache.visits:
-        names = ", ".join(entry.method.name for entry, _, _ in owner.cache.visits)
-        raise UnsupportedMethodError(
-            f"{names} frees keys and values of the KV cache when the prompt is done, and generate runs "
-            "without one: use use_cache=True"
-        )
     shape, held = call.layout.slots.shape, owner.held
     if held is None or not held.done or call.purpose.first:
         call.held = owner.held = Held(shape, call.choices)

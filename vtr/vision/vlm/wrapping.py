@@ -26,7 +26,6 @@ from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attending import LanguageAttention
 from vtr.vision.vlm.attention import has_halves, opens
-from vtr.vision.vlm.cache_site import CacheSession
 from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.facts import vlm_info
@@ -85,7 +84,6 @@ class VLMWrapping(Wrapping):
         self.tower_calls = TowerCalls(self)
         self.language = LanguageSession(self, self.lm)
         self.attention = LanguageAttention(self)
-        self.cache = CacheSession(self)
         self.kv = KVSession(self)
         self.head = Head(self)
 
@@ -197,7 +195,6 @@ class VLMWrapping(Wrapping):
         self.language.install()
         self.kv.install()
         self.attention.install()
-        self.cache.install()
         if self.root is not inner:
             self.head.install()
         self.hook(inner.register_forward_pre_hook(Bound(self, "before_inner"), with_kwargs=True))
