@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtr.methods.base import Keep, ScoredMethod, Site, register
+from vtr.methods.common.hashing import hashed
 
 
 @register
@@ -51,18 +52,6 @@ class Random(ScoredMethod):
         if self.seed is None:
             drawn = torch.rand(1, site.n, device=site.device)
         else:
-            drawn = hashed(self.seed * 1_000_003 + site.layer, site.n, site.device)
+            index = torch.arange(site.n, device=site.device)[None]
+            drawn = hashed(self.seed * 1_000_003 + site.layer, index)
         return drawn.expand(site.batch, -1)
-
-
-def hashed(seed: int, n: int, device: torch.device) -> Tensor:
-    """Scores (1, n) by a 32-bit integer hash of seed and position.
-
-    Tensor arithmetic, because a generator cannot be created inside a compiled graph, and because the
-    same seed then gives the same tokens on every device.
-    """
-    mask = 0xFFFFFFFF
-    x = torch.arange(1, n + 1, device=device) * 0x9E3779B9 + (seed * 0x85EBCA6B & mask) & mask
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-        x = (x ^ (x >> shift)) * factor & mask
-    return (x ^ (x >> 15))[None]
