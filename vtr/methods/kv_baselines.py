@@ -1,0 +1,57 @@
+"""The baselines of KV caches: random visual tokens, and the newest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtr.methods.base import register
+from vtr.methods.common.hashing import hashed
+from vtr.methods.common.kv import EvictionMethod
+
+if TYPE_CHECKING:
+    from vtr.core.kv_site import KVSite
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RandomKV(EvictionMethod):
+    """Keep uniformly random entries.
+
+    Each layer and KV head draws for itself, by a hash of the seed and of the token's place in its sample: a sample keeps in a
+    batch what it keeps alone, and what was drawn once keeps its number, so that a later choice with a smaller
+    budget keeps a subset of what is there.
+
+    Args:
+        seed: an int; another one gives other entries.
+    """
+
+    name: ClassVar[str] = "random-kv"
+    paper: ClassVar[str] = "baseline: random entries of the KV cache"
+
+    seed: int = 0
+
+    def validate(self) -> None:
+        super().validate()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an int, got {self.seed!r}")
+
+    def score(self, site: KVSite) -> Tensor:
+        heads = torch.arange(site.columns.shape[1], device=site.columns.device)
+        index = site.order * len(heads) + heads[:, None]
+        return hashed(self.seed * 1_000_003 + site.layer, index)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RecentKV(EvictionMethod):
+    """Keep the newest entries: the last visual tokens of the prompts, the same in all layers and heads."""
+
+    name: ClassVar[str] = "recent-kv"
+    paper: ClassVar[str] = "baseline: the newest entries of the KV cache"
+
+    def score(self, site: KVSite) -> Tensor:
+        return site.order
