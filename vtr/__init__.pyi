@@ -32,6 +32,7 @@ from vtr.inspect.calibrate import calibrate as calibrate
 from vtr.inspect.drawing import draw as draw
 from vtr.inspect.profile import profile as profile
 from vtr.inspect.sinks import sinks as sinks
+from vtr.methods.a2sf import A2SF as A2SF
 from vtr.methods.act import ACT as ACT
 from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
 from vtr.methods.base import AttentionMethod as AttentionMethod
@@ -51,9 +52,12 @@ from vtr.methods.fastvid import FastVID as FastVID
 from vtr.methods.flexprefill import FlexPrefill as FlexPrefill
 from vtr.methods.flowcut import FlowCut as FlowCut
 from vtr.methods.framefusion import FrameFusion as FrameFusion
+from vtr.methods.h2o import H2O as H2O
 from vtr.methods.hip import HiP as HiP
 from vtr.methods.holitom import HoliTom as HoliTom
 from vtr.methods.image_blocks import ImageBlocks as ImageBlocks
+from vtr.methods.kv_baselines import RandomKV as RandomKV
+from vtr.methods.kv_baselines import RecentKV as RecentKV
 from vtr.methods.minference import MInference as MInference
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
 from vtr.methods.prefill_baselines import LocalWindow as LocalWindow
@@ -68,8 +72,10 @@ from vtr.methods.random_sparse import RandomSparse as RandomSparse
 from vtr.methods.rectified import RectifiedSparse as RectifiedSparse
 from vtr.methods.rettention import Rettention as Rettention
 from vtr.methods.sale import SALE as SALE
+from vtr.methods.scissorhands import Scissorhands as Scissorhands
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
+from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
 from vtr.methods.tofe import ToFe as ToFe
 from vtr.methods.tome import ToMe as ToMe
 from vtr.methods.tomesd import ToMeSD as ToMeSD

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 TABLE: dict[str, str] = {
+    "A2SF": "a2sf",
     "ACT": "act",
     "AnchorAttention": "anchor_attention",
     "CLSAttention": "cls_attention",
@@ -26,6 +27,7 @@ TABLE: dict[str, str] = {
     "FlexPrefill": "flexprefill",
     "FlowCut": "flowcut",
     "FrameFusion": "framefusion",
+    "H2O": "h2o",
     "HiP": "hip",
     "HoliTom": "holitom",
     "ImageBlocks": "image_blocks",
@@ -39,12 +41,16 @@ TABLE: dict[str, str] = {
     "RadialAttention": "radial",
     "Random": "random",
     "RandomBlocks": "prefill_baselines",
+    "RandomKV": "kv_baselines",
     "RandomSparse": "random_sparse",
+    "RecentKV": "kv_baselines",
     "RectifiedSparse": "rectified",
     "Rettention": "rettention",
     "SALE": "sale",
+    "Scissorhands": "scissorhands",
     "SlidingTile": "sliding_tile",
     "SparseVLM": "sparsevlm",
+    "StreamingLLM": "streaming_llm",
     "ToFe": "tofe",
     "ToMe": "tome",
     "ToMeSD": "tomesd",
