@@ -104,25 +104,32 @@ def test_a_pyramid_by_hand() -> None:
 
 def test_layers_that_attend_evenly_keep_more() -> None:
     rng = np.random.default_rng(0)
-    layers, batch, heads = 4, 3, 5
-    variance = rng.random((layers, batch, heads)) ** 3 * 100
-    share = np.array([0.05, 0.4, 0.99])
-    got = variance_shares(torch.from_numpy(variance), torch.from_numpy(share).float())
-    for b in range(batch):
-        spread = []
-        for layer in range(layers):
-            v = variance[layer, b]
-            spread.append(np.mean([(x - min(v)) / (max(v) - min(v) + 1e-6) for x in v]))
-        weight = np.exp(-np.array(spread))
+    layers, heads = 4, 5
+    share = np.array([0.0, 0.05, 0.4, 0.7, 0.9, 1.0])
+    variance = rng.random((layers, len(share), heads)) ** 3 * 100
+    got = variance_shares(torch.from_numpy(variance).float(), torch.from_numpy(share)).numpy()
+    assert got.dtype == np.float64
+    cut = 0
+    for b in range(len(share)):
+        v = np.array([np.mean(variance[layer, b]) for layer in range(layers)])
+        spread = (v - min(v)) / (max(v) - min(v))
+        weight = np.exp(-spread)
         weight /= weight.sum()
-        expected = [min(1.0, max(0.01, w * layers * share[b])) for w in weight]
-        np.testing.assert_allclose(got[:, b].numpy(), expected, rtol=1e-5)
-        order = np.argsort(spread)
-        assert all(np.diff(got[order, b].numpy()) <= 0)
+        expected, full = weight * layers * share[b], np.zeros(layers, bool)
+        while (expected > 1 + 1e-9).any():  # what is cut off goes to the layers that are not full
+            full |= expected > 1 + 1e-9
+            rest = share[b] * layers - full.sum()
+            expected = np.where(full, 1.0, weight / max(weight[~full].sum(), 1e-300) * rest)
+            cut += 1
+        np.testing.assert_allclose(got[:, b], expected, rtol=1e-5)
+        assert got[:, b].mean() == pytest.approx(share[b], abs=1e-12)
+        assert all(np.diff(got[np.argsort(spread), b]) <= 0)
+    assert cut > 1 and (got[:, -1] == 1).all()
 
 
 def test_equal_layers_share_alike() -> None:
-    same = torch.rand(1, 2, 3).expand(6, -1, -1)
-    one_head = torch.rand(6, 2, 1)  # nothing to compare with: the same share for every layer
-    for variance in (same, one_head):
-        assert torch.allclose(variance_shares(variance, 0.3), torch.tensor(0.3))
+    for variance in (torch.rand(1, 2, 3).expand(6, -1, -1), torch.zeros(6, 2, 1)):
+        got = variance_shares(variance, torch.full((2,), 0.3))
+        expected = torch.full((6, 2), 0.3, dtype=torch.float64)
+        torch.testing.assert_close(got, expected, atol=1e-7, rtol=0)
+    assert variance_shares(torch.rand(1, 2, 3), torch.full((2,), 0.3)).shape == (1, 2)

@@ -63,26 +63,35 @@ def pyramid(share: float, layers: int, beta: float = 20) -> list[float]:
     return [top - step * layer for layer in range(layers)] if layers > 1 else [share]
 
 
-def variance_shares(variance: Tensor, share: float | Tensor) -> Tensor:
+def variance_shares(variance: Tensor, share: Tensor) -> Tensor:
     """Compute the share of each layer from how unevenly it attends (D2O, arXiv 2406.13035, section 3.2).
 
-    Layers whose attention is spread evenly, with a low variance, keep more:
-    share_l = share * L * softmax_l(-v_l), where v_l is the mean over heads of their variances, brought
-    to [0, 1] among the heads of the layer. This is what the authors' code computes; the size of a layer's
-    variances does not count in it, only whether most of its heads are near the largest or the smallest.
-    Their bounds, 0.01 and 1, are kept, so that the mean of the shares can be below ``share``.
+    Layers whose attention is spread evenly, with a low variance, keep more: share * L * softmax_l(-v_l), where
+    v_l is the mean over heads of their variances, brought to [0, 1] among the layers. A share above 1 becomes 1,
+    and the other layers get what is cut off.
+
+    The authors' code brings variances to [0, 1] among the heads of each layer instead, so that the size of a
+    layer's variances does not count; with two KV heads all layers would be equal. What its bound cuts off is
+    lost.
 
     Args:
         variance: (L, B, Hk) of the column sums of attention, over the columns that are tokens.
-        share: mean share of the entries that is kept, in (0, 1], or one per sample, (B,).
+        share: (B,) mean share of the entries that is kept, in [0, 1].
 
     Returns:
-        (L, B) float32 in [0.01, 1].
+        (L, B) float64 in [0, 1], whose mean over layers is ``share``.
     """
-    variance = variance.float()
-    low, high = variance.aminmax(dim=-1, keepdim=True)
-    spread = ((variance - low) / (high - low + 1e-6)).mean(-1)
-    return (torch.softmax(-spread, 0) * variance.shape[0] * share).clamp(0.01, 1.0)
+    mean = variance.double().mean(-1)
+    low, high = mean.aminmax(dim=0)
+    weight = torch.softmax(-(mean - low) / (high - low).clamp(min=1e-12), 0)
+    falling = weight.sort(dim=0, descending=True).values
+    full = torch.arange(len(weight), device=weight.device)[:, None]
+    rest = falling.flip(0).cumsum(0).flip(0)
+    # The factor of the weights if the first n layers keep everything; n is the least that is enough.
+    factor = ((share * len(weight) - full) / rest).clamp(min=0)
+    enough = factor * falling <= 1 + 1e-12
+    factor = factor.gather(0, enough.int().argmax(0, keepdim=True))
+    return (factor * weight).clamp(max=1.0)
 
 
 def _even(candidates: Tensor, total: Tensor) -> Tensor:
