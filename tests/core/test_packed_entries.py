@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from vtr.core import packed_attention
+from vtr.core.packed_attention import PlainEntries, attend_parts
 from vtr.core.packed_entries import PackedEntries, join, split
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -197,3 +199,32 @@ def test_refusals():
         PackedEntries.pack(k, v, valid, 16)
     with pytest.raises(ValueError, match=r"must agree in B, Hk and n, got \(3, 2, 11, 7\)"):
         PackedEntries.pack(k, v, valid[..., 1:], 4)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_without_unpacking_is_that_over_unpacked_entries(dtype, rows, monkeypatch):
+    k, v, valid = entries(dtype)
+    parts = [PackedEntries.pack(k, v, valid, bits) for bits in (4, 2, 8)]
+    q = torch.randn(3, 4, rows, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plain = PlainEntries(*(x.masked_fill(~valid[..., None], 0) for x in (k, v)))
+    sees = torch.rand(3, 2, rows, 44, generator=torch.Generator().manual_seed(2)) < 0.7
+    sees &= valid.repeat(1, 1, 4)[:, :, None]
+    found = attend_parts(q, [*parts, plain], sees, 0.1)
+    assert found.dtype == dtype and found.shape == (3, 4, rows, 5)
+    key, value = (
+        np.concatenate([array(x) for x in xs], 2)
+        for xs in zip(*(p.unpack() for p in parts), plain, strict=True)
+    )
+    for b, h, r in np.ndindex(3, 4, rows):
+        seen = np.flatnonzero(sees[b, h // 2, r])
+        expected = np.zeros(5)
+        if len(seen):
+            score = 0.1 * key[b, h // 2, seen] @ array(q)[b, h, r]
+            weight = np.exp(score - score.max())
+            expected = weight @ value[b, h // 2, seen] / weight.sum()
+        tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        np.testing.assert_allclose(array(found)[b, h, r], expected, rtol=tolerance, atol=tolerance)
+    monkeypatch.setattr(packed_attention, "_BYTES", 1)  # row by row
+    again = attend_parts(q, [*parts, plain], sees, 0.1)
+    torch.testing.assert_close(again, found)

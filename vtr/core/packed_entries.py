@@ -11,7 +11,7 @@ The packing is written here, as none of the libraries that quantise stores these
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -117,6 +117,46 @@ class PackedEntries:
         key.masked_fill_(~self.valid[..., None], 0)
         return key.to(self.dtype), value.to(self.dtype)
 
+    @property
+    def places(self) -> int:
+        """n, the number of places of a head."""
+        return self.valid.shape[2]
+
+    def scores(self, q: Tensor) -> Tensor:
+        """Compute the products of queries (B, H, L, D) with the stored keys, without unpacking them.
+
+        As zeros and steps belong to channels, ``q . key = q . zero + (q step) . code``: the steps multiply
+        the few queries instead of all the keys. H is a multiple of Hk.
+
+        Returns:
+            (B, H, L, n) float32 (float64 for float64), not scaled. Empty places hold finite numbers.
+        """
+        wide = torch.promote_types(self.dtype, torch.float32)
+        grouped = q.to(wide).reshape(q.shape[0], self.valid.shape[1], -1, q.shape[3])
+        found = grouped @ self.key_zero[..., None].to(wide)
+        grouped = grouped * self.key_step[:, :, None]
+        start = 0
+        for codes in planes(self.keys, self.bits, self.dims[0]):
+            stop = start + codes.shape[-1]
+            found = found + grouped[..., start:stop] @ codes.to(wide).transpose(-1, -2)
+            start = stop
+        return found.view(*q.shape[:3], -1)
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Sum the stored values by weights (B, H, L, n) float32, without unpacking them: (B, H, L, Dv) in
+        the dtype of the weights.
+
+        As zeros and steps belong to entries, and factors to channels,
+        ``sum w value = factor (sum w zero + sum (w step) code)``. Weights of empty places are not used.
+        """
+        batch, heads, rows, _ = weights.shape
+        grouped = weights.reshape(batch, self.valid.shape[1], -1, weights.shape[3])
+        steps = grouped * self.value_step[:, :, None]
+        parts = planes(self.values, self.bits, self.dims[1])
+        found = torch.cat([steps @ codes.to(weights.dtype) for codes in parts], -1)
+        found = found + grouped @ self.value_zero[..., None].to(weights.dtype)
+        return (found * self.factor[:, :, None]).view(batch, heads, rows, -1)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors that are held."""
         held = (getattr(self, field.name) for field in fields(self))
@@ -178,13 +218,17 @@ def join(codes: Tensor, bits: int) -> Tensor:
     return out
 
 
+def planes(joined: Tensor, bits: int, dim: int) -> Iterator[Tensor]:
+    """Undo :func:`join` run by run: codes (..., up to width) uint8 whose concatenation has ``dim`` channels."""
+    width = joined.shape[-1]
+    for place in range(-(-dim // width) if width else 0):
+        part = joined[..., : dim - place * width]
+        yield part if bits == 8 else (part >> (place * bits)) & (2**bits - 1)
+
+
 def split(joined: Tensor, bits: int, dim: int) -> Tensor:
     """Undo :func:`join`: the codes (..., dim) uint8."""
-    per = 8 // bits
-    if per == 1:
-        return joined
-    parts = [(joined >> (place * bits)) & (2**bits - 1) for place in range(per)]
-    return torch.cat(parts, -1)[..., :dim]
+    return torch.cat(list(planes(joined, bits, dim)), -1)
 
 
 def _over(x: Tensor, empty: Tensor, sign: int) -> Tensor:
