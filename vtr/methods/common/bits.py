@@ -56,7 +56,10 @@ def ranking_rows(site: KVSite, recent: Keep, random: Keep, seed: int) -> Tensor:
     if "rows" not in site.memory:  # the device is asked once per call, not once per layer
         site.memory["rows"] = site.row_valid.sum(1).tolist()
     lengths: list[int] = site.memory["rows"]
-    drawn = [probe_rows(n, count(recent, n), count(random, n), seed) if n else torch.tensor([]) for n in lengths]
+    drawn = [
+        probe_rows(n, count(recent, n), count(random, n), seed) if n else torch.tensor([])
+        for n in lengths
+    ]
     ranks = torch.full((len(drawn), max(map(len, drawn))), -1)
     for b, rank in enumerate(drawn):
         ranks[b, : len(rank)] = rank
