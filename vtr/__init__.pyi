@@ -75,6 +75,7 @@ from vtr.methods.sale import SALE as SALE
 from vtr.methods.scissorhands import Scissorhands as Scissorhands
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
+from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
 from vtr.methods.tofe import ToFe as ToFe
 from vtr.methods.tome import ToMe as ToMe
@@ -88,7 +89,9 @@ from vtr.methods.visionzip import VisionZip as VisionZip
 from vtr.methods.vmtc import VMTC as VMTC
 from vtr.methods.vtc_cls import VTCCLS as VTCCLS
 from vtr.methods.xattention import XAttention as XAttention
+from vtr.methods.zipcache import ZipCache as ZipCache
 from vtr.methods.zipvl import ZipVL as ZipVL
+from vtr.methods.zipvl_cache import ZipVLCache as ZipVLCache
 
 __version__: str
 __all__: list[str]

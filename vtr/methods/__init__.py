@@ -50,6 +50,7 @@ TABLE: dict[str, str] = {
     "Scissorhands": "scissorhands",
     "SlidingTile": "sliding_tile",
     "SparseVLM": "sparsevlm",
+    "StaircaseKV": "staircase",
     "StreamingLLM": "streaming_llm",
     "ToFe": "tofe",
     "ToMe": "tome",
@@ -63,7 +64,9 @@ TABLE: dict[str, str] = {
     "VideoToMe": "video_tome",
     "VisionZip": "visionzip",
     "XAttention": "xattention",
+    "ZipCache": "zipcache",
     "ZipVL": "zipvl",
+    "ZipVLCache": "zipvl_cache",
 }
 """The class of every method, and its module in this package.
 
