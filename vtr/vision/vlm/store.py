@@ -159,17 +159,22 @@ class EntryStore(_Base):  # type: ignore[misc]
         if change.k is not None and change.v is not None:
             keys, values = change.k.to(keys), change.v.to(values)
         packed, order, at = [], [], 0
-        for entries in self.packed:
-            stop = at + entries.valid.shape[2]
-            here = torch.zeros_like(kept)
-            here[..., at:stop] = True
-            stays = kept & here & (wanted == entries.bits)
-            if change.k is None and torch.equal(stays[..., at:stop], entries.valid):
+        as_stored = torch.zeros_like(kept)  # entries that are not rounded again
+        for entries in self.packed if change.k is None else ():
+            stop = at + entries.places
+            stays = kept[..., at:stop] & (wanted[..., at:stop] == entries.bits)
+            as_stored[..., at:stop] = stays
+            if torch.equal(stays, entries.valid):
+                index = torch.arange(stop - at, device=columns.device).expand_as(stays)
+                index = torch.where(stays, index, -1)
+            else:
+                index = places(stays)
+                entries = entries.gather(index)
+            if index.shape[2]:
                 packed.append(entries)
-                index = torch.arange(at, stop, device=columns.device)
-                order.append(torch.where(entries.valid, index, -1))
-                kept = kept & ~here
+                order.append(torch.where(index < 0, -1, index + at))
             at = stop
+        kept = kept & ~as_stored
         for size in BITS:
             index = places(kept & (wanted == size))
             if index.shape[2]:

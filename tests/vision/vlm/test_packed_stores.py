@@ -1,0 +1,108 @@
+"""Entries with fewer bits in the cache of a model: what is stored, and generate in all its ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtr
+from tests.vision.vlm.models import made
+from vtr.core.kv_site import Change
+from vtr.core.packed_entries import PackedEntries
+from vtr.vision.vlm.store import EntryStore
+
+
+def store(batch: int = 2, heads: int = 2, n: int = 12, dim: int = 8) -> tuple[EntryStore, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(batch, heads, n, dim, generator=g) for _ in "kv")
+    wanted = torch.tensor([2, 4, 8, 32])[torch.randint(0, 4, (batch, heads, n), generator=g)]
+    return EntryStore(k, v), wanted
+
+
+def by_column(held: EntryStore) -> list[dict[int, Tensor]]:
+    """Keys and values of each (sample, head), by the column of the entry."""
+    k, v = held.read()
+    both, columns = torch.cat([k, v], 3).flatten(0, 1), held.columns().flatten(0, 1)
+    return [
+        {int(c): both[i, n] for n, c in enumerate(row) if c >= 0} for i, row in enumerate(columns)
+    ]
+
+
+def test_each_class_of_bits_is_packed_apart_and_what_stays_is_not_rounded_again():
+    held, wanted = store()
+    k, v = held.keys, held.values
+    kept = torch.rand(2, 2, 12, generator=torch.Generator().manual_seed(1)) < 0.8
+    held.choose(Change(kept, bits=wanted))
+    expected = [{} for _ in range(4)]
+    for bits in (2, 4, 8, 32):
+        here = kept & (wanted == bits)
+        both = (k, v) if bits == 32 else PackedEntries.pack(k, v, here, bits).unpack()
+        for i, columns in enumerate(here.flatten(0, 1)):
+            for c in columns.nonzero().flatten().tolist():
+                expected[i][c] = torch.cat([x.flatten(0, 1)[i, c] for x in both])
+    first = by_column(held)
+    for found, row in zip(first, expected, strict=True):
+        assert found.keys() == row.keys()
+        assert all(torch.equal(found[c], row[c]) for c in row)
+    assert held.nbytes == sum(x.untyped_storage().nbytes() for x in held.tensors())
+    # Half of the entries go, those of 8 bits fall to 4: all others hold what they held.
+    drop = torch.rand(2, 2, held.number, generator=torch.Generator().manual_seed(2)) < 0.5
+    bits, columns = held.bits(), held.columns()
+    fallen = bits.masked_fill(bits == 8, 4)
+    held.choose(Change(~drop & (columns >= 0), bits=fallen))
+    second = by_column(held)
+    for i, row in enumerate(first):
+        for n, c in enumerate(columns.flatten(0, 1)[i].tolist()):
+            if c < 0:
+                continue
+            assert (c in second[i]) == (not drop.flatten(0, 1)[i, n])
+            if c in second[i] and bits.flatten(0, 1)[i, n] != 8:
+                assert torch.equal(second[i][c], row[c])
+            elif c in second[i]:
+                assert not torch.equal(second[i][c], row[c])
+
+
+def test_rows_follow_beams_and_repeats_and_crops_take_the_last_columns():
+    held, wanted = store()
+    held.choose(Change(torch.ones_like(wanted, dtype=torch.bool), bits=wanted))
+    before = by_column(held)
+    held.batch_repeat_interleave(2)
+    for n, row in enumerate((0, 0, 1, 1)):
+        for h in range(2):
+            after = by_column(held)[2 * n + h]
+            assert all(torch.equal(after[c], before[2 * row + h][c]) for c in range(12))
+    held.reorder_cache(torch.tensor([3, 0]))
+    held.crop(-5)
+    assert held.get_seq_length() == 7
+    for n, row in enumerate((1, 0)):
+        for h in range(2):
+            after = by_column(held)[2 * n + h]
+            assert sorted(after) == list(range(7))
+            assert all(torch.equal(after[c], before[2 * row + h][c]) for c in after)
+
+
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
+METHODS = (
+    vtr.ZipCache(0.5, every=3),
+    vtr.ZipVLCache(0.6, every=3, recent=8, random=8),
+    vtr.StaircaseKV((3, 9), every=2),
+)
+STEPS: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True}
+
+
+def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    with torch.no_grad():
+        return model.generate(**inputs, **{**STEPS, "output_logits": True, **options})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sixteen_bits_are_the_model(name):
+    model, inputs = made(name, 2)
+    plain = generate(model, inputs)
+    for method in (vtr.ZipCache(high=16, low=16), vtr.ZipVLCache(high=16, low=16)):
+        with vtr.apply(model, method):
+            found = generate(model, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(found.logits, plain.logits, strict=True))
