@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from vtr.core.attention_site import AttentionSite
 from vtr.core.site import ModelInfo
 from vtr.kernels import BlockMask, attention_rows, block_sparse_attention
+from vtr.kernels.columns import column_attention
 from vtr.kernels.density import density
 from vtr.kernels.masks import causal, causal_blocks
 
@@ -51,6 +52,8 @@ class LanguageAttentionSite(AttentionSite):
         hidden: (B, L, C) what enters the layer, before its norm, for methods that need the signal
             ``hidden``; else None.
         samples: (B,) int64 samples of the call that this part of it has (:meth:`parts`); None for all.
+        sequence: hashable; layers of a call for which it is the same hold the same tokens in the same
+            columns, and their rows see the same of them.
     """
 
     def __init__(
@@ -65,16 +68,19 @@ class LanguageAttentionSite(AttentionSite):
         hidden: Tensor | None = None,
         groups: Callable[[], list[PaddingGroup]] = list,
         samples: Tensor | None = None,
+        held: Hashable = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self.samples = samples
+        self.sequence = held, self.k.shape[2], window
         self.info, self.phase, self.training = info, phase, training
         self.valid, self.window, self.hidden = valid, window, hidden
         self._marks = marks
         self._found: dict[bool, Marks] = {}
         self.was_dense = False  # all rows have been computed over all keys
         self._groups = groups
+        self._step: Tensor | None = None
 
     # ---- columns ----------------------------------------------------------------------------
 
@@ -114,6 +120,12 @@ class LanguageAttentionSite(AttentionSite):
     def bos(self) -> Tensor:
         """(B,) int64: the column of each sample's first token."""
         return self.valid.int().argmax(1)
+
+    @property
+    def last_row(self) -> Tensor:
+        """(B, 1) int64: the row of each sample's last token in this call; 0 for a sample of padding alone."""
+        place = torch.arange(self.q.shape[2], device=self.q.device)
+        return (self.row_mask(self.valid) * place).argmax(1, keepdim=True)
 
     def row_mask(self, columns: Tensor) -> Tensor:
         """The rows of a mask of columns: (B, S) to (B, L)."""
@@ -222,6 +234,52 @@ class LanguageAttentionSite(AttentionSite):
         )
         return out.view(batch, heads, rows, -1).to(self.v.dtype)
 
+    def last_attention(self) -> Tensor:
+        """Compute attention of each sample's last row over all columns, (B, H, S) float32. Once: a second
+        call returns the same tensor."""
+        if self._step is None:
+            self._step = self.attention_rows(self.last_row)[:, :, 0]
+        return self._step
+
+    def dense_step(self) -> Tensor:
+        """Compute a decoding step over all keys, (B, H, 1, D); by :meth:`last_attention` if a method has asked
+        for it, so that keys are not read twice."""
+        if self._step is None:
+            return self.dense()
+        self.count(1.0)
+        grouped = self._step.reshape(*self.v.shape[:2], -1, self.v.shape[2])
+        out = grouped.to(self.v.dtype) @ self.v
+        return out.view(self.q.shape).to(self.q.dtype)
+
+    def select(self, columns: Tensor) -> Tensor:
+        """Compute a decoding step over chosen columns, (B, H, 1, D): a softmax over them alone.
+
+        Keys are gathered once for all query heads of a key head. Columns that the row does not see (padding,
+        outside of the window) are left out. A head without any column gets zeros.
+
+        Args:
+            columns: (B, Hk, n) int64, none of them twice, in any order; -1 for none.
+
+        Raises:
+            ValueError: the call has several rows, or ``columns`` has another shape or dtype.
+        """
+        wanted = self.k.shape[:2]
+        if self.q.shape[2] != 1:
+            raise ValueError(
+                f"site.select is for decoding steps, and this {self.phase} has {self.q.shape[2]} rows: use "
+                "site.dense() or site.sparse(mask)"
+            )
+        if columns.ndim != 3 or columns.shape[:2] != wanted or columns.dtype != torch.int64:
+            raise ValueError(
+                f"columns must be int64 of the shape {(*wanted, 'n')} (samples, key heads, columns), got "
+                f"{columns.dtype} {tuple(columns.shape)}"
+            )
+        least = 0 if self.window is None else max(0, self.k.shape[2] - self.window)
+        place = columns.clamp(min=0)
+        seen = self.valid.gather(1, place.flatten(1)).view_as(place) & (columns >= least)
+        self.count(0.0, seen.sum().double() / wanted[1])
+        return column_attention(self.q, self.k, self.v, place, seen, self.scale)
+
     def dense_rows(self, rows: Tensor) -> Tensor:
         """Compute dense attention of rows (B, R) int64 alone, (B, H, R, D); zeros for row -1."""
         sees = self.sees(rows)
@@ -286,6 +344,9 @@ class LanguageAttentionSite(AttentionSite):
     def pairs(self) -> Tensor:
         """() float64: pairs of a row and a column that causality, padding and the window allow, over the
         batch."""
+        if self.q.shape[2] == 1:
+            seen = self.valid if self.window is None else self.valid[:, -self.window :]
+            return (seen.sum(1) * self.valid[:, -1]).sum().double()
         before = F.pad(self.valid.double().cumsum(1), (1, 0))  # valid columns before each
         end = torch.arange(self.offset + 1, self.k.shape[2] + 1, device=before.device)
         start = torch.zeros_like(end) if self.window is None else (end - self.window).clamp(min=0)

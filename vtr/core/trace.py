@@ -73,6 +73,13 @@ class Trace:
         return sum(found) if found else None
 
     @property
+    def decoding(self) -> dict[int, float]:
+        """Share of the keys that decoding steps since the last prompt have read, by layer: 1 is dense. Of layers
+        with an attention method. On a GPU it waits for the steps."""
+        layers = self.notes.get("decoding", {}).items()
+        return {i: float(note["work"]) / max(float(note["pairs"]), 1.0) for i, note in layers}
+
+    @property
     def kept(self) -> Tensor | None:
         """(B, N_out) indices, in the model's input, of the tokens left after the last stage."""
         return self.stages[-1].total.kept if self.stages else None
@@ -88,5 +95,10 @@ class Trace:
             " tokens' pairs"
             for layer, note in self.notes.get("attention", {}).items()
             if "density" in note
+        ]
+        lines += [
+            f"decoding[{layer}]: {100 * share:.1f} % of the keys"
+            for layer, share in self.decoding.items()
+            if share < 1
         ]
         return "\n".join(lines) or "no reduction took place"

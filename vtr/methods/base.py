@@ -16,6 +16,8 @@ Bases for methods that act inside the attention of a language model:
 
 - :class:`PrefillMethod`: skips key blocks of a long prompt. You write ``blocks(site)`` alone.
 - :class:`EditMethod`: changes the attention of some rows. You write ``edit(site, attention, rows)``.
+- :class:`DecodeMethod`: reads a part of the visual keys in decoding steps. You write ``select(site)`` alone, or,
+  for a :class:`ReusingMethod`, in which a few layers choose for the others, ``choose(site)``.
 - :class:`LanguageAttentionMethod`: any other. You write ``attend(site)``.
 
 A method is a frozen dataclass, decorated with :func:`register` (outermost) and
@@ -50,6 +52,7 @@ from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods.common.attention import AttentionMethod, check_share
+from vtr.methods.common.decode import DecodeMethod, ReusingMethod
 from vtr.methods.common.edit import EditMethod
 from vtr.methods.common.kv import EvictionMethod, KVMethod
 from vtr.methods.common.language_attention import LanguageAttentionMethod
@@ -66,6 +69,7 @@ from vtr.methods.common.scored import ScoredMethod, TextScoredMethod
 __all__ = [
     "AttentionMethod",
     "Change",
+    "DecodeMethod",
     "EditMethod",
     "EvictionMethod",
     "Examples",
@@ -83,6 +87,7 @@ __all__ = [
     "PrefillMethod",
     "Presets",
     "Reduction",
+    "ReusingMethod",
     "ScoredMethod",
     "SequenceMask",
     "Site",

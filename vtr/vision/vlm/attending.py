@@ -203,7 +203,7 @@ class LanguageAttention:
         phase = (
             "decode" if rows == 1 and call.visual is None else "turn" if call.past else "prefill"
         )
-        # Of calls without visual tokens nothing is noted: the trace is that of the last prompt.
+        # Of calls without visual tokens only sums are noted: the trace is that of the last prompt.
         apart = call.visual is None or call.again
         every = {} if apart else owner.tracing.notes.setdefault("attention", {})
         notes = every.setdefault(i, {})
@@ -222,7 +222,8 @@ class LanguageAttention:
 
         return LanguageAttentionSite(
             info=owner.info, phase=phase, training=owner.root.training, valid=valid, marks=marks,
-            window=kwargs.get(WINDOW), hidden=call.hidden, groups=groups, layer=i, layers=len(owner.layers),
+            window=kwargs.get(WINDOW), hidden=call.hidden, groups=groups, held=call.held_as(i), layer=i,
+            layers=len(owner.layers),
             q=q, k=k, v=v, scale=kwargs[SCALING], dense=dense,
             state=call.marks.state.setdefault((which, entry.method.name, i), {}),
             memory=call.memory.setdefault(("attention", which), {}), notes=notes, table=entry.table_like(q),
@@ -230,7 +231,18 @@ class LanguageAttention:
         )  # fmt: skip
 
     def _note(self, call: LanguageCall, site: LanguageAttentionSite) -> None:
-        if call.visual is None or call.again:
+        if call.again:
+            return
+        if site.phase == "decode":
+            layers = self.owner.tracing.notes.setdefault("decoding", {})
+            total = layers.setdefault(
+                site.layer, {"steps": 0, "work": 0.0, "pairs": 0.0, "spent": 0.0}
+            )
+            total["steps"] += 1
+            total["work"] = total["work"] + site.notes.get("work", 0.0)
+            total["pairs"] = total["pairs"] + site.pairs
+            total["spent"] += site.notes.get("spent", 0.0)
+        if call.visual is None:
             return
         site.notes["density"] = site.notes.pop("work", 0.0) / site.pairs
         columns = site.k.shape[2]

@@ -174,6 +174,8 @@ class LanguageCall:
                 return Frames(frame, place, video, x.videos)
             if isinstance(x, dict):
                 return {key: there(value) for key, value in x.items()}
+            if isinstance(x, tuple) and hasattr(x, "_fields"):
+                return type(x)(*map(there, x))
             return type(x)(map(there, x)) if type(x) in (tuple, list) else x
 
         for name in self._PLACED:
@@ -201,6 +203,10 @@ class LanguageCall:
         else:
             later = self.history[:, self.cuts.length :]
         return torch.cat([group.mask.to(later.device), later], 1)
+
+    def held_as(self, layer: int) -> tuple[int, int]:
+        """Tell layers whose columns are other tokens apart: by the cuts of earlier calls and of this one."""
+        return 0 if self.cuts is None else self.cuts.group(layer).first, len(self.segments)
 
     def boundaries(self) -> set[int]:
         """Layers >= 1 before which masks change because of earlier calls."""
