@@ -108,6 +108,12 @@ def rotary_home(attention: Any) -> Any:
     return next((home for home in homes if hasattr(home, ROTARY)), None)
 
 
+def rope_type(config: Any) -> str:
+    """Name how the frequencies of a language model's rotary embedding are made: ``"default"``, ``"dynamic"`` ..."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))
+
+
 def masks_otherwise() -> str:
     """Return the reason why the mask of one layer cannot be built; empty if it can."""
     try:

@@ -107,6 +107,7 @@ class KVSite:
         notes: dict[str, Any],
         hidden: Tensor | None = None,
         aside: dict[str, Tensor] | None = None,
+        known: Marks | None = None,
     ) -> None:
         self.info, self.layer, self.layers, self.phase = info, layer, layers, phase
         self.training, self.q, self.k, self.v, self.scale = training, q, k, v, scale
@@ -114,7 +115,7 @@ class KVSite:
         self._columns, self._bits = columns, bits
         self.entries, self.state, self.memory, self.notes = entries, state, memory, notes
         self.hidden, self.aside = hidden, aside
-        self._visuals = visuals
+        self._visuals, self._known = visuals, known
         self._tokens, self._rows, self._prompt = tokens, rows, prompt
         self._marks = marks
         self._found: dict[bool, Marks] = {}
@@ -157,7 +158,7 @@ class KVSite:
     @property
     def visual(self) -> Tensor:
         """(B, Hk, K) bool, True for visual tokens."""
-        return self.at_entries(self.marks().kind) > 0
+        return self._marked("kind", False, 0) > 0
 
     @property
     def text(self) -> Tensor:
@@ -168,13 +169,23 @@ class KVSite:
     def image(self) -> Tensor:
         """(B, Hk, K) int64: the image or video of each visual entry, counted through the conversation, -1 for
         others."""
-        return self.at_entries(self.marks(True).image, -1)
+        return self._marked("image", True, -1)
 
     @property
     def frame(self) -> Tensor:
         """(B, Hk, K) int64: the frame of each visual entry, counted through the conversation, -1 for others
         and for separators. A still image is one frame."""
-        return self.at_entries(self.marks(True).frame, -1)
+        return self._marked("frame", True, -1)
+
+    def _marked(self, name: str, places: bool, nothing: int) -> Tensor:
+        """Look a mark up for the entries. Of columns that were numbered anew, each entry has its own."""
+        found = self.at_entries(getattr(self.marks(places), name), nothing)
+        if self._known is None:
+            return found
+        own: Tensor = getattr(self._known, name)
+        index = self.columns.clamp(0, own.shape[2] - 1)
+        old = (self.columns >= 0) & (self.columns < own.shape[2])
+        return torch.where(old, own.gather(2, index), found)
 
     @property
     def token(self) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "Frame": "types",
     "FrameTokens": "questions",
+    "KVMemory": "kv_memory",
     "TokenMemory": "memory",
     "Video": "types",
     "VideoError": "errors",
@@ -30,6 +31,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from vtr.video.errors import VideoError as VideoError
+    from vtr.video.kv_memory import KVMemory as KVMemory
     from vtr.video.memory import TokenMemory as TokenMemory
     from vtr.video.questions import FrameTokens as FrameTokens
     from vtr.video.questions import encode_frames as encode_frames

@@ -45,6 +45,11 @@ class KVChoices:
         """Whether entries that go while an answer is written do not come back."""
         return False
 
+    @property
+    def bounded(self) -> bool:
+        """Whether a layer holds no more entries than a number that does not grow with the conversation."""
+        return False
+
     def watch(self, site: KVSite) -> None:
         """Look at an attention call of a layer, in prompts and decoding steps; what is kept of it belongs into
         ``site.entries`` or ``site.state``."""
@@ -164,6 +169,12 @@ class EvictionMethod(KVMethod):
     @property
     def while_decoding(self) -> bool:
         return self.every > 0 or self.bytes is not None
+
+    @property
+    def bounded(self) -> bool:
+        if self.heads != "uniform" or self.depth != "uniform" or self.dense_layers:
+            return False
+        return self.bytes is not None or (self.evict == "all" and isinstance(self.keep, int))
 
     def score(self, site: KVSite) -> Tensor:
         """Compute (B, Hk, K) scores of the entries, in any dtype; the highest stay.

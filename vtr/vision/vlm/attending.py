@@ -132,7 +132,7 @@ class LanguageAttention:
         before = call.marks.before(layer, past, layout.valid.shape[0], device)
         call.placed = call.placed or places
         video = bool(entry.options.get("video")) if places else None
-        return joined(before, marks_here(call, layout, video))
+        return joined(before, marks_here(call, layout, video), call.marks.counted)
 
     # ---- its layers -------------------------------------------------------------------------
 

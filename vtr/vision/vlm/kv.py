@@ -201,7 +201,8 @@ class KVSession:
             prompt=prompt, marks=marks, bits=store.bits, fresh=store.length - store.chosen,
             visited=call.visual is not None, entries=store.noted(), state=store.state,
             memory=call.memory.setdefault(("kv", which), {}), notes=every.setdefault(i, {}),
-            hidden=call.normed, visuals=visuals, aside=None if store.aside is None else store.aside.entries,
+            hidden=call.normed, visuals=visuals, known=store.known,
+            aside=None if store.aside is None else store.aside.entries,
         )  # fmt: skip
 
 

@@ -29,11 +29,13 @@ class MarkedCache:
     Attributes:
         columns: in the order of layers.
         state: what methods keep, by method and layer; tensors have the batch first.
+        counted: images and frames that came before the columns, if these were numbered anew.
     """
 
     def __init__(self) -> None:
         self.columns: list[Columns] = []
         self.state: dict[Any, dict[str, Any]] = {}
+        self.counted = (0, 0)
 
     @property
     def rows(self) -> int | None:
@@ -90,19 +92,21 @@ def mark(cache: Any, record: MarkedCache) -> None:
     follow_rows(cache)
 
 
-def joined(before: Marks, here: Marks) -> Marks:
-    """The marks of earlier columns and those of this call; images and frames are counted on."""
+def joined(before: Marks, here: Marks, counted: tuple[int, int] = (0, 0)) -> Marks:
+    """The marks of earlier columns and those of this call; images and frames are counted on, from ``counted``
+    at least."""
+    images, frames = counted
     return Marks(
         torch.cat([before.kind, here.kind], 1),
-        _counted_on(before.image, here.image),
-        _counted_on(before.frame, here.frame),
+        _counted_on(before.image, here.image, images),
+        _counted_on(before.frame, here.frame, frames),
     )
 
 
-def _counted_on(before: Tensor, here: Tensor) -> Tensor:
+def _counted_on(before: Tensor, here: Tensor, least: int) -> Tensor:
     if not before.shape[1]:
         return here
-    more = before.amax(1, keepdim=True) + 1
+    more = (before.amax(1, keepdim=True) + 1).clamp(min=least)
     return torch.cat([before, torch.where(here < 0, here, here + more)], 1)
 
 

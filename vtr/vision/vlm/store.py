@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtr.compat.transformers import cache_layer, cache_layer_base
 from vtr.core.kv_site import Change
+from vtr.core.language_attention import Marks
 from vtr.core.packed_entries import BITS, PackedEntries
 
 _Base: Any = cache_layer_base()
@@ -61,6 +62,8 @@ class EntryStore(_Base):  # type: ignore[misc]
         open: whether a wrapped model is running with the cache, which attends to what is held.
         entries, state: of the method's site.
         aside: entries in CPU memory, or None.
+        known: (B, Hk, n) marks of the first n columns, of which each head has its own since they were numbered
+            anew; None before.
     """
 
     is_sliding = False
@@ -79,6 +82,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         self.entries: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {}
         self.aside: Aside | None = None
+        self.known: Marks | None = None
         self.device, self.dtype = keys.device, keys.dtype
         self.is_initialized = True
 
@@ -126,6 +130,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         if self.held is not None:
             yield self.held
         yield from self.entries.values()
+        yield from self.known or ()
         if self.aside is not None:
             yield from (self.aside.columns, self.aside.at, *self.aside.entries.values())
         yield from (x for x in self.state.values() if isinstance(x, Tensor))
@@ -243,6 +248,18 @@ class EntryStore(_Base):  # type: ignore[misc]
             x[row, head, behind + place] = aside.entries[name][row, head, new]
             self.entries[name] = x
 
+    def renumber(self, turn: Callable[[Tensor, Tensor], Tensor], known: Marks) -> None:
+        """Let the entries that are held be all columns of a shorter sequence.
+
+        Args:
+            turn: turns keys (B, Hk, K, D) by (B, Hk, K) positions.
+            known: (B, Hk, K) marks of the entries.
+        """
+        number = torch.arange(self.number, device=self.device)
+        self.keys = turn(self.keys, number - self.columns())
+        self.held, self.length, self.known = None, self.number, known
+        self.chosen = self.length
+
     # ---- a layer of a cache -----------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -314,6 +331,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         self.packed = [p.take(rows) for p in self.packed]
         self.held = None if self.held is None else self.held[rows]
         self.entries = {name: x[rows] for name, x in self.entries.items()}
+        self.known = None if self.known is None else Marks(*(x[rows] for x in self.known))
         self.aside = None if self.aside is None else self.aside.take(rows)
         self.state = {
             name: x[rows] if isinstance(x, Tensor) and x.shape[:1] == (batch,) else x
@@ -322,7 +340,7 @@ class EntryStore(_Base):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.held = self.aside = None
+        self.held = self.aside = self.known = None
         self.packed, self.entries, self.state = [], {}, {}
         self.length = self.chosen = 0
 
