@@ -156,6 +156,11 @@ class Finding:
         if ours.numel():
             self.largest = max(self.largest, float((ours.double() - theirs.double()).abs().max()))
 
+    def add(self, other: Finding) -> None:
+        """Add the result of another part of the comparison."""
+        self.largest = max(self.largest, other.largest)
+        self.differ, self.of = self.differ + other.differ, self.of + other.of
+
     def rows(self, ours: Tensor, theirs: Tensor, near: float = 1e-3) -> None:
         """Compare rows (N, C) and (M, C) in any order: those without a partner within ``near`` differ."""
         distance = (ours.double()[:, None] - theirs.double()[None]).abs().amax(-1)
@@ -955,6 +960,107 @@ def act(code: Checkout) -> Finding:
     return found
 
 
+# ---- KV caches -----------------------------------------------------------------------------------
+
+
+def same_entries(ours: Any, kv_heads: int, theirs: Callable[..., Tensor], seed: int) -> Finding:
+    """Compare the columns that heads hold after a prompt of 30 tokens and each of 12 decoding steps.
+
+    Args:
+        ours: an eviction method.
+        theirs: called with the attention (H, L, columns held) of each call and the columns (H, K) that are
+            held, those of the call among them; returns the columns (H, n) that stay.
+    """
+    from tests.methods.kv_sites import Cache
+
+    cache = Cache("t" + "v" * 20 + "t" * 21, heads=kv_heads, kv_heads=kv_heads, seed=seed)
+    found, held = Finding(), torch.zeros(kv_heads, 0, dtype=torch.long)
+    for rows in (30, *[1] * 12):
+        site = cache.call(rows)
+        ours.watch(site)
+        kept = ours.compress(site).kept
+        held = torch.cat(
+            [held, torch.arange(cache.length - rows, cache.length).expand(kv_heads, -1)], 1
+        )
+        at = torch.arange(cache.length - rows, cache.length)
+        q, k = cache.q[0, :, at], cache.k[0].gather(1, held[..., None].expand(-1, -1, 8))
+        scores = (q @ k.transpose(1, 2) * cache.scale).masked_fill(
+            held[:, None] > at[:, None], -torch.inf
+        )
+        held = theirs(scores.softmax(-1), held)
+        found.choices(site.columns[kept].view(kv_heads, -1), held)
+        cache.keep(kept)
+    return found
+
+
+def h2o(code: Checkout) -> Finding:
+    """The cache of their version that frees memory: 6 heavy entries, and the 5 newest."""
+    module = code.functions(
+        "h2o_hf/utils_real_drop/modify_llama.py", "H2OKVCache_LayerWise", print=lambda *_: None
+    )
+    found = Finding()
+    for seed in range(20):
+        their_cache = module.H2OKVCache_LayerWise(6, 5)
+
+        def theirs(attention: Tensor, held: Tensor, cache: Any = their_cache) -> Tensor:
+            values = held[None, ..., None]
+            kept: Tensor = cache((values, values), attention[None])[0]
+            return kept[0, ..., 0]
+
+        method = vtr.H2O(11, evict="all", every=1, first=0, recent=5, scoring="sum")
+        found.add(same_entries(method, 4, theirs, seed))
+    return found
+
+
+def streaming_llm(code: Checkout) -> Finding:
+    """The cache of 4 sinks and a window of 7."""
+    module = code.functions(
+        *("streaming_llm/kv_cache.py", "slice1d", "slice2d", "slice3d", "StartRecentKVCache"),
+        print=lambda *_: None,
+        DIM_TO_SLICE={2: lambda x, start, end: x[:, :, start:end, ...]},
+    )
+    found = Finding()
+    their_cache = module.StartRecentKVCache(4, 7)
+
+    def theirs(attention: Tensor, held: Tensor) -> Tensor:
+        values = held[None, ..., None]
+        kept: Tensor = their_cache([[values, values]])[0][0]
+        return kept[0, ..., 0]
+
+    for seed in range(5):
+        method = vtr.StreamingLLM(11, evict="all", every=1, first=4, recent=0)
+        found.add(same_entries(method, 2, theirs, seed))
+    return found
+
+
+def a2sf(code: Checkout) -> Finding:
+    """The 40 entries of 121 that stay after a prompt, the newest 16 among them, with grouped heads."""
+    from tests.methods.kv_sites import Cache
+
+    folder = "utils_real_drop"
+    names = {"Optional": object, "Tuple": object}
+    base = code.functions(f"{folder}/policies/base.py", "CompressionPolicy", **names)
+    policies = code.functions(
+        f"{folder}/policies/a2sf.py", "A2SFPolicy", CompressionPolicy=base.CompressionPolicy
+    )
+    attend = code.functions(f"{folder}/attention.py", "compressed_attention", **names)
+    found = Finding()
+    for seed in range(20):
+        for alpha in (0.0, 0.3, 0.95, 1.0):
+            cache = Cache("t" + "v" * 60 + "t" * 60, seed=seed)
+            site = cache.call(121)
+            method = vtr.A2SF(40, alpha=alpha, evict="all", first=0, recent=16, scoring="sum")
+            method.watch(site)
+            k, v = (x.repeat_interleave(2, 1) for x in (cache.k, cache.v))
+            policy = policies.A2SFPolicy(2, 40, alpha)
+            _, theirs = attend.compressed_attention(
+                cache.q, k, v, policy=policy, attn_mask=None, head_dim=8
+            )
+            ours = site.columns[method.compress(site).kept].view(2, -1)
+            found.choices(ours, theirs[0])
+    return found
+
+
 # ---- diffusion -----------------------------------------------------------------------------------
 
 
@@ -1035,6 +1141,7 @@ def neighborhood(code: Checkout) -> Finding:
 
 
 COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
+    "a2sf": ("Dirac-Notation/A2SF", a2sf),
     "act": ("GATECH-EIC/ACT", act),
     "debias": ("intcomp/attention-bias", debias),
     "divprune": ("vbdi/divprune", divprune),
@@ -1045,12 +1152,14 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "fastvid": ("LunarShen/FastVID", fastvid),
     "flowcut": ("TungChintao/FlowCut", flowcut),
     "framefusion": ("thu-nics/FrameFusion", framefusion),
+    "h2o": ("FMInference/H2O", h2o),
     "holitom": ("cokeshao/HoliTom", holitom),
     "neighborhood": ("SHI-Labs/NATTEN", neighborhood),
     "prunevid": ("Visual-AI/PruneVid", prunevid),
     "pyramiddrop": ("Cooperx521/PyramidDrop", pyramiddrop),
     "radial": ("mit-han-lab/radial-attention", radial),
     "sliding-tile": ("hao-ai-lab/FastVideo", sliding_tile),
+    "streaming-llm": ("mit-han-lab/streaming-llm", streaming_llm),
     "tome": ("facebookresearch/ToMe", tome),
     "tomesd": ("dbolya/tomesd", tomesd),
     "var": ("seilk/VisAttnSink", var),
