@@ -24,7 +24,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--frames", type=int, default=10_000)
-    parser.add_argument("--keep", type=int, default=200, help="entries per head")
+    parser.add_argument("--keep", type=int, default=150, help="entries per head")
     args = parser.parse_args()
     model, inputs = FAMILIES["llava"](1)
     tokens = int((inputs["input_ids"] == IMAGE).sum())
@@ -34,7 +34,7 @@ def main() -> None:
     options: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
     print("frames, entries, position, cache bytes, process MiB, ms per frame, ms per question")
     with vtr.apply(model, vtr.StreamingLLM(args.keep, evict="all", recent=0)):
-        memory = vtr.video.KVMemory(model, positions=max(512, 3 * args.keep))
+        memory = vtr.video.KVMemory(model, positions=512)
         marks = {10**n for n in range(1, 9)} | {args.frames}
         start, before = time.perf_counter(), 0
         for i in range(1, args.frames + 1):
