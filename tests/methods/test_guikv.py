@@ -48,7 +48,7 @@ def brute_force(
     fresh = [c for c in current if c >= start]
     if method.spatial and fresh:
         norm = np.array([np.linalg.norm(cache.hidden[b, c].double().numpy()) for c in fresh])
-        z = (norm - norm.mean()) / (norm.std() or 1.0)
+        z = (norm - norm.mean()) / max(norm.std(), 1e-3 * norm.mean())
         weight = np.exp(z / method.temperature)
         for c, w in zip(fresh, weight / weight.sum(), strict=True):
             score[c] += method.spatial * w
@@ -127,6 +127,14 @@ def test_without_both_terms_it_is_snapkv() -> None:
     info = site.info
     assert "hidden" in GUIKV().requirements(info)["kv"]
     assert "hidden" not in GUIKV(spatial=0).requirements(info)["kv"]
+
+
+def test_norms_that_are_equal_up_to_rounding_are_equal() -> None:
+    cache = Cache("ttvvvvvvvvvvtttttt")
+    cache.hidden /= cache.hidden.norm(dim=-1, keepdim=True)
+    site = cache.call(18)
+    plain, salient = (GUIKV(0.3, spatial=x).score(site)[site.visual] for x in (0.0, 1.0))
+    torch.testing.assert_close(salient - plain, torch.full_like(plain, 0.1), atol=1e-5, rtol=0)
 
 
 def test_the_published_subspace_is_that_of_the_first_keys() -> None:

@@ -10,6 +10,7 @@ from vtr.core.kv_site import KVSite
 
 BASES = ("first", "principal")
 _LOST = 1e-5  # of the largest direction; what is smaller is rounding
+_ALIKE = 1e-3  # of the mean norm; behind a norm without weights all norms are equal up to rounding
 
 
 def current_frame(site: KVSite) -> tuple[Tensor, Tensor]:
@@ -33,6 +34,8 @@ def hidden_norms(site: KVSite) -> Tensor:
 def saliency(norm: Tensor, inside: Tensor, temperature: float) -> Tensor:
     """Compute the softmax of the standardised norms of a set of entries over that set.
 
+    A standard deviation below a thousandth of the mean counts as that much.
+
     Args:
         norm: (B, Hk, K) float32.
         inside: (B, Hk, K) bool, the set of each head.
@@ -45,7 +48,8 @@ def saliency(norm: Tensor, inside: Tensor, temperature: float) -> Tensor:
     mean = norm.masked_fill(~inside, 0.0).sum(-1, keepdim=True) / size
     apart = (norm - mean).masked_fill(~inside, 0.0)
     deviation = (apart.square().sum(-1, keepdim=True) / size).sqrt()
-    score = apart / deviation.clamp(min=torch.finfo(norm.dtype).tiny) / temperature
+    least = (_ALIKE * mean).clamp(min=torch.finfo(norm.dtype).tiny)
+    score = apart / torch.maximum(deviation, least) / temperature
     return torch.softmax(score.masked_fill(~inside, -torch.inf), -1).masked_fill(~inside, 0.0)
 
 
