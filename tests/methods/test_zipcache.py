@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import vtr
-from tests.methods.entry_sites import Chat
+from tests.methods.kv_sites import Cache
 from tests.methods.language_sites import Prompt
+from vtr.core.kv_site import KVSite
 from vtr.methods.common.bits import ranking_rows
 from vtr.methods.common.token_sets import probe_rows
 
 TEXT = "t" * 4 + "v" * 28 + "t" * 8
 KINDS = (TEXT, "." * 9 + TEXT[9:], TEXT[:-6] + "." * 6)  # no, left and right padding
+
+
+class Chat(Cache):
+    """A cache that holds every column, with the bits of each."""
+
+    def __init__(self, *kinds: str) -> None:
+        super().__init__(*kinds)
+        self.stored = torch.full(self.k.shape[:3], 32)
+        self.visual = self.marks.kind > 0
+
+    def show(self, start: int, end: int, chosen: int = 0) -> KVSite:
+        """The call with rows ``start`` to ``end``; entries were last chosen before column ``chosen``."""
+        self.columns = torch.arange(start).expand(*self.k.shape[:2], -1)
+        self.length, self.fresh = start, start - chosen
+        return self.call(end - start, bits=lambda: self.stored[:, :, :end])
+
+    def compress(self, method: Any, start: int, end: int, chosen: int = 0) -> Tensor:
+        """Let a method choose: bits (B, Hk, K), 0 for what is dropped."""
+        change = method.compress(self.show(start, end, chosen))
+        self.stored[:, :, :end] = change.bits.masked_fill(~change.kept, 0)
+        return self.stored[:, :, :end]
+
+    def alone(self, sample: int) -> Chat:
+        plain, out = super().alone(sample), Chat(self.kinds[sample].replace(".", ""))
+        out.q, out.k, out.v = plain.q, plain.k, plain.v
+        return out
+
+    def row(self, sample: int, row: int) -> np.ndarray:
+        """(H, S) float64: the attention of one row over the columns."""
+        out = np.zeros((self.q.shape[1], self.k.shape[2]))
+        for h in range(len(out)):
+            for column, weight in self.attention(sample, h, row, range(row + 1)).items():
+                out[h, column] = weight
+        return out
 
 
 def probed(chat: Chat, sample: int, start: int, end: int, recent: float, random: float, seed: int):
@@ -41,7 +78,7 @@ def brute_force(chat: Chat, sample: int, start: int, end: int, new, method: vtr.
                 if row < j:
                     continue
                 count += 1
-                of_head = chat.attention(sample, row)
+                of_head = chat.row(sample, row)
                 total += sum(of_head[h, j] for h in range(heads) if h * groups // heads == g)
             score[j] = total / max(count, 1)
         low = math.floor(round((1 - method.salient) * len(new), 9))
@@ -72,7 +109,7 @@ def test_new_tokens_are_ranked_by_the_newest_row_and_old_ones_stay_as_they_are()
     chat = Chat("t" * 60, "." * 5 + "t" * 55)
     method = vtr.ZipCache(0.5, every=10)
     before = chat.compress(method, 0, 50).clone()
-    found = chat.compress(method, 59, 60)
+    found = chat.compress(method, 59, 60, chosen=50)
     assert torch.equal(found[:, :, :50], before)
     for b in range(2):
         expected = brute_force(chat, b, 59, 60, range(50, 60), method)
@@ -107,7 +144,7 @@ def test_a_sample_alone_has_the_rows_and_bits_that_it_has_in_a_batch(sample):
 
 def test_rows_are_found_among_the_tokens_of_the_call():
     chat = Chat(*KINDS, "." * 40)
-    rows = ranking_rows(chat.site(10, 40), 4, 3, 5)
+    rows = ranking_rows(chat.show(10, 40), 4, 3, 5)
     for b in range(3):
         expected = [c - 10 for c in probed(chat, b, 10, 40, 4, 3, 5)]
         assert [r for r in rows[b].tolist() if r >= 0] == expected
@@ -141,9 +178,8 @@ def test_the_second_version_drops_what_is_not_important():
 
 def test_while_an_answer_is_written_tau_decides_how_many_new_tokens_are_important():
     chat = Chat("t" * 60)
-    chat.chosen = 50
-    found = chat.compress(vtr.ZipVLCache(0.5), 59, 60)
-    mass = chat.attention(0, 59).mean(0)[50:]
+    found = chat.compress(vtr.ZipVLCache(0.5), 59, 60, chosen=50)
+    mass = chat.row(0, 59).mean(0)[50:]
     order, total, important = np.argsort(-mass), 0.0, {9}  # the newest always
     for j in order:
         important.add(int(j))
@@ -154,8 +190,8 @@ def test_while_an_answer_is_written_tau_decides_how_many_new_tokens_are_importan
     for j in range(10):
         assert (found[0, :, 50 + j] == (4 if j in important else 2)).all()
     dropping = Chat("t" * 60)
-    dropping.chosen = 50
-    assert (dropping.compress(vtr.ZipVLCache(0.5, high=16, low=0), 59, 60) == 32).all()
+    method = vtr.ZipVLCache(0.5, high=16, low=0)
+    assert (dropping.compress(method, 59, 60, chosen=50) == 32).all()
 
 
 # ---- the staircase --------------------------------------------------------------------------------

@@ -64,7 +64,6 @@ class KVSite:
             (one row).
         training: whether the model is in training mode.
         q: (B, H, L, D) rotated queries of this call; None at the end of the call.
-        k, v: (B, Hk, K, D) entries, rotated, in the model's dtype.
         scale: factor of the scores.
         hidden: (B, L, C) what enters the attention module, behind the layer's norm, for methods that need the
             signal ``hidden``; else None.
@@ -89,15 +88,15 @@ class KVSite:
         phase: str,
         training: bool,
         q: Tensor | None,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        read: Callable[[], tuple[Tensor, Tensor]] | None = None,
         scale: float,
         columns: Callable[[], Tensor],
         tokens: Tensor,
         rows: int,
         prompt: int,
         marks: Callable[[bool], Marks],
-        visuals: Callable[[], Here],
         bits: Callable[[], Tensor],
         fresh: int,
         visited: bool,
@@ -106,21 +105,47 @@ class KVSite:
         memory: dict[str, Any],
         notes: dict[str, Any],
         hidden: Tensor | None = None,
+        visuals: Callable[[], Here] | None = None,
         aside: dict[str, Tensor] | None = None,
         known: Marks | None = None,
     ) -> None:
         self.info, self.layer, self.layers, self.phase = info, layer, layers, phase
-        self.training, self.q, self.k, self.v, self.scale = training, q, k, v, scale
+        self.training, self.q, self.scale = training, q, scale
+        self._given, self._read = (k, v), read
         self.fresh, self.visited = fresh, visited
         self._columns, self._bits = columns, bits
         self.entries, self.state, self.memory, self.notes = entries, state, memory, notes
         self.hidden, self.aside = hidden, aside
-        self._visuals, self._known = visuals, known
+        self._visuals = visuals if visuals is not None else self._nothing_came
+        self._known = known
         self._tokens, self._rows, self._prompt = tokens, rows, prompt
         self._marks = marks
         self._found: dict[bool, Marks] = {}
 
+    def _nothing_came(self) -> Here:
+        """The visual tokens of a call that brought none."""
+        none = torch.full_like(self._tokens, -1, dtype=torch.int64)
+        return Here(none, torch.zeros_like(self._tokens[:, :1]))
+
     # ---- entries ----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _entries(self) -> tuple[Tensor, Tensor]:
+        k, v = self._given
+        if k is not None and v is not None:
+            return k, v
+        assert self._read is not None, "give k and v, or read"
+        return self._read()
+
+    @property
+    def k(self) -> Tensor:
+        """(B, Hk, K, D) keys, rotated, in the model's dtype; packed ones are unpacked when they are asked for."""
+        return self._entries[0]
+
+    @property
+    def v(self) -> Tensor:
+        """(B, Hk, K, D) values, as :attr:`k`."""
+        return self._entries[1]
 
     @functools.cached_property
     def columns(self) -> Tensor:

@@ -38,7 +38,7 @@ class PlainEntries(NamedTuple):
 
 
 def attend_parts(
-    q: Tensor, parts: Sequence[PackedEntries | PlainEntries], sees: Tensor, scale: float
+    q: Tensor, parts: Sequence[PackedEntries | PlainEntries], sees: Tensor | None, scale: float
 ) -> Tensor:
     """Compute attention over the entries of all parts, without unpacking any.
 
@@ -49,30 +49,33 @@ def attend_parts(
         q: (B, H, L, D).
         parts: of B samples and Hk KV heads, H a multiple of Hk; K entries in all.
         sees: (B, Hk, L or 1, K) bool, in the order of the parts: True for the entries that a row may see, never
-            for empty places.
+            for empty places. None if every row sees all.
         scale: of the scores.
 
     Returns:
         (B, H, L, Dv) in the dtype of q; zeros for a row that sees no entry.
     """
     batch, heads, rows, _ = q.shape
-    step = max(1, _BYTES // max(1, 4 * batch * heads * sees.shape[-1]))
+    number = sum(part.places for part in parts)
+    step = max(1, _BYTES // max(1, 4 * batch * heads * number))
     with full_precision(q.device):
         if rows <= step:
             return _attend(q, parts, sees, scale)
         found = []
         for start in range(0, rows, step):
-            seen = sees if sees.shape[2] == 1 else sees[:, :, start : start + step]
-            found.append(_attend(q[:, :, start : start + step], parts, seen, scale))
+            part = slice(start, start + step)
+            seen = sees if sees is None or sees.shape[2] == 1 else sees[:, :, part]
+            found.append(_attend(q[:, :, part], parts, seen, scale))
         return torch.cat(found, 2)
 
 
 def _attend(
-    q: Tensor, parts: Sequence[PackedEntries | PlainEntries], sees: Tensor, scale: float
+    q: Tensor, parts: Sequence[PackedEntries | PlainEntries], sees: Tensor | None, scale: float
 ) -> Tensor:
     scores = torch.cat([part.scores(q) for part in parts], 3) * scale
-    hidden = ~sees.repeat_interleave(q.shape[1] // sees.shape[1], 1)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    if sees is not None:
+        hidden = ~sees.repeat_interleave(q.shape[1] // sees.shape[1], 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
     top = scores.amax(3, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     weights = (scores - top).exp()
     total = weights.sum(3, keepdim=True)

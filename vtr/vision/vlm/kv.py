@@ -10,6 +10,8 @@ from torch import Tensor
 
 from vtr.compat.transformers import SCALING, WINDOW
 from vtr.core.kv_site import Here, KVSite
+from vtr.core.packed_attention import PlainEntries, attend_parts
+from vtr.core.packed_entries import PackedEntries
 from vtr.core.wrapping import Bound, Entry
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.sequence import mark
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from vtr.core.language_attention import Marks
     from vtr.vision.vlm.call import LanguageCall
     from vtr.vision.vlm.wrapping import VLMWrapping
+
+FEW = 8  # rows up to which packed entries are read as they are: for more, unpacking them is faster
 
 
 class KVSession:
@@ -99,16 +103,24 @@ class KVSession:
         """Compute the attention of layer ``i`` over the entries that are held, (B, L, H, D). Before that, the
         method may exchange them for others in CPU memory.
 
-        ``mask`` is that of a cache which holds everything; None if the model found no padding.
+        ``k`` and ``v`` are the entries in the model's dtype. ``mask`` is that of a cache which holds everything;
+        None if the model found no padding.
         """
         if self._recall(call, i, q, k, v, kwargs, store):
+            k, v = store.keys, store.values
+        scale, rows = kwargs[SCALING], q.shape[2]
+        sees = None
+        if mask is not None or rows > 1 or store.ragged:
+            valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
+            sees = seen(store.columns(), valid, rows, kwargs.get(WINDOW))
+        if store.packed and rows <= FEW:
+            parts: list[PackedEntries | PlainEntries] = [*store.packed, PlainEntries(k, v)]
+            return attend_parts(q, parts, sees, scale).transpose(1, 2)
+        if store.packed:
             k, v = store.read()
-        if mask is None and q.shape[2] == 1 and not store.ragged:
-            return attend_all(q, k, v, kwargs[SCALING]).transpose(1, 2)
-        valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
-        return attend(
-            q, k, v, store.columns(), valid, scale=kwargs[SCALING], window=kwargs.get(WINDOW)
-        ).transpose(1, 2)
+        if sees is None:
+            return attend_all(q, k, v, scale).transpose(1, 2)
+        return attend(q, k, v, sees, scale).transpose(1, 2)
 
     def _recall(
         self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any], store: EntryStore
@@ -144,7 +156,6 @@ class KVSession:
             )
         store.open = True
         method: Any = entry.method
-        k, v = (x[:, :, : store.number] for x in (k, v))
         site = self._site(call, i, entry, store, q, k, v, valid, kwargs)
         method.watch(site)
         store.entries, store.state = site.entries, site.state
@@ -194,10 +205,14 @@ class KVSession:
         def visuals() -> Here:
             return here(call, i, valid.shape[1])
 
+        def read() -> tuple[Tensor, Tensor]:
+            return store.read() if store.packed else (k[:, :, :number], v[:, :, :number])
+
+        number = store.number  # a static cache has room for more
         return KVSite(
             info=owner.info, layer=i, layers=len(owner.layers), training=owner.root.training,
             phase="decode" if rows == 1 and call.visual is None else "turn" if call.past else "prefill",
-            q=q, k=k, v=v, scale=kwargs[SCALING], columns=store.columns, tokens=valid, rows=rows,
+            q=q, read=read, scale=kwargs[SCALING], columns=store.columns, tokens=valid, rows=rows,
             prompt=prompt, marks=marks, bits=store.bits, fresh=store.length - store.chosen,
             visited=call.visual is not None, entries=store.noted(), state=store.state,
             memory=call.memory.setdefault(("kv", which), {}), notes=every.setdefault(i, {}),
@@ -231,37 +246,41 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.view(batch, heads, 1, v.shape[3])
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    columns: Tensor,
-    valid: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    """Compute attention over entries of each KV head, (B, H, L, D).
-
-    Keys and values are read once for all query heads of a KV head. Rows of padding are zero.
+def seen(columns: Tensor, valid: Tensor, rows: int, window: int | None = None) -> Tensor:
+    """Tell which entries rows see, (B, Hk, L, K) bool.
 
     Args:
-        q: (B, H, L, D), the last L columns of the sequence.
-        k, v: (B, Hk, K, D).
         columns: (B, Hk, K) int64, the column of each entry, -1 for an empty place.
         valid: (B, S) bool, the columns that are tokens.
+        rows: L, the number of last columns that are rows.
         window: columns that a row sees, itself the last of them; None for all.
     """
-    batch, heads, rows, width = q.shape
-    groups, length = k.shape[1], valid.shape[1]
-    at = torch.arange(length - rows, length, device=q.device)
+    batch, length = valid.shape
+    at = torch.arange(length - rows, length, device=columns.device)
     live = valid.gather(1, columns.clamp(min=0).view(batch, -1)).view_as(columns) & (columns >= 0)
     sees = live[:, :, None] & (columns[:, :, None] <= at[:, None])
     if window is not None:
         sees &= at[:, None] - columns[:, :, None] < window
-    none = ~valid[:, None, length - rows :, None]
-    sees = (sees | none).repeat(1, 1, heads // groups, 1)
+    return sees & valid[:, None, length - rows :, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float) -> Tensor:
+    """Compute attention over entries of each KV head, (B, H, L, D).
+
+    Keys and values are read once for all query heads of a KV head. Rows that see no entry, as those of padding,
+    are zero.
+
+    Args:
+        q: (B, H, L, D).
+        k, v: (B, Hk, K, D).
+        sees: (B, Hk, L, K) bool.
+    """
+    batch, heads, rows, width = q.shape
+    groups = k.shape[1]
+    none = ~sees.any(3, keepdim=True)
     out = F.scaled_dot_product_attention(
-        q.reshape(batch, groups, -1, width), k, v, sees, scale=scale
-    )
-    return out.view(batch, heads, rows, v.shape[3]).masked_fill(none, 0)
+        q.reshape(batch, groups, -1, width), k, v, (sees | none).repeat(1, 1, heads // groups, 1),
+        scale=scale,
+    )  # fmt: skip
+    out = out.view(batch, groups, -1, rows, v.shape[3]).masked_fill(none[:, :, None], 0)
+    return out.view(batch, heads, rows, v.shape[3])

@@ -96,7 +96,7 @@ class EntryStore(_Base):  # type: ignore[misc]
     @property
     def number(self) -> int:
         """Entries of the head that holds most, empty places counted."""
-        return sum(p.valid.shape[2] for p in self.packed) + self.keys.shape[2]  # type: ignore[no-any-return]
+        return sum(p.places for p in self.packed) + self.keys.shape[2]  # type: ignore[no-any-return]
 
     def columns(self) -> Tensor:
         """(B, Hk, K) int64 columns of the entries, -1 for empty places."""
@@ -109,7 +109,7 @@ class EntryStore(_Base):  # type: ignore[misc]
     def bits(self) -> Tensor:
         """(B, Hk, K) int64, with how many bits each entry is stored."""
         batch, heads = self.keys.shape[:2]
-        sizes = [(p.bits, p.valid.shape[2]) for p in self.packed]
+        sizes = [(p.bits, p.places) for p in self.packed]
         sizes.append((8 * self.dtype.itemsize, self.keys.shape[2]))
         found = [torch.full((n,), bits, device=self.device) for bits, n in sizes]
         return torch.cat(found).expand(batch, heads, -1)
@@ -237,7 +237,7 @@ class EntryStore(_Base):  # type: ignore[misc]
                 setattr(self, name, x)
             chosen = getattr(aside, name)[origin, cpu_head, cpu_new]
             x[row, head, place] = chosen.to(x.device, non_blocking=True)
-        behind = sum(p.valid.shape[2] for p in self.packed)
+        behind = sum(p.places for p in self.packed)
         held_columns, at = self.held.clone(), aside.at.clone()
         held_columns[row, head, behind + place] = aside.columns[row, head, new].int()
         at[row, head, new] = place
@@ -268,7 +268,8 @@ class EntryStore(_Base):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add entries, and return all of them."""
+        """Add entries, and return all that are in the model's dtype: the attention of a wrapped model reads packed
+        ones itself."""
         if not self.open and not self.whole:
             raise RuntimeError(
                 "entries of this KV cache were dropped or packed: it can only be continued while a method at "
@@ -280,7 +281,7 @@ class EntryStore(_Base):  # type: ignore[misc]
             self.keys = torch.cat([self.keys, key_states], 2)
             self.values = torch.cat([self.values, value_states], 2)
         self.length += key_states.shape[2]
-        return self.read()
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.length  # type: ignore[no-any-return]
