@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import vtr
 from tests.vision.vlm.models import made
 from vtr.core.kv_site import Change
 from vtr.core.packed_entries import PackedEntries
+from vtr.testing.models.prompts import split
 from vtr.vision.vlm.store import EntryStore
 
 
@@ -85,17 +87,55 @@ def test_rows_follow_beams_and_repeats_and_crops_take_the_last_columns():
 
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision")
-METHODS = (
-    vtr.ZipCache(0.5, every=3),
-    vtr.ZipVLCache(0.6, every=3, recent=8, random=8),
-    vtr.StaircaseKV((3, 9), every=2),
-)
-STEPS: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "return_dict_in_generate": True}
+STEPS: dict[str, Any] = {
+    **{"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True},
+    "output_logits": True,
+}
 
 
 def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
     with torch.no_grad():
-        return model.generate(**inputs, **{**STEPS, "output_logits": True, **options})
+        return model.generate(**inputs, **{**STEPS, **options})
+
+
+def same(a: Any, b: Any, tolerance: float) -> None:
+    assert torch.equal(a.sequences, b.sequences)
+    for x, y in zip(a.logits, b.logits, strict=True):
+        assert torch.allclose(x, y, atol=tolerance, rtol=0) if tolerance else torch.equal(x, y)
+
+
+def unpacked(cache: Any, live: Tensor) -> Any:
+    """A plain cache that holds what the packed entries stand for; padding (B, S) is zero."""
+    plain = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        index = layer.columns()[..., None]
+        made = []
+        for x in layer.read():
+            full = x.new_zeros(*x.shape[:2], layer.length + 1, x.shape[3])
+            at = torch.where(index < 0, layer.length, index).expand_as(x)
+            made.append(full.scatter(2, at, x)[:, :, :-1])
+        assert (made[0] != 0).any(3).equal(live[:, None].expand(made[0].shape[:3]))
+        plain.update(*made, i)
+    return plain
+
+
+@pytest.mark.parametrize("more", [1, 12])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_and_turns_equal_a_plain_cache_of_the_unpacked_entries(name, more):
+    """A step reads packed entries, a turn of many rows unpacks them: both equal the unwrapped model."""
+    model, inputs = made(name, 2)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    text = torch.randint(3, 140, (2, more), generator=torch.Generator().manual_seed(0))
+    turn = {
+        "input_ids": torch.cat([ids, text], 1),
+        "attention_mask": torch.cat([mask, torch.ones_like(text)], 1),
+    }
+    with vtr.apply(model, vtr.ZipCache(0.5, every=0)), torch.no_grad():
+        cache = generate(model, inputs, max_new_tokens=1).past_key_values
+        assert {p.bits for p in cache.layers[0].packed} == {4, 2}
+        plain = unpacked(cache, mask.bool())
+        found = generate(model, turn, past_key_values=cache)
+    same(found, generate(model, turn, past_key_values=plain), 1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -104,5 +144,59 @@ def test_sixteen_bits_are_the_model(name):
     plain = generate(model, inputs)
     for method in (vtr.ZipCache(high=16, low=16), vtr.ZipVLCache(high=16, low=16)):
         with vtr.apply(model, method):
-            found = generate(model, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(found.logits, plain.logits, strict=True))
+            same(generate(model, inputs), plain, 0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        vtr.ZipCache(0.5, every=2),
+        vtr.ZipVLCache(0.6, every=2, recent=8, random=8),
+        vtr.StaircaseKV((3, 9), every=2),
+    ],
+    ids=lambda m: m.name,
+)
+def test_a_sample_in_a_batch_is_what_it_is_alone(method):
+    model, inputs = made("llava", 3)
+    with vtr.apply(model, method):
+        found = generate(model, inputs)
+        for b, row in enumerate(split(inputs)):
+            alone = generate(model, row)
+            assert torch.equal(alone.sequences[0, -6:], found.sequences[b, -6:])
+            for x, y in zip(alone.logits, found.logits, strict=True):
+                assert torch.allclose(x[0], y[b], atol=1e-4)
+
+
+def test_beams_score_their_text_as_it_is_scored_alone():
+    model, inputs = made("llava", 2)
+    with vtr.apply(model, vtr.ZipCache(0.5, every=0)):
+        beams = generate(model, inputs, num_beams=3, output_logits=False, output_scores=True)
+        for b, row in enumerate(split(inputs)):
+            text = beams.sequences[b, -6:].tolist()
+            follow = Follow(text)
+            alone = generate(model, row, logits_processor=[follow])
+            score = sum(x.log_softmax(1)[0, t] for x, t in zip(alone.logits, text, strict=True))
+            assert torch.isclose(score / 6, beams.sequences_scores[b], atol=1e-4)
+
+
+class Follow:
+    """Makes generate write a text."""
+
+    def __init__(self, text: list[int]) -> None:
+        self.text = iter(text)
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([next(self.text)]), 0.0)
+
+
+def test_drafts_are_cropped_from_a_packed_cache():
+    model, inputs = made("llava", 1)
+    with vtr.apply(model, vtr.ZipCache(0.5, every=0)):
+        plain = generate(model, inputs, max_new_tokens=14)
+        found = generate(model, inputs, max_new_tokens=14, prompt_lookup_num_tokens=3)
+        assert torch.equal(found.sequences, plain.sequences)
+    with (
+        vtr.apply(model, vtr.ZipCache(0.5, every=2)),
+        pytest.raises(vtr.UnsupportedMethodError, match="zipcache chooses entries"),
+    ):
+        generate(model, inputs, prompt_lookup_num_tokens=3)
