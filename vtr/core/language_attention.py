@@ -249,7 +249,7 @@ class LanguageAttentionSite(AttentionSite):
         self.count(1.0)
         grouped = self._step.reshape(*self.v.shape[:2], -1, self.v.shape[2])
         out = grouped.to(self.v.dtype) @ self.v
-        return out.view(self.q.shape).to(self.q.dtype)
+        return out.view(*self.q.shape[:3], -1).to(self.q.dtype)
 
     def select(self, columns: Tensor) -> Tensor:
         """Compute a decoding step over chosen columns, (B, H, 1, D): a softmax over them alone.

@@ -17,7 +17,7 @@ from torch import Tensor
 from vtr.api import apply
 from vtr.core.method import Method
 from vtr.core.registry import registry
-from vtr.methods.base import LanguageAttentionMethod, PrefillMethod
+from vtr.methods.base import DecodeMethod, LanguageAttentionMethod, PrefillMethod
 from vtr.zoo.slide_questions import KINDS, slides_qa
 from vtr.zoo.video_questions import VideoSample, prompt, reply, score
 
@@ -59,10 +59,12 @@ EDITS: dict[str, dict[str, Any]] = {
 
 
 def methods() -> dict[str, list[Method]]:
-    """Create every registered method for the attention of language models in its settings: the baselines,
-    the sparse prefills, the edits."""
+    """Create every registered method for the attention of language models that changes a prompt, in its settings:
+    the baselines, the sparse prefills, the edits."""
     kinds: dict[str, Any] = {
-        name: cls for name, cls in registry().items() if issubclass(cls, LanguageAttentionMethod)
+        name: cls
+        for name, cls in registry().items()
+        if issubclass(cls, LanguageAttentionMethod) and not issubclass(cls, DecodeMethod)
     }
     names = sorted(set(kinds) - set(BASELINES), key=lambda n: (is_edit(kinds[n]), n))
     out: dict[str, list[Method]] = {}

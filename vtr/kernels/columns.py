@@ -36,21 +36,22 @@ def column_attention(
 
     Args:
         q: (B, H, 1, D).
-        k, v: (B, Hk, S, D), H a multiple of Hk.
+        k: (B, Hk, S, D), H a multiple of Hk.
+        v: (B, Hk, S, Dv).
         columns: (B, Hk, n) int64 from 0 on, none of them twice among those that are seen.
         seen: (B, Hk, n) bool.
         scale: factor of the scores.
 
     Returns:
-        (B, H, 1, D) in the dtype of q; zeros for a head that sees nothing.
+        (B, H, 1, Dv) in the dtype of q; zeros for a head that sees nothing.
     """
-    batch, heads, _, dim = q.shape
+    batch, heads, rows, dim = q.shape
     if not columns.shape[2]:
-        return torch.zeros_like(q)
+        return q.new_zeros(batch, heads, rows, v.shape[3])
     keys, values = (take_columns(x, columns).to(q.dtype) for x in (k, v))
     none = ~seen.any(2, keepdim=True)[..., None]
     # The query heads of a key head are the rows of one product.
-    rows = q.reshape(batch, k.shape[1], -1, dim)
+    grouped = q.reshape(batch, k.shape[1], -1, dim)
     mask = seen[:, :, None] | none
-    out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
-    return out.masked_fill(none, 0).view(batch, heads, 1, dim)
+    out = F.scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
+    return out.masked_fill(none, 0).view(batch, heads, rows, -1)

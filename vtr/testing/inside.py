@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.core.method import Method
+from vtr.methods.common.decode import DecodeMethod
 from vtr.methods.common.edit import EditMethod
 from vtr.methods.common.language_attention import LanguageAttentionMethod
 from vtr.methods.common.prefill import PrefillMethod
@@ -61,7 +62,8 @@ def alone(trial: Trial) -> None:
 def whole(trial: Trial) -> None:
     """Attention is causal and leaves padding out; its rows sum to 1, and those that are not the method's are dense.
 
-    And the trace says no smaller density than what was really seen.
+    A decoding step that reads a part of the keys reads all text. And the trace says no smaller density than what was
+    really seen.
     """
     for method in trial.settings.some:
         looked: dict[tuple[int, str], tuple[Any, float]] = {}
@@ -82,9 +84,12 @@ def whole(trial: Trial) -> None:
 
 def _compare_density(looked: dict[tuple[int, str], tuple[Any, float]]) -> None:
     for (layer, phase), (site, seen) in looked.items():
-        if "density" not in site.notes:  # of calls without visual tokens nothing is noted
+        if "density" in site.notes:
+            said = float(site.notes["density"])
+        elif phase == "decode":
+            said = float(site.notes["work"] / site.pairs)
+        else:  # a turn of text alone
             continue
-        said = float(site.notes["density"])
         require(
             seen <= said + 1e-3,
             f"attention[{layer}] in a {phase} sees {seen:.3f} of the pairs, and the trace says {said:.3f}: "
@@ -170,7 +175,7 @@ def _check(method: Method, attend: Any, given: Any) -> float:
         out: Tensor = attend(probe)
         return out
 
-    weights = _weights(plain, site)
+    weights = _weights(plain, site, not isinstance(method, DecodeMethod))
     probe = copy.copy(site)
     probe.notes, probe.state, probe.memory = {}, *copy.deepcopy((site.state, site.memory))
     said = weights @ site.v.float().repeat_interleave(site.q.shape[1] // site.v.shape[1], 1)
@@ -199,7 +204,7 @@ def _check(method: Method, attend: Any, given: Any) -> float:
     lawful = (total - 1).abs() < 1e-3
     if isinstance(method, PrefillMethod):
         lawful |= (weights.abs() <= SEEN).all(-1)  # a row that is skipped
-    if isinstance(method, (PrefillMethod, EditMethod)):
+    if isinstance(method, (PrefillMethod, EditMethod, DecodeMethod)):
         bad = ~lawful & valid[:, None]
         require(
             not bool(bad.any()),
@@ -213,6 +218,10 @@ def _check(method: Method, attend: Any, given: Any) -> float:
         own &= site.phase != "decode"
     elif isinstance(method, EditMethod):
         own = edited
+    elif isinstance(method, DecodeMethod):
+        own &= site.phase == "decode"
+        if site.phase == "decode":
+            _check_text(weights, site, where)
     other = (valid & ~own)[:, None, :, None]
     close(weights * other, site.attention_rows(every_row(site)) * other, 1e-4,
           f"{where}: the rows that are dense (text, the last ones, or those that are not edited)")  # fmt: skip
@@ -220,13 +229,27 @@ def _check(method: Method, attend: Any, given: Any) -> float:
     return float(seen.sum() / (site.pairs * site.q.shape[1]))
 
 
-def _weights(attend: Any, site: Any) -> Tensor:
+def _check_text(weights: Tensor, site: Any, where: str) -> None:
+    """Check that a step reads all text that it sees: with fewer other keys it weighs no less than in dense
+    attention."""
+    given = site.attention_rows(every_row(site))
+    less = (weights < given - 1e-4) & (site.text & site.valid[:, -1:])[:, None, None]
+    if bool(less.any()):
+        b, h, _, j = less.nonzero()[0].tolist()
+        raise AssertionError(
+            f"{where}: head {h} of sample {b} does not read column {j}, which is text; {int(less.sum())} such pairs. "
+            "Only visual keys are left out: see DecodeMethod.read"
+        )
+
+
+def _weights(attend: Any, site: Any, wider: bool) -> Tensor:
     """(B, H, L, S) float32, how much of each value is in each row of the output: what is computed of values that
-    are one for one column each. Queries and keys get zeros at the end to be as wide as these."""
+    are one for one column each. If ``wider``, queries and keys get zeros at the end to be as wide as these."""
     columns, width = site.k.shape[2:]
     probe = copy.copy(site)
-    probe.q, probe.k = (pad(x, (0, max(columns, width) - width)) for x in (site.q, site.k))
-    probe.v = torch.eye(columns, probe.k.shape[3]).expand(*site.v.shape[:2], -1, -1)
+    if wider:
+        probe.q, probe.k = (pad(x, (0, max(columns, width) - width)) for x in (site.q, site.k))
+    probe.v = torch.eye(columns, max(columns, width)).expand(*site.v.shape[:2], -1, -1)
     probe.notes, probe.state, probe.memory = {}, *copy.deepcopy((site.state, site.memory))
     out: Tensor = attend(probe)[..., :columns].float()
     return out

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_count, check_keep, check_layers, counts, fit_layers
+from vtr.core.language_attention import take_rows
 from vtr.core.site import ModelInfo
 from vtr.methods.common.language_attention import LanguageAttentionMethod
 
@@ -82,10 +83,12 @@ class DecodeMethod(LanguageAttentionMethod):
         """Do what a call of several rows, which is dense, asks for; nothing by default."""
 
     def attend(self, site: LanguageAttentionSite) -> Tensor:
+        if self.keys == 1.0 and isinstance(self.keys, float):
+            return site.dense()
         if site.phase != "decode":
             self.seen(site)
             return site.dense()
-        columns = None if self.keys == 1.0 and isinstance(self.keys, float) else self.select(site)
+        columns = self.select(site)
         return site.dense_step() if columns is None else site.select(columns)
 
     def sides(self, site: LanguageAttentionSite) -> Sides:
@@ -102,7 +105,9 @@ class DecodeMethod(LanguageAttentionMethod):
     def _sides(self, site: LanguageAttentionSite) -> Sides:
         sees, token = site.sees(site.last_row)[:, 0], site.valid.cumsum(1)
         newest = token > token.gather(1, site.last_row + site.offset) - self.recent
-        always = ~site.visual | newest | (token == 1)
+        # A window that is full of tokens may have let go of the first one.
+        first = (token == 1) & (token[:, -1:] < (site.window or torch.inf))
+        always = ~site.visual | newest | first
         always, visual = sees & always, sees & ~always
         total = torch.stack([always.sum(1), visual.sum(1)])
         number = counts(self.keys, total[1])
@@ -200,6 +205,41 @@ def best_columns(scores: Tensor, columns: Tensor, number: Tensor, most: int) -> 
     best = ranks.topk(most, -1).values
     kept = (torch.arange(most, device=scores.device) < number[:, None])[:, None]
     return torch.where(kept, low - (best & low), -1).sort(-1).values
+
+
+def last_query(site: LanguageAttentionSite) -> Tensor:
+    """Return the query of each sample's last row, (B, H, D) float32."""
+    return take_rows(site.q, site.last_row)[:, :, 0].float()
+
+
+def recalled(site: LanguageAttentionSite) -> Tensor | None:
+    """Return the columns that an earlier call has kept in ``site.state``, numbered as they are now.
+
+    The state has ``columns`` (B, Hk, n) int64; ``since``, the length of the cache when they were chosen or last
+    confirmed; and ``length``, that of the last call, which is set here. A full sliding window has let go of its oldest
+    columns since.
+
+    Returns:
+        (B, Hk, n) int64, -1 for columns that are gone; None if nothing was kept, or if the cache was cropped to
+        before the row that has chosen.
+    """
+    state, length = site.state, site.k.shape[2]
+    if "columns" not in state:
+        return None
+    if site.window is not None and length >= site.window:
+        gone = max(0, state["length"] - site.offset)
+        state["columns"] = torch.where(state["columns"] < gone, -1, state["columns"] - gone)
+        state["since"] -= gone
+    state["length"] = length
+    columns: Tensor = state["columns"]
+    return None if state["since"] > site.offset else columns
+
+
+def either(first: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Take columns (B, Hk, n) from ``a`` for the samples ``first`` (B,), else from ``b``; -1 fills the shorter."""
+    width = max(a.shape[2], b.shape[2])
+    a, b = (F.pad(x, (0, width - x.shape[2]), value=-1) for x in (a, b))
+    return torch.where(first[:, None, None], a, b)
 
 
 def paged(x: Tensor, page: int) -> Tensor:
