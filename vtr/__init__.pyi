@@ -41,6 +41,7 @@ from vtr.methods.cls_attention import CLSAttention as CLSAttention
 from vtr.methods.cmai import CMAI as CMAI
 from vtr.methods.dam import DAM as DAM
 from vtr.methods.debias import Debias as Debias
+from vtr.methods.delta import DELTA as DELTA
 from vtr.methods.dhsa import DHSA as DHSA
 from vtr.methods.divprune import DivPrune as DivPrune
 from vtr.methods.downsample import Downsample as Downsample
@@ -70,6 +71,7 @@ from vtr.methods.random import Random as Random
 from vtr.methods.random_sparse import OwnFrame as OwnFrame
 from vtr.methods.random_sparse import RandomSparse as RandomSparse
 from vtr.methods.rectified import RectifiedSparse as RectifiedSparse
+from vtr.methods.recycled_attention import RecycledAttention as RecycledAttention
 from vtr.methods.rettention import Rettention as Rettention
 from vtr.methods.sale import SALE as SALE
 from vtr.methods.scissorhands import Scissorhands as Scissorhands
@@ -77,6 +79,7 @@ from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
 from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
+from vtr.methods.tidaldecode import TidalDecode as TidalDecode
 from vtr.methods.tofe import ToFe as ToFe
 from vtr.methods.tome import ToMe as ToMe
 from vtr.methods.tomesd import ToMeSD as ToMeSD
