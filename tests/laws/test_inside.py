@@ -17,7 +17,7 @@ from tests.vision.vlm.models import FAMILIES, IMAGE, TEXT, build, clip, noise, p
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import attention_implementation, cache_of, with_cache
 from vtr.core.registry import registry
-from vtr.methods.base import PrefillMethod
+from vtr.methods.base import DecodeMethod, PrefillMethod
 from vtr.testing import KINDS, examples
 from vtr.testing.methods import trial_of
 from vtr.testing.models.prompts import split
@@ -27,9 +27,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 every = pytest.mark.parametrize("name", INSIDE)
 
 
+DECODE = [name for name in INSIDE if issubclass(registry()[name], DecodeMethod)]
+OTHERS = [name for name in INSIDE if name not in DECODE]
+
+
 def third(first: int) -> pytest.MarkDecorator:
-    """A third of the methods: what these laws ask is mostly the base's, and they take seconds a method."""
-    return pytest.mark.parametrize("name", INSIDE[first::3])
+    """Those that act in decoding steps, and a third of the other methods: what these laws ask is mostly the base's,
+    and they take seconds a method."""
+    return pytest.mark.parametrize("name", [*OTHERS[first::3], *DECODE])
 
 
 either = pytest.mark.parametrize("method", [Thirds(block=16, last_rows=2), Flatter()], ids=str)
@@ -147,7 +152,7 @@ def test_each_beam_has_the_score_of_its_text(name: str) -> None:
 DRAFTS_ARE_TURNS = {"var"}
 
 
-@pytest.mark.parametrize("name", [n for n in INSIDE[1::3] if n not in DRAFTS_ARE_TURNS])
+@pytest.mark.parametrize("name", [n for n in OTHERS[1::3] if n not in DRAFTS_ARE_TURNS])
 def test_drafts_are_judged_as_tokens_one_by_one(name: str) -> None:
     """Several rows of text are a later turn of it."""
     t = trial(name)
@@ -201,7 +206,7 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@third(2)
+@pytest.mark.parametrize("name", OTHERS[2::3])
 def test_gradients(name: str, learner: Any) -> None:
     """Those of dense attention if everything is kept; and with checkpoints those without."""
     model, inputs = learner
@@ -358,8 +363,10 @@ def test_families(family: str) -> None:
 # ---- readings of the papers ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in INSIDE if issubclass(registry()[n], PrefillMethod)])
-def test_every_sparse_prefill_has_a_reading_of_its_paper(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [n for n in INSIDE if issubclass(registry()[n], (PrefillMethod, DecodeMethod))]
+)
+def test_every_sparse_attention_has_a_reading_of_its_paper(name: str) -> None:
     import importlib
 
     from tests.methods.brute_force import BRUTE_FORCE

@@ -69,7 +69,8 @@ def always(site: LanguageAttentionSite, b: int, recent: int) -> set[int]:
     """The columns of a sample that are always read."""
     columns = [int(c) for c in np.flatnonzero(site.valid[b].numpy())]
     text = {c for c in columns if not site.visual[b, c]}
-    return (text | {columns[0], *columns[-recent:]}) & set(np.flatnonzero(seen(site)[b]).tolist())
+    first = columns[:1] if site.window is None or len(columns) < site.window else []
+    return (text | {*first, *columns[-recent:]}) & set(np.flatnonzero(seen(site)[b]).tolist())
 
 
 def others(site: LanguageAttentionSite, b: int, recent: int) -> list[int]:
