@@ -154,6 +154,37 @@ def test_generate_asks_for_drafts_and_whether_to_compile() -> None:
     assert drafts.calls == 1
 
 
+def test_generate_asks_for_its_logits_processors() -> None:
+    """One goes in front of all, the other behind those that forbid tokens and before those that sample."""
+    model, _ = models.llava(1)
+    asked = Asked(model, names.PROCESSORS)
+    model.generate(**text(), max_new_tokens=2, do_sample=True, num_beams=2)
+    assert asked.calls == 1
+    del model.__dict__[names.PROCESSORS]
+    order: list[str] = []
+
+    class Note:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            forbidden = bool((scores == -float("inf")).any())
+            order.append(f"{self.name} {forbidden} {scores.max() > 50}")
+            return scores
+
+    class Asking:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            assert getattr(kwargs[names.GENERATION], names.BEAMS) in (None, 1)
+            return names.with_processors(model, Note("first"), Note("last"), *args, **kwargs)
+
+    model.__dict__[names.PROCESSORS] = Asking()
+    model.generate(
+        **text(), max_new_tokens=1, do_sample=True, temperature=1e-3, suppress_tokens=[7],
+        logits_processor=[Note("caller")],
+    )  # fmt: skip
+    assert order == ["first False False", "caller True False", "last True False"]
+
+
 def test_drafts_come_from_what_generate_asks_for() -> None:
     from transformers.generation.candidate_generator import CandidateGenerator
 

@@ -222,6 +222,48 @@ DRAFTS = "_get_candidate_generator"
 COMPILES = "_valid_auto_compile_criteria"
 #: The argument by which generate says that the inputs it asks for are those of its first call.
 FIRST = "is_first_iteration"
+#: The method of a model that lists the logits processors of a generate; its arguments for those of the caller, and
+#: for the configuration, whose :data:`BEAMS` is the number of beams.
+PROCESSORS, PROCESSORS_GIVEN, GENERATION = (
+    "_get_logits_processor",
+    "logits_processor",
+    "generation_config",
+)
+BEAMS = "num_beams"
+
+
+def writes_otherwise(model: Any) -> str:
+    """Return the reason why the logits of a model's generate cannot be changed; empty if they can."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or not hasattr(model, "generate"):
+        return (
+            f"a {type(model).__name__} writes no text: apply the method to the model with its head"
+        )
+    if not hasattr(type(model), PROCESSORS):
+        return explain("transformers", f"{type(model).__name__} has no {PROCESSORS}")
+    return ""
+
+
+def with_processors(model: Any, first: Any, last: Any, *args: Any, **kwargs: Any) -> Any:
+    """List the logits processors of a generate, with one in front of all, and one behind those that forbid
+    tokens and before those that sample.
+
+    Args:
+        args, kwargs: of :data:`PROCESSORS`, the model's own one, which some classes override.
+    """
+    from transformers import LogitsProcessorList
+
+    given = kwargs.get(PROCESSORS_GIVEN)
+    kwargs[PROCESSORS_GIVEN] = LogitsProcessorList([*([] if given is None else given), last])
+    made = getattr(type(model), PROCESSORS)(model, *args, **kwargs)
+    return LogitsProcessorList([first, *made])
+
+
+def new_cache(model: Any) -> Any:
+    """Build an empty KV cache that grows, for a language model."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 def check_generate(model: Any) -> None:

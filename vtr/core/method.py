@@ -26,6 +26,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "attention": ("inside",),
     "kv": ("behind",),
     "block": ("around",),
+    "logits": ("step",),
 }
 """The places of a layer at which a method can visit each site; the first is the default.
 
@@ -39,6 +40,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 - ``attention``: an attention call, of a diffusion transformer or of a language model.
 - ``kv``: the entries of a layer's KV cache, ``behind`` its attention.
 - ``block``: a block of a diffusion transformer.
+- ``logits``: the logits of every ``step`` of generate, behind the head of a language model.
 """
 
 

@@ -28,6 +28,7 @@ SIGNALS: dict[str, frozenset[str]] = {
     "attention": frozenset({"qkv", "denoising", "frames", "prompt", "hidden"}),
     "kv": frozenset({"entries", "hidden"}),
     "block": frozenset({"hidden"}),
+    "logits": frozenset({"hidden", "encoder_scores"}),
 }
 """The signals of each site; a model shows those in ``info.signals``, and a method asks for them in ``needs``.
 

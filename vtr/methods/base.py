@@ -20,6 +20,11 @@ Bases for methods that act inside the attention of a language model:
   for a :class:`ReusingMethod`, in which a few layers choose for the others, ``choose(site)``.
 - :class:`LanguageAttentionMethod`: any other. You write ``attend(site)``.
 
+Base for methods that change the logits while text is generated:
+
+- :class:`ContrastMethod`: contrasts them with those of a second run. You write ``keep(site)``, the tokens that
+  this run sees.
+
 A method is a frozen dataclass, decorated with :func:`register` (outermost) and
 ``@dataclass(frozen=True)``. Everything else here is used by them: budgets (``Keep`` and the checks of
 options), published settings (:class:`Presets`), visits (:class:`Stage`), and results
@@ -52,6 +57,7 @@ from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods.common.attention import AttentionMethod, check_share
+from vtr.methods.common.contrast import ContrastMethod
 from vtr.methods.common.decode import DecodeMethod, ReusingMethod
 from vtr.methods.common.edit import EditMethod
 from vtr.methods.common.kv import EvictionMethod, KVMethod
@@ -69,6 +75,7 @@ from vtr.methods.common.scored import ScoredMethod, TextScoredMethod
 __all__ = [
     "AttentionMethod",
     "Change",
+    "ContrastMethod",
     "DecodeMethod",
     "EditMethod",
     "EvictionMethod",

@@ -11,6 +11,7 @@ import torch
 
 import vtr
 from vtr.core.registry import registry
+from vtr.testing.contrast import contrasts
 from vtr.testing.maps import check_trace
 from vtr.testing.models.blocks import BLOCKS, layers_of
 from vtr.testing.remains import Facts, ours
@@ -54,6 +55,8 @@ def exception(trial: Trial) -> None:
         raise Interruption
 
     entry = "attend" if "attention" in trial.method.sites else "reduce"
+    if contrasts(trial.method):
+        entry = "contrast"
     with trial.applied(instead(trial.method, entry, fail)):
         _fails(trial)
     _clean(trial, before)

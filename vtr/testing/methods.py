@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
-from vtr.testing import attention, inside, life, tokens
+from vtr.testing import attention, contrast, inside, life, tokens
 from vtr.testing.examples import Settings, examples
 from vtr.testing.kinds import KINDS, Kind
 from vtr.testing.trial import Trial
@@ -49,10 +49,20 @@ INSIDE: dict[str, Law] = {
     "no leak between samples": attention.leak,
     **LIFE,
 }
+CONTRAST: dict[str, Law] = {
+    "alpha 0 is the model": contrast.nothing,
+    "beta 1 is the model's best token": contrast.best,
+    "a sample alone equals the sample in a padded batch": contrast.alone,
+    "a call outside of generate is the model's": contrast.outside,
+    "beams have the scores of their texts": contrast.beams,
+    **LIFE,
+}
 
 
 def laws_of(method: type[Method] | Method) -> dict[str, Law]:
     """The laws that a method is held to, by name: those of its sites."""
+    if contrast.contrasts(method):
+        return CONTRAST
     if inside.acts_inside(method):
         return INSIDE
     return ATTENTION if "attention" in method.sites else TOKENS
@@ -109,6 +119,8 @@ def trial_of(kind: Kind, settings: Settings) -> Trial:
 
 def reduces(trial: Trial) -> bool:
     """Return whether the method computes less, or otherwise, on this kind of model."""
+    if contrast.contrasts(trial.method):
+        return contrast.reduces(trial)
     module = attention if "attention" in trial.method.sites else tokens
     return module.reduces(trial)
 

@@ -9,6 +9,7 @@ from vtr.compat.contract import Expectation
 
 _ATTENTION, _LANGUAGE = "vtr/vision/vlm/attention.py", "vtr/vision/vlm/language.py"
 _WRAPPING, _FAMILIES = "vtr/vision/vlm/wrapping.py", "vtr/vision/vlm/families.py"
+_CONTRAST = "vtr/vision/vlm/contrast.py"
 _DEEPSTACK = "vtr/vision/vlm/deepstack.py"
 _ASK, _ATTENDING = "vtr/compat/transformers.py", "vtr/vision/vlm/attending.py"
 _CACHES, _PACKED = "vtr/vision/vlm/cache.py", "vtr/vision/vlm/packed.py"
@@ -125,6 +126,12 @@ def _asking() -> Iterator[Expectation]:
 def _generate() -> Iterator[Expectation]:
     mixin, replaced = "transformers:GenerationMixin", (names.DRAFTS, names.COMPILES)
     yield Expectation(mixin, _WRAPPING, has=replaced, calls=replaced)
+    given = (names.GENERATION, names.PROCESSORS_GIVEN)
+    yield Expectation(mixin, _CONTRAST, has=(names.PROCESSORS,), calls=(names.PROCESSORS,))
+    yield Expectation(f"{mixin}.{names.PROCESSORS}", _CONTRAST, takes=given)
+    yield Expectation("transformers:GenerationConfig", _CONTRAST, calls=(names.BEAMS,))
+    yield Expectation("transformers:DynamicCache", _CONTRAST, has=("reorder_cache", "update"))
+    yield Expectation("transformers:DynamicCache.__init__", _CONTRAST, takes=("config",))
     yield Expectation(mixin, _DRAFTS, calls=("get_candidates", "update_candidate_strategy"))
     yield Expectation(mixin, _HEAD, calls=("prepare_inputs_for_generation", names.FIRST))
     yield Expectation(f"{mixin}.prepare_inputs_for_generation", _HEAD, takes=(names.FIRST,))

@@ -11,6 +11,7 @@ from vtr.compat.transformers import CACHE_ROWS, cache_layer
 
 ATTRIBUTE = "_vtr_cuts"
 MARKS = "_vtr_marks"
+BRANCH = "_vtr_branch"
 
 
 class Group:
@@ -172,7 +173,7 @@ def lock(cache: Any, cuts: Cuts) -> None:
 
 
 def forget(cache: Any) -> None:
-    for name in (ATTRIBUTE, MARKS, "update", "get_seq_length", *CACHE_ROWS):
+    for name in (ATTRIBUTE, MARKS, BRANCH, "update", "get_seq_length", *CACHE_ROWS):
         cache.__dict__.pop(name, None)
 
 

@@ -66,7 +66,8 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
     and 4 n (p + n) per head dimension for the attention (its causal half is not taken off, as PyTorch's
     counter does); the vocabulary is read out for one token. In a layer with sparse attention the square
     is multiplied by the density, the share of the causal pairs that was computed, and what finding the
-    mask cost is added. Bytes are those of keys and values in the model's dtype.
+    mask cost is added, and so is the second run of a contrast. Bytes are those of keys and values in the
+    model's dtype.
 
     Returns ``finding`` as well if masks were found: the FLOPs of that, a part of ``language``.
     """
@@ -83,9 +84,15 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
     spent = sum(float(note.get("spent", 0)) for note in notes.values()) / last.valid.shape[0]
     whole = _flops(owner, dense, last.past, {}) + vocabulary
     part = _flops(owner, reduced, last.past, notes) + vocabulary + spent
+    kv = [_bytes(owner, lengths) for lengths in (dense, held)]
+    second = owner.trace.notes.get("logits", {}).get("tokens")
+    if second is not None:  # a contrast runs the prompt a second time
+        again: Lengths = [(second, second)] * len(owner.layers)
+        part += _flops(owner, again, last.past, {}) + vocabulary
+        kv[1] += _bytes(owner, again)
     costs: dict[str, Any] = {
         "language": (round(whole), round(part)),
-        "kv_bytes": tuple(round(_bytes(owner, lengths)) for lengths in (dense, held)),
+        "kv_bytes": tuple(map(round, kv)),
     }
     return costs | ({"finding": round(spent)} if found else {})
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vtr.compat.transformers import MODALITIES, cannot_ask
-from vtr.core.site import LanguageSizes, ModelInfo
+from vtr.compat.transformers import MODALITIES, cannot_ask, writes_otherwise
+from vtr.core.site import SIGNALS, LanguageSizes, ModelInfo
 from vtr.errors import UnsupportedModelError
 from vtr.vision.encoders.facts import encoder_info, square_grid
 from vtr.vision.encoders.image import open_image
@@ -58,6 +58,12 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
         depth["attention"] = depth["kv"] = layers
         signals["attention"] = frozenset({"qkv", "prompt", "hidden"})
         signals["kv"] = frozenset({"entries", "hidden"})
+    silent = writes_otherwise(owner.root)
+    if silent:
+        closed["logits"] = silent
+    else:
+        depth["logits"] = 1
+        signals["logits"] = look & SIGNALS["logits"]
     info = ModelInfo(
         f"transformers {owner.family.title}",
         depth,

@@ -108,7 +108,7 @@ class LanguageSession(Threaded):
         self.forget()
         self.visits = {}
         for entry, stage in owner.stages():
-            if stage.site in ("image", "encoder", "attention", "kv"):
+            if stage.site in ("image", "encoder", "attention", "kv", "logits"):
                 continue
             inside = stage.site == "decoder"
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "entry")
@@ -127,6 +127,8 @@ class LanguageSession(Threaded):
     # ---- the entry --------------------------------------------------------------------------
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.owner.contrast.inside:  # no method acts on the second run of a contrast
+            return None
         self.call, kinds, self.pending = None, self.pending, None
         purpose, self.purpose, self.way = self.purpose, Purpose(), None
         embeds, cache = kwargs.get("inputs_embeds"), given_cache(kwargs)
@@ -248,6 +250,7 @@ class LanguageSession(Threaded):
 
     def _prompt(self, call: LanguageCall, embeds: Tensor) -> Tensor:
         """The prompt after all cuts before its first layer."""
+        self.owner.contrast.prompt(call, embeds)
         embeds = without_repetitions(self.owner, call, embeds)
         embeds = cut_by_tower(self.owner, call, embeds)
         for entry, name in self.visits.get(("prompt", 0, "entry"), ()):

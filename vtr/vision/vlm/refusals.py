@@ -51,9 +51,8 @@ def check_method(owner: VLMWrapping, method: Method) -> None:
     nothing comes after its cut."""
     # Tokens that a tower cuts are taken out of the prompt as well.
     stages = method.stages(owner.info)
-    whole = [
-        s for s in stages if s.site in ("attention", "kv") or (s.site == "encoder" and not s.cuts)
-    ]
+    apart = ("attention", "kv", "logits")
+    whole = [s for s in stages if s.site in apart or (s.site == "encoder" and not s.cuts)]
     shortens = len(whole) < len(stages)
     odd = runs_otherwise(owner.layers[0]) or masks_otherwise()
     if odd and shortens:

@@ -26,6 +26,7 @@ from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attending import LanguageAttention
 from vtr.vision.vlm.attention import has_halves, opens
+from vtr.vision.vlm.contrast import ContrastSession
 from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.facts import vlm_info
@@ -72,6 +73,7 @@ class VLMWrapping(Wrapping):
     forwarded = PerThread[dict[str, Any]](make=dict)
 
     def __init__(self, root: Any, inner: Any, family: VLMFamily) -> None:
+        self.root = root
         self.inner = inner
         self.family = family
         self.lm: Any = language_of(inner)
@@ -86,6 +88,7 @@ class VLMWrapping(Wrapping):
         self.attention = LanguageAttention(self)
         self.kv = KVSession(self)
         self.head = Head(self)
+        self.contrast = ContrastSession(self)
 
     def begin(self, trace: Trace) -> None:
         """A call begins in this thread, and writes to this trace."""
@@ -144,6 +147,7 @@ class VLMWrapping(Wrapping):
                 "output='aligned' or all output='reduced'"
             )
         sites = [(e, {s.site for s in e.method.stages(self.info)}) for e in entries]
+        self.contrast.check_together(entries)
         smaller = [e for e, found in sites if "image" in found]
         looks = [e for e, found in sites if "encoder" in found]
         if smaller and looks:
@@ -192,6 +196,7 @@ class VLMWrapping(Wrapping):
             for session in dict.fromkeys(self.towers.values()):
                 session.install()
         self.tower_calls.install()
+        self.contrast.install()  # before what shortens a call: it reads what the model was given
         self.language.install()
         self.kv.install()
         self.attention.install()
@@ -209,6 +214,7 @@ class VLMWrapping(Wrapping):
     def drafts(self, *args: Any, **kwargs: Any) -> DraftsAfterPrompt:
         """generate asks for its candidate generator: assisted decoding begins."""
         self.kv.check_drafts()
+        self.contrast.refuse_drafts()
         root: Any = self.root
         return DraftsAfterPrompt(getattr(type(root), DRAFTS)(root, *args, **kwargs))
 
