@@ -50,6 +50,18 @@ class KVChoices:
         """Whether a layer holds no more entries than a number that does not grow with the conversation."""
         return False
 
+    @property
+    def acts_while_decoding(self) -> bool:
+        """Whether calls without new images or videos are looked at: the others pass at once."""
+        cls = type(self)
+        usual = (KVChoices.due, KVMethod.due, EvictionMethod.due)
+        return self.while_decoding or cls.watch is not KVChoices.watch or cls.due not in usual
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether the budget is a number of bytes, so that caches have no room for entries to come."""
+        return False
+
     def watch(self, site: KVSite) -> None:
         """Look at an attention call of a layer, in prompts and decoding steps; what is kept of it belongs into
         ``site.entries`` or ``site.state``."""
@@ -168,7 +180,11 @@ class EvictionMethod(KVMethod):
 
     @property
     def while_decoding(self) -> bool:
-        return self.every > 0 or self.bytes is not None
+        return self.every > 0 or self.in_bytes
+
+    @property
+    def in_bytes(self) -> bool:
+        return self.bytes is not None
 
     @property
     def bounded(self) -> bool:

@@ -12,9 +12,11 @@ from torch import Tensor
 from vtr.compat.transformers import cache_layer, cache_layer_base
 from vtr.core.kv_site import Change
 from vtr.core.language_attention import Marks
+from vtr.core.packed_attention import PlainEntries
 from vtr.core.packed_entries import BITS, PackedEntries
 
 _Base: Any = cache_layer_base()
+ROOM = 16  # a store that grows has room for a sixteenth of its entries more
 
 
 class Aside:
@@ -60,6 +62,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         ragged: whether there are empty places.
         chosen: columns of the sequence when entries were last chosen.
         open: whether a wrapped model is running with the cache, which attends to what is held.
+        exact: whether it must have no room for entries to come, because a budget in bytes counts it.
         entries, state: of the method's site.
         aside: entries in CPU memory, or None.
         known: (B, Hk, n) marks of the first n columns, of which each head has its own since they were numbered
@@ -79,6 +82,10 @@ class EntryStore(_Base):  # type: ignore[misc]
         self.ragged = False
         self.chosen = 0
         self.open = False
+        self.exact = False
+        self._room: tuple[Tensor, Tensor] | None = (
+            None  # that ``keys`` and ``values`` are the beginning of
+        )
         self.entries: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {}
         self.aside: Aside | None = None
@@ -122,9 +129,21 @@ class EntryStore(_Base):  # type: ignore[misc]
         keys = torch.cat([*(k for k, _ in made), self.keys], 2)
         return keys, torch.cat([*(v for _, v in made), self.values], 2)
 
+    def parts(self) -> list[PackedEntries | PlainEntries]:
+        """All entries as they are stored."""
+        return [*self.packed, PlainEntries(self.keys, self.values)]
+
+    def live(self, valid: Tensor) -> Tensor:
+        """Tell which entries are tokens, (B, Hk, K) bool or (B, 1, K); ``valid`` (B, S) bool are the columns."""
+        known = 0 if self.held is None else self.held.shape[2]
+        last = valid[:, None, valid.shape[1] - (self.number - known) :]
+        if self.held is None:
+            return last
+        return torch.cat([self.held >= 0, last.expand(-1, self.held.shape[1], -1)], 2)
+
     def tensors(self) -> Iterator[Tensor]:
-        """All tensors that it holds on the model's device."""
-        yield from (self.keys, self.values)
+        """All tensors that it holds on the model's device, with room for entries to come."""
+        yield from (self.keys, self.values) if self._room is None else self._room
         for packed in self.packed:
             yield from packed.tensors()
         if self.held is not None:
@@ -191,6 +210,7 @@ class EntryStore(_Base):  # type: ignore[misc]
                 order.append(index)
         index = places(kept & native)
         self.keys, self.values, self.packed = _gather(keys, index), _gather(values, index), packed
+        self._room = None
         whole_order = torch.cat([*order, index], 2)
         self.held = _look_up(columns, whole_order, -1).int()
         self.ragged = bool((self.held < 0).any())
@@ -235,6 +255,7 @@ class EntryStore(_Base):  # type: ignore[misc]
             if x.is_inference() and not torch.is_inference_mode_enabled():
                 x = x.clone()  # made in inference mode: it can only be written to there
                 setattr(self, name, x)
+                self._room = None
             chosen = getattr(aside, name)[origin, cpu_head, cpu_new]
             x[row, head, place] = chosen.to(x.device, non_blocking=True)
         behind = sum(p.places for p in self.packed)
@@ -256,7 +277,7 @@ class EntryStore(_Base):  # type: ignore[misc]
             known: (B, Hk, K) marks of the entries.
         """
         number = torch.arange(self.number, device=self.device)
-        self.keys = turn(self.keys, number - self.columns())
+        self.keys, self._room = turn(self.keys, number - self.columns()), None
         self.held, self.length, self.known = None, self.number, known
         self.chosen = self.length
 
@@ -268,8 +289,8 @@ class EntryStore(_Base):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add entries, and return all that are in the model's dtype: the attention of a wrapped model reads packed
-        ones itself."""
+        """Add entries, and return all of them; if some are packed, those in the model's dtype alone, as the
+        attention of a wrapped model reads the others as they are."""
         if not self.open and not self.whole:
             raise RuntimeError(
                 "entries of this KV cache were dropped or packed: it can only be continued while a method at "
@@ -277,11 +298,30 @@ class EntryStore(_Base):  # type: ignore[misc]
             )
         if self.keys is None:
             self.keys, self.values = key_states, value_states
-        else:
+        elif self.exact or torch.is_grad_enabled():
+            self._room = None
             self.keys = torch.cat([self.keys, key_states], 2)
             self.values = torch.cat([self.values, value_states], 2)
+        else:
+            self._append(key_states, value_states)
         self.length += key_states.shape[2]
         return self.keys, self.values
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write behind the last entries: a decoding step would else copy all of them."""
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        room = self._room
+        # What was made in inference mode can only be written to there.
+        closed = (
+            room is not None and room[0].is_inference() and not torch.is_inference_mode_enabled()
+        )
+        if room is None or closed or room[0].shape[2] < stop:
+            more = stop + max(4, stop // ROOM)
+            room = self._room = _enlarged(self.keys, more), _enlarged(self.values, more)
+        keys, values = room
+        keys[:, :, start:stop], values[:, :, start:stop] = key_states, value_states
+        self.keys, self.values = keys[:, :, :stop], values[:, :, :stop]
 
     def get_seq_length(self) -> int:
         return self.length  # type: ignore[no-any-return]
@@ -328,7 +368,7 @@ class EntryStore(_Base):  # type: ignore[misc]
     def _take(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was."""
         batch, rows = self.keys.shape[0], rows.to(self.device)
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values, self._room = self.keys[rows], self.values[rows], None
         self.packed = [p.take(rows) for p in self.packed]
         self.held = None if self.held is None else self.held[rows]
         self.entries = {name: x[rows] for name, x in self.entries.items()}
@@ -341,7 +381,7 @@ class EntryStore(_Base):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.keys = self.values = None
-        self.held = self.aside = self.known = None
+        self.held = self.aside = self.known = self._room = None
         self.packed, self.entries, self.state = [], {}, {}
         self.length = self.chosen = 0
 
@@ -358,6 +398,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         self.keys = self.keys.to(device, non_blocking=True)
         self.values = self.values.to(device, non_blocking=True)
         self.packed = [p.to(device) for p in self.packed]
+        self._room = None
 
 
 def store_of(cache: Any, layer: int) -> EntryStore | None:
@@ -392,6 +433,13 @@ def places(mask: Tensor) -> Tensor:
 def _to_cpu(x: Tensor) -> Tensor:
     """A copy in CPU memory, pinned if x is on a GPU."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda, device="cpu").copy_(x)
+
+
+def _enlarged(x: Tensor, number: int) -> Tensor:
+    """A tensor (B, Hk, number, D) that begins as x."""
+    made = x.new_empty(*x.shape[:2], number, x.shape[3])
+    made[:, :, : x.shape[2]] = x
+    return made
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
