@@ -14,6 +14,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class CacheReport:
+    """What a KV cache holds for all samples of a call, with methods that choose its entries.
+
+    Attributes:
+        length: columns of the sequence, padding and dropped tokens counted.
+        bytes: of all tensors that the cache holds: keys and values, columns, what methods note of entries, and
+            room for entries to come.
+        full: bytes of keys and values of all columns in the model's dtype.
+        dtypes: name of a dtype to the bytes of the tensors that have it.
+        heads: bytes per KV head, all layers together. Methods' tensors that belong to no head are in ``bytes``
+            alone.
+        entries: layer to the entries that each KV head holds, mean over samples.
+    """
+
+    length: int
+    bytes: int
+    full: int
+    dtypes: dict[str, int]
+    heads: tuple[int, ...]
+    entries: dict[int, tuple[float, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "heads": list(self.heads),
+            "entries": {layer: list(found) for layer, found in self.entries.items()},
+        }
+
+
+@dataclass(frozen=True)
 class Report:
     """Numbers of the last call, per sample.
 
@@ -22,7 +52,10 @@ class Report:
         stages: one dict per reduction (site, layer, method, tokens_in, tokens_out).
         flops: per part of the model, ``(dense, reduced)`` FLOPs (two per multiply-add), from the
             layers' own shapes and the tokens that went through them.
-        kv_bytes: ``(dense, reduced)`` bytes of the KV cache, or None without a cache.
+        kv_bytes: ``(dense, reduced)`` bytes of the KV cache after the last prompt with pictures, or None
+            without a cache.
+        cache: the KV cache after the last call, decoding steps included, for all samples together; None
+            without methods that choose its entries.
         finding: ``(FLOPs, seconds)`` that finding the masks of sparse attention took, or None without
             such masks. The FLOPs are a part of ``flops["language"]``; the seconds are those of the whole
             batch, None if they were not measured.
@@ -33,6 +66,7 @@ class Report:
     flops: dict[str, tuple[int, int]] = field(default_factory=dict)
     kv_bytes: tuple[int, int] | None = None
     finding: tuple[int, float | None] | None = None
+    cache: CacheReport | None = None
 
     @classmethod
     def of(cls, wrapping: Wrapping, methods: Sequence[Method]) -> Report:
@@ -56,9 +90,10 @@ class Report:
                 }
                 for s in trace.stages
             ),
-            {k: v for k, v in costs.items() if k not in ("kv_bytes", "finding")},
+            {k: v for k, v in costs.items() if k not in ("kv_bytes", "finding", "cache")},
             costs.get("kv_bytes"),
             (costs["finding"], trace.finding) if "finding" in costs else None,
+            costs.get("cache"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +107,7 @@ class Report:
             "finding": None
             if self.finding is None
             else {"flops": self.finding[0], "seconds": self.finding[1]},
+            "cache": None if self.cache is None else self.cache.to_dict(),
         }
 
     def table(self) -> Table:
@@ -102,6 +138,8 @@ class Report:
             table.add_row(
                 "KV MiB", f"{dense / 2**20:.2f}", f"{reduced / 2**20:.2f}", f"{reduced / dense:.2f}"
             )
+        if self.cache is not None:
+            _add_cache(table, self.cache)
         return table
 
     def __rich__(self) -> Table:
@@ -109,6 +147,20 @@ class Report:
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _add_cache(table: Table, cache: CacheReport) -> None:
+    full, held = cache.full / 2**20, cache.bytes / 2**20
+    share = f"{cache.bytes / cache.full:.2f}" if cache.full else ""
+    table.add_row("KV MiB held, all samples", f"{full:.2f}", f"{held:.2f}", share)
+    if len(cache.dtypes) > 1:
+        for name, size in sorted(cache.dtypes.items(), key=lambda x: -x[1]):
+            table.add_row(f"of these, {name}", "", f"{size / 2**20:.2f}", "")
+    found = [n for layer in cache.entries.values() for n in layer]
+    if found:
+        low, high = min(found), max(found)
+        shown = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
+        table.add_row("entries per KV head", str(cache.length), shown, "")
 
 
 def as_text(shown: Any, width: int = 120) -> str:

@@ -52,7 +52,8 @@ class Trace:
     Attributes:
         stages: one record per reduction, in order.
         tokens: per site and layer, the (visual) tokens that went through its first half (attention)
-            and its second half (MLP): ``tokens["encoder"][layer] == (before, after)``.
+            and its second half (MLP): ``tokens["encoder"][layer] == (before, after)``. At ``"kv"``, the entries
+            of the KV head that holds most, before and after a choice.
         batch: samples in the call.
     """
 
@@ -85,7 +86,8 @@ class Trace:
         return self.stages[-1].total.kept if self.stages else None
 
     def summary(self) -> str:
-        """One line per stage, and per attention layer of a generator, as text."""
+        """One line per stage, per attention layer with a density, and per layer of a KV cache whose entries were
+        chosen, as text."""
         lines = [
             f"{s.site}[{s.layer}] {s.method}: {s.tokens_in} -> {s.tokens_out} tokens"
             for s in self.stages
@@ -100,5 +102,9 @@ class Trace:
             f"decoding[{layer}]: {100 * share:.1f} % of the keys"
             for layer, share in self.decoding.items()
             if share < 1
+        ]
+        lines += [
+            f"kv[{layer}]: {before} -> {after} entries"
+            for layer, (before, after) in self.tokens.get("kv", {}).items()
         ]
         return "\n".join(lines) or "no reduction took place"

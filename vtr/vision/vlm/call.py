@@ -31,6 +31,7 @@ from vtr.vision.vlm.visit import language_site
 if TYPE_CHECKING:
     from vtr.core.kv_site import KVSite
     from vtr.vision.vlm.store import EntryStore
+    from vtr.vision.vlm.stored import Stored
     from vtr.vision.vlm.uncached import Held
     from vtr.vision.vlm.wrapping import VLMWrapping
 
@@ -44,6 +45,8 @@ class PrefillRecord:
         entered: per layer, (B, L') bool of the tokens that entered it.
         halved: the same for the second half (MLP) of layers that were cut in the middle.
         held: per layer whose cache was freed of tokens, (B,) tokens of this call that it holds.
+        stored: per layer in which a method chose the entries of the cache, the bytes that it held at the end.
+        cache: what the layers of the cache held after the last call, if methods choose its entries.
         layout: the sequence at the end, None if nothing was cut.
         captures: what the towers did for it.
     """
@@ -55,6 +58,8 @@ class PrefillRecord:
         self.entered: list[Tensor] = []
         self.halved: dict[int, Tensor] = {}
         self.held: dict[int, Tensor] = {}
+        self.stored: dict[int, int] = {}
+        self.cache: list[Stored] = []
         self.layout: SequenceLayout | None = None
 
 

@@ -67,7 +67,8 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
     counter does); the vocabulary is read out for one token. In a layer with sparse attention the square
     is multiplied by the density, the share of the causal pairs that was computed, and what finding the
     mask cost is added, and so is the second run of a contrast. Bytes are those of keys and values in the
-    model's dtype.
+    model's dtype; in a layer in which a method chose the entries of the cache, those of all tensors that it
+    holds, and the dense bytes then count earlier turns as well.
 
     Returns ``finding`` as well if masks were found: the FLOPs of that, a part of ``language``.
     """
@@ -76,6 +77,10 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
         (valid.sum(1), last.halved.get(i, valid).sum(1)) for i, valid in enumerate(last.entered)
     ] or dense
     held = [(last.held.get(i, n), m) for i, (n, m) in enumerate(reduced)]
+    entries = dense
+    if last.stored:  # what is chosen among has the columns of earlier turns
+        entries = [(n + last.past.to(n), m) for n, m in dense]
+        held = [(n + last.past.to(n), m) for n, m in held]
     root: Any = owner.root
     head = root.get_output_embeddings()
     vocabulary = 0 if head is None else linear_flops(head)
@@ -84,12 +89,14 @@ def language_costs(owner: VLMWrapping, last: PrefillRecord) -> dict[str, Any]:
     spent = sum(float(note.get("spent", 0)) for note in notes.values()) / last.valid.shape[0]
     whole = _flops(owner, dense, last.past, {}) + vocabulary
     part = _flops(owner, reduced, last.past, notes) + vocabulary + spent
-    kv = [_bytes(owner, lengths) for lengths in (dense, held)]
+    batch = last.valid.shape[0]
+    sizes = [last.stored.get(i, batch * size) / batch for i, size in enumerate(_bytes(owner, held))]
+    kv = [sum(_bytes(owner, entries)), sum(sizes)]
     second = owner.trace.notes.get("logits", {}).get("tokens")
     if second is not None:  # a contrast runs the prompt a second time
         again: Lengths = [(second, second)] * len(owner.layers)
         part += _flops(owner, again, last.past, {}) + vocabulary
-        kv[1] += _bytes(owner, again)
+        kv[1] += sum(_bytes(owner, again))
     costs: dict[str, Any] = {
         "language": (round(whole), round(part)),
         "kv_bytes": tuple(map(round, kv)),
@@ -114,10 +121,11 @@ def _flops(
     return total
 
 
-def _bytes(owner: VLMWrapping, lengths: Lengths) -> float:
+def _bytes(owner: VLMWrapping, lengths: Lengths) -> list[float]:
+    """Compute those of each layer, per sample."""
     sizes = owner.info.language
     assert sizes is not None
     # Of the embedding, whose dtype is that of the keys even if linear layers are quantised.
     size = owner.lm.get_input_embeddings().weight.element_size()
     per_token = 2 * sizes.kv_heads * sizes.head_dim * size
-    return sum(float(n.double().mean()) * per_token for n, _ in lengths)
+    return [float(n.double().mean()) * per_token for n, _ in lengths]

@@ -15,6 +15,7 @@ from vtr.core.wrapping import Bound, Entry
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.sequence import mark
 from vtr.vision.vlm.store import EntryStore, make_store, store_of
+from vtr.vision.vlm.stored import stored
 
 if TYPE_CHECKING:
     from vtr.core.language_attention import Marks
@@ -87,6 +88,12 @@ class KVSession:
         for entry, site, store in waiting:
             site.q = None
             self._choose(call, entry, site, store)
+        last = call.last or self.owner.language.last
+        if not self.by_layer or call.cache is None or call.again or last is None:
+            return
+        last.cache = stored(call.cache, last.cache)
+        if call.last is not None:
+            last.stored = {i: s.bytes for i, s in enumerate(last.cache) if s.held is not None}
 
     # ---- its layers -------------------------------------------------------------------------
 
@@ -190,6 +197,7 @@ class KVSession:
         store.choose(change._replace(kept=change.kept & site.valid))
         if call.visual is not None:
             site.notes["columns"] = store.columns()
+            self.owner.tracing.count("kv", site.layer, shape[2], store.number)
 
     def _site(
         self, call: LanguageCall, i: int, entry: Entry, store: EntryStore, q: Tensor, k: Tensor, v: Tensor,

@@ -41,6 +41,7 @@ from vtr.vision.vlm.packed import PackedSession
 from vtr.vision.vlm.placeholders import find
 from vtr.vision.vlm.recompute import LayerPass
 from vtr.vision.vlm.refusals import check_flash, check_method, check_options, note_on_videos
+from vtr.vision.vlm.stored import report as stored_report
 from vtr.vision.vlm.tower import TowerSession
 from vtr.vision.vlm.tower_calls import TowerCalls
 from vtr.vision.vlm.uncached import Held
@@ -263,6 +264,9 @@ class VLMWrapping(Wrapping):
         towers = tower_costs(self, last)
         if towers is not None:
             costs["encoder"] = towers
+        cache = stored_report(last.cache)
+        if cache is not None:
+            costs["cache"] = cache
         return costs | language_costs(self, last)
 
 
