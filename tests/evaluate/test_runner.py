@@ -110,6 +110,23 @@ def test_costs_are_those_of_a_handle(swept):
     assert row.seconds > 0 and row.batch == 20 and row.new_tokens >= 2
 
 
+def test_what_a_cache_holds_is_in_the_table():
+    from vtr.evaluate.dryrun import estimate
+    from vtr.evaluate.runner import prepare, run
+
+    job = prepare(methods=vtr.RandomKV(keep=0.25), limit=8, batch_size=4)
+    results = run(job)
+    dense, held = results.lines()
+    assert held.tokens == dense.tokens == 144 and held.of_flops == dense.of_flops == 1
+    assert 0.25 < held.of_kv < 0.5 and held.kv < dense.kv
+    assert held.tokens_per_s > 0 and dense.tokens_per_s > 0
+    text = results.markdown()
+    assert "KV KiB" in text.splitlines()[0] and "Cut nothing" not in text
+    guess = estimate(job).cells
+    assert 0.3 < guess[1].kv_bytes / guess[0].kv_bytes < 0.55  # with 60 words
+    assert guess[1].tokens == 144 and guess[1].flops == guess[0].flops
+
+
 def test_a_finished_sweep_runs_again_without_the_model(swept, monkeypatch):
     from vtr.evaluate import answering
     from vtr.evaluate.runner import evaluate

@@ -24,8 +24,8 @@ DENSE = {
     "flops_dense": 2e12,
 }
 CUT = {"tokens_in": 100, "tokens_out": 25, "mean_tokens": 50, "flops": 5e11, "flops_dense": 2e12}
-MORE = {"kv": 8.0, "kv_dense": 8.0, "seconds": 0.02, "batch": 4}
-CUTS = {"kv": 2.0, "kv_dense": 8.0, "seconds": 0.01, "batch": 4}
+MORE = {"kv": 8e6, "kv_dense": 8e6, "seconds": 0.02, "batch": 4, "tokens_per_s": 50.0}
+CUTS = {"kv": 2e6, "kv_dense": 8e6, "seconds": 0.01, "batch": 4, "tokens_per_s": 87.5}
 
 
 def outcomes() -> tuple[Outcome, ...]:
@@ -68,11 +68,12 @@ def test_the_table_in_all_its_forms():
     lines = text.splitlines()
     assert len({line.count(" | ") for line in lines[:5]}) == 1
     assert (
-        "| Random(keep=25) | 50.0 ± 14.1 | 45.0 ± 7.1 | 76.2 % | 25 | 50 | 0.5 | 25.0 % | 10 |"
-        in text
+        "| Random(keep=25) | 50.0 ± 14.1 | 45.0 ± 7.1 | 76.2 % | 25 | 50 | 0.5 | 25.0 % | 10 | 87.5 | 1.91 "
+        "| 25.0 % |" in text
     )
     assert "| FastV(keep=25) | failed | failed |" in text and "raised: " not in lines[0]
-    assert "TFLOPs" in lines[0] and "mean ± standard deviation of 2 seeds" in text
+    assert "TFLOPs" in lines[0] and "tokens per s | KV MiB | KV of dense" in lines[0]
+    assert "mean ± standard deviation of 2 seeds" in text
     assert "FastV(keep=25) failed on gqa" in text and "Random(keep=25) 3" in text
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(RESULTS)
@@ -125,6 +126,20 @@ def test_costs_leave_out_samples_that_raised():
     rows.append(StoredAnswer(3, 0, "p", "", error="x", seconds=100.0))
     assert costs(rows) == {"flops": 10.0, "seconds": 2, "batch": 2}
     assert costs([]) == {}
+
+
+def test_tokens_per_second_are_those_of_all_samples():
+    numbers = ((4, 1.0), (6, 3.0), (None, 5.0), (9, None))
+    rows = [
+        StoredAnswer(i, 0, "p", "a", new_tokens=n, seconds=s) for i, (n, s) in enumerate(numbers)
+    ]
+    assert costs(rows)["tokens_per_s"] == 10 / 4
+
+
+def test_a_method_that_holds_less_of_the_cache_cuts():
+    held = DENSE | CUTS
+    line = Outcome(Cell((vtr.RandomKV(keep=0.5),)), "k", "gqa", {"exact_match": 0.8}, 9, costs=held)
+    assert "Cut nothing" not in Results("model", "abc", 10, (*outcomes(), line)).markdown()
 
 
 def test_the_best_trade_offs():

@@ -96,6 +96,8 @@ def estimate(job: Job) -> DryRun:
         "of its FLOPs is not taken off.",
         "Tokens are those that keep names: a rate for each of several stages (EViT) leaves fewer, tokens "
         "that come back (ToFe) and methods for videos on single pictures leave all.",
+        "Methods that hold entries of the KV cache with fewer bits, or by a budget in bytes, are counted as if "
+        "they held all.",
     ]
     if visual is None:
         notes.append("The number of visual tokens depends on the picture: nothing to estimate.")
@@ -150,8 +152,23 @@ def _cell(
     config = language.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = sum(2 * (n + TEXT) * heads * width * itemsize for n in layers)
+    held = _held(cell, wrapping.info, layers)
+    kv = sum(2 * (n + TEXT) * heads * width * itemsize for n in held)
     return Estimate(str(cell), cell.seed, layers[-1], flops, float(kv))
+
+
+def _held(cell: Cell, info: Any, layers: list[int]) -> list[int]:
+    """Visual tokens in each layer of the cache: methods that drop its entries by a share or number of the
+    visual ones leave fewer than there are in the layer."""
+    held = list(layers)
+    for method in cell.methods:
+        if getattr(method, "evict", None) != "visual" or getattr(method, "bytes", None) is not None:
+            continue
+        keep = getattr(method, "keep", None)
+        keep = method.DEFAULT if keep is None else keep  # type: ignore[attr-defined]
+        for stage in method.stages(info):
+            held[stage.layer] = min(held[stage.layer], count(keep, layers[stage.layer]))
+    return held
 
 
 def _layers(cell: Cell, info: Any, visual: int) -> list[int]:
@@ -167,7 +184,7 @@ def _layers(cell: Cell, info: Any, visual: int) -> list[int]:
         keep = getattr(holder, "keep", None)
         if keep is None:
             continue
-        stages = [s for s in method.stages(info) if s.cuts]
+        stages = [s for s in method.stages(info) if s.cuts and s.site not in ("kv", "attention")]
         early = [s for s in stages if s.site != "decoder"]
         late = sorted((s for s in stages if s.site == "decoder"), key=lambda s: s.layer)
         if early:

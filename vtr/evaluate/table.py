@@ -51,6 +51,7 @@ def columns(results: Outcomes) -> list[tuple[str, Callable[[Line], str]]]:
         return lambda line: score_text(task, line.scores.get(task), line.spread.get(task), factor)
 
     scale, unit = _flops_unit(results)
+    kv_scale, kv_unit = _bytes_unit(results)
     out: list[tuple[str, Callable[[Line], str]]] = [("method", lambda x: x.method)]
     out += [(task, score(task)) for task in results.tasks]
     out += [
@@ -60,6 +61,8 @@ def columns(results: Outcomes) -> list[tuple[str, Callable[[Line], str]]]:
         (unit, lambda x: _number(x.flops, scale)),
         ("FLOPs of dense", lambda x: _percent(x.of_flops)),
         ("ms", lambda x: _number(x.ms)),
+        ("tokens per s", lambda x: _number(x.tokens_per_s)),
+        (f"KV {kv_unit}", lambda x: _number(x.kv, kv_scale)),
         ("KV of dense", lambda x: _percent(x.of_kv)),
     ]
     if any(x.errors for x in results.lines()):
@@ -72,6 +75,12 @@ def columns(results: Outcomes) -> list[tuple[str, Callable[[Line], str]]]:
 def _flops_unit(results: Outcomes) -> tuple[float, str]:
     most = max((line.flops or 0 for line in results.lines()), default=0)
     return (1e12, "TFLOPs") if most >= 1e12 else (1e9, "GFLOPs")
+
+
+def _bytes_unit(results: Outcomes) -> tuple[float, str]:
+    most = max((line.kv or 0 for line in results.lines()), default=0)
+    units = [(2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")]
+    return next((u for u in units if most >= u[0]), (1.0, "bytes"))
 
 
 def notes(results: Outcomes) -> list[str]:
@@ -91,7 +100,8 @@ def notes(results: Outcomes) -> list[str]:
         size = str(batches[0]) if len(batches) == 1 else f"{batches[0]} to {batches[-1]}"
         out.append(
             f"ms: median per sample of the whole answer in calls of {size} samples; at other sizes it "
-            "is another number. With one thread on the CPU it is processor time."
+            "is another number. With one thread on the CPU it is processor time. tokens per s: of answers, "
+            "over all of that time. KV: bytes of a sample's cache after the prompt."
         )
     seeds = max((line.seeds for line in lines), default=1)
     if seeds > 1:
@@ -113,7 +123,7 @@ def notes(results: Outcomes) -> list[str]:
 
 
 def _cut_nothing(line: Line) -> bool:
-    return line.of_tokens == 1 and line.of_flops == 1
+    return line.of_tokens == 1 and line.of_flops == 1 and line.of_kv in (None, 1)
 
 
 def rich_table(results: Outcomes) -> Any:
