@@ -4,7 +4,7 @@
     python benchmarks/cache.py --gpu                 # CUDA: 7B shape, batch 8; three minutes at most
 
 The language models have the shapes of Qwen2-0.5B and Qwen2-7B, random weights in bfloat16 (times do not depend on
-them) and a vocabulary of 4,096 tokens. A cache of random keys and values stands for a long conversation about
+them) and a vocabulary of 4,096 tokens. A cache of random keys and values takes the place of a long conversation about
 pictures; all of its entries are visual. A short turn with a picture of four tokens follows, after which methods
 choose as they do behind any prompt with pictures; then steps are timed. The model has the number of layers in the
 column ``measured``; a layer's time and bytes are scaled to the model's ``layers``, which are alike.

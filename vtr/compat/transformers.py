@@ -109,7 +109,7 @@ def rotary_home(attention: Any) -> Any:
 
 
 def rope_type(config: Any) -> str:
-    """Name how the frequencies of a language model's rotary embedding are made: ``"default"``, ``"dynamic"`` ..."""
+    """Name the rule for the frequencies of a language model's rotary embedding: ``"default"``, ``"dynamic"`` ..."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return str(parameters.get("rope_type", "default"))
 

@@ -74,7 +74,7 @@ class KVSite:
         state: dict that is kept with the cache; tensors in it have the batch first, and follow its rows.
         memory: dict of this method for this call, shared by its layers.
         notes: dict that ends in ``trace.notes["kv"][layer]``.
-        aside: what is noted of the entries in CPU memory, as in ``entries``; None if there are none.
+        aside: what is noted of the entries in CPU memory, as in ``entries``; None without such.
     """
 
     site = "kv"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a KV cache holds for all samples of a call, with methods that choose its entries.
+    """The contents of a KV cache for all samples of a call, with methods that choose its entries.
 
     Attributes:
         length: columns of the sequence, padding and dropped tokens counted.

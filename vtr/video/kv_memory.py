@@ -17,7 +17,7 @@ from vtr.vision.vlm.wrapping import VLMWrapping
 
 
 class KVMemory:
-    """What a language model has read of a stream: a KV cache that a method keeps at one size.
+    """A KV cache of all that a language model has read of a stream, kept at one size by a method.
 
     Frames are read once, each as a turn of one conversation; a question reads the cache and leaves it as it was.
     The method decides what stays: ``vtr.StreamingLLM(2000, evict="all")`` the first tokens and the newest ones
@@ -31,7 +31,7 @@ class KVMemory:
     Args:
         model: a wrapped vision-language model whose positions are plain numbers (LLaVA, InternVL and their
             like; not Qwen-VL). The method is applied as long as the memory is used.
-        positions: the position at which entries are numbered anew; None is half of what the model was made for.
+        positions: the position at which entries are numbered anew; None is half of the model's.
 
     Attributes:
         turns: calls of :meth:`add` so far.
@@ -107,7 +107,7 @@ class KVMemory:
         """Read the next part of the stream.
 
         Args:
-            inputs: what the processor makes of a text with one or more images or a video, batch 1.
+            inputs: the output of the processor for a text with one or more images or a video, batch 1.
 
         Raises:
             ValueError: several samples, or padding; or the part is longer than ``positions``.

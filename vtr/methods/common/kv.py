@@ -29,7 +29,7 @@ COLUMN = 4  # bytes of an entry's column in the store
 
 
 class KVChoices:
-    """What a method at the site ``kv`` may define: which entries a KV cache holds, per layer and KV head.
+    """The functions of methods at the site ``kv``, which choose the entries of a KV cache per layer and KV head.
 
     For methods that act at other sites as well; others derive from :class:`KVMethod`.
 
@@ -42,24 +42,24 @@ class KVChoices:
 
     @property
     def while_decoding(self) -> bool:
-        """Whether entries that go while an answer is written do not come back."""
+        """True if entries are dropped or packed while an answer is written, and do not come back."""
         return False
 
     @property
     def bounded(self) -> bool:
-        """Whether a layer holds no more entries than a number that does not grow with the conversation."""
+        """True if the number of entries of a layer has a bound that does not grow with the conversation."""
         return False
 
     @property
     def acts_while_decoding(self) -> bool:
-        """Whether calls without new images or videos are looked at: the others pass at once."""
+        """True if calls without new images or videos are looked at; else they pass at once."""
         cls = type(self)
         usual = (KVChoices.due, KVMethod.due, EvictionMethod.due)
         return self.while_decoding or cls.watch is not KVChoices.watch or cls.due not in usual
 
     @property
     def in_bytes(self) -> bool:
-        """Whether the budget is a number of bytes, so that caches have no room for entries to come."""
+        """True if the budget is a number of bytes, so that caches have no room for entries to come."""
         return False
 
     def watch(self, site: KVSite) -> None:

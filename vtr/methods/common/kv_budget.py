@@ -68,10 +68,10 @@ def variance_shares(variance: Tensor, share: Tensor) -> Tensor:
 
     Layers whose attention is spread evenly, with a low variance, keep more: share * L * softmax_l(-v_l), where
     v_l is the mean over heads of their variances, brought to [0, 1] among the layers. A share above 1 becomes 1,
-    and the other layers get what is cut off.
+    and the rest of it goes to the other layers.
 
     The authors' code brings variances to [0, 1] among the heads of each layer instead, so that the size of a
-    layer's variances does not count; with two KV heads all layers would be equal. What its bound cuts off is
+    layer's variances does not count; with two KV heads all layers would be equal. The part that its bound cuts off is
     lost.
 
     Args:

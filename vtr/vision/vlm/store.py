@@ -312,7 +312,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         start = self.keys.shape[2]
         stop = start + key_states.shape[2]
         room = self._room
-        # What was made in inference mode can only be written to there.
+        # Tensors of inference mode can only be written to there.
         closed = (
             room is not None and room[0].is_inference() and not torch.is_inference_mode_enabled()
         )

@@ -1,4 +1,4 @@
-"""How much the layers of a KV cache hold, in numbers that outlive the cache."""
+"""The sizes of the layers of a KV cache, as numbers that outlive the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtr.vision.vlm.store import EntryStore
 
 
 class Stored(NamedTuple):
-    """How much one layer holds.
+    """The size of one layer.
 
     Attributes:
         dtypes: name of a dtype to bytes.
@@ -83,7 +83,7 @@ def _tensors(layer: Any) -> Iterator[Tensor]:
 
 
 def report(layers: Sequence[Stored]) -> CacheReport | None:
-    """Put the layers of a cache together; None if there are none."""
+    """Put the layers of a cache together; None without any."""
     if not layers:
         return None
     dtypes = sum((layer.dtypes for layer in layers), Counter())
