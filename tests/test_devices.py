@@ -244,13 +244,21 @@ def test_videos(built: dict[str, Any], name: str) -> None:
     agree(built["qwen2_5_vl_video"][0], create(name), answers, built["qwen2_5_vl_video"][1], True)
 
 
+@pytest.mark.parametrize("name", ["h2o", "a2sf", "scissorhands", "streaming-llm", "random-kv"])
+def test_kv_caches(built: dict[str, Any], name: str) -> None:
+    """Entries are dropped after the prompt, and after every generated token."""
+    model, inputs = built["llava"]
+    method = vtr.create(name, keep=0.5, evict="all", every=1, recent=3)
+    agree(model, method, answers, inputs, True)
+
+
 @pytest.mark.parametrize("name", ["dycoke", "sparsevlm", "fastvid"])
 def test_images_and_videos_in_one_batch(built: dict[str, Any], name: str) -> None:
     model, inputs = built["llava_onevision_mixed"]
     agree(model, create(name), answers, inputs, True)
 
 
-@pytest.mark.parametrize("name", ["fastv", "visionzip", "dycoke"])
+@pytest.mark.parametrize("name", ["fastv", "visionzip", "dycoke", "h2o", "scissorhands"])
 def test_a_decoding_step_waits_for_nothing(built: dict[str, Any], name: str) -> None:
     """DyCoke asks once whether to choose again, and no more where it does not."""
     model, inputs = built["qwen2_5_vl_video"]

@@ -19,19 +19,16 @@ if TYPE_CHECKING:
 class A2SF(ReceivedMethod):
     """A2SF (arXiv 2407.20485): accumulated attention with a forgetting factor ranks the entries.
 
-    With every row the sums so far are multiplied by ``alpha`` and the row's attention is added: the score of entry k
-    after row n is the sum over rows q of ``alpha ** (n - q)`` times its attention from q (equation 4). With
-    ``alpha=1`` this is :class:`H2O`. With ``alpha=0`` the newest row alone counts, as in TOVA (arXiv
-    2401.06104), whose heads choose together; here each KV head chooses for itself.
+    With every row the sums so far are multiplied by ``alpha`` and the row's attention is added: after row n, the
+    attention of row q counts ``alpha ** (n - q)``. With ``alpha=1`` this is :class:`H2O`. With ``alpha=0`` only
+    the newest row counts, as in TOVA (arXiv 2401.06104), whose heads choose together; here each KV head chooses
+    for itself, by the sum over the query heads that read it.
 
-    Rows that weigh less than 1e-9 are not computed: at ``alpha=0.3`` a prompt costs 18 rows. Query heads that read
-    one KV head are summed. The paper has no room for the newest tokens; the authors' code keeps the last 16
-    (``evict="all", recent=16``), and scores once, after the prompt (``every=0``).
+    Rows that count less than 1e-9 are not computed: with ``alpha=0.3`` a prompt costs 18 rows. The paper keeps no
+    token for being new (``recent=0``); the authors' code keeps the last 16, and chooses once, after the prompt.
 
     Args:
         alpha: the forgetting factor, from 0 to 1. The paper finds 0.1 to 0.3 best.
-        scoring: as in :class:`H2O`. With a small factor all three give nearly the same order, as the last rows
-            see everything.
     """
 
     name: ClassVar[str] = "a2sf"

@@ -19,20 +19,19 @@ if TYPE_CHECKING:
 class H2O(ReceivedMethod):
     """H2O (NeurIPS 2023, arXiv 2306.14048): the entries with most accumulated attention stay, and the newest.
 
-    The score of an entry is the attention that it has received from all rows so far: those of the prompt, then one
-    row per generated token, and those of later turns (section 4). Each KV head chooses for itself; the query heads that read
-    it are summed.
+    The score of an entry is the attention that it has received from all rows so far: those of the prompt, one
+    per generated token, and those of later turns. Each KV head chooses for itself, by the sum over the query
+    heads that read it.
 
-    By default visual tokens alone are dropped, after a prompt, and ``scoring="fair"`` counts the rows of text
-    that all tokens of an image are seen by. The published method is ``H2O(0.2, evict="all", every=1, first=0,
-    recent=n, scoring="sum")`` with n a tenth of the prompt's tokens: a budget of a fifth of the prompt, half of it for the
-    newest tokens, and one entry dropped for each that is generated. ``recent`` is a number here and a ratio there;
-    ``recent=0`` keeps no token for being new.
+    By default only visual tokens are dropped, after a prompt, by the rows of text. The published method is
+    ``H2O(0.2, evict="all", every=1, first=0, recent=n, scoring="sum")`` with n a tenth of the prompt's tokens:
+    the budget is a fifth of the prompt, half of it for the newest tokens, and one entry is dropped for each
+    token that is generated. The paper gives ``recent`` as a share of the prompt; here it is a number of tokens,
+    and ``recent=0`` keeps no token for being new.
 
-    Unlike the first version of the authors' code (``utils_hh``), which masks keys and frees nothing, entries are freed.
-    Their version that frees memory (``utils_real_drop``) holds 4 heavy entries and the 512 newest by default, sums over
-    the batch, and numbers positions anew in its streaming form; here each sample chooses for itself, and positions
-    stay true.
+    The authors' first version (``utils_hh``) masks keys and frees no memory. The one that frees it
+    (``utils_real_drop``) holds 4 heavy entries and the 512 newest by default, and sums over the batch. Here each
+    sample chooses for itself, and entries keep their positions.
 
     Args:
         scoring: ``"fair"``, ``"mean"`` (all rows, divided by the number that see an entry) or ``"sum"``

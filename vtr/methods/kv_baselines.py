@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.methods.base import register
+from vtr.methods.base import EvictionMethod, register
 from vtr.methods.common.hashing import hashed
-from vtr.methods.common.kv import EvictionMethod
 
 if TYPE_CHECKING:
     from vtr.core.kv_site import KVSite
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
 class RandomKV(EvictionMethod):
     """Keep uniformly random entries.
 
-    Each layer and KV head draws for itself, by a hash of the seed and of the token's place in its sample: a sample keeps in a
-    batch what it keeps alone, and what was drawn once keeps its number, so that a later choice with a smaller
-    budget keeps a subset of what is there.
+    Each layer and KV head draws for itself. The number of an entry is a hash of the seed and of the token's place
+    in its sample: a sample keeps in a batch what it keeps alone, and a smaller budget keeps a subset of a larger
+    one's.
 
     Args:
         seed: an int; another one gives other entries.

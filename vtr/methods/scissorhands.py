@@ -20,26 +20,25 @@ if TYPE_CHECKING:
 class Scissorhands(ReceivedMethod):
     """Scissorhands (NeurIPS 2023, arXiv 2305.17118): importance persists, so entries that were rarely important go.
 
-    In each of the last ``window`` rows an entry is important if its attention is above the row's average, 1 / t for a row
-    that sees t entries of the head. The entries with most such rows stay. The mean attention of the query
-    heads that read a KV head counts as its attention; the paper's models have one each.
+    An entry is important to a row if its attention is above the row's average, which is 1 / t for a row that sees
+    t entries of the head. The entries that were important to most of the last ``window`` rows stay. The
+    attention of a KV head is the mean over the query heads that read it; in the paper's models there is one each.
 
-    The paper holds a cache between two sizes: when it is full, the half with the lowest counts is dropped. Here that is ``evict="all"``
-    with ``every`` the number of entries that fit in between. The authors' code evaluates prompts of OPT alone: it
-    masks in each row the columns that were important in none of the last 100 rows, except the last 10, with
-    ``above=0.9``: important is what exceeds the entry at nine tenths of the row's sorted attention. They sort rows with the zeros
-    of columns to come; here only what a row sees is sorted.
+    The paper drops entries down to a lower size whenever the cache is full: here ``evict="all"`` with ``every``
+    the number of entries between the two sizes. The authors' code evaluates OPT, and prompts only: in each row it
+    masks all columns, except the last 10, that were important to none of the 100 rows before. Its threshold is
+    ``above=0.9``, over rows in which columns to come are zeros; here only the entries that a row sees are sorted.
 
-    Of each entry, ``window`` bits are stored: 50 bytes at 400.
+    ``window`` bits are stored with each entry, 50 bytes at 400.
 
     Args:
-        window: rows that are looked back on (paper: 400).
-        above: None for the average of a row (paper); a share in [0, 1) for the entry at that share of the
-            sorted row (code: 0.9).
-        scoring: ``"fair"``: rows of text count, and the count is divided by the number of rows of the window
-            that see the entry. ``"mean"``: the same with all rows. ``"sum"``: the plain count of all rows, which favours
-            tokens that are seen by more rows of the window.
-        recent: with ``evict="all"`` the newest tokens stay (paper: 10).
+        window: number of last rows that count; the paper's is 400.
+        above: None for the row's average (paper). A share in [0, 1) for the attention of the entry at that share
+            of the sorted row (the authors' code: 0.9).
+        scoring: ``"fair"``: rows of text, and the last of a call; the count is divided by the number of those
+            rows in the window that see the entry. ``"mean"``: the same with all rows. ``"sum"``: the plain
+            count of all rows, which favours entries that more rows of the window see.
+        recent: with ``evict="all"``, the newest tokens that stay; the paper's is 10.
     """
 
     name: ClassVar[str] = "scissorhands"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.methods.base import register
-from vtr.methods.common.kv import EvictionMethod
+from vtr.methods.base import EvictionMethod, register
 
 if TYPE_CHECKING:
     from vtr.core.kv_site import KVSite
@@ -20,18 +19,17 @@ if TYPE_CHECKING:
 class StreamingLLM(EvictionMethod):
     """StreamingLLM (ICLR 2024, arXiv 2309.17453): attention sinks and a window of the newest tokens.
 
-    The first tokens of a sequence get attention for being first, whatever they are: they are kept, with as many of the newest as
-    the budget has room for. The published method is ``StreamingLLM(516, evict="all", every=1, recent=0)``: 4 sinks
-    and 512 newest tokens, text and generated ones among them, one dropped for each that comes. By default
-    visual tokens alone are dropped, and the newest of them are kept: with text at the front of the prompt
-    this is :class:`RecentKV`.
+    The first tokens of a sequence get attention because they are first. They are kept, with as many of the
+    newest as the budget has room for. The published method is ``StreamingLLM(516, evict="all", every=1,
+    recent=0)``: 4 sinks and the 512 newest tokens, text and generated tokens among them. By default only visual
+    tokens are dropped, and the newest of them are kept: if text comes first, this is :class:`RecentKV`.
 
-    Positions stay true: a query is as far from a sink as it is in the sequence. The authors store keys before rotation
-    and number positions by places in the cache, so that texts may grow past the length that the model was trained
-    for; transformers stores rotated keys, and a sequence cannot outgrow its model's positions here.
+    Entries keep their positions in the sequence. The authors store keys before rotation and use places in the
+    cache as positions, so that a text may grow past the length that the model was trained for. The caches of
+    transformers store rotated keys: here a sequence cannot be longer than the model's positions.
 
     Args:
-        first: the sinks, visual or not, also with ``evict="visual"``.
+        first: number of sinks, visual tokens or not, also with ``evict="visual"``.
     """
 
     name: ClassVar[str] = "streaming-llm"

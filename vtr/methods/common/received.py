@@ -33,6 +33,8 @@ class ReceivedMethod(EvictionMethod):
             ``"mean"``: all rows; the sum is divided by the number of rows that see the entry.
             ``"sum"``: all rows, the plain sum, which the papers use. A token at the front of an image is
             seen by more rows than one at its end, and by rows that have fewer columns to look at.
+            Attention of the rows that count is computed a second time: that of a whole prompt with ``"mean"``
+            and ``"sum"``.
     """
 
     scoring: str = "fair"
