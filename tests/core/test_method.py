@@ -87,7 +87,7 @@ def test_create_by_name() -> None:
         assert type(vtr.create(cls.__name__)) is cls
     with pytest.raises(ValueError, match=r"no method 'flowcat'\. Did you mean 'flowcut'"):
         vtr.create("flowcat")
-    with pytest.raises(ValueError, match=r"Known: act, .*cls-attention, .*evit"):
+    with pytest.raises(ValueError, match=r"Known: a2sf, .*cls-attention, .*evit"):
         vtr.create("zzz")
     with pytest.raises(ValueError, match="evit has no option 'kept'; it has: keep, layers, fuse"):
         vtr.create("evit", kept=3)
