@@ -39,6 +39,7 @@ from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
 from vtr.methods.cls_attention import CLSAttention as CLSAttention
 from vtr.methods.cmai import CMAI as CMAI
+from vtr.methods.d2o import D2O as D2O
 from vtr.methods.dam import DAM as DAM
 from vtr.methods.debias import Debias as Debias
 from vtr.methods.delta import DELTA as DELTA
@@ -46,6 +47,7 @@ from vtr.methods.dhsa import DHSA as DHSA
 from vtr.methods.divprune import DivPrune as DivPrune
 from vtr.methods.downsample import Downsample as Downsample
 from vtr.methods.dycoke import DyCoke as DyCoke
+from vtr.methods.ems import EMS as EMS
 from vtr.methods.evit import EViT as EViT
 from vtr.methods.evs import EVS as EVS
 from vtr.methods.fastv import FastV as FastV
@@ -53,6 +55,7 @@ from vtr.methods.fastvid import FastVID as FastVID
 from vtr.methods.flexprefill import FlexPrefill as FlexPrefill
 from vtr.methods.flowcut import FlowCut as FlowCut
 from vtr.methods.framefusion import FrameFusion as FrameFusion
+from vtr.methods.guikv import GUIKV as GUIKV
 from vtr.methods.h2o import H2O as H2O
 from vtr.methods.hip import HiP as HiP
 from vtr.methods.holitom import HoliTom as HoliTom
@@ -76,6 +79,7 @@ from vtr.methods.rettention import Rettention as Rettention
 from vtr.methods.sale import SALE as SALE
 from vtr.methods.scissorhands import Scissorhands as Scissorhands
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
+from vtr.methods.snapkv import SnapKV as SnapKV
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
 from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
