@@ -1140,6 +1140,34 @@ def neighborhood(code: Checkout) -> Finding:
     return found
 
 
+def zipcache(code: Checkout) -> Finding:
+    """Keys and values of one class of bits, stored and read: one KV head, 4 and 2 bits."""
+    from vtr.core.packed_entries import PackedEntries
+
+    file = "zipcache/models/CompressUtils/compress_function.py"
+    kinds = ("true_channelwise_{}", "true_channel_tokenwise_{}")
+    names = [kind.format(way) for kind in kinds for way in ("compress", "decompress")]
+    names += ["true_channel_wise_quantize", "true_channel_tokenwise_quantize"]
+    names += ["tokenwise_dequantization_w_channelscale"]
+    names += [f"transfer_8bit_to_{b}bit_batchwise" for b in (4, 2)]
+    names += [f"transfer_{b}bit_to_8bit_batchwise" for b in (4, 2)]
+    theirs, found = code.functions(file, *names), Finding()
+    g = torch.Generator().manual_seed(0)
+    for bits in (4, 2):
+        for _ in range(20):
+            k = torch.randn(1, 1, 64, 16, generator=g) + 9 * torch.randn(1, 1, 1, 16, generator=g)
+            v = torch.randn(1, 1, 64, 16, generator=g) * torch.randn(16, generator=g).exp()
+            valid = torch.ones(1, 1, 64, dtype=torch.bool)
+            ours = PackedEntries.pack(k, v, valid, bits).unpack()
+            size = torch.float32, k.shape
+            key = theirs.true_channelwise_compress(k.clone(), bits)
+            found.numbers(ours[0], theirs.true_channelwise_decompress(*key, bits, *size))
+            *value, factor = theirs.true_channel_tokenwise_compress(v.clone(), bits)
+            value = theirs.true_channel_tokenwise_decompress(*value, bits, factor, *size)
+            found.numbers(ours[1], value)
+    return found
+
+
 COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "a2sf": ("Dirac-Notation/A2SF", a2sf),
     "act": ("GATECH-EIC/ACT", act),
@@ -1165,4 +1193,5 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "var": ("seilk/VisAttnSink", var),
     "visionzip": ("dvlab-research/VisionZip", visionzip),
     "vtc-cls": ("THU-MIG/VTC-CLS", vtc_cls),
+    "zipcache": ("ThisisBillhe/ZipCache", zipcache),
 }
