@@ -113,7 +113,7 @@ def test_a_step_sees_what_is_held():
     assert torch.equal(live, seen(store.columns(), valid, 1)[:, :, 0])
     q = torch.randn(BATCH, 2 * HEADS, 1, DIM, generator=torch.Generator().manual_seed(5))
     k, v = store.read()
-    out = attend(q, k, v, live[:, :, None], valid[:, -1:], 0.5)
+    out = attend(q, k, v, live[:, :, None], 0.5)
     keys, values = (torch.cat(x, 2) for x in zip(numbers(COLUMNS), numbers(2, 4), strict=True))
     for b in range(BATCH):
         for h in range(2 * HEADS):
@@ -126,7 +126,7 @@ def test_a_step_sees_what_is_held():
             weight = np.exp(0.5 * x @ np.asarray(q[b, h, 0], np.float64))
             np.testing.assert_allclose(out[b, h, 0], weight @ y / weight.sum(), atol=1e-6)
     everything = torch.ones_like(live)
-    same = attend(q, k, v, everything[:, :, None], valid[:, -1:], 0.5)
+    same = attend(q, k, v, everything[:, :, None], 0.5)
     torch.testing.assert_close(attend_all(q, k, v, 0.5), same)
 
 
@@ -137,5 +137,5 @@ def test_a_row_of_padding_is_zero():
     k, v = store.read()
     q = torch.randn(BATCH, HEADS, 1, DIM)
     sees = store.live(valid)[:, :, None] & valid[:, None, None, -1:]
-    out = attend(q, k, v, sees, valid[:, -1:], 0.5)
+    out = attend(q, k, v, sees, 0.5)
     assert not out[0].any() and out[1].any() and not out.isnan().any()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vtr.compat.transformers import SCALING, WINDOW
 from vtr.core.kv_site import Here, KVSite
-from vtr.core.packed_attention import attend_parts
+from vtr.core.packed_attention import PlainEntries, attend_parts
+from vtr.core.packed_entries import PackedEntries
 from vtr.core.wrapping import Bound, Entry
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.sequence import mark
@@ -112,32 +113,34 @@ class KVSession:
         ``k`` and ``v`` are the entries in the model's dtype. ``mask`` is that of a cache which holds everything;
         None if the model found no padding.
         """
-        if self._recall(call, i, q, kwargs, store):
+        if self._recall(call, i, q, k, v, kwargs, store):
             k, v = store.keys, store.values
         scale, rows = kwargs[SCALING], q.shape[2]
-        one = rows == 1 and kwargs.get(WINDOW) is None
-        if one and mask is None and not store.ragged and not store.packed:
-            return attend_all(q, k, v, scale).transpose(1, 2)
-        valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
-        if one:
-            sees = store.live(valid)[:, :, None] & call.layout.valid[:, None, None]
-        else:
-            sees = seen(store.columns(), valid, rows, kwargs.get(WINDOW))
+        sees = None
+        if mask is not None or rows > 1 or store.ragged:
+            valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
+            if rows == 1 and kwargs.get(WINDOW) is None:
+                sees = store.live(valid)[:, :, None] & call.layout.valid[:, None, None]
+            else:
+                sees = seen(store.columns(), valid, rows, kwargs.get(WINDOW))
         if store.packed and rows <= FEW:
-            return attend_parts(q, store.parts(), sees, scale).transpose(1, 2)
+            parts: list[PackedEntries | PlainEntries] = [*store.packed, PlainEntries(k, v)]
+            return attend_parts(q, parts, sees, scale).transpose(1, 2)
         if store.packed:
             k, v = store.read()
-        return attend(q, k, v, sees, call.layout.valid, scale).transpose(1, 2)
+        if sees is None:
+            return attend_all(q, k, v, scale).transpose(1, 2)
+        return attend(q, k, v, sees, scale).transpose(1, 2)
 
     def _recall(
-        self, call: LanguageCall, i: int, q: Tensor, kwargs: dict[str, Any], store: EntryStore
+        self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any], store: EntryStore
     ) -> bool:  # fmt: skip
         """Tell whether other entries are held from now on."""
         entry = self.by_layer.get(i)
         if entry is None or store.aside is None or call.visual is not None:
             return False
         valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
-        site = self._site(call, i, entry, store, q, *store.read(), valid, kwargs)
+        site = self._site(call, i, entry, store, q, k, v, valid, kwargs)
         method: Any = entry.method
         wanted = method.recall(site)
         if wanted is None:
@@ -165,7 +168,6 @@ class KVSession:
             )
         method: Any = entry.method
         store.open, store.exact = True, method.in_bytes
-        k, v = store.read() if store.packed else (x[:, :, : store.number] for x in (k, v))
         site = self._site(call, i, entry, store, q, k, v, valid, kwargs)
         method.watch(site)
         store.entries, store.state = site.entries, site.state
@@ -258,12 +260,12 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def seen(columns: Tensor, valid: Tensor, rows: int, window: int | None = None) -> Tensor:
-    """Tell which entries the last rows of a sequence see, (B, Hk, L, K) bool; rows of padding see none.
+    """Tell which entries rows see, (B, Hk, L, K) bool.
 
     Args:
         columns: (B, Hk, K) int64, the column of each entry, -1 for an empty place.
         valid: (B, S) bool, the columns that are tokens.
-        rows: how many, L.
+        rows: L, the number of last columns that are rows.
         window: columns that a row sees, itself the last of them; None for all.
     """
     batch, length = valid.shape
@@ -275,27 +277,23 @@ def seen(columns: Tensor, valid: Tensor, rows: int, window: int | None = None) -
     return sees & valid[:, None, length - rows :, None]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, sees: Tensor, row_valid: Tensor, scale: float
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, scale: float) -> Tensor:
     """Compute attention over entries of each KV head, (B, H, L, D).
 
-    Keys and values are read once for all query heads of a KV head. Rows of padding are zero.
+    Keys and values are read once for all query heads of a KV head. Rows that see no entry, as those of padding,
+    are zero.
 
     Args:
         q: (B, H, L, D).
         k, v: (B, Hk, K, D).
-        sees: (B, Hk, L, K) bool, the entries that a row may see.
-        row_valid: (B, L) bool, False for rows of padding.
-        scale: of the scores.
+        sees: (B, Hk, L, K) bool.
     """
     batch, heads, rows, width = q.shape
-    groups, none = k.shape[1], ~row_valid[:, None, :, None]
-    # A row of padding sees everything, so that it is no NaN before it is zero.
+    groups = k.shape[1]
+    none = ~sees.any(3, keepdim=True)
     sees = (sees | none).repeat(1, 1, 1 if rows == 1 else heads // groups, 1)
     out = F.scaled_dot_product_attention(
-        q.reshape(batch, groups, -1, width), k, v, (sees | none).repeat(1, 1, heads // groups, 1),
-        scale=scale,
-    )  # fmt: skip
+        q.reshape(batch, groups, -1, width), k, v, sees, scale=scale
+    )
     out = out.view(batch, groups, -1, rows, v.shape[3]).masked_fill(none[:, :, None], 0)
     return out.view(batch, heads, rows, v.shape[3])

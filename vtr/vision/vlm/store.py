@@ -12,7 +12,6 @@ from torch import Tensor
 from vtr.compat.transformers import cache_layer, cache_layer_base
 from vtr.core.kv_site import Change
 from vtr.core.language_attention import Marks
-from vtr.core.packed_attention import PlainEntries
 from vtr.core.packed_entries import BITS, PackedEntries
 
 _Base: Any = cache_layer_base()
@@ -128,10 +127,6 @@ class EntryStore(_Base):  # type: ignore[misc]
         made = [p.unpack() for p in self.packed]
         keys = torch.cat([*(k for k, _ in made), self.keys], 2)
         return keys, torch.cat([*(v for _, v in made), self.values], 2)
-
-    def parts(self) -> list[PackedEntries | PlainEntries]:
-        """All entries as they are stored."""
-        return [*self.packed, PlainEntries(self.keys, self.values)]
 
     def live(self, valid: Tensor) -> Tensor:
         """Tell which entries are tokens, (B, Hk, K) bool or (B, 1, K); ``valid`` (B, S) bool are the columns."""
@@ -289,8 +284,8 @@ class EntryStore(_Base):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add entries, and return all of them; if some are packed, those in the model's dtype alone, as the
-        attention of a wrapped model reads the others as they are."""
+        """Add entries, and return all that are in the model's dtype: the attention of a wrapped model reads packed
+        ones itself."""
         if not self.open and not self.whole:
             raise RuntimeError(
                 "entries of this KV cache were dropped or packed: it can only be continued while a method at "
@@ -380,7 +375,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         }
 
     def reset(self) -> None:
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.held = self.aside = self.known = self._room = None
         self.packed, self.entries, self.state = [], {}, {}
         self.length = self.chosen = 0
