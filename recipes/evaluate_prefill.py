@@ -11,13 +11,12 @@ import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vtr.core.method import Method
+from recipes.comparison import Store, choose
 from vtr.evaluate.prefill import (
     BASELINES,
     BLOCK,
@@ -136,16 +135,13 @@ def plot(results: Sequence[PrefillResult], edits: Sequence[str], path: str | Pat
 
 
 def read(path: Path) -> list[PrefillResult]:
-    """The results that :func:`write` stored."""
-    rows = json.loads(path.read_text())["results"]
-    return [PrefillResult(**{**r, "seeds": tuple(r["seeds"])}) for r in rows]
+    """Read the results that a run stored."""
+    return [row(r) for r in json.loads(path.read_text())["results"]]
 
 
-def write(results: Sequence[PrefillResult], path: Path, facts: Mapping[str, Any]) -> None:
-    """Results as JSON, with what they were measured on."""
-    content = {**facts, "results": [asdict(r) for r in results]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def row(held: Mapping[str, Any]) -> PrefillResult:
+    """One stored result."""
+    return PrefillResult(**{**held, "seeds": tuple(held["seeds"])})
 
 
 def write_csv(results: Sequence[PrefillResult], path: Path) -> None:
@@ -176,15 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     from vtr.zoo import load_vlm
 
     everything = methods()
-    wanted: dict[str, list[Method]] = everything
-    if options.methods is not None:
-        unknown = sorted(set(options.methods) - set(everything))
-        if unknown:
-            parser.error(
-                f"no sparse prefill or edit is called {', '.join(unknown)}; there are: "
-                f"{', '.join(everything)}"
-            )
-        wanted = {name: everything[name] for name in options.methods}
+    wanted = choose(parser, everything, options.methods, "sparse prefill or edit")
     console = Console()
     facts: dict[str, Any] = {
         "weights": options.weights,
@@ -193,45 +181,26 @@ def main(arguments: list[str] | None = None) -> None:
         "seeds": options.seeds,
         "edits": [n for n, found in everything.items() if is_edit(type(found[0]))],
     }
-    measured_on = {key: value for key, value in facts.items() if key != "edits"}
-    store = None if options.out is None else Path(f"{options.out}.json")
-    known: list[PrefillResult] = []
-    if store is not None and store.is_file():
-        content = json.loads(store.read_text())
-        if any(content.get(key) != value for key, value in measured_on.items()):
-            parser.error(
-                f"{store} was measured on something else: delete it, or give another --out"
-            )
-        known = read(store)
+    store = Store(parser, options.out, facts, row, beside=("edits",))
     model, processor = load_vlm(options.weights, torch.float32)
-
-    def keep(done: Sequence[PrefillResult]) -> list[PrefillResult]:
-        """With what was measured of other methods, or before this run was asked to stop."""
-        together = [*done, *(r for r in known if r not in done)]
-        if store is not None:
-            write(together, store, facts)
-        return together
 
     results = evaluate(
         model,
         processor,
         questions(processor, options.questions, options.seeds),
         wanted,
-        known=known,
-        report=keep,
+        known=store.known,
+        report=store.keep,
         progress=console.is_terminal,
     )
     count = options.questions * len(options.seeds)
     console.print(table(results, f"{options.weights}, {count} held-out questions"))
-    if store is not None:
-        together = keep(results)
-        if options.methods is None:  # of settings that are no longer run, nothing is left
-            together = results
-            write(together, store, facts)
-        write_csv(together, store.with_suffix(".csv"))
-        store.with_suffix(".md").write_text(markdown(together, facts))
-        plot(together, facts["edits"], store.with_suffix(".png"))
-        console.print(f"wrote {store.with_suffix('')}.json, .csv, .md and .png")
+    together = store.finish(results, everything=options.methods is None)
+    if store.path is not None:
+        write_csv(together, store.path.with_suffix(".csv"))
+        store.path.with_suffix(".md").write_text(markdown(together, facts))
+        plot(together, facts["edits"], store.path.with_suffix(".png"))
+        console.print(f"wrote {store.path.with_suffix('')}.json, .csv, .md and .png")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from vtr.api import apply
 from vtr.core.method import Method
 from vtr.core.registry import registry
+from vtr.evaluate.configurations import measure_all, on_the_line, seeded
 from vtr.methods.base import DecodeMethod, LanguageAttentionMethod, PrefillMethod
 from vtr.zoo.slide_questions import KINDS, slides_qa
 from vtr.zoo.video_questions import VideoSample, prompt, reply, score
@@ -194,9 +194,7 @@ def measure(
     layers = model.config.text_config.num_hidden_layers
     for seed, asked in samples.items():
         torch.manual_seed(seed)
-        chosen: Any = method
-        if method is not None and any(f.name == "seed" for f in fields(method)):
-            chosen = replace(method, seed=seed)  # type: ignore[call-arg]
+        chosen = seeded(method, seed)
         if chosen is not None:
             chosen = calibrated(model, processor, chosen)
         with nullcontext() if chosen is None else apply(model, chosen) as handle:
@@ -240,35 +238,18 @@ def evaluate(
         known: results that need not be measured again.
         report: called with all results after each new one.
     """
-    from rich.progress import Progress
 
-    jobs: list[tuple[str, Method | None]] = [("dense", None)]
-    jobs += [(name, method) for name, settings in chosen.items() for method in settings]
-    have = {(r.name, r.method): r for r in known}
-    results = []
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("held-out questions", total=len(jobs))
-        for name, method in jobs:
-            bar.update(task, description=name)
-            key = (name, "dense" if method is None else str(method))
-            new = have.get(key) or measure(model, processor, samples, name, method)
-            results.append(new)
-            if key not in have:
-                report(results)
-            bar.advance(task)
-    return results
+    def job(name: str, method: Method | None) -> PrefillResult:
+        return measure(model, processor, samples, name, method)
+
+    return measure_all("dense", chosen, job, known=known, report=report, progress=progress)
 
 
 def at_density(results: Sequence[PrefillResult], name: str, share: float) -> float | None:
     """Accuracy of a baseline at a density, on the straight line between its neighbouring settings and the
     dense model; None below the least of them."""
-    points = sorted(
-        {(r.density, r.accuracy) for r in results if r.name in (name, "dense")},
-    )
-    for (low, below), (high, above) in pairwise(points):
-        if low <= share <= high:
-            return below + (above - below) * (share - low) / (high - low)
-    return None
+    points = ((r.density, r.accuracy) for r in results if r.name in (name, "dense"))
+    return on_the_line(points, share)
 
 
 def table(results: Sequence[PrefillResult], title: str) -> Table:
