@@ -31,11 +31,13 @@ _PUBLIC = {
     "evaluate_video_vlm": "vtr.zoo.video_questions",
     "video_qa": "vtr.zoo.video_questions",
     "slides_qa": "vtr.zoo.slide_questions",
+    "chat_qa": "vtr.zoo.chat_questions",
 }
 
 __all__ = [
     "ModelCard",
     "card",
+    "chat_qa",
     "evaluate_video_vlm",
     "evaluate_vlm",
     "load",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from vtr.zoo.chat_questions import chat_qa
     from vtr.zoo.data import samples
     from vtr.zoo.loading import load, load_pipeline, load_vlm
     from vtr.zoo.packaged import ModelCard, card, models, vlm_path, weights_path

@@ -132,8 +132,12 @@ def draw(looks: Looks, frames: Tensor, generator: torch.Generator) -> tuple[Tens
     Returns:
         the frames, and the opacity of the digits, ``(m, 1, 32, 32)`` float32 in [0, 1].
     """
-    m = len(looks.glyphs)
-    side, u, v, angle, shade = torch.rand(5, m, generator=generator)
+    return draw_with(looks, frames, torch.rand(5, len(looks.glyphs), generator=generator))
+
+
+def draw_with(looks: Looks, frames: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw as :func:`draw` does, with given random numbers ``(5, m)`` in [0, 1)."""
+    side, u, v, angle, shade = chance
     side = BOX[0] + (BOX[1] - BOX[0]) * side
     margin = side * data.HALF_EXTENT
     room = _HALF - 2 * margin

@@ -7,6 +7,7 @@ both of its keys.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,9 +60,9 @@ class Turn(NamedTuple):
     decisive: Tensor
 
 
-def ids(words: str) -> Tensor:
+def ids(words: str, vocabulary: Mapping[str, int] = VOCABULARY) -> Tensor:
     """Token ids of words separated by blanks, ``(n,)`` int64."""
-    return torch.tensor([VOCABULARY[word] for word in words.split()])
+    return torch.tensor([vocabulary[word] for word in words.split()])
 
 
 DIGIT_IDS, COLOUR_IDS = ids(" ".join(map(str, range(10)))), ids(" ".join(COLOURS))
@@ -128,26 +129,34 @@ def ask(batch: Clips, kind: str, generator: torch.Generator) -> Turn:
     )
 
 
-def _rows(parts: tuple[str | Tensor, ...], n: int) -> Tensor:
+def _rows(parts: tuple[str | Tensor, ...], n: int, vocabulary: Mapping[str, int]) -> Tensor:
     """Words that all rows share and words of each row, joined: ``(n, L)``."""
-    columns = [ids(p).expand(n, -1) if isinstance(p, str) else p[:, None] for p in parts]
+    columns = [
+        ids(p, vocabulary).expand(n, -1) if isinstance(p, str) else p[:, None] for p in parts
+    ]
     return torch.cat(columns, 1)
 
 
-def turn(words: str, *rest: str | Tensor, answer: tuple[str | Tensor, ...]) -> Turn:
+def turn(
+    words: str,
+    *rest: str | Tensor,
+    answer: tuple[str | Tensor, ...],
+    vocabulary: Mapping[str, int] = VOCABULARY,
+) -> Turn:
     """Build a turn; what follows the star in ``answer`` is decisive.
 
     Args:
         words: the question begins with them.
         rest: of the question: words that all rows share, or ids of each row, ``(n,)`` int64.
         answer: likewise, without its end.
+        vocabulary: ids of the words.
     """
     n = len(next(part for part in rest if not isinstance(part, str)))
     star = answer.index("*") if "*" in [a for a in answer if isinstance(a, str)] else 0
-    said = _rows((*answer[:star], *answer[star + 1 :], "</s>"), n)
+    said = _rows((*answer[:star], *answer[star + 1 :], "</s>"), n, vocabulary)
     decisive = torch.zeros(said.shape[1], dtype=torch.bool)
     decisive[star:-1] = True
-    return Turn(_rows((f"USER: {words}", *rest), n), said, decisive)
+    return Turn(_rows((f"USER: {words}", *rest), n, vocabulary), said, decisive)
 
 
 def text(tokens: Tensor) -> str:

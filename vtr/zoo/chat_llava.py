@@ -1,0 +1,125 @@
+"""The built-in model for chats about many pictures: its architecture and its processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vtr.compat.transformers import from_config
+from vtr.errors import missing
+from vtr.zoo.chat_questions import SPECIAL, VOCABULARY
+from vtr.zoo.data import MEAN, STD
+from vtr.zoo.slides import IMAGE
+from vtr.zoo.video_llava import HEAD
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+PATCH = 8  # pixels, side of a patch
+GRID = IMAGE // PATCH
+TOKENS = GRID * GRID  # of a picture
+TOWER, TOWER_LAYERS = 64, 4
+WIDTH, LAYERS, MLP = 128, 4, 224
+KEY_HEADS = 2
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}USER: "
+    "{% if m['content'] is string %}{{ m['content'] }} {% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+    "{% elif c['type'] == 'text' %}{{ c['text'] }} {% endif %}{% endfor %}{% endif %}"
+    "{% else %}ASSISTANT: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build(attention: str = "sdpa") -> LlavaForConditionalGeneration:
+    """Build a randomly initialised LLaVA: CLIP tower of 4 layers of 64, Llama of 4 layers of 128 with 4
+    query and 2 key-value heads, 16 visual tokens for a picture of 32 pixels.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+    """
+    try:
+        from transformers import (
+            CLIPVisionConfig,
+            LlamaConfig,
+            LlavaConfig,
+            LlavaForConditionalGeneration,
+        )
+    except ImportError as error:
+        raise missing("transformers", "vlm", "the built-in model for chats") from error
+    vision = CLIPVisionConfig(
+        hidden_size=TOWER,
+        intermediate_size=3 * TOWER,
+        num_hidden_layers=TOWER_LAYERS,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        image_size=IMAGE,
+        patch_size=PATCH,
+        projection_dim=TOWER,
+    )
+    language = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // HEAD,
+        num_key_value_heads=KEY_HEADS,
+        max_position_embeddings=2048,
+        bos_token_id=VOCABULARY["<s>"],
+        eos_token_id=VOCABULARY["</s>"],
+        pad_token_id=VOCABULARY["<pad>"],
+        tie_word_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=language,
+        image_token_index=VOCABULARY["<image>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=TOKENS,
+        tie_word_embeddings=True,
+    )
+    return from_config(LlavaForConditionalGeneration, config, attention)
+
+
+def features(tower: Any, pictures: Tensor) -> Tensor:
+    """Patch features that the projector reads: ``(m, 3, 32, 32)`` normalised -> ``(m, 16, 64)``."""
+    return tower(pictures, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+
+def processor() -> Any:
+    """Build a real ``LlavaProcessor``: CLIP's image processor at 32 pixels, a word-level tokenizer, a chat
+    template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
+    )
+    pad, bos, eos, unknown, image = SPECIAL
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unknown,
+        additional_special_tokens=[image],
+        padding_side="left",
+    )
+    side = {"height": IMAGE, "width": IMAGE}
+    images = CLIPImageProcessor(
+        size=side, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[STD] * 3
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT,
+        image_token=image,
+        num_additional_image_tokens=1,
+    )
