@@ -1,4 +1,4 @@
-"""What commands that compare methods share: which methods run, and results that a stopped run left."""
+"""Parts of the commands that compare methods: the choice of methods, and results that a stopped run left."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Store(Generic[R]):
         parser: of the command; results that were measured on other facts end it.
         prefix: None stores nothing.
         facts: what the results depend on.
-        row: makes a result from what JSON holds of it.
+        row: makes a result from its dictionary in the JSON file.
         beside: facts that may differ from those of the stored results.
 
     Attributes:

@@ -11,7 +11,7 @@ from vtr.core.method import Method
 
 
 class Result(Protocol):
-    """What was measured of one configuration: the name of its method, and the method with its settings."""
+    """A result of one configuration: it has the name of the method, and the method with its settings."""
 
     @property
     def name(self) -> str: ...

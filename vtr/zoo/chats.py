@@ -29,7 +29,7 @@ _GREY = (0.15, 0.3)  # brightness of buttons
 
 
 class Chats(NamedTuple):
-    """A batch of chats with P pictures each, described. What a quadrant shows is -1 if it is empty.
+    """A batch of chats with P pictures each, described. Columns hold -1 for a quadrant without a digit.
 
     Attributes:
         digits: ``(n, P, 4)`` int64, 0 to 9; different within a picture.
@@ -140,7 +140,7 @@ def render(batch: Chats, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     inside = line % _HALF
     inside = (inside >= _EDGE) & (inside < _HALF - _EDGE)
     frames = torch.where(screen & inside[:, None] & inside, grey, frames).flatten(0, 1)
-    # What a button looks like is drawn once, when it changes.
+    # The look of a button is drawn once, when it changes.
     chance = torch.rand(5, n, count, PLACES, generator=generator)
     chance = chance.gather(2, batch.since.clamp(min=0).expand(5, -1, -1, -1))
     opacity = torch.zeros(n * count, PLACES, IMAGE, IMAGE)
