@@ -197,6 +197,14 @@ def test_low_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     assert cache.table(score, 1, 0) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_what_is_noted_holds_no_graph() -> None:
+    for method in (vtr.H2O(), vtr.Scissorhands()):
+        cache = Cache(*KINDS)
+        cache.q.requires_grad_()
+        method.watch(cache.call(14))
+        assert not any(x.requires_grad for x in cache.entries.values())
+
+
 def test_text_rows_are_found_once_for_all_layers() -> None:
     memory: dict[str, Any] = {}
     for layer in range(2):

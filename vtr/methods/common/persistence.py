@@ -15,6 +15,7 @@ _NUMBERS = 1 << 26  # of attention that are computed at a time
 BITS = 8
 
 
+@torch.no_grad()
 def note_rows(
     site: KVSite, rows: Tensor, window: int, important: Callable[[Tensor, Tensor], Tensor]
 ) -> None:

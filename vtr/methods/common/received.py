@@ -66,6 +66,7 @@ class ReceivedMethod(EvictionMethod):
         rows: Tensor = site.memory[key]
         return rows
 
+    @torch.no_grad()
     def accumulate(self, site: KVSite, alpha: float) -> None:
         """Add this call's rows to ``site.entries["received"]``, and their number to ``"seen"``.
 
