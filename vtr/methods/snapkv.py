@@ -50,6 +50,10 @@ class SnapKV(EvictionMethod):
                 f"pooling must be {' or '.join(map(repr, POOLINGS))}, got {self.pooling!r}"
             )
 
+    @property
+    def acts_while_decoding(self) -> bool:
+        return self.while_decoding
+
     def watch(self, site: KVSite) -> None:
         if self.while_decoding:
             slide(site, self.window)
