@@ -147,6 +147,23 @@ def test_sixteen_bits_are_the_model(name):
             same(generate(model, inputs), plain, 0)
 
 
+def test_behind_a_cut_rows_are_those_that_are_left():
+    model, inputs = made("qwen2_5_vl", 2)
+    with vtr.apply(model, vtr.FastV(0.5)):
+        cut = generate(model, inputs)
+    with vtr.apply(model, [vtr.FastV(0.5), vtr.ZipCache(high=16, low=16)]):
+        same(generate(model, inputs), cut, 0)
+    for method in (vtr.ZipCache(every=2), vtr.ZipVLCache(0.5, recent=4, random=4, every=2)):
+        with vtr.apply(model, [vtr.FastV(0.5), method]):
+            found = generate(model, inputs)
+            layers = found.past_key_values.layers
+            assert all(p.bits in (2, 4) for layer in layers for p in layer.packed)
+            assert layers[-1].packed[0].places < layers[0].packed[0].places
+            for b, row in enumerate(split(inputs)):
+                alone = generate(model, row)
+                assert torch.allclose(alone.logits[-1][0], found.logits[-1][b], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "method",
     [

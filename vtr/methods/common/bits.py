@@ -53,14 +53,14 @@ def ranking_rows(site: KVSite, recent: Keep, random: Keep, seed: int) -> Tensor:
     """
     if site.phase == "decode":
         return site.last_rows(1)
-    if "rows" not in site.memory:  # the device is asked once per call, not once per layer
-        site.memory["rows"] = site.row_valid.sum(1).tolist()
-    lengths: list[int] = site.memory["rows"]
+    lengths = site.row_valid.sum(1).tolist()  # cuts between layers change them
     drawn = [
-        probe_rows(n, count(recent, n), count(random, n), seed) if n else torch.tensor([])
+        probe_rows(n, count(recent, n), count(random, n), seed)
+        if n
+        else torch.zeros(0, device="cpu")
         for n in lengths
     ]
-    ranks = torch.full((len(drawn), max(map(len, drawn))), -1)
+    ranks = torch.full((len(drawn), max(map(len, drawn))), -1, device="cpu")
     for b, rank in enumerate(drawn):
         ranks[b, : len(rank)] = rank
     ranks = ranks.to(site.row_valid.device)
