@@ -29,6 +29,7 @@ RECIPES = {
     "digits-llava": "recipes.train_llava",
     "digits-video": "recipes.train_video",
     "digits-long": "recipes.train_long",
+    "digits-chat": "recipes.train_chat",
     "digits-wan": "recipes.train_wan",
 }
 

@@ -39,7 +39,7 @@ def test_the_built_in_models_come_with_it(content):
 
     for name in ("digits-vit", "digits-tofe"):
         assert f"vtr/zoo/weights/{name}.safetensors" in content and card(name)
-    for name in ("digits-llava", "digits-video", "digits-long"):
+    for name in ("digits-llava", "digits-video", "digits-long", "digits-chat"):
         parts = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
         assert {f"vtr/zoo/weights/{name}/{part}" for part in parts} <= content
     assert "vtr/zoo/weights/digits-wan/diffusion_pytorch_model.safetensors" in content

@@ -148,13 +148,20 @@ def _check_source(
 
 def _built_in(model: str, processor: Any, count: int) -> tuple[Lazy, str]:
     """Batches of questions of a built-in model's training data, and a description of them."""
-    from vtr.zoo import questions as picture_questions
-    from vtr.zoo import video_qa, video_questions, vqa
+    from functools import partial
 
+    from vtr.zoo import chat_questions, slides_qa, video_qa, video_questions, vqa
+    from vtr.zoo import questions as picture_questions
+
+    sources: dict[str, tuple[Any, Any]] = {
+        "digits-llava": (picture_questions, vqa),
+        "digits-video": (video_questions, video_qa),
+        "digits-long": (video_questions, slides_qa),
+        "digits-chat": (chat_questions, partial(chat_questions.chat_qa, task="pictures")),
+    }
     name = loading.VLMS[model]
-    video = name == "digits-video"
-    asked: Any = video_questions if video else picture_questions
-    samples: list[Any] = [*(video_qa if video else vqa)(count, seed=0, split="train")]
+    asked, draw = sources[name]
+    samples: list[Any] = [*draw(count, seed=0, split="train")]
 
     def read(n: int) -> Any:
         return asked.prompt(processor, samples[n * TOGETHER : (n + 1) * TOGETHER])

@@ -11,6 +11,7 @@ QUESTIONS = {
     "digits-llava": "how many digits are there ?",
     "digits-video": "which digit is blue ?",
     "digits-long": "which digit does appear twice , last in blue ?",
+    "digits-chat": "which digit is in the first ?",
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 NAMES = (
-    "digits-vit, timm:NAME, open_clip:NAME, digits-llava, digits-video, digits-long, "
+    "digits-vit, timm:NAME, open_clip:NAME, digits-llava, digits-video, digits-long, digits-chat, "
     "a folder or a hub id of a VLM"
 )
 VLMS = {
@@ -27,6 +27,7 @@ VLMS = {
     "digits-llava": "digits-llava",
     "digits-video": "digits-video",
     "digits-long": "digits-long",
+    "digits-chat": "digits-chat",
 }
 """Built-in vision-language models by the names that they go by."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,7 +69,8 @@ def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tu
     Args:
         name: ``"digits-llava"`` (a transformers ``LlavaForConditionalGeneration``),
             ``"digits-video"`` or ``"digits-long"`` (a ``LlavaOnevisionForConditionalGeneration``
-            each; the second one is for clips of 64 frames), or the folder of a training run.
+            each; the second one is for clips of 64 frames), ``"digits-chat"`` (a LLaVA for chats about
+            twelve pictures), or the folder of a training run.
         dtype: of the parameters; None for float32. The weights are stored in bfloat16.
 
     Raises:
@@ -202,8 +204,8 @@ def find_vlm(name: str) -> VlmReference:
     """The model of a name, with its configuration and without its weights.
 
     Args:
-        name: ``"digits-llava"`` (or ``"builtin"``), ``"digits-video"``, ``"digits-long"``, a folder
-            with a ``config.json``, or an id of the Hugging Face hub.
+        name: ``"digits-llava"`` (or ``"builtin"``), ``"digits-video"``, ``"digits-long"``,
+            ``"digits-chat"``, a folder with a ``config.json``, or an id of the Hugging Face hub.
 
     Raises:
         ValueError: there is no such model, or it is none that answers questions about images.
@@ -220,8 +222,8 @@ def find_vlm(name: str) -> VlmReference:
     elif os.path.isdir(name) and not (Path(name) / "config.json").is_file():
         raise ValueError(f"the folder {name} holds no config.json: it is no saved model")
     known = (
-        "builtin (digits-llava), digits-video, digits-long, a folder of a saved model, or an id of "
-        "the Hugging Face hub"
+        "builtin (digits-llava), digits-video, digits-long, digits-chat, a folder of a saved model, or "
+        "an id of the Hugging Face hub"
     )
     try:
         config = AutoConfig.from_pretrained(path)

@@ -76,6 +76,7 @@ def check(name: str) -> None:
             "digits-llava": f" ({name} answers questions: vtr.zoo.load_vlm)",
             "digits-video": f" ({name} answers questions about videos: vtr.zoo.load_vlm)",
             "digits-long": f" ({name} answers questions about videos: vtr.zoo.load_vlm)",
+            "digits-chat": f" ({name} answers questions in chats: vtr.zoo.load_vlm)",
             "digits-wan": f" ({name} makes videos: vtr.zoo.load_pipeline)",
         }
         hint = hints.get(name, "")
