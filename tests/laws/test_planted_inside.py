@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.methods.base import EditMethod, Examples, LanguageAttentionMethod, PrefillMethod
+from vtr.methods.base import (
+    DecodeMethod,
+    EditMethod,
+    Examples,
+    LanguageAttentionMethod,
+    PrefillMethod,
+)
 from vtr.testing import check_method
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,6 +62,24 @@ class Flatter(EditMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Newest(DecodeMethod):
+    """Decoding steps read the newest visual keys."""
+
+    name: ClassVar[str] = "newest"
+    paper: ClassVar[str] = "none"
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"some": (cls(3),), "everything": (cls(4096),)}
+
+    def select(self, site: Any) -> Tensor | None:
+        _, visual, number, _, everything = self.sides(site)
+        rank = (visual >= 0).sum(1, keepdim=True) - torch.arange(visual.shape[1])
+        chosen = torch.where((rank <= number[:, None]) & (visual >= 0), visual, -1)
+        return None if everything else self.read(site, chosen[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
 class LooksAhead(Thirds):
     """Wants every block that is later; vtr makes its mask causal."""
 
@@ -65,7 +89,7 @@ class LooksAhead(Thirds):
         return keep | torch.ones_like(keep).triu(1)
 
 
-@pytest.mark.parametrize("method", [Thirds, Flatter, LooksAhead])
+@pytest.mark.parametrize("method", [Thirds, Flatter, Newest, LooksAhead])
 def test_a_method_without_a_fault_passes(method: Any) -> None:
     """One that is not registered, and says no more than an author must."""
     assert check_method(method, ["internvl"]) == ("internvl",)
@@ -263,6 +287,76 @@ class ForgetsRows(LanguageAttentionMethod):
     ],
 )
 def test_a_fault_of_an_edit_is_caught(method: Any, law: str) -> None:
+    with pytest.raises(AssertionError, match=law) as caught:
+        check_method(method, ["internvl"])
+    assert "law " in str(caught.value) and method.__name__ in str(caught.value)
+
+
+# ---- decoding steps ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LosesText(Newest):
+    """Reads its visual keys, and the first token."""
+
+    def read(self, site: Any, chosen: Tensor) -> Tensor:
+        both = torch.cat([site.bos[:, None, None], chosen], 2)
+        return both.expand(-1, site.k.shape[1], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverWhole(Newest):
+    """Reads three visual keys whatever it is asked for."""
+
+    def select(self, site: Any) -> Tensor | None:
+        return Newest(3).select(site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneWidth(Newest):
+    """Counts columns from the front of the batch, as if no sample were padded."""
+
+    def select(self, site: Any) -> Tensor | None:
+        if self.keys == 4096:
+            return None
+        text = site.text[0].nonzero().flatten()
+        every = torch.cat([text, site.visual[0].nonzero().flatten()[-3:]])
+        return every.expand(*site.k.shape[:2], -1).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftsPrompts(Newest):
+    """Gives each row of a prompt what the row before it attends to."""
+
+    def attend(self, site: Any) -> Tensor:
+        out = super().attend(site)
+        if site.phase == "decode" or self.keys == 4096:
+            return out
+        return torch.cat([out[:, :, :1], out[:, :, :-1]], 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaysLessOfSteps(Newest):
+    """Counts half of what it reads."""
+
+    def attend(self, site: Any) -> Tensor:
+        out = super().attend(site)
+        if site.phase == "decode":
+            site.notes["work"] = site.notes["work"] / 2
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "law"),
+    [
+        (LosesText, "does not read column .*, which is text"),
+        (NeverWhole, "keep everything is dense"),
+        (OneWidth, "alone|text"),
+        (ShiftsPrompts, "rows"),
+        (SaysLessOfSteps, "in a decode sees .*, and the trace says"),
+    ],
+)
+def test_a_fault_of_decoding_steps_is_caught(method: Any, law: str) -> None:
     with pytest.raises(AssertionError, match=law) as caught:
         check_method(method, ["internvl"])
     assert "law " in str(caught.value) and method.__name__ in str(caught.value)
