@@ -16,6 +16,7 @@ TABLE: dict[str, str] = {
     "CMAI": "cmai",
     "D2O": "d2o",
     "DAM": "dam",
+    "DAMRO": "damro",
     "DELTA": "delta",
     "DHSA": "dhsa",
     "Debias": "debias",

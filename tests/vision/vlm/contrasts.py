@@ -68,10 +68,17 @@ class Reference:
 
     Args:
         sample: a prompt without padding.
+        compact: whether the second run numbers positions anew.
+        kept: the visual tokens that the second run sees; None for the ``k`` loudest.
     """
 
     def __init__(
-        self, model: Any, method: Any, sample: dict[str, Any], compact: bool = False
+        self,
+        model: Any,
+        method: Any,
+        sample: dict[str, Any],
+        compact: bool = False,
+        kept: Any = None,
     ) -> None:
         self.model, self.method = model, method
         given = entered(model, sample)
@@ -83,7 +90,8 @@ class Reference:
         self.places = visual(sample["input_ids"])[0].nonzero().flatten()
         self.stack = given.get("deepstack_visual_embeds")
         norms = self.embeds[0, self.places].norm(dim=-1).numpy()
-        kept = np.argsort(-norms, kind="stable")[: getattr(method, "k", 0)]
+        if kept is None:
+            kept = np.argsort(-norms, kind="stable")[: getattr(method, "k", 0)]
         self.kept = np.sort(kept)
         dropped = np.setdiff1d(np.arange(len(self.places)), self.kept)
         gone = set(self.places[torch.tensor(dropped, dtype=torch.long)].tolist())
