@@ -90,6 +90,7 @@ from vtr.methods.tome import ToMe as ToMe
 from vtr.methods.tomesd import ToMeSD as ToMeSD
 from vtr.methods.uniform_frames import UniformFrames as UniformFrames
 from vtr.methods.var import VAR as VAR
+from vtr.methods.vasparse import VASparse as VASparse
 from vtr.methods.vflowopt import VFlowOpt as VFlowOpt
 from vtr.methods.vhr import VHR as VHR
 from vtr.methods.video_tome import VideoToMe as VideoToMe

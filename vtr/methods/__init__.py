@@ -65,6 +65,7 @@ TABLE: dict[str, str] = {
     "ToMeSD": "tomesd",
     "UniformFrames": "uniform_frames",
     "VAR": "var",
+    "VASparse": "vasparse",
     "VFlowOpt": "vflowopt",
     "VHR": "vhr",
     "VMTC": "vmtc",

@@ -81,17 +81,19 @@ class DAMRO(ContrastMethod):
     def examples(cls) -> Examples:
         return {
             "some": (cls(3), cls(3, signal="received")),
-            "everything": (cls(3, alpha=0.0), cls(3, alpha=0.0, signal="received")),
+            "everything": (cls(3, alpha=0.0),),
         }
 
     def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
+        if not self.alpha:
+            return {}
         look = {"class": "cls_attention", "received": "attention_received"}[self.signal]
         return {"encoder": frozenset({look}), "logits": frozenset({"encoder_scores"})}
 
     def check(self, info: ModelInfo) -> None:
         shown = info.signals.get("encoder", frozenset())
         other = "attention_received" in shown and "cls_attention" not in shown
-        if other and self.signal == "class" and "logits" in info.depth:
+        if other and self.alpha and self.signal == "class" and "logits" in info.depth:
             raise UnsupportedMethodError(
                 f"damro needs cls_attention, and the encoder of {info.family} has no class token: with "
                 "signal='received' outliers are the tokens that all others attend to"

@@ -41,6 +41,24 @@ class KVChoices:
     whole: ClassVar[bool] = False
 
     @property
+    def rescores(self) -> bool:
+        """Whether decoding steps attend by changed scores: :meth:`rescore`."""
+        return False
+
+    def rescore(self, site: KVSite, scores: Tensor) -> Tensor:
+        """Change the scores of a decoding step, before the softmax.
+
+        Args:
+            site: the entries that are held, those of the step among them; what :meth:`watch` notes of a step is
+                not yet there.
+            scores: (B, H, 1, K) float32, scaled products of the query and the keys.
+
+        Returns:
+            (B, H, 1, K) float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define rescore(site, scores)")
+
+    @property
     def while_decoding(self) -> bool:
         """True if entries are dropped or packed while an answer is written, and do not come back."""
         return False

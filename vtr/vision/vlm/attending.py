@@ -154,7 +154,9 @@ class LanguageAttention:
         call.to(q.device)
         self._check(i, module, q, v, kwargs)
         store = store_of(call.cache, i)
-        if store is not None and not store.whole:
+        if store is not None and self.owner.kv.rescores(call, i, q.shape[2]):
+            result = self.owner.kv.attend_rescored(store, call, i, q, k, v, kwargs)
+        elif store is not None and not store.whole:
             result = self.owner.kv.attend(store, call, i, q, k, v, mask, kwargs)
         elif i in self.by_layer:
             result = self._by_method(call, i, function, module, q, k, v, mask, kwargs)

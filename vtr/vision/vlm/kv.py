@@ -132,6 +132,32 @@ class KVSession:
             return attend_all(q, k, v, scale).transpose(1, 2)
         return attend(q, k, v, sees, scale).transpose(1, 2)
 
+    def rescores(self, call: LanguageCall, i: int, rows: int) -> bool:
+        """Tell whether layer ``i`` attends by scores that its method changes."""
+        entry = self.by_layer.get(i)
+        decoding = rows == 1 and call.visual is None
+        return decoding and entry is not None and entry.method.rescores  # type: ignore[attr-defined]
+
+    def attend_rescored(
+        self, store: EntryStore, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Compute the attention of a decoding step by changed scores, (B, 1, H, D)."""
+        entry = self.by_layer[i]
+        valid = torch.cat([call.columns_before(i), call.layout.valid], 1)
+        site = self._site(call, i, entry, store, q, k, v, valid, kwargs)
+        method: Any = entry.method
+        heads, groups = q.shape[1], site.k.shape[1]
+        grouped = q.unflatten(1, (groups, -1))[:, :, :, 0].float()
+        with call.casting(False):
+            scores = (grouped @ site.k.float().mT * site.scale).flatten(1, 2)[:, :, None]
+            sees = site.sees(torch.zeros_like(valid[:, :1], dtype=torch.int64))
+            changed = method.rescore(site, scores)
+            hidden = ~sees.repeat_interleave(heads // groups, 1)
+            weights = changed.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+            out = weights.unflatten(1, (groups, -1))[:, :, :, 0] @ site.v.float()
+        return out.flatten(1, 2)[:, None].to(q.dtype)
+
     def _recall(
         self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any], store: EntryStore
     ) -> bool:  # fmt: skip
