@@ -229,6 +229,9 @@ class EvictionMethod(KVMethod):
 
     def compress(self, site: KVSite) -> Change | None:
         kept = self.chosen(site, self.score(site))
+        merges = type(self).settle is not EvictionMethod.settle
+        if not merges or torch.equal(kept, site.valid):  # nothing goes, so that nothing is merged
+            return Change(kept)
         made = self.settle(site, kept)
         return Change(kept) if made is None else Change(kept, *made)
 
