@@ -285,6 +285,7 @@ class EvictionMethod(KVMethod):
         rest = parse_bytes(self.bytes) - dense * batch * heads * site.length * size
         noted = sum(x[:1, :1, :1].nbytes for x in site.entries.values())
         layers = site.layers - dense
+        rest -= layers * sum(x.nbytes for x in site.state.values() if isinstance(x, Tensor))
         return max(0, rest // (layers * batch * heads * (size + COLUMN + noted)))
 
     def _in_bytes(self, site: KVSite) -> Tensor:
