@@ -244,7 +244,20 @@ def test_videos(built: dict[str, Any], name: str) -> None:
     agree(built["qwen2_5_vl_video"][0], create(name), answers, built["qwen2_5_vl_video"][1], True)
 
 
-@pytest.mark.parametrize("name", ["h2o", "a2sf", "scissorhands", "streaming-llm", "random-kv"])
+EVICTING = (
+    "h2o",
+    "a2sf",
+    "scissorhands",
+    "streaming-llm",
+    "random-kv",
+    "snapkv",
+    "gui-kv",
+    "d2o",
+    "ems",
+)
+
+
+@pytest.mark.parametrize("name", EVICTING)
 def test_kv_caches(built: dict[str, Any], name: str) -> None:
     """Entries are dropped after the prompt, and after every generated token."""
     model, inputs = built["llava"]
