@@ -265,13 +265,23 @@ def test_kv_caches(built: dict[str, Any], name: str) -> None:
     agree(model, method, answers, inputs, True)
 
 
+@pytest.mark.parametrize("name", ["zipcache", "zipvl-cache", "staircase-kv"])
+def test_packed_kv_caches(built: dict[str, Any], name: str) -> None:
+    """Entries are stored with fewer bits after the prompt, and after every second generated token."""
+    model, inputs = built["llava"]
+    ages = {"ages": (2, 6)} if name == "staircase-kv" else {}
+    agree(model, vtr.create(name, every=2, **ages), answers, inputs, True)
+
+
 @pytest.mark.parametrize("name", ["dycoke", "sparsevlm", "fastvid"])
 def test_images_and_videos_in_one_batch(built: dict[str, Any], name: str) -> None:
     model, inputs = built["llava_onevision_mixed"]
     agree(model, create(name), answers, inputs, True)
 
 
-@pytest.mark.parametrize("name", ["fastv", "visionzip", "dycoke", "h2o", "scissorhands"])
+@pytest.mark.parametrize(
+    "name", ["fastv", "visionzip", "dycoke", "h2o", "scissorhands", "zipcache"]
+)
 def test_a_decoding_step_waits_for_nothing(built: dict[str, Any], name: str) -> None:
     """DyCoke asks once whether to choose again, and no more where it does not."""
     model, inputs = built["qwen2_5_vl_video"]
