@@ -43,6 +43,8 @@ class ZipCache(KVMethod):
     Args:
         salient: share of the tokens that are stored with ``high`` bits. The authors' demo has 0.6.
         high, low: bits, 16 (the model's dtype), 8, 4 or 2.
+        every: new tokens after which they are stored, 0 for none of them. Each time adds one group of entries
+            per number of bits, with separate ranges: few tokens at a time save less, and take longer to read.
         recent, random: last rows and drawn rows that rank a prompt, as shares of its tokens or as numbers.
         seed: of the drawn rows; layer n draws with ``seed + n``.
         text: False leaves text and generated tokens in the model's dtype.

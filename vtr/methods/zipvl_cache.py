@@ -31,13 +31,15 @@ class ZipVLCache(KVMethod):
     second one, ``ZipVLCache(high=16, low=0)``, only the important ones are kept.
 
     After every ``every`` new tokens these are stored, by the attention of the newest row. The paper has no code:
-    that ``tau`` decides how many of them are important, too, is our reading. Text of the prompt is
+    that ``tau`` decides how many of them are important, too, is our reading. In later turns new tokens are
+    ranked among themselves, and what is stored stays as it is. Text of the prompt is
     important as in :class:`vtr.ZipVL`, and generated tokens are never dropped.
 
     Args:
         tau: share of the attention that important tokens must hold, in (0, 1]; 1 is all.
         high: bits of important tokens: 16 (the model's dtype), 8, 4 or 2.
         low: bits of others; 0 drops them.
+        every: new tokens after which they are stored, 0 for none of them.
         recent: last rows whose attention is looked at.
         random: earlier rows that are looked at as well, drawn without repetition.
         seed: of the drawn rows; layer n draws with ``seed + n``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtr
-from tests.vision.vlm.models import made
+from tests.vision.vlm.models import made, noise, prompts
+from vtr.compat.transformers import cache_of, with_cache
 from vtr.core.kv_site import Change
 from vtr.core.packed_entries import PackedEntries
 from vtr.testing.models.prompts import split
@@ -131,11 +133,34 @@ def test_steps_and_turns_equal_a_plain_cache_of_the_unpacked_entries(name, more)
         "attention_mask": torch.cat([mask, torch.ones_like(text)], 1),
     }
     with vtr.apply(model, vtr.ZipCache(0.5, every=0)), torch.no_grad():
-        cache = generate(model, inputs, max_new_tokens=1).past_key_values
+        cache = cache_of(generate(model, inputs, max_new_tokens=1))
         assert {p.bits for p in cache.layers[0].packed} == {4, 2}
         plain = unpacked(cache, mask.bool())
-        found = generate(model, turn, past_key_values=cache)
-    same(found, generate(model, turn, past_key_values=plain), 1e-4)
+        found = generate(model, turn, **with_cache(type(model).forward, cache))
+    same(found, generate(model, turn, **with_cache(type(model).forward, plain)), 1e-4)
+
+
+def test_a_turn_with_a_second_image_packs_its_own_entries():
+    model, _ = made("llava", 1)
+    forward, images = type(model).forward, noise(3, 3, 28, 28)
+    first, second = prompts([[16]]), prompts([[16], [16, 16]])
+    ids, n = second["input_ids"][1:], first["input_ids"].shape[1]
+    mask = torch.ones(1, n + ids.shape[1], dtype=torch.long)
+    turn = {"input_ids": ids, "attention_mask": mask, "pixel_values": images[1:]}
+    with torch.no_grad():
+        with vtr.apply(model, vtr.ZipCache(0.5, every=0)):
+            cache = cache_of(model(**first, pixel_values=images[:1]))
+            plain, before = unpacked(cache, mask[:, :n].bool()), by_column(cache.layers[2])
+            copied = copy.deepcopy(cache)  # a cache that several questions share
+            found = model(**turn, **with_cache(forward, cache)).logits
+        expected = model(**turn, **with_cache(forward, plain)).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert [p.bits for p in cache.layers[2].packed] == [4, 2, 4, 2]
+    for after, row in zip(by_column(cache.layers[2]), before, strict=True):
+        assert len(after) == mask.shape[1]
+        assert all(torch.equal(after[c], row[c]) for c in row)
+    for after, row in zip(by_column(copied.layers[2]), before, strict=True):
+        assert after.keys() == row.keys()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -156,7 +181,7 @@ def test_behind_a_cut_rows_are_those_that_are_left():
     for method in (vtr.ZipCache(every=2), vtr.ZipVLCache(0.5, recent=4, random=4, every=2)):
         with vtr.apply(model, [vtr.FastV(0.5), method]):
             found = generate(model, inputs)
-            layers = found.past_key_values.layers
+            layers = cache_of(found).layers
             assert all(p.bits in (2, 4) for layer in layers for p in layer.packed)
             assert layers[-1].packed[0].places < layers[0].packed[0].places
             for b, row in enumerate(split(inputs)):
