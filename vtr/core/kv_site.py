@@ -170,12 +170,16 @@ class KVSite:
 
     def at_entries(self, of_columns: Tensor, nothing: Any = 0) -> Tensor:
         """Look values of columns (B, S) up for the entries, (B, Hk, K); ``nothing`` for empty places."""
-        batch, heads, number = self.columns.shape
-        index = self.columns.clamp(min=0).view(batch, -1)
-        found = of_columns.gather(1, index).view(batch, heads, number)
-        return found.masked_fill(self.columns < 0, nothing)
+        index, empty = self._places
+        found = of_columns.gather(1, index).view(self.columns.shape)
+        return found.masked_fill(empty, nothing)
 
-    @property
+    @functools.cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """(B, Hk * K) columns with 0 for empty places, and (B, Hk, K) bool, True for these."""
+        return self.columns.clamp(min=0).flatten(1), self.columns < 0
+
+    @functools.cached_property
     def valid(self) -> Tensor:
         """(B, Hk, K) bool, True for entries of tokens, False for padding and empty places."""
         return self.at_entries(self._tokens)
