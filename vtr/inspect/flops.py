@@ -166,17 +166,19 @@ def kv_bytes(tokens: Sequence[int], kv_dim: int, itemsize: int) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Count the bytes of the keys and values in a transformers cache (the ``cache`` of an output).
+    """Count the bytes of the keys and values in a transformers cache (the ``cache`` of an output); of a layer
+    whose entries a method has chosen, those of all tensors that it holds.
 
     Raises:
         TypeError: the object holds no layers of keys and values.
     """
     layers = getattr(cache, "layers", cache)
-    total = 0
     try:
+        total = sum(part.nbytes for part in layers if hasattr(part, "nbytes"))
         pairs = [
             (part.keys, part.values) if hasattr(part, "keys") else (part[0], part[1])
             for part in layers
+            if not hasattr(part, "nbytes")
         ]
     except (TypeError, IndexError, AttributeError) as error:
         raise TypeError(f"not a cache of keys and values: {type(cache).__name__}") from error

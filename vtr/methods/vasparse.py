@@ -115,7 +115,7 @@ class VASparse(ContrastMethod, EvictionMethod):
 
     @property
     def selects(self) -> bool:
-        """Whether entries leave the cache."""
+        """True if entries leave the cache."""
         return self.keep != 1.0
 
     @property

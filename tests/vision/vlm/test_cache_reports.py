@@ -14,6 +14,7 @@ import vtr
 from tests.vision.vlm.models import made
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.core.packed_entries import PackedEntries
+from vtr.inspect.flops import cache_bytes
 from vtr.vision.vlm.store import EntryStore
 
 METHODS = {
@@ -134,6 +135,16 @@ def test_without_such_methods_there_is_none():
         model(**inputs, use_cache=True)
         assert handle.report().cache is None and handle.report().to_dict()["cache"] is None
         assert "held" not in str(handle.report())
+
+
+def test_the_profile_counts_packed_entries():
+    model, inputs = made("llava", 2)
+    with torch.no_grad(), vtr.apply(model, METHODS["bits"]) as handle:
+        cache = cache_of(model(**inputs, use_cache=True))
+        assert cache_bytes(cache) == handle.report().cache.bytes
+    given = {**inputs, "use_cache": True}
+    dense, bits = vtr.profile(model, given, METHODS["bits"], repeats=1, warmup=0).rows
+    assert bits.kv_bytes == cache_bytes(cache) < dense.kv_bytes
 
 
 def test_layers_without_a_method_are_counted_too():

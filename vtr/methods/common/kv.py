@@ -42,7 +42,7 @@ class KVChoices:
 
     @property
     def rescores(self) -> bool:
-        """Whether decoding steps attend by changed scores: :meth:`rescore`."""
+        """True if decoding steps attend by changed scores: :meth:`rescore`."""
         return False
 
     def rescore(self, site: KVSite, scores: Tensor) -> Tensor:
