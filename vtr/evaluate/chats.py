@@ -29,14 +29,14 @@ KEEPS = (0.0625, 0.125, 0.25, 0.5)
 COLUMNS = tuple(f"{task}, {when}" for task in TASKS for when in ("now", "back"))
 """Groups of questions: about the last picture, and about earlier ones."""
 
+# A window as large as the defaults, whose entries stay, would be larger than the budgets.
+_WINDOW = {"window": 4, "kernel": 3}
+
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
-    # A window as large as the defaults, whose entries stay, would be larger than the budgets.
-    "snapkv": (
-        *({"keep": keep, "window": 4, "kernel": 3} for keep in KEEPS),
-        {"keep": 0.125, "window": 4, "kernel": 3, "heads": "adaptive"},
-        {"keep": 0.125, "window": 4, "kernel": 3, "depth": "pyramid"},
-    ),
-    "gui-kv": tuple({"keep": keep, "window": 4, "kernel": 3} for keep in KEEPS),
+    "snapkv": tuple({"keep": keep, **_WINDOW} for keep in KEEPS),
+    "snapkv-adaptive": tuple({"keep": keep, **_WINDOW, "heads": "adaptive"} for keep in KEEPS),
+    "snapkv-pyramid": tuple({"keep": keep, **_WINDOW, "depth": "pyramid"} for keep in KEEPS),
+    "gui-kv": tuple({"keep": keep, **_WINDOW} for keep in KEEPS),
     "ems": tuple({"keep": keep, "window": 16} for keep in KEEPS),
     "staircase-kv": (
         {"ages": (64, 128), "bits": (16, 8, 4)},
@@ -44,18 +44,25 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"ages": (16, 32), "bits": (16, 4, 2)},
     ),
     "zipcache": ({"high": 8, "low": 4}, {}, {"salient": 0.2}),
-    "zipvl-cache": (
-        {},
-        *({"tau": tau, "high": 16, "low": 0} for tau in (0.975, 0.9, 0.8)),
-    ),
+    "zipvl-cache": tuple({"tau": tau} for tau in (0.975, 0.8)),
+    "zipvl-cache-drop": tuple({"tau": t, "high": 16, "low": 0} for t in (0.975, 0.9, 0.8)),
 }
 """Options of methods whose budget is not ``keep``, or that need others than their defaults for a prompt of two
-hundred tokens."""
+hundred tokens; and those of the names in :data:`VARIANTS`."""
+
+VARIANTS = {
+    "snapkv-adaptive": "snapkv",
+    "snapkv-pyramid": "snapkv",
+    "zipvl-cache-drop": "zipvl-cache",
+}
+"""Methods with other options, as a line of their own: name in the results, and name of the method."""
 
 
 def methods() -> dict[str, list[Method]]:
-    """Create every registered method for the KV cache in its settings: the baselines, then the others."""
+    """Create every registered method for the KV cache in its settings: the baselines, then the others, each
+    followed by its :data:`VARIANTS`."""
     kinds: dict[str, Any] = {n: c for n, c in registry().items() if issubclass(c, KVMethod)}
+    kinds |= {name: kinds[of] for name, of in VARIANTS.items()}
     out: dict[str, list[Method]] = {}
     for name in (*BASELINES, *sorted(set(kinds) - set(BASELINES))):
         cls = kinds[name]
