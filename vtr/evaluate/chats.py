@@ -55,7 +55,7 @@ VARIANTS = {
     "snapkv-pyramid": "snapkv",
     "zipvl-cache-drop": "zipvl-cache",
 }
-"""Methods with other options, as a line of their own: name in the results, and name of the method."""
+"""Methods with other options, shown apart: name in the results, and name of the method."""
 
 
 def methods() -> dict[str, list[Method]]:
