@@ -43,6 +43,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"ages": (64, 128), "bits": (16, 4, 2)},
         {"ages": (16, 32), "bits": (16, 4, 2)},
     ),
+    "vasparse-drop": tuple({"keep": keep, "merge": False} for keep in KEEPS),
     "zipcache": ({"high": 8, "low": 4}, {}, {"salient": 0.2}),
     "zipvl-cache": tuple({"tau": tau} for tau in (0.975, 0.8)),
     "zipvl-cache-drop": tuple({"tau": t, "high": 16, "low": 0} for t in (0.975, 0.9, 0.8)),
@@ -53,6 +54,7 @@ hundred tokens; and those of the names in :data:`VARIANTS`."""
 VARIANTS = {
     "snapkv-adaptive": "snapkv",
     "snapkv-pyramid": "snapkv",
+    "vasparse-drop": "vasparse",
     "zipvl-cache-drop": "zipvl-cache",
 }
 """Methods with other options, shown apart: name in the results, and name of the method."""
