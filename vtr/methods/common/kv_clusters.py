@@ -37,7 +37,8 @@ def summed(
     joins = centre >= 0
     target = index.gather(2, centre.clamp(min=0))
     centres = torch.zeros_like(losers, dtype=torch.int64).scatter_add(2, target, joins.long()) > 0
-    return centres, *(_sums(x, index, target, joins, centres) for x in (k, v))
+    made = [_sums(x, index, target, joins, centres) for x in (k, v)]
+    return centres, made[0], made[1]
 
 
 def _sums(x: Tensor, index: Tensor, target: Tensor, joins: Tensor, centres: Tensor) -> Tensor:
