@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from vtr.core.registry import registry
 from vtr.testing import KINDS, Kind, examples
 from vtr.testing.inside import acts_inside
+from vtr.testing.kv import acts_on_cache, pair
 from vtr.testing.methods import hold, hold_all, laws_of, refused, trial_of
 from vtr.testing.trial import Trial
 
@@ -17,6 +18,7 @@ NAMES = {
 }
 
 INSIDE = [name for name, cls in registry().items() if acts_inside(cls)]
+CACHE = [name for name, cls in registry().items() if acts_on_cache(cls)]
 # Of methods inside attention: the laws that depend on how a family batches and numbers its tokens.
 OF_FAMILIES = (
     "keep everything is dense attention",
@@ -27,11 +29,12 @@ OF_FAMILIES = (
 def hold_on(name: str, kinds: Iterable[str]) -> None:
     """Hold a method to the laws on each of the kinds that takes it, and tell all that is broken.
 
-    A method inside attention is held to all of them on one kind, another one for each method, and to those of
-    families on the others: its life is the same in all.
+    A method inside attention or at the KV cache is held to all of them on one kind, another one for each method,
+    and to those of families on the others: its life is the same in all.
     """
     settings, broken, names = examples(registry()[name]), [], list(kinds)
-    home = names[INSIDE.index(name) % len(names)] if name in INSIDE else None
+    group = INSIDE if name in INSIDE else CACHE if name in CACHE else []
+    home = names[group.index(name) % len(names)] if group else None
     for kind in names:
         if refused(KINDS[kind], settings):
             continue
@@ -39,6 +42,8 @@ def hold_on(name: str, kinds: Iterable[str]) -> None:
         try:
             if home in (None, kind):
                 hold_all(trial)
+            elif name in CACHE:
+                hold("a full cache with a mask, and a sample alone", pair, trial)
             else:
                 for law in OF_FAMILIES:
                     hold(law, laws_of(trial.method)[law], trial)

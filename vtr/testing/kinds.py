@@ -108,6 +108,11 @@ class Kind:
         """Calibrated numbers by method and dtype; None for methods that need none."""
         return {}
 
+    @functools.cached_property
+    def talks(self) -> dict[Any, Any]:
+        """Conversations without a method, by padding."""
+        return {}
+
     @property
     def samples(self) -> list[Inputs]:
         """Two samples, each as the model is called with it alone."""

@@ -54,7 +54,8 @@ def exception(trial: Trial) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise Interruption
 
-    entry = "attend" if "attention" in trial.method.sites else "reduce"
+    sites = trial.method.sites
+    entry = "attend" if "attention" in sites else "compress" if "kv" in sites else "reduce"
     if contrasts(trial.method):
         entry = "contrast"
     with trial.applied(instead(trial.method, entry, fail)):

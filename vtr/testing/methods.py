@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
-from vtr.testing import attention, contrast, inside, life, tokens
+from vtr.testing import attention, contrast, inside, kv, life, tokens
 from vtr.testing.examples import Settings, examples
 from vtr.testing.kinds import KINDS, Kind
 from vtr.testing.trial import Trial
@@ -57,6 +57,19 @@ CONTRAST: dict[str, Law] = {
     "beams have the scores of their texts": contrast.beams,
     **LIFE,
 }
+CACHE: dict[str, Law] = {
+    "keep everything is the model": kv.everything,
+    "the cache is a full one with a mask": kv.masked,
+    "a sample alone equals the sample in a padded batch": kv.alone,
+    "text and generated tokens stay": kv.text,
+    "no more than the budget": kv.budgets,
+    "no more than a budget in bytes": kv.in_bytes,
+    "bytes are those of the tensors": kv.nbytes,
+    "memory is back": kv.memory,
+    "no leak between samples": attention.leak,
+    **LIFE,
+    "low precision": kv.precision,
+}
 
 
 def laws_of(method: type[Method] | Method) -> dict[str, Law]:
@@ -65,6 +78,8 @@ def laws_of(method: type[Method] | Method) -> dict[str, Law]:
         return CONTRAST
     if inside.acts_inside(method):
         return INSIDE
+    if kv.acts_on_cache(method):
+        return CACHE
     return ATTENTION if "attention" in method.sites else TOKENS
 
 
@@ -114,13 +129,17 @@ def check_method(
 
 def trial_of(kind: Kind, settings: Settings) -> Trial:
     """A trial of a method on a kind of model, with prompts that are long enough for it."""
-    return Trial(kind.longer if inside.acts_inside(settings.some[0]) else kind, settings)
+    first = settings.some[0]
+    long = inside.acts_inside(first) or kv.acts_on_cache(first)
+    return Trial(kind.longer if long else kind, settings)
 
 
 def reduces(trial: Trial) -> bool:
     """Return whether the method computes less, or otherwise, on this kind of model."""
     if contrast.contrasts(trial.method):
         return contrast.reduces(trial)
+    if kv.acts_on_cache(trial.method):
+        return kv.reduces(trial)
     module = attention if "attention" in trial.method.sites else tokens
     return module.reduces(trial)
 

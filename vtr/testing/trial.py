@@ -44,6 +44,7 @@ class Trial:
         self.settings = settings
         self.method = settings.some[0]
         self.native = kind.native  # of the batch, while no method is applied
+        self.talks: dict[Any, Any] = {}  # conversations by method and padding
 
     def run(self, method: Method, inputs: Inputs, model: Any = None) -> Ran:
         """Call the model under a method that is taken off again."""
