@@ -273,6 +273,7 @@ class LanguageSession(Threaded):
             remember(call.cache, cuts)
         self.owner.attention.after(call)
         self.owner.kv.after(call)
+        self.owner.kv.open(call.cache, False)
         if call.held is not None:
             call.held.done, call.held.notes = True, dict(self.owner.tracing.notes)
         if call.changed:
@@ -299,7 +300,7 @@ class LanguageSession(Threaded):
         if call is not None and call.cuts is not None:
             lock(call.given, call.cuts)
         if call is not None:
-            self.owner.kv.open(call.given, False)
+            self.owner.kv.open(call.cache, False)
 
     # ---- its layers -------------------------------------------------------------------------
 
