@@ -150,6 +150,7 @@ class DyCoke(Presets, KVChoices, TokenMethod):
             site.state["moving"] = in_videos(site)
         elif "moving" not in site.state or self.evicted == "drop":
             return
+        assert self.kv is not None  # else no layer is visited
         moving: Tensor = site.state["moving"]
         row = newest_attention(site, moving.shape[1]).masked_fill(~moving, 0)
         before: Tensor | None = site.state.get("row")
