@@ -78,11 +78,10 @@ class D2O(ReceivedMethod):
         return torch.minimum(found.round().long().clamp(min=1), every)
 
     def settle(self, site: KVSite, kept: Tensor) -> tuple[Tensor, Tensor] | None:
-        leaves = site.valid & ~kept
-        if not self.merge or not leaves.any():
+        if not self.merge:
             return None
         targets = kept & (site.visual if self.evict == "visual" else site.valid)
-        alike, target = nearest((site.k,), leaves, targets)
+        alike, target = nearest((site.k,), site.valid & ~kept, targets)
         joins = alike >= self.threshold(site, alike)[:, None, None]
         weight = alike.exp().masked_fill(~joins, 0.0).masked_fill(kept, math.e)
         return merged(site.k, weight, target), merged(site.v, weight, target)
