@@ -17,7 +17,7 @@ class StageRecord:
     """One reduction.
 
     Attributes:
-        site: ``image``, ``encoder``, ``prompt``, ``decoder``, ``cache`` or ``block``.
+        site: ``image``, ``encoder``, ``prompt``, ``decoder`` or ``block``.
         layer: 0-based layer of the cut (after it or inside it).
         method: name of the method.
         tokens_in, tokens_out: visual tokens before and after (per sample; the largest of the batch).
