@@ -12,7 +12,8 @@ from PIL import Image
 import vtr
 from tests.calibrated import ImageShare, image_share  # noqa: F401
 from vtr.cli import commands as cli
-from vtr.cli.calibrate import summary
+from vtr.cli.calibrate import built_in, summary
+from vtr.zoo.loading import VLMS
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("image_share")
@@ -70,6 +71,16 @@ def test_the_built_in_video_model(run, tmp_path):
     assert facts["data"]["samples"] == facts["data"]["images"] == 3
     assert facts["tables"]["share"].startswith("float32 (")
     assert vtr.Plan.load(out).fingerprint.model == facts["model"]["model"]
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_every_built_in_model_has_its_own_data(name):
+    model, processor = vtr.zoo.load_vlm(VLMS[name])
+    batches, text = built_in(name, processor, 2)
+    assert text == f"2 training questions of {VLMS[name]}, seed 0"
+    (batch,) = batches
+    assert processor.tokenizer.unk_token_id not in batch["input_ids"]
+    assert model(**batch).logits.shape[0] == 2
 
 
 def test_a_folder_of_pictures(run, folder, tmp_path):

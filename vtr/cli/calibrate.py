@@ -63,7 +63,7 @@ def calibrate(
     ref = loading.find_vlm(model)
     net, processor = loading.load_found(ref, device, dtype)
     if files is None:
-        batches, text = _built_in(model, processor, builtin or BUILTIN)
+        batches, text = built_in(model, processor, builtin or BUILTIN)
     else:
         batches = Lazy(
             len(files),
@@ -146,7 +146,7 @@ def _check_source(
         raise ValueError("--question and --limit are for --images; built-in data has its questions")
 
 
-def _built_in(model: str, processor: Any, count: int) -> tuple[Lazy, str]:
+def built_in(model: str, processor: Any, count: int) -> tuple[Lazy, str]:
     """Batches of questions of a built-in model's training data, and a description of them."""
     from functools import partial
 
