@@ -84,11 +84,11 @@ def markdown(results: Sequence[CacheResult], facts: Mapping[str, Any]) -> str:
         lines.append(f"| {r.name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "The rows of the prompt that rank its entries are those of pictures and of a question about the last one. "
-        "Methods that keep what these rows attend to therefore keep the last picture, and answer about it where "
-        "random entries do not; about earlier pictures they may know less than random entries tell, which each head "
-        "and layer draws for itself. Methods that store all entries with fewer bits do not have to choose. They "
-        "pack keys and values of 16 bits. VASparse sums the entries that leave in clusters, and the sums draw the "
+        "Methods rank entries by the rows of the prompt: those of the pictures, and of a question about the last one. "
+        "What these rows attend to answers that question; what later questions need is dropped more often than by "
+        "random entries, which each head and layer draws for itself. (In *screens* the last question is about "
+        "another button of the last shot.) Methods that store all entries with fewer bits do not have to choose. "
+        "They pack keys and values of 16 bits. VASparse sums the entries that leave in clusters, and the sums draw the "
         "attention of this model; *vasparse-drop* is without them. Settings are for a prompt of two hundred tokens; none was tuned with "
         "these questions.",
         "",
