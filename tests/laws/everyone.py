@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from vtr.core.registry import registry
 from vtr.testing import KINDS, Kind, examples
+from vtr.testing.contrast import contrasts
 from vtr.testing.inside import acts_inside
 from vtr.testing.kv import acts_on_cache, pair
 from vtr.testing.methods import hold, hold_all, laws_of, refused, trial_of
@@ -18,7 +19,7 @@ NAMES = {
 }
 
 INSIDE = [name for name, cls in registry().items() if acts_inside(cls)]
-CACHE = [name for name, cls in registry().items() if acts_on_cache(cls)]
+CACHE = [n for n, cls in registry().items() if acts_on_cache(cls) and not contrasts(cls)]
 # Of methods inside attention: the laws that depend on how a family batches and numbers its tokens.
 OF_FAMILIES = (
     "keep everything is dense attention",

@@ -176,11 +176,8 @@ def image_saliency(site: KVSite) -> Tensor:
     """Compute P of the entries, (B, Hk, K) float32: a softmax over columns of the attention that they receive
     from image rows of this call in the last head."""
     assert site.q is not None
-    image = site.row_valid & (site.marks().kind[:, -site.row_valid.shape[1] :] > 0)
-    index = torch.arange(image.shape[1], device=image.device)
-    rows = torch.where(image, index, -1).sort(1).values
     sums = torch.zeros_like(site.columns[:, -1], dtype=torch.float32)
-    for part in rows[:, image.shape[1] - int(image.sum(1).max()) :].split(ROWS, 1):
+    for part in image_rows(site).split(ROWS, 1):
         seen = site.sees(part)[:, -1:]
         q = take_rows(site.q[:, -1:], part)
         sums += attention_rows(q, site.k[:, -1:], bias=seen, scale=site.scale)[:, 0].sum(1)
@@ -189,3 +186,15 @@ def image_saliency(site: KVSite) -> Tensor:
     columns = site.columns[:, -1].clamp(min=0)
     of_columns = found.new_zeros(len(found), site.length).scatter_add(1, columns, found)
     return site.at_entries(of_columns)
+
+
+def image_rows(site: KVSite) -> Tensor:
+    """Find the visual rows of this call, (B, R) int64 ascending behind padding of -1."""
+    key = f"images {site.length}"
+    if key not in site.memory:  # once for all layers that have the same columns
+        image = site.row_valid & (site.marks().kind[:, -site.row_valid.shape[1] :] > 0)
+        index = torch.arange(image.shape[1], device=image.device)
+        rows = torch.where(image, index, -1).sort(1).values
+        site.memory[key] = rows[:, image.shape[1] - int(image.sum(1).max()) :]
+    found: Tensor = site.memory[key]
+    return found
