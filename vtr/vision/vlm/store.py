@@ -138,7 +138,8 @@ class EntryStore(_Base):  # type: ignore[misc]
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that it holds on the model's device, with room for entries to come."""
-        yield from (self.keys, self.values) if self._room is None else self._room
+        if self.keys is not None:  # it was not emptied
+            yield from (self.keys, self.values) if self._room is None else self._room
         for packed in self.packed:
             yield from packed.tensors()
         if self.held is not None:
@@ -335,7 +336,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         gone = -tokens_to_remove
         if tokens_to_remove > 0:
             gone = max(0, self.length - tokens_to_remove)
-        if not gone:
+        if not gone or self.keys is None:
             return
         columns = self.columns()
         known = 0 if self.held is None else self.held.shape[2]
@@ -354,14 +355,17 @@ class EntryStore(_Base):  # type: ignore[misc]
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = torch.arange(self.keys.shape[0], device=self.device)
-        self._take(rows.repeat_interleave(repeats))
+        if self.keys is not None:
+            rows = torch.arange(self.keys.shape[0], device=self.device)
+            self._take(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._take(indices)
 
     def _take(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was."""
+        if self.keys is None:
+            return
         batch, rows = self.keys.shape[0], rows.to(self.device)
         self.keys, self.values, self._room = self.keys[rows], self.values[rows], None
         self.packed = [p.take(rows) for p in self.packed]
