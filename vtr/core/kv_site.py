@@ -108,6 +108,7 @@ class KVSite:
         visuals: Callable[[], Here] | None = None,
         aside: dict[str, Tensor] | None = None,
         known: Marks | None = None,
+        sees_all: bool = False,
     ) -> None:
         self.info, self.layer, self.layers, self.phase = info, layer, layers, phase
         self.training, self.q, self.scale = training, q, scale
@@ -117,7 +118,7 @@ class KVSite:
         self.entries, self.state, self.memory, self.notes = entries, state, memory, notes
         self.hidden, self.aside = hidden, aside
         self._visuals = visuals if visuals is not None else self._nothing_came
-        self._known = known
+        self._known, self._sees_all = known, sees_all
         self._tokens, self._rows, self._prompt = tokens, rows, prompt
         self._marks = marks
         self._found: dict[bool, Marks] = {}
@@ -292,6 +293,8 @@ class KVSite:
     def attention_rows(self, rows: Tensor) -> Tensor:
         """Compute attention of rows (B, R) int64 over the entries, (B, H, R, K) float32; zeros for row -1."""
         assert self.q is not None, "queries are gone at the end of a call: use watch(site)"
+        if self._sees_all:  # the one row of the call, and no mask to build
+            return attention_rows(self.q, self.k.to(self.q.dtype), scale=self.scale)
         q = take_rows(self.q, rows)
         sees = self.sees(rows).repeat_interleave(q.shape[1] // self.k.shape[1], 1)
         return attention_rows(q, self.k.to(q.dtype), bias=sees, scale=self.scale)

@@ -91,11 +91,15 @@ def _rows(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
             raise ValueError(
                 f"bias {shape} does not broadcast to (B, H, R, N) = {tuple(scores.shape)}"
             )
-    if bias.dtype == torch.bool:
-        scores = scores.masked_fill(~bias, float("-inf"))
-    else:
-        scores = scores + bias.to(work)
     # A row without any key: softmax of all -inf is NaN, the attention of nothing is zero. The
     # scores are replaced before the softmax, so that the gradient stays finite as well.
-    empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    if bias.dtype == torch.bool:
+        empty = ~bias.any(dim=-1, keepdim=True)
+        scores = torch.where(bias | empty, scores, -torch.inf)
+    else:
+        scores = scores + bias.to(work)
+        empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
+        scores = scores.masked_fill(empty, 0.0)
+    out = torch.softmax(scores, dim=-1)
+    # In place unless the gradient needs what softmax has returned.
+    return out.masked_fill(empty, 0.0) if out.requires_grad else out.masked_fill_(empty, 0.0)

@@ -164,7 +164,7 @@ class LanguageAttention:
             if store is not None and mask is not None and mask.shape[-1] > k.shape[2]:
                 mask = mask[..., : k.shape[2]]  # that of a static cache, which has room for more
             result = function(module, q, k, v, mask, **kwargs)[0]
-        self.owner.kv.after_attention(call, i, q, k, v, kwargs)
+        self.owner.kv.after_attention(call, i, q, k, v, mask, kwargs)
         return result.contiguous(), None
 
     def _by_method(

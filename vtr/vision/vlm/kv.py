@@ -175,9 +175,9 @@ class KVSession:
         return True
 
     def after_attention(
-        self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """The attention of layer ``i`` is done."""
+        self, call: LanguageCall, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> None:  # fmt: skip
+        """The attention of layer ``i`` is done; ``mask`` is None if the model found no padding."""
         entry = self.by_layer.get(i)
         if entry is None or call.cache is None or call.again:
             return
@@ -194,8 +194,10 @@ class KVSession:
             )
         method: Any = entry.method
         store.open, store.exact = True, method.in_bytes
-        site = self._site(call, i, entry, store, q, k, v, valid, kwargs)
-        method.watch(site)
+        sees_all = mask is None and q.shape[2] == 1 and not store.ragged
+        site = self._site(call, i, entry, store, q, k, v, valid, kwargs, sees_all)
+        with call.casting(False):
+            method.watch(site)
         store.entries, store.state = site.entries, site.state
         if not method.due(site):
             return
@@ -229,7 +231,7 @@ class KVSession:
 
     def _site(
         self, call: LanguageCall, i: int, entry: Entry, store: EntryStore, q: Tensor, k: Tensor, v: Tensor,
-        valid: Tensor, kwargs: dict[str, Any],
+        valid: Tensor, kwargs: dict[str, Any], sees_all: bool = False,
     ) -> KVSite:  # fmt: skip
         owner, attention = self.owner, self.owner.attention
         assert call.marks is not None
@@ -255,7 +257,7 @@ class KVSession:
             prompt=prompt, marks=marks, bits=store.bits, fresh=store.length - store.chosen,
             visited=call.visual is not None, entries=store.noted(), state=store.state,
             memory=call.memory.setdefault(("kv", which), {}), notes=every.setdefault(i, {}),
-            hidden=call.normed, visuals=visuals, known=store.known,
+            hidden=call.normed, visuals=visuals, known=store.known, sees_all=sees_all,
             aside=None if store.aside is None else store.aside.entries,
         )  # fmt: skip
 
