@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vtr.testing import check_method
-from vtr.testing.methods import ATTENTION, CACHE, INSIDE, TOKENS
+from vtr.testing.methods import ATTENTION, CACHE, CONTRAST, INSIDE, TOKENS
 
 DOCS = Path(__file__).parents[2] / "docs"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,6 +63,5 @@ def test_the_method_inside_attention_of_the_page(code: list[str]) -> None:
 
 def test_the_page_names_every_law() -> None:
     page = (DOCS / "laws.md").read_text()
-    assert not [
-        law for law in {**TOKENS, **ATTENTION, **INSIDE, **CACHE} if f"| {law} |" not in page
-    ]
+    laws = {**TOKENS, **ATTENTION, **INSIDE, **CACHE, **CONTRAST}
+    assert not [law for law in laws if f"| {law} |" not in page]

@@ -45,6 +45,10 @@ patches (two frames of the file) are one frame. InternVL, SmolVLM and prompts of
 as still images, which cannot be told from a video: with ``vtr.apply(..., video=True)`` still images of
 the same grid that follow one another are the frames of one video.
 
+- ``Stage("logits", 0)``: the logits of every step of ``generate``. At the entry of the language model, before any
+  cut, ``ContrastMethod.keep(site)`` chooses the visual tokens that a second run sees, or ``read(site)`` computes what the
+  head reads instead of one. Methods that cut in front of the language model cannot be applied beside it.
+
 ``reduce`` returns a :class:`vtr.core.method.Reduction` over the visual tokens (``map``, and ``weights`` or
 ``tokens`` for merging); text is never touched. A merged token takes the place and the position of its
 representative. ``Method.positions_at(site)`` decides if kept tokens keep their positions; the option
@@ -89,7 +93,8 @@ Files
   record of cuts in a KV cache), ``attending`` (methods inside the attention) and ``marks`` (what is visual in a
   cache), ``kv`` and ``store`` (the entries of a cache), ``uncached`` and ``drafts``
   (generate without a cache, and with a draft model), ``recompute`` (gradient checkpointing);
-- the outputs: ``head`` (logits and loss), ``outputs`` (their columns).
+- the outputs: ``head`` (logits and loss), ``outputs`` (their columns), ``contrast`` and ``branch`` (the logits of
+  generate against those of a second run).
 
 Training
 --------
