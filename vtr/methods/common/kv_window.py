@@ -59,7 +59,7 @@ def slide(site: KVSite, number: int) -> None:
         leaves = leaves | visual.gather(1, before.clamp(min=0))
         columns = torch.cat([before.masked_fill(leaves, -1), columns], 1)
         columns, order = columns.sort(dim=1, stable=True)
-        columns, order = columns[:, -number:], order[:, -number:]
+        columns, order = columns[:, -number:].clone(), order[:, -number:]
         q = take_rows(torch.cat([site.state["window_queries"], q], 2), order)
     site.state["window_queries"], site.state["window_columns"] = q, columns
 
