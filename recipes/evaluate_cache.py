@@ -84,13 +84,14 @@ def markdown(results: Sequence[CacheResult], facts: Mapping[str, Any]) -> str:
         lines.append(f"| {r.name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Methods rank entries by the rows of the prompt: those of the pictures, and of a question about the last one. "
-        "What these rows attend to answers that question; what later questions need is dropped more often than by "
-        "random entries, which each head and layer draws for itself. (In *screens* the last question is about "
-        "another button of the last shot.) Methods that store all entries with fewer bits do not have to choose. "
-        "They pack keys and values of 16 bits. VASparse sums the entries that leave in clusters, and the sums draw the "
-        "attention of this model; *vasparse-drop* is without them. Settings are for a prompt of two hundred tokens; none was tuned with "
-        "these questions.",
+        "Methods that drop entries rank them by the prompt: by the attention of its rows (those of the pictures, and of "
+        "a question about the last one), by keys, or by age. This says little about later questions, and most of "
+        "these methods lose more than random entries, which each head and layer draws for itself. In *pictures* they "
+        "keep what the first question needs, and random entries do not; in *screens* the last question asks about "
+        "the last shot again, and about another button. Methods that store all entries with fewer bits do not have to "
+        "choose. They pack keys and values of 16 bits. VASparse sums the entries that leave in clusters, and the sums "
+        "draw the attention of this model; *vasparse-drop* is without them. Settings are for a prompt of two hundred "
+        "tokens; none was tuned with these questions.",
         "",
         "Settings, in the order of the rows:",
         "",
