@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from tests.laws.test_planted_kv import AllLayers, Fewer, Merging, Received, Smal
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.core.registry import registry
 from vtr.testing import KINDS, examples
+from vtr.testing import kv as laws
+from vtr.testing.methods import trial_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -340,3 +343,21 @@ def test_a_registered_method_moves_rows_and_takes_tokens_back(name: str) -> None
     method = examples(registry()[name]).some[0]
     test_rows_are_moved(method, "reorder")
     test_tokens_are_taken_back(method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(vtr.VASparse):
+    """Its selection alone: the law of contrasts holds the whole, and sums are no full cache with a mask."""
+
+    name: ClassVar[str] = "vasparse-selection"
+
+    @classmethod
+    def examples(cls) -> Any:
+        parts: Any = {"merge": False, "penalty": 0.0, "alpha": 0.0}
+        return {"some": (cls(0.6, **parts),), "everything": (cls(1.0, **parts),), "counted": ()}
+
+
+def test_the_selection_of_vasparse_is_a_full_cache_with_a_mask() -> None:
+    trial = trial_of(KIND, examples(Selection))
+    for law in (laws.everything, laws.masked, laws.alone, laws.text):
+        law(trial)
