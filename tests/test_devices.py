@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
 
 import vtr
 from tests import tiny
@@ -20,10 +21,11 @@ from tests.simulated import Machine, OnDevice, gpu, moved
 from tests.vision import towers
 from tests.vision.vlm import models, videos
 from tests.vision.vlm.picks import generate
-from vtr.compat.transformers import cache_of
+from vtr.compat.transformers import cache_of, with_cache
 from vtr.inspect.flops import count_flops
 from vtr.kernels import bipartite_match
 from vtr.video import TokenMemory, encode_frames, question
+from vtr.vision.vlm.store import EntryStore
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -271,6 +273,41 @@ def test_packed_kv_caches(built: dict[str, Any], name: str) -> None:
     model, inputs = built["llava"]
     ages = {"ages": (2, 6)} if name == "staircase-kv" else {}
     agree(model, vtr.create(name, every=2, **ages), answers, inputs, True)
+
+
+class Offloaded(DynamicCache):
+    """A cache that keeps a layer on the CPU while the others run, as transformers' own does with streams of CUDA."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.offloading = True
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
+        if self.layers[layer].is_initialized:
+            self.layers[layer].prefetch()
+        out = self.layers[layer].update(keys, values)
+        self.layers[layer].offload()
+        return out
+
+
+@pytest.mark.parametrize("name", ["h2o", "d2o", "zipcache"])
+def test_offloaded_kv_caches(built: dict[str, Any], name: str) -> None:
+    model, inputs = built["llava"]
+    options = {} if name == "zipcache" else {"keep": 0.5}
+    method = vtr.create(name, every=2, **options)
+
+    def call(model: Any, inputs: Any) -> list[Tensor]:
+        cache = Offloaded(model.config.get_text_config())
+        given = with_cache(type(model).forward, cache)
+        out = generate(model, {**inputs, **given}, max_new_tokens=5)
+        assert not any(isinstance(layer.keys, OnDevice) for layer in cache.layers)
+        assert all(isinstance(layer, EntryStore) for layer in cache.layers)
+        return [torch.stack(out.logits), out.sequences]
+
+    agree(model, method, call, inputs, True)
+    with vtr.apply(model, method):
+        wanted = torch.stack(generate(model, inputs, max_new_tokens=5).logits)
+        assert torch.equal(call(model, inputs)[0], wanted)
 
 
 @pytest.mark.parametrize("name", ["dycoke", "sparsevlm", "fastvid"])

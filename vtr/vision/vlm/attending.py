@@ -154,6 +154,8 @@ class LanguageAttention:
         call.to(q.device)
         self._check(i, module, q, v, kwargs)
         store = store_of(call.cache, i)
+        if store is not None:
+            store.prefetch()
         if store is not None and self.owner.kv.rescores(call, i, q.shape[2]):
             result = self.owner.kv.attend_rescored(store, call, i, q, k, v, kwargs)
         elif store is not None and not store.whole:
@@ -165,6 +167,7 @@ class LanguageAttention:
                 mask = mask[..., : k.shape[2]]  # that of a static cache, which has room for more
             result = function(module, q, k, v, mask, **kwargs)[0]
         self.owner.kv.after_attention(call, i, q, k, v, mask, kwargs)
+        self.owner.kv.put_away(call.cache, i)
         return result.contiguous(), None
 
     def _by_method(

@@ -88,7 +88,9 @@ class KVSession:
         waiting, call.choosing = call.choosing, []
         for entry, site, store in waiting:
             site.q = None
+            store.prefetch()
             self._choose(call, entry, site, store)
+            self.put_away(call.cache, site.layer)
         last = call.last or self.owner.language.last
         if not self.by_layer or call.cache is None or call.again or last is None:
             return
@@ -97,6 +99,12 @@ class KVSession:
             last.stored = {i: s.bytes for i, s in enumerate(last.cache) if s.held is not None}
 
     # ---- its layers -------------------------------------------------------------------------
+
+    def put_away(self, cache: Any, i: int) -> None:
+        """Offload layer ``i`` again, if its cache does so: transformers does it before the attention."""
+        store = store_of(cache, i)
+        if store is not None and getattr(cache, "offloading", False):
+            store.offload()
 
     def before_attention(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self.owner.language.running()

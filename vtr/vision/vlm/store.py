@@ -392,7 +392,7 @@ class EntryStore(_Base):  # type: ignore[misc]
         self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
-        if self.keys is None:
+        if self.keys is None or self.keys.device == device:
             return
         self.keys = self.keys.to(device, non_blocking=True)
         self.values = self.values.to(device, non_blocking=True)
@@ -412,6 +412,7 @@ def make_store(cache: Any, layer: int, length: int) -> EntryStore | None:
     plain = cache_layer(cache, layer)
     if plain is None:
         return None
+    plain.prefetch()  # an offloaded layer
     keys, values = plain.keys, plain.values
     if keys.shape[2] != length:  # a static layer has room for more
         keys, values = (x[:, :, :length].clone() for x in (keys, values))
