@@ -97,6 +97,8 @@ gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/attention.py gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/attention.py match
 	PYTHONPATH=. $(PYTHON) benchmarks/vlm.py
+	PYTHONPATH=. $(PYTHON) benchmarks/prefill.py --gpu
+	PYTHONPATH=. $(PYTHON) benchmarks/cache.py --gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/diffusion.py
 	PYTHONPATH=. $(PYTHON) benchmarks/diffusion_methods.py --device cuda
 	PYTHONPATH=. $(PYTHON) benchmarks/video.py decode --out $(RESULTS)/video-decode-cuda-host.csv
