@@ -9,7 +9,7 @@ from torch import Tensor
 from vtr.compat.transformers import from_config
 from vtr.errors import missing
 from vtr.zoo.chat_questions import SPECIAL, VOCABULARY
-from vtr.zoo.data import MEAN, STD
+from vtr.zoo.llava import word_processor
 from vtr.zoo.slides import IMAGE
 from vtr.zoo.video_llava import HEAD
 
@@ -93,33 +93,4 @@ def features(tower: Any, pictures: Tensor) -> Tensor:
 def processor() -> Any:
     """Build a real ``LlavaProcessor``: CLIP's image processor at 32 pixels, a word-level tokenizer, a chat
     template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
-    )
-    pad, bos, eos, unknown, image = SPECIAL
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unknown,
-        additional_special_tokens=[image],
-        padding_side="left",
-    )
-    side = {"height": IMAGE, "width": IMAGE}
-    images = CLIPImageProcessor(
-        size=side, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[STD] * 3
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT,
-        image_token=image,
-        num_additional_image_tokens=1,
-    )
+    return word_processor(VOCABULARY, SPECIAL, CHAT, IMAGE, PATCH)

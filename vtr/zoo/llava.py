@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,34 +84,49 @@ def build(attention: str = "sdpa") -> LlavaForConditionalGeneration:
 def processor() -> Any:
     """A real ``LlavaProcessor``: CLIP's image processor at 96 pixels, a word-level tokenizer, a chat
     template."""
+    return word_processor(VOCABULARY, SPECIAL, CHAT, IMAGE, PATCH)
+
+
+def word_processor(
+    vocabulary: Mapping[str, int], special: Sequence[str], chat: str, image: int, patch: int
+) -> Any:
+    """Build a real ``LlavaProcessor`` with a word-level tokenizer.
+
+    Args:
+        special: padding, first, last, unknown and image token.
+        chat: the chat template.
+        image, patch: pixels of the sides of a picture and of a patch.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
     )
-    pad, bos, eos, unknown, image = SPECIAL
+    pad, bos, eos, unknown, picture = special
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=pad,
         bos_token=bos,
         eos_token=eos,
         unk_token=unknown,
-        additional_special_tokens=[image],
+        additional_special_tokens=[picture],
         padding_side="left",
     )
-    side = {"height": IMAGE, "width": IMAGE}
     images = CLIPImageProcessor(
-        size=side, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[STD] * 3
+        size={"height": image, "width": image},
+        do_center_crop=False,
+        image_mean=[MEAN] * 3,
+        image_std=[STD] * 3,
     )
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",
-        chat_template=CHAT,
-        image_token=image,
+        chat_template=chat,
+        image_token=picture,
         num_additional_image_tokens=1,
     )
 
