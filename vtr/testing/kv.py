@@ -21,9 +21,7 @@ from vtr.core.site import ModelInfo
 from vtr.methods.common.kv import EvictionMethod, KVMethod
 from vtr.methods.common.language_attention import LanguageAttentionMethod
 from vtr.testing.inside import every_row
-from vtr.testing.models.vlms import visual
 from vtr.testing.trial import Inputs, Trial, close, equal, instead, require
-from vtr.vision.vlm.store import store_of
 
 STEPS = 5  # tokens generated behind a prompt
 LOGITS = 1e-4  # float32, behind all layers
@@ -136,6 +134,10 @@ def _turns(inputs: Inputs) -> Iterator[Inputs]:
 def _talk(
     model: Any, inputs: Inputs, given: Tensor | None, rewritten: dict[int, Rewritten]
 ) -> Talk:
+    # Its library is imported when a model is built.
+    from vtr.testing.models.vlms import visual
+    from vtr.vision.vlm.store import store_of
+
     mask, cache = inputs["attention_mask"][:, :0], None
     logits: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -209,6 +211,8 @@ def _noting(method: Method, rewritten: dict[int, Rewritten]) -> Method:
 
 
 def _entries(cache: Any, i: int, length: int, rewritten: dict[int, Rewritten]) -> Entries:
+    from vtr.vision.vlm.store import store_of
+
     store = store_of(cache, i)
     if store is None:  # a layer that the method leaves alone
         layer = cache.layers[i]
