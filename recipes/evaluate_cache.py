@@ -68,7 +68,8 @@ def markdown(results: Sequence[CacheResult], facts: Mapping[str, Any]) -> str:
         "Bytes are those of all tensors of the cache behind the last turn, per chat: keys, values, which tokens "
         "they are of, and what a method notes of them. The columns *random* and *recent* are the accuracies of "
         f"`{BASELINES[0]}` and `{BASELINES[1]}` with as many bytes as the row, on straight lines between their own "
-        "rows. ± is the standard deviation over seeds.",
+        "rows. ± is the standard deviation over seeds; in all chats of a seed "
+        "random entries have the same places.",
         "",
         "| method | KiB | of full | right | random | recent | " + " | ".join(COLUMNS) + " |",
         "| --- |" + " ---: |" * (len(COLUMNS) + 5),
