@@ -19,7 +19,7 @@ def built_in():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_held_out_questions_freely(built_in, task):
-    samples = chat_qa(20, task, seed=31)
+    samples = chat_qa(12, task, seed=31)
     out = converse(*built_in, samples)
     scores = score(samples, out.answers)
     assert scores["mean"] >= 0.9
@@ -61,7 +61,7 @@ def test_later_turns_are_those_of_the_chat_template(built_in):
 @pytest.mark.parametrize("task", TASKS)
 def test_without_the_visual_tokens_a_later_question_is_a_guess(built_in, task):
     model, processor = built_in
-    samples = chat_qa(20, task, seed=34)
+    samples = chat_qa(12, task, seed=34)
     with vtr.apply(model, vtr.RandomKV(keep=1e-9)):
         lost = score(samples, converse(model, processor, samples).answers)
     later = [share for kind, share in lost.items() if kind not in ("mean", "digit now")]
