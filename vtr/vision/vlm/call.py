@@ -179,9 +179,11 @@ class LanguageCall:
                 return Frames(frame, place, video, x.videos)
             if isinstance(x, dict):
                 return {key: there(value) for key, value in x.items()}
-            if isinstance(x, tuple) and hasattr(x, "_fields"):
+            if type(x) in (tuple, list):
+                return type(x)(map(there, x))
+            if isinstance(x, tuple) and not isinstance(x, torch.Size):  # with names
                 return type(x)(*map(there, x))
-            return type(x)(map(there, x)) if type(x) in (tuple, list) else x
+            return x
 
         for name in self._PLACED:
             if name in self.__dict__:
