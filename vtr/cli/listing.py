@@ -31,7 +31,7 @@ def methods(
         return
     table = Table(title="methods", show_lines=True)
     for column in ("name", "paper, options, signals", "sites", "training"):
-        table.add_column(column, no_wrap=column == "name")
+        table.add_column(column, no_wrap=column == "name", overflow="fold")
     for r in rows:
         about = f"{escape(r.paper)}\n[dim]options: {', '.join(r.options)}"
         about += f"\nreads: {', '.join(r.needs)}" if r.needs else ""
