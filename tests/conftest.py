@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _attention_backend() -> Iterator[None]:
+    """set_attention_backend of one diffusers model sets that of the process, and no reset undoes it."""
+    yield
+    module = sys.modules.get("diffusers.models.attention_dispatch")
+    registry: Any = getattr(module, "_AttentionBackendRegistry", None)
+    if registry is not None:
+        registry.set_active_backend(module.AttentionBackendName(module.DIFFUSERS_ATTN_BACKEND))
 
 
 @pytest.fixture
