@@ -13,7 +13,17 @@ from torch import Tensor
 import vtr
 from tests.laws.everyone import INSIDE
 from tests.laws.test_planted_inside import Flatter, Thirds
-from tests.vision.vlm.models import FAMILIES, IMAGE, TEXT, build, clip, noise, prompts, transformers
+from tests.vision.vlm.models import (
+    FAMILIES,
+    IMAGE,
+    TEXT,
+    build,
+    clip,
+    noise,
+    prompts,
+    repeats_samples,
+    transformers,
+)
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import attention_implementation, cache_of, with_cache
 from vtr.core.registry import registry
@@ -132,6 +142,7 @@ def test_a_static_cache_is_a_dynamic_one(name: str) -> None:
     close(found, wanted)
 
 
+@repeats_samples
 @third(1)
 def test_each_beam_has_the_score_of_its_text(name: str) -> None:
     t = trial(name)

@@ -24,13 +24,14 @@ from tests.laws.test_inside import (
 )
 from tests.laws.test_planted_inside import Flatter, Thirds
 from tests.laws.test_planted_kv import AllLayers, Fewer, Merging, Received, SmallKeys
+from tests.vision.vlm.models import repeats_samples
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.core.registry import registry
 from vtr.testing import KINDS, examples
 from vtr.testing import kv as laws
 from vtr.testing.methods import trial_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.compat]
 
 KIND = KINDS["internvl"].longer
 OWN = (
@@ -113,9 +114,14 @@ def test_a_static_cache_is_a_dynamic_one(method: Any) -> None:
         close(logits(generate(model, inputs, cache_implementation="static")), wanted)
     with vtr.apply(model, method.replace(**WHOLE[type(method)])):
         found = logits(generate(model, inputs, cache_implementation="static"))
-    assert torch.equal(found, logits(generate(model, inputs, cache_implementation="static")))
+    wanted = logits(generate(model, inputs, cache_implementation="static"))
+    if torch.equal(wanted, logits(generate(model, inputs))):
+        assert torch.equal(found, wanted)
+    else:  # the model's own caches differ by rounding
+        close(found, wanted, 1e-5)
 
 
+@repeats_samples
 @every
 def test_samples_have_the_logits_of_their_texts(method: Any) -> None:
     """Several of each prompt; the same seed gives the same."""
@@ -130,6 +136,7 @@ def test_samples_have_the_logits_of_their_texts(method: Any) -> None:
     assert len({tuple(row) for row in texts.tolist()}) > 2
 
 
+@repeats_samples
 @every
 def test_each_beam_has_the_score_of_its_text(method: Any) -> None:
     model, inputs = KIND.model, KIND.whole
@@ -327,12 +334,14 @@ def test_beside_a_cut_or_a_sparse_prefill(method: Any, other: Any) -> None:
     assert moved.sequences.shape[0] == 2
 
 
+@repeats_samples
 @pytest.mark.parametrize("name", CACHE[1::3])
 def test_each_beam_of_a_registered_method_has_the_score_of_its_text(name: str) -> None:
     method = examples(registry()[name]).some[0]
     test_each_beam_has_the_score_of_its_text(method)
 
 
+@repeats_samples
 @pytest.mark.parametrize("name", CACHE[2::3])
 def test_samples_of_a_registered_method_have_the_logits_of_their_texts(name: str) -> None:
     test_samples_have_the_logits_of_their_texts(examples(registry()[name]).some[0])

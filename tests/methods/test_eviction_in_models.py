@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vtr
-from tests.vision.vlm.models import llava, noise, prompts
+from tests.vision.vlm.models import llava, noise, prompts, repeats_samples
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.vision.vlm.store import EntryStore
 
@@ -170,6 +170,7 @@ class Forced:
         return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
 
+@repeats_samples
 @pytest.mark.parametrize("name", ["h2o-published", "scissorhands", "streaming-llm"])
 def test_a_beam_scores_what_its_text_scores_alone(name: str) -> None:
     """What entries have received, and which are held, follow the beams."""

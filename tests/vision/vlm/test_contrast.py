@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vtr
 from tests.vision.vlm.contrasts import Loudest, Mean, Reference, contrasted
-from tests.vision.vlm.models import FAMILIES, noise, prompts
+from tests.vision.vlm.models import FAMILIES, noise, prompts, repeats_samples
 from tests.vision.vlm.picks import DECODER, generate
 from tests.vision.vlm.videos import VIDEOS
 from vtr.compat.transformers import PROCESSORS, cache_of, with_cache
@@ -84,6 +84,7 @@ def test_positions_may_be_numbered_anew() -> None:
         agree(out.scores[step][1], Reference(model, SECOND, sample, True).scores(text[:step]))
 
 
+@repeats_samples
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_a_beam_has_the_score_of_its_text(name: str) -> None:
     model, inputs = made(name)
@@ -174,6 +175,7 @@ def test_samples_without_pictures_are_left_as_they_are() -> None:
 # ---- generate ------------------------------------------------------------------------------------
 
 
+@repeats_samples
 @pytest.mark.parametrize(
     ("name", "method"), [("llava", Mean()), ("qwen3_vl", SECOND)], ids=["llava", "qwen3_vl"]
 )

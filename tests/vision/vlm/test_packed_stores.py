@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vtr
-from tests.vision.vlm.models import made, noise, prompts
+from tests.vision.vlm.models import made, noise, prompts, repeats_samples
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.core.kv_site import Change
 from vtr.core.packed_entries import PackedEntries
@@ -209,6 +209,7 @@ def test_a_sample_in_a_batch_is_what_it_is_alone(method):
                 assert torch.allclose(x[0], y[b], atol=1e-4)
 
 
+@repeats_samples
 def test_beams_score_their_text_as_it_is_scored_alone():
     model, inputs = made("llava", 2)
     with vtr.apply(model, vtr.ZipCache(0.5, every=0)):
