@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vtr.compat.transformers import from_config
-from vtr.errors import missing
 from vtr.zoo.chat_questions import SPECIAL, VOCABULARY
-from vtr.zoo.llava import word_processor
+from vtr.zoo.llava import word_llava, word_processor
 from vtr.zoo.slides import IMAGE
 from vtr.zoo.video_llava import HEAD
 
@@ -41,48 +39,26 @@ def build(attention: str = "sdpa") -> LlavaForConditionalGeneration:
     Raises:
         MissingDependencyError: transformers is not installed.
     """
-    try:
-        from transformers import (
-            CLIPVisionConfig,
-            LlamaConfig,
-            LlavaConfig,
-            LlavaForConditionalGeneration,
-        )
-    except ImportError as error:
-        raise missing("transformers", "vlm", "the built-in model for chats") from error
-    vision = CLIPVisionConfig(
-        hidden_size=TOWER,
-        intermediate_size=3 * TOWER,
-        num_hidden_layers=TOWER_LAYERS,
-        num_attention_heads=4,
-        hidden_act="gelu",
-        image_size=IMAGE,
-        patch_size=PATCH,
-        projection_dim=TOWER,
+    return word_llava(
+        VOCABULARY,
+        "the built-in model for chats",
+        vision={
+            "hidden_size": TOWER,
+            "num_hidden_layers": TOWER_LAYERS,
+            "image_size": IMAGE,
+            "patch_size": PATCH,
+        },
+        language={
+            "hidden_size": WIDTH,
+            "intermediate_size": MLP,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": WIDTH // HEAD,
+            "num_key_value_heads": KEY_HEADS,
+            "max_position_embeddings": 2048,
+        },
+        layer=-1,
+        attention=attention,
     )
-    language = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=WIDTH // HEAD,
-        num_key_value_heads=KEY_HEADS,
-        max_position_embeddings=2048,
-        bos_token_id=VOCABULARY["<s>"],
-        eos_token_id=VOCABULARY["</s>"],
-        pad_token_id=VOCABULARY["<pad>"],
-        tie_word_embeddings=True,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_token_index=VOCABULARY["<image>"],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=TOKENS,
-        tie_word_embeddings=True,
-    )
-    return from_config(LlavaForConditionalGeneration, config, attention)
 
 
 def features(tower: Any, pictures: Tensor) -> Tensor:

@@ -37,6 +37,47 @@ def build(attention: str = "sdpa") -> LlavaForConditionalGeneration:
     Raises:
         MissingDependencyError: transformers is not installed.
     """
+    return word_llava(
+        VOCABULARY,
+        "the built-in LLaVA",
+        vision={
+            "hidden_size": DIM,
+            "num_hidden_layers": TOWER_LAYERS,
+            "image_size": IMAGE,
+            "patch_size": PATCH,
+        },
+        language={
+            "hidden_size": 160,
+            "intermediate_size": 400,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "max_position_embeddings": 512,
+        },
+        layer=-2,
+        attention=attention,
+    )
+
+
+def word_llava(
+    vocabulary: Mapping[str, int],
+    name: str,
+    *,
+    vision: Mapping[str, int],
+    language: Mapping[str, int],
+    layer: int,
+    attention: str,
+) -> LlavaForConditionalGeneration:
+    """Build a randomly initialised LLaVA of a CLIP tower and a Llama with tied embeddings.
+
+    Args:
+        name: of the model, for the error.
+        vision, language: sizes, as their configurations name them.
+        layer: of the tower, whose features the language model gets.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+    """
     try:
         from transformers import (
             CLIPVisionConfig,
@@ -45,37 +86,28 @@ def build(attention: str = "sdpa") -> LlavaForConditionalGeneration:
             LlavaForConditionalGeneration,
         )
     except ImportError as error:
-        raise missing("transformers", "vlm", "the built-in LLaVA") from error
-    vision = CLIPVisionConfig(
-        hidden_size=DIM,
-        intermediate_size=3 * DIM,
-        num_hidden_layers=TOWER_LAYERS,
-        num_attention_heads=4,
-        hidden_act="gelu",
-        image_size=IMAGE,
-        patch_size=PATCH,
-        projection_dim=DIM,
-    )
-    language = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=160,
-        intermediate_size=400,
-        num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        max_position_embeddings=512,
-        bos_token_id=VOCABULARY["<s>"],
-        eos_token_id=VOCABULARY["</s>"],
-        pad_token_id=VOCABULARY["<pad>"],
-        tie_word_embeddings=True,
-    )
+        raise missing("transformers", "vlm", name) from error
+    width, words = vision["hidden_size"], dict(vocabulary)
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_token_index=VOCABULARY["<image>"],
-        vision_feature_layer=-2,
+        vision_config=CLIPVisionConfig(
+            intermediate_size=3 * width,
+            num_attention_heads=4,
+            hidden_act="gelu",
+            projection_dim=width,
+            **vision,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(words),
+            bos_token_id=words["<s>"],
+            eos_token_id=words["</s>"],
+            pad_token_id=words["<pad>"],
+            tie_word_embeddings=True,
+            **language,
+        ),
+        image_token_index=words["<image>"],
+        vision_feature_layer=layer,
         vision_feature_select_strategy="default",
-        image_seq_length=PATCHES,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         tie_word_embeddings=True,
     )
     return from_config(LlavaForConditionalGeneration, config, attention)
