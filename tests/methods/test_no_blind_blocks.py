@@ -11,7 +11,7 @@ from tests.methods.sites import Run, tensors
 from vtr.core.registry import registry
 from vtr.kernels import masks
 from vtr.methods.base import MaskedAttention
-from vtr.methods.common import rectify
+from vtr.methods.common import dynamic
 from vtr.methods.neighborhood import NeighborhoodAttention
 from vtr.methods.radial import RadialAttention
 from vtr.methods.random_sparse import OwnFrame, RandomSparse
@@ -87,7 +87,7 @@ def test_every_token_sees_itself(name, monkeypatch):
         chosen.append(mask)
         return q
 
-    monkeypatch.setattr(rectify, "block_sparse_attention", look)
+    monkeypatch.setattr(dynamic, "block_sparse_attention", look)
     draw = random.Random(name)
     for _ in range(GRIDS):
         grid, text = _grid(draw)

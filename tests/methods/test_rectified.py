@@ -9,14 +9,11 @@ import torch
 
 from tests.methods.sites import Run, tensors
 from vtr.core.registry import create
+from vtr.kernels.masks import always as always_on
+from vtr.kernels.masks import hilbert_order
+from vtr.kernels.masks.layouts import Layout
 from vtr.methods.common import rectify
-from vtr.methods.common.order import block_neighbours, grid_order, hilbert_order, select_wide
-from vtr.methods.common.rectify import (
-    critical_blocks,
-    gains_outweigh_errors,
-    implicit_attention,
-    rectified_attention,
-)
+from vtr.methods.common.order import grid_order, select_wide
 from vtr.methods.rectified import RectifiedSparse
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -33,6 +30,39 @@ def _qkv(batch=2, heads=2, tokens=75, dim=16, dtype=torch.float32, seed=0):
         ]
     )
     return x.to(dtype)
+
+
+class Forced(RectifiedSparse):
+    """With blocks of any size, and given blocks that are always critical."""
+
+    def always(self, grid, layout):
+        return self.forced
+
+
+def view_of(q, k, v, *, text=0, text_valid=None, scale=0.25, block=16, always=None, **options):
+    """Tokens in a row, with text behind them, as the method sees them."""
+    method = Forced(order="raster", neighbours=False, **options)
+    method._set("block", block)
+    method._set("forced", always)
+    run = Run(method, (1, 1, q.shape[2] - text), text_valid=text_valid)
+    site = run.site((q, k, v))
+    site.scale = scale
+    return method, site
+
+
+def rectified_attention(q, k, v, **options):
+    method, site = view_of(q, k, v, **options)
+    return method.attend(site)
+
+
+def choice(q, k, v, **options):
+    """The critical blocks, and those that are worth pooling."""
+    method, site = view_of(q, k, v, **options)
+    view = method.view(site)
+    trusted = rectify.gains_outweigh_errors(
+        view.q, view.k, view.q_means, view.k_means, method.block
+    )
+    return method.choose(view).live, trusted
 
 
 def _by_token(q, k, v, text, valid, scale, block, p, drop, always):
@@ -140,9 +170,9 @@ def test_a_ragged_block_and_the_zeros_of_the_released_code(ragged):
     """On whole blocks the choices are the same; else about one in a hundred differs (of 7,442: 87 or
     fewer of those that are critical)."""
     block = 128
-    q, k, _ = _qkv(batch=1, tokens=60 * block + ragged, seed=1)
-    share = implicit_attention(q, k, k[:, :, :0], None, block, 0.25)
-    found = critical_blocks(share, 0.3, 0.75, None), ~gains_outweigh_errors(q, k, block)
+    q, k, v = _qkv(batch=1, tokens=60 * block + ragged, seed=1)
+    critical, trusted = choice(q, k, v, block=block, p=0.3, drop=0.75)
+    found = critical, ~trusted
     differ = [a != b for a, b in zip(found, _with_zeros(q, k, block, 0.3, 0.75, 0.25), strict=True)]
     if not ragged:
         assert not any(bool(d.any()) for d in differ)
@@ -152,10 +182,7 @@ def test_a_ragged_block_and_the_zeros_of_the_released_code(ragged):
 
 def test_the_case_is_not_trivial():
     """The loops above meet critical, pooled and excluded blocks."""
-    q, k, _ = _qkv(tokens=75)
-    share = implicit_attention(q, k, k[:, :, :0], None, 16, 0.25)
-    critical = critical_blocks(share, 0.4, 0.6, None)
-    trusted = gains_outweigh_errors(q, k, 16)
+    critical, trusted = choice(*_qkv(tokens=75), p=0.4, drop=0.6)
     assert critical.any() and (~critical & trusted).any() and (~critical & ~trusted).any()
 
 
@@ -241,7 +268,7 @@ def test_neighbours_are_those_of_the_tokens(order):
     expected = torch.zeros(8, 8, dtype=torch.bool)
     i, j = near.nonzero(as_tuple=True)
     expected[of[i], of[j]] = True
-    assert torch.equal(block_neighbours(shape, places, block), expected)
+    assert torch.equal(always_on.neighbours(shape, Layout(places, (block, block))), expected)
 
 
 @pytest.mark.parametrize("order", ["hilbert", "raster", (1, 2, 4)])
@@ -256,7 +283,7 @@ def test_in_the_models_order_of_tokens(order, text_first):
     qkv = [t + torch.randn(2, 2, 1, 16, generator=g) * 0.5 for t in tensors(grid, text)]
     out = method.attend(run.site(qkv))
     places = grid_order(grid, order)
-    always = block_neighbours(grid, places, block)
+    always = always_on.neighbours(grid, Layout(places, (block, block)))
     always[:3, :3] = True  # 9 blocks of 3 frames
     first = text if text_first else 0
     words = torch.arange(text) + (0 if text_first else 144)

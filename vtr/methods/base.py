@@ -10,6 +10,8 @@ Bases for methods that decide which visual tokens a model computes with:
 Bases for methods that decide what an attention call of a diffusion transformer computes:
 
 - :class:`MaskedAttention`: a mask that follows from the grid of tokens. You write ``grid_mask(grid)`` alone.
+- :class:`DynamicAttention`: blocks that are chosen at run time. You write ``scores(view)`` and
+  ``budget(scores, view)``.
 - :class:`AttentionMethod`: any other. You write ``attend(site)``.
 
 Bases for methods that act inside the attention of a language model:
@@ -59,6 +61,7 @@ from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods.common.attention import AttentionMethod, check_share
 from vtr.methods.common.contrast import ContrastMethod
 from vtr.methods.common.decode import DecodeMethod, ReusingMethod
+from vtr.methods.common.dynamic import BlockChoice, DynamicAttention, GridView
 from vtr.methods.common.edit import EditMethod
 from vtr.methods.common.kv import EvictionMethod, KVMethod
 from vtr.methods.common.language_attention import LanguageAttentionMethod
@@ -74,14 +77,17 @@ from vtr.methods.common.scored import ScoredMethod, TextScoredMethod
 
 __all__ = [
     "AttentionMethod",
+    "BlockChoice",
     "Change",
     "ContrastMethod",
     "DecodeMethod",
+    "DynamicAttention",
     "EditMethod",
     "EvictionMethod",
     "Examples",
     "Grid",
     "GridMask",
+    "GridView",
     "KVMethod",
     "KVSite",
     "Keep",

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from vtr.kernels.precision import full_precision
-from vtr.methods.base import AttentionMethod, Examples, Presets, check_share, register
-from vtr.methods.common.order import (
-    Arranged,
-    arrange,
-    check_order,
-    grid_order,
-    reorder,
+from vtr.kernels.masks import always, layouts
+from vtr.kernels.masks.layouts import Layout
+from vtr.kernels.masks.rest import Rest
+from vtr.kernels.masks.scores import per_head
+from vtr.methods.base import (
+    DynamicAttention,
+    Examples,
+    Grid,
+    GridView,
+    Presets,
+    check_share,
+    register,
 )
-from vtr.methods.common.rectify import always_critical, rectified_attention
-
-if TYPE_CHECKING:
-    from vtr.diffusion.site import DiffusionAttentionSite
+from vtr.methods.common.order import check_order
+from vtr.methods.common.rectify import critical_blocks, gains_outweigh_errors, implicit_attention
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class RectifiedSparse(Presets, AttentionMethod):
+class RectifiedSparse(Presets, DynamicAttention):
     """Rectified SpaAttn (arXiv 2511.19835): block-sparse attention rectified by pooled blocks.
 
     Tokens are reordered so that a block of ``block`` tokens is compact in space and time. Per query
@@ -98,33 +100,36 @@ class RectifiedSparse(Presets, AttentionMethod):
         check_share(self.drop, "drop", zero=True)
         self._set("order", check_order(self.order))
 
-    def attend(self, site: DiffusionAttentionSite) -> Tensor:
-        arranged, always = self._places(site)
-        q, k, v = site.q, site.k, site.v
-        if arranged is not None:
-            q, k, v = (reorder(t, arranged.order) for t in (q, k, v))
-        # The choice of blocks compares close numbers: autocast would round them.
-        with full_precision(q.device):
-            out = rectified_attention(
-                q, k, v, text=site.text, text_valid=site.text_valid, scale=site.scale,
-                block=self.block, p=self.p, drop=self.drop, always=always, rectify=self.rectify,
-                backend=site.backend, count=site.count,
-            )  # fmt: skip
-        return out if arranged is None else reorder(out, arranged.back)
+    def layout(self, grid: Grid) -> Layout:
+        if self.order == "raster":
+            return layouts.raster(grid, self.sides)
+        if isinstance(self.order, str):
+            return layouts.curve(grid, self.sides, self.order)
+        return layouts.tiled(grid, self.order, self.sides)
 
-    def _places(self, site: DiffusionAttentionSite) -> tuple[Arranged | None, Tensor | None]:
-        """The order of the tokens and the blocks that always see each other, once per grid."""
+    def scores(self, view: GridView) -> Tensor:
+        return implicit_attention(
+            view.q_means, view.k_means, view.counts_k, view.text_k, view.text_valid, view.scale
+        )
 
-        def build() -> tuple[Arranged | None, Tensor | None]:
-            order, device = grid_order(site.grid, self.order), site.q.device
-            always = always_critical(
-                site.grid, order, self.block, self.neighbours, self.first_frame
-            )
-            arranged = arrange(order, site.text, site.text_first)
-            return (
-                None if arranged is None else arranged.to(device),
-                None if always is None else always.to(device),
-            )
+    def budget(self, scores: Tensor, view: GridView) -> Tensor:
+        return critical_blocks(scores, self.p, self.drop)
 
-        found: tuple[Arranged | None, Tensor | None] = site.for_size("places", build)
-        return found
+    def always(self, grid: Grid, layout: Layout) -> Tensor | None:
+        if not (self.neighbours or self.first_frame):
+            return None
+        make = always.neighbours(grid, layout) if self.neighbours else always.diagonal(layout)
+        if self.first_frame:
+            first = layout.blocks[0] // grid[0]
+            make[:first, :first] = True
+        return make
+
+    def rest(self, view: GridView, scores: Tensor, live: Tensor) -> Rest:
+        if not self.rectify:
+            return Rest()
+        trusted = gains_outweigh_errors(view.q, view.k, view.q_means, view.k_means, self.block)
+        pooled = ~live & trusted
+        weight = scores[..., :-1] * pooled
+        factor = (scores[..., :-1] * ~pooled).sum(-1) + scores[..., -1]
+        row_scale = factor.repeat_interleave(self.block, 2)[:, :, : view.layout.places].contiguous()
+        return Rest(row_scale, weight @ per_head(view.means(view.v, 1), view.q.shape[1]))
