@@ -71,7 +71,8 @@ class ModelInfo:
         signals: names of the signals per site.
         prefix: number of protected tokens in front (CLS, distillation, registers).
         has_cls: whether the first token is a class token.
-        dim, heads: width and number of heads of the encoder (None without an encoder).
+        dim, heads: width of the hidden states and number of heads of the encoder, or of a diffusion
+            transformer (None without either).
         tokens: visual tokens per image at the model's own resolution, if fixed.
         last_layer: 0-based encoder layer whose output the model uses (the projector's input in a
             vision-language model); by default the last one.

@@ -73,12 +73,12 @@ class DiffusionWrapping(Wrapping):
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
         self._forget()
-        looks = {"qkv", "denoising"} | ({"frames"} if self.family.video else set())
+        looks = {"qkv", "denoising", "hidden"} | ({"frames"} if self.family.video else set())
         info = ModelInfo(
             self.family.name,
             {"attention": len(layers), "block": self.block_of[-1] + 1},
             {"attention": frozenset(looks), "block": frozenset({"hidden"})},
-            dim=self.heads * self.head_dim,
+            dim=int(layers[0][1].to_q.in_features),
             heads=self.heads,
             head_dim=self.head_dim,
             experts=len(self.members),
@@ -181,7 +181,10 @@ class DiffusionWrapping(Wrapping):
         around = None
         if self.block_of[layer] in self.by_block:
             around = Bound(self, "around", layer)
-        return site_processor(current, Bound(self, "attention", layer), around)
+        entry = self.by_layer.get(layer)
+        needs = {} if entry is None else entry.method.requirements(self.info)
+        looks = "hidden" in needs.get("attention", ())
+        return site_processor(current, Bound(self, "attention", layer), around, looks)
 
     def _install_blocks(self, member: Any) -> None:
         if self.family.loops:
@@ -341,10 +344,11 @@ class DiffusionWrapping(Wrapping):
 
     @torch.compiler.disable
     def attention(
-        self, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+        self, layer: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """In place of the attention function of a processor."""
-        return compute(self, layer, function, args, kwargs)
+        return compute(self, layer, function, args, kwargs, hidden)
 
     @torch.compiler.disable
     def count_rows(self, module: nn.Module, args: Any) -> None:
@@ -375,7 +379,7 @@ class DiffusionWrapping(Wrapping):
 
     def attention_site(
         self, layer: int, entry: Entry, facts: CallFacts, heads: tuple[Tensor, Tensor, Tensor],
-        scale: float, dense: Callable[[], Tensor],
+        scale: float, dense: Callable[[], Tensor], hidden: Tensor | None = None,
     ) -> DiffusionAttentionSite:  # fmt: skip
         """The site of one attention call, with the state of its method."""
         assert self.call is not None
@@ -383,7 +387,7 @@ class DiffusionWrapping(Wrapping):
         q, k, v = heads
         return DiffusionAttentionSite(
             call=facts, layer=layer, layers=self.info.depth["attention"], q=q, k=k, v=v, scale=scale,
-            dense=dense,
+            dense=dense, hidden=hidden,
             state=self.run.state(which, index, facts.branch, layer),
             shared=self.shared.setdefault((which, index), {}),
             memory=self.call.memory.setdefault(which, {}),

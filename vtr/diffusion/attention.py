@@ -25,11 +25,12 @@ def compute(
     function: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Compute the attention of a layer, by its method or as it was.
 
     ``function`` is diffusers' dispatch, with (B, S, H, D), or torch's, with (B, H, S, D); the
-    result is in its layout.
+    result is in its layout. ``hidden`` is what the processor was given, if the method looks at it.
     """
     given = {**dict(zip(DISPATCHED, args, strict=False)), **kwargs}
     heads_first = function is F.scaled_dot_product_attention
@@ -58,9 +59,16 @@ def compute(
     late = facts.training and not call.again and in_backward()
     if late and ulysses is None and given.get("attn_mask") is not None:
         facts = _own_text(wrapping, facts, given["attn_mask"])
+    if hidden is not None and ulysses is not None:
+        raise RuntimeError(
+            f"{entry.method.name} reads the hidden states of a layer, which context parallelism splits "
+            "between processes: leave one of the two out"
+        )
     if wrapping.family.loops:
-        branch = f"{facts.branch}/{call.next_sample(layer)}"
-        facts = dataclasses.replace(facts, branch=branch, text_valid=None)
+        sample = call.next_sample(layer)
+        facts = dataclasses.replace(facts, branch=f"{facts.branch}/{sample}", text_valid=None)
+        if hidden is not None:
+            hidden = hidden[sample - call.batch + call.rows :][:1]
 
     def dense() -> Tensor:
         if ulysses is None:
@@ -78,7 +86,7 @@ def compute(
     scale = given.get("scale")
     site = wrapping.attention_site(
         layer, entry, facts, (q, k, v),
-        1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale), dense,
+        1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale), dense, hidden,
     )  # fmt: skip
     site.notes.pop("work", None)
     method: Any = entry.method

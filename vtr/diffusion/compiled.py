@@ -25,9 +25,11 @@ _LIVE: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class _Tracing:
-    """The processor that a compiler is in; only set and read while it traces (one at a time)."""
+    """The processor that a compiler is in, and the hidden states that it was given if its method looks at
+    them; only set and read while it traces (one at a time)."""
 
     processor: Any = None
+    hidden: Tensor | None = None
 
 
 TRACING = _Tracing()
@@ -52,7 +54,7 @@ def intercept(*args: Any, **kwargs: Any) -> Tensor:
     query, key, value = lowered(given["query"], given["key"], given["value"])
     return torch.ops.vtr.generator_attention(
         query, key, value, given.get("attn_mask"), given.get("scale"),
-        bool(given.get("enable_gqa")), TRACING.processor.vtr_number,
+        bool(given.get("enable_gqa")), TRACING.processor.vtr_number, TRACING.hidden,
     )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def intercept(*args: Any, **kwargs: Any) -> Tensor:
 )
 def _operator(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None,
-    enable_gqa: bool, number: Tensor,
+    enable_gqa: bool, number: Tensor, hidden: Tensor | None,
 ) -> Tensor:  # fmt: skip
     processor = _LIVE.get(int(number))
     if processor is None:
@@ -70,13 +72,13 @@ def _operator(
     function = function_of(processor.vtr_original)
     if function is not F.scaled_dot_product_attention:
         kwargs["backend"] = backend_of(processor.vtr_original)
-    out: Tensor = processor.vtr_attend(function, (query, key, value), kwargs)
+    out: Tensor = processor.vtr_attend(function, (query, key, value), kwargs, hidden)
     return out.clone(memory_format=torch.contiguous_format)
 
 
 @_operator.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None,
-    enable_gqa: bool, number: Tensor,
+    enable_gqa: bool, number: Tensor, hidden: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return query.new_empty(query.shape)

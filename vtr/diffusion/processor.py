@@ -7,6 +7,7 @@ touched; projections, norms, rotary embeddings, LoRA layers and image branches s
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import types
@@ -31,16 +32,19 @@ class SiteProcessor:
     vtr_original: Any
     vtr_attend: Any
     vtr_around: Any
+    vtr_looks: bool
     vtr_run: Callable[..., Any] | None
     vtr_number: Tensor
 
-    def __init__(self, original: Any, attend: Any, around: Any = None) -> None:
+    def __init__(self, original: Any, attend: Any, around: Any = None, looks: bool = False) -> None:
         """``attend(function, args, kwargs)`` is called in place of the attention function, for
         which it gets what the processor would have called; ``around`` likewise in place of the
-        whole processor."""
+        whole processor. With ``looks`` a fourth argument of ``attend`` is the hidden states that the
+        processor was given."""
         self.vtr_original = original
         self.vtr_attend = attend
         self.vtr_around = around
+        self.vtr_looks = looks
         self.vtr_run = None
         self.vtr_number = compiled.number_of(self)
 
@@ -74,7 +78,10 @@ class SiteProcessor:
         return self.vtr_run
 
     def vtr_intercept(self, *args: Any, **kwargs: Any) -> Any:
-        return self.vtr_attend(function_of(self.vtr_original), args, kwargs)
+        function = function_of(self.vtr_original)
+        if self.vtr_looks:
+            return self.vtr_attend(function, args, kwargs, _HIDDEN.get())
+        return self.vtr_attend(function, args, kwargs)
 
 
 def rebuilt(kind: Any, intercept: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,10 +111,15 @@ def _class_for(kind: Any) -> type[SiteProcessor]:
         args = (self.vtr_original, *args)
         if self.vtr_around is not None:
             return self.vtr_around(self.vtr_function(), args, kwargs)
+        hidden = _hidden(args, kwargs) if self.vtr_looks else None
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            compiled.TRACING.processor = self
-            return traced(*args, **kwargs)
-        return self.vtr_function()(*args, **kwargs)
+            compiled.TRACING.processor, compiled.TRACING.hidden = self, hidden
+            out = traced(*args, **kwargs)
+            compiled.TRACING.hidden = None
+            return out
+        if hidden is None:
+            return self.vtr_function()(*args, **kwargs)
+        return _looking(self.vtr_function(), hidden, args, kwargs)
 
     body = kind.forward if issubclass(kind, nn.Module) else kind.__call__
     # One function for all layers, so that blocks that are compiled one by one share their graph.
@@ -116,12 +128,33 @@ def _class_for(kind: Any) -> type[SiteProcessor]:
     return type(f"Site{kind.__name__}", (SiteProcessor,), {"__call__": __call__})
 
 
+# The hidden states that the running processor was given.
+_HIDDEN: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("hidden", default=None)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a processor: (processor, attention module, hidden, ...)."""
+    found: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[2]
+    return found
+
+
+@torch.compiler.disable(recursive=False)
+def _looking(function: Any, hidden: Tensor, args: Any, kwargs: Any) -> Any:
+    token = _HIDDEN.set(hidden)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _HIDDEN.reset(token)
+
+
 def _blank(kind: Any) -> SiteProcessor:
     made = _class_for(kind)
     return made.__new__(made)
 
 
-def site_processor(original: Any, attend: Any, around: Any = None) -> SiteProcessor:
+def site_processor(
+    original: Any, attend: Any, around: Any = None, looks: bool = False
+) -> SiteProcessor:
     """Wrap a processor; :class:`SiteProcessor` says what ``attend`` and
     ``around`` get.
 
@@ -130,4 +163,4 @@ def site_processor(original: Any, attend: Any, around: Any = None) -> SiteProces
     """
     entry_of(original)
     kind: Any = type(original)
-    return _class_for(kind)(original, attend, around)
+    return _class_for(kind)(original, attend, around, looks)

@@ -83,6 +83,8 @@ class DiffusionAttentionSite(_InCall, AttentionSite):
         notes: dict that ends in ``trace.notes["attention"][layer]``: ``density`` of the mask used
             last, and ``work``, what was computed over what one dense call computes.
         modules: the learned modules of this method, or None.
+        hidden: (B, N, C), what enters the attention module (after the block's norm) of the image or
+            video tokens in raster order; None unless the method needs ``hidden``.
     """
 
     run: int
@@ -96,10 +98,20 @@ class DiffusionAttentionSite(_InCall, AttentionSite):
     expert: int
     expert_step: int
 
-    def __init__(self, *, call: CallFacts, shared: dict[Any, Any], **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        call: CallFacts,
+        shared: dict[Any, Any],
+        hidden: Tensor | None = None,
+        **common: Any,
+    ) -> None:
         self.call = call
         super().__init__(**common)
         self.text = self.k.shape[2] - self.tokens
+        if hidden is not None and hidden.shape[1] != self.tokens:
+            hidden = hidden[:, self.first : self.first + self.tokens]
+        self.hidden = hidden
         valid = call.text_valid
         self.text_valid = valid if valid is not None and self.text else None
         self.shared = shared

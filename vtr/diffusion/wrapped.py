@@ -27,7 +27,7 @@ class WrappedTransformer(Protocol):
 
     def attention_site(
         self, layer: int, entry: Entry, facts: CallFacts, heads: tuple[Tensor, Tensor, Tensor],
-        scale: float, dense: Callable[[], Tensor],
+        scale: float, dense: Callable[[], Tensor], hidden: Tensor | None = None,
     ) -> DiffusionAttentionSite: ...  # fmt: skip
 
     def block_site(self, number: int, hidden: Tensor) -> BlockSite: ...
