@@ -20,6 +20,8 @@ _HOME = {
     "pool_blocks": "pooled",
     "pooled_block_scores": "pooled",
     "select_blocks": "pooled",
+    "sparse_linear_attention": "linear",
+    "sparse_linear_attention_reference": "linear_reference",
 }
 _MODULES = ("masks",)
 
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from vtr.kernels.attention import block_sparse_attention as block_sparse_attention
     from vtr.kernels.bipartite import bipartite_match as bipartite_match
     from vtr.kernels.blockmask import BlockMask as BlockMask
+    from vtr.kernels.linear import sparse_linear_attention as sparse_linear_attention
+    from vtr.kernels.linear_reference import (
+        sparse_linear_attention_reference as sparse_linear_attention_reference,
+    )
     from vtr.kernels.pooled import pool_blocks as pool_blocks
     from vtr.kernels.pooled import pooled_block_scores as pooled_block_scores
     from vtr.kernels.pooled import select_blocks as select_blocks

@@ -76,7 +76,7 @@ def block_sparse_attention(
             does), or the call is inside ``torch.func`` or forward-mode AD, or is differentiated
             twice, which only ``"reference"`` supports.
     """
-    _validate(q, k, v, mask, row_scale, added)
+    validate(q, k, v, mask, row_scale, added)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if backend != "reference":
         _refuse_transforms([t for t in (q, k, v, row_scale, added) if t is not None])
@@ -172,7 +172,7 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
-def _validate(
+def validate(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tensor | None,
     added: Tensor | None,
 ) -> None:  # fmt: skip
