@@ -130,7 +130,7 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
 
     if backend == "auto":
         if q.is_cuda:
-            if not _triton_refuses(q, mask.block):
+            if not triton_refuses(q, mask.block):
                 return "triton"
             return "sdpa" if flex.refuses(q, mask, need_lse) else "flex or sdpa"
         # The work is judged by what is stored, so that nothing is read from a device or traced.
@@ -141,7 +141,7 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
         raise ValueError(f'backend {backend!r} is none of "auto", {", ".join(BACKENDS)}')
     why = ""
     if backend == "triton":
-        why = _triton_refuses(q, mask.block)
+        why = triton_refuses(q, mask.block)
     elif backend == "flex":
         why = flex.refuses(q, mask, need_lse)
     if why:
@@ -149,7 +149,8 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
     return backend
 
 
-def _triton_refuses(q: Tensor, block: Sequence[int]) -> str:
+def triton_refuses(q: Tensor, block: Sequence[int]) -> str:
+    """Return the reason why the Triton kernels do not support a call, "" if they do."""
     from vtr.kernels import flex
 
     if q.shape[-1] not in TRITON_DIMS:
@@ -307,7 +308,7 @@ def _backward_operator(
 def _backward_in_triton(q: Tensor, dims: list[int], backend: str) -> bool:
     """Compiled FlexAttention has no operator for its backward; the Triton one is used if it can be."""
     by_flex = q.is_cuda and backend.startswith("flex")
-    return backend == "triton" or (by_flex and not _triton_refuses(q, dims[2:]))
+    return backend == "triton" or (by_flex and not triton_refuses(q, dims[2:]))
 
 
 @_backward_operator.register_fake

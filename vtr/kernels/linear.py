@@ -1,13 +1,25 @@
-"""Sparse softmax attention beside linear attention (SLA): the public function and its checks."""
+"""Sparse softmax attention beside linear attention (SLA): the function, its checks, the operator."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtr.kernels.attention import validate
+from vtr.kernels import linear_chunks
+from vtr.kernels.attention import block_sparse_attention, triton_refuses, validate
 from vtr.kernels.blockmask import BlockMask
-from vtr.kernels.linear_reference import FEATURES, KEYS, sparse_linear_attention_reference
+from vtr.kernels.keys import without_keys
+from vtr.kernels.linear_reference import (
+    FEATURES,
+    KEYS,
+    feature_map,
+    marginal_blocks,
+    sparse_linear_attention_reference,
+)
+from vtr.kernels.precision import full_precision, lowers
 
 
 def sparse_linear_attention(
@@ -56,10 +68,40 @@ def sparse_linear_attention(
     """
     validate(q, k, v, mask, None, None)
     _check(q, mask, feature, keys, negligible, keys_valid)
-    return sparse_linear_attention_reference(
-        q, k, v, mask, scale=scale, feature=feature, keys=keys, negligible=negligible,
-        keys_valid=keys_valid,
+    if backend == "reference":
+        return sparse_linear_attention_reference(
+            q, k, v, mask, scale=scale, feature=feature, keys=keys, negligible=negligible,
+            keys_valid=keys_valid,
+        )  # fmt: skip
+    seen = mask if keys_valid is None else without_keys(mask, keys_valid)
+    sparse = block_sparse_attention(q, k, v, seen, scale=scale, backend=backend)
+    assert isinstance(sparse, Tensor)
+    name = _choose(q, mask, backend)
+    work = torch.promote_types(q.dtype, torch.float32)
+    if name == "triton" and q.dtype in (torch.float16, torch.bfloat16):
+        # Sums over all keys leave the range of float16.
+        work, v = torch.bfloat16, v.to(torch.bfloat16)
+    rows, columns = feature_map(q, feature).to(work), feature_map(k, feature).to(work)
+    if keys_valid is not None:
+        columns = columns.masked_fill(~keys_valid[:, None, :, None], 0.0)
+    linear, _ = torch.ops.vtr.linear_branch(
+        rows, columns, v, negligible, mask.tensors(), [mask.q_len, mask.k_len, *mask.block],
+        keys == "all", name,
     )  # fmt: skip
+    return sparse, linear.to(q.dtype)
+
+
+def _choose(q: Tensor, mask: BlockMask, backend: str) -> str:
+    """Choose how the linear attention is computed: ``"triton"`` or ``"chunks"``."""
+    if backend == "sdpa" or (backend != "triton" and not q.is_cuda):
+        return "chunks"
+    why = triton_refuses(q, mask.block)
+    if not why and q.is_cuda and q.dtype == torch.float16:
+        if torch.cuda.get_device_capability(q.device)[0] < 8:
+            why = "the Triton kernels of linear attention compute float16 in bfloat16, which this GPU lacks"
+    if why and backend == "triton":
+        raise RuntimeError(f'{why}; use backend="auto" or "sdpa"')
+    return "chunks" if why else "triton"
 
 
 def _check(
@@ -94,3 +136,92 @@ def _check(
     for name, given in (("negligible", negligible), ("keys_valid", keys_valid)):
         if given is not None and given.device != q.device:
             raise ValueError(f"{name} is on {given.device}, q on {q.device}; move it there")
+
+
+# ---- the operator -----------------------------------------------------------------------------
+
+
+def _blocks(
+    negligible: Tensor | None, mask: list[Tensor], dims: list[int], every: bool
+) -> Tensor | None:
+    if every:
+        return None
+    return marginal_blocks(BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask[:6]), negligible)
+
+
+@torch.library.custom_op("vtr::linear_branch", mutates_args=())
+def _operator(
+    x: Tensor, y: Tensor, v: Tensor, negligible: Tensor | None, mask: list[Tensor], dims: list[int],
+    every: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with full_precision(x.device) if lowers(x.device) else nullcontext():
+        if backend == "triton":
+            from vtr.kernels import triton_linear
+
+            return triton_linear.forward(x, y, v, negligible, mask, dims, every)
+        blocks = _blocks(negligible, mask, dims, every)
+        return linear_chunks.forward(x, y, v, blocks, (dims[2], dims[3]))
+
+
+@_operator.register_fake
+def _(
+    x: Tensor, y: Tensor, v: Tensor, negligible: Tensor | None, mask: list[Tensor], dims: list[int],
+    every: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op("vtr::linear_branch_backward", mutates_args=())
+def _backward_operator(
+    dout: Tensor, x: Tensor, y: Tensor, v: Tensor, out: Tensor, factor: Tensor,
+    negligible: Tensor | None, mask: list[Tensor], dims: list[int], every: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with full_precision(x.device) if lowers(x.device) else nullcontext():
+        if backend == "triton":
+            from vtr.kernels import triton_linear
+
+            return triton_linear.backward(dout, x, y, v, out, factor, negligible, mask, dims, every)
+        blocks = _blocks(negligible, mask, dims, every)
+        return linear_chunks.backward(dout, x, y, v, out, factor, blocks, (dims[2], dims[3]))
+
+
+@_backward_operator.register_fake
+def _(
+    dout: Tensor, x: Tensor, y: Tensor, v: Tensor, out: Tensor, factor: Tensor,
+    negligible: Tensor | None, mask: list[Tensor], dims: list[int], every: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), y.new_empty(y.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, y, v, negligible, mask, dims, every, backend = inputs
+    ctx.save_for_backward(x, y, v, *output, negligible, *mask)
+    ctx.rest = (dims, every, backend)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    x, y, v, out, factor, negligible, *mask = ctx.saved_tensors
+    dims, every, backend = ctx.rest
+    rest = (None, [None] * len(mask), None, None, None)
+    if dout is None:
+        return None, None, None, *rest
+    grads = torch.ops.vtr.linear_branch_backward(
+        dout, x, y, v, out, factor, negligible, mask, dims, every, backend
+    )
+    return *grads, *rest
+
+
+torch.library.register_autograd("vtr::linear_branch", _gradient, setup_context=_setup)
+
+
+def _no_second_order(*_: Any) -> Any:
+    raise RuntimeError(
+        "sparse_linear_attention has no second derivative (create_graph=True was followed through its "
+        'backward); backend="reference" is differentiable to any order'
+    )
+
+
+torch.library.register_autograd("vtr::linear_branch_backward", _no_second_order)
