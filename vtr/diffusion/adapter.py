@@ -66,7 +66,7 @@ class DiffusionWrapping(Wrapping):
         self.members = cast(list[Any], root.members if isinstance(root, Experts) else [root])
         self.family = supported(self.members[0])
         layers = layers_of(self.family, self.members[0])
-        self.heads, self.head_dim = _heads(layers[0][1])
+        self.heads, self.head_dim, width = _sizes(layers[0][1])
         self.block_of = [number for number, _ in layers]
         self.schedule = ScheduleRef()
         self.contexts: list[tuple[str, dict[str, Any]]] = []
@@ -78,7 +78,7 @@ class DiffusionWrapping(Wrapping):
             self.family.name,
             {"attention": len(layers), "block": self.block_of[-1] + 1},
             {"attention": frozenset(looks), "block": frozenset({"hidden"})},
-            dim=int(layers[0][1].to_q.in_features),
+            dim=width,
             heads=self.heads,
             head_dim=self.head_dim,
             experts=len(self.members),
@@ -437,8 +437,8 @@ class DiffusionWrapping(Wrapping):
         self._trace = trace
 
 
-def _heads(attention: Any) -> tuple[int, int]:
-    """Number of heads and their dimension."""
+def _sizes(attention: Any) -> tuple[int, int, int]:
+    """Number of heads, their dimension, and the width of the hidden states."""
     heads = int(attention.heads)
     # Quantised weights are packed: their shape is not the layer's.
-    return heads, int(attention.to_q.out_features) // heads
+    return heads, int(attention.to_q.out_features) // heads, int(attention.to_q.in_features)
