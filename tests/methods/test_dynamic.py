@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.methods.sites import Run, attention, tensors, visible
+from vtr.core import registry
 from vtr.kernels.masks import always, layouts, schedule
 from vtr.kernels.masks.budgets import number_of, top_k, top_p
 from vtr.kernels.masks.chosen import chosen_blocks, key_places
@@ -198,6 +201,26 @@ def test_layouts_name_every_token_once(make):
     for side in (0, 1):
         counts, of = layout.counts(side), layout.block_of(side)
         assert torch.equal(torch.bincount(of, minlength=layout.blocks[side]), counts)
+
+
+def test_a_tile_has_to_fit():
+    with pytest.raises(
+        ValueError, match=r"a tile of \(4, 2, 2\) tokens .* is larger than the grid"
+    ):
+        layouts.tiled(GRID, (4, 2, 2), (16, 16), whole=True)
+
+
+def test_the_example_of_the_docs_is_a_method(monkeypatch):
+    registry.registry()  # which is put back behind the test
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    page = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
+    code = re.search(r"```python\n(from dataclasses.*?)```", page, re.DOTALL)
+    space = {"__name__": __name__}
+    exec(compile(code[1], "docs/diffusion.md", "exec", dont_inherit=True), space)
+    out = Run(space["Nearby"](0.3, block=16), GRID)(tensors(GRID, 4))
+    assert out.isfinite().all()
+    dense = Run(space["Nearby"](1.0, block=16), GRID)
+    torch.testing.assert_close(dense(tensors(GRID)), dense.site(tensors(GRID)).dense())
 
 
 def test_a_tile_begins_a_block():

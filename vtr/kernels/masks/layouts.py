@@ -87,10 +87,18 @@ def tiled(
         tile: tokens per axis of a tile; tiles at the end of the grid may be smaller.
         whole: begin each tile with a new block: a tile that is no multiple of both sides is filled up
             with places without a token.
+
+    Raises:
+        ValueError: with ``whole``, the tile is larger than the grid.
     """
     order = tile_order(shape, tile)
     if not whole:
         return Layout(order, sides)
+    if any(t > n for t, n in zip(tile, shape, strict=True)):
+        raise ValueError(
+            f"a tile of {tuple(tile)} tokens (frames, height, width) is larger than the grid "
+            f"{tuple(shape)}: give a smaller tile, or make a larger picture or longer video"
+        )
     point = torch.stack(torch.unravel_index(order, tuple(shape)))
     number = torch.zeros_like(order)
     for axis, (size, side) in enumerate(zip(shape, tile, strict=True)):
