@@ -25,12 +25,28 @@ def check_order(order: object) -> str | tuple[int, int, int]:
     """``"hilbert"``, ``"raster"`` or three positive ints, else ValueError."""
     if order == "hilbert" or order == "raster":
         return str(order)
-    tile = tuple(order) if isinstance(order, (tuple, list)) else ()
-    if len(tile) == 3 and all(type(n) is int and n > 0 for n in tile):
-        return tile[0], tile[1], tile[2]
-    raise ValueError(
-        f'order must be "hilbert", "raster" or a tile (frames, height, width) of tokens, got {order!r}'
-    )
+    tile = _three(order)
+    if tile is None:
+        raise ValueError(
+            'order must be "hilbert", "raster" or a tile (frames, height, width) of tokens, '
+            f"got {order!r}"
+        )
+    return tile
+
+
+def check_tile(tile: object) -> tuple[int, int, int]:
+    """Three positive ints, else ValueError."""
+    found = _three(tile)
+    if found is None:
+        raise ValueError(f"tile must be positive ints (frames, height, width), got {tile!r}")
+    return found
+
+
+def _three(value: object) -> tuple[int, int, int] | None:
+    found = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(found) == 3 and all(type(n) is int and n > 0 for n in found):
+        return found[0], found[1], found[2]
+    return None
 
 
 class Arranged(NamedTuple):
