@@ -96,6 +96,7 @@ from vtr.methods.vhr import VHR as VHR
 from vtr.methods.video_tome import VideoToMe as VideoToMe
 from vtr.methods.visionzip import VisionZip as VisionZip
 from vtr.methods.vmtc import VMTC as VMTC
+from vtr.methods.vsa import VSA as VSA
 from vtr.methods.vtc_cls import VTCCLS as VTCCLS
 from vtr.methods.xattention import XAttention as XAttention
 from vtr.methods.zipcache import ZipCache as ZipCache

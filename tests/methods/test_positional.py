@@ -19,6 +19,7 @@ LEAD = {
     "rettention": ("density", 0.5),
     "sliding-tile": ("window", 9),
     "tomesd": ("ratio", 0.25),
+    "vsa": ("density", 0.5),
 }
 METHODS = {name: cls for name, cls in registry().items() if issubclass(cls, Scheduled)}
 

@@ -69,6 +69,7 @@ TABLE: dict[str, str] = {
     "VFlowOpt": "vflowopt",
     "VHR": "vhr",
     "VMTC": "vmtc",
+    "VSA": "vsa",
     "VTCCLS": "vtc_cls",
     "VideoToMe": "video_tome",
     "VisionZip": "visionzip",
