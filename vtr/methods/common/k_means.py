@@ -1,6 +1,8 @@
-"""K-means by cosine similarity, for many sets of tokens at once."""
+"""K-means by cosine similarity and by Euclidean distance, for many sets of tokens at once."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,3 +58,68 @@ def _spaced(valid: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.div((rank - 1) * number, total, rounding_mode="floor")
     first = valid & (number > 0) & ((rank == 0) | (run > before))
     return first, run.clamp(min=0)
+
+
+class Clusters(NamedTuple):
+    """Sets of tokens in clusters.
+
+    Attributes:
+        label: (..., N) int64, the cluster of each token.
+        centres: (..., C, D) float32, the mean of each cluster; of an empty one, the centre that it had.
+        sizes: (..., C) int64, tokens of each cluster, from 0 on.
+    """
+
+    label: Tensor
+    centres: Tensor
+    sizes: Tensor
+
+
+_AT_ONCE = 1 << 26
+"""Distances that are held at once: 256 MiB in float32."""
+
+
+@torch.no_grad()
+def euclidean_k_means(x: Tensor, start: int | Tensor, rounds: int) -> Clusters:
+    """Cluster the tokens of each set by Euclidean distance.
+
+    In each round every token joins the nearest centre (the first of equals), and a centre becomes the mean
+    of its tokens. A centre without tokens stays. No random number is drawn, and no sum depends on the order
+    of threads.
+
+    Args:
+        x: (..., N, D), in any floating dtype; computed in float32 (float64 for float64).
+        start: (..., C, D), the first centres, such as those of the last denoising step; or the number C
+            of clusters, at most N: the first centres are then tokens at equal distances.
+        rounds: rounds, at least 1.
+
+    Returns:
+        :class:`Clusters`.
+    """
+    work = torch.promote_types(x.dtype, torch.float32)
+    tokens = x.reshape(-1, *x.shape[-2:]).to(work)
+    if isinstance(start, int):
+        places = torch.arange(start, device=x.device) * x.shape[-2] // start
+        centres = tokens[:, places]
+    else:
+        centres = start.reshape(-1, *start.shape[-2:]).to(work)
+    number = centres.shape[1]
+    step = max(1, _AT_ONCE // (tokens.shape[0] * number))
+    parts = tokens.split(step, 1)
+    for _ in range(rounds):
+        length = centres.square().sum(-1)[:, None] / 2
+        label, total = [], torch.zeros_like(centres)
+        sizes = torch.zeros_like(centres[..., 0])
+        for part in parts:
+            with full_precision(x.device):
+                label.append((part @ centres.mT - length).argmax(-1))
+                own = F.one_hot(label[-1], number).to(work)
+                total += own.mT @ part
+            sizes += own.sum(1)
+        mean = total / sizes.clamp(min=1)[..., None]
+        centres = torch.where(sizes[..., None] > 0, mean, centres)
+    outer = x.shape[:-2]
+    return Clusters(
+        torch.cat(label, 1).view(*outer, -1),
+        centres.view(*outer, number, -1),
+        sizes.long().view(*outer, number),
+    )
