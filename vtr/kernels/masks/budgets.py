@@ -63,3 +63,33 @@ def top_p(mass: Tensor, p: float, *, crossing: bool = True, least: int = 1) -> T
     number = (sums <= p * total).sum(-1, keepdim=True) + int(crossing)
     keep = torch.arange(mass.shape[-1], device=mass.device) < number.clamp(min=least)
     return torch.zeros_like(keep).scatter_(-1, order, keep)
+
+
+def top_k_by_recall(mass: Tensor, density: float, recall: float = 0.8) -> Tensor:
+    """Keep the blocks of largest mass in each row, the same number in all rows of a head: fewer in heads whose
+    mass is in few blocks, and more in others (AdaSpa, arXiv 2502.21079, section 4.3).
+
+    Of H heads, n keep more than the share ``recall`` of their mass at the given density d. The n that
+    keep the largest share get d / 2, the n that keep the smallest 3 d / 2, the others d.
+
+    Args:
+        mass: (B, H, NQ, NK), not negative.
+        density: d, share of the blocks of a row, in (0, 1]; rounded to blocks, at least one.
+        recall: n is at most H / 2, so that the mean over the heads stays d. For a d above 2 / 3 the two
+            groups differ from it by 1 - d instead of d / 2.
+
+    Returns:
+        bool of the shape of mass.
+    """
+    heads, total = mass.shape[1], mass.shape[-1]
+    rank = mass.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    step = min(density / 2, 1 - density)
+    few, middle, many = (
+        number_of(d, total, rounding="round") for d in (density - step, density, density + step)
+    )
+    kept = (mass * (rank < middle)).sum((2, 3), dtype=torch.float64)
+    share = kept / mass.sum((2, 3), dtype=torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+    groups = (share > recall).sum(1, keepdim=True).clamp(max=heads // 2)
+    place = share.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    number = torch.where(place < groups, few, torch.where(place >= heads - groups, many, middle))
+    return rank < number[..., None, None]

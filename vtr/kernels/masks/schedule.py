@@ -15,6 +15,19 @@ def at_steps(step: int, steps: int | None, chosen: Sequence[int | float]) -> boo
     Raises:
         RuntimeError: a share is given, and the number of steps is not known.
     """
+    return step in _numbers(steps, chosen)
+
+
+def steps_due(step: int, steps: int | None, chosen: Sequence[int | float]) -> int:
+    """Count the steps at which a mask is chosen up to this one: a cache may have skipped one of them.
+
+    Arguments and errors as :func:`at_steps`.
+    """
+    return sum(number <= step for number in _numbers(steps, chosen))
+
+
+def _numbers(steps: int | None, chosen: Sequence[int | float]) -> list[int]:
+    numbers = []
     for one in chosen:
         if isinstance(one, float):
             if steps is None:
@@ -23,6 +36,5 @@ def at_steps(step: int, steps: int | None, chosen: Sequence[int | float]) -> boo
                     "method to the pipeline, or with vtr.apply(..., steps=50), or give numbers of steps"
                 )
             one = int(one * steps + 1e-9)
-        if one == step:
-            return True
-    return False
+        numbers.append(one)
+    return numbers

@@ -255,7 +255,8 @@ class DynamicAttention(AttentionMethod):
 
     def chosen(self, view: GridView) -> BlockChoice:
         """Return the choice of blocks for a call: a new one, or that of an earlier call."""
-        if type(self).renew is DynamicAttention.renew:
+        # Training has no order of steps, and checkpointing may not meet what a call has left.
+        if type(self).renew is DynamicAttention.renew or view.site.training:
             return self.choose(view)
         known: BlockChoice | None = view.site.state.get("chosen")
         if known is None or not known.serves(view) or self.renew(view.site):

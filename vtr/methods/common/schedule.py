@@ -32,7 +32,7 @@ class Scheduled(Layered):
             steps = tuple(steps)
             self._set("dense_steps", steps)
         each = steps if isinstance(steps, tuple) else (steps,)
-        if not each or not all(is_whole(n) or _fraction(n) for n in each):
+        if not each or not all(map(is_step, each)):
             raise ValueError(
                 "dense_steps must be a number of first steps (int from 0 on), a fraction of the "
                 "steps (float in [0, 1)), or a tuple of these with one for each transformer of the "
@@ -76,5 +76,7 @@ class Scheduled(Layered):
         return bool(step < dense)
 
 
-def _fraction(value: object) -> bool:
-    return isinstance(value, float) and math.isfinite(value) and 0 <= value < 1
+def is_step(value: object) -> bool:
+    """Tell whether this is a number of steps (int from 0 on) or a share of them (float in [0, 1))."""
+    share = isinstance(value, float) and math.isfinite(value) and 0 <= value < 1
+    return share or is_whole(value)
