@@ -34,6 +34,7 @@ from vtr.inspect.profile import profile as profile
 from vtr.inspect.sinks import sinks as sinks
 from vtr.methods.a2sf import A2SF as A2SF
 from vtr.methods.act import ACT as ACT
+from vtr.methods.adaspa import AdaSpa as AdaSpa
 from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
 from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
@@ -63,6 +64,7 @@ from vtr.methods.holitom import HoliTom as HoliTom
 from vtr.methods.image_blocks import ImageBlocks as ImageBlocks
 from vtr.methods.kv_baselines import RandomKV as RandomKV
 from vtr.methods.kv_baselines import RecentKV as RecentKV
+from vtr.methods.liteattention import LiteAttention as LiteAttention
 from vtr.methods.minference import MInference as MInference
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
 from vtr.methods.prefill_baselines import LocalWindow as LocalWindow
@@ -84,6 +86,7 @@ from vtr.methods.snapkv import SnapKV as SnapKV
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
 from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
+from vtr.methods.svg2 import SVG2 as SVG2
 from vtr.methods.tidaldecode import TidalDecode as TidalDecode
 from vtr.methods.tofe import ToFe as ToFe
 from vtr.methods.tome import ToMe as ToMe

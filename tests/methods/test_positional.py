@@ -11,6 +11,8 @@ from vtr.core.registry import registry
 from vtr.methods.common.schedule import Scheduled
 
 LEAD = {
+    "adaspa": ("density", 0.5),
+    "liteattention": ("threshold", -3.0),
     "neighborhood": ("window", (3, 3, 3)),
     "own-frame": ("radius", 2),
     "radial": ("decay", 0.5),
@@ -18,6 +20,7 @@ LEAD = {
     "rectified-sparse": ("drop", 0.5),
     "rettention": ("density", 0.5),
     "sliding-tile": ("window", 9),
+    "svg2": ("p", 0.5),
     "tomesd": ("ratio", 0.25),
     "vsa": ("density", 0.5),
 }

@@ -11,6 +11,7 @@ from typing import Any
 TABLE: dict[str, str] = {
     "A2SF": "a2sf",
     "ACT": "act",
+    "AdaSpa": "adaspa",
     "AnchorAttention": "anchor_attention",
     "CLSAttention": "cls_attention",
     "CMAI": "cmai",
@@ -36,6 +37,7 @@ TABLE: dict[str, str] = {
     "HiP": "hip",
     "HoliTom": "holitom",
     "ImageBlocks": "image_blocks",
+    "LiteAttention": "liteattention",
     "LocalWindow": "prefill_baselines",
     "MInference": "minference",
     "NeighborhoodAttention": "neighborhood",
@@ -53,6 +55,7 @@ TABLE: dict[str, str] = {
     "RecycledAttention": "recycled_attention",
     "Rettention": "rettention",
     "SALE": "sale",
+    "SVG2": "svg2",
     "Scissorhands": "scissorhands",
     "SlidingTile": "sliding_tile",
     "SnapKV": "snapkv",
