@@ -73,6 +73,23 @@ class Stage(_Visit):
         return f"Stage({self.site!r}, {self.layer}, {self.place!r}{look})"
 
 
+class Merging(Protocol):
+    """A way to merge tokens and to give each its result, for what the slots of a map cannot say.
+
+    Attributes:
+        kept: (B, N_out) int64, for each merged token the input token whose place it has.
+    """
+
+    @property
+    def kept(self) -> Tensor: ...
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Merge x (B, N_in, C) to (B, N_out, C), in its dtype."""
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Give each input token its part of y (B, N_out, C): (B, N_in, C)."""
+
+
 class Reduction(NamedTuple):
     """The decision of :meth:`TokenMethod.reduce`.
 
@@ -88,6 +105,10 @@ class Reduction(NamedTuple):
             in a reduction without a map ends it.
         grid: at the site ``image``, (rows, columns) of the smaller picture in tokens; ``map`` says which
             of the tokens before each of them covers.
+        keep_norm: a slot of several tokens gets the largest of their norms, in the direction of their mean
+            (MLERP of Token Fusion, WACV 2024, arXiv 2312.01026). Needs ``weights``.
+        merging: at the site ``block``, what merges and restores in place of ``map``, which then says for each
+            token where most of it went.
     """
 
     map: TokenMap | None
@@ -97,6 +118,8 @@ class Reduction(NamedTuple):
     absolute: bool = False
     policy: Tensor | None = None
     grid: tuple[int, int] | None = None
+    keep_norm: bool = False
+    merging: Merging | None = None
 
 
 class Calibrator(Protocol):

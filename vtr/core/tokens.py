@@ -110,12 +110,20 @@ class TokenMap:
         out = take(x, self.kept.clamp(min=0) if self.has_padding else self.kept)
         return _zero(out, ~self.valid) if self.has_padding else out
 
-    def merge(self, x: Tensor, weights: Tensor | None = None, normalize: bool = True) -> Tensor:
+    def merge(
+        self,
+        x: Tensor,
+        weights: Tensor | None = None,
+        normalize: bool = True,
+        keep_norm: bool = False,
+    ) -> Tensor:
         """Combine the tokens of each slot: x (B, N_in, C) -> (B, N_out, C).
 
         Args:
             weights: (B, N_in), how much each token counts; 1 where absent. Gradients flow into it.
             normalize: weighted mean (True) or weighted sum (False).
+            keep_norm: give each slot of several tokens the largest norm among them (MLERP, see
+                :class:`Reduction`).
 
         Half-precision inputs are summed in float32 and rounded once; float64 stays float64.
         """
@@ -151,7 +159,18 @@ class TokenMap:
             part = take(x, travel) * (take(w, travel) * moves)[..., None]
             row = torch.arange(batch, device=x.device)[:, None] * n_out + slot
             out.view(batch * n_out, *x.shape[2:]).index_add_(0, row.flatten(), part.flatten(0, 1))
+        if keep_norm:
+            out = self._with_largest_norm(out, x)
         return out.to(x.dtype)
+
+    def _with_largest_norm(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out`` (B, N_out, C), each slot of several tokens of x scaled to the largest of their norms."""
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=out.dtype)
+        slot = torch.where(self.source < 0, self.n_out, self.source)
+        largest = norm.new_zeros(x.shape[0], self.n_out + 1).scatter_reduce(1, slot, norm, "amax")
+        length = torch.linalg.vector_norm(out, dim=-1).clamp_min(torch.finfo(out.dtype).tiny)
+        factor = torch.where(self.size > 1, largest[:, :-1] / length, 1.0)
+        return out * factor[..., None]
 
     def restore(self, y: Tensor, fill: Fill | Tensor = "copy") -> Tensor:
         """Back to full length: y (B, N_out, C) -> (B, N_in, C).

@@ -2,8 +2,8 @@
 
 The map is chosen from the block's input. Around attention the tokens are merged before the
 projections and restored after the output projection; a merged token has the rotary position of its
-representative. Around the MLP likewise. Residual connections stay at full length, and text is not
-touched.
+representative (of its destination, if a method merges by a matrix). Around the MLP likewise. Residual
+connections stay at full length, and text is not touched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vtr.compat.diffusers import batch_parts_of
 from vtr.core.method import Method, Reduction
-from vtr.core.tokens import TokenMap, take
+from vtr.core.tokens import take
 from vtr.core.trace import StageRecord
 from vtr.diffusion.wrapped import WrappedTransformer
 
@@ -66,16 +66,22 @@ def _reduction(wrapping: WrappedTransformer, number: int) -> Reduction | None:
 
 def _merge(wrapping: WrappedTransformer, reduction: Reduction, x: Tensor) -> Tensor:
     """(B, N, C), or joint (B, T + N, C), with the image or video tokens merged."""
-    assert reduction.map is not None
-    text, x = _split(wrapping, x, reduction.map.n_in)
-    made = reduction.map.merge(x, reduction.weights, reduction.normalize).to(x.dtype)
-    return _join(wrapping, text, made)
+    map = reduction.map
+    assert map is not None
+    text, x = _split(wrapping, x, map.n_in)
+    if reduction.merging is not None:
+        made = reduction.merging.merge(x)
+    elif reduction.weights is None:
+        made = map.gather(x)
+    else:
+        made = map.merge(x, reduction.weights, reduction.normalize, reduction.keep_norm)
+    return _join(wrapping, text, made.to(x.dtype))
 
 
 def _restore(wrapping: WrappedTransformer, reduction: Reduction, x: Tensor) -> Tensor:
     assert reduction.map is not None
     text, x = _split(wrapping, x, reduction.map.n_out)
-    return _join(wrapping, text, reduction.map.restore(x))
+    return _join(wrapping, text, (reduction.merging or reduction.map).restore(x))
 
 
 def _split(wrapping: WrappedTransformer, x: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -114,24 +120,25 @@ def attention(
         # Image or video tokens are first and all seen.
         values["attention_mask"] = mask[..., map.n_in - map.n_out :]
     name = wrapping.family.rope or ""
-    rope = values.get(name)
+    rope, kept = values.get(name), (reduction.merging or map).kept
     if rope is None:
         out = function(*given.args, **given.kwargs)
-    elif (batched := _batched(rope, map)) is not None:
+    elif (batched := _batched(rope, map.n_in, kept)) is not None:
         values[name] = batched
         out = function(*given.args, **given.kwargs)
     else:
-        out = _by_sample(wrapping, function, given, name, map)
+        out = _by_sample(wrapping, function, given, name, map.n_in, kept)
     if isinstance(out, tuple):
         return (_restore(wrapping, reduction, out[0]), *out[1:])
     return _restore(wrapping, reduction, out)
 
 
-def _batched(rope: Any, map: TokenMap) -> tuple[Tensor, ...] | None:
-    """Rotary factors that have an axis for samples, (1 or B, N, ...): those of the kept tokens."""
-    if any(f.ndim < 3 or f.shape[1] != map.n_in or f.shape[0] not in (1, map.batch) for f in rope):
+def _batched(rope: Any, tokens: int, kept: Tensor) -> tuple[Tensor, ...] | None:
+    """Rotary factors that have an axis for samples, (1 or B, N, ...): those of the tokens ``kept`` (B, M)."""
+    batch = kept.shape[0]
+    if any(f.ndim < 3 or f.shape[1] != tokens or f.shape[0] not in (1, batch) for f in rope):
         return None
-    return tuple(take(f.expand(map.batch, *f.shape[1:]), map.kept) for f in rope)
+    return tuple(take(f.expand(batch, *f.shape[1:]), kept) for f in rope)
 
 
 def _positions(
@@ -155,7 +162,7 @@ def _positions(
 
 
 def _by_sample(
-    wrapping: WrappedTransformer, function: Any, given: Any, name: str, map: TokenMap
+    wrapping: WrappedTransformer, function: Any, given: Any, name: str, tokens: int, kept: Tensor
 ) -> Any:
     """One call per sample: rotary factors without an axis for samples cannot differ between them.
 
@@ -164,15 +171,15 @@ def _by_sample(
     """
     values = dict(given.arguments)
     outs: list[Any] = []
-    parts = batch_parts_of(values.get("self"))
-    for b in range(map.batch):
+    parts, batch = batch_parts_of(values.get("self")), kept.shape[0]
+    for b in range(batch):
         for key in _PER_SAMPLE & values.keys():
             held = values[key]
             if isinstance(held, Tensor):
                 given.arguments[key] = held[b : b + 1].expand(parts, *held.shape[1:])
-        given.arguments[name] = _positions(wrapping, values[name], map.n_in, map.kept[b])
+        given.arguments[name] = _positions(wrapping, values[name], tokens, kept[b])
         made = function(*given.args, **given.kwargs)
-        own = slice(b * parts // map.batch, b * parts // map.batch + 1)
+        own = slice(b * parts // batch, b * parts // batch + 1)
         outs.append(tuple(x[own] for x in made) if isinstance(made, tuple) else made[own])
     if isinstance(outs[0], tuple):
         return tuple(torch.cat(pieces) for pieces in zip(*outs, strict=True))

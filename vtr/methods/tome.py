@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from vtr.core.budget import check_count, check_flag, check_keep, check_number, count
-from vtr.methods.base import Keep, ModelInfo, Reduction, Site, Stage, TokenMethod, register
+from vtr.methods.base import (
+    Examples,
+    Keep,
+    ModelInfo,
+    Reduction,
+    Site,
+    Stage,
+    TokenMethod,
+    register,
+)
+from vtr.methods.common.layers import check_exist, check_first, is_among
 from vtr.methods.common.matching import bipartite_soft_matching
 
 
@@ -29,6 +39,11 @@ class ToMe(TokenMethod):
     size, as the authors' patch of MAE models does; their patch of timm's models leaves timm's plain mean
     over the tokens that are left (the models of their tables read the class token).
 
+    ``drop_layers`` and ``keep_norm`` are Token Fusion (ToFu, WACV 2024, arXiv 2312.01026): blocks that answer
+    to mixed inputs far from linearly drop tokens, the others merge them without loss of length. Which
+    blocks those are depends on the model and is given here. That dropped tokens count in sizes is our
+    reading.
+
     Args:
         r: tokens merged per block: an int, or a sequence (one per block, then none). Exactly one of ``r`` and ``keep`` is given.
         keep: budget after the last block, reached with a constant number per block (more in earlier
@@ -36,6 +51,9 @@ class ToMe(TokenMethod):
         inflection: in [-1, 1]: the schedule falls (-1: from 2r to 0) or rises (1) linearly.
         prop_attn: proportional attention. True for supervised models, and for those that were trained with
             ToMe; the authors switch it off for off-the-shelf MAE models.
+        drop_layers: blocks that drop A tokens in place of merging them: the first n (int), or these (tuple of
+            0-based numbers). The B token stays as it is, and its size counts what was dropped.
+        keep_norm: a merged token keeps the largest norm of its group (MLERP).
     """
 
     name: ClassVar[str] = "tome"
@@ -49,6 +67,15 @@ class ToMe(TokenMethod):
     keep: Keep | None = None
     inflection: float = 0.0
     prop_attn: bool = True
+    drop_layers: int | tuple[int, ...] = field(default=0, kw_only=True)
+    keep_norm: bool = field(default=False, kw_only=True)
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {
+            "some": (cls(keep=0.4), cls(keep=0.4, drop_layers=1, keep_norm=True)),
+            "everything": (cls(keep=1.0),),
+        }
 
     def validate(self) -> None:
         if self.r is None and self.keep is None:
@@ -62,6 +89,8 @@ class ToMe(TokenMethod):
         for value in self.r if isinstance(self.r, tuple) else (self.r,):
             check_count(value, "r", low=0, none=True)
         check_flag(self.prop_attn, "prop_attn")
+        check_flag(self.keep_norm, "keep_norm")
+        self._set("drop_layers", check_first(self.drop_layers, "drop_layers"))
         check_number(self.inflection, "inflection", -1, 1)
         if self.inflection and not isinstance(self.r, int):
             raise ValueError("inflection bends a schedule given by an int r")
@@ -70,6 +99,7 @@ class ToMe(TokenMethod):
         depth = info.depth["encoder"]
         if isinstance(self.r, tuple) and len(self.r) > depth:
             raise ValueError(f"r has {len(self.r)} entries for a model of {depth} layers")
+        check_exist(self.drop_layers, "drop_layers", info, "encoder")
         return tuple(Stage("encoder", layer) for layer in range(depth))
 
     def biased_layers(self, info: ModelInfo) -> frozenset[int]:
@@ -105,4 +135,6 @@ class ToMe(TokenMethod):
             return None
         order: Tensor | None = site.memory.get("order")
         step, site.memory["order"] = bipartite_soft_matching(site.key_mean(), r, order, site.prefix)
-        return Reduction(step, site.size)
+        if is_among(site.layer, self.drop_layers):
+            return Reduction(step)
+        return Reduction(step, site.size, keep_norm=self.keep_norm)

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from vtr.methods.base import Examples, ModelInfo, Reduction, Stage, TokenMethod, register
+from vtr.methods.base import Examples, ModelInfo, Reduction, Stage, check_flag, register
 from vtr.methods.common.cells import merge_map
-from vtr.methods.common.schedule import Scheduled
+from vtr.methods.common.layers import check_exist, check_first, is_among
+from vtr.methods.common.merging import CellMerging
+
+if TYPE_CHECKING:
+    from vtr.diffusion.site import BlockSite
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ToMeSD(Scheduled, TokenMethod):
+class ToMeSD(CellMerging):
     """Token Merging for Stable Diffusion (CVPR workshops 2023, arXiv 2303.17604), for transformers.
 
     The grid is cut into cells. One token of each cell is a destination, the others are sources; each
     source finds its most similar destination anywhere (cosine of the hidden states at the block's
     input), and the ``ratio`` most similar are merged into the mean. The block's self-attention (and
     MLP) computes on the merged tokens, and each token takes over the result of its destination. The
-    map is found anew in every block, since the similarity of tokens changes with depth and step.
+    map is found anew in every block, since the similarity of tokens changes with depth and step;
+    ``refresh`` keeps each block's own for some steps.
+
+    ``drop_layers`` and ``keep_norm`` are Token Fusion (ToFu, WACV 2024, arXiv 2312.01026): a mean is
+    shorter than what it is the mean of, so that merged tokens get the largest norm among theirs in the
+    direction of the mean (MLERP); and where a block answers to mixed inputs far from linearly, as early
+    ones do, a source is dropped and only takes over its destination's result. Which blocks those are
+    the paper's figures show for its models; here they are given.
+
+    Reuse over steps is an idea of DiTo (arXiv 2605.22011), which compares outputs of the step before and
+    has a penalty for tokens merged again and again; neither is here.
 
     Differences from the authors' code: it works on any transformer with a grid, on video (a cell of
     several frames merges in time) and at any size (cells are cut off at the border); a merged token
@@ -36,63 +49,45 @@ class ToMeSD(Scheduled, TokenMethod):
         merge_mlp: merge around the MLP as well (off in the authors' code, which found it to cost
             quality).
         seed: of the destinations, which change with layer and step; None takes each cell's first.
+        drop_layers: blocks that drop sources in place of merging them: the first n (int), or these (tuple
+            of 0-based numbers).
+        keep_norm: merged tokens keep the largest norm (MLERP).
+        refresh: steps for which a block keeps its map. The authors find it anew in each (1).
         dense_layers: blocks left alone: the first n (int), or these (tuple of 0-based numbers).
         dense_steps: steps left alone at the start of a run: the first n (int), or a fraction.
     """
 
     name: ClassVar[str] = "tomesd"
     paper: ClassVar[str] = "Token Merging for Fast Stable Diffusion, CVPRW 2023, arXiv 2303.17604"
-    sites: ClassVar[tuple[str, ...]] = ("block",)
-    needs: ClassVar = {"block": frozenset({"hidden"})}
 
-    ratio: float = field(default=0.5, kw_only=False)
-    cell: tuple[int, int, int] = (1, 2, 2)
-    merge_attn: bool = True
-    merge_mlp: bool = False
-    seed: int | None = 0
+    drop_layers: int | tuple[int, ...] = 0
+    keep_norm: bool = False
 
     @classmethod
     def examples(cls) -> Examples:
         return {
-            "some": (cls(0.5), cls(0.5, cell=(3, 1, 2), seed=None)),
+            "some": (
+                cls(0.5),
+                cls(0.5, cell=(3, 1, 2), seed=None),
+                cls(0.5, drop_layers=1, keep_norm=True, refresh=2),
+            ),
             "everything": (cls(0.0),),
         }
 
     def validate(self) -> None:
         super().validate()
-        cell = tuple(self.cell) if isinstance(self.cell, (tuple, list)) else ()
-        if len(cell) != 3 or any(type(n) is not int or n < 1 for n in cell):
-            raise ValueError(
-                f"cell must be positive ints (frames, height, width), got {self.cell!r}"
-            )
-        self._set("cell", cell)
-        most = 1 - 1 / math.prod(cell)
-        if isinstance(self.ratio, bool) or not 0 <= self.ratio <= most:
-            raise ValueError(
-                f"ratio must be from 0 to {most:g} for a cell of {math.prod(cell)} tokens, of which "
-                f"one stays, got {self.ratio!r}"
-            )
-        if not (self.merge_attn or self.merge_mlp):
-            raise ValueError("merge_attn and merge_mlp are both False: nothing would be merged")
-        if self.seed is not None and type(self.seed) is not int:
-            raise ValueError(f"seed must be an int or None, got {self.seed!r}")
+        self._set("drop_layers", check_first(self.drop_layers, "drop_layers"))
+        check_flag(self.keep_norm, "keep_norm")
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("block", n) for n in self.working_layers(info, "block"))
+        check_exist(self.drop_layers, "drop_layers", info, "block")
+        return super().stages(info)
 
-    def parts(self) -> frozenset[str]:
-        """Around what tokens are merged: ``"attention"``, ``"mlp"``."""
-        wanted = {"attention": self.merge_attn, "mlp": self.merge_mlp}
-        return frozenset(part for part, on in wanted.items() if on)
-
-    def reduce(self, site: Any) -> Reduction | None:
-        """The map of a :class:`vtr.diffusion.site.BlockSite`, None in dense steps."""
-        if self.is_dense(site):
+    def find(self, site: BlockSite) -> Reduction | None:
+        found = merge_map(site.hidden, site.grid, self.cell, self.ratio, self.generator(site))
+        if found is None:
             return None
-        generator = None
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(
-                (self.seed * 1_000_003 + site.step * 1_009 + site.layer) % 2**63
-            )
-        found = merge_map(site.hidden, site.grid, self.cell, self.ratio, generator)
-        return None if found is None else Reduction(found)
+        if is_among(site.layer, self.drop_layers):
+            return Reduction(found)
+        ones = torch.ones_like(found.source, dtype=torch.float32)
+        return Reduction(found, ones, keep_norm=self.keep_norm)

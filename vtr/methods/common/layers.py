@@ -34,27 +34,13 @@ class Layered(Method):
         return super().__new__(cls)
 
     def validate(self) -> None:
-        layers = self.dense_layers
-        if isinstance(layers, list):
-            layers = tuple(layers)
-            self._set("dense_layers", layers)
-        numbers = layers if isinstance(layers, tuple) else (layers,)
-        if any(not is_whole(n) for n in numbers):
-            raise ValueError(
-                "dense_layers must be a number of first layers (int from 0 on) or a tuple of 0-based "
-                f"layers, got {layers!r}"
-            )
+        self._set("dense_layers", check_first(self.dense_layers, "dense_layers"))
 
     def working_layers(self, info: ModelInfo, site: str) -> list[int]:
         """The layers that are not dense. Raises ``ValueError`` for layers that do not exist."""
         depth = info.depth.get(site, 0)
         if isinstance(self.dense_layers, tuple):
-            missing = [n for n in self.dense_layers if n >= depth]
-            if missing:
-                raise ValueError(
-                    f"dense_layers {missing} do not exist: {info.family} has {depth} {site} "
-                    f"layers, 0 to {depth - 1}"
-                )
+            check_exist(self.dense_layers, "dense_layers", info, site)
             return [n for n in range(depth) if n not in self.dense_layers]
         if depth and self.dense_layers >= depth:
             raise ValueError(
@@ -67,3 +53,34 @@ class Layered(Method):
 def is_whole(value: object) -> bool:
     """Tell whether an option is an int from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_first(value: object, name: str) -> int | tuple[int, ...]:
+    """Return an option that names layers, a list as a tuple.
+
+    Raises:
+        ValueError: it is neither a number of first layers nor a tuple of layers.
+    """
+    layers: Any = tuple(value) if isinstance(value, list) else value
+    numbers = layers if isinstance(layers, tuple) else (layers,)
+    if any(not is_whole(n) for n in numbers):
+        raise ValueError(
+            f"{name} must be a number of first layers (int from 0 on) or a tuple of 0-based "
+            f"layers, got {layers!r}"
+        )
+    return layers  # type: ignore[no-any-return]
+
+
+def check_exist(layers: int | tuple[int, ...], name: str, info: ModelInfo, site: str) -> None:
+    """Raise ``ValueError`` if an option names layers that the model does not have at a site."""
+    depth = info.depth.get(site, 0)
+    missing = [n for n in layers if n >= depth] if isinstance(layers, tuple) else []
+    if missing:
+        raise ValueError(
+            f"{name} {missing} do not exist: {info.family} has {depth} {site} layers, 0 to {depth - 1}"
+        )
+
+
+def is_among(layer: int, layers: int | tuple[int, ...]) -> bool:
+    """Tell whether a layer is one of the first n (int), or one of these (tuple)."""
+    return layer in layers if isinstance(layers, tuple) else layer < layers

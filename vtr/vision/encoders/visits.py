@@ -124,7 +124,8 @@ def _commit(
         x = whole.gather(x)
     else:
         ones = reduction.weights.new_ones(run.batch, p)
-        x = whole.merge(x, torch.cat([ones, reduction.weights], 1), reduction.normalize)
+        weights = torch.cat([ones, reduction.weights], 1)
+        x = whole.merge(x, weights, reduction.normalize, reduction.keep_norm)
     run.map = step if reduction.absolute or run.map is None else run.map.then(step)
     run.merged = run.merged or entry.token_method.size_weighted
     if x.shape[1] - p != run.map.n_out:

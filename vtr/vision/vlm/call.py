@@ -327,8 +327,9 @@ class LanguageCall:
             values = reduction.tokens
             if values is None:
                 values = step.merge(
-                    rows_of(hidden, layout.slots), reduction.weights, reduction.normalize
-                )
+                    rows_of(hidden, layout.slots), reduction.weights, reduction.normalize,
+                    reduction.keep_norm,
+                )  # fmt: skip
             taken = step.kept.clamp(min=0)
             slots = layout.slots.gather(1, taken).masked_fill(~step.valid, -1)
             hidden = put(hidden, slots, values)
