@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vtr.diffusion.site import CallFacts, DiffusionAttentionSite
+from vtr.diffusion.site import BlockSite, CallFacts, DiffusionAttentionSite
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -67,7 +67,7 @@ class Run:
         return DiffusionAttentionSite(
             call=call, layer=self.layer, layers=self.layers, q=q, k=k, v=v, scale=scale, dense=dense,
             state=self.state, shared=self.shared, memory={}, notes=self.notes,
-            backend=self.method.backend,
+            backend=getattr(self.method, "backend", "auto"),
         )  # fmt: skip
 
     def __call__(self, qkv, step=0):
@@ -76,3 +76,16 @@ class Run:
         if self.method.is_dense(site):
             return site.dense()
         return self.method.attend(site)
+
+
+def block(hidden, grid, *, step=0, steps=None, layer=0, layers=4, state=None, memory=None,
+          branch="cond", training=False):  # fmt: skip
+    """The input of a block."""
+    call = CallFacts(
+        run=0, step=step, steps=steps, timestep=1000.0 - step, branch=branch, grid=tuple(grid),
+        training=training, expert_step=step,
+    )  # fmt: skip
+    return BlockSite(
+        call=call, layer=layer, layers=layers, hidden=hidden, state={} if state is None else state,
+        shared={}, memory={} if memory is None else memory, notes={},
+    )  # fmt: skip
