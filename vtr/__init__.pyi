@@ -81,6 +81,8 @@ from vtr.methods.recycled_attention import RecycledAttention as RecycledAttentio
 from vtr.methods.rettention import Rettention as Rettention
 from vtr.methods.sale import SALE as SALE
 from vtr.methods.scissorhands import Scissorhands as Scissorhands
+from vtr.methods.sito import OptiPrune as OptiPrune
+from vtr.methods.sito import SiTo as SiTo
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.snapkv import SnapKV as SnapKV
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
@@ -88,7 +90,9 @@ from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
 from vtr.methods.svg2 import SVG2 as SVG2
 from vtr.methods.tidaldecode import TidalDecode as TidalDecode
+from vtr.methods.todo import ToDo as ToDo
 from vtr.methods.tofe import ToFe as ToFe
+from vtr.methods.toma import ToMA as ToMA
 from vtr.methods.tome import ToMe as ToMe
 from vtr.methods.tomesd import ToMeSD as ToMeSD
 from vtr.methods.uniform_frames import UniformFrames as UniformFrames
