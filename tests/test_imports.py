@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "contracts": {"diffusion", "compat"},
     "methods": {"diffusion", "zoo", "core", "kernels", "errors"},
     "api": {"core", "compat", "errors"},
-    "inspect": {"api", "methods", "core", "kernels", "compat", "errors"},
+    "inspect": {"api", "methods", "diffusion", "core", "kernels", "compat", "errors"},
     "train": {"api", "methods", "vision"},
     "testing": {
         *("vtr", "api", "methods", "vision", "video", "diffusion", "core"),

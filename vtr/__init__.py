@@ -38,6 +38,7 @@ _PUBLIC = {
     "calibrate": "vtr.inspect.calibrate",
     "profile": "vtr.inspect.profile",
     "draw": "vtr.inspect.drawing",
+    "heatmap": "vtr.inspect.heatmap",
     "sinks": "vtr.inspect.sinks",
     "VtrError": "vtr.errors",
     "MissingDependencyError": "vtr.errors",

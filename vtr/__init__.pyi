@@ -30,6 +30,7 @@ from vtr.errors import UnsupportedModelError as UnsupportedModelError
 from vtr.errors import VtrError as VtrError
 from vtr.inspect.calibrate import calibrate as calibrate
 from vtr.inspect.drawing import draw as draw
+from vtr.inspect.heatmap import heatmap as heatmap
 from vtr.inspect.profile import profile as profile
 from vtr.inspect.sinks import sinks as sinks
 from vtr.methods.a2sf import A2SF as A2SF

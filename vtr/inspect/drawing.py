@@ -119,9 +119,9 @@ def draw(
             on = pixels if part.whole else grey
             panel, alive = _paint(stage, sample, part.cells[0], part.grid, on)
             title = f"{stage.method}, {stage.site} {stage.layer}: {alive} of {part.tokens}"
-            drawn.append(_titled(panel, f"{part.name}, {title}" if part.name else title))
+            drawn.append(titled(panel, f"{part.name}, {title}" if part.name else title))
     if image is not None and show_input:
-        drawn.insert(0, _titled(pixels, "input"))
+        drawn.insert(0, titled(pixels, "input"))
     return row(drawn)
 
 
@@ -193,7 +193,7 @@ def _masks(
             share = 100 * float(note.get("density", 1.0))
             pairs = "the pairs" if strip is None else "the causal pairs"
             title = f"attention {where}{which}: {share:.1f} % of {pairs}"
-            drawn.append(_titled(picture, title))
+            drawn.append(titled(picture, title))
         lines.append(row(drawn))
     return stack(lines)
 
@@ -220,16 +220,16 @@ def _sheet(
         canvas = [_canvas(frame, size) for frame in frames[::step]]
     blocks = []
     if frames is not None and show_input:
-        blocks.append(_titled(_lines([_image(c) for c in canvas], columns), "input"))
+        blocks.append(titled(_lines([_image(c) for c in canvas], columns), "input"))
     for stage, (part, *_) in pictures:
         drawn, total = [], 0
         for i, (cells, pixels) in enumerate(zip(part.cells, canvas, strict=True)):
             panel, alive = _paint(stage, sample, cells, part.grid, pixels)
             total += alive
             at = f"frame {i}" if part.times is None else f"{part.times[i]:.1f} s"
-            drawn.append(_titled(panel, f"{at}: {alive}", 16, 11.0))
+            drawn.append(titled(panel, f"{at}: {alive}", 16, 11.0))
         title = f"{stage.method}, {stage.site} {stage.layer}: {total} of {part.cells.numel()}"
-        blocks.append(_titled(_lines(drawn, columns), title))
+        blocks.append(titled(_lines(drawn, columns), title))
     return stack(blocks)
 
 
@@ -344,7 +344,8 @@ def _colour(group: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb((group * 0.618034) % 1.0, 0.85, 1.0)
 
 
-def _titled(picture: Any, title: str, height: int = 24, points: float = 14.0) -> Image.Image:
+def titled(picture: Any, title: str, height: int = 24, points: float = 14.0) -> Image.Image:
+    """Put a line of text above a picture."""
     from PIL import Image, ImageDraw, ImageFont
 
     if isinstance(picture, np.ndarray):

@@ -14,6 +14,7 @@ This module imports diffusers; :func:`vtr.zoo.load_pipeline` imports it when it 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,6 +79,18 @@ class Words:
             ValueError: a word is unknown, or there are two digits or two directions.
         """
         return torch.tensor([self._tokens(prompt) for prompt in prompts])
+
+    def offsets(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters (start, end) of the digit and of the direction; (0, 0) for one that is left out.
+
+        Raises:
+            ValueError: as a call.
+        """
+        tokens, spans = self._tokens(prompt), [(0, 0), (0, 0)]
+        for match in re.finditer(r"[^\s,.]+", prompt.lower()):
+            if match.group() in WORDS:
+                spans[tokens.index(WORDS.index(match.group()))] = match.span()
+        return spans
 
     def _tokens(self, prompt: str) -> list[int]:
         tokens = [NOTHING, NOTHING]
