@@ -477,13 +477,13 @@ def test_the_digit_is_where_its_word_points(tmp_path: Any) -> None:
 
     frames = found.draw()
     assert len(frames) == 5
-    assert frames[0].size == (2 * 384 + 8, 192 + 24)
-    assert found.draw(word)[0].size == (384, 192 + 24)
+    assert frames[0].size == (2 * 256 + 8, 128 + 24)
+    assert found.draw(word)[0].size == (256, 128 + 24)
     for suffix, count in ((".png", 1), (".gif", 5), (".webp", 5), (".apng", 5)):
         found.save(tmp_path / f"map{suffix}")
         with Image.open(tmp_path / f"map{suffix}") as image:
             assert getattr(image, "n_frames", 1) == count
-    assert Image.open(tmp_path / "map.png").size == (5 * 384 + 4 * 8, 2 * 216 + 10)
+    assert Image.open(tmp_path / "map.png").size == (5 * 256 + 4 * 8, 2 * 152 + 10)
     with pytest.raises(ValueError, match="name a picture"):
         found.save(tmp_path / "map.txt")
     with pytest.raises(ValueError, match="no map of 'cat'; there are '4', 'left'"):
@@ -501,13 +501,13 @@ def test_latents_are_drawn_on_grey() -> None:
     assert not found.video
     picture = found.draw("one", strength=1.0)
     assert isinstance(picture, Image.Image)
-    assert picture.size == (7 * 16 * 3, 5 * 16 * 3 + 24)
+    assert picture.size == (7 * 16 * 2, 5 * 16 * 2 + 24)
     # The strongest token has the last colour, the weakest is grey.
     pixels, map = np.asarray(picture)[24:], found.maps["one"][0].numpy()
     y, x = np.unravel_index(map.argmax(), map.shape)
-    assert np.abs(pixels[y * 48 + 24, x * 48 + 24].astype(int) - (252, 255, 164)).max() < 20
+    assert np.abs(pixels[y * 32 + 16, x * 32 + 16].astype(int) - (252, 255, 164)).max() < 20
     y, x = np.unravel_index(map.argmin(), map.shape)
-    assert np.abs(pixels[y * 48 + 24, x * 48 + 24].astype(int) - 128).max() < 20
+    assert np.abs(pixels[y * 32 + 16, x * 32 + 16].astype(int) - 128).max() < 20
 
 
 def test_frames_of_tokens_behind_those_of_the_video() -> None:

@@ -26,8 +26,8 @@ TOKENIZERS = {
     "PixArt": ("tokenizer",),
     "HunyuanDiT": ("tokenizer", "tokenizer_2"),
 }
-#: Where Qwen-Image's pipelines keep the number of tokens of their template that they cut off, and the argument of
-#: HunyuanVideo's call that has it.
+#: The attribute of Qwen-Image's pipelines with the number of tokens of their template that they cut off, and the
+#: argument of HunyuanVideo's call that has it.
 START, TEMPLATE = "prompt_template_encode_start_idx", "prompt_template"
 
 

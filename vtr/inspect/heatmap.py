@@ -1,4 +1,4 @@
-"""Which part of a generated picture or video attends to which word of its prompt."""
+"""Maps of where a generated picture or video attends to the words of its prompt."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Heatmap:
         """Write what :meth:`draw` returns to a file of Pillow's.
 
         A video becomes an animation as ``.gif``, ``.webp`` or ``.apng``, and in other formats a sheet: a line
-        for each word, with at most eight frames of at most 192 pixels of height.
+        for each word, with at most eight frames of at most 128 pixels of height.
 
         Raises:
             ValueError: Pillow does not write such files, or as :meth:`draw`.

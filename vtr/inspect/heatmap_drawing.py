@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtr.inspect.drawing import row, stack, titled
 
-LEAST = 192  # pixels, height of a panel at least: small pictures are enlarged by a whole factor
+LEAST = 128  # pixels, height of a panel at least: small pictures are enlarged by a whole factor
 TOKEN = 16  # pixels of a token on grey
 ANIMATIONS = (".gif", ".webp", ".apng")
 FRAMES = 8  # of a sheet at most

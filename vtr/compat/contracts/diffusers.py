@@ -18,6 +18,8 @@ from vtr.compat.diffusers import (
     SDPA,
 )
 from vtr.diffusion.families import FAMILIES
+from vtr.diffusion.watch import CROSS
+from vtr.diffusion.words import START, TEMPLATE
 
 _ADAPTER, _FAMILIES = "vtr/diffusion/adapter.py", "vtr/diffusion/families.py"
 #: Arguments of a transformer's forward that its family reads.
@@ -54,6 +56,8 @@ def _families() -> Iterator[Expectation]:
             parts.append(f"{first}.{family.mlp}")
         if family.loops:
             parts.append(family.loops)
+        if family.name in CROSS:
+            parts.append(f"{first}.{CROSS[family.name]}.processor")
         for name in family.classes:
             yield Expectation(f"diffusers:{name}", _FAMILIES, built=tuple(parts))
             yield Expectation(
@@ -118,5 +122,9 @@ CONTRACT = (
         "vtr/zoo/wan.py",
         starts=("prompt", "num_videos_per_prompt", "max_sequence_length", "device", "dtype"),
     ),
+    Expectation(
+        "diffusers:HunyuanVideoPipeline.__call__", "vtr/diffusion/words.py", takes=(TEMPLATE,)
+    ),
+    Expectation("diffusers:QwenImagePipeline", "vtr/diffusion/words.py", calls=(START,)),
     *_families(),
 )
