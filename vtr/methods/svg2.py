@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -91,7 +91,13 @@ class SVG2(Presets, DynamicAttention):
 
     @classmethod
     def examples(cls) -> Examples:
-        few = {"query_clusters": 4, "key_clusters": 7, "block": 16, "key_block": 16, "rounds": 5}
+        few: dict[str, Any] = {
+            "query_clusters": 4,
+            "key_clusters": 7,
+            "block": 16,
+            "key_block": 16,
+            "rounds": 5,
+        }
         return {
             "some": (cls(0.5, **few), cls(density=0.4, **few)),
             "everything": (cls(1.0, **few), cls(density=1.0, **few)),

@@ -20,7 +20,7 @@ from vtr.methods.base import (
     check_share,
     register,
 )
-from vtr.methods.common.coarse import Tiles
+from vtr.methods.common.coarse import CoarseTiles
 from vtr.methods.common.gates import Gates
 from vtr.methods.common.order import check_tile, reorder
 
@@ -132,11 +132,11 @@ class VSA(DynamicAttention):
             coarse = coarse * gates.unflatten(2, (-1, self.block))
         return (out.unflatten(2, (-1, self.block)) + coarse).flatten(2, 3)
 
-    def _tiles(self, view: GridView) -> Tiles:
-        def build() -> Tiles:
-            return Tiles(view.layout, view.site.grid, self.tile, view.q.device)
+    def _tiles(self, view: GridView) -> CoarseTiles:
+        def build() -> CoarseTiles:
+            return CoarseTiles(view.layout, view.site.grid, self.tile, view.q.device)
 
-        found: Tiles = view.site.for_size("tiles", build)
+        found: CoarseTiles = view.site.for_size("tiles", build)
         return found
 
     def _gates(self, site: DiffusionAttentionSite) -> Tensor:

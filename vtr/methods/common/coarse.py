@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vtr.methods.common.dynamic import GridView
 
 
-class Tiles:
+class CoarseTiles:
     """The tiles of a layout that begins each with a new block, and their blocks.
 
     Attributes:
