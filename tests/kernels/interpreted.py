@@ -11,12 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.cases import SHAPES, added_rows, make, qkv, token_mask
+from tests.kernels.test_linear import options
 from tests.simulated import gpu, moved
 from vtr.kernels import (
     BlockMask,
     bipartite_match,
     block_sparse_attention,
     block_sparse_attention_reference,
+    sparse_linear_attention,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -51,7 +53,18 @@ def test_head_dims(dim):
 def test_blocks(block):
     n = 2 * block[0] + 7, 2 * block[1] + 9
     q, k, v = qkv(1, 1, 1, *n, 64)
-    _compare(q, k, v, BlockMask.from_dense(token_mask(n, block), block=block), torch.float32)
+    mask = BlockMask.from_dense(token_mask(n, block), block=block)
+    _compare(q, k, v, mask, torch.float32)
+    weights = torch.randn(q.shape), torch.randn(q.shape[:3])
+    got, expected = (
+        _gradients(call, (q, k, v), weights)
+        for call in (
+            lambda *t: block_sparse_attention(*t, mask, return_lse=True, backend="triton"),
+            lambda *t: block_sparse_attention_reference(*t, mask),
+        )
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("scale", [0.7, 0.0, -0.2])
@@ -168,7 +181,7 @@ class _Launches:
 
 def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch):
     """Triton launches on the current device; axes but the first end at 65,535 programs."""
-    from vtr.kernels import triton_attention, triton_backward, triton_join
+    from vtr.kernels import triton_attention, triton_backward, triton_join, triton_linear
 
     monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
     monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
@@ -186,15 +199,18 @@ def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch
         (triton_attention, ["_forward_kernel"]),
         (triton_backward, ["_dq_kernel", "_dkv_kernel"]),
         (triton_join, ["_join_kernel"]),
+        (triton_linear, ["_totals_kernel", "_forward_kernel", "_dx_kernel", "_dyv_kernel"]),
     ):
         for name in names:
-            noted = _Launches(getattr(module, name), entered, notes.setdefault(name, []))
+            key = f"{module.__name__}.{name}"
+            noted = _Launches(getattr(module, name), entered, notes.setdefault(key, []))
             monkeypatch.setattr(module, name, noted)
     live = torch.eye(18, dtype=torch.bool)
     live[4] = True
     mask = BlockMask.from_blocks(live, q_len=288, k_len=288, block=16)
     q, k, v = (t.requires_grad_() for t in qkv(1, 1, 1, 288, 288, 64))
     block_sparse_attention(q, k, v, mask, backend="triton").sum().backward()
+    sparse_linear_attention(q, k, v, mask, backend="triton")[1].sum().backward()
     for name, launches in notes.items():
         assert launches, name
         assert all(len(grid) == 1 and inside for grid, inside in launches), name
@@ -208,6 +224,7 @@ def test_on_a_simulated_gpu(name):
     more = {"row_scale": torch.rand(q.shape[:3]), "added": added_rows(q, mask), "return_lse": True}
     expected = block_sparse_attention_reference(q, k, v, mask, row_scale=more["row_scale"],
                                                 added=more["added"])  # fmt: skip
+    beside = sparse_linear_attention(q, k, v, mask, backend="reference")[1]
     metrics = torch.randn(2, 30, 8), torch.randn(2, 20, 8)
     matched = bipartite_match(*metrics)
     with gpu() as machine:
@@ -219,6 +236,71 @@ def test_on_a_simulated_gpu(name):
         assert sum(machine.waits.values()) == 1
         for a, b in zip((*out, *found), (*expected, *matched), strict=True):
             torch.testing.assert_close(a.cpu(), b, atol=1e-5, rtol=1e-5)
+        _, linear = sparse_linear_attention(q, k, v, mask)
+        torch.testing.assert_close(linear.cpu(), beside, atol=1e-5, rtol=1e-5)
         machine.waits.clear()
         block_sparse_attention(q, k, v, mask, **more)
+        sparse_linear_attention(q, k, v, mask)
         assert not machine.waits
+
+
+def _linear_part(q, k, v, mask, feature, backend, weight, **more):
+    tensors = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    _, linear = sparse_linear_attention(*tensors, mask, feature=feature, backend=backend, **more)
+    (linear.double() * weight).sum().backward()
+    return [linear, *(t.grad for t in tensors)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "dtype", "feature", "mode"),
+    [
+        ("ragged", 32, torch.float32, "softmax", "marginal"),
+        ("grouped", 48, torch.float32, "elu", "negligible"),
+        ("ragged", 32, torch.float32, "relu", "padding"),
+        ("one-key-head", 32, torch.float16, "elu", "all"),
+        ("long-keys", 72, torch.bfloat16, "softmax", "marginal"),
+    ],
+)
+def test_linear_attention(name, dim, dtype, feature, mode):
+    """Against float64 autograd; rows that subtract from the totals, that add, and that have nothing."""
+    q, k, v, mask = make(name, dim, dtype)
+    more = options(mode, q.shape[0], q.shape[1], mask)
+    weight = torch.randn(q.shape, dtype=torch.float64)
+    got = _linear_part(q, k, v, mask, feature, "triton", weight, **more)
+    wide = [t.double() for t in (q, k, v)]
+    expected = _linear_part(*wide, mask, feature, "reference", weight, **more)
+    # float16 is computed as bfloat16, whose sums do not overflow.
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        scale = float(b.detach().abs().max())
+        torch.testing.assert_close(a.double(), b, atol=limit * scale, rtol=limit)
+
+
+def test_linear_attention_of_rectangles():
+    """Rows with more than half of the blocks critical list the others."""
+    live = torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(3)) < 0.5
+    live[0, 0, 0], live[0, 0, 1] = True, False
+    mask = BlockMask.from_blocks(live, q_len=150, k_len=150, block=(64, 32))
+    q, k, v = qkv(1, 2, 2, 150, 150, 64)
+    weight = torch.randn(q.shape, dtype=torch.float64)
+    got = _linear_part(q, k, v, mask, "softmax", "triton", weight)
+    assert (got[0][:, 0, :64] == 0).all()
+    wide = [t.double() for t in (q, k, v)]
+    expected = _linear_part(*wide, mask, "softmax", "reference", weight)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
+
+
+def test_flops_of_linear_attention_are_those_of_the_lists():
+    mask = BlockMask.from_blocks(torch.eye(4, dtype=torch.bool), q_len=64, k_len=64, block=16)
+    q, k, v = qkv(1, 2, 1, 64, 64, 32)
+    x, y = torch.softmax(q, -1).requires_grad_(), torch.softmax(k, -1)
+    with FlopCounterMode(display=False) as counter:
+        args = (x, y, v, None, mask.tensors(), [64, 64, 16, 16], False, "triton")
+        linear, _ = torch.ops.vtr.linear_branch(*args)
+        totals = 2 * 64 * 32 * 32 * (1 + 2)  # of the key head; with the rows of two heads
+        assert counter.get_total_flops() == totals + 2 * 2 * 2 * 32 * 64 * 16
+        linear.sum().backward()
+    totals += 2 * 64 * 32 * 32 * (3 + 2 * 2)
+    assert counter.get_total_flops() == totals + 2 * (2 + 6) * 2 * 32 * 64 * 16

@@ -17,6 +17,7 @@ from vtr.kernels import (
     bipartite_match,
     block_sparse_attention,
     block_sparse_attention_reference,
+    sparse_linear_attention,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -273,3 +274,25 @@ def test_gpu_bipartite_match(rows):
     torch.testing.assert_close(score.cpu(), expected, atol=1e-6, rtol=0)
     chosen = torch.einsum("bnd,bnd->bn", a, b.gather(1, index.cpu()[..., None].expand_as(a)))
     torch.testing.assert_close(chosen, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["marginal", "negligible", "all"])
+@pytest.mark.parametrize("dtype", GPU_TOLERANCE, ids=str)
+def test_gpu_linear_attention(dtype, mode, untuned):
+    from tests.kernels.test_linear import options
+
+    q, k, v, mask = make("grouped", 72, dtype)
+    more = options(mode, 2, 4, mask)
+    weight = torch.randn(q.shape)
+    results = []
+    for backend, device in (("triton", "cuda"), ("reference", "cpu")):
+        tensors = [t.to(device).requires_grad_() for t in (q, k, v)]
+        own = {n: t if isinstance(t, str) else t.to(device) for n, t in more.items()}
+        _, linear = sparse_linear_attention(*tensors, mask.to(device), backend=backend, **own)
+        (linear.float() * weight.to(device)).sum().backward()
+        results.append([linear.detach().cpu(), *(t.grad.cpu() for t in tensors)])
+    # float16 is computed as bfloat16.
+    limit = 3e-5 if dtype == torch.float32 else 6e-2
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=limit, rtol=limit)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from vtr.compat.torch import is_fake
 from vtr.kernels import linear_chunks
 from vtr.kernels.attention import block_sparse_attention, triton_refuses, validate
 from vtr.kernels.blockmask import BlockMask
@@ -96,9 +98,11 @@ def _choose(q: Tensor, mask: BlockMask, backend: str) -> str:
     if backend == "sdpa" or (backend != "triton" and not q.is_cuda):
         return "chunks"
     why = triton_refuses(q, mask.block)
-    if not why and q.is_cuda and q.dtype == torch.float16:
-        if torch.cuda.get_device_capability(q.device)[0] < 8:
-            why = "the Triton kernels of linear attention compute float16 in bfloat16, which this GPU lacks"
+    half = not why and q.is_cuda and q.dtype == torch.float16
+    if half and torch.cuda.get_device_capability(q.device)[0] < 8:
+        why = (
+            "linear attention in Triton computes float16 as bfloat16, which this GPU does not have"
+        )
     if why and backend == "triton":
         raise RuntimeError(f'{why}; use backend="auto" or "sdpa"')
     return "chunks" if why else "triton"
@@ -225,3 +229,46 @@ def _no_second_order(*_: Any) -> Any:
 
 
 torch.library.register_autograd("vtr::linear_branch_backward", _no_second_order)
+
+
+# ---- FLOPs ------------------------------------------------------------------------------------
+
+
+def _flops(
+    x: Tensor, y: Tensor, negligible: Tensor | None, mask: list[Tensor], dims: list[int], every: bool,
+    backend: str, backward: bool,
+) -> int:  # fmt: skip
+    batch, heads, q_len, dim = x.shape
+    key_heads, k_len = y.shape[1], y.shape[2]
+    if backend == "chunks":
+        block = (dims[2], dims[3])
+        by_head, by_key_head = linear_chunks.flops(q_len, k_len, dim, block, every, backward)
+        return batch * (heads * by_head + key_heads * by_key_head)
+    if is_fake(mask[3]):  # how much is listed cannot be counted without data
+        pairs = 0.0 if every else mask[3].numel() / max(1, mask[2].numel()) * q_len * dims[3]
+    else:
+        from vtr.kernels.triton_linear import listed_of
+
+        pairs = listed_of(negligible, mask, dims, every).pairs(dims)
+    # Totals of keys (again in the backward) and of queries; products of both with rows.
+    by_key_head, by_head, products = (6, 4, 6) if backward else (2, 2, 2)
+    return batch * (
+        key_heads * by_key_head * k_len * dim * dim
+        + heads * (by_head * q_len * dim * dim + round(2 * products * dim * pairs))
+    )
+
+
+@register_flop_formula(torch.ops.vtr.linear_branch, get_raw=True)
+def _forward_flops(
+    x: Tensor, y: Tensor, v: Any, negligible: Any, mask: Any, dims: Any, every: bool, backend: str,
+    *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return _flops(x, y, negligible, mask, dims, every, backend, False)
+
+
+@register_flop_formula(torch.ops.vtr.linear_branch_backward, get_raw=True)
+def _backward_flops(
+    dout: Any, x: Tensor, y: Tensor, v: Any, out: Any, factor: Any, negligible: Any, mask: Any,
+    dims: Any, every: bool, backend: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    return _flops(x, y, negligible, mask, dims, every, backend, True)

@@ -115,13 +115,12 @@ def backward(
 
 
 def flops(
-    queries: int, keys: int, dim: int, block: tuple[int, int], every: bool, group: int,
-    backward: bool,
-) -> int:  # fmt: skip
-    """Count the FLOPs of one query head; those of a key head are shared by the ``group`` that reads it."""
+    queries: int, keys: int, dim: int, block: tuple[int, int], every: bool, backward: bool
+) -> tuple[int, int]:
+    """Count the FLOPs of one query head and of one key head."""
     size = 2 * dim * (dim + 1)
-    sums = size if every else size * -(-queries // block[0])
-    sums *= -(-keys // block[1])
-    if backward:
-        return 2 * sums + 2 * size * queries + 3 * size * keys // group
-    return sums + size * queries + size * keys // group
+    rows = 1 if every else -(-queries // block[0])
+    maps = rows * -(-keys // block[1]) * size
+    if backward:  # H again; dx and dH; dS. S again; dy and dv (which has a column less)
+        return 2 * (maps + queries * size), 2 * keys * size + keys * 2 * dim * dim
+    return maps + queries * size, keys * size
