@@ -73,9 +73,15 @@ def stand_ins() -> Iterator[Any]:
     yield mock.patch(product, lambda a, b: torch.bmm(a.float(), b.float()))
     if importlib.util.find_spec("triton") is None:
         return
-    from vtr.kernels import triton_attention, triton_common, triton_join, triton_linear
+    from vtr.kernels import (
+        triton_attention,
+        triton_block_mass,
+        triton_common,
+        triton_join,
+        triton_linear,
+    )
 
     if triton_common.interpreting():
-        for module in (triton_attention, triton_join, triton_linear):
+        for module in (triton_attention, triton_block_mass, triton_join, triton_linear):
             for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
                 yield mock.patch.object(module, name, Launch(getattr(module, name)))

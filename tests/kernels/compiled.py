@@ -17,7 +17,8 @@ from vtr.kernels.triton_common import split_dim
 TYPES = {
     "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "ADDED": "*fp32", "PART_OUT": "*fp32",
     "PART_LSE": "*fp32", "TILES": "*i32", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
-    "scale": "fp32", "scale_log2": "fp32", "WEIGHT": "*fp32", "SUMS": "*fp32", "LINE": "*fp32",
+    "scale": "fp32", "scale_log2": "fp32", "WEIGHT": "*fp32", "SUMS": "*fp32", "LINE": "*fp32", "MASS": "*fp32", "SEEN": "*u8",
+    "COUNTS": "*u8", "VISITED": "*u8", "LIVE": "*u8", "largest": "fp32", "threshold": "fp32",
     "BIAS": "*fp32", "FACTOR": "*fp32", "epsilon": "fp32", "least": "fp32",
 }  # fmt: skip
 ELEMENTS = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV", "A", "B", "X", "Y", "SLOPE", "DX", "DY"}

@@ -20,6 +20,7 @@ from vtr.kernels import (
     block_sparse_attention_reference,
     sparse_linear_attention,
 )
+from vtr.kernels.block_mass import block_mass, live_tiles
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run through test_triton.py"
@@ -181,7 +182,13 @@ class _Launches:
 
 def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch):
     """Triton launches on the current device; axes but the first end at 65,535 programs."""
-    from vtr.kernels import triton_attention, triton_backward, triton_join, triton_linear
+    from vtr.kernels import (
+        triton_attention,
+        triton_backward,
+        triton_block_mass,
+        triton_join,
+        triton_linear,
+    )
 
     monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
     monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
@@ -199,6 +206,7 @@ def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch
         (triton_attention, ["_forward_kernel"]),
         (triton_backward, ["_dq_kernel", "_dkv_kernel"]),
         (triton_join, ["_join_kernel"]),
+        (triton_block_mass, ["_mass_kernel", "_live_kernel"]),
         (triton_linear, ["_totals_kernel", "_forward_kernel", "_dx_kernel", "_dyv_kernel"]),
     ):
         for name in names:
@@ -211,6 +219,9 @@ def test_kernels_launch_on_the_device_of_the_tensors_and_on_one_axis(monkeypatch
     q, k, v = (t.requires_grad_() for t in qkv(1, 1, 1, 288, 288, 64))
     block_sparse_attention(q, k, v, mask, backend="triton").sum().backward()
     sparse_linear_attention(q, k, v, mask, backend="triton")[1].sum().backward()
+    triton_block_mass.block_mass(q, k, q[..., 0], (16, 16), 0.1, None, 64.0)
+    visited = live.view(1, 1, 18, 18)
+    triton_block_mass.live_tiles(q, k, visited, (16, 16), 0.1, -1.0, None, None)
     for name, launches in notes.items():
         assert launches, name
         assert all(len(grid) == 1 and inside for grid, inside in launches), name
@@ -304,3 +315,42 @@ def test_flops_of_linear_attention_are_those_of_the_lists():
         linear.sum().backward()
     totals += 2 * 64 * 32 * 32 * (3 + 2 * 2)
     assert counter.get_total_flops() == totals + 2 * (2 + 6) * 2 * 32 * 64 * 16
+
+
+@pytest.mark.parametrize(
+    ("sides", "dim", "dtype", "scale"),
+    [
+        ((16, 32), 48, torch.float32, None),
+        ((128, 64), 32, torch.bfloat16, -0.3),
+        ((64, 16), 32, torch.float16, 0.4),
+    ],
+)
+def test_exact_attention_per_tile(sides, dim, dtype, scale):
+    """Against torch in the precision of float32: ragged ends, rows that do not count, unseen keys."""
+    from vtr.kernels import triton_block_mass
+
+    lengths = sides[0] + 9, 2 * sides[1] + 5
+    q, k, _ = qkv(2, 2, 1, *lengths, dim, dtype)
+    k[:, :, sides[1] : 2 * sides[1]] *= 0.01  # below the maximum of the keys behind them
+    g = torch.Generator().manual_seed(2)
+    queries = torch.rand(2, lengths[0], generator=g) < 0.7
+    keys = torch.rand(1, lengths[1], generator=g) < 0.7
+    keys[:, : sides[1]] = False
+    factor = dim**-0.5 if scale is None else scale
+    lse = (q.float() @ k.float().mT * factor).masked_fill(~keys, -torch.inf).logsumexp(3)
+    lse[0, 0, 0], lse[0, 0, 1] = -torch.inf, -200.0
+    visited = torch.rand(2, 2, 2, 3, generator=g) < 0.8
+    for of_rows, of_keys in ((queries, keys), (None, None)):
+        more = {"queries": of_rows, "keys": of_keys}
+        mass = block_mass(q, k, lse, sides=sides, scale=scale, **more)
+        counted = torch.isfinite(lse) if of_rows is None else torch.isfinite(lse) & of_rows[:, None]
+        given = lse.masked_fill(~counted, torch.inf)
+        got = triton_block_mass.block_mass(q, k, given, sides, factor, of_keys, 64.0)
+        torch.testing.assert_close(got, mass, atol=1e-5, rtol=1e-4)
+        for threshold in (-10.0, -0.1):
+            live = live_tiles(q, k, visited, sides=sides, scale=scale, threshold=threshold, **more)
+            got = triton_block_mass.live_tiles(
+                q, k, visited, sides, factor, threshold, of_rows, of_keys
+            )
+            assert torch.equal(got, live)
+        assert got.any() and (got != visited).any()

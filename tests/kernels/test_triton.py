@@ -19,6 +19,7 @@ from vtr.kernels import (
     block_sparse_attention_reference,
     sparse_linear_attention,
 )
+from vtr.kernels.block_mass import block_mass, live_tiles
 
 ROOT = Path(__file__).parents[2]
 
@@ -296,3 +297,21 @@ def test_gpu_linear_attention(dtype, mode, untuned):
     limit = 3e-5 if dtype == torch.float32 else 6e-2
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=limit, rtol=limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_TOLERANCE, ids=str)
+def test_gpu_exact_attention_per_tile(dtype, untuned):
+    """The Triton kernels against torch on the CPU."""
+    q, k, _ = qkv(2, 4, 2, 300, 530, 72, dtype)
+    k[:, :, 128:384] *= 0.01
+    lse = (q.float() @ k.float().repeat_interleave(2, 1).mT * 72**-0.5).logsumexp(3)
+    sides = (64, 128)
+    mass = block_mass(q, k, lse, sides=sides)
+    got = block_mass(q.cuda(), k.cuda(), lse.cuda(), sides=sides)
+    torch.testing.assert_close(got.cpu(), mass, atol=1e-3, rtol=1e-3)
+    visited = torch.rand(mass.shape) < 0.8
+    live = live_tiles(q, k, visited, sides=sides, threshold=-0.5)
+    got = live_tiles(q.cuda(), k.cuda(), visited.cuda(), sides=sides, threshold=-0.5)
+    # A maximum within rounding of the threshold may fall on either side.
+    assert (got.cpu() != live).float().mean() < 0.02

@@ -17,11 +17,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 
-from tests.kernels.compiled import compiled, constants_of
+from tests.kernels.compiled import compiled, constants_of, report
 from vtr.kernels import (
     BlockMask,
     triton_attention,
     triton_backward,
+    triton_block_mass,
     triton_common,
     triton_join,
 )
@@ -60,6 +61,17 @@ def test_backward(kernel, element, dim, bm, bn):
     )
     assert made.metadata.shared <= SHARED
     assert min(bm, bn) < 64 or "ld.global.b16" not in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("kernel", ["mass", "live"])
+def test_exact_attention_per_tile(kernel):
+    config = triton_block_mass._configs(128, 128, 128, "half")[0]
+    constants = {**constants_of(128, config, 128, 128), "HAS_KEYS": True}
+    if kernel == "live":
+        constants["HAS_COUNTS"] = True
+    found = report(getattr(triton_block_mass, f"_{kernel}_kernel"), "bf16", constants, config)
+    assert not found.warnings and not found.spilled and found.shared <= SHARED
+    assert found.in_flight == [[1]]  # the next keys are copied meanwhile
 
 
 def test_float32_where_the_user_allows_tf32():

@@ -1,6 +1,7 @@
 """Exact attention per tile: the mass of a tile, and whether a tile came near the maximum of its rows.
 
-Both compute every score, and hold a few rows of tiles at a time. Neither has a gradient.
+Both compute every score, and hold a few rows of tiles at a time; on a GPU, Triton kernels hold none
+(:mod:`vtr.kernels.triton_block_mass`). Neither has a gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.kernels.attention import triton_refuses
 from vtr.kernels.precision import full_precision
 
 _AT_ONCE = 1 << 24
@@ -54,6 +56,7 @@ def block_mass(
     Raises:
         ValueError: shapes do not fit together.
     """
+    _check(q, k, sides)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"lse must be (B, H, Sq) = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
     counts = torch.isfinite(lse)
@@ -61,6 +64,11 @@ def block_mass(
         counts = counts & queries[:, None]
     work = torch.promote_types(q.dtype, torch.float32)
     lse = lse.to(work).masked_fill(~counts, torch.inf)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if q.is_cuda and not triton_refuses(q, sides):
+        from vtr.kernels import triton_block_mass
+
+        return triton_block_mass.block_mass(q, k, lse, sides, scale, keys, _LARGEST)
     parts = []
     for heads, rows, scores in _tiles(q, k, sides, scale, keys):
         own = _padded(lse[:, heads, rows], 2, sides[0], torch.inf).unflatten(2, (-1, sides[0]))
@@ -103,11 +111,17 @@ def live_tiles(
     Raises:
         ValueError: shapes do not fit together.
     """
+    _check(q, k, sides)
     shape = (*q.shape[:2], -(-q.shape[2] // sides[0]), -(-k.shape[2] // sides[1]))
     if visited.shape != shape or visited.dtype != torch.bool:
         raise ValueError(
             f"visited must be bool (B, H, NQ, NK) = {shape}, got {visited.dtype} {tuple(visited.shape)}"
         )
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if q.is_cuda and not triton_refuses(q, sides):
+        from vtr.kernels import triton_block_mass
+
+        return triton_block_mass.live_tiles(q, k, visited, sides, scale, threshold, queries, keys)
     counts = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
     counts = _padded(counts if queries is None else queries, 1, sides[0], False)
     counts = counts.unflatten(1, (-1, sides[0]))[:, None, :, :, None]
@@ -122,11 +136,7 @@ def live_tiles(
     return _joined(parts, k.shape[1])
 
 
-def _tiles(
-    q: Tensor, k: Tensor, sides: tuple[int, int], scale: float | None, keys: Tensor | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Compute scaled scores in parts: heads, queries, and (B, heads, blocks, bq, NK, bk) float32, -inf for
-    keys that are not seen and behind the last; in the order that :func:`_joined` expects."""
+def _check(q: Tensor, k: Tensor, sides: tuple[int, int]) -> None:
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"need q (B, H, Sq, D) and k (B, Hk, Sk, D), got {tuple(q.shape)}, {tuple(k.shape)}"
@@ -135,9 +145,15 @@ def _tiles(
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if len(sides) != 2 or any(type(n) is not int or n < 1 for n in sides):
         raise ValueError(f"sides must be two positive ints (queries, keys), got {sides!r}")
+
+
+def _tiles(
+    q: Tensor, k: Tensor, sides: tuple[int, int], scale: float, keys: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Compute scaled scores in parts: heads, queries, and (B, heads, blocks, bq, NK, bk) float32, -inf for
+    keys that are not seen and behind the last; in the order that :func:`_joined` expects."""
     (bq, bk), group, length = sides, q.shape[1] // k.shape[1], q.shape[2]
     work = torch.promote_types(q.dtype, torch.float32)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     seen = torch.ones(1, k.shape[2], dtype=torch.bool, device=k.device) if keys is None else keys
     unseen = ~_padded(seen, 1, bk, False).unflatten(1, (-1, bk))[:, None, None, None]
     row = q.shape[0] * group * bq * unseen.shape[-2] * bk
