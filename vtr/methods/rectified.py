@@ -43,7 +43,7 @@ class RectifiedSparse(Presets, DynamicAttention):
     anew in every layer and step.
 
     Against the authors' code: a Hilbert curve of the enclosing cube takes the place of their
-    generalised one; a ragged last block has the mean, and the weight, of the tokens that it holds,
+    generalised one (``order="gilbert"``); a ragged last block has the mean, and the weight, of the tokens that it holds,
     while theirs is filled up with zeros that count in the mean: on whole blocks the choices are the
     same, else about one in a hundred differs (counted in ``tests/methods/test_rectified.py``);
     ``drop=0`` is dense.
@@ -51,7 +51,8 @@ class RectifiedSparse(Presets, DynamicAttention):
     Args:
         p: share of P that the critical blocks must pass, in [0, 1]. The authors take 0.3 everywhere.
         drop: at most this share of the grid blocks is skipped, in [0, 1].
-        order: ``"hilbert"``, ``"raster"``, or a tile of (frames, height, width) tokens.
+        order: ``"hilbert"``, ``"gilbert"``, ``"gilbert-frames"``, ``"raster"``, or a tile of (frames,
+            height, width) tokens.
         neighbours: blocks that touch the query block in the grid are always critical, itself among
             them; without it the shares alone decide, and a block may leave out itself.
         first_frame: the leading ``blocks // frames`` blocks always see each other (the authors' rule
@@ -101,11 +102,7 @@ class RectifiedSparse(Presets, DynamicAttention):
         self._set("order", check_order(self.order))
 
     def layout(self, grid: Grid) -> Layout:
-        if self.order == "raster":
-            return layouts.raster(grid, self.sides)
-        if isinstance(self.order, str):
-            return layouts.curve(grid, self.sides, self.order)
-        return layouts.tiled(grid, self.order, self.sides)
+        return layouts.ordered(grid, self.sides, self.order)
 
     def scores(self, view: GridView) -> Tensor:
         return implicit_attention(
@@ -116,13 +113,7 @@ class RectifiedSparse(Presets, DynamicAttention):
         return critical_blocks(scores, self.p, self.drop)
 
     def always(self, grid: Grid, layout: Layout) -> Tensor | None:
-        if not (self.neighbours or self.first_frame):
-            return None
-        make = always.neighbours(grid, layout) if self.neighbours else always.diagonal(layout)
-        if self.first_frame:
-            first = layout.blocks[0] // grid[0]
-            make[:first, :first] = True
-        return make
+        return always.touching(grid, layout, self.neighbours, self.first_frame)
 
     def rest(self, view: GridView, scores: Tensor, live: Tensor) -> Rest:
         if not self.rectify:

@@ -45,3 +45,25 @@ def leading(layout: Layout, number: int) -> Tensor:
     touch = torch.zeros(layout.blocks, dtype=torch.bool)
     touch[:, :number] = True
     return touch
+
+
+@on_cpu
+def touching(grid: Sequence[int], layout: Layout, near: bool, first_frame: bool) -> Tensor | None:
+    """The blocks that Jenga (arXiv 2505.16864) and Rectified SpaAttn (arXiv 2511.19835) always keep.
+
+    Args:
+        grid: (frames, height, width) in tokens.
+        near: those that touch (:func:`neighbours`).
+        first_frame: the leading ``blocks // frames`` query and key blocks among themselves, and each
+            block itself.
+
+    Returns:
+        None if neither is asked for.
+    """
+    if not (near or first_frame):
+        return None
+    found = neighbours(grid, layout) if near else diagonal(layout)
+    if first_frame:
+        rows, columns = (n // grid[0] for n in layout.blocks)
+        found[:rows, :columns] = True
+    return found

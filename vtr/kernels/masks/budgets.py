@@ -93,3 +93,24 @@ def top_k_by_recall(mass: Tensor, density: float, recall: float = 0.8) -> Tensor
     place = share.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     number = torch.where(place < groups, few, torch.where(place >= heads - groups, many, middle))
     return rank < number[..., None, None]
+
+
+def percentile(scores: Tensor, share: float) -> Tensor:
+    """Keep the blocks of a head whose scores are highest, by one threshold for all of its rows.
+
+    The threshold is the ``int((1 - share) n)``-th lowest of the head's n scores, and blocks that reach it are
+    kept (DraftAttention, arXiv 2505.14708): one more than the share, and all that are equal to it. A row
+    of low scores may keep nothing.
+
+    Args:
+        scores: (..., NQ, NK).
+        share: in (0, 1].
+
+    Returns:
+        bool of the shape of scores.
+    """
+    flat = scores.flatten(-2)
+    dropped = number_of(1 - share, flat.shape[-1], least=0)
+    if dropped == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return scores >= flat.kthvalue(dropped).values[..., None, None]

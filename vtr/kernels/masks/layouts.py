@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtr.kernels.masks.build import on_cpu
 from vtr.kernels.masks.curves import hilbert_order
+from vtr.kernels.masks.gilbert import gilbert_frames, gilbert_order
 from vtr.kernels.masks.grids import tile_order
 
 
@@ -66,15 +67,37 @@ def _cut(x: Tensor, block: int) -> Tensor:
 
 
 @on_cpu
+def ordered(
+    shape: Sequence[int], sides: tuple[int, int], order: str | Sequence[int] = "raster"
+) -> Layout:
+    """Blocks of consecutive tokens in an order: ``"raster"``, one of :data:`CURVES`, or the tokens per axis
+    of a tile."""
+    if order == "raster":
+        return raster(shape, sides)
+    if isinstance(order, str):
+        return curve(shape, sides, order)
+    return tiled(shape, order, sides)
+
+
+@on_cpu
 def raster(shape: Sequence[int], sides: tuple[int, int]) -> Layout:
     """Blocks of consecutive tokens in raster order."""
     return Layout(torch.arange(math.prod(shape), device="cpu"), sides)
 
 
+CURVES = {"hilbert": hilbert_order, "gilbert": gilbert_order, "gilbert-frames": gilbert_frames}
+"""Space-filling curves by name: functions of the grid that return raster indices in order."""
+
+
 @on_cpu
 def curve(shape: Sequence[int], sides: tuple[int, int], name: str = "hilbert") -> Layout:
-    """Blocks of consecutive tokens of a space-filling curve: ``"hilbert"``."""
-    return Layout({"hilbert": hilbert_order}[name](shape), sides)
+    """Blocks of consecutive tokens of a space-filling curve.
+
+    Args:
+        name: one of :data:`CURVES`. ``"hilbert"`` is the curve of the enclosing cube, ``"gilbert"`` one of
+            the grid's own sides, ``"gilbert-frames"`` one of each frame after the other.
+    """
+    return Layout(CURVES[name](shape), sides)
 
 
 @on_cpu

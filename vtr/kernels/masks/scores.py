@@ -3,6 +3,8 @@ parts of a mask chosen at run time."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.kernels.precision import full_precision
@@ -32,3 +34,24 @@ def pooled(
     with full_precision(q_means.device):
         found = (q_means * scale) @ per_head(k_means, q_means.shape[1]).transpose(-1, -2)
     return found if counts is None else found.masked_fill(counts == 0, float("-inf"))
+
+
+def self_similarity(x: Tensor, block: int) -> Tensor:
+    """Compute the mean cosine of all pairs of tokens of each block (SpargeAttn, arXiv 2502.18137).
+
+    That is the squared length of the mean unit vector: no pair is formed. Tokens that are zero have no
+    direction and are left out; a block of such tokens has 1.
+
+    Args:
+        x: (..., M, D) in blocks of ``block`` tokens; the last may have fewer.
+
+    Returns:
+        (..., ceil(M / block)) float32, from 0 to 1.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    unit = x / length.masked_fill(length == 0, 1.0)
+    room = -x.shape[-2] % block
+    total = F.pad(unit, (0, 0, 0, room)).unflatten(-2, (-1, block)).sum(-2)
+    number = F.pad(length > 0, (0, 0, 0, room)).unflatten(-2, (-1, block)).sum((-1, -2))
+    found = total.square().sum(-1) / number.clamp(min=1).square()
+    return found.masked_fill(number == 0, 1.0)

@@ -21,6 +21,7 @@ def antidiagonal_mass(
     sides: tuple[int, int],
     scale: float,
     window: int | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Estimate the attention of each block of rows to each key block from antidiagonals.
 
@@ -36,6 +37,8 @@ def antidiagonal_mass(
         sides: (bm, bn), query and key tokens per block.
         scale: factor of the scores.
         window: keys that a row of a sliding-window layer sees; None is all.
+        seen: (B, ceil(S / stride)) bool, the runs of keys that every row sees, for attention that is
+            not causal; each sample has one at least. None is causal attention.
 
     Returns:
         (B, H, NQ, NK) float32; a row sums to the runs of its block. The map of the runs, L S / stride^2, is
@@ -58,11 +61,14 @@ def antidiagonal_mass(
         start = torch.arange(first, first + some.shape[2], device=q.device) * stride + keys - rows
         last = (start + stride).clamp(max=keys)[:, None] - 1
         until = min(number, -(-(keys - rows + (first + some.shape[2]) * stride) // stride))
-        seen = begin[:until] <= last
+        if seen is None:
+            met = begin[:until] <= last
+        else:
+            until, met = number, seen[:, None, None]
         if window is not None:
-            seen &= start[:, None] - (begin[:until] + stride - 1) < window
+            met = met & (start[:, None] - (begin[:until] + stride - 1) < window)
         weight = scores(some, columns[:, :, :until], scale / stride)
-        weight = weight.masked_fill(~seen, float("-inf")).softmax(-1)
+        weight = weight.masked_fill(~met, float("-inf")).softmax(-1)
         weight = F.pad(weight, (0, blocks * bn // stride - until, 0, -some.shape[2] % per))
         parts.append(
             weight.unflatten(3, (blocks, bn // stride)).unflatten(2, (-1, per)).sum((3, 5))
@@ -78,6 +84,6 @@ def _runs(x: Tensor, stride: int) -> Tensor:
 
 
 def antidiagonal_flops(q: Tensor, k: Tensor, stride: int) -> float:
-    """FLOPs per sample of :func:`antidiagonal_mass`, of the pairs of runs that causality leaves."""
+    """FLOPs per sample of causal :func:`antidiagonal_mass`, of the pairs of runs that causality leaves."""
     runs, columns = -(-q.shape[2] // stride), -(-k.shape[2] // stride)
     return q.shape[1] * runs * (columns - runs / 2) * (2.0 * stride * q.shape[3] + 6)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtr.kernels.masks import hilbert_order, tile_order
+from vtr.kernels.masks.layouts import CURVES
 
 
 def grid_order(shape: Sequence[int], order: str | Sequence[int]) -> Tensor:
@@ -22,14 +23,14 @@ def grid_order(shape: Sequence[int], order: str | Sequence[int]) -> Tensor:
 
 
 def check_order(order: object) -> str | tuple[int, int, int]:
-    """``"hilbert"``, ``"raster"`` or three positive ints, else ValueError."""
-    if order == "hilbert" or order == "raster":
-        return str(order)
+    """The name of an order of :func:`vtr.kernels.masks.layouts.ordered`, or three positive ints, else ValueError."""
+    if isinstance(order, str) and order in ("raster", *CURVES):
+        return order
     tile = _three(order)
     if tile is None:
+        names = ", ".join(f'"{name}"' for name in ("raster", *CURVES))
         raise ValueError(
-            'order must be "hilbert", "raster" or a tile (frames, height, width) of tokens, '
-            f"got {order!r}"
+            f"order must be {names} or a tile (frames, height, width) of tokens, got {order!r}"
         )
     return tile
 
