@@ -49,6 +49,7 @@ from vtr.methods.delta import DELTA as DELTA
 from vtr.methods.dhsa import DHSA as DHSA
 from vtr.methods.divprune import DivPrune as DivPrune
 from vtr.methods.downsample import Downsample as Downsample
+from vtr.methods.draft_attention import DraftAttention as DraftAttention
 from vtr.methods.dycoke import DyCoke as DyCoke
 from vtr.methods.ems import EMS as EMS
 from vtr.methods.evit import EViT as EViT
@@ -63,6 +64,7 @@ from vtr.methods.h2o import H2O as H2O
 from vtr.methods.hip import HiP as HiP
 from vtr.methods.holitom import HoliTom as HoliTom
 from vtr.methods.image_blocks import ImageBlocks as ImageBlocks
+from vtr.methods.jenga import Jenga as Jenga
 from vtr.methods.kv_baselines import RandomKV as RandomKV
 from vtr.methods.kv_baselines import RecentKV as RecentKV
 from vtr.methods.liteattention import LiteAttention as LiteAttention
@@ -86,6 +88,7 @@ from vtr.methods.sito import OptiPrune as OptiPrune
 from vtr.methods.sito import SiTo as SiTo
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.snapkv import SnapKV as SnapKV
+from vtr.methods.spargeattn import SpargeAttn as SpargeAttn
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
 from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
@@ -107,6 +110,7 @@ from vtr.methods.vmtc import VMTC as VMTC
 from vtr.methods.vsa import VSA as VSA
 from vtr.methods.vtc_cls import VTCCLS as VTCCLS
 from vtr.methods.xattention import XAttention as XAttention
+from vtr.methods.xattention_dit import XAttentionDiT as XAttentionDiT
 from vtr.methods.zipcache import ZipCache as ZipCache
 from vtr.methods.zipvl import ZipVL as ZipVL
 from vtr.methods.zipvl_cache import ZipVLCache as ZipVLCache

@@ -12,6 +12,8 @@ from vtr.methods.common.schedule import Scheduled
 
 LEAD = {
     "adaspa": ("density", 0.5),
+    "draft-attention": ("density", 0.5),
+    "jenga": ("drop", 0.5),
     "liteattention": ("threshold", -3.0),
     "neighborhood": ("window", (3, 3, 3)),
     "optiprune": ("ratio", 0.25),
@@ -22,11 +24,13 @@ LEAD = {
     "rettention": ("density", 0.5),
     "sito": ("ratio", 0.25),
     "sliding-tile": ("window", 9),
+    "spargeattn": ("density", 0.25),
     "svg2": ("p", 0.5),
     "todo": ("factor", 3),
     "toma": ("ratio", 0.25),
     "tomesd": ("ratio", 0.25),
     "vsa": ("density", 0.5),
+    "xattention-dit": ("threshold", 0.5),
 }
 METHODS = {name: cls for name, cls in registry().items() if issubclass(cls, Scheduled)}
 
