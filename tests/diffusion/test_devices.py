@@ -45,7 +45,11 @@ def methods(backend: str) -> dict[str, vtr.Method]:
         "offloaded": vtr.Rettention(
             density=0.4, dense_layers=0, dense_steps=1, offload=True, precision="float8", **more
         ),
+        "sito": vtr.SiTo(),
+        "todo": vtr.ToDo(bias=True),
+        "toma": vtr.ToMA(window=(2, 2, 3), tau=0.1),
         "tomesd": vtr.ToMeSD(),
+        "tofu": vtr.ToMeSD(drop_layers=1, keep_norm=True, refresh=2),
     }
 
 
@@ -90,6 +94,7 @@ def agree(name: str, method: vtr.Method, before: bool = True, default: bool = Fa
 # Waits of ours per model call once the masks are made: the timestep is read. Rectified SpaAttn makes a
 # mask in every layer and call: its live blocks and tiles are counted, and the plan of ``sdpa`` read.
 PER_CALL = {"sliding-tile": 1, "radial": 1, "random-sparse": 1, "rettention": 1, "tomesd": 1,
+            "sito": 1, "todo": 1, "tofu": 1,
             "rectified": 1 + 4 * 3}  # fmt: skip
 
 
@@ -110,10 +115,10 @@ def test_windows_from_a_table(tmp_path: Path) -> None:
     assert sum(machine.ours().values()) <= len(TIMES), machine.ours()
 
 
-@pytest.mark.parametrize("name", ["own-frame", "rectified", "rettention", "tomesd"])
+@pytest.mark.parametrize("name", ["own-frame", "rectified", "rettention", "todo", "toma", "tomesd"])
 @pytest.mark.parametrize("model", ["flux", "pixart", "hunyuan-video"])
 def test_other_families(model: str, name: str) -> None:
-    agree(model, methods("auto")[name], before=name != "tomesd")
+    agree(model, methods("auto")[name], before=name not in ("toma", "tomesd"))
 
 
 @pytest.mark.parametrize("name", methods("sdpa"))
