@@ -26,6 +26,15 @@ def test_equals_the_token_level_mask(lead, shape, block):
     assert not live.any(), "blocks without a key are not computed"
 
 
+def test_padding_may_end_where_a_block_ends():
+    """No block is cut then, and a mask of whole blocks has none that needs a bit per pair."""
+    mask = BlockMask.from_dense(torch.ones(2, 1, 32, 32, dtype=torch.bool), block=16)
+    valid = torch.ones(2, 32, dtype=torch.bool)
+    valid[1, 16:] = False
+    found = without_keys(mask, valid)
+    assert torch.equal(found.to_dense(), valid[:, None, None].expand(2, 1, 32, 32))
+
+
 def test_sizes_must_fit():
     mask = BlockMask.from_dense(torch.ones(2, 1, 8, 8, dtype=torch.bool), block=8)
     with pytest.raises(ValueError, match="valid must be"):

@@ -56,7 +56,8 @@ def without_keys(mask: BlockMask, valid: Tensor) -> BlockMask:
     pattern = old + torch.arange(batch, device=device)[:, None] * mask.patterns
     every = torch.cat(tiles)
     number = torch.cat(ids)
-    empty = (number >= 0) & ~every.flatten(1).any(1)[number.clamp(min=0)]
+    empty = number >= 0
+    empty[number >= 0] = ~every.flatten(1).any(1)[number[number >= 0]]
     return BlockMask.from_entries(
         mask.q_len, mask.k_len, mask.block, pattern, batch * mask.patterns,
         torch.cat(rows)[~empty], torch.cat(cols)[~empty], number[~empty], every,
