@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         *("kernels", "errors"),
     },
     "cli": {
-        *("vtr", "evaluate", "inspect", "methods", "zoo", "video", "core"),
+        *("vtr", "evaluate", "inspect", "methods", "zoo", "video", "diffusion", "core"),
         *("kernels", "compat", "errors"),
     },
     "__main__": {"cli"},

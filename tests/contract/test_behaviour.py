@@ -259,7 +259,7 @@ def test_accelerate_calls_the_forward_that_it_keeps() -> None:
 
 def test_diffusers_processors_compute_attention_through_the_name_that_is_replaced() -> None:
     pytest.importorskip("diffusers")
-    from tests.diffusion.models import CASES
+    from tests.diffusion.models import ALL, made
     from vtr.diffusion.families import family_of, layers_of
     from vtr.diffusion.processor import site_processor
 
@@ -269,17 +269,17 @@ def test_diffusers_processors_compute_attention_through_the_name_that_is_replace
         called.append(function.__name__)
         return function(*args, **kwargs)
 
-    for case in CASES.values():
+    for case in ALL.values():
         model = case.build()
         family = family_of(model)
         assert family is not None
         with torch.no_grad():
-            (wanted,) = model(**case.call(1))
+            wanted = made(model(**case.call(1)))
             layers = [layer for _, layer in layers_of(family, model)]
             for layer in layers:
                 layer.__dict__["processor"] = site_processor(layer.processor, attend)
             called.clear()
-            (out,) = model(**case.call(1))
+            out = made(model(**case.call(1)))
         assert len(called) >= len(layers), f"attention of {family.name} goes another way"
         assert torch.equal(out, wanted)
 

@@ -71,9 +71,9 @@ def _open_clip() -> Iterator[Any]:
 def _diffusers() -> Iterator[Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from tests.diffusion.models import CASES
+    from tests.diffusion.models import ALL
 
-    for case in CASES.values():
+    for case in ALL.values():
         yield case.make()
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(2)

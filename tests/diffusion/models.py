@@ -19,8 +19,17 @@ from vtr.kernels import BlockMask
 from vtr.methods.common.attention import AttentionMethod
 from vtr.testing.models.diffusion import CASES as CASES
 from vtr.testing.models.diffusion import Case as Case
+from vtr.testing.models.diffusion_more import MORE as MORE
 
 pytest.importorskip("diffusers")
+
+ALL = {**CASES, **MORE}
+
+
+def made(out: Any) -> Tensor:
+    """What a transformer returns, (B, ...): most give a tuple, Z-Image a list in one."""
+    out = out[0] if isinstance(out, tuple) else out
+    return torch.stack(out) if isinstance(out, list) else out
 
 
 def token_mask(length: int, density: float, head: int = 0) -> Tensor:
@@ -55,7 +64,7 @@ class Fixed(AttentionMethod):
 @contextlib.contextmanager
 def replaced(model: Any, names: tuple[str, ...], formula: Callable[..., Tensor]) -> Iterator[None]:
     """Self- or joint attention of the modules ``names`` by ``formula(name, q, k, v, seen)``; seen
-    (B or 1, 1, 1, S) bool."""
+    (B or 1, 1, 1, S) bool, also if the model has a mask for padding's own rows, which nobody sees."""
     plain = torch.nn.functional.scaled_dot_product_attention
     running: list[str] = []
     handles: list[Any] = []
@@ -66,7 +75,9 @@ def replaced(model: Any, names: tuple[str, ...], formula: Callable[..., Tensor])
         if running and query.shape[-2] == key.shape[-2]:
             seen = torch.ones(1, 1, 1, key.shape[-2], dtype=torch.bool)
             if attn_mask is not None:
-                seen = attn_mask.bool()
+                rows = attn_mask.bool().any(-2, keepdim=True)
+                assert bool(((attn_mask.bool() == rows) | ~attn_mask.bool().any(-1, True)).all())
+                seen = rows
             return formula(running[-1], query, key, value, seen).to(query.dtype)
         return plain(query, key, value, attn_mask, *args, **kwargs)
 
@@ -84,12 +95,19 @@ def replaced(model: Any, names: tuple[str, ...], formula: Callable[..., Tensor])
 
 
 @contextlib.contextmanager
-def eager(model: Any, names: tuple[str, ...], density: float) -> Iterator[None]:
-    """Attention of the modules ``names`` under :func:`token_mask`, by an additive mask."""
+def eager(
+    model: Any, names: tuple[str, ...], density: float, case: Case | None = None
+) -> Iterator[None]:
+    """Attention of the modules ``names`` under :func:`token_mask`, by an additive mask. References of
+    ``case`` on the other side of the grid than the text are in the mask as if they were the text's."""
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def masked(name: str, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        seen = token_mask(q.shape[-2], density) & seen
+        allowed = token_mask(q.shape[-2], density)
+        if case is not None and case.extra and q.shape[-2] > case.tokens:
+            back = -case.extra if case.text_first else case.extra
+            allowed = allowed.roll((back, back), (0, 1))
+        seen = allowed & seen
         mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -float("inf"))
         return plain(q, k, v, mask)
 

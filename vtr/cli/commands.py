@@ -14,7 +14,7 @@ from vtr.cli.doctor import doctor
 from vtr.cli.draw import draw
 from vtr.cli.evaluate import evaluate
 from vtr.cli.heatmap import heatmap
-from vtr.cli.listing import methods, supported
+from vtr.cli.listing import families, methods, supported
 from vtr.cli.profile import profile
 from vtr.errors import VtrError
 
@@ -68,7 +68,8 @@ def root(
         print(context.get_help())
 
 
-for _command_function in (methods, supported, profile, draw, heatmap, calibrate, demo, plot):
+_COMMANDS = (methods, supported, families, profile, draw, heatmap, calibrate, demo, plot)
+for _command_function in _COMMANDS:
     app.command()(_command_function)
 app.command("eval")(evaluate)
 app.command("doctor")(doctor)

@@ -1,4 +1,4 @@
-"""``vtr methods`` and ``vtr supported``: which methods there are, and which work on a model."""
+"""``vtr methods``, ``vtr supported`` and ``vtr families``: which methods there are, and what they work on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtr.cli import shared
+from vtr.errors import VtrError
 from vtr.zoo import loading
 
 
@@ -74,6 +75,27 @@ def supported(model: shared.ModelArgument, as_json: shared.JsonOption = False) -
         table.add_column(column, no_wrap=column == "method")
     for r in rows:
         table.add_row(r.name, "yes" if r.supported else "no", escape(r.reason or r.note))
+    shared.console.print(table)
+
+
+def families(as_json: shared.JsonOption = False) -> None:
+    """List the transformers of the installed diffusers: wrapped, refused and why, not wrapped yet."""
+    try:
+        from vtr.diffusion.coverage import coverage
+
+        rows = coverage()
+    except ImportError as error:
+        raise VtrError(
+            f'diffusers cannot be imported ({error}): pip install "vtr[diffusion]"'
+        ) from error
+    if as_json:
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+        return
+    table = Table(title="transformers of diffusers")
+    for column in ("class", "state", "family, or why not"):
+        table.add_column(column, no_wrap=column != "family, or why not")
+    for row in rows:
+        table.add_row(row.name, row.state, escape(row.about))
     shared.console.print(table)
 
 

@@ -46,3 +46,15 @@ def ulysses_group(config: Any) -> Any:
 def batch_parts_of(processor: Any) -> int:
     """Return the number of parts into which an attention processor cuts the batch."""
     return max(BATCH_PARTS.get(cls.__name__, 1) for cls in type(processor).__mro__)
+
+
+def transformer_classes() -> list[str]:
+    """Return the names of the transformers that diffusers exports, in alphabetical order."""
+    from diffusers import ModelMixin
+    from diffusers.models import transformers
+
+    return sorted(
+        name
+        for name, kind in vars(transformers).items()
+        if isinstance(kind, type) and issubclass(kind, ModelMixin)
+    )

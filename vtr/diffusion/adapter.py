@@ -137,6 +137,12 @@ class DiffusionWrapping(Wrapping):
                 f"{method.name} acts at {', '.join(method.sites)}; a diffusion transformer has the "
                 f"sites {', '.join(self.info.depth)}"
             )
+        blocks = any(s.site == "block" for s in method.stages(self.info))
+        if blocks and not self.family.merges:
+            raise UnsupportedMethodError(
+                f"{method.name} merges tokens, and the blocks of {self.family.name} have tokens of another "
+                "kind in front of the image or video: use a method for attention"
+            )
         if "mlp" in parts_of(method) and self.family.mlp is None:
             raise UnsupportedMethodError(
                 f"{method.name} merges around MLPs, and {self.family.name} has blocks without an MLP: "
@@ -287,12 +293,16 @@ class DiffusionWrapping(Wrapping):
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         view = self.family.view(model, given)
         name, facts = self.contexts[-1] if self.contexts else (None, {})
-        time = given["timestep"]
+        time, inputs = given[self.family.time], given[self.family.latents]
         value = float(time.max()) if isinstance(time, Tensor) else float(time)
         rounded = (value, self.family.scale, time.dtype if isinstance(time, Tensor) else None)
+        if self.family.flipped:
+            value = 1000.0 - 1000.0 * value
+            rounded = (value, 1.0, None)
         clock, latents = self.schedule.clock(), None
         if not clock.tells_steps:
-            latents = torch.linalg.vector_norm(given["hidden_states"].detach(), dtype=torch.float32)
+            one = inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
+            latents = torch.linalg.vector_norm(one.detach(), dtype=torch.float32)
         number, step, branch = self.session.enter(
             index,
             value,
@@ -315,12 +325,13 @@ class DiffusionWrapping(Wrapping):
             branch=branch,
             grid=view.grid,
             text_first=self.family.text_first,
-            text_valid=self.same_text(view.text_valid),
+            text_valid=self.same_text(view.seen(self.family.text_first)),
+            extra=view.extra,
             training=model.training,
             expert=index,
             expert_step=self.run.enter(index, step),
         )
-        batch = given["hidden_states"].shape[0]
+        batch = len(inputs)
         self._trace = Trace(batch=batch, notes={"attention": {}})
         self.call = DiffusionCall(seen, batch, batch, self._trace, self.run.costs)
         self._adopt(model)
@@ -362,7 +373,7 @@ class DiffusionWrapping(Wrapping):
         kwargs: dict[str, Any],
     ) -> None:  # fmt: skip
         """At the input of a block: what its tokens are merged into."""
-        _block.enter(self, number, args, kwargs)
+        _block.enter(self, number, module, args, kwargs)
 
     @torch.compiler.disable
     def around(self, layer: int, function: Any, args: Any, kwargs: Any) -> Any:
@@ -439,6 +450,7 @@ class DiffusionWrapping(Wrapping):
 
 def _sizes(attention: Any) -> tuple[int, int, int]:
     """Number of heads, their dimension, and the width of the hidden states."""
-    heads = int(attention.heads)
+    heads = int(attention.heads if hasattr(attention, "heads") else attention.num_heads)
+    query = attention.to_q if hasattr(attention, "to_q") else attention.to_query
     # Quantised weights are packed: their shape is not the layer's.
-    return heads, int(attention.to_q.out_features) // heads, int(attention.to_q.in_features)
+    return heads, int(query.out_features) // heads, int(query.in_features)

@@ -54,6 +54,16 @@ def compute(
         ulysses = Ulysses(parallel, frames * height * width, q.shape[2], wrapping.family.text_first)
         q, k, v = (ulysses.gather(t) for t in (q, k, v))
     q, k, v = lowered(q, k, v)
+    # Tokens on the other side of the grid than the text go to the text: the grid is at one end.
+    shift = facts.extra if facts.text_first else -facts.extra
+    if q.shape[2] == frames * height * width:
+        shift = 0  # a block that sees the image alone
+    if shift and ulysses is not None:
+        raise RuntimeError(
+            f"{facts.extra} tokens of reference images or history are in the sequence, which context "
+            "parallelism splits: run this pipeline without it, or without the references"
+        )
+    q, k, v = (_rolled(t, shift) for t in (q, k, v))
     _check(wrapping, layer, call, q, given)
     # Only a backward pass may have another call's text; to look at a mask waits for the device.
     late = facts.training and not call.again and in_backward()
@@ -73,7 +83,7 @@ def compute(
     def dense() -> Tensor:
         if ulysses is None:
             out: Tensor = function(*args, **kwargs)
-            return out if heads_first else out.transpose(1, 2)
+            return _rolled(out if heads_first else out.transpose(1, 2), shift)
         # The exchange is done: what is left is the plain call on all tokens of these heads.
         mask = _seen(facts, q) if given.get("attn_mask") is not None else None
         rest = {
@@ -105,9 +115,15 @@ def compute(
         # The run is over for this layer and branch, and not every pipeline says so at its end.
         wrapping.release(layer, entry, facts)
     _record(wrapping, call, layer, q, k)
+    out = _rolled(out, -shift)
     if ulysses is not None:
         out = ulysses.scatter(out)
     return out if heads_first else out.transpose(1, 2)
+
+
+def _rolled(x: Tensor, shift: int) -> Tensor:
+    """(B, H, S, D) with the tokens rotated by ``shift`` places, as it is for 0."""
+    return x.roll(shift, 2) if shift else x
 
 
 def _record(
@@ -123,6 +139,7 @@ def _own_text(wrapping: WrappedTransformer, facts: CallFacts, mask: Tensor) -> C
     been called with another text.
     """
     frames, height, width = facts.grid
+    mask = mask.roll(facts.extra if facts.text_first else -facts.extra, -1)
     text = mask.shape[-1] - frames * height * width
     valid: Tensor | None = mask[:, 0, 0, :text] if facts.text_first else mask[:, 0, 0, -text:]
     if text <= 0 or bool(mask.all()):

@@ -12,12 +12,13 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtr.compat.diffusers import batch_parts_of
 from vtr.core.method import Method, Reduction
 from vtr.core.tokens import take
 from vtr.core.trace import StageRecord
+from vtr.diffusion.families import stream_of
 from vtr.diffusion.wrapped import WrappedTransformer
 
 
@@ -27,17 +28,22 @@ def parts_of(method: Method) -> frozenset[str]:
     return parts
 
 
-def enter(wrapping: WrappedTransformer, number: int, args: Any, kwargs: Any) -> None:
+def enter(
+    wrapping: WrappedTransformer, number: int, block: nn.Module, args: Any, kwargs: Any
+) -> None:
     """Let the method choose the map, at the input of a block."""
     call = wrapping.call
     if call is None:
         return
     call.reduced.pop(number, None)
     entry = wrapping.by_block[number]
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    hidden, alone = _input(wrapping, number, block, args, kwargs)
     grid = call.facts.grid
     frames, height, width = grid
     tokens = frames * height * width
+    text = hidden.shape[1] - tokens
+    if text > 0 and not alone and wrapping.family.joint and not call.facts.extra:
+        hidden = hidden[:, text:] if wrapping.family.text_first else hidden[:, :tokens]
     if hidden.shape[1] != tokens:
         raise RuntimeError(
             f"block {number} of {wrapping.family.name} has {hidden.shape[1]} tokens, and the grid is "
@@ -57,6 +63,17 @@ def enter(wrapping: WrappedTransformer, number: int, args: Any, kwargs: Any) -> 
     made = reduction.map
     record = StageRecord("block", number, entry.method.name, tokens, made.n_out, made, made, grid)
     call.trace.stages.append(record)
+
+
+def _input(
+    wrapping: WrappedTransformer, number: int, block: nn.Module, args: Any, kwargs: Any
+) -> tuple[Tensor, bool]:
+    """The tokens that a block attends to, and whether text is apart from them."""
+    given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+    first, name = next(n for n in given if n != "self"), ""
+    if wrapping.family.streams:
+        name = stream_of(wrapping.family, wrapping.members[0], number)
+    return given[name or first], given.get("encoder_hidden_states") is not None
 
 
 def _reduction(wrapping: WrappedTransformer, number: int) -> Reduction | None:
@@ -114,16 +131,17 @@ def attention(
     values = given.arguments
     map = reduction.map
     assert map is not None
+    text = values.get("encoder_hidden_states")
+    length = values["hidden_states"].shape[1] + (0 if text is None else text.shape[1])
     values["hidden_states"] = _merge(wrapping, reduction, values["hidden_states"])
     mask = values.get("attention_mask")
-    if wrapping.family.masked and isinstance(mask, Tensor) and mask.ndim == 4:
-        # Image or video tokens are first and all seen.
-        values["attention_mask"] = mask[..., map.n_in - map.n_out :]
+    if wrapping.family.masked and isinstance(mask, Tensor):
+        values["attention_mask"] = _narrowed(wrapping, mask, length, map.n_in - map.n_out)
     name = wrapping.family.rope or ""
     rope, kept = values.get(name), (reduction.merging or map).kept
     if rope is None:
         out = function(*given.args, **given.kwargs)
-    elif (batched := _batched(rope, map.n_in, kept)) is not None:
+    elif (batched := _batched(wrapping, rope, map.n_in, kept)) is not None:
         values[name] = batched
         out = function(*given.args, **given.kwargs)
     else:
@@ -133,12 +151,32 @@ def attention(
     return _restore(wrapping, reduction, out)
 
 
-def _batched(rope: Any, tokens: int, kept: Tensor) -> tuple[Tensor, ...] | None:
-    """Rotary factors that have an axis for samples, (1 or B, N, ...): those of the tokens ``kept`` (B, M)."""
-    batch = kept.shape[0]
-    if any(f.ndim < 3 or f.shape[1] != tokens or f.shape[0] not in (1, batch) for f in rope):
-        return None
-    return tuple(take(f.expand(batch, *f.shape[1:]), kept) for f in rope)
+def _narrowed(wrapping: WrappedTransformer, mask: Tensor, length: int, less: int) -> Tensor:
+    """A mask (B, S) or (B, 1, 1 or S, S) of the whole sequence for the merged one; all image or video tokens
+    are seen, so that ``less`` at its end may go. A mask of the text alone stays."""
+    for axis in (-1, -2) if mask.ndim == 4 else (-1,):
+        if mask.shape[axis] == length:
+            start = 0 if wrapping.family.text_first else less
+            mask = mask.narrow(axis, start, length - less)
+    return mask
+
+
+def _batched(wrapping: WrappedTransformer, rope: Any, tokens: int, kept: Tensor) -> Any:
+    """Rotary factors with an axis for samples, (1 or B, N, ...) or (1 or B, H, N, ...), of the tokens ``kept``
+    (B, M), or None. A joint sequence has those of the text beside them."""
+    if isinstance(rope, Tensor):
+        made = _batched(wrapping, (rope,), tokens, kept)
+        return None if made is None else made[0]
+    (batch, _), joint, found = kept.shape, wrapping.family.joint, []
+    for f in rope:
+        axes = [a for a in (1, 2) if a < f.ndim - 1 and f.shape[a] >= tokens]
+        axes = [a for a in axes if joint or f.shape[a] == tokens]
+        if not axes or f.shape[0] not in (1, batch):
+            return None
+        f = f.expand(batch, *f.shape[1:]).movedim(axes[0], 1)
+        text, x = _split(wrapping, f, tokens)
+        found.append(_join(wrapping, text, take(x, kept)).movedim(1, axes[0]))
+    return tuple(found)
 
 
 def _positions(

@@ -30,6 +30,8 @@ class CallFacts:
         text_first: whether the text is before the image or video in the joint sequence.
         text_valid: (B, T) bool, False for padding of the text in the joint sequence; None if all
             of it is seen or the text is in cross attention.
+        extra: tokens on the other side of the grid than the text (reference images of another size,
+            frames of history). For methods they are part of the text, at its outer end.
         training: whether the transformer is in training mode: timesteps are random then, each call
             is a new run, and no step is dense for being early.
         expert: 0-based number of the transformer in its pipeline (Wan 2.2 has two).
@@ -44,6 +46,7 @@ class CallFacts:
     grid: tuple[int, int, int]
     text_first: bool = False
     text_valid: Tensor | None = None
+    extra: int = 0
     training: bool = False
     expert: int = 0
     expert_step: int = 0
@@ -75,7 +78,8 @@ class DiffusionAttentionSite(_InCall, AttentionSite):
             frame. k and v may have fewer heads. Views, not contiguous if the model has
             (B, S, H, D).
         text: text tokens in the joint sequence, 0 if the text is in cross attention. They are
-            first if ``text_first``, else last.
+            first if ``text_first``, else last. Reference images of another size and frames of history
+            count as text.
         scale: factor of the scores.
         state: dict of this (method, transformer, branch, layer) for one run; empty when a run starts.
         shared: dict of this (method, transformer) that lives across runs, for masks.

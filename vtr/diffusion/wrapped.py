@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from vtr.diffusion.site import BlockSite, CallFacts, DiffusionAttentionSite
 class WrappedTransformer(Protocol):
     """The part of :class:`vtr.diffusion.adapter.DiffusionWrapping` that one call needs."""
 
+    members: list[Any]
     family: DiffusionFamily
     heads: int
     block_of: list[int]

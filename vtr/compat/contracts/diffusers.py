@@ -21,28 +21,82 @@ from vtr.diffusion.families import FAMILIES
 from vtr.diffusion.watch import CROSS
 from vtr.diffusion.words import START, TEMPLATE
 
-_ADAPTER, _FAMILIES = "vtr/diffusion/adapter.py", "vtr/diffusion/families.py"
+_ADAPTER = "vtr/diffusion/adapter.py"
+_FAMILIES = "vtr/diffusion/families.py, vtr/diffusion/views.py"
 #: Arguments of a transformer's forward that its family reads.
 _READ = {
     "HunyuanVideo": ("encoder_attention_mask",),
+    "HunyuanVideo-1.5": (
+        "encoder_attention_mask",
+        "encoder_attention_mask_2",
+        "image_embeds",
+    ),
+    "FramePack": (
+        "encoder_attention_mask",
+        "image_embeds",
+        *("latents_clean", "latents_history_2x", "latents_history_4x"),
+        *("indices_latents_clean", "indices_latents_history_2x", "indices_latents_history_4x"),
+    ),
+    "HunyuanImage": (
+        "encoder_attention_mask",
+        "encoder_attention_mask_2",
+        "encoder_hidden_states_2",
+    ),
     "LTX-Video": ("num_frames", "height", "width"),
+    "LTX-2": ("num_frames", "height", "width"),
+    "Kandinsky-5": ("sparse_params",),
     "Flux": ("img_ids",),
+    "Flux.2": ("img_ids", "kv_cache_mode"),
+    "Flux.3": ("img_ids", "image_cond_hidden_states"),
+    "Chroma": ("img_ids", "attention_mask"),
+    "Krea-2": ("position_ids", "encoder_attention_mask"),
+    "Z-Image": ("cap_feats", "patch_size", "f_patch_size"),
     "Qwen-Image": ("img_shapes", "encoder_hidden_states_mask"),
 }
 _MODELS, _GENERAL = "diffusers.models.transformers", "diffusers.models.attention_processor"
-#: The processor that a family's transformer comes with.
-_PROCESSORS = {
-    "Wan": f"{_MODELS}.transformer_wan:WanAttnProcessor",
-    "HunyuanVideo": f"{_MODELS}.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0",
-    "CogVideoX": f"{_GENERAL}:CogVideoXAttnProcessor2_0",
-    "Mochi": f"{_GENERAL}:MochiAttnProcessor2_0",
-    "LTX-Video": f"{_MODELS}.transformer_ltx:LTXVideoAttnProcessor",
-    "Flux": f"{_MODELS}.transformer_flux:FluxAttnProcessor",
-    "Qwen-Image": f"{_MODELS}.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0",
-    "SD3": f"{_GENERAL}:JointAttnProcessor2_0",
-    "PixArt": f"{_GENERAL}:AttnProcessor2_0",
-    "DiT": f"{_GENERAL}:AttnProcessor2_0",
-    "HunyuanDiT": f"{_GENERAL}:HunyuanAttnProcessor2_0",
+#: Attributes of the configuration that a family reads beside the size of a patch.
+_CONFIGURED = {"SkyReels-V2": "num_frame_per_block"}
+#: The processor that a family's transformer comes with, or those of its blocks.
+_PROCESSORS: dict[str, tuple[str, ...]] = {
+    "Wan": (
+        f"{_MODELS}.transformer_wan:WanAttnProcessor",
+        f"{_MODELS}.transformer_chronoedit:WanAttnProcessor",
+    ),
+    "HunyuanVideo": (f"{_MODELS}.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0",),
+    "CogVideoX": (f"{_GENERAL}:CogVideoXAttnProcessor2_0",),
+    "Mochi": (f"{_GENERAL}:MochiAttnProcessor2_0",),
+    "LTX-Video": (f"{_MODELS}.transformer_ltx:LTXVideoAttnProcessor",),
+    "Flux": (
+        f"{_MODELS}.transformer_flux:FluxAttnProcessor",
+        f"{_MODELS}.transformer_ovis_image:OvisImageAttnProcessor",
+        f"{_MODELS}.transformer_longcat_image:LongCatImageAttnProcessor",
+    ),
+    "Qwen-Image": (f"{_MODELS}.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0",),
+    "Wan-VACE": (f"{_MODELS}.transformer_wan:WanAttnProcessor",),
+    "Wan-Animate": (f"{_MODELS}.transformer_wan_animate:WanAttnProcessor",),
+    "SkyReels-V2": (f"{_MODELS}.transformer_skyreels_v2:SkyReelsV2AttnProcessor",),
+    "HunyuanVideo-1.5": (f"{_MODELS}.transformer_hunyuan_video15:HunyuanVideo15AttnProcessor2_0",),
+    "FramePack": (f"{_MODELS}.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0",),
+    "EasyAnimate": (f"{_MODELS}.transformer_easyanimate:EasyAnimateAttnProcessor2_0",),
+    "LTX-2": (f"{_MODELS}.transformer_ltx2:LTX2AudioVideoAttnProcessor",),
+    "Cosmos": (f"{_MODELS}.transformer_cosmos:CosmosAttnProcessor2_0",),
+    "Kandinsky-5": (f"{_MODELS}.transformer_kandinsky:Kandinsky5AttnProcessor",),
+    "Flux.2": (
+        f"{_MODELS}.transformer_flux2:Flux2AttnProcessor",
+        f"{_MODELS}.transformer_flux2:Flux2ParallelSelfAttnProcessor",
+    ),
+    "Flux.3": (f"{_MODELS}.transformer_flux3:Flux3AttnProcessor",),
+    "Chroma": (f"{_MODELS}.transformer_flux:FluxAttnProcessor",),
+    "Krea-2": (f"{_MODELS}.transformer_krea2:Krea2AttnProcessor",),
+    "Z-Image": (f"{_MODELS}.transformer_z_image:ZSingleStreamAttnProcessor",),
+    "HunyuanImage": (f"{_MODELS}.transformer_hunyuanimage:HunyuanImageAttnProcessor",),
+    "CogView4": (f"{_MODELS}.transformer_cogview4:CogView4AttnProcessor",),
+    "CogView3-Plus": (f"{_GENERAL}:CogVideoXAttnProcessor2_0",),
+    "AuraFlow": (f"{_GENERAL}:AuraFlowAttnProcessor2_0",),
+    "SD3": (f"{_GENERAL}:JointAttnProcessor2_0",),
+    "PixArt": (f"{_GENERAL}:AttnProcessor2_0",),
+    "DiT": (f"{_GENERAL}:AttnProcessor2_0",),
+    "HunyuanDiT": (f"{_GENERAL}:HunyuanAttnProcessor2_0",),
 }
 
 
@@ -50,27 +104,30 @@ def _families() -> Iterator[Expectation]:
     for family in FAMILIES:
         first = f"{family.blocks[0]}.0"
         attention = f"{first}.{family.attention[0]}"
-        parts = [CHECKPOINT, f"{attention}.processor", f"{attention}.heads"]
-        parts += [f"{attention}.to_q", *family.blocks]
+        parts = [CHECKPOINT, f"{attention}.processor", f"{attention}.heads|{attention}.num_heads"]
+        parts += [f"{attention}.to_q|{attention}.to_query", *family.blocks]
         if family.mlp is not None:
             parts.append(f"{first}.{family.mlp}")
         if family.loops:
             parts.append(family.loops)
         if family.name in CROSS:
             parts.append(f"{first}.{CROSS[family.name]}.processor")
+        if family.name in _CONFIGURED:
+            parts.append(f"config.{_CONFIGURED[family.name]}")
         for name in family.classes:
             yield Expectation(f"diffusers:{name}", _FAMILIES, built=tuple(parts))
             yield Expectation(
                 f"diffusers:{name}.forward",
                 _FAMILIES,
-                takes=("hidden_states", "timestep", *_READ.get(family.name, ())),
+                takes=(family.latents, family.time, *_READ.get(family.name, ())),
             )
-        yield Expectation(
-            f"{_PROCESSORS[family.name]}.__call__",
-            "vtr/diffusion/processor.py",
-            takes=("hidden_states", *filter(None, [family.rope])),
-            calls=(f"{DISPATCH}|{SDPA}",),
-        )
+        for place in _PROCESSORS[family.name]:
+            yield Expectation(
+                f"{place}.__call__",
+                "vtr/diffusion/processor.py",
+                takes=("hidden_states", *filter(None, [family.rope])),
+                calls=(f"{DISPATCH}|{SDPA}",),
+            )
 
 
 CONTRACT = (

@@ -22,6 +22,7 @@ class Case:
         grid: (frames, height, width) in tokens.
         text: joint text tokens (of which some may be padding).
         text_first: before the grid.
+        extra: tokens of references or history on the other side of the grid, where text is in it.
         attention: names of the attention modules, in order.
         context: whether the class has ``cache_context``.
     """
@@ -32,6 +33,7 @@ class Case:
     attention: tuple[str, ...]
     text: int = 0
     text_first: bool = False
+    extra: int = 0
     context: bool = True
 
     def build(self) -> Any:
@@ -53,7 +55,8 @@ class Case:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
-def _time(batch: int, time: float) -> Tensor:
+def steps(batch: int, time: float) -> Tensor:
+    """(B,) timesteps."""
     return torch.full((batch,), time)
 
 
@@ -80,7 +83,7 @@ def _wan_i2v() -> nn.Module:
 def _wan_inputs(batch: int, time: float) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(batch, 4, 3, 6, 10),
-        "timestep": _time(batch, time),
+        "timestep": steps(batch, time),
         "encoder_hidden_states": torch.randn(batch, 7, 16),
     }
 
@@ -121,7 +124,7 @@ def _hunyuan_video_inputs(batch: int, time: float) -> dict[str, Any]:
         mask[row, 3 + 2 * row :] = 0
     return {
         "hidden_states": torch.randn(batch, 4, 3, 6, 10),
-        "timestep": _time(batch, time),
+        "timestep": steps(batch, time),
         "encoder_hidden_states": torch.randn(batch, 7, 16),
         "encoder_attention_mask": mask,
         "pooled_projections": torch.randn(batch, 8),
@@ -154,7 +157,7 @@ def _cogvideox_inputs(frames: int, rotary: bool) -> Callable[[int, float], dict[
         given: dict[str, Any] = {
             "hidden_states": torch.randn(batch, frames, 4, 6, 10),
             "encoder_hidden_states": torch.randn(batch, 7, 16),
-            "timestep": _time(batch, time),
+            "timestep": steps(batch, time),
         }
         if rotary:
             angle = torch.rand(frames // 2 * 15, 16)
@@ -192,7 +195,7 @@ def _ltx_inputs(batch: int, time: float) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(batch, 45, 8),
         "encoder_hidden_states": torch.randn(batch, 7, 16),
-        "timestep": _time(batch, time),
+        "timestep": steps(batch, time),
         "encoder_attention_mask": torch.ones(batch, 7),
         "num_frames": 3, "height": 3, "width": 5,
     }  # fmt: skip
@@ -215,7 +218,7 @@ def _flux_inputs(batch: int, time: float) -> dict[str, Any]:
         "hidden_states": torch.randn(batch, 35, 8),
         "encoder_hidden_states": torch.randn(batch, 6, 16),
         "pooled_projections": torch.randn(batch, 8),
-        "timestep": _time(batch, time / 1000),
+        "timestep": steps(batch, time / 1000),
         "img_ids": ids.view(35, 3),
         "txt_ids": torch.zeros(6, 3),
     }
@@ -237,7 +240,7 @@ def _qwen_inputs(batch: int, time: float) -> dict[str, Any]:
         "hidden_states": torch.randn(batch, 35, 8),
         "encoder_hidden_states": torch.randn(batch, 6, 16),
         "encoder_hidden_states_mask": mask,
-        "timestep": _time(batch, time / 1000),
+        "timestep": steps(batch, time / 1000),
         "img_shapes": [[(1, 5, 7)]] * batch,
     }
 
@@ -258,7 +261,7 @@ def _sd3_inputs(batch: int, time: float) -> dict[str, Any]:
         "hidden_states": torch.randn(batch, 4, 10, 14),
         "encoder_hidden_states": torch.randn(batch, 6, 16),
         "pooled_projections": torch.randn(batch, 8),
-        "timestep": _time(batch, time),
+        "timestep": steps(batch, time),
     }
 
 
@@ -279,7 +282,7 @@ def _pixart_inputs(batch: int, time: float) -> dict[str, Any]:
         "hidden_states": torch.randn(batch, 4, 10, 14),
         "encoder_hidden_states": torch.randn(batch, 6, 16),
         "encoder_attention_mask": mask,
-        "timestep": _time(batch, time),
+        "timestep": steps(batch, time),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
 
@@ -296,7 +299,7 @@ def _dit() -> nn.Module:
 def _dit_inputs(batch: int, time: float) -> dict[str, Any]:
     return {
         "hidden_states": torch.randn(batch, 4, 12, 12),
-        "timestep": _time(batch, time).long(),
+        "timestep": steps(batch, time).long(),
         "class_labels": torch.arange(batch),
     }
 
@@ -315,7 +318,7 @@ def _hunyuan_dit_inputs(batch: int, time: float) -> dict[str, Any]:
     angle = torch.rand(35, 16)
     return {
         "hidden_states": torch.randn(batch, 4, 10, 14),
-        "timestep": _time(batch, time),
+        "timestep": steps(batch, time),
         "encoder_hidden_states": torch.randn(batch, 4, 16),
         "text_embedding_mask": torch.ones(batch, 4, dtype=torch.bool),
         "encoder_hidden_states_t5": torch.randn(batch, 3, 16),
@@ -324,42 +327,43 @@ def _hunyuan_dit_inputs(batch: int, time: float) -> dict[str, Any]:
     }
 
 
-def _in(blocks: str, count: int, name: str = "attn1") -> tuple[str, ...]:
-    return tuple(f"{blocks}.{i}.{name}" for i in range(count))
+def blocks(held: str, count: int, name: str = "attn1") -> tuple[str, ...]:
+    """Paths of the attention modules ``name`` in a list of blocks."""
+    return tuple(f"{held}.{i}.{name}" for i in range(count))
 
 
 _T, _S = "transformer_blocks", "single_transformer_blocks"
 CASES = {
-    "wan": Case(_wan, _wan_inputs, (3, 3, 5), _in("blocks", 3)),
-    "wan-ti2v": Case(_wan, _wan_ti2v_inputs, (3, 3, 5), _in("blocks", 3)),
-    "wan-i2v": Case(_wan_i2v, _wan_i2v_inputs, (3, 3, 5), _in("blocks", 2)),
+    "wan": Case(_wan, _wan_inputs, (3, 3, 5), blocks("blocks", 3)),
+    "wan-ti2v": Case(_wan, _wan_ti2v_inputs, (3, 3, 5), blocks("blocks", 3)),
+    "wan-i2v": Case(_wan_i2v, _wan_i2v_inputs, (3, 3, 5), blocks("blocks", 2)),
     "hunyuan-video": Case(
         _hunyuan_video, _hunyuan_video_inputs, (3, 3, 5),
-        (*_in(_T, 1, "attn"), *_in(_S, 2, "attn")), text=7,
+        (*blocks(_T, 1, "attn"), *blocks(_S, 2, "attn")), text=7,
     ),
     "cogvideox": Case(
-        _cogvideox, _cogvideox_inputs(3, False), (3, 3, 5), _in(_T, 2), text=7, text_first=True
+        _cogvideox, _cogvideox_inputs(3, False), (3, 3, 5), blocks(_T, 2), text=7, text_first=True
     ),
     "cogvideox-1.5": Case(
-        _cogvideox_15, _cogvideox_inputs(4, True), (2, 3, 5), _in(_T, 2), text=7, text_first=True
+        _cogvideox_15, _cogvideox_inputs(4, True), (2, 3, 5), blocks(_T, 2), text=7, text_first=True
     ),
-    "mochi": Case(_mochi, _mochi_inputs, (3, 3, 5), _in(_T, 2), text=7),
-    "ltx": Case(_ltx, _ltx_inputs, (3, 3, 5), _in(_T, 2)),
+    "mochi": Case(_mochi, _mochi_inputs, (3, 3, 5), blocks(_T, 2), text=7),
+    "ltx": Case(_ltx, _ltx_inputs, (3, 3, 5), blocks(_T, 2)),
     "flux": Case(
-        _flux, _flux_inputs, (1, 5, 7), (*_in(_T, 1, "attn"), *_in(_S, 2, "attn")), text=6,
+        _flux, _flux_inputs, (1, 5, 7), (*blocks(_T, 1, "attn"), *blocks(_S, 2, "attn")), text=6,
         text_first=True,
     ),
-    "qwen-image": Case(_qwen, _qwen_inputs, (1, 5, 7), _in(_T, 2, "attn"), text=6, text_first=True),
+    "qwen-image": Case(_qwen, _qwen_inputs, (1, 5, 7), blocks(_T, 2, "attn"), text=6, text_first=True),
     "sd3": Case(
         _sd3, _sd3_inputs, (1, 5, 7), (f"{_T}.0.attn", f"{_T}.0.attn2", f"{_T}.1.attn"), text=6,
         context=False,
     ),
-    "pixart": Case(_pixart, _pixart_inputs, (1, 5, 7), _in(_T, 2), context=False),
-    "dit": Case(_dit, _dit_inputs, (1, 6, 6), _in(_T, 2), context=False),
+    "pixart": Case(_pixart, _pixart_inputs, (1, 5, 7), blocks(_T, 2), context=False),
+    "dit": Case(_dit, _dit_inputs, (1, 6, 6), blocks(_T, 2), context=False),
     "hunyuan-dit": Case(
-        _hunyuan_dit, _hunyuan_dit_inputs, (1, 5, 7), _in("blocks", 2), context=False
+        _hunyuan_dit, _hunyuan_dit_inputs, (1, 5, 7), blocks("blocks", 2), context=False
     ),
 }  # fmt: skip
 
-LONG = Case(_wan, _wan_long_inputs, (8, 4, 4), _in("blocks", 3))
+LONG = Case(_wan, _wan_long_inputs, (8, 4, 4), blocks("blocks", 3))
 """Wan with enough frames that masks thin out those that are far apart."""
