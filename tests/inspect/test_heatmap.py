@@ -431,7 +431,7 @@ def test_errors_of_numbers() -> None:
 def test_errors_of_pipelines() -> None:
     with pytest.raises(vtr.UnsupportedModelError, match="heatmap runs a pipeline of diffusers"):
         vtr.heatmap(pipes.make("wan").transformer, "a cat", "cat")
-    with pytest.raises(vtr.UnsupportedModelError, match="DiT sees no text"):
+    with pytest.raises(vtr.UnsupportedModelError, match="DiT has no attention to words"):
         vtr.heatmap(pipes.make("dit"), "a cat", "cat", class_labels=[1])
     pipe = pipes.make("wan")
     with (

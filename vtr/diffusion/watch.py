@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from vtr.compat.diffusers import CONTEXT, DISPATCHED, ENDED, parallel_of
 from vtr.core.wrapping import Bound, wrapping_of
 from vtr.diffusion.adapter import DiffusionWrapping
-from vtr.diffusion.families import Grid, blocks_of, layers_of
+from vtr.diffusion.families import blocks_of, layers_of
 from vtr.diffusion.processor import SiteProcessor, site_processor
+from vtr.diffusion.views import Grid
 from vtr.errors import UnsupportedModelError
 
 # Families with text in cross attention: the module of a block that computes it.
-CROSS = {"Wan": "attn2", "LTX-Video": "attn2", "PixArt": "attn2", "HunyuanDiT": "attn2"}
+CROSS = {
+    **dict.fromkeys(("Wan", "Wan-VACE", "Wan-Animate", "SkyReels-V2"), "attn2"),
+    **dict.fromkeys(("LTX-Video", "LTX-2", "PixArt", "HunyuanDiT"), "attn2"),
+    "Kandinsky-5": "cross_attention",
+}
+# Families whose joint text has other tokens before those of the prompt, or that reorder them.
+MIXED = frozenset({"Z-Image", "HunyuanVideo-1.5", "HunyuanImage", "FramePack", "AuraFlow"})
 # The arguments of a transformer whose tokens are the keys of cross attention, one after another.
 TEXTS = ("encoder_hidden_states", "encoder_hidden_states_t5")
 # The call of a step that has the prompt: alone, or behind the negative prompt in one batch. Pipelines
@@ -76,10 +83,15 @@ class TextWatch(DiffusionWrapping):
         self.samples, self.sample, self.seen = samples, sample, seen
         self.text_length = 0
         self.cross = CROSS.get(self.family.name)
+        if self.family.name in MIXED:
+            raise UnsupportedModelError(
+                f"{self.family.name} has padding, registers or image features among the tokens of its text: "
+                "the places of words are not known"
+            )
         if not self.family.joint and self.cross is None:
             raise UnsupportedModelError(
-                f"{self.family.name} sees no text (its condition is a class or is added to the tokens): "
-                "there is no attention to words"
+                f"{self.family.name} has no attention to words that can be watched: its condition is a "
+                "class, is added to the tokens, or comes in several parts"
             )
         if wrapping_of(root) is not None:
             raise UnsupportedModelError(
@@ -202,4 +214,7 @@ class TextWatch(DiffusionWrapping):
             return slice(0, keys) if keys == self.text_length and q.shape[2] == tokens else None
         if q.shape[2] != keys or keys <= tokens:
             return None
-        return slice(0, keys - tokens) if self.call.facts.text_first else slice(tokens, keys)
+        keys -= self.call.facts.extra  # references, behind the grid if the text is first
+        if self.call.facts.text_first:
+            return slice(0, keys - tokens) if keys > tokens else None
+        return slice(tokens, keys)
