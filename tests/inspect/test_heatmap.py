@@ -505,9 +505,9 @@ def test_latents_are_drawn_on_grey() -> None:
     # The strongest token has the last colour, the weakest is grey.
     pixels, map = np.asarray(picture)[24:], found.maps["one"][0].numpy()
     y, x = np.unravel_index(map.argmax(), map.shape)
-    assert np.abs(pixels[y * 32 + 16, x * 32 + 16].astype(int) - (252, 255, 164)).max() < 20
+    assert np.abs(pixels[y * 32 + 16, x * 32 + 16].astype(int) - (252, 255, 164)).max() < 40
     y, x = np.unravel_index(map.argmin(), map.shape)
-    assert np.abs(pixels[y * 32 + 16, x * 32 + 16].astype(int) - 128).max() < 20
+    assert np.abs(pixels[y * 32 + 16, x * 32 + 16].astype(int) - 128).max() < 40
 
 
 def test_frames_of_tokens_behind_those_of_the_video() -> None:
