@@ -3,7 +3,12 @@
 Without options: the dense model on 200 prompts, read by :mod:`vtr.evaluate.digit_judge`. With ``--sparse`` it
 runs the comparison that ``docs/diffusion-digits.md`` shows and writes it to ``--out``: every method at
 three densities beside a random mask, attention inside the own frame, and the blocks with the most
-attention, which takes the dense map to find.
+attention, which takes the dense map to find. Methods that were fine-tuned (:mod:`recipes.train_sparse`) are those of
+the folders given with ``--tuned``.
+
+Each row is written to ``--results`` when it is done, and rows that are there, or in ``--out``, are not run again. So
+a run may be stopped and continued, ``--only`` runs a part of the rows, and ``--part 1/2`` every second one, beside another
+process with ``--part 2/2``. ``--collect`` runs nothing and writes the pages of the rows that are there.
 
 A block of the masks is 16 tokens: one row of patches of a frame of 16 x 32 pixels.
 """
@@ -12,7 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,8 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from recipes.wan_methods import VIDEOS, RunTime, mean_density, run_time, search
 from vtr.evaluate import digit_judge
-from vtr.evaluate.generator import BATCH, measure
+from vtr.evaluate.generator import measure
 from vtr.kernels import BlockMask
 from vtr.methods.base import Grid, MaskedAttention
 from vtr.methods.common.attention import AttentionMethod
@@ -156,43 +163,173 @@ def cases(dense_steps: float, densities: tuple[float, ...] = DENSITIES) -> Itera
         yield Case("top of the dense map", density, Top(density=density, **common))
 
 
-def compare(
-    pipe: Any,
-    n: int,
-    shares: tuple[float, ...],
-    densities: tuple[float, ...] = DENSITIES,
-    done: Callable[[list[dict[str, Any]], dict[str, Tensor]], object] = lambda rows, sheets: None,
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Dense, every case at the first share of dense steps, and those of :data:`KNOB` at the others,
-    with a progress bar. ``done`` is called after every row with what there is.
+@dataclass(frozen=True)
+class Job:
+    """A row to run: a method at a density and a share of dense steps, or the folder of a fine-tuned one."""
 
-    Returns:
-        the rows, and the first ten videos of each, by ``"label density share"``.
+    label: str
+    density: float
+    dense_steps: float
+    case: Case | RunTime | Path
+
+    @property
+    def key(self) -> str:
+        return key_of(self.label, self.density, self.dense_steps)
+
+
+def key_of(label: str, density: float, dense_steps: float) -> str:
+    """The name of a row, and of its files."""
+    return f"{label} {density:g} {dense_steps:g}"
+
+
+def jobs(
+    shares: tuple[float, ...], densities: tuple[float, ...], tuned: Sequence[Path] = ()
+) -> list[Job]:
+    """List all rows but the dense one: all methods at the first share of dense steps, and those of
+    :data:`KNOB` at the others."""
+    found = []
+    for number, share in enumerate(shares):
+        listed: list[Case | RunTime] = [*cases(share, densities)]
+        listed += run_time(share, densities) if number == 0 else []
+        found += [
+            Job(case.label, case.density, share, case)
+            for case in listed
+            if number == 0 or case.label in KNOB
+        ]
+    for folder in tuned:
+        label, density = tuned_label(folder)
+        found.append(Job(label, density, shares[0], folder))
+    return found
+
+
+def tuned_label(folder: Path) -> tuple[str, float]:
+    """The label and the density of a fine-tuned method, from the folder of its training run."""
+    from vtr.train.sla import load
+
+    from vtr.zoo import load_pipeline
+
+    method: Any = load(load_pipeline("digits-wan"), folder)
+    return f"{type(method).__name__}, fine-tuned", method.density
+
+
+def run(pipe: Any, job: Job, n: int, reference: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Generate the videos of a row; returns the row and the first ten of them."""
+    case = job.case
+    searched = None
+    if isinstance(case, Path):
+        from vtr.train.sla import load
+
+        # Its weights are in the transformer from here on.
+        method: Any = load(pipe, case).replace(dense_steps=job.dense_steps)
+    else:
+        method = case.method
+    if isinstance(case, RunTime) and case.searched is not None:
+        from vtr.zoo.wan import STEPS
+
+        dense = int(job.dense_steps * STEPS) / STEPS  # as in the schedule of a method
+        method = search(case, dense, lambda m: measure(pipe, m, VIDEOS, None)[0]["work"])
+        searched = {case.searched.option: getattr(method, case.searched.option)}
+    row, videos = measure(pipe, method, n, reference)
+    if searched is not None:  # the last step is not like the others
+        row["density"] = round(mean_density(row["work"], dense), 3)
+    head = {"attention": job.label, "target": job.density, "dense_steps": job.dense_steps}
+    more = {"method": str(method), **({} if searched is None else {"searched": searched})}
+    return {**head, **row, **more}, videos[:10]
+
+
+class Results:
+    """Rows in a folder, a file for each, and those of an earlier page.
+
+    Args:
+        folder: of the rows; made if it does not exist.
+        page: PREFIX of an earlier page; rows of PREFIX.json count as run.
+        videos: rows of another number of videos do not count.
     """
+
+    def __init__(self, folder: Path, page: Path, videos: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.videos = folder, videos
+        self.rows: dict[str, dict[str, Any]] = {}
+        if page.with_suffix(".json").is_file():
+            held = json.loads(page.with_suffix(".json").read_text())
+            if held["videos"] == videos:
+                self.rows = {self._key(row): row for row in held["rows"]}
+        for path in sorted(folder.glob("*.json")):
+            row = json.loads(path.read_text())
+            if row.pop("videos") == videos:
+                self.rows[self._key(row)] = row
+
+    @staticmethod
+    def _key(row: dict[str, Any]) -> str:
+        return key_of(row["attention"], row["target"], row["dense_steps"])
+
+    def _path(self, key: str, suffix: str) -> Path:
+        return self.folder / (re.sub(r"[^A-Za-z0-9.]+", "-", key) + suffix)
+
+    def keep(self, row: dict[str, Any], videos: Tensor) -> None:
+        """Write a row, and its videos beside it."""
+        key = self._key(row)
+        self.rows[key] = row
+        torch.save(videos.clone(), self._path(key, ".pt"))
+        text = json.dumps({**row, "videos": self.videos}, indent=1)
+        new = self._path(key, ".new")
+        new.write_text(text + "\n")
+        new.replace(self._path(key, ".json"))  # whole, or not there
+
+    def sheet(self, key: str) -> Tensor | None:
+        """The videos of a row; None for rows of an earlier page."""
+        path = self._path(key, ".pt")
+        return torch.load(path, weights_only=True) if path.is_file() else None
+
+
+def dense_row(pipe: Any, results: Results) -> Tensor:
+    """The videos of the dense model, from the folder of the results or generated."""
+    path = results.folder / "reference.pt"
+    if path.is_file():
+        held: Tensor = torch.load(path, weights_only=True)
+        if len(held) == results.videos:
+            return held
+    row, reference = measure(pipe, None, results.videos, None)
+    torch.save(reference, path)
+    head = {"attention": "dense", "target": 1.0, "dense_steps": 1.0}
+    if key_of("dense", 1.0, 1.0) not in results.rows:
+        results.keep({**head, **row}, reference[:10])
+    return reference
+
+
+def compare(todo: Sequence[Job], results: Results, weights: str) -> None:
+    """Run the rows that are not in the results, with a progress bar."""
     from rich.progress import Progress
 
-    jobs: list[tuple[float, Case]] = [
-        (share, case)
-        for number, share in enumerate(shares)
-        for case in cases(share, densities)
-        if number == 0 or case.label in KNOB
-    ]
-    rounds = -(-n // BATCH)
+    from vtr.zoo import load_pipeline
+
+    def fresh() -> Any:
+        pipe = load_pipeline(weights, torch.bfloat16)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    pipe = fresh()
+    left = [job for job in todo if job.key not in results.rows]
     with Progress(transient=True) as progress:
-        task = progress.add_task("dense", total=rounds * (1 + len(jobs)))
-        tick = lambda: progress.advance(task)  # noqa: E731
-        dense, reference = measure(pipe, None, n, None, tick=tick)
-        rows = [{"attention": "dense", "target": 1.0, "dense_steps": 1.0, **dense}]
-        sheets = {"dense": reference[:10]}
-        for share, case in jobs:
-            progress.update(task, description=f"{case.label} {case.density:g}")
-            row, videos = measure(pipe, case.method, n, reference, tick=tick)
-            head = {"attention": case.label, "target": case.density, "dense_steps": share}
-            rows.append({**head, **row, "method": str(case.method)})
-            sheets[f"{case.label} {case.density:g} {share:g}"] = videos[:10]
-            progress.console.print(json.dumps(rows[-1]))
-            done(rows, sheets)
-    return rows, sheets
+        task = progress.add_task("dense", total=1 + len(left))
+        reference = dense_row(pipe, results)
+        for job in left:
+            progress.update(task, description=job.key, advance=1)
+            row, videos = run(pipe, job, results.videos, reference)
+            results.keep(row, videos)
+            progress.console.print(json.dumps(row))
+            if isinstance(job.case, Path):
+                pipe = fresh()
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Read ``"1/2"``, the first of two parts."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(
+            f"a part is a number and a count such as 1/2, got {text!r}"
+        )
+    return int(number), int(count)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -203,6 +340,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparse", action="store_true", help="compare masks and methods")
     parser.add_argument("--dense-steps", type=float, nargs="+", default=[0.2, 0.4])
     parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
+    parser.add_argument(
+        "--tuned", type=Path, nargs="+", default=[], help="folders of recipes.train_sparse"
+    )
+    parser.add_argument("--only", nargs="+", help="run rows whose name has one of these texts")
+    parser.add_argument(
+        "--part", type=part_of, default=(1, 1), help="such as 1/2: every second row"
+    )
+    parser.add_argument("--results", type=Path, default=Path("runs/evaluate-wan"))
+    parser.add_argument("--collect", action="store_true", help="run nothing, write the pages")
     parser.add_argument("--out", type=Path, default=Path("docs/diffusion-digits"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -210,23 +356,39 @@ def main(arguments: list[str] | None = None) -> None:
 
     from vtr.zoo import load_pipeline
 
-    pipe = load_pipeline(options.weights or "digits-wan", torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
+    weights = options.weights or "digits-wan"
     certain = digit_judge.accuracy()
     print("judge on real held-out videos:", {k: round(v, 4) for k, v in certain._asdict().items()})
     if not options.sparse:
+        pipe = load_pipeline(weights, torch.bfloat16)
+        pipe.set_progress_bar_config(disable=True)
         row, _ = measure(pipe, None, options.videos, None)
         print(json.dumps(row, indent=2))
         return
 
     from recipes import wan_report
 
-    shares, densities = tuple(options.dense_steps), tuple(options.densities)
-
-    def write(rows: list[dict[str, Any]], sheets: dict[str, Tensor]) -> None:
-        wan_report.write(options.out, rows, sheets, asdict_verdict(certain), options.videos)
-
-    compare(pipe, options.videos, shares, densities, write)
+    results = Results(options.results, options.out, options.videos)
+    listed = jobs(tuple(options.dense_steps), tuple(options.densities), options.tuned)
+    if not options.collect:
+        number, count = options.part
+        wanted = [
+            job
+            for job in listed
+            if options.only is None or any(text in job.key for text in options.only)
+        ]
+        compare(wanted[number - 1 :: count], results, weights)
+    order = {job.key: place for place, job in enumerate(listed)}
+    rows = sorted(results.rows.values(), key=lambda row: order.get(Results._key(row), -1))
+    missing = [job.key for job in listed if job.key not in results.rows]
+    if missing:
+        print(f"not run yet: {', '.join(missing)}")
+        if not options.collect:
+            return  # another part may be running: --collect writes the page
+    sheets = {
+        key: found for key in map(Results._key, rows) if (found := results.sheet(key)) is not None
+    }
+    wan_report.write(options.out, rows, sheets, asdict_verdict(certain), options.videos)
     print(f"wrote {options.out}.json, .md and .png")
 
 
