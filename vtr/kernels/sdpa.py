@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.compat.torch import cpu_flash
-from vtr.kernels import product
+from vtr.kernels import product, sdpa_small
 from vtr.kernels.epilogue import finish
 
 # With oneDNN, all steps are written out, in tiles of at most this many scores (8 MiB).
@@ -290,6 +290,11 @@ def forward(
     mask: list[Tensor], dims: list[int], scale: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
+    columns = sdpa_small.columns_of(mask, dims)
+    if columns is not None:
+        out, lse = sdpa_small.forward(q, k, v, mask[0], columns, dims, scale)
+        lse = lse if need_lse else lse.new_empty(0)
+        return finish(out, row_scale, added, dims[2]).to(q.dtype), lse
     plan = plan_of(mask, dims)
     lse_type = torch.promote_types(q.dtype, torch.float32)
     flash = q.device.type == "cpu" and not product.gains(q.dtype, q.device)
@@ -427,6 +432,9 @@ def backward(
     P = softmax(scale q k^T);  dV = P^T dO;  dS = P (dO V^T - delta);  dQ = scale dS K;
     dK = scale dS^T Q. ``delta`` (B, H, Sq) is rowsum(dO O), less the gradient of the LSE.
     """
+    columns = sdpa_small.columns_of(mask, dims)
+    if columns is not None:
+        return sdpa_small.backward(dout, delta, q, k, v, mask[0], columns, dims, scale)
     plan = plan_of(mask, dims)
     work_type = torch.promote_types(q.dtype, torch.float32)
     block = dims[3]
