@@ -96,7 +96,7 @@ def _live_kernel(
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_COUNTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Whether BLOCK_M queries of a block keep its tiles; tiles that are not visited cost nothing."""
+    """Decide which tiles BLOCK_M queries of a block keep; tiles that are not visited cost nothing."""
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
     lane = tl.program_id(0) // rows
