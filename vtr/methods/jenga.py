@@ -37,7 +37,7 @@ class Jenga(Presets, DynamicAttention):
     ``p`` and one more, at least ``1 - drop`` of the blocks (rounded down), and those that touch it in the
     grid. Text is dense both ways, and its logits may be raised.
 
-    :class:`~vtr.methods.RectifiedSparse` with ``rectify=False`` has the same rule except P, in which its
+    :class:`~vtr.methods.RectifiedSparse` with ``rectify=False`` has the same rule with another P, in which its
     text has a share.
 
     Jenga is more than this mask: it also generates at a lower resolution first, and skips steps with
