@@ -1,4 +1,4 @@
-"""Every calibrated method of the registry, from data through a file to a model, by registration alone."""
+"""Every calibrated method of the registry for language models, from data through a file to a model, by registration alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import vtr
 from tests.vision.vlm import models
 from vtr.core.method import Method
 from vtr.core.registry import registry
+from vtr.methods.base import LanguageAttentionMethod
 from vtr.testing.examples import examples
 
-METHODS = [name for name, cls in registry().items() if cls.calibrated]
+METHODS = [
+    name
+    for name, cls in registry().items()
+    if cls.calibrated and issubclass(cls, LanguageAttentionMethod)
+]
 
 # Options with which a method takes its numbers from the table, and finds some in random weights.
 FROM_TABLE: dict[str, dict[str, Any]] = {

@@ -24,6 +24,27 @@ CURRENT = "current_timestep"
 #: Attention processors with rotary factors that cut the batch into so many equal parts: conditional
 #: and perturbed, or unconditional before them (perturbed-attention guidance, PAG).
 BATCH_PARTS = {"PAGHunyuanAttnProcessor2_0": 2, "PAGCFGHunyuanAttnProcessor2_0": 3}
+#: Entries of a transformer's configuration that are sizes of the model, by which calibrated plans tell it.
+SIZES = frozenset(
+    {
+        *(
+            "num_layers",
+            "num_single_layers",
+            "attention_head_dim",
+            "num_attention_heads",
+            "ffn_dim",
+        ),
+        *(
+            "in_channels",
+            "out_channels",
+            "patch_size",
+            "patch_size_t",
+            "text_dim",
+            "text_embed_dim",
+        ),
+        *("joint_attention_dim", "cross_attention_dim", "caption_channels"),
+    }
+)
 #: Transformers of a pipeline.
 TRANSFORMERS = ("transformer", "transformer_2")
 

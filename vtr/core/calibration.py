@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.diffusers import SIZES as DIFFUSION_SIZES
 from vtr.compat.peft import ADAPTED
 from vtr.compat.torch import kind_of
 from vtr.compat.transformers import SIZES
@@ -80,7 +81,7 @@ def fingerprint(root: nn.Module, part: nn.Module) -> Fingerprint:
     """Compute the fingerprint of a model.
 
     Args:
-        root: the model, with a configuration of transformers.
+        root: the model, with a configuration of transformers or diffusers.
         part: the part of it whose first matrix is hashed. LoRA adapters leave that matrix as it was.
 
     Raises:
@@ -101,13 +102,15 @@ def fingerprint(root: nn.Module, part: nn.Module) -> Fingerprint:
 def sizes(root: Any) -> dict[str, Any]:
     """The sizes in the configuration of a model, those of its parts with the part's name in front."""
     config: Any = getattr(root, "config", None)
-    entries = config.to_dict() if hasattr(config, "to_dict") else {}
+    entries = config.to_dict() if hasattr(config, "to_dict") else config
+    entries = entries if isinstance(entries, Mapping) else {}
     parts = {"": entries} | {f"{k}.": v for k, v in entries.items() if isinstance(v, dict)}
+    known = SIZES | DIFFUSION_SIZES
     return {
         prefix + name: list(value) if isinstance(value, (list, tuple)) else value
         for prefix, found in parts.items()
         for name, value in found.items()
-        if name in SIZES and isinstance(value, (int, list, tuple))
+        if name in known and isinstance(value, (int, list, tuple))
     }
 
 

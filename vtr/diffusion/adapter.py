@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.diffusers import CONTEXT, ENDED
+from vtr.core.calibration import Fingerprint, fingerprint
 from vtr.core.method import Method
 from vtr.core.recompute import Again, adopt, release
 from vtr.core.site import ModelInfo
@@ -110,6 +113,16 @@ class DiffusionWrapping(Wrapping):
         """Remember the pipeline that ``apply`` was given: it knows the schedule."""
         if target is not self.root and hasattr(target, "scheduler"):
             self.schedule = ScheduleRef(target)
+
+    def fingerprint(self) -> Fingerprint:
+        """The identity of the transformer, or of all transformers of the pipeline together."""
+        found = [fingerprint(m, blocks_of(self.family, m)[-1]) for m in self.members]
+        if len(found) == 1:
+            return found[0]
+        hashes = [own.sha256 for own in found]
+        both = hashlib.sha256("".join(hashes).encode()).hexdigest() if all(hashes) else ""
+        sizes = {**found[0].sizes, "transformers": len(found)}
+        return dataclasses.replace(found[0], sizes=sizes, sha256=both)
 
     # ---- applying -------------------------------------------------------------------------------
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from vtr.api import apply, handles
-from vtr.compat.torch import tree_iter, tree_map
-from vtr.core.calibration import Table, absorb
-from vtr.core.method import Calibrator, Method, Stage
+from vtr.compat.torch import tree_map
+from vtr.core.calibration import Table
+from vtr.core.method import Method, Stage
 from vtr.core.plan import Plan
 from vtr.core.registry import create, registry
 from vtr.core.site import ModelInfo
 from vtr.core.version import VERSION
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-
-LIBRARIES = ("torch", "transformers")
+from vtr.inspect.calibration_data import Data, Generations, Prompts
 
 
 def calibrate(
@@ -41,22 +39,28 @@ def calibrate(
     >>> plan.save("sale.safetensors")
     >>> vtr.apply(model, vtr.Plan.load("sale.safetensors"))
 
-    Every batch is one dense prefill in eval mode, without gradients. The model is left as it was.
+    Of a language model every batch is one dense prefill. Of a diffusion pipeline it is one dense run; of a
+    transformer without its pipeline one call, and the calls follow each other as in a run. All are in eval mode,
+    without gradients, and the model is left as it was.
 
     Args:
-        model: a vision-language model of transformers, in any of the wrappers that :func:`vtr.apply` takes.
-        batches: inputs of the model's forward, as processors return them: mappings with ``input_ids``,
-            ``attention_mask`` and pixel values. Tensors are moved to the device of the model, floating-point
-            ones to its dtype. Every sample has an image or a video.
+        model: a vision-language model of transformers, or a pipeline or transformer of diffusers, in any of the
+            wrappers that :func:`vtr.apply` takes.
+        batches: of a language model: inputs of its forward, as processors return them: mappings with
+            ``input_ids``, ``attention_mask`` and pixel values. Tensors are moved to the device of the model,
+            floating-point ones to its dtype. Every sample has an image or a video. Of a pipeline: the
+            arguments of its call, ``{"prompt": "a red ball", "num_inference_steps": 50}``. Of a transformer of
+            diffusers: those of its forward; tensors are moved to its device.
         method: a method with ``calibrated = True``, its name, or a dict with ``name`` and options.
         description: of the data, free text for the plan.
         progress: show a progress bar on the standard error.
-        options: of :func:`vtr.apply`, such as ``video=``.
+        options: of :func:`vtr.apply`, such as ``video=`` or ``steps=``.
 
     Returns:
         A plan of this method with its table and the model's fingerprint. ``versions`` has those of vtr, torch
-        and transformers; ``data`` has the numbers of ``batches``, ``samples``, ``images`` (and videos) and
-        ``tokens`` (visual ones), the ``description``, and the ``sha256`` of all tensors in the batches.
+        and transformers or diffusers. ``data`` has the numbers of ``batches``, ``samples``, ``images`` (and videos)
+        and ``tokens`` (visual ones), for diffusion ``runs`` and ``grid`` instead of images, the
+        ``description``, and the ``sha256`` of all tensors in the batches, for diffusion of all arguments.
 
     Raises:
         UnsupportedModelError: no adapter for this model, or its weights are on the meta device.
@@ -67,8 +71,9 @@ def calibrate(
     chosen = _method(method)
     if handles(model):
         raise ValueError("the model is wrapped already; remove its handles before calibrating")
-    watcher = Watcher(chosen, _Run(description))
-    run = watcher.run
+    denoising = "denoising" in chosen.needs.get("attention", ())
+    data = Generations(description) if denoising else Prompts(description)
+    watcher = Watcher(chosen, data)
     with apply(model, watcher, **options) as handle, torch.no_grad():
         wrapping = handle._wrapping
         root: Any = wrapping.root
@@ -78,85 +83,25 @@ def calibrate(
                 f"the weight {identity.weight} is on the meta device, so that the plan could not tell this "
                 "model from others: load it without offloading layers (no device_map, or one GPU)"
             )
-        run.calibrator = chosen.calibrator(wrapping.info)
-        call = model if isinstance(model, nn.Module) else root
+        data.calibrator = chosen.calibrator(wrapping.info)
+        call = model if denoising or isinstance(model, nn.Module) else root
         short = "logits_to_keep" in inspect.signature(type(root).forward).parameters
-        with _evaluating(root):
+        with _evaluating(getattr(wrapping, "members", [root])):
             for batch in _track(batches, f"calibrating {chosen.name}", progress):
-                inputs = run.begin(batch)
-                call(**_placed(inputs, root), **({"logits_to_keep": 1} if short else {}))
-                run.end()
-    if not run.batches:
+                inputs = data.begin(batch)
+                if isinstance(call, nn.Module):
+                    inputs = _placed(inputs, root, cast=not denoising)
+                call(**inputs, **({"logits_to_keep": 1} if short else {}))
+                data.end()
+    if not data.batches:
         raise ValueError("batches must hold at least one batch of the model's inputs, got none")
     return Plan(
         (chosen,),
         fingerprint=identity,
-        tables=(_checked(chosen, run.calibrator.finish()),),
-        data=run.described(),
-        versions={"vtr": VERSION, **{name: version(name) for name in LIBRARIES}},
+        tables=(_checked(chosen, data.calibrator.finish()),),
+        data=data.described(),
+        versions={"vtr": VERSION, **{name: version(name) for name in data.libraries}},
     )
-
-
-class _Run:
-    """The calibrator of a run, and the numbers that describe its data."""
-
-    calibrator: Calibrator
-
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.batches = self.samples = self.images = self.tokens = 0
-        self.hash = hashlib.sha256()
-        self.seen = False
-
-    def begin(self, batch: Any) -> dict[str, Any]:
-        """Check a batch, and add it to the hash; returns the arguments of the model."""
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            what = f"the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-            raise ValueError(
-                f"batch {self.batches} must be a mapping of the model's inputs with input_ids, as its processor "
-                f"returns them, got {what or type(batch).__name__}"
-            )
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        for name, value in sorted(inputs.items()):
-            for tensor in tree_iter(value):
-                if isinstance(tensor, Tensor):
-                    self.hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-                    absorb(self.hash, tensor)
-        self.seen = False
-        return inputs
-
-    def see(self, site: Any) -> None:
-        """Show an attention call to the calibrator."""
-        if not self.seen:
-            self._count(site)
-        self.calibrator.see(site)
-
-    def _count(self, site: Any) -> None:
-        self.seen = True
-        visual = site.visual.sum(1).tolist()
-        for sample, count in enumerate(visual):
-            if not count:
-                raise ValueError(self._without_image(f"sample {sample} of batch {self.batches}"))
-        self.samples += len(visual)
-        self.tokens += sum(visual)
-        self.images += sum(len(row[row >= 0].unique()) for row in site.image)
-
-    def _without_image(self, where: str) -> str:
-        return (
-            f"{where} has no image or video, and methods are calibrated on prompts that have some: give the "
-            "processor's inputs with pixel values"
-        )
-
-    def end(self) -> None:
-        """The model has run on a batch."""
-        if not self.seen:
-            raise ValueError(self._without_image(f"batch {self.batches}"))
-        self.batches += 1
-
-    def described(self) -> dict[str, Any]:
-        """The description of the data, for the plan."""
-        counts = {name: getattr(self, name) for name in ("batches", "samples", "images", "tokens")}
-        return {**counts, "description": self.description, "sha256": self.hash.hexdigest()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +113,7 @@ class Watcher(Method):
     sites: ClassVar[tuple[str, ...]] = ("attention",)
 
     method: Method
-    run: _Run
+    data: Data
 
     def check(self, info: ModelInfo) -> None:
         self.method.check(info)
@@ -179,9 +124,13 @@ class Watcher(Method):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         return tuple(Stage("attention", n) for n in range(info.depth["attention"]))
 
+    def is_dense(self, site: Any) -> bool:
+        """No call is left out: the method itself says which it does not look at."""
+        return False
+
     def attend(self, site: Any) -> Tensor:
         """Return dense attention."""
-        self.run.see(site)
+        self.data.see(site)
         out: Tensor = site.dense()
         return out
 
@@ -216,23 +165,25 @@ def _checked(method: Method, table: Any) -> Table:
     return dict(entries)
 
 
-def _placed(inputs: dict[str, Any], root: Any) -> dict[str, Any]:
-    """The inputs on the model's device, in its dtype."""
+def _placed(inputs: dict[str, Any], root: Any, cast: bool) -> dict[str, Any]:
+    """The inputs on the model's device, and with ``cast`` in its dtype."""
 
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.to(root.device, root.dtype if leaf.is_floating_point() else leaf.dtype)
+        other = cast and leaf.is_floating_point()
+        return leaf.to(root.device, root.dtype if other else leaf.dtype)
 
     moved: dict[str, Any] = tree_map(placed, inputs)
     return moved
 
 
 @contextmanager
-def _evaluating(root: nn.Module) -> Iterator[None]:
+def _evaluating(roots: Sequence[nn.Module]) -> Iterator[None]:
     """Eval mode inside the block; every module then has the mode that it had."""
-    training = [module for module in root.modules() if module.training]
-    root.eval()
+    training = [module for root in roots for module in root.modules() if module.training]
+    for root in roots:
+        root.eval()
     try:
         yield
     finally:

@@ -130,6 +130,10 @@ class Kind:
         """Call the model: what each sample gets, (B, ...)."""
         raise NotImplementedError
 
+    def calls(self, inputs: Inputs) -> list[Inputs]:
+        """The inputs of the calls of the model that :meth:`call` makes."""
+        return [inputs]
+
     def forward(self, model: Any, inputs: Inputs) -> Tensor:
         """Call the model once."""
         return self.call(model, inputs)
@@ -327,10 +331,11 @@ class Diffusion(Kind):
         }  # fmt: skip
 
     def call(self, model: Any, inputs: Inputs) -> Tensor:
+        return torch.stack([model(**given)[0] for given in self.calls(inputs)], 1)
+
+    def calls(self, inputs: Inputs) -> list[Inputs]:
         given = inputs["timestep"]
-        return torch.stack(
-            [model(**{**inputs, "timestep": given * (t / self.times[0])})[0] for t in self.times], 1
-        )
+        return [{**inputs, "timestep": given * (t / self.times[0])} for t in self.times]
 
     def visual(self, site: str, length: int, sample: Inputs) -> int:
         # Attention counts joint text, also if another module projects it.

@@ -73,8 +73,8 @@ class Trial:
                 vtr.apply(model, method, **self.kind.options).remove()
                 plans[key] = None
             except vtr.UnsupportedMethodError:
-                batch = self.kind.cast(self.batch, dtype)
-                plans[key] = vtr.calibrate(model, [batch], method, **self.kind.options)
+                batches = self.kind.calls(self.kind.cast(self.batch, dtype))
+                plans[key] = vtr.calibrate(model, batches, method, **self.kind.options)
         plan = plans[key]
         return method if plan is None else dataclasses.replace(plan, methods=(method,))
 
