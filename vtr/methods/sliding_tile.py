@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from vtr.kernels import masks
@@ -17,7 +16,6 @@ from vtr.methods.base import (
     ModelInfo,
     Presets,
     Stage,
-    masked_attention,
     register,
 )
 from vtr.methods.common.grid_windows import GridWindow, check_window, fit_window
@@ -126,13 +124,6 @@ class SlidingTile(Presets, MaskedAttention):
             return super().attend(site)
         table = load_windows(self.table)
         table.check_run(site, tiles_of(site.grid, fit_window(self.tile or (), site.grid)))
-        if table.is_whole(site):
-            dense: Tensor = site.dense()
-            return dense
-        heads, back = table.heads_by_window(site)
-        parts, work = [], site.notes.get("work", 0.0)
-        for window, own in heads:
-            of_window = replace(self, window=window, table=None)
-            parts.append(masked_attention(site, of_window.sequence_mask(site), heads=own)[0])
-        site.notes["density"] = site.notes["work"] - work
-        return torch.cat(parts, 1).index_select(1, back)
+        return table.attend(
+            site, lambda window: replace(self, window=window, table=None).sequence_mask(site)
+        )

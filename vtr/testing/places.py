@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtr.core.method import Method
+from vtr.core.site import ModelInfo
 
 #: (frames, height, width) of 128 tokens: whole blocks of every size
 GRID = (4, 4, 8)
@@ -33,6 +34,9 @@ def check_text_place(method: Method, steps: tuple[int, ...] = (40, 41)) -> None:
     valid = torch.ones(2, text, dtype=torch.bool)
     valid[1, text // 2 :] = False
     states: tuple[dict[str, Any], ...] = ({}, {})
+    if method.calibrated:
+        table = _calibrated(method, steps, text)
+        states = {"table": table}, {"table": table}
     for step in steps:
         grid = [torch.randn(2, 2, tokens, 16, generator=draw) for _ in range(3)]
         words = [torch.randn(2, 2, text, 16, generator=draw) for _ in range(3)]
@@ -53,6 +57,18 @@ def check_text_place(method: Method, steps: tuple[int, ...] = (40, 41)) -> None:
             )
 
 
+def _calibrated(method: Method, steps: tuple[int, ...], text: int) -> dict[str, Tensor]:
+    """The table of a calibrated method, measured on other tokens in these steps."""
+    draw, length = torch.Generator().manual_seed(1), torch.Size(GRID).numel() + text
+    looks = frozenset({"qkv", "denoising", "frames"})
+    found = method.calibrator(ModelInfo("test", {"attention": 4}, {"attention": looks}))
+    valid = torch.ones(2, text, dtype=torch.bool)
+    for step in steps:
+        qkv = [torch.randn(2, 2, length, 16, generator=draw) for _ in range(3)]
+        found.see(_site(method, qkv, False, valid, step, {}))
+    return found.finish()
+
+
 def _attend(
     method: Any,
     qkv: list[Tensor],
@@ -61,6 +77,19 @@ def _attend(
     step: int,
     state: dict[str, Any],
 ) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = method.attend(_site(method, qkv, text_first, valid, step, state))
+    return out
+
+
+def _site(
+    method: Any,
+    qkv: list[Tensor],
+    text_first: bool,
+    valid: Tensor,
+    step: int,
+    state: dict[str, Any],
+) -> Any:
     from vtr.diffusion.site import CallFacts, DiffusionAttentionSite
 
     q, k, v = qkv
@@ -74,11 +103,8 @@ def _attend(
         run=0, step=step, steps=50, timestep=1000.0 - step, branch="0", grid=GRID,
         text_first=text_first, text_valid=valid, expert_step=step,
     )  # fmt: skip
-    site = DiffusionAttentionSite(
+    return DiffusionAttentionSite(
         call=facts, layer=1, layers=4, q=q, k=k, v=v, scale=0.25, dense=dense,
         state=state.setdefault("state", {}), shared=state.setdefault("shared", {}), memory={},
-        notes={}, backend=getattr(method, "backend", "auto"),
+        notes={}, backend=getattr(method, "backend", "auto"), table=state.get("table"),
     )  # fmt: skip
-    with torch.no_grad():
-        out: Tensor = method.attend(site)
-    return out

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtr.methods.common.masked import SequenceMask, masked_attention
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vtr.core.site import ModelInfo
     from vtr.diffusion.site import DiffusionAttentionSite
 
@@ -23,7 +27,7 @@ class WindowTable:
     """Windows of tiles (frames, height, width) by step, layer and head.
 
     Attributes:
-        path: the file.
+        path: the file, or what else it comes from.
         windows: the different ones.
         index: (steps, layers, heads) int64, the window of each.
     """
@@ -105,6 +109,21 @@ class WindowTable:
 
         *own, back = site.for_size(("heads", site.step, site.layer), build)
         return list(zip((self.windows[n] for n in numbers), own, strict=True)), back
+
+    def attend(
+        self, site: DiffusionAttentionSite, mask_of: Callable[[Window], SequenceMask]
+    ) -> Tensor:
+        """Compute the attention of this step and layer, each head under the mask of its window; dense if
+        all heads have the whole grid."""
+        if self.is_whole(site):
+            dense: Tensor = site.dense()
+            return dense
+        heads, back = self.heads_by_window(site)
+        parts, work = [], site.notes.get("work", 0.0)
+        for window, own in heads:
+            parts.append(masked_attention(site, mask_of(window), heads=own)[0])
+        site.notes["density"] = site.notes["work"] - work
+        return torch.cat(parts, 1).index_select(1, back)
 
 
 def load_windows(path: str) -> WindowTable:
