@@ -84,6 +84,7 @@ from vtr.methods.recycled_attention import RecycledAttention as RecycledAttentio
 from vtr.methods.rettention import Rettention as Rettention
 from vtr.methods.sale import SALE as SALE
 from vtr.methods.scissorhands import Scissorhands as Scissorhands
+from vtr.methods.searched_tile import SearchedTile as SearchedTile
 from vtr.methods.sito import OptiPrune as OptiPrune
 from vtr.methods.sito import SiTo as SiTo
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile

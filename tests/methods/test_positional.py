@@ -22,6 +22,7 @@ LEAD = {
     "random-sparse": ("density", 0.5),
     "rectified-sparse": ("drop", 0.5),
     "rettention": ("density", 0.5),
+    "searched-tile": ("density", 0.5),
     "sito": ("ratio", 0.25),
     "sliding-tile": ("window", 9),
     "spargeattn": ("density", 0.25),

@@ -60,6 +60,7 @@ TABLE: dict[str, str] = {
     "SALE": "sale",
     "SVG2": "svg2",
     "Scissorhands": "scissorhands",
+    "SearchedTile": "searched_tile",
     "SiTo": "sito",
     "SlidingTile": "sliding_tile",
     "SnapKV": "snapkv",
