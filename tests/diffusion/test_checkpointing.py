@@ -48,6 +48,26 @@ def test_checkpointing_of_two_calls(name: str, method: Any, training: bool) -> N
     assert again == costs, "what runs again is not counted again"
 
 
+@pytest.mark.parametrize(
+    "method",
+    [vtr.ToMeSD(refresh=3, keep_norm=True, merge_mlp=True), vtr.SiTo(refresh=2), vtr.ToMA(tau=0.1)],
+    ids=lambda m: m.name,
+)
+def test_blocks_that_find_their_merging_again(method: Any) -> None:
+    """In training mode nothing is kept or shared, so that a block alone finds what it found."""
+    want, _ = accumulated("wan", method, checkpointing=False, training=True)
+    found, _ = accumulated("wan", method, checkpointing=True, training=True)
+    assert torch.allclose(found, want, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "method", [vtr.ToMeSD(refresh=3), vtr.ToMA(), vtr.ToMA(refresh=1, rebuild=1)], ids=str
+)
+def test_kept_merging_cannot_go_back_to_a_step(method: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"carries its state.*disable_gradient_checkpointing"):
+        accumulated("wan", method, checkpointing=True, training=False)
+
+
 def wrapped_blocks(name: str) -> Any:
     """A model whose blocks are checkpointed by something else than diffusers."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

@@ -51,6 +51,12 @@ def enter(
             "something else is in the sequence, or if it is split between devices"
         )
     site: Any = wrapping.block_site(number, hidden)
+    if call.again and site.state:
+        raise RuntimeError(
+            f"{entry.method.name} carries its state from step to step of a generation, which activation "
+            "checkpointing cannot go back to: call disable_gradient_checkpointing() on the transformer, or "
+            "train() if it is in training"
+        )
     reduction = entry.token_method.reduce(site)
     if reduction is None or reduction.map is None:
         return

@@ -97,9 +97,11 @@ class ToMA(Presets, BlockMerging):
             return self.find(site)
         group = f"group {0 if self.share is None else site.layer // self.share}"
         found: Reduction | None = site.memory.get(group)
-        if found is None:
-            found = held(site, "found", min(self.rebuild, self.refresh), lambda: self.find(site))
-            site.memory[group] = found
+        if found is not None:
+            site.state["shared"] = True  # a block that runs again alone does not find it there
+            return found
+        found = held(site, "found", min(self.rebuild, self.refresh), lambda: self.find(site))
+        site.memory[group] = found
         return found
 
     def find(self, site: BlockSite) -> Reduction | None:
