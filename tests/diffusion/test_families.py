@@ -96,7 +96,7 @@ def test_a_site_says_where_tokens_and_text_are(model: Any, case: Case) -> None:
     words = case.text + case.extra
     if model.mode_blocks if hasattr(model, "mode_blocks") else False:
         words = 0  # the first blocks of Flux.3 see the image alone
-    for name, alone in (("mochi", 3), ("framepack", 29), ("z-image", 61)):
+    for name, alone in (("mochi", 3), ("framepack", 65), ("z-image", 61)):
         if case is ALL[name]:
             words = alone  # the valid ones of a sample
     assert one.text == words and one.q.shape[2] == case.tokens + one.text

@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.laws.everyone import METHODS, NAMES, hold_on
+from vtr.core.registry import registry
+from vtr.testing import examples
+from vtr.testing.kinds import Diffusion
+from vtr.testing.methods import hold, laws_of, trial_of
+from vtr.testing.models.diffusion_more import MORE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -12,3 +17,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", METHODS)
 def test_the_laws_hold(name: str) -> None:
     hold_on(name, NAMES["Diffusion"])
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_further_families_batch_and_number_their_tokens(case: str) -> None:
+    """With a static mask, or one chosen in every call; the masks themselves are in ``tests/diffusion``."""
+    kind = Diffusion(case, "diffusers", case=case, tolerance=3e-5)
+    # Kandinsky rounds its queries to bfloat16: a last bit may choose another block.
+    chosen = "random-sparse" if case == "kandinsky5" else "rectified-sparse"
+    for name, law in (
+        ("random-sparse", "keep everything is dense attention"),
+        (chosen, "a sample alone equals the sample in a batch"),
+    ):
+        trial = trial_of(kind, examples(registry()[name]))
+        hold(law, laws_of(trial.method)[law], trial)

@@ -306,8 +306,9 @@ class Diffusion(Kind):
     @property
     def facts(self) -> Any:
         from vtr.testing.models.diffusion import CASES, LONG
+        from vtr.testing.models.diffusion_more import MORE
 
-        return LONG if self.case == "wan" else CASES[self.case]
+        return LONG if self.case == "wan" else {**CASES, **MORE}[self.case]
 
     def build(self) -> Any:
         return self.facts.build()
@@ -320,6 +321,8 @@ class Diffusion(Kind):
         ]
 
     def changed(self, sample: Inputs) -> Inputs:
+        if "x" in sample:  # Z-Image: a list
+            return {**sample, "x": [x.flip(-1) * 0.7 for x in sample["x"]]}
         return {**sample, "hidden_states": sample["hidden_states"].flip(-1) * 0.7}
 
     def batch(self, samples: list[Inputs], side: str = "left") -> Inputs:
@@ -331,15 +334,25 @@ class Diffusion(Kind):
         }  # fmt: skip
 
     def call(self, model: Any, inputs: Inputs) -> Tensor:
-        return torch.stack([model(**given)[0] for given in self.calls(inputs)], 1)
+        return torch.stack([_predicted(model(**given)) for given in self.calls(inputs)], 1)
 
     def calls(self, inputs: Inputs) -> list[Inputs]:
-        given = inputs["timestep"]
-        return [{**inputs, "timestep": given * (t / self.times[0])} for t in self.times]
+        shares = [t / self.times[0] for t in self.times]
+        if "t" in inputs:  # Z-Image counts from noise to image
+            times = [{"t": 1 - (1 - inputs["t"]) * share} for share in shares]
+        else:
+            times = [{"timestep": inputs["timestep"] * share} for share in shares]
+        return [{**inputs, **time} for time in times]
 
     def visual(self, site: str, length: int, sample: Inputs) -> int:
         # Attention counts joint text, also if another module projects it.
         return length + (self.facts.text if self.text_apart else 0)
+
+
+def _predicted(output: Any) -> Tensor:
+    """What a transformer predicts, (B, ...): most return it in a tuple, Z-Image as a list in one."""
+    found = output[0] if isinstance(output, tuple) else output
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def _per_sample(value: Any, batch: int = 2) -> bool:

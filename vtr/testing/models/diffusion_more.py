@@ -132,15 +132,15 @@ def _framepack() -> nn.Module:
 
 
 def _framepack_inputs(batch: int, time: float) -> dict[str, Any]:
-    # 15 tokens of the first frame, 6 of two frames at half size, 2 of four at a quarter.
+    # 45 tokens of clean frames, 12 of three frames at half size, 2 of four at a quarter.
     return _video(
         batch, time, encoder_attention_mask=_padding(batch, 7),
         pooled_projections=torch.randn(batch, 8), image_embeds=torch.randn(batch, 3, 8),
-        indices_latents=torch.arange(7, 10),
-        latents_clean=torch.randn(batch, 4, 1, 6, 10),
-        indices_latents_clean=torch.zeros(1, dtype=torch.long),
-        latents_history_2x=torch.randn(batch, 4, 2, 6, 10),
-        indices_latents_history_2x=torch.arange(5, 7),
+        indices_latents=torch.arange(8, 11),
+        latents_clean=torch.randn(batch, 4, 3, 6, 10),
+        indices_latents_clean=torch.arange(3),
+        latents_history_2x=torch.randn(batch, 4, 3, 6, 10),
+        indices_latents_history_2x=torch.arange(5, 8),
         latents_history_4x=torch.randn(batch, 4, 4, 6, 10),
         indices_latents_history_4x=torch.arange(1, 5),
     )  # fmt: skip
@@ -224,7 +224,7 @@ def _kandinsky_inputs(batch: int, time: float) -> dict[str, Any]:
     return _video(
         batch, time, hidden_states=torch.randn(batch, 3, 6, 10, 4),
         pooled_projections=torch.randn(batch, 8), text_rope_pos=torch.arange(7),
-        visual_rope_pos=[torch.arange(3), torch.arange(3), torch.arange(5)],
+        visual_rope_pos=(torch.arange(3), torch.arange(3), torch.arange(5)),
     )  # fmt: skip
 
 
@@ -442,7 +442,7 @@ MORE = {
     ),
     "framepack": Case(
         _framepack, _framepack_inputs, _VIDEO, (*blocks(_T, 1, "attn"), *blocks(_S, 1, "attn")),
-        text=10, extra=23,
+        text=10, extra=59,
     ),
     "consisid": Case(
         _consisid, _consisid_inputs, _VIDEO, blocks(_T, 2), text=7, text_first=True, context=False
