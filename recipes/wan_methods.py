@@ -62,6 +62,17 @@ def run_time(dense_steps: float, densities: tuple[float, ...]) -> Iterator[RunTi
             ),
             Searched("p", 0.001, 1.0),
         )
+        yield RunTime("SpargeAttn", density, vtr.SpargeAttn(key_block=BLOCK, **share))
+        yield RunTime(
+            "XAttentionDiT",
+            density,
+            vtr.XAttentionDiT(stride=4, **common),
+            Searched("threshold", 0.0, 1.0),
+        )
+        yield RunTime("DraftAttention", density, vtr.DraftAttention(patch=(4, 4), **share))
+        # Its neighbours alone are more than an eighth of so small a grid.
+        jenga = vtr.Jenga(1 - density, p=0.0, neighbours=False, **common)
+        yield RunTime("Jenga", density, jenga)
         yield RunTime("VSA, untrained", density, vtr.VSA(tile=(1, 4, 4), gate=None, **share))
         if density == 0.25:  # every second row and column
             yield RunTime("ToDo", density, vtr.ToDo(2, dense_steps=dense_steps))
