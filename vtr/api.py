@@ -146,8 +146,8 @@ def apply(
         UserWarning: the method works for some of the model's inputs only (:attr:`Support.note`).
 
     Raises:
-        UnsupportedModelError: no adapter for this object, or a plan was calibrated on another model; the
-            message says in what they differ.
+        UnsupportedModelError: no adapter for this object, or a plan was calibrated, or a method's weights
+            trained, on another model; the message says in what they differ.
         UnsupportedMethodError: the model lacks a site or a signal that the method needs, or a calibrated
             method comes without its plan.
         ValueError: a bad option, or a combination of methods that has no meaning.
@@ -189,6 +189,13 @@ def apply(
             raise UnsupportedMethodError(
                 f"{m.name} needs numbers that are calibrated on this model: plan = vtr.calibrate(model, "
                 f"batches, {m!r}), then vtr.apply(model, plan)"
+            )
+        origin = m.origin()
+        difference = "" if origin is None else origin.difference(wrapping.fingerprint())
+        if difference:
+            raise UnsupportedModelError(
+                f"the weights of {m.name} were trained with another model: {difference}. They fit the "
+                "weights that were saved with them alone: method = vtr.train.sla.load(model, folder) loads both"
             )
         learned = None
         if m.learned:

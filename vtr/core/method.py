@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from vtr.core.calibration import Fingerprint
 from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap
 from vtr.errors import UnsupportedMethodError
@@ -200,6 +201,10 @@ class Method:
 
     def build(self, info: ModelInfo) -> nn.Module | None:
         """Make the modules of a method that learns; the handle owns them, the model does not."""
+        return None
+
+    def origin(self) -> Fingerprint | None:
+        """Return the model that the method's own weights were trained with; None without weights."""
         return None
 
     def needs_table(self, info: ModelInfo) -> bool:

@@ -88,6 +88,11 @@ class DiffusionWrapping(Wrapping):
         )
         super().__init__(root, info)
 
+    @property
+    def identified(self) -> nn.Module:
+        """The last attention module: its first matrix changes in fine-tuning, and not by LoRA."""
+        return layers_of(self.family, self.members[0])[-1][1]
+
     def _forget(self) -> None:
         """No run has begun."""
         self.session = Session()
