@@ -121,6 +121,19 @@ class GridView:
         return self.values[:, :, self.values.shape[2] - self.text :]
 
     @cached_property
+    def keys_valid(self) -> Tensor | None:
+        """(B, K) bool, False for places of ``keys`` that hold no token or padding of text; None if all
+        are seen."""
+        places, padding = self.layout.places, self.keys.shape[2] - self.layout.places - self.text
+        if self.filled is None and self.text_valid is None and padding == 0:
+            return None
+        grid = self.q.new_ones(places, dtype=torch.bool) if self.filled is None else self.filled
+        seen = F.pad(grid, (0, padding), value=False).expand(self.q.shape[0], -1)
+        if self.text_valid is None:
+            return F.pad(seen, (0, self.text), value=True)
+        return torch.cat([seen, self.text_valid], 1)
+
+    @cached_property
     def q_means(self) -> Tensor:
         """(B, H, NQ, D) float32, the mean of the tokens of each query block."""
         return self.means(self.q, 0)
