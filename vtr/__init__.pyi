@@ -87,6 +87,7 @@ from vtr.methods.scissorhands import Scissorhands as Scissorhands
 from vtr.methods.searched_tile import SearchedTile as SearchedTile
 from vtr.methods.sito import OptiPrune as OptiPrune
 from vtr.methods.sito import SiTo as SiTo
+from vtr.methods.sla import SLA as SLA
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.snapkv import SnapKV as SnapKV
 from vtr.methods.spargeattn import SpargeAttn as SpargeAttn
@@ -100,6 +101,7 @@ from vtr.methods.tofe import ToFe as ToFe
 from vtr.methods.toma import ToMA as ToMA
 from vtr.methods.tome import ToMe as ToMe
 from vtr.methods.tomesd import ToMeSD as ToMeSD
+from vtr.methods.topk_sparse import TopKSparse as TopKSparse
 from vtr.methods.uniform_frames import UniformFrames as UniformFrames
 from vtr.methods.var import VAR as VAR
 from vtr.methods.vasparse import VASparse as VASparse
