@@ -3,6 +3,8 @@
     python benchmarks/diffusion.py                          # CUDA; about ten minutes and 40 GB
     python benchmarks/diffusion.py --models wan-1.3b,flux-4096 --parts attention,block
     python benchmarks/diffusion.py --quick                  # small shapes of the same classes, CPU too
+    python benchmarks/diffusion.py --gpu                    # every method at one layer; three minutes at most
+    python benchmarks/diffusion.py --cpu                    # the same at small sizes, as ratios to dense
 
 Three candidates run in turn in one process, and the best round counts: the model as diffusers runs
 it (``scaled_dot_product_attention``, which is flash attention if the device has it), the method
@@ -10,6 +12,9 @@ with our kernel, and the method with compiled FlexAttention under the same mask.
 speed-up if only the attention's FLOPs counted; a block and a step have other work as well. Weights
 are random: they do not influence the time. Writes
 ``benchmarks/results/diffusion_<device>.csv``.
+
+``--gpu`` and ``--cpu`` run ``diffusion_methods.py`` instead: every registered attention method at one layer, with the
+time of finding masks apart from that of attention.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention import fastest  # beside this script, as is options
+from attention import fastest  # beside this script, as are the next ones
+from diffusion_methods import run as run_methods
 from options import named
 from rich.console import Console
 from rich.progress import Progress
@@ -305,12 +311,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", help="of: " + ", ".join(models(True)))
     parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="small shapes, also without a GPU")
+    layer = parser.add_mutually_exclusive_group()
+    layer.add_argument("--gpu", action="store_true", help="every method at one layer, real sizes")
+    layer.add_argument("--cpu", action="store_true", help="every method at one layer, small sizes")
+    parser.add_argument("--methods", help="with --gpu or --cpu: names of methods, all when omitted")
+    parser.add_argument("--shapes", help="with --gpu or --cpu: names of shapes, all when omitted")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention")
     parser.add_argument("--seconds", type=float, default=8.0, help="for the rounds of one point")
     parser.add_argument("--rounds", type=int, default=50, help="at most")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
+    if args.gpu or args.cpu:
+        if args.gpu and not torch.cuda.is_available():
+            parser.error("--gpu needs a CUDA device; --cpu measures small sizes")
+        seconds = 150.0 if args.gpu else None  # the last method that is begun may take some more
+        run_methods("cuda" if args.gpu else "cpu", methods=args.methods, shapes=args.shapes,
+                    seconds=seconds, out=args.out)  # fmt: skip
+        return
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.quick:
