@@ -7,14 +7,15 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import vtr
 from tests.diffusion.models import CASES
 from tests.methods.sites import TOLERANCE, Run, attention, tensors, visible
+from vtr.core.module_files import ModuleFile
 from vtr.core.registry import create
-from vtr.methods.common.gates import Gates
+from vtr.diffusion.adapter import wrap
+from vtr.methods.common.learned import LayerModules
 
 SMALL = {"tile": (1, 2, 4), "block": 16}
 GRID = (3, 5, 6)  # the tiles at two ends are cut off
@@ -51,8 +52,15 @@ def brute_force(q, k, v, scale, grid, tile, number, gate, text=0):
     return out
 
 
+def zero_gates(dim, layers=4):
+    gates = LayerModules({layer: nn.Linear(dim, dim) for layer in range(layers)})
+    for parameter in gates.parameters():
+        nn.init.zeros_(parameter)
+    return gates
+
+
 def gates_for(dim, layers=4, seed=0):
-    gates = Gates(dim, dim, layers)
+    gates = zero_gates(dim, layers)
     torch.manual_seed(seed)
     for parameter in gates.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -73,7 +81,7 @@ def test_equals_the_definition_token_by_token(tile, gate):
     qkv = tensors(GRID, heads=4, key_heads=2, dim=8)
     hidden, gates = torch.randn(2, 90, 32), gates_for(32)
     found = method.attend(site_of(method, GRID, qkv, gates, hidden, layer=2))
-    weight = gates.layer(2)
+    weight = gates.at(2)
     factor = (hidden @ weight.weight.T + weight.bias).view(2, 90, 4, 8)
     number = math.ceil(0.3 * len(tiles_of(GRID, tile)))
     for b, h in itertools.product(range(2), range(4)):
@@ -93,7 +101,7 @@ def test_text_is_dense_and_has_no_part_in_the_coarse_attention(text_first):
     found = method.attend(site_of(method, GRID, qkv, gates, hidden, **run))
     first = 7 if text_first else 0
     words = slice(0, 7) if text_first else slice(90, 97)
-    factor = gates.layer(0)(hidden).view(2, 90, 2, 8)
+    factor = gates.at(0)(hidden).view(2, 90, 2, 8)
     number = math.ceil(0.3 * 18)
     for b, h in itertools.product(range(2), range(2)):
         grid, text = ([t[b, h, part] for t in qkv] for part in (slice(first, first + 90), words))
@@ -134,29 +142,33 @@ def test_all_tiles_without_a_gate_are_dense_attention():
 def test_zero_gates_in_training_are_the_bare_tiles():
     qkv, hidden = tensors(GRID, dim=8), torch.randn(2, 90, 16)
     method = vtr.VSA(0.3, **SMALL)
-    site = site_of(method, GRID, qkv, Gates(16, 16, 4), hidden, training=True)
+    site = site_of(method, GRID, qkv, zero_gates(16), hidden, training=True)
     assert torch.equal(method.attend(site), Run(vtr.VSA(0.3, gate=None, **SMALL), GRID)(qkv))
 
 
 def test_untrained_gates_are_an_error_outside_training():
     qkv, hidden = tensors(GRID, dim=8), torch.randn(2, 90, 16)
-    method, gates = vtr.VSA(0.3, **SMALL), Gates(16, 16, 4)
+    method, gates = vtr.VSA(0.3, **SMALL), zero_gates(16)
     site = site_of(method, GRID, qkv, gates, hidden)
-    with pytest.raises(RuntimeError, match=r"the gates are not trained.*gate=None"):
+    with pytest.raises(
+        vtr.UnsupportedMethodError, match="vsa computes with modules that are trained"
+    ):
         method.attend(site)
-    gates.layer(3).bias.data[0] = 1.0
+    assert torch.equal(
+        method.replace(untrained=True).attend(site), Run(method.replace(gate=None), GRID)(qkv)
+    )
+    gates.at(3).bias.data[0] = 1.0
     method.attend(site)
 
 
-def test_each_layer_of_each_transformer_has_a_gate():
+def test_each_layer_has_a_gate():
     qkv, hidden = tensors(GRID, dim=8), torch.randn(2, 90, 16)
-    method, gates = vtr.VSA(0.3, **SMALL), gates_for(16, 8)
+    method, gates = vtr.VSA(0.3, **SMALL), gates_for(16)
     bare = Run(vtr.VSA(0.3, gate=None, **SMALL), GRID)(qkv)
     plain = Run(vtr.VSA(0.3, gate=False, **SMALL), GRID)(qkv) - bare
-    for expert, layer in itertools.product(range(2), range(4)):
+    for layer in range(4):
         site = site_of(method, GRID, qkv, gates, hidden, layer=layer)
-        site.call.expert = expert
-        factor = gates.layer(4 * expert + layer)(hidden).view(2, 90, 2, 8).transpose(1, 2)
+        factor = gates.at(layer)(hidden).view(2, 90, 2, 8).transpose(1, 2)
         torch.testing.assert_close(method.attend(site) - bare, factor * plain, atol=1e-5, rtol=1e-4)
 
 
@@ -165,13 +177,13 @@ def test_gradients_reach_everything_that_learns():
     grid = (1, 3, 5)
     q, k, v = (t.double().requires_grad_() for t in tensors(grid, batch=1, dim=2))
     hidden = torch.randn(1, 15, 4, dtype=torch.float64, requires_grad=True)
-    weight, bias = gates.layer(0).weight, gates.layer(0).bias
+    weight, bias = gates.at(0).weight, gates.at(0).bias
 
     def call(q, k, v, hidden, weight, bias):
         layer = nn.Linear(4, 4).double()
         del layer.weight, layer.bias
         layer.weight, layer.bias = weight, bias
-        gates.blocks[0]["to_gate_compress"] = layer
+        gates.layers["0"] = layer
         return method.attend(site_of(method, grid, (q, k, v), gates, hidden, training=True))
 
     assert torch.autograd.gradcheck(call, (q, k, v, hidden, weight, bias), fast_mode=True)
@@ -210,20 +222,21 @@ def released(layers=3, dim=8, prefix="", inner="", bias=True):
 )
 def test_gates_of_released_models(names):
     state = released(12, **names)
-    gates = Gates.from_fastvideo(state)
-    assert len(gates.blocks) == 12
+    gates = vtr.VSA().from_fastvideo(state)
+    assert len(gates.layers) == 12
     for name, value in state.items():
         if "to_gate_compress" in name:
             number = int(name.split("blocks.")[1].split(".")[0])
-            assert torch.equal(getattr(gates.layer(number), name.rpartition(".")[2]), value)
+            assert torch.equal(getattr(gates.at(number), name.rpartition(".")[2]), value)
 
 
-def test_gates_of_two_transformers_and_without_a_bias():
-    one, two = released(2), {k: v + 1 for k, v in released(2, bias=False).items()}
-    gates = Gates.from_fastvideo(one, two)
-    assert torch.equal(gates.layer(1).weight, one["blocks.1.to_gate_compress.weight"])
-    assert torch.equal(gates.layer(2).weight, two["blocks.0.to_gate_compress.weight"])
-    assert not gates.layer(3).bias.any()
+def test_gates_without_a_bias_and_of_dense_layers():
+    state = released(4, bias=False)
+    del state["blocks.2.to_gate_compress.weight"]
+    gates = vtr.VSA(dense_layers=(0, 2)).from_fastvideo(state)
+    assert sorted(gates.layers) == ["1", "3"]
+    assert torch.equal(gates.at(3).weight, state["blocks.3.to_gate_compress.weight"])
+    assert not gates.at(1).bias.any()
 
 
 @pytest.mark.parametrize(
@@ -231,47 +244,15 @@ def test_gates_of_two_transformers_and_without_a_bias():
     [
         (lambda s: s.clear(), "found those of none"),
         (lambda s: s.pop("blocks.1.to_gate_compress.weight"), "for every block N"),
-        (
-            lambda s: s.update({"blocks.1.to_gate_compress.weight": torch.zeros(4, 4)}),
-            "matrices of one size",
-        ),
-        (
-            lambda s: s.update({n: s[n][0] for n in list(s) if "compress" in n}),
-            "matrices of one size",
-        ),
+        (lambda s: s.update({"blocks.1.to_gate_compress.weight": torch.zeros(4, 4)}), "one size"),
+        (lambda s: s.update({n: s[n][0] for n in list(s) if "compress" in n}), "one size"),
     ],
 )
 def test_state_dicts_without_gates(change, match):
     state = released()
     change(state)
     with pytest.raises(ValueError, match=match):
-        Gates.from_fastvideo(state)
-
-
-def test_a_file_of_gates(tmp_path):
-    gates = gates_for(8, 3)
-    own, theirs = (str(tmp_path / f"{name}.safetensors") for name in ("own", "theirs"))
-    save_file(gates.state_dict(), own)
-    save_file(released(), theirs)
-    found = Gates(8, 8, 3)
-    found.load(own)
-    assert all(
-        torch.equal(a, b) for a, b in zip(found.parameters(), gates.parameters(), strict=True)
-    )
-    found.load(theirs)
-    assert torch.equal(found.layer(1).bias, released()["blocks.1.to_gate_compress.bias"])
-    for other in (Gates(8, 8, 2), Gates(16, 16, 3)):
-        with pytest.raises(ValueError, match=r"own\.safetensors: not the gates of a model of"):
-            other.load(own)
-
-
-def test_new_gates_draw_no_random_numbers():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    gates = Gates(8, 8, 2)
-    assert torch.equal(torch.rand(3), expected)
-    assert not gates.trained() and not any(p.any() for p in gates.parameters())
+        vtr.VSA().from_fastvideo(state)
 
 
 # ---- in a model ---------------------------------------------------------------------------------
@@ -282,29 +263,50 @@ def test_gates_are_trained_with_a_model(name, tmp_path):
     case = CASES[name]
     model, given = case.build().train(), case.call()
     method = vtr.VSA(0.3, **SMALL)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
     with vtr.apply(model, method) as handle:
+        assert torch.equal(torch.rand(3), expected), "no random numbers are drawn"
         gates = handle.modules[0]
         optimiser = torch.optim.SGD(gates.parameters(), lr=1.0)
         before = model(**given)[0].square().mean()
         before.backward()
-        assert len(gates.blocks) == len(case.attention)
-        for layer in gates.blocks:
+        assert len(gates.layers) == len(case.attention)
+        for layer in gates.layers.values():
             grads = [p.grad.abs().sum() for p in layer.parameters()]
             assert all(g > 0 for g in grads)
         optimiser.step()
         assert model(**given)[0].square().mean() < before
-        file = str(tmp_path / "gates.safetensors")
-        save_file(gates.state_dict(), file)
     model.eval()
     with torch.no_grad():
-        with vtr.apply(model, method), pytest.raises(RuntimeError, match="are not trained"):
+        with (
+            vtr.apply(model, method),
+            pytest.raises(vtr.UnsupportedMethodError, match="these are new"),
+        ):
             model(**given)
         with vtr.apply(model, method, modules=gates):
             found = model(**given)[0]
-        with vtr.apply(model, method.replace(weights=file)):
-            assert torch.equal(model(**given)[0], found)
         with vtr.apply(model, method.replace(gate=None)):
             assert not torch.allclose(model(**given)[0], found, atol=1e-4)
+        path = tmp_path / "modules.safetensors"
+        ModuleFile(gates.state_dict(), method.to_dict(), wrap(model).fingerprint()).write(path)
+        with vtr.apply(model, method.replace(weights=str(tmp_path))):
+            assert torch.equal(model(**given)[0], found)
+
+
+def test_released_gates_in_a_model():
+    case = CASES["wan"]
+    model, given = case.build(), case.call()
+    state = released(3, 24)
+    method = vtr.VSA(0.3, **SMALL)
+    with torch.no_grad():
+        with vtr.apply(model, method, modules=method.from_fastvideo(state)):
+            found = model(**given)[0]
+        with vtr.apply(model, method.replace(gate=None)):
+            assert not torch.allclose(model(**given)[0], found, atol=1e-4)
+    with pytest.raises(ValueError, match="modules= must be what"):
+        vtr.apply(model, method, modules=method.from_fastvideo(released(3, 16)))
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -317,7 +319,8 @@ def test_gates_are_trained_with_a_model(name, tmp_path):
         ({"tile": (4, 4)}, "tile must be positive ints"),
         ({"tile": (0, 4, 4)}, "tile must be positive ints"),
         ({"gate": 0.5}, "gate must be True, False or None"),
-        ({"gate": None, "weights": "gates.safetensors"}, "weights are those of gates"),
+        ({"gate": False, "untrained": True}, "are for learned gates"),
+        ({"gate": None, "weights": "gates.safetensors"}, "are for learned gates"),
     ],
 )
 def test_bad_options(options, match):

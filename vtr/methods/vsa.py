@@ -21,7 +21,8 @@ from vtr.methods.base import (
     register,
 )
 from vtr.methods.common.coarse import CoarseTiles
-from vtr.methods.common.gates import Gates
+from vtr.methods.common.gates import fastvideo_gates
+from vtr.methods.common.learned import LayerModules, LearnedAttention
 from vtr.methods.common.order import check_tile, reorder
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class VSA(DynamicAttention):
+class VSA(LearnedAttention, DynamicAttention):
     """Video Sparse Attention (NeurIPS 2025, arXiv 2505.13389), which is trained.
 
     Tokens are put in order tile by tile. With q_I, k_J and v_J the means of the tokens of a tile
@@ -42,10 +43,10 @@ class VSA(DynamicAttention):
     4. ``out = O_s + G * O_c``, with ``G = Linear(hidden)`` per token, head and channel, without a
        sigmoid: ``hidden`` is what enters the attention module.
 
-    G is learned together with the model. Its layers start at zero, which leaves 2 alone; train them in
-    training mode, or take those of a released model
-    (:meth:`vtr.methods.common.gates.Gates.from_fastvideo`). A model that was trained so needs G: with
-    dense attention it is another model.
+    G is learned together with the model (:mod:`vtr.train.sla`), from zero, which leaves 2 alone. The
+    gates of a released model are taken out of its state dict: ``vtr.apply(pipe, method,
+    modules=method.from_fastvideo(state))``. A model that was trained so needs G, and with dense attention
+    it is another model.
 
     Differences from the authors' code: text of a joint sequence is seen by all queries and sees
     everything, and has no part in 3 (their models have it in cross attention); tiles that the
@@ -60,24 +61,21 @@ class VSA(DynamicAttention):
         gate: True for the learned G. Without training: None leaves out 3 and 4, False takes G = 1, as
             the authors' code does for a model without these layers. An untrained model loses
             quality with False.
-        weights: a safetensors file of trained gates, of these modules or of FastVideo.
     """
 
     name: ClassVar[str] = "vsa"
     paper: ClassVar[str] = "VSA: Trainable Sparse Attention, NeurIPS 2025, arXiv 2505.13389"
-    training: ClassVar[str] = "required"
 
     density: float = field(default=0.1, kw_only=False)
     tile: tuple[int, int, int] = (4, 4, 4)
     block: int = 64
     gate: bool | None = True
-    weights: str | None = None
 
     @classmethod
     def examples(cls) -> Examples:
         bare = cls(0.3, tile=(1, 2, 4), block=16, gate=None)
         return {
-            "some": (bare, replace(bare, gate=False)),
+            "some": (bare, replace(bare, gate=False), replace(bare, gate=True, untrained=True)),
             "everything": (replace(bare, density=1.0),),
         }
 
@@ -87,8 +85,8 @@ class VSA(DynamicAttention):
         self._set("tile", check_tile(self.tile))
         if not (self.gate is None or isinstance(self.gate, bool)):
             raise ValueError(f"gate must be True, False or None, got {self.gate!r}")
-        if self.weights is not None and not self.gate:
-            raise ValueError("weights are those of gates: leave gate=True")
+        if self.gate is not True and (self.weights is not None or self.untrained):
+            raise ValueError("weights and untrained are for learned gates: leave gate=True")
 
     @property
     def learned(self) -> bool:  # type: ignore[override]
@@ -98,16 +96,28 @@ class VSA(DynamicAttention):
         hidden = frozenset({"hidden"} if self.gate else ())
         return {site: wanted | hidden for site, wanted in self.needs.items()}
 
-    def build(self, info: ModelInfo) -> nn.Module | None:
-        if not self.gate:
-            return None
-        if info.dim is None or info.heads is None or info.head_dim is None:
-            raise ValueError(f"the width of {info.family} is not known")
-        layers = info.experts * info.depth["attention"]
-        gates = Gates(info.dim, info.heads * info.head_dim, layers)
-        if self.weights is not None:
-            gates.load(self.weights)
-        return gates
+    def build(self, info: ModelInfo) -> LayerModules | None:  # type: ignore[override]
+        return super().build(info) if self.gate else None
+
+    def module(self, info: ModelInfo) -> nn.Module:
+        assert info.dim is not None and info.heads is not None and info.head_dim is not None
+        gate = nn.utils.skip_init(nn.Linear, info.dim, info.heads * info.head_dim)
+        for parameter in gate.parameters():
+            nn.init.zeros_(parameter)
+        return gate
+
+    def from_fastvideo(self, state: Mapping[str, Tensor]) -> LayerModules:
+        """Return the gates of a released model, for ``modules=`` of ``vtr.apply``.
+
+        Args:
+            state: the state dict of its transformer, with tensors
+                ``blocks.N.to_gate_compress.weight`` and ``.bias`` among others, for every block N that
+                is not in ``dense_layers``. Prefixes and ``attn1.`` are allowed; a missing bias is zero.
+
+        Raises:
+            ValueError: there are no gates, or their sizes differ.
+        """
+        return fastvideo_gates(state, self.dense_layers)
 
     def layout(self, grid: Grid) -> Layout:
         return layouts.tiled(grid, self.tile, self.sides, whole=True)
@@ -141,13 +151,7 @@ class VSA(DynamicAttention):
 
     def _gates(self, site: DiffusionAttentionSite) -> Tensor:
         """G of each token of the grid, (B, H, N, D)."""
-        gates = site.modules
-        assert isinstance(gates, Gates) and site.hidden is not None
-        if not (site.training or gates.trained()):
-            raise RuntimeError(
-                "vsa: the gates are not trained (all are zero): give weights= or modules=, or train "
-                "them in training mode; gate=None attends to the best tiles without any gate"
-            )
-        layer = gates.layer(site.expert * site.layers + site.layer)
-        found: Tensor = layer(site.hidden.to(layer.weight.dtype))
+        gate, hidden = self.of(site), site.hidden
+        assert hidden is not None
+        found: Tensor = gate(hidden.to(next(gate.parameters()).dtype))
         return found.unflatten(2, (site.q.shape[1], -1)).transpose(1, 2)
