@@ -45,6 +45,9 @@ def methods(backend: str) -> dict[str, vtr.Method]:
         "offloaded": vtr.Rettention(
             density=0.4, dense_layers=0, dense_steps=1, offload=True, precision="float8", **more
         ),
+        "adaspa": vtr.AdaSpa(0.4, search=(0, 2), **more),
+        "liteattention": vtr.LiteAttention(0.0, **more),
+        "svg2": vtr.SVG2(0.5, query_clusters=3, key_clusters=5, key_block=16, rounds=3, **more),
         "sito": vtr.SiTo(),
         "todo": vtr.ToDo(bias=True),
         "toma": vtr.ToMA(window=(2, 2, 3), tau=0.1),
@@ -64,7 +67,9 @@ def close(found: Any, wanted: Any) -> None:
         torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-4)
 
 
-def agree(name: str, method: vtr.Method, before: bool = True, default: bool = False) -> Machine:
+def agree(
+    name: str, method: vtr.Method | vtr.Plan, before: bool = True, default: bool = False
+) -> Machine:
     model, inputs = CASES[name].build(), CASES[name].call()
     with vtr.apply(model, method):
         wanted = steps(model, inputs)
@@ -93,9 +98,12 @@ def agree(name: str, method: vtr.Method, before: bool = True, default: bool = Fa
 
 # Waits of ours per model call once the masks are made: the timestep is read. Rectified SpaAttn makes a
 # mask in every layer and call: its live blocks and tiles are counted, and the plan of ``sdpa`` read.
+# So do LiteAttention and SVG2, whose blocks are cut at the ends of clusters: the plan reads their tiles too;
+# and AdaSpa in a search.
 PER_CALL = {"sliding-tile": 1, "radial": 1, "random-sparse": 1, "rettention": 1, "tomesd": 1,
             "sito": 1, "todo": 1, "tofu": 1,
-            "rectified": 1 + 4 * 3}  # fmt: skip
+            "rectified": 1 + 4 * 3, "liteattention": 1 + 4 * 3, "svg2": 1 + 5 * 3,
+            "adaspa": 1 + 4 * 3}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", methods("sdpa"))
@@ -103,6 +111,21 @@ def test_wan(name: str) -> None:
     machine = agree("wan", methods("sdpa")[name])
     if name in PER_CALL:
         assert sum(machine.ours().values()) <= PER_CALL[name] * len(TIMES), machine.ours()
+
+
+def test_windows_from_a_plan() -> None:
+    case, method = CASES["wan"], vtr.SearchedTile(0.3, tile=(1, 2, 3), block=16, backend="sdpa")
+    model, inputs = case.build(), case.call()
+    calls = [{**inputs, "timestep": torch.full_like(inputs["timestep"], t)} for t in TIMES]
+    wanted = vtr.calibrate(model, calls, method)
+    with gpu():
+        model.to("cuda")
+        found = vtr.calibrate(model, [moved(given) for given in calls], method)
+        model.to("cpu")
+    assert torch.equal(found.tables[0]["window"], wanted.tables[0]["window"])
+    assert found.fingerprint == wanted.fingerprint
+    machine = agree("wan", wanted)
+    assert sum(machine.ours().values()) <= len(TIMES), machine.ours()
 
 
 def test_windows_from_a_table(tmp_path: Path) -> None:
