@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+
+from vtr.compat.torch import function_modes
 
 #: The function by which processors compute attention; older ones call torch's, by its name in ``F``.
 DISPATCH, SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
@@ -45,6 +48,8 @@ SIZES = frozenset(
         *("joint_attention_dim", "cross_attention_dim", "caption_channels"),
     }
 )
+#: The function mode in which diffusers' guidance puts the values in place of a layer's attention.
+PERTURBED = "AttentionScoreSkipFunctionMode"
 #: Transformers of a pipeline.
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -62,6 +67,19 @@ def parallel_of(config: Any) -> Any:
 def ulysses_group(config: Any) -> Any:
     """Return the group of processes that exchange heads for tokens."""
     return config._ulysses_mesh.get_group()
+
+
+def is_perturbed() -> bool:
+    """Tell whether diffusers' guidance leaves out the scores of the attention that is being computed."""
+    return any(type(mode).__name__ == PERTURBED for mode in function_modes())
+
+
+def known_as(kind: Any, made: Any) -> None:
+    """Let the hooks that skip attention treat processors of the class ``made`` as those of ``kind``."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    with contextlib.suppress(ValueError):  # not all kinds can be skipped
+        AttentionProcessorRegistry.register(made, AttentionProcessorRegistry.get(kind))
 
 
 def batch_parts_of(processor: Any) -> int:

@@ -130,6 +130,12 @@ def transformed(tensors: Iterable[Tensor]) -> bool:
     )
 
 
+def function_modes() -> list[Any]:
+    """Return the function modes that are on, the innermost last."""
+    modes: list[Any] = torch.overrides._get_current_function_mode_stack()
+    return modes
+
+
 def in_backward() -> bool:
     """Tell whether this thread is inside a backward pass."""
     return torch._C._current_graph_task_id() >= 0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtr.compat.diffusers import DISPATCHED, parallel_of
+from vtr.compat.diffusers import DISPATCHED, is_perturbed, parallel_of
 from vtr.compat.torch import in_backward
 from vtr.diffusion.parallel import Ulysses
 from vtr.diffusion.run import DiffusionCall
@@ -43,7 +43,7 @@ def compute(
         return function(*args, **kwargs)
 
     entry = wrapping.by_layer.get(layer)
-    if entry is None:
+    if entry is None or is_perturbed():
         _record(wrapping, call, layer, q, k)
         return function(*args, **kwargs)
     facts = call.facts

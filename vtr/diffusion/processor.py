@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtr.compat.diffusers import DISPATCH, SDPA
+from vtr.compat.diffusers import DISPATCH, SDPA, known_as
 from vtr.diffusion import compiled
 from vtr.diffusion.original import entry_of, function_of
 
@@ -125,7 +125,9 @@ def _class_for(kind: Any) -> type[SiteProcessor]:
     # One function for all layers, so that blocks that are compiled one by one share their graph.
     traced = rebuilt(kind, compiled.intercept)
     __call__.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
-    return type(f"Site{kind.__name__}", (SiteProcessor,), {"__call__": __call__})
+    made = type(f"Site{kind.__name__}", (SiteProcessor,), {"__call__": __call__})
+    known_as(kind, made)
+    return made
 
 
 # The hidden states that the running processor was given.

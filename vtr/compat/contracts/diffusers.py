@@ -14,6 +14,7 @@ from vtr.compat.diffusers import (
     DISPATCH,
     DISPATCHED,
     ENDED,
+    PERTURBED,
     POSITION,
     SDPA,
 )
@@ -167,6 +168,12 @@ CONTRACT = (
     *(
         Expectation(f"{_GENERAL}:{name}.__call__", "vtr/diffusion/block.py", calls=("chunk",))
         for name in BATCH_PARTS
+    ),
+    Expectation(f"diffusers.hooks.layer_skip:{PERTURBED}", "vtr/compat/diffusers.py"),
+    Expectation(
+        "diffusers.hooks._helpers:AttentionProcessorRegistry",
+        "vtr/diffusion/processor.py",
+        has=("get", "register"),
     ),
     Expectation("diffusers:ModularPipeline", "vtr/diffusion/targets.py"),
     Expectation(

@@ -24,6 +24,7 @@ CONTRACT = (
     ),
     Expectation("torch.autograd.forward_ad:_current_level", "vtr/kernels/attention.py"),
     Expectation("torch._C:_current_graph_task_id", "vtr/diffusion/attention.py"),
+    Expectation("torch.overrides:_get_current_function_mode_stack", "vtr/compat/diffusers.py"),
     Expectation("torch:_int_mm", "vtr/kernels/product.py"),
     Expectation("torch.cpu:_is_amx_tile_supported", "vtr/kernels/product.py"),
     Expectation(
