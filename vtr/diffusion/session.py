@@ -68,8 +68,11 @@ class ScheduleRef:
         return getattr(self.pipeline, "scheduler", None)
 
     def clock(self) -> Clock:
-        """Read what the schedule shows now."""
+        """Read what the schedule shows now: nothing if it has come to its end, since the call is then of
+        another pipeline."""
         scheduler, pipeline = self.scheduler, self.pipeline
+        if self._over():
+            return Clock()
         times = getattr(scheduler, "timesteps", None)
         position = getattr(scheduler, POSITION, None)
         current = getattr(pipeline, CURRENT, None)
@@ -78,6 +81,13 @@ class ScheduleRef:
             position if isinstance(position, int) else None,
             current if isinstance(current, Tensor) else None,
         )
+
+    def _over(self) -> bool:
+        """Tell whether the scheduler has taken all its steps."""
+        times = getattr(self.scheduler, "timesteps", None)
+        position = getattr(self.scheduler, POSITION, None)
+        known = isinstance(times, Tensor) and isinstance(position, int)
+        return known and position >= len(times)
 
     def steps(self, time: float, scale: float, dtype: torch.dtype | None = None) -> int | None:
         """Denoising steps of a run that begins at ``time``, or None if the schedule does not
