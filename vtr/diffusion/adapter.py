@@ -417,7 +417,7 @@ class DiffusionWrapping(Wrapping):
         return DiffusionAttentionSite(
             call=facts, layer=layer, layers=self.info.depth["attention"], q=q, k=k, v=v, scale=scale,
             dense=dense, hidden=hidden,
-            state=self.run.state(which, index, facts.branch, layer),
+            state=self.run.state(q.shape[0], which, index, facts.branch, layer),
             shared=self.shared.setdefault((which, index), {}),
             memory=self.call.memory.setdefault(which, {}),
             notes=self.call.notes(layer),
@@ -430,7 +430,7 @@ class DiffusionWrapping(Wrapping):
         facts, which = self.call.facts, self.entries.index(self.by_block[number])
         return BlockSite(
             call=facts, layer=number, layers=self.info.depth["block"], hidden=hidden,
-            state=self.run.state(which, facts.expert, facts.branch, "block", number),
+            state=self.run.state(hidden.shape[0], which, facts.expert, facts.branch, "block", number),
             shared=self.shared.setdefault((which, facts.expert), {}),
             memory=self.call.memory.setdefault(which, {}),
             notes=self.call.trace.notes.setdefault("block", {}).setdefault(number, {}),

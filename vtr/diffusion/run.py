@@ -34,6 +34,7 @@ class DiffusionRun:
         self.costs: list[Any] = [0.0, 0.0]
         self._first: dict[int, int] = {}  # transformer -> its first step
         self._last: dict[int, int] = {}  # transformer -> its last step
+        self._samples: dict[tuple[Any, ...], int] = {}  # state -> samples of the calls it is of
 
     def enter(self, transformer: int, step: int) -> int:
         """Register a call of a transformer; return its step counted from its own first one.
@@ -48,9 +49,16 @@ class DiffusionRun:
                     del self.states[key]
         return step - first
 
-    def state(self, method: int, transformer: int, branch: str, *place: Any) -> dict[str, Any]:
-        """The dict of a method for one place in the model; empty when the run starts."""
-        return self.states.setdefault((method, transformer, branch, *place), {})
+    def state(
+        self, samples: int, method: int, transformer: int, branch: str, *place: Any
+    ) -> dict[str, Any]:
+        """The dict of a method for one place in the model; empty when the run starts, and when the number
+        of samples changes (guidance is switched off, a cache leaves some out): which are left is not known."""
+        key = (method, transformer, branch, *place)
+        if self._samples.setdefault(key, samples) != samples:
+            self._samples[key] = samples
+            self.states.pop(key, None)
+        return self.states.setdefault(key, {})
 
     def release(self, method: int, transformer: int, branch: str, *place: Any) -> None:
         """Let go of what :meth:`state` gave."""

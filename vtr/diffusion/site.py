@@ -81,7 +81,8 @@ class DiffusionAttentionSite(_InCall, AttentionSite):
             first if ``text_first``, else last. Reference images of another size and frames of history
             count as text.
         scale: factor of the scores.
-        state: dict of this (method, transformer, branch, layer) for one run; empty when a run starts.
+        state: dict of this (method, transformer, branch, layer) for one run; empty when a run starts,
+            and when the number of samples changes.
         shared: dict of this (method, transformer) that lives across runs, for masks.
         memory: dict of this method for one forward call, shared by all its layers.
         notes: dict that ends in ``trace.notes["attention"][layer]``: ``density`` of the mask used
@@ -273,7 +274,7 @@ class BlockSite(_InCall):
         site: ``"block"``.
         layer, layers: 0-based number of the block and how many there are.
         hidden: (B, N, C) hidden states of the image or video tokens, in raster order, frame by frame.
-        state: dict of this (method, transformer, branch, block) for one run.
+        state: dict of this (method, transformer, branch, block) for one run; as above.
         shared: dict of this (method, transformer) that lives across runs.
         memory: dict of this method for one forward call.
         notes: dict that ends in ``trace.notes["block"][layer]``.
