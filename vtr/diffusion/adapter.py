@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.diffusers import CONTEXT, ENDED
+from vtr.compat.torch import in_backward
 from vtr.core.calibration import Fingerprint, fingerprint
 from vtr.core.method import Method
 from vtr.core.recompute import Again, adopt, release
 from vtr.core.site import ModelInfo
 from vtr.core.trace import Trace
-from vtr.core.wrapping import Bound, Entry, Wrapping, _Absent
+from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping, _Absent
 from vtr.diffusion import block as _block
 from vtr.diffusion.attention import compute
 from vtr.diffusion.block import parts_of
@@ -51,10 +53,11 @@ class DiffusionWrapping(Wrapping):
         block_of: the block of each attention layer.
         schedule: the pipeline or scheduler that runs them.
         by_layer, by_block: the method of each attention layer and block that has one.
-        inside: a transformer is running, or its last call has raised.
+        inside: a transformer is running, or its last call was broken off.
+        thread: the one that called a transformer last.
         shared: dicts of methods by (method, transformer) that live across runs, for masks.
         session: counts runs and steps.
-        contexts: names of the branches that are open.
+        contexts: names of the branches that are open in this thread.
         run, call: the last ones; ``call`` is None before the first.
 
     Options of ``apply``, for a transformer without its pipeline:
@@ -64,6 +67,7 @@ class DiffusionWrapping(Wrapping):
     """
 
     options: dict[str, Any] = {"steps": None, "scheduler": None}
+    contexts = PerThread[list[tuple[str, dict[str, Any]]]](make=list)
 
     def __init__(self, root: nn.Module) -> None:
         self.members = cast(list[Any], root.members if isinstance(root, Experts) else [root])
@@ -72,7 +76,6 @@ class DiffusionWrapping(Wrapping):
         self.heads, self.head_dim, width = _sizes(layers[0][1])
         self.block_of = [number for number, _ in layers]
         self.schedule = ScheduleRef()
-        self.contexts: list[tuple[str, dict[str, Any]]] = []
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
         self._forget()
@@ -98,7 +101,7 @@ class DiffusionWrapping(Wrapping):
         self.session = Session()
         self.run = DiffusionRun()
         self.call: DiffusionCall | None = None
-        self.inside = False
+        self.inside, self.thread = False, 0
         self.shared: dict[tuple[int, int], dict[Any, Any]] = {}
         self._paddings = Paddings()
 
@@ -112,7 +115,7 @@ class DiffusionWrapping(Wrapping):
             "shared": {},
             "inside": False,
         }
-        return {**state, **fresh, "contexts": [], "_paddings": Paddings(), "_trace": Trace()}
+        return {**state, **fresh, "_paddings": Paddings(), "_trace": Trace()}
 
     def attach(self, target: Any) -> None:
         """Remember the pipeline that ``apply`` was given: it knows the schedule."""
@@ -199,7 +202,7 @@ class DiffusionWrapping(Wrapping):
             self.hook(
                 member.register_forward_pre_hook(Bound(self, "enter", index), with_kwargs=True)
             )
-            self.hook(member.register_forward_hook(Bound(self, "leave")))
+            self.hook(member.register_forward_hook(Bound(self, "leave"), always_call=True))
 
     def _processor(self, current: Any, layer: int) -> SiteProcessor:
         around = None
@@ -269,7 +272,9 @@ class DiffusionWrapping(Wrapping):
             with getattr(type(member), CONTEXT)(member, name, **facts):
                 yield
         except BaseException:
-            self.session.end()
+            if self.thread == threading.get_ident():
+                self.inside = False
+                self.session.end()
             raise
         finally:
             self.contexts.pop()
@@ -305,9 +310,12 @@ class DiffusionWrapping(Wrapping):
         self, index: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """At the start of a forward call of a transformer."""
-        if self.inside:  # the last one raised: its run is broken off
-            self.session.end()
-        self.inside = True
+        if self.inside:
+            # Once: that one may have been broken off, which does not show in every way.
+            self.inside = False
+            self._check_thread()
+            self.session.end()  # the last one was broken off, and its run with it
+        self.inside, self.thread = True, threading.get_ident()
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         view = self.family.view(model, given)
         name, facts = self.contexts[-1] if self.contexts else (None, {})
@@ -356,8 +364,20 @@ class DiffusionWrapping(Wrapping):
 
     @torch.compiler.disable
     def leave(self, *call: Any) -> None:
-        """At the end of a forward call that has not raised."""
-        self.inside = False
+        """At the end of a forward call; of one that has raised, its run is broken off."""
+        if self.thread == threading.get_ident():
+            self.inside = False
+            if call[-1] is None:
+                self.session.end()
+
+    def _check_thread(self) -> None:
+        """Raise ``RuntimeError`` if the call that is running is of another thread."""
+        if self.thread != threading.get_ident():
+            raise RuntimeError(
+                f"this {self.family.name} transformer is running in another thread, and the steps and "
+                "states of a method are those of one run at a time: let one run follow the other, or "
+                "give each thread a copy (copy.deepcopy of the pipeline)"
+            )
 
     def same_text(self, valid: Tensor | None) -> Tensor | None:
         """The padding of an earlier call if it is equal; see :class:`Paddings`."""
@@ -377,6 +397,8 @@ class DiffusionWrapping(Wrapping):
         hidden: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """In place of the attention function of a processor."""
+        if self.inside and not in_backward():
+            self._check_thread()
         return compute(self, layer, function, args, kwargs, hidden)
 
     @torch.compiler.disable
