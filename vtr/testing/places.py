@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtr.core.method import Method
 from vtr.core.site import ModelInfo
@@ -106,5 +106,17 @@ def _site(
     return DiffusionAttentionSite(
         call=facts, layer=1, layers=4, q=q, k=k, v=v, scale=0.25, dense=dense,
         state=state.setdefault("state", {}), shared=state.setdefault("shared", {}), memory={},
-        notes={}, backend=getattr(method, "backend", "auto"), table=state.get("table"),
+        notes={}, modules=_modules(method), table=state.get("table"),
+        backend=getattr(method, "backend", "auto"),
     )  # fmt: skip
+
+
+def _modules(method: Method) -> nn.Module | None:
+    """The modules of a method that learns, with random numbers."""
+    if not method.learned:
+        return None
+    built = method.build(ModelInfo("a site", {"attention": 4}, {}, dim=32, heads=2, head_dim=16))
+    draw = torch.Generator().manual_seed(1)
+    for parameter in () if built is None else built.parameters():
+        parameter.data.normal_(std=0.3, generator=draw)
+    return built
