@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"diffusion", "zoo", "core", "kernels", "errors"},
     "api": {"core", "compat", "errors"},
     "inspect": {"api", "methods", "diffusion", "core", "kernels", "compat", "errors"},
-    "train": {"api", "methods", "vision"},
+    "train": {"api", "methods", "vision", "diffusion", "core", "compat", "errors"},
     "testing": {
         *("vtr", "api", "methods", "vision", "video", "diffusion", "core"),
         *("kernels", "compat", "errors"),
