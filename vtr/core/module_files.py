@@ -23,7 +23,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class ModuleFile:
-    """What a file of learned modules holds.
+    """The contents of a file of learned modules.
 
     Attributes:
         tensors: the modules' ``state_dict``; empty for a method without modules.

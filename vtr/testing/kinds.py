@@ -350,7 +350,7 @@ class Diffusion(Kind):
 
 
 def _predicted(output: Any) -> Tensor:
-    """What a transformer predicts, (B, ...): most return it in a tuple, Z-Image as a list in one."""
+    """Return the prediction of a transformer, (B, ...): most return it in a tuple, Z-Image as a list in one."""
     found = output[0] if isinstance(output, tuple) else output
     return torch.stack(found) if isinstance(found, list) else found
 

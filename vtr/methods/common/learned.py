@@ -36,7 +36,7 @@ class LayerModules(nn.Module):
 
     @property
     def trained(self) -> bool:
-        """Whether any parameter differs from zero. Once it does, nothing more is read from the device."""
+        """Tell whether any parameter differs from zero. Once it does, nothing more is read from the device."""
         if not self._trained:
             self._trained = any(bool(p.detach().any()) for p in self.parameters())
         return self._trained
