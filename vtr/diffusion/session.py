@@ -86,8 +86,9 @@ class ScheduleRef:
         """Tell whether the scheduler has taken all its steps."""
         times = getattr(self.scheduler, "timesteps", None)
         position = getattr(self.scheduler, POSITION, None)
-        known = isinstance(times, Tensor) and isinstance(position, int)
-        return known and position >= len(times)
+        if not isinstance(times, Tensor) or not isinstance(position, int):
+            return False
+        return position >= len(times)
 
     def steps(self, time: float, scale: float, dtype: torch.dtype | None = None) -> int | None:
         """Denoising steps of a run that begins at ``time``, or None if the schedule does not

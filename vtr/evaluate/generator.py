@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vtr.api import apply
+from vtr.core.method import Method
 from vtr.evaluate.digit_judge import grey_levels, judge
-from vtr.methods.common.attention import AttentionMethod
 from vtr.zoo.videos import DIRECTIONS, fitting
 
 SEED = 3
@@ -72,7 +72,7 @@ def density_of(handle: Any) -> float:
 
 def measure(
     pipe: Any,
-    method: AttentionMethod | None,
+    method: Method | None,
     n: int,
     reference: Tensor | None,
     *,
