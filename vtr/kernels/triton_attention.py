@@ -9,7 +9,7 @@ of a compressed row. In base 2, with the scale applied to the float32 scores:
     out  = row_scale o / l + added;   lse = (m + log2 l) ln 2
 
 Full blocks come first, without any mask, then partial blocks with theirs. The epilogue follows the two
-loops: a factor per row, and a row added per query block; a linear branch would be added there.
+loops: a factor per row, and a row added per query block.
 """
 
 # Device functions are typed by Triton when they are compiled.
