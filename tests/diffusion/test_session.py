@@ -13,6 +13,7 @@ from torch import Tensor
 import vtr
 from tests.diffusion import pipes
 from tests.diffusion.models import CASES, Fixed
+from vtr.diffusion.run import DiffusionRun
 from vtr.diffusion.session import Clock, ScheduleRef, Session
 
 
@@ -399,3 +400,20 @@ def test_what_is_over_does_not_go_on() -> None:
     session.end()
     assert session.enter(0, 5.0, name="cond") == (1, 0, "cond")
     assert session.enter(0, 1.0, name="cond") == (1, 1, "cond")
+
+
+def test_a_schedule_that_has_come_to_its_end_tells_nothing() -> None:
+    """Its pipeline is not the one that calls."""
+    times = torch.tensor([9.0, 5.0])
+    scheduler = Mock(timesteps=times, step_index=1, begin_index=None, num_inference_steps=2)
+    schedule = ScheduleRef(scheduler=scheduler)
+    assert schedule.clock() == (times, 1, None) and schedule.steps(9.0, 1.0) == 2
+    scheduler.step_index = 2
+    assert schedule.clock() == Clock() and schedule.steps(9.0, 1.0) is None
+
+
+def test_a_state_is_of_as_many_samples() -> None:
+    run = DiffusionRun(0, 4)
+    run.state(2, 0, 0, "cond", 1)["ratio"] = 0.5
+    assert run.state(2, 0, 0, "cond", 1) == {"ratio": 0.5}
+    assert run.state(1, 0, 0, "cond", 1) == {} == run.state(2, 0, 0, "cond", 1)
