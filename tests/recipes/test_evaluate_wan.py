@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ pytest.importorskip("sklearn")
 import vtr
 from recipes import evaluate_wan, wan_report
 from recipes.evaluate_wan import Nearest, Top
+from recipes.wan_methods import RunTime, Searched, mean_density, run_time, search
 from vtr.evaluate import digit_judge
 from vtr.evaluate.generator import measure
 from vtr.zoo import wan
@@ -107,3 +109,58 @@ def test_the_page_says_how_much_of_the_loss_comes_back(tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert lines[0] in page and "| radial | 0.50 | 0.70 | 50 %" in page
     assert (tmp_path / "page.png").stat().st_size > 500
+
+
+# ---- methods that choose at run time -------------------------------------------------------------
+
+
+def test_every_method_chosen_at_run_time_keeps_about_its_density(pipe):
+    seen = []
+    for case in run_time(0.5, (0.25,)):
+        if case.searched is None:
+            row, _ = measure(pipe, case.method, 1, None, steps=4)
+            assert 0.22 <= row["density"] <= 0.27, case
+        else:
+            option, ends = case.searched.option, (case.searched.at(0.0), case.searched.at(1.0))
+            methods = [case.method.replace(**{option: end}) for end in ends]
+            low, high = (measure(pipe, m, 1, None, steps=4)[0]["density"] for m in methods)
+            assert low < 0.6 < 0.9 < high, case
+        seen.append(case.label)
+    assert seen == [
+        "AdaSpa", "LiteAttention", "SVG2", "SpargeAttn", "XAttentionDiT", "DraftAttention", "Jenga",
+        "VSA, untrained", "ToDo",
+    ]  # fmt: skip
+    assert "LiteAttention" not in [case.label for case in run_time(0.2, (0.125,))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """Stands in for a method with one option."""
+
+    p: float = 0.0
+
+    def replace(self, p):
+        return Knob(p)
+
+
+def test_a_search_finds_the_value_of_the_density():
+    """Work is 0.2 + 0.8 density: a fifth of the steps is dense."""
+    asked = []
+
+    def work(method):
+        asked.append(method.p)
+        return 0.2 + 0.8 * method.p**2
+
+    case = RunTime("knob", 0.25, Knob(), Searched("p", 0.0, 1.0))
+    assert search(case, 0.2, work) == Knob(0.5)
+    assert asked == [0.0, 0.5]
+    case = RunTime("knob", 0.33, Knob(), Searched("p", 0.0, 1.0))
+    assert abs(search(case, 0.2, work).p ** 2 - 0.33) < 0.01
+    # The sparsest value keeps more than was asked for.
+    case = RunTime("knob", 0.1, Knob(), Searched("p", 0.5, 1.0))
+    asked.clear()
+    assert search(case, 0.2, work) == Knob(0.5)
+    assert asked == [0.5]
+    falling = RunTime("knob", 0.25, Knob(), Searched("p", -1.0, -0.1))
+    assert search(falling, 0.2, lambda m: 0.2 + 0.8 * (1 + m.p)).p == pytest.approx(-0.75, abs=0.02)
+    assert mean_density(0.4, 0.2) == pytest.approx(0.25)
