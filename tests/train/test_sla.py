@@ -375,10 +375,15 @@ def test_methods_that_learn_nothing_are_refused(method, message, tmp_path):
         run.step()
 
 
+def test_families_of_flow_matching_are_families():
+    from vtr.diffusion.families import FAMILIES
+    from vtr.train.sla import FLOW
+
+    assert set(FLOW) <= {family.name for family in FAMILIES}
+
+
 def test_models_without_flow_matching_and_wrapped_models_are_refused(tmp_path):
-    with pytest.raises(
-        vtr.UnsupportedModelError, match="CogVideoX was not trained by flow matching"
-    ):
+    with pytest.raises(vtr.UnsupportedModelError, match="CogVideoX does not predict eps - x0"):
         tuner(tmp_path, model=CASES["cogvideox"].build())
     model = WAN.build()
     with (

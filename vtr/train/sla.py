@@ -59,8 +59,12 @@ __all__ = ["SparseTuner", "TuningSettings", "load"]
 
 Batch = Mapping[str, Any]
 
-NOT_FLOW = ("CogVideoX", "CogView4", "DiT", "HunyuanDiT", "Mochi", "PixArt")
-"""Families that were not trained on x_t = (1 - t) x0 + t eps with timesteps that rise with t."""
+FLOW = (
+    "AuraFlow", "Chroma", "CogView4", "EasyAnimate", "Flux", "Flux.2", "FramePack", "HunyuanImage",
+    "HunyuanVideo", "HunyuanVideo-1.5", "Kandinsky-5", "LTX-Video", "Qwen-Image", "SD3", "SkyReels-V2",
+    "Wan", "Wan-Animate", "Wan-VACE",
+)  # fmt: skip
+"""Families that predict eps - x0 at x_t = (1 - t) x0 + t eps, with timesteps that rise with t."""
 
 
 class SparseTuner:
@@ -114,10 +118,10 @@ class SparseTuner:
         self.settings = settings = settings or TuningSettings()
         self.out, self.data, self.position = Path(out), data, 0
         self.model, self.family = transformer_of(model)
-        if self.family.name in NOT_FLOW:
+        if self.family.name not in FLOW:
             raise UnsupportedModelError(
-                f"{self.family.name} was not trained by flow matching on (1 - t) x0 + t eps, which both losses "
-                "of this trainer need"
+                f"{self.family.name} does not predict eps - x0 at (1 - t) x0 + t eps, or not at timesteps that "
+                f"rise with t, which this trainer needs. These families do: {', '.join(FLOW)}"
             )
         self.method = _checked(method, settings)
         self.inputs = inputs or self._inputs
