@@ -16,7 +16,7 @@ and in another process::
 Two losses (``TuningSettings.loss``), both at x_t = (1 - t) x0 + t eps:
 
 - ``"distil"``: mean square of the student's velocity - the velocity of the frozen dense model, the loss of
-  TurboDiffusion's white-box training (arXiv 2512.16093). The data decide only where the two are compared.
+  TurboDiffusion's white-box training (arXiv 2512.16093). Data are only the places at which the two are compared.
 - ``"data"``: mean square of the student's velocity - (eps - x0), flow matching on data. SLA's paper trains so.
 
 Out of scope: students of three or four steps (rCM, DMD). TurboDiffusion trains them apart, with dense

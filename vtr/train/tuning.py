@@ -25,7 +25,7 @@ class TuningSettings:
     """Everything that decides what a run of :class:`vtr.train.sla.SparseTuner` computes, beside model and data.
 
     The defaults are those of TurboDiffusion's white-box training of SLA (learning rate, weight decay, betas,
-    times, no clipping) where it has them.
+    times, no clipping).
 
     Attributes:
         steps: optimiser steps.
