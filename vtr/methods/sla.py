@@ -51,6 +51,9 @@ class SLA(LearnedAttention, TopKSparse):
         feature: phi, ``"softmax"`` over the head dim, ``"elu"`` (elu + 1) or ``"relu"``.
         block: tokens of a key block. Paper: 64 for both sides.
         query_block: of a query block, if it is another number (TurboDiffusion: 128).
+        weights: folder of a fine-tuned model, or the ``modules.safetensors`` in it, for a model that has its
+            other weights already (``vtr.train.sla.load`` loads both).
+        untrained: compute with new modules outside of training too, which is ``TopKSparse``.
     """
 
     name: ClassVar[str] = "sla"
