@@ -96,6 +96,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "adaspa": [{"density": 0.25, "search": (0, 1)}],
     "liteattention": [{"threshold": 0.0}],
     "svg2": [{"density": 0.25}],
+    "sla": [{"density": 0.25, "untrained": True}],
+    "topk-sparse": [{"density": 0.25}],
     "vsa": [{"density": 0.25, "gate": None}],
 }
 # Where the defaults are for other sizes.
