@@ -332,3 +332,12 @@ def test_is_written_and_read():
     method = vtr.VSA(0.2, tile=(4, 8, 8), gate=False)
     assert create(**method.to_dict()) == method
     assert vtr.VSA().learned and not method.learned and not vtr.VSA(gate=None).learned
+
+
+def test_the_authors_settings():
+    found = {name: vtr.VSA.preset(name) for name in vtr.VSA.PRESETS}
+    assert {method.density for method in found.values()} == {0.1, 0.2}
+    assert all(
+        (method.tile, method.block, method.gate) == ((4, 4, 4), 64, True)
+        for method in found.values()
+    )

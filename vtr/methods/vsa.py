@@ -17,6 +17,7 @@ from vtr.methods.base import (
     Grid,
     GridView,
     ModelInfo,
+    Presets,
     check_share,
     register,
 )
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class VSA(LearnedAttention, DynamicAttention):
+class VSA(Presets, LearnedAttention, DynamicAttention):
     """Video Sparse Attention (NeurIPS 2025, arXiv 2505.13389), which is trained.
 
     Tokens are put in order tile by tile. With q_I, k_J and v_J the means of the tokens of a tile
@@ -65,6 +66,13 @@ class VSA(LearnedAttention, DynamicAttention):
 
     name: ClassVar[str] = "vsa"
     paper: ClassVar[str] = "VSA: Trainable Sparse Attention, NeurIPS 2025, arXiv 2505.13389"
+
+    PRESETS: ClassVar = {
+        "fastwan2.1-t2v-1.3b": {"density": 0.2},
+        "fastwan2.1-t2v-14b": {"density": 0.1},
+        "fastwan2.2-ti2v-5b": {"density": 0.2},
+    }
+    """The sparsity with which FastVideo's scripts distil these models (0.8, 0.9, 0.8)."""
 
     density: float = field(default=0.1, kw_only=False)
     tile: tuple[int, int, int] = (4, 4, 4)
