@@ -43,7 +43,8 @@ class AdaSpa(DynamicAttention):
     The authors have released no code. That a later search is sparse itself is our reading of their one
     pass; that at most half of the heads may give blocks away is an addition. The trace counts attention: the
     second pass, half of the products of dense attention, is not in it. In training mode steps have no
-    order: every call searches, and attends to what it finds.
+    order: every call searches, and attends to what it finds. If the heads of a layer are split between
+    processes (Ulysses), each process forms groups of its own heads.
 
     Memory until the end of a run, for every sparse layer and guidance branch: a float32 number for each token and
     head, and the mask.
