@@ -47,6 +47,8 @@ def methods(backend: str) -> dict[str, vtr.Method]:
         ),
         "adaspa": vtr.AdaSpa(0.4, search=(0, 2), **more),
         "liteattention": vtr.LiteAttention(0.0, **more),
+        "topk-sparse": vtr.TopKSparse(0.4, **more),
+        "sla": vtr.SLA(0.4, query_block=32, untrained=True, **more),
         "svg2": vtr.SVG2(0.5, query_clusters=3, key_clusters=5, key_block=16, rounds=3, **more),
         "sito": vtr.SiTo(),
         "todo": vtr.ToDo(bias=True),
