@@ -39,6 +39,8 @@ def by_formula(q, k, v, method, proj=None, *, text=0, first=0, seen=None):
     rows, columns = blocks(n, method.sides[0]), blocks(n, method.sides[1])
     centre = sum(k[grid[j]] for j in range(n)) / n
     out = torch.zeros_like(q)
+    phi = FEATURES[getattr(method, "feature", "softmax")]
+    seen_by_phi = torch.stack([phi(key) for key in k])
     for row in rows:
         mean_q = sum(q[grid[i]] for i in row) / len(row)
         scores = [
@@ -61,10 +63,9 @@ def by_formula(q, k, v, method, proj=None, *, text=0, first=0, seen=None):
             out[i] = torch.softmax(k[keys] @ q[i] * q.shape[1] ** -0.5, 0) @ v[keys]
             if proj is None:
                 continue
-            phi = FEATURES[method.feature]
-            weights = [float(phi(q[i]) @ phi(k[j])) for j in others]
-            total = sum(weights) + (1e-5 if method.keys == "all" else 0)
-            linear = sum((w / total * v[j] for w, j in zip(weights, others, strict=True)), 0 * v[0])
+            weights = seen_by_phi[others] @ phi(q[i])
+            total = weights.sum() + (1e-5 if method.keys == "all" else 0)
+            linear = weights / total @ v[others] if others else 0 * v[0]
             out[i] += proj[0].double() @ linear + proj[1].double()
     everything = grid + words
     for i in range(q.shape[0]):

@@ -91,11 +91,11 @@ def test_training_lowers_the_loss_of_a_fixed_batch_and_moves_every_weight(tmp_pa
     settings = dataclasses.replace(FAST, steps=12, loss="data", rate=3e-3, clip=1.0)
     with tuner(tmp_path, settings=settings, data=lambda number: batch(0)) as run:
         before = numbers(run)
-        first = float(run._loss(batch(0), 0))
+        first = run._loss(batch(0), 0).item()
         for _ in range(12):
             run.step()
         after = numbers(run)
-        assert float(run._loss(batch(0), 0)) < 0.9 * first
+        assert run._loss(batch(0), 0).item() < 0.9 * first
         learned = [n for n in after if "modules" in n and n.endswith("weight")]
         assert len(learned) == 3 and all(bool(after[n].any()) for n in learned)
         moved = [n for n in after if not torch.equal(before[n], after[n])]

@@ -521,10 +521,12 @@ def _check_weights(weights: Mapping[str, Tensor]) -> None:
 
 def _accelerator(precision: str) -> Any:
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise missing("accelerate", "diffusion", "fine-tuning") from error
-    return Accelerator(mixed_precision=precision)
+    # Weights of dense layers' modules, and of inputs that a batch does not have, get no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
 
 
 def _check_accelerator(accelerator: Any, settings: TuningSettings) -> None:
