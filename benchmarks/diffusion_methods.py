@@ -106,12 +106,13 @@ FEW: dict[str, dict[str, Any]] = {"svg2": {"query_clusters": 16, "key_clusters":
 
 
 def classes() -> dict[str, Any]:
-    """The registered methods that compute the attention of a denoising step."""
+    """The registered methods that compute the attention of a denoising step, except those that need a
+    table of ``vtr.calibrate`` (SearchedTile, which runs as SlidingTile does)."""
     wanted = {"denoising", "frames"}
     return {
         name: cls
         for name, cls in registry().items()
-        if wanted & set(cls.needs.get("attention", ()))
+        if wanted & set(cls.needs.get("attention", ())) and not cls.calibrated
     }
 
 
