@@ -36,7 +36,7 @@ from vtr.methods.common.attention import AttentionMethod
 if TYPE_CHECKING:
     from vtr.diffusion.site import DiffusionAttentionSite
 
-BLOCK = 16
+BLOCK, STEPS = 16, 12
 DENSITIES = (0.5, 0.25, 0.125)
 KNOB = ("radial", "Re-ttention of it", "random")  # what is shown at other shares of dense steps
 
@@ -176,6 +176,13 @@ class Job:
     def key(self) -> str:
         return key_of(self.label, self.density, self.dense_steps)
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """The facts that name the row."""
+        return {
+            "attention": self.label, "target": self.density, "dense_steps": self.dense_steps,
+        }  # fmt: skip
+
 
 def key_of(label: str, density: float, dense_steps: float) -> str:
     """The name of a row, and of its files."""
@@ -205,34 +212,47 @@ def jobs(
 def tuned_label(folder: Path) -> tuple[str, float]:
     """The label and the density of a fine-tuned method, from the folder of its training run."""
     from vtr.train.sla import load
-
     from vtr.zoo import load_pipeline
 
+    row = judged(folder)
+    named = row and re.match(r"(\w+)\(.*\bdensity=([\d.]+)", row["method"])
+    if named:
+        return f"{named[1]}, fine-tuned", float(named[2])
     method: Any = load(load_pipeline("digits-wan"), folder)
     return f"{type(method).__name__}, fine-tuned", method.density
 
 
-def run(pipe: Any, job: Job, n: int, reference: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Generate the videos of a row; returns the row and the first ten of them."""
-    case = job.case
+def judged(folder: Path) -> dict[str, Any] | None:
+    """The numbers that a training run has measured itself, ``result.json`` of its folder."""
+    path = folder / "result.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
+
+
+def run(pipe: Any, job: Job, n: int, reference: Tensor) -> tuple[dict[str, Any], Tensor | None]:
+    """Generate the videos of a row; returns the row and the first ten of them.
+
+    A fine-tuned method whose training run has judged its own videos has these numbers, and no videos.
+    """
+    case, head = job.case, job.head
     searched = None
     if isinstance(case, Path):
+        found = judged(case)
+        if found is not None:
+            return {**head, **found}, None
         from vtr.train.sla import load
 
         # Its weights are in the transformer from here on.
         method: Any = load(pipe, case).replace(dense_steps=job.dense_steps)
     else:
         method = case.method
+    dense = int(job.dense_steps * STEPS) / STEPS  # as in the schedule of a method
     if isinstance(case, RunTime) and case.searched is not None:
-        from vtr.zoo.wan import STEPS
-
-        dense = int(job.dense_steps * STEPS) / STEPS  # as in the schedule of a method
         method = search(case, dense, lambda m: measure(pipe, m, VIDEOS, None)[0]["work"])
         searched = {case.searched.option: getattr(method, case.searched.option)}
     row, videos = measure(pipe, method, n, reference)
     if searched is not None:  # the last step is not like the others
         row["density"] = round(mean_density(row["work"], dense), 3)
-    head = {"attention": job.label, "target": job.density, "dense_steps": job.dense_steps}
     more = {"method": str(method), **({} if searched is None else {"searched": searched})}
     return {**head, **row, **more}, videos[:10]
 
@@ -266,11 +286,12 @@ class Results:
     def _path(self, key: str, suffix: str) -> Path:
         return self.folder / (re.sub(r"[^A-Za-z0-9.]+", "-", key) + suffix)
 
-    def keep(self, row: dict[str, Any], videos: Tensor) -> None:
+    def keep(self, row: dict[str, Any], videos: Tensor | None) -> None:
         """Write a row, and its videos beside it."""
         key = self._key(row)
         self.rows[key] = row
-        torch.save(videos.clone(), self._path(key, ".pt"))
+        if videos is not None:
+            torch.save(videos.clone(), self._path(key, ".pt"))
         text = json.dumps({**row, "videos": self.videos}, indent=1)
         new = self._path(key, ".new")
         new.write_text(text + "\n")
@@ -341,7 +362,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dense-steps", type=float, nargs="+", default=[0.2, 0.4])
     parser.add_argument("--densities", type=float, nargs="+", default=list(DENSITIES))
     parser.add_argument(
-        "--tuned", type=Path, nargs="+", default=[], help="folders of recipes.train_sparse"
+        "--tuned",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of recipes.train_sparse, whose --videos was that of this comparison",
     )
     parser.add_argument("--only", nargs="+", help="run rows whose name has one of these texts")
     parser.add_argument(
@@ -370,6 +395,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     results = Results(options.results, options.out, options.videos)
     listed = jobs(tuple(options.dense_steps), tuple(options.densities), options.tuned)
+    for job in listed:  # numbers of training runs cost nothing, and may be newer
+        found = judged(job.case) if isinstance(job.case, Path) else None
+        if found is not None:
+            results.keep({**job.head, **found}, None)
     if not options.collect:
         number, count = options.part
         wanted = [

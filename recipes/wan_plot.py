@@ -11,7 +11,7 @@ SHARE = 0.2  # of the steps dense
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 MARKERS = "osD^vPX<>*hp"
 BEST, BARE = "top of the dense map", "random"
-STATIC = ("radial", "Re-ttention of it", "neighbourhood", "own frame", "SlidingTile, searched")
+STATIC = ("radial", "Re-ttention of it", "neighbourhood", "own frame", "SearchedTile")
 PANELS = (
     ("digit", "digit right (%)", 100),
     ("direction", "direction right (%)", 100),
@@ -67,15 +67,21 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         if dense[key] is not None:
             panel.axhline(factor * dense[key], color="0.4", lw=1, label="dense")
         for label in labels:
-            points = sorted((r["work"], factor * r[key]) for r in chosen if r["attention"] == label)
+            points = sorted(
+                (r["work"], factor * r[key])
+                for r in chosen
+                if r["attention"] == label and r[key] is not None
+            )
+            if not points:
+                continue
             panel.plot(*zip(*points, strict=True), label=label, **looks[label])
         panel.set(xlabel="attention work of the run (dense = 1)", title=title)
         panel.grid(alpha=0.25)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", fontsize=9)
     figure.suptitle(
-        "Built-in video generator, first 20 % of the steps dense. Dotted: static masks; solid: chosen at run time; "
-        "dash-dotted: fine-tuned; dashed: what a mask that knew the dense map would have, and a random one"
+        "Built-in video generator, first 20 % of the steps dense. Dotted: static masks; solid: chosen at run time;\n"
+        "dash-dotted: fine-tuned; dashed: the best blocks of the dense map, and random ones"
     )
     figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)

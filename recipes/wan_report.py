@@ -64,7 +64,44 @@ def recovered(rows: list[Row], dense: Row) -> list[str]:
     return lines
 
 
-def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
+def chosen_at_run_time(rows: list[Row]) -> list[str]:
+    """What is to be said of methods that choose at run time, of those that are in the rows."""
+    labels = {row["attention"] for row in rows}
+    lines = []
+    found = [row for row in rows if row.get("searched")]
+    if found:
+        values = [
+            f"{row['attention']} at {row['target']:g}: "
+            + ", ".join(f"`{k}={v:g}`" for k, v in row["searched"].items())
+            + f" (density {row['density']:.2f})"
+            for row in found
+        ]
+        lines.append(
+            "- Methods that adapt have no option for a density: the value of theirs was searched on four videos, "
+            "for the mean density of the sparse steps, which is the one in the table. The nearest value "
+            f"is taken if none reaches it. {'; '.join(values)}."
+        )
+    if "Jenga" in labels:
+        lines.append(
+            "- *Jenga* keeps its best blocks alone: with its neighbours it cannot be sparse here."
+        )
+    if "AdaSpa" in labels:
+        lines.append("- *AdaSpa* searches in two steps; the first is dense (see *work*).")
+    if any(label.endswith("fine-tuned") for label in labels):
+        lines.append(
+            "- *fine-tuned*: all weights, by `python -m recipes.train_sparse`, under the mask of that density; the dense "
+            "videos are those of other weights, so that there may be no PSNR."
+        )
+    return lines
+
+
+def markdown(
+    rows: list[Row],
+    judge: dict[str, float],
+    videos: int,
+    machines: list[str] | None = None,
+    chosen: str = "",
+) -> str:
     """The page: how it was measured, a table per share of dense steps, what is recovered."""
     dense = rows[0]
     error = 100 * (0.25 / videos) ** 0.5
@@ -74,7 +111,7 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         f"`python -m recipes.evaluate_wan --sparse --videos {videos}` wrote this page. {videos} videos "
         "of 5 frames of 16 x 32 pixels (640 tokens), the same prompts and noise in every row, 12 "
         "steps, guidance 4.5, bfloat16, blocks of 16 tokens, one thread of "
-        f"{processor()}, torch {torch.__version__.partition('+')[0]}.",
+        f"{' and '.join(machines or [processor()])}, torch {torch.__version__.partition('+')[0]}.",
         "",
         "- *digit*: the majority of a video's frames shows the digit asked for (chance 10 %); "
         "*frames*: share of frames that do. *direction*: the digit moves in the direction asked for, "
@@ -97,11 +134,14 @@ def markdown(rows: list[Row], judge: dict[str, float], videos: int) -> str:
         "rectification. *top of the dense map* keeps, for every head and query block, the key blocks with "
         "the most attention; finding them needs the dense map.",
         "- *own frame*: the nearest rows of the same frame; a fifth of all is the whole frame.",
+        *chosen_at_run_time(rows),
         "",
         "![contact sheet](diffusion-digits.png)",
         "",
-        "The picture has the first two videos of each row of the first table.",
+        "The picture has the first two videos of rows of the first table.",
     ]
+    if chosen:
+        lines += ["", f"![contact sheet of methods that choose at run time]({chosen})"]
     for share in sorted({row["dense_steps"] for row in rows[1:]}):
         chosen = [row for row in rows[1:] if row["dense_steps"] == share]
         lines += ["", f"## The first {share:.0%} of the steps dense", ""]
@@ -125,13 +165,22 @@ def write(
 ) -> None:
     """``out`` with the endings .json, .md and .png."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"judge": judge, "videos": videos, "rows": rows}
-    out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    out.with_suffix(".md").write_text(markdown(rows, judge, videos))
+    path = out.with_suffix(".json")
+    # Rows of an earlier page are of its machine, and have no videos: its picture stays.
+    before = json.loads(path.read_text()).get("machines", []) if path.is_file() else []
+    machines = list(dict.fromkeys([*before, processor()]))
+    content = {"judge": judge, "videos": videos, "machines": machines, "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     shown = f" {rows[1]['dense_steps']:g}"
     strips = [
         (name.removesuffix(shown), strip(found[:2]))
         for name, found in sheets.items()
         if name == "dense" or name.endswith(shown)
     ]
-    sheet(strips).save(out.with_suffix(".png"), optimize=True)
+    picture = out.with_suffix(".png")
+    if "dense" not in sheets:
+        picture = out.with_name(f"{out.name}-chosen.png")
+    if strips:
+        sheet(strips).save(picture, optimize=True)
+    chosen = picture.name if picture.stem.endswith("-chosen") and picture.is_file() else ""
+    out.with_suffix(".md").write_text(markdown(rows, judge, videos, machines, chosen))

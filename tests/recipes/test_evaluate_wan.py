@@ -6,18 +6,22 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
 import vtr
-from recipes import evaluate_wan, wan_report
+from recipes import diffusion_cards, evaluate_wan, mask_pictures, wan_plot, wan_report
 from recipes.evaluate_wan import Nearest, Top
 from recipes.wan_methods import RunTime, Searched, mean_density, run_time, search
+from vtr.core.registry import registry
 from vtr.evaluate import digit_judge
 from vtr.evaluate.generator import measure
+from vtr.methods.base import DynamicAttention
 from vtr.zoo import wan
 
 
@@ -164,3 +168,102 @@ def test_a_search_finds_the_value_of_the_density():
     falling = RunTime("knob", 0.25, Knob(), Searched("p", -1.0, -0.1))
     assert search(falling, 0.2, lambda m: 0.2 + 0.8 * (1 + m.p)).p == pytest.approx(-0.75, abs=0.02)
     assert mean_density(0.4, 0.2) == pytest.approx(0.25)
+
+
+def test_rows_are_written_one_by_one_and_not_run_again(pipe, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def measured(pipe, method, n, reference, **_):
+        ran.append("dense" if method is None else method.name)
+        return dict(ROW, psnr=None if reference is None else 12.0), torch.zeros(n, 1, 5, 16, 32)
+
+    monkeypatch.setattr(evaluate_wan, "measure", measured)
+    monkeypatch.setattr("vtr.zoo.load_pipeline", lambda *_: pipe)
+    sure = digit_judge.Verdict(1.0, 1.0, 1.0, 1.0, 1.0)
+    monkeypatch.setattr(digit_judge, "accuracy", lambda: sure)
+    page = tmp_path / "page"
+    old = {"attention": "random", "target": 0.25, "dense_steps": 0.2, **ROW, "psnr": 9.0}
+    dense = {"attention": "dense", "target": 1.0, "dense_steps": 1.0, **ROW}
+    page.with_suffix(".json").write_text(
+        json.dumps({"judge": {}, "videos": 12, "rows": [dense, old]})
+    )
+    common = [
+        "--sparse", "--videos", "12", "--densities", "0.25", "--dense-steps", "0.2", "--results",
+        str(tmp_path / "rows"), "--out", str(page),
+    ]  # fmt: skip
+    evaluate_wan.main([*common, "--only", "radial", "random 0.25", "Jenga"])
+    assert ran == ["dense", "nearest", "jenga"]
+    assert "not run yet: " in capsys.readouterr().out
+    evaluate_wan.main([*common, "--only", "radial", "random 0.25", "Jenga", "ToDo"])
+    assert ran[3:] == ["todo"]  # the reference is in the folder, too
+    names = [job.label for job in evaluate_wan.jobs((0.2,), (0.25,))]
+    ran.clear()
+    for part in ("1/2", "2/2"):
+        evaluate_wan.main([*common, "--part", part])
+    assert {"random-sparse", "jenga", "todo"}.isdisjoint(ran)
+    assert ran.count("adaspa") == 1
+    ran.clear()
+    evaluate_wan.main([*common, "--collect"])
+    assert ran == []
+    rows = json.loads(page.with_suffix(".json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["dense", *names]
+    assert next(row for row in rows if row["attention"] == "random")["psnr"] == 9.0
+    assert "threshold" in next(r for r in rows if r["attention"] == "LiteAttention")["searched"]
+    # The dense row is of the earlier page, whose picture stays.
+    assert (tmp_path / "page-chosen.png").stat().st_size > 500
+    assert "(page-chosen.png)" in page.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit):
+        evaluate_wan.main([*common, "--part", "3/2"])
+    assert "a part is a number and a count" in capsys.readouterr().err
+
+
+# ---- the plot and the cards -----------------------------------------------------------------------
+
+
+def test_lines_of_the_plot_differ(tmp_path):
+    rows = json.loads(diffusion_cards.NUMBERS.read_text())["rows"]
+    labels = list(dict.fromkeys(row["attention"] for row in rows[1:]))
+    looks = wan_plot.styles([*labels, "SLA, fine-tuned"])
+    assert len({tuple(sorted(look.items())) for look in looks.values()}) == len(looks)
+    assert looks["SLA, fine-tuned"]["ls"] == "-."
+    assert [wan_plot.kind(x) for x in ("random", "radial", "Jenga")] == [
+        "bound",
+        "static",
+        "chosen",
+    ]
+    wan_plot.draw(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_cards_are_current():
+    rows = json.loads(diffusion_cards.NUMBERS.read_text())["rows"]
+    text = diffusion_cards.PAGE.read_text()
+    assert diffusion_cards.page(text, rows) == text, "run python -m recipes.diffusion_cards"
+    with pytest.raises(ValueError, match="has no lines"):
+        diffusion_cards.page("no cards", rows)
+    table = diffusion_cards.numbers(diffusion_cards.CARDS[0], [])
+    assert table == ["No row in the comparison.", ""]
+
+
+def test_every_run_time_method_has_a_card():
+    named = {name for card in diffusion_cards.CARDS for name in card.name.split(", ")}
+    assert all(hasattr(vtr, name) for name in named)
+    chosen = {cls.__name__ for cls in registry().values() if issubclass(cls, DynamicAttention)}
+    assert chosen <= named
+    pictures = {card.picture for card in diffusion_cards.CARDS if card.picture}
+    assert pictures == set(mask_pictures.methods())
+    folder = diffusion_cards.PAGE.with_name("masks")
+    assert pictures == {path.stem for path in folder.glob("*.png")}
+
+
+def test_the_pictures_of_masks_are_current():
+    """One of them, drawn again: a quarter of the blocks in every row."""
+    shares = mask_pictures.live(mask_pictures.methods()["rectified"])
+    assert shares.shape == (40, 40)
+    assert set(np.unique(shares)) == {0.0, 1.0}
+    assert (shares.sum(1) == 10).all()
+    drawn = np.asarray(mask_pictures.picture(shares).convert("L")).astype(int)
+    path = diffusion_cards.PAGE.with_name("masks") / "rectified.png"
+    held = np.asarray(Image.open(path).convert("L")).astype(int)
+    assert drawn.shape == held.shape == (202, 202)
+    assert (np.abs(drawn - held) < 8).mean() > 0.95
