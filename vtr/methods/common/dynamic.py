@@ -305,8 +305,11 @@ class DynamicAttention(AttentionMethod):
             live = live | torch.zeros_like(live).scatter_(-1, best, nothing)
         if layout.padded:
             live = live & (view.counts_k > 0)
+        filled = view.filled
+        if filled is not None and view.text_valid is None:
+            filled = layout.order >= 0  # on the CPU, where the mask's columns are built then
         mask = chosen_blocks(
-            live, view.sides, layout.places, filled=view.filled, text=view.text,
+            live, view.sides, layout.places, filled=filled, text=view.text,
             text_valid=view.text_valid,
         )  # fmt: skip
         density = computed_share(live, view.sides, layout.places, view.site.tokens, view.text)

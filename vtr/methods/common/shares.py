@@ -40,7 +40,10 @@ def reach_share(mass: Tensor, share: float | Tensor, always: Tensor | None = Non
     Returns:
         bool of the shape of mass.
     """
-    share = torch.as_tensor(share, dtype=torch.float64, device=mass.device)
+    if isinstance(share, Tensor):
+        share = share.to(mass.device, torch.float64)
+    else:  # filled on the device: a number that is copied there would make the host wait
+        share = torch.full((), share, dtype=torch.float64, device=mass.device)
     goal = share * mass.sum(-1, keepdim=True, dtype=torch.float64)
     rest, given = mass, torch.zeros_like(goal)
     if always is not None:
