@@ -235,3 +235,13 @@ def test_steps_of_a_search():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         AdaSpa(**options)
+
+
+def test_some_of_the_heads_cannot_exchange_blocks():
+    """Under context parallelism a process computes some heads of a layer."""
+    method = AdaSpa(0.4, search=(0,), block=16)
+    site = Run(method, GRID).site(tensors(GRID))
+    site.all_heads = 2 * site.q.shape[1]
+    with pytest.raises(RuntimeError, match=r"moves blocks from heads to others.*recall=1"):
+        method.attend(site)
+    method.replace(recall=1.0).attend(site)

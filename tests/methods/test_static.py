@@ -274,3 +274,14 @@ def test_bad_options_say_what_to_do(make, words):
 )
 def test_methods_are_written_and_read(method):
     assert create(**method.to_dict()) == method
+
+
+def test_a_process_has_the_random_blocks_of_its_own_heads():
+    """Under context parallelism, where it computes some heads of a layer."""
+    method, grid = RandomSparse(density=0.4, block=16), (2, 5, 8)
+    qkv = tuple(torch.randn(1, 4, 80, 16) for _ in range(3))
+    whole = Run(method, grid)(qkv)
+    for first in (0, 2):
+        site = Run(method, grid).site(tuple(t[:, first : first + 2] for t in qkv))
+        site.first_head, site.all_heads = first, 4
+        torch.testing.assert_close(method.attend(site), whole[:, first : first + 2])

@@ -98,6 +98,8 @@ def compute(
         layer, entry, facts, (q, k, v),
         1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale), dense, hidden,
     )  # fmt: skip
+    if ulysses is not None:
+        site.first_head, site.all_heads = ulysses.rank * q.shape[1], ulysses.world * q.shape[1]
     site.notes.pop("work", None)
     method: Any = entry.method
     out = site.dense() if method.is_dense(site) else method.attend(site)

@@ -79,7 +79,7 @@ class Ulysses:
                 "follow: choose a size and a number of processes that divide"
             )
         self.group = ulysses_group(config)
-        self.world = dist.get_world_size(self.group)
+        self.world, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         text = local * self.world - tokens
         self.order = order(tokens, text, self.world, text_first) if text > 0 else None
 

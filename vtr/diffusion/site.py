@@ -80,6 +80,8 @@ class DiffusionAttentionSite(_InCall, AttentionSite):
         text: text tokens in the joint sequence, 0 if the text is in cross attention. They are
             first if ``text_first``, else last. Reference images of another size and frames of history
             count as text.
+        first_head, all_heads: number of the first head here, and of the heads of the layer. Under context
+            parallelism each process has some of them.
         scale: factor of the scores.
         state: dict of this (method, transformer, branch, layer) for one run; empty when a run starts,
             and when the number of samples changes.
@@ -119,6 +121,7 @@ class DiffusionAttentionSite(_InCall, AttentionSite):
         self.hidden = hidden
         valid = call.text_valid
         self.text_valid = valid if valid is not None and self.text else None
+        self.first_head, self.all_heads = 0, self.q.shape[1]
         self.shared = shared
 
     @property

@@ -86,6 +86,11 @@ class AdaSpa(DynamicAttention):
         self._set("search", search)
 
     def attend(self, site: DiffusionAttentionSite) -> Tensor:
+        if self.recall < 1 and site.all_heads > site.q.shape[1]:
+            raise RuntimeError(
+                "AdaSpa moves blocks from heads to others, and under context parallelism a process has only "
+                "some of them: recall=1 gives all heads the same number"
+            )
         if not site.training and not self._due(site):
             dense: Tensor = site.dense()
             return dense

@@ -37,12 +37,16 @@ class RandomSparse(MaskedAttention):
             raise ValueError(f"seed must be an int, got {self.seed!r}")
 
     def mask_key(self, site: DiffusionAttentionSite) -> tuple[object, ...]:
-        return (site.layer, site.q.shape[1])
+        return (site.layer, site.q.shape[1], site.first_head)
 
     def grid_mask_at(self, site: DiffusionAttentionSite) -> GridMask:
         # Layers are apart, but a seed and its successor must not share masks.
-        seed, heads = self.seed * 10_007 + site.layer, site.q.shape[1]
-        mask = masks.random(site.tokens, self.density, heads=heads, block=self.block, seed=seed)
+        seed, heads, length = self.seed * 10_007 + site.layer, site.all_heads, site.tokens
+        mask = masks.random(length, self.density, heads=heads, block=self.block, seed=seed)
+        if heads > site.q.shape[1]:  # the others are another process's
+            own = slice(site.first_head, site.first_head + site.q.shape[1])
+            live = mask.to_dense(blocks=True)[..., own, :, :]
+            mask = BlockMask.from_blocks(live, q_len=length, k_len=length, block=self.block)
         return GridMask(mask, whole_blocks=True)
 
 
