@@ -552,7 +552,7 @@ def caches(kind: str, stage: Stage) -> None:
     with stage.on(pipe):
         stage.call(pipe, name, 6)
         pipe.transformer.disable_cache()
-        stage.call(pipe, name, 2)
+        stage.call(pipe, name, 4)
         pipe.transformer.enable_cache(made[kind]())
         stage.call(pipe, name, 6)
 
