@@ -98,7 +98,7 @@ CARDS: Sequence[Card] = (
         "Scores blocks by sums along antidiagonals, which pass every query and every key once, so that nothing is averaged "
         "away.",
         "S_IJ = sum of exp over stride-reduced antidiagonals of tile IJ; row I keeps the fewest blocks that reach threshold",
-        "Where attention runs along diagonals (the same place in other frames), which block means lose.",
+        "If attention runs along diagonals (the same place in other frames), which block means lose.",
         "Real at 720p, on FlashAttention 2 baselines. Its score reads q and k once at 1 / stride of the products.",
         (("XAttentionDiT", ""),),
         "xattention-dit",
@@ -107,7 +107,7 @@ CARDS: Sequence[Card] = (
         "DraftAttention",
         "A draft of attention between pooled patches of the frames, and one threshold for all rows of a head.",
         "P = softmax(scale mean(q_I) . mean(k_J)) over patches; the largest density of a head's entries",
-        "Where heads differ: rows that need more get more. Patches are compact in the frame.",
+        "If heads differ: rows that need more get more. Patches are compact in the frame.",
         "Real at 720p on FlashAttention 2 baselines; the authors' 1.75x at 768p and density 0.1 is not confirmed by others.",
         (("DraftAttention", ""),),
         "draft-attention",

@@ -415,7 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.collect:
             return  # another part may be running: --collect writes the page
     sheets = {
-        key: found for key in map(Results._key, rows) if (found := results.sheet(key)) is not None
+        key: held for key in map(Results._key, rows) if (held := results.sheet(key)) is not None
     }
     wan_report.write(options.out, rows, sheets, asdict_verdict(certain), options.videos)
     print(f"wrote {options.out}.json, .md and .png")

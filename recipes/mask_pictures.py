@@ -30,7 +30,7 @@ DARK, LINE = (24, 62, 120), (170, 170, 170)
 PROMPT, SEED = "a 7 moving right", 0
 
 
-def methods() -> Mapping[str, AttentionMethod]:
+def methods() -> Mapping[str, Any]:
     """The methods by the names of their pictures, all at a density of about a quarter."""
     common: dict[str, Any] = {"block": BLOCK, "dense_steps": 2, "backend": "sdpa"}
     share: dict[str, Any] = {"density": 0.25, **common}
@@ -92,7 +92,7 @@ def weights(method: Any, site: DiffusionAttentionSite) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def live(method: AttentionMethod) -> np.ndarray:
+def live(method: Any) -> np.ndarray:
     """The share of computed pairs in each pair of blocks, (blocks, blocks) in [0, 1]."""
     from vtr.zoo import load_pipeline
 

@@ -65,7 +65,7 @@ def recovered(rows: list[Row], dense: Row) -> list[str]:
 
 
 def chosen_at_run_time(rows: list[Row]) -> list[str]:
-    """What is to be said of methods that choose at run time, of those that are in the rows."""
+    """Explain the rows of methods that choose at run time, as far as they are in the rows."""
     labels = {row["attention"] for row in rows}
     lines = []
     found = [row for row in rows if row.get("searched")]
@@ -143,12 +143,12 @@ def markdown(
     if chosen:
         lines += ["", f"![contact sheet of methods that choose at run time]({chosen})"]
     for share in sorted({row["dense_steps"] for row in rows[1:]}):
-        chosen = [row for row in rows[1:] if row["dense_steps"] == share]
+        here = [row for row in rows[1:] if row["dense_steps"] == share]
         lines += ["", f"## The first {share:.0%} of the steps dense", ""]
         lines += table([dense])
-        for target in sorted({row["target"] for row in chosen}, reverse=True):
-            lines += table([row for row in chosen if row["target"] == target])[2:]
-        lines += ["", *recovered(chosen, dense)]
+        for target in sorted({row["target"] for row in here}, reverse=True):
+            lines += table([row for row in here if row["target"] == target])[2:]
+        lines += ["", *recovered(here, dense)]
     return "\n".join(lines) + "\n"
 
 
