@@ -103,8 +103,11 @@ def _site(
         run=0, step=step, steps=50, timestep=1000.0 - step, branch="0", grid=GRID,
         text_first=text_first, text_valid=valid, expert_step=step,
     )  # fmt: skip
+    # The grid's hidden states are those of the step, wherever the text is.
+    draw = torch.Generator().manual_seed(step)
+    hidden = torch.randn(2, torch.Size(GRID).numel(), 32, generator=draw)
     return DiffusionAttentionSite(
-        call=facts, layer=1, layers=4, q=q, k=k, v=v, scale=0.25, dense=dense,
+        call=facts, hidden=hidden, layer=1, layers=4, q=q, k=k, v=v, scale=0.25, dense=dense,
         state=state.setdefault("state", {}), shared=state.setdefault("shared", {}), memory={},
         notes={}, modules=_modules(method), table=state.get("table"),
         backend=getattr(method, "backend", "auto"),
