@@ -41,6 +41,11 @@ def methods(backend: str) -> dict[str, vtr.Method]:
         "own-frame": vtr.OwnFrame(**more),
         "radial": vtr.RadialAttention(dense_layers=0, dense_steps=0, **more),
         "rectified": vtr.RectifiedSparse(drop=0.5, p=0.1, **more),
+        "draft": vtr.DraftAttention(density=0.3, patch=(2, 4), **more),
+        "jenga": vtr.Jenga(drop=0.6, p=0.1, text_gain=0.5, **more),
+        "spargeattn": vtr.SpargeAttn(cdf=0.5, similarity=0.05, key_block=16, **more),
+        "vsa": vtr.VSA(density=0.3, tile=(1, 2, 4), gate=False, **more),
+        "xattention": vtr.XAttentionDiT(threshold=0.5, stride=4, **more),
         "rettention": vtr.Rettention(density=0.4, dense_layers=1, dense_steps=1, refresh=2, **more),
         "offloaded": vtr.Rettention(
             density=0.4, dense_layers=0, dense_steps=1, offload=True, precision="float8", **more
@@ -105,7 +110,8 @@ def agree(
 PER_CALL = {"sliding-tile": 1, "radial": 1, "random-sparse": 1, "rettention": 1, "tomesd": 1,
             "sito": 1, "todo": 1, "tofu": 1,
             "rectified": 1 + 4 * 3, "liteattention": 1 + 4 * 3, "svg2": 1 + 5 * 3,
-            "adaspa": 1 + 4 * 3}  # fmt: skip
+            "adaspa": 1 + 4 * 3,
+            **dict.fromkeys(("draft", "jenga", "spargeattn", "vsa", "xattention"), 1 + 5 * 3)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", methods("sdpa"))
