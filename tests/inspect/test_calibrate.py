@@ -366,7 +366,7 @@ def test_the_bar_is_on_the_standard_error(llava, capsys):
 
 def test_the_example_of_the_page_works(llava, monkeypatch, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
-    use, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    use, _pipeline, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     registry.registry()
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setitem(sys.modules, "page", ModuleType("page"))

@@ -91,11 +91,6 @@ class DiffusionWrapping(Wrapping):
         )
         super().__init__(root, info)
 
-    @property
-    def identified(self) -> nn.Module:
-        """The last attention module: its first matrix changes in fine-tuning, and not by LoRA."""
-        return layers_of(self.family, self.members[0])[-1][1]
-
     def _forget(self) -> None:
         """No run has begun."""
         self.session = Session()
@@ -123,8 +118,11 @@ class DiffusionWrapping(Wrapping):
             self.schedule = ScheduleRef(target)
 
     def fingerprint(self) -> Fingerprint:
-        """The identity of the transformer, or of all transformers of the pipeline together."""
-        found = [fingerprint(m, blocks_of(self.family, m)[-1]) for m in self.members]
+        """The identity of the transformer, or of all transformers of the pipeline together.
+
+        The hashed weight is that of the last attention module: fine-tuning changes it, LoRA does not.
+        """
+        found = [fingerprint(m, layers_of(self.family, m)[-1][1]) for m in self.members]
         if len(found) == 1:
             return found[0]
         hashes = [own.sha256 for own in found]
