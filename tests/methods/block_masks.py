@@ -93,7 +93,9 @@ def check(method, choose, grid=(3, 5, 6), *, text=0, text_first=False, valid=Non
                 expected[first + i] = weight / weight.sum() @ v[[*at, *said]]
         for i in np.arange(len(q))[words] if text else ():
             expected[i] = attend(q[i], k, v, site.scale, [*range(first, first + tokens), *said])
-        np.testing.assert_allclose(found[b, h].numpy(), expected, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(
+            found[b, h].double(), torch.from_numpy(expected), atol=2e-5, rtol=2e-5
+        )
     return kept / (2 * heads * tokens**2)
 
 
