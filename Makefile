@@ -84,7 +84,7 @@ run = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$(1)/bin/python -m pytest -n 2 
 
 # Every configuration that the Triton kernels choose from, compiled for sm_90: some minutes, no GPU.
 candidates: $(VENV)/.installed
-	VTR_EVERY_CANDIDATE=1 $(RUN) pytest -n 2 tests/kernels/test_triton_candidates.py
+	VTR_EVERY_CANDIDATE=1 $(RUN) pytest -n 2 tests/kernels/test_triton_candidates.py tests/kernels/test_linear_compile.py
 
 # On a machine with a CUDA device. gpu-first: what to know in five minutes; gpu: the gpu tests, and the benchmarks, which write benchmarks/results/.
 # Uses the Python that is there, because a GPU machine brings its own torch: make gpu PYTHON=python3
@@ -100,7 +100,7 @@ gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/prefill.py --gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/cache.py --gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/diffusion.py
-	PYTHONPATH=. $(PYTHON) benchmarks/diffusion_methods.py --device cuda
+	PYTHONPATH=. $(PYTHON) benchmarks/diffusion.py --gpu
 	PYTHONPATH=. $(PYTHON) benchmarks/video.py decode --out $(RESULTS)/video-decode-cuda-host.csv
 	PYTHONPATH=. $(PYTHON) benchmarks/video_models.py reduction --out $(RESULTS)/video-reduction-cuda.csv
 	PYTHONPATH=. $(PYTHON) benchmarks/video_models.py prefill --out $(RESULTS)/video-prefill-cuda.csv
