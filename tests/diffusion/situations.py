@@ -639,6 +639,37 @@ def torchao(kind: str, stage: Stage) -> None:
         stage.call(pipe, "wan")
 
 
+@situation("a GGUF file", needs=("gguf",))
+def gguf_file(stage: Stage) -> None:
+    import gguf
+    from diffusers import GGUFQuantizationConfig
+
+    made = CASES["wan"].build()
+    made.save_config(stage.folder)
+    path = stage.folder / "wan.gguf"
+    writer, kind = gguf.GGUFWriter(path, "wan"), gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in made.state_dict().items():
+        values = tensor.float().numpy()
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pipe = pipes.make("wan")
+    pipe.register_modules(
+        transformer=type(made).from_single_file(
+            str(path), config=str(stage.folder), torch_dtype=torch.float32,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        )
+    )  # fmt: skip
+    stage.watch(pipe, "wan")
+    with stage.on(pipe):
+        stage.call(pipe, "wan")
+
+
 @situation("layerwise casting to float8")
 def casting(stage: Stage) -> None:
     pipe = stage.make("wan")

@@ -134,8 +134,7 @@ def test_one_transformer_in_two_threads_at_once_is_refused(name: str) -> None:
 def table() -> str:
     """The situations, for the documentation."""
     rows = ["| with | every method gives the eager result |", "| --- | --- |"]
-    # What needs torchao is skipped in the environments of this project, which do not have it.
-    told = [s for s in SITUATIONS if "torchao" not in s.needs]
+    told = SITUATIONS
     for group in dict.fromkeys(s.group for s in told):
         names = "; ".join(s.name for s in told if s.group == group)
         rows.append(f"| {group} | {names} |")
