@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import vtr
 from tests.diffusion.models import CASES, Fixed
+from tests.diffusion.test_matrix import METHODS
 
 # Sizes that two processes share: 48 video tokens; 36 image tokens and 6 of text.
 NAMES = ("wan", "flux", "qwen-image")
@@ -56,18 +57,22 @@ def outputs(name: str, parallel: bool) -> dict[str, torch.Tensor]:
     return made
 
 
-def merged() -> dict[str, str]:
-    """What merging says to a sequence that is split inside the block."""
-    from diffusers import ContextParallelConfig
+def everyone(parallel: bool) -> dict[str, Any]:
+    """Every method of the matrix for three steps: what it computes, or the error."""
+    made: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        model, given = CASES["wan"].build(), inputs("wan")
+        if parallel:
+            from diffusers import ContextParallelConfig
 
-    model = CASES["wan"].build()
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh()))
-    with torch.no_grad(), vtr.apply(model, vtr.create("tomesd")):
-        try:
-            model(**inputs("wan"))
-        except RuntimeError as error:
-            return {"error": str(error)}
-    return {"error": ""}
+            model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh()))
+        with torch.no_grad(), vtr.apply(model, method, steps=3):
+            try:
+                times = [torch.full_like(given["timestep"], t) for t in (900.0, 600.0, 300.0)]
+                made[name] = torch.stack([model(**{**given, "timestep": t})[0] for t in times])
+            except RuntimeError as error:
+                made[name] = str(error)
+    return made
 
 
 def main(rank: int, port: str, folder: str) -> None:
@@ -79,9 +84,9 @@ def main(rank: int, port: str, folder: str) -> None:
         made = outputs(name, parallel=True)
         if rank == 0:
             torch.save(made, f"{folder}/{name}.pt")
-    refused = merged()
+    each = everyone(parallel=True)
     if rank == 0:
-        torch.save(refused, f"{folder}/merged.pt")
+        torch.save(each, f"{folder}/everyone.pt")
     dist.barrier()
     dist.destroy_process_group()
 
