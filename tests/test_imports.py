@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 from collections import defaultdict
 from collections.abc import Container, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -203,3 +205,15 @@ def test_no_two_classes_share_a_name(package):
 def test_a_planted_name_is_caught(package):
     planted = {**package, "vtr.errors": "class Trace:\n    pass\n"}
     assert shared_names(planted)["Trace"] == ["vtr.core.trace", "vtr.errors"]
+
+
+@pytest.mark.parametrize("name", ["vtr", "vtr.kernels", "vtr.methods", "vtr.video", "vtr.zoo"])
+def test_no_public_name_is_that_of_a_module_beside_it(name: str) -> None:
+    """Import of the module would put it in the place of the function or class."""
+    package = importlib.import_module(name)
+    folder = Path(str(package.__file__)).parent
+    modules = {f.stem for f in folder.iterdir() if f.suffix == ".py" or f.is_dir()}
+    shadowed = {
+        n for n in modules & set(package.__all__) if not isinstance(getattr(package, n), ModuleType)
+    }
+    assert not shadowed

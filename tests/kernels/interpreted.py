@@ -20,7 +20,7 @@ from vtr.kernels import (
     block_sparse_attention_reference,
     sparse_linear_attention,
 )
-from vtr.kernels.block_mass import block_mass, live_tiles
+from vtr.kernels.mass import block_mass, live_tiles
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="run through test_triton.py"

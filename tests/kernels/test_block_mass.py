@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from vtr.kernels import block_mass as module
 from vtr.kernels import block_sparse_attention
-from vtr.kernels.block_mass import block_mass, live_tiles
+from vtr.kernels import mass as module
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.mass import block_mass, live_tiles
 
 SHAPES = {
     "ragged": dict(heads=(4, 2), lengths=(50, 37), sides=(16, 8)),

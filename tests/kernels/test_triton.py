@@ -19,7 +19,7 @@ from vtr.kernels import (
     block_sparse_attention_reference,
     sparse_linear_attention,
 )
-from vtr.kernels.block_mass import block_mass, live_tiles
+from vtr.kernels.mass import block_mass, live_tiles
 
 ROOT = Path(__file__).parents[2]
 

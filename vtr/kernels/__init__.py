@@ -14,10 +14,10 @@ _HOME = {
     "attention_rows": "rows",
     "available_backends": "attention",
     "bipartite_match": "bipartite",
-    "block_mass": "block_mass",
+    "block_mass": "mass",
     "block_sparse_attention": "attention",
     "block_sparse_attention_reference": "reference",
-    "live_tiles": "block_mass",
+    "live_tiles": "mass",
     "merge_states": "states",
     "pool_blocks": "pooled",
     "pooled_block_scores": "pooled",
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from vtr.kernels.attention import available_backends as available_backends
     from vtr.kernels.attention import block_sparse_attention as block_sparse_attention
     from vtr.kernels.bipartite import bipartite_match as bipartite_match
-    from vtr.kernels.block_mass import block_mass as block_mass
-    from vtr.kernels.block_mass import live_tiles as live_tiles
     from vtr.kernels.blockmask import BlockMask as BlockMask
     from vtr.kernels.linear import sparse_linear_attention as sparse_linear_attention
     from vtr.kernels.linear_reference import (
         sparse_linear_attention_reference as sparse_linear_attention_reference,
     )
+    from vtr.kernels.mass import block_mass as block_mass
+    from vtr.kernels.mass import live_tiles as live_tiles
     from vtr.kernels.pooled import pool_blocks as pool_blocks
     from vtr.kernels.pooled import pooled_block_scores as pooled_block_scores
     from vtr.kernels.pooled import select_blocks as select_blocks

@@ -1,4 +1,4 @@
-"""Exact attention per tile in Triton: see :mod:`vtr.kernels.block_mass` for what is computed.
+"""Exact attention per tile in Triton: see :mod:`vtr.kernels.mass` for what is computed.
 
 A program holds some queries of one block and walks over the keys, so that no score leaves the chip.
 """

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from vtr.kernels.block_mass import block_mass
 from vtr.kernels.masks import budgets
 from vtr.kernels.masks.schedule import steps_due
+from vtr.kernels.mass import block_mass
 from vtr.methods.base import (
     DynamicAttention,
     Examples,
@@ -33,7 +33,7 @@ class AdaSpa(DynamicAttention):
     search; steps before the first search are dense.
 
     - The first search is a dense step. From the LSE of its rows the mass of every block is computed exactly,
-      in a second pass over queries and keys that holds no map (:mod:`vtr.kernels.block_mass`).
+      in a second pass over queries and keys that holds no map (:mod:`vtr.kernels.mass`).
     - A later search needs that second pass alone: it takes the LSE of the first search, which is off by one
       factor for each query, and attends to the blocks that it finds.
     - Every row of blocks of a head keeps the same number, those of largest mass. Heads whose mass is in few

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from vtr.kernels.block_mass import live_tiles
+from vtr.kernels.mass import live_tiles
 from vtr.methods.base import (
     BlockChoice,
     DynamicAttention,
@@ -35,7 +35,7 @@ class LiteAttention(DynamicAttention):
     leaves out is decided by scores that it computed. Text is dense both ways.
 
     A flash-attention kernel could note the tiles while it computes them, as the authors' does. Here a
-    second pass looks at the scores of the tiles that were visited (:func:`vtr.kernels.block_mass.live_tiles`, which has
+    second pass looks at the scores of the tiles that were visited (:func:`vtr.kernels.mass.live_tiles`, which has
     the rule and the order of visits); it is not in the trace, which counts attention. The method needs steps that are alike: few-step models
     have none. It is refused in training mode, which has no order of steps.
 
