@@ -6,6 +6,7 @@ picture of its mask from :mod:`recipes.mask_pictures`. Published numbers are the
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -274,7 +275,11 @@ def page(text: str, rows: Sequence[dict[str, Any]]) -> str:
     return f"{before}{begin}\n\n{cards(rows)}\n{end}{after}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m recipes.diffusion_cards", description=__doc__
+    ).parse_args(arguments)
+
     from recipes import mask_pictures, wan_plot
 
     rows = json.loads(NUMBERS.read_text())["rows"]
