@@ -225,8 +225,11 @@ def tuned_label(folder: Path) -> tuple[str, float]:
 def judged(folder: Path) -> dict[str, Any] | None:
     """The numbers that a training run has measured itself, ``result.json`` of its folder."""
     path = folder / "result.json"
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    # Where the weights were is nobody's business but the run's.
+    return {**found, "method": re.sub(r"weights='[^']*', |, weights='[^']*'", "", found["method"])}
 
 
 def run(pipe: Any, job: Job, n: int, reference: Tensor) -> tuple[dict[str, Any], Tensor | None]:
