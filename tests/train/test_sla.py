@@ -457,3 +457,15 @@ def test_a_schedule_of_density_needs_a_density(tmp_path):
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):
         TuningSettings(**options)
+
+
+def test_runs_of_two_precisions_in_one_process(tmp_path):
+    """Accelerate has one precision for the whole process; each run has its own."""
+    losses = {}
+    for number, precision in enumerate(("no", "bf16", "no")):
+        with tuner(
+            tmp_path / str(number), settings=dataclasses.replace(FAST, precision=precision)
+        ) as one:
+            losses[number] = one.step()["loss"]
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -131,7 +131,7 @@ class SparseTuner:
                 f"{self.out} holds a run: resume=True continues it, or choose another folder"
             )
         state = load_state(file) if resume else None
-        self.accelerator = accelerator or _accelerator(settings.precision)
+        self.accelerator = accelerator or _accelerator()
         _check_accelerator(self.accelerator, settings)
         self.teacher: Any = teacher
         if teacher is None and settings.loss == "distil" and not settings.lora:
@@ -267,7 +267,8 @@ class SparseTuner:
         at = t.view(-1, *[1] * (latents.ndim - 1))
         given = self.inputs((1 - at) * latents + at * noise, t, batch)
         target = noise - latents
-        with self.accelerator.autocast():
+        low = self.settings.precision == "bf16"
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=low):
             if self.settings.loss == "distil":
                 with torch.no_grad(), self._dense() as teacher:
                     target = teacher(**given, return_dict=False)[0].float()
@@ -519,14 +520,15 @@ def _check_weights(weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def _accelerator(precision: str) -> Any:
+def _accelerator() -> Any:
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise missing("accelerate", "diffusion", "fine-tuning") from error
     # Weights of dense layers' modules, and of inputs that a batch does not have, get no gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[unused])
+    # Without a precision: accelerate has one for the whole process, and another run may have another.
+    return Accelerator(kwargs_handlers=[unused])
 
 
 def _check_accelerator(accelerator: Any, settings: TuningSettings) -> None:
@@ -536,7 +538,7 @@ def _check_accelerator(accelerator: Any, settings: TuningSettings) -> None:
             f"this trainer runs in one process or under DistributedDataParallel, not {kind}: its checkpoints hold "
             "whole weights"
         )
-    if accelerator.mixed_precision != settings.precision:
+    if accelerator.mixed_precision not in ("no", settings.precision):
         raise ValueError(
             f"precision is {settings.precision!r}, and the accelerator has "
             f"mixed_precision={accelerator.mixed_precision!r}: give both the same"

@@ -44,7 +44,7 @@ class TuningSettings:
             schedulers have it, adds log s to the mean.
         accumulate: batches whose gradients are averaged in a step.
         ema: decay of the averaged weights, which are then the result; None keeps no average.
-        precision: of accelerate's autocast: ``"no"`` or ``"bf16"``.
+        precision: of autocast: ``"no"`` or ``"bf16"``.
         checkpointing: gradient checkpointing of the transformer's blocks.
         sparsity_step, sparsity_every: VSA's schedule: the share of skipped blocks grows by ``sparsity_step``
             after every ``sparsity_every`` steps, from 0 until the method's ``density`` is reached (VSA's
