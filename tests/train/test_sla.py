@@ -468,4 +468,4 @@ def test_runs_of_two_precisions_in_one_process(tmp_path):
         ) as one:
             losses[number] = one.step()["loss"]
     assert losses[0] == losses[2] != losses[1]
-    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
