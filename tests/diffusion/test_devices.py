@@ -23,8 +23,8 @@ from vtr.kernels import (
     merge_states,
     pool_blocks,
     pooled_block_scores,
-    select_blocks,
 )
+from vtr.kernels.masks.budgets import number_of, top_k
 from vtr.video import TokenMemory
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -232,7 +232,8 @@ def test_small_kernels() -> None:
         parts = [block_sparse_attention(x, y, z, m, return_lse=True, backend="sdpa") for m in masks]
         found += merge_states(*parts[0], *parts[1])
         found.append(pool_blocks(x, 16))
-        found.append(select_blocks(pooled_block_scores(x, y, block=16), top_k=0.5))
+        scores = pooled_block_scores(x, y, block=16)
+        found.append(top_k(scores, number_of(0.5, scores.shape[-1])))
         bias = torch.zeros(30, device=device)
         found += bipartite_match(a.to(device), b.to(device), a_bias=bias, b_mask=seen.to(device))
         return found

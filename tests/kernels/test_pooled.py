@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from vtr.kernels import BlockMask, pool_blocks, pooled_block_scores, select_blocks
+from vtr.kernels import BlockMask, pool_blocks, pooled_block_scores
+from vtr.kernels.masks.budgets import number_of, top_k, top_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -48,13 +49,12 @@ def test_constant_blocks_are_estimated_exactly():
 
 def test_top_k_and_top_p():
     scores = torch.tensor([[0.5, 0.1, 0.3, 0.1], [0.25, 0.25, 0.25, 0.25]])
-    assert select_blocks(scores, top_k=2)[0].tolist() == [True, False, True, False]
-    assert select_blocks(scores, top_k=0.1).sum(-1).tolist() == [1, 1]
-    assert select_blocks(scores, top_p=0.5).sum(-1).tolist() == [1, 2]
-    assert select_blocks(scores, top_p=0.6)[0].tolist() == [True, False, True, False]
-    assert select_blocks(scores, top_p=1.0)[1].all()
-    both = select_blocks(scores, top_k=1, top_p=0.6, always=torch.eye(2, 4).bool())
-    assert both[0].tolist() == [True, False, True, False] and both[1, 1]
+    assert top_k(scores, 2)[0].tolist() == [True, False, True, False]
+    assert top_k(scores, number_of(0.1, 4)).sum(-1).tolist() == [1, 1]
+    assert top_k(scores, torch.tensor([1, 3])).sum(-1).tolist() == [1, 3]
+    assert top_p(scores, 0.45).sum(-1).tolist() == [1, 2]
+    assert top_p(scores, 0.6)[0].tolist() == [True, False, True, False]
+    assert top_p(scores, 1.0)[1].all()
 
 
 def test_a_dynamic_mask_keeps_the_heavy_blocks():
@@ -62,7 +62,7 @@ def test_a_dynamic_mask_keeps_the_heavy_blocks():
     centres = torch.randn(1, 1, 6, 16) * 3
     k = centres.repeat_interleave(16, 2) + torch.randn(1, 1, 96, 16) * 0.1
     q = k * 1.5
-    live = select_blocks(pooled_block_scores(q, k, block=16), top_p=0.9)
+    live = top_p(pooled_block_scores(q, k, block=16), 0.9)
     mask = BlockMask.from_blocks(live, q_len=96, k_len=96, block=16)
     attention = torch.softmax(q @ k.mT / 4, -1)
     assert mask.density < 0.5
@@ -75,10 +75,10 @@ def test_a_dynamic_mask_keeps_the_heavy_blocks():
         (lambda: pool_blocks(torch.zeros(2, 0, 4), 8), "S >= 1"),
         (lambda: pooled_block_scores(torch.zeros(1, 3, 8, 4), torch.zeros(1, 2, 8, 4)), "multiple"),
         (lambda: pooled_block_scores(torch.zeros(1, 3, 8, 4), torch.zeros(1, 3, 8, 5)), "need q"),
-        (lambda: select_blocks(torch.rand(2, 3)), "top_k, top_p"),
-        (lambda: select_blocks(torch.rand(2, 3), top_k=4), "1 to 3"),
-        (lambda: select_blocks(torch.rand(2, 3), top_k=-1), "1 to 3"),
-        (lambda: select_blocks(torch.rand(2, 3), top_p=1.5), "top_p"),
+        (lambda: top_k(torch.rand(2, 3), 4), "0 to 3"),
+        (lambda: top_k(torch.rand(2, 3), -1), "0 to 3"),
+        (lambda: top_p(torch.rand(2, 3), 1.5), "p must be"),
+        (lambda: number_of(-0.1, 3), "share must be"),
     ],
 )
 def test_bad_input_says_what_to_do(call, words):

@@ -21,7 +21,6 @@ _HOME = {
     "merge_states": "states",
     "pool_blocks": "pooled",
     "pooled_block_scores": "pooled",
-    "select_blocks": "pooled",
     "sparse_linear_attention": "linear",
     "sparse_linear_attention_reference": "linear_reference",
 }
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from vtr.kernels.mass import live_tiles as live_tiles
     from vtr.kernels.pooled import pool_blocks as pool_blocks
     from vtr.kernels.pooled import pooled_block_scores as pooled_block_scores
-    from vtr.kernels.pooled import select_blocks as select_blocks
     from vtr.kernels.reference import (
         block_sparse_attention_reference as block_sparse_attention_reference,
     )

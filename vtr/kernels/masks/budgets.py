@@ -25,23 +25,38 @@ def number_of(share: float, total: int, *, rounding: str = "floor", least: int =
     Args:
         share: in [0, 1].
         rounding: ``"floor"`` (SLA, Jenga), ``"ceil"`` (VSA) or ``"round"``.
+
+    Raises:
+        ValueError: the share is not in [0, 1].
     """
+    if not 0 <= round(share, 9) <= 1:  # a sum of shares may pass 1 by rounding
+        raise ValueError(f"share must be in [0, 1], got {share!r}")
     # A share such as 1 - 0.9 is not quite a tenth.
     exact = round(share * total, 9)
     return min(total, max(least, _ROUNDING[rounding](exact)))
 
 
-def top_k(scores: Tensor, number: int) -> Tensor:
+def top_k(scores: Tensor, number: int | Tensor) -> Tensor:
     """Keep the ``number`` blocks of highest score in each row.
 
     Args:
         scores: (..., NK). Of equal scores the first is kept.
+        number: of all rows, from 0 to NK; or of each row, (...) int64 or what broadcasts to it.
 
     Returns:
         bool of the shape of scores.
+
+    Raises:
+        ValueError: an int is not from 0 to NK.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :number]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    if isinstance(number, Tensor):
+        place = torch.arange(scores.shape[-1], device=scores.device)
+        chosen = (place < number[..., None]).expand_as(scores)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, chosen)
+    if not 0 <= number <= scores.shape[-1]:
+        raise ValueError(f"number must be from 0 to {scores.shape[-1]} (the blocks), got {number}")
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :number], True)
 
 
 def top_p(mass: Tensor, p: float, *, crossing: bool = True, least: int = 1) -> Tensor:
@@ -56,7 +71,12 @@ def top_p(mass: Tensor, p: float, *, crossing: bool = True, least: int = 1) -> T
 
     Returns:
         bool of the shape of mass.
+
+    Raises:
+        ValueError: ``p`` is not in [0, 1].
     """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p!r}")
     falling, order = mass.sort(dim=-1, descending=True, stable=True)
     total = falling.sum(-1, keepdim=True, dtype=torch.float64)
     sums = falling.cumsum(-1, dtype=torch.float64)

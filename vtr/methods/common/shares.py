@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtr.kernels.masks.budgets import top_k
+
 
 def count_to_share(mass: Tensor, share: float) -> Tensor:
     """Count the fewest of the largest entries whose sum reaches a share of the whole.
@@ -66,10 +68,7 @@ def largest(mass: Tensor, count: Tensor) -> Tensor:
     Returns:
         bool of the shape of mass.
     """
-    order = mass.argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(mass.shape[-1], device=mass.device)
-    chosen = (place < count[..., None]).expand_as(mass)
-    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, chosen)
+    return top_k(mass, count)
 
 
 def js_distance(p: Tensor, q: Tensor) -> Tensor:
