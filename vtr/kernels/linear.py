@@ -247,7 +247,7 @@ def _flops(
     if is_fake(mask[3]):  # how much is listed cannot be counted without data
         pairs = 0.0 if every else mask[3].numel() / max(1, mask[2].numel()) * q_len * dims[3]
     else:
-        from vtr.kernels.triton_linear import listed_of
+        from vtr.kernels.triton_linear_lists import listed_of
 
         pairs = listed_of(negligible, mask, dims, every).pairs(dims)
     # Totals of keys (again in the backward) and of queries; products of both with rows.

@@ -20,18 +20,13 @@ Backward, with a_i = s g_i / z_i, b_i = -s (g_i . l_i) / z_i and c_ij = a_i . v_
 from __future__ import annotations
 
 import functools
-import weakref
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtr.kernels import csr as _csr
-from vtr.kernels.blockmask import BlockMask
-from vtr.kernels.csr import Csr
-from vtr.kernels.linear_reference import EPSILON, marginal_blocks
+from vtr.kernels.linear_reference import EPSILON
 from vtr.kernels.triton_common import (
     Config,
     amount,
@@ -47,6 +42,7 @@ from vtr.kernels.triton_common import (
     unit_strides,
     upcast,
 )
+from vtr.kernels.triton_linear_lists import Listed, listed_of
 
 # Tokens of one partial sum of the totals.
 _RUN = 2048
@@ -149,6 +145,27 @@ def _times(
 
 
 @triton.jit
+def _item(
+    ITEMS, PATTERN, stride_pb, stride_ph, heads, items, MASK_M: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """The work of a program: (sample, head) as one number and apart, rows, and entries of its list."""
+    SUB_M: tl.constexpr = MASK_M // BLOCK_M
+    lane = tl.program_id(0) // (items * SUB_M)
+    item = tl.program_id(0) % (items * SUB_M) // SUB_M
+    sub = tl.program_id(0) % SUB_M
+    b = (lane // heads).to(tl.int64)
+    h = (lane % heads).to(tl.int64)
+    pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
+    entry = ITEMS + (pattern.to(tl.int64) * items + item) * 5
+    row = tl.load(entry) * MASK_M + sub * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.load(entry + 1)
+    middle = tl.load(entry + 2)
+    last = tl.load(entry + 3)
+    sign = tl.load(entry + 4)
+    return lane, b, h, row, first, middle, last, sign
+
+
+@triton.jit
 def _forward_step(
     x0, x1, total, acc0, acc1, y_base, v_base, stride_y, stride_v, key, k_len,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, BOUND: tl.constexpr,
@@ -180,22 +197,11 @@ def _forward_kernel(
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STEP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
-    lane = tl.program_id(0) // (items * SUB_M)
-    item = tl.program_id(0) % (items * SUB_M) // SUB_M
-    sub = tl.program_id(0) % SUB_M
-    b = (lane // heads).to(tl.int64)
-    h = (lane % heads).to(tl.int64)
+    lane, b, h, row, first, middle, last, sign = _item(
+        ITEMS, PATTERN, stride_pb, stride_ph, heads, items, MASK_M, BLOCK_M
+    )
     kh = h // group
-    pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
-    entry = ITEMS + (pattern.to(tl.int64) * items + item) * 5
-    row_block = tl.load(entry)
-    first = tl.load(entry + 1)
-    middle = tl.load(entry + 2)
-    last = tl.load(entry + 3)
-    sign = tl.load(entry + 4)
-    row = row_block * MASK_M + sub * BLOCK_M + tl.arange(0, BLOCK_M)
     row64 = row.to(tl.int64)
     x_base = X + b * stride_xb * UNIT + h * stride_xh * UNIT
     y_base = Y + b * stride_yb * UNIT + kh * stride_yh * UNIT
@@ -282,22 +288,11 @@ def _dx_kernel(
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STEP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
-    lane = tl.program_id(0) // (items * SUB_M)
-    item = tl.program_id(0) % (items * SUB_M) // SUB_M
-    sub = tl.program_id(0) % SUB_M
-    b = (lane // heads).to(tl.int64)
-    h = (lane % heads).to(tl.int64)
+    lane, b, h, row, first, middle, last, sign = _item(
+        ITEMS, PATTERN, stride_pb, stride_ph, heads, items, MASK_M, BLOCK_M
+    )
     kh = h // group
-    pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
-    entry = ITEMS + (pattern.to(tl.int64) * items + item) * 5
-    row_block = tl.load(entry)
-    first = tl.load(entry + 1)
-    middle = tl.load(entry + 2)
-    last = tl.load(entry + 3)
-    sign = tl.load(entry + 4)
-    row = row_block * MASK_M + sub * BLOCK_M + tl.arange(0, BLOCK_M)
     row64 = row.to(tl.int64)
     y_base = Y + b * stride_yb * UNIT + kh * stride_yh * UNIT
     v_base = V + b * stride_vb * UNIT + kh * stride_vh * UNIT
@@ -459,95 +454,6 @@ def _dyv_kernel(
     if D1 > 0:
         store_rows(dy_base, key, stride_dys, k_len, dy1, D0, D1, D, UNIT)
         store_rows(dv_base, key, stride_dvs, k_len, dv1, D0, D1, D, UNIT)
-
-
-# ---- work lists -------------------------------------------------------------------------------
-
-
-@dataclass
-class Listed:
-    """The key blocks that each row block lists, and with which sign they count.
-
-    ``pattern`` (Bp, Hp) int32; ``items`` (P, NQ, 5) int32: query block, first, middle and last entry (from
-    ``middle`` on, blocks may end with the keys), sign; the longest first. ``sign`` (P, NQ) int32.
-    """
-
-    pattern: Tensor
-    items: Tensor
-    sign: Tensor
-    rows: Csr
-    grid: tuple[int, int, int]  # patterns, query blocks, key blocks
-
-    def pairs(self, dims: list[int]) -> float:
-        """Count the query-key pairs of the lists, as an average over samples and heads."""
-        q_len, k_len, bm, bn = dims
-        no_tiles = torch.zeros(0, bm, bn, dtype=torch.bool, device=self.sign.device)
-        made = BlockMask(q_len, k_len, (bm, bn), self.pattern, *self.rows, no_tiles)
-        return made.density * q_len * k_len
-
-    @functools.cached_property
-    def columns(self) -> Csr:
-        """The entries by key blocks."""
-        return _csr.transpose(self.rows, *self.grid)
-
-    @functools.cached_property
-    def order(self) -> Tensor:
-        """(P, NK) int32 key blocks, the most used first."""
-        ptr = self.columns.row_ptr
-        used = (ptr[1:] - ptr[:-1]).view(self.grid[0], self.grid[2])
-        return used.argsort(dim=1, descending=True, stable=True).int().contiguous()
-
-
-_known: dict[tuple[int, bool], Listed] = {}
-
-
-def listed_of(
-    negligible: Tensor | None, mask: list[Tensor], dims: list[int], every: bool
-) -> Listed:
-    """The lists of a mask; kept if no negligible blocks, which may change in every call, are given."""
-    refusal = "the lists of linear attention are built"
-    if negligible is not None:
-        refuse_capture(mask[3].device, refusal)
-        return _make(negligible, mask, dims, every)
-    key = int(mask[6]), every
-    if key not in _known:
-        refuse_capture(mask[3].device, refusal)
-        _known[key] = _make(None, mask, dims, every)
-        weakref.finalize(mask[6], _known.pop, key, None)
-    return _known[key]
-
-
-def _make(negligible: Tensor | None, mask: list[Tensor], dims: list[int], every: bool) -> Listed:
-    made = BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask[:6])
-    nq, nk = made.grid
-    pattern = made.pattern
-    if every:  # nothing is left out
-        none = torch.zeros(nq, dtype=torch.int32, device=made.device)
-        empty = none[:1].clone()
-        rows = Csr(torch.cat([none, empty]), none, empty[:0], empty[:0])
-        return _listed(torch.zeros_like(pattern[:1, :1]), rows, -torch.ones_like(none)[None], nk)
-    count = made.row_ptr[1:] - made.row_ptr[:-1]
-    if negligible is None and int(count.max()) * 2 <= nk:
-        return _listed(pattern, made.csr, -torch.ones_like(count).view(-1, nq), nk)
-    marginal = marginal_blocks(made, negligible)
-    pattern = torch.arange(marginal.shape[0] * marginal.shape[1], device=made.device)
-    pattern = pattern.int().view(marginal.shape[:2])
-    marginal = marginal.flatten(0, 1)
-    added = marginal.sum(-1, keepdim=True) * 2 < nk
-    found = BlockMask.from_blocks(
-        torch.where(added, marginal, ~marginal)[None], q_len=dims[0], k_len=dims[1],
-        block=(dims[2], dims[3]), share=False,
-    )  # fmt: skip
-    return _listed(pattern, found.csr, torch.where(added, 1, -1).squeeze(-1).int(), nk)
-
-
-def _listed(pattern: Tensor, rows: Csr, sign: Tensor, columns: int) -> Listed:
-    patterns, nq = sign.shape
-    first, last = rows.row_ptr[:-1].view(-1, nq), rows.row_ptr[1:].view(-1, nq)
-    order = (last - first).argsort(dim=1, descending=True, stable=True)
-    facts = (first, rows.split.view(-1, nq), last, sign)
-    items = torch.stack([order.int(), *(t.gather(1, order) for t in facts)], -1).int().contiguous()
-    return Listed(pattern, items, sign.contiguous(), rows, (patterns, nq, columns))
 
 
 # ---- launches ---------------------------------------------------------------------------------
