@@ -470,6 +470,10 @@ def _configs(kernel: str, dim: int, bm: int, bn: int, kind: str) -> list[Config]
             tries = [(16, 16, 8, 1)] if width > 64 else [(16, 16, 8, 1), (32, 32, 8, 1)]
     elif kernel == "dyv":
         tries = [(32, 64, 8, 3), (32, 128, 8, 3)] if width <= 128 else [(16, 32, 8, 3)]
+        if 128 < width <= 160:  # larger tiles spill
+            tries = [(16, 16, 4, 3)]
+        if width == 128:  # the ptxas of Triton 3.6 serialises the next one
+            tries = [(32, 32, 4, 3), *tries]
         if width <= 64:
             tries = [(32, 64, 4, 3), (64, 64, 8, 3), (64, 128, 8, 3)]
     elif width <= 128:
