@@ -81,6 +81,7 @@ def site(
         qkv=lambda: (q, k, v),
         scale=dim**-0.5,
         prefix=prefix,
+        outputs=lambda: (q @ k.transpose(-2, -1) * dim**-0.5).softmax(-1) @ v,
     )
 
 

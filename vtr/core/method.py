@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vtr.core.calibration import Fingerprint
 from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap
+from vtr.core.trace import Trace
 from vtr.errors import UnsupportedMethodError
 
 PLACES: dict[str, tuple[str, ...]] = {
@@ -215,6 +216,18 @@ class Method:
     def calibrator(self, info: ModelInfo) -> Calibrator:
         """Return an object that measures the numbers of a calibrated method on one model."""
         raise NotImplementedError(f"{type(self).__name__} must define calibrator(info)")
+
+    def training_losses(self, trace: Trace, modules: nn.Module | None) -> dict[str, Tensor]:
+        """Return the terms that the paper adds to the loss for this method alone, by name.
+
+        Each is a scalar with gradients that has the paper's weight already. A budget on the cost and the
+        distillation of a teacher are the trainer's own (:mod:`vtr.train`).
+
+        Args:
+            trace: of the training call.
+            modules: the method's own, None without.
+        """
+        return {}
 
     def overhead(self, modules: nn.Module, tokens: int) -> int:
         """FLOPs of the method's own ``modules`` for a sample of ``tokens`` visual tokens."""

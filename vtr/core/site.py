@@ -22,7 +22,8 @@ _ATTENTION = frozenset({"queries", "keys", "values", "attention_received"})
 
 SIGNALS: dict[str, frozenset[str]] = {
     "image": frozenset({"hidden"}),
-    "encoder": _ATTENTION | {"hidden", "pixels", "cls_attention", "keys_of", "pooling"},
+    "encoder": _ATTENTION
+    | {"hidden", "pixels", "cls_attention", "head_outputs", "keys_of", "pooling"},
     "prompt": frozenset({"hidden", "text", "encoder_scores"}),
     "decoder": _ATTENTION | {"hidden", "text", "text_attention", "encoder_scores"},
     "attention": frozenset({"qkv", "denoising", "frames", "prompt", "hidden"}),
@@ -35,7 +36,7 @@ SIGNALS: dict[str, frozenset[str]] = {
 ``hidden``: the hidden states (of an attention call: those that enter its layer; of
 a KV cache: those that enter the attention module). ``pixels``: :attr:`Site.pixels`. ``queries``, ``keys``, ``values``, ``qkv``: those of
 the layer's attention. ``cls_attention``, ``attention_received``, ``pooling``: the methods of :class:`Site` of these
-names. ``keys_of``: :attr:`Site.keys_of`. ``text``: the hidden states of the text. ``text_attention``: attention
+names. ``head_outputs``: :attr:`Site.head_outputs`. ``keys_of``: :attr:`Site.keys_of`. ``text``: the hidden states of the text. ``text_attention``: attention
 of text to visual tokens. ``encoder_scores``: :meth:`LanguageSite.spread` works. ``frames``: the tokens have a time axis of several frames. ``denoising``: the attention is
 that of a diffusion transformer, in steps. ``prompt``: it is that of a language model, whose text and visual tokens
 are told apart. ``entries``: keys and values of each KV head, which may be dropped, merged or stored with fewer
@@ -158,6 +159,7 @@ class Site:
         crops: list[int] | None = None,
         pool: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         mask: Callable[[], Tensor | None] | None = None,
+        outputs: Callable[[], Tensor] | None = None,
     ) -> None:
         self.site = site
         self.layer = layer
@@ -179,6 +181,7 @@ class Site:
         self._pool = pool
         self._make_qkv = qkv
         self._make_mask = mask
+        self._make_outputs = outputs
         self._qkv: QKV | None = None
 
     @property
@@ -250,6 +253,14 @@ class Site:
     def values(self) -> Tensor:
         """(B, H, N, D) values of the visual tokens."""
         return self.qkv[2][:, :, self.prefix :]
+
+    @property
+    def head_outputs(self) -> Tensor:
+        """(B, H, N, D), what each head of the layer's attention returns for the visual tokens, before the
+        projection that joins the heads."""
+        if self._make_outputs is None:
+            raise RuntimeError(f"site {self.site}[{self.layer}] shows no outputs of heads")
+        return self._make_outputs()[:, :, self.prefix :]
 
     def attention_from(self, queries: Tensor, mask: Tensor | None = None) -> Tensor:
         """Softmax rows of ``queries`` (B, H, R, D) over all keys: (B, H, R, prefix + N) float32.

@@ -46,6 +46,24 @@ class StageRecord:
 
 
 @dataclass(eq=False)
+class PolicyRecord:
+    """A policy that a method has given the tokens of an encoder in training.
+
+    Attributes:
+        layer, place: 0-based block, and ``middle`` or ``end``: from there on the policy holds, until the
+            next record.
+        method: name of the method.
+        policy: (B, N) weights in [0, 1] of the tokens of the model's input, with gradients; None if from here
+            on all count again.
+    """
+
+    layer: int
+    place: str
+    method: str
+    policy: Tensor | None
+
+
+@dataclass(eq=False)
 class Trace:
     """Everything that happened in one call of a wrapped model.
 
@@ -55,12 +73,15 @@ class Trace:
             and its second half (MLP): ``tokens["encoder"][layer] == (before, after)``. At ``"kv"``, the entries
             of the KV head that holds most, before and after a choice.
         batch: samples in the call.
+        policies: what methods decided in training, when every token goes through every block, in order.
+            Their tensors hold the graph of the call until the next one.
     """
 
     stages: list[StageRecord] = field(default_factory=list)
     tokens: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
     batch: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+    policies: list[PolicyRecord] = field(default_factory=list)
 
     def count(self, site: str, layer: int, before: int, after: int) -> None:
         self.tokens.setdefault(site, {})[layer] = (before, after)

@@ -21,15 +21,17 @@ class Probe:
         policy: (B, T) key weights for training (see :func:`policy_attention`), or None.
         qkv: the (B, H, T, D) tensors of the call, after norms and rotary embedding.
         scale: the factor of the logits.
+        out: (B, H, T, D), what each head returns, before the projection that joins the heads.
     """
 
-    __slots__ = ("key_bias", "policy", "qkv", "scale")
+    __slots__ = ("key_bias", "out", "policy", "qkv", "scale")
 
     def __init__(self, key_bias: Tensor | None = None, policy: Tensor | None = None) -> None:
         self.key_bias = key_bias
         self.policy = policy
         self.qkv: tuple[Tensor, Tensor, Tensor] | None = None
         self.scale: float | None = None
+        self.out: Tensor | None = None
 
     def attend(
         self,
@@ -44,13 +46,28 @@ class Probe:
         fused: bool = True,
         drop: nn.Module | None = None,
     ) -> Tensor:
-        """Attention output (B, H, T, D); remembers q, k, v.
+        """Attention output (B, H, T, D); remembers it with q, k, v.
 
         ``drop`` is the model's own dropout module. It is called with the weights if they are computed
         (``fused=False``), so that its hooks see them.
         """
         self.qkv = (q, k, v)
         self.scale = scale
+        self.out = self._attend(q, k, v, mask, dropout_p, scale, is_causal, fused, drop)
+        return self.out
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout_p: float,
+        scale: float | None,
+        is_causal: bool,
+        fused: bool,
+        drop: nn.Module | None,
+    ) -> Tensor:
         if is_causal and mask is None and (self.policy is not None or self.key_bias is not None):
             tokens = q.shape[2]
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from vtr.core.site import ModelInfo
 from vtr.vision.encoders.blocks import BlockRunner
 
-ATTENTION_SIGNALS = frozenset({"hidden", "queries", "keys", "values", "attention_received"})
+ATTENTION_SIGNALS = frozenset(
+    {"hidden", "queries", "keys", "values", "attention_received", "head_outputs"}
+)
 
 
 def encoder_info(

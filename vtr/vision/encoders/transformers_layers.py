@@ -107,6 +107,7 @@ class LayerRunner(BlockRunner):
                 mask = bias if mask is None else bias + _additive(mask, q.dtype)
             call = attention_function(core, implementation)
             out, weights = call(core, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
+            probe.out = out.transpose(1, 2)
         else:
             if mask is not None and mask.dim() == 2:  # flash attention's (B, T) of valid keys
                 mask = mask[:, None, None, :].bool()

@@ -11,7 +11,7 @@ from vtr.core.method import Reduction
 from vtr.core.recompute import repeated
 from vtr.core.site import Site
 from vtr.core.tokens import TokenMap
-from vtr.core.trace import StageRecord
+from vtr.core.trace import PolicyRecord, StageRecord
 from vtr.core.wrapping import Entry
 from vtr.vision.encoders.attention import Probe
 from vtr.vision.encoders.blocks import EncoderRun
@@ -46,7 +46,7 @@ def visit(
         elif run.watched:
             run.cuts[at] = None if reduction is None else reduction.map
         if reduction is not None:
-            x = _commit(session, run, entry, layer, x, reduction)
+            x = _commit(session, run, entry, layer, place, x, reduction)
     return x
 
 
@@ -64,10 +64,10 @@ def _site(
     if now is None:
         now = TokenMap.identity(run.batch, run.tokens, x.device)
 
-    def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    def opened() -> Probe:
         if layer not in session.probed and session.runners[layer].split:
             raise RuntimeError(
-                f"{entry.method.name} reads q, k or v of block {layer}, which it has not asked for: name the "
+                f"{entry.method.name} reads the attention of block {layer}, which it has not asked for: name the "
                 f'signal in its needs, such as needs = {{"encoder": frozenset({{"keys"}})}}'
             )
         if probe is None or probe.qkv is None or probe.qkv[1].shape[2] != x.shape[1]:
@@ -75,7 +75,17 @@ def _site(
                 f"{entry.method.name} looks at the attention of block {layer}, which another "
                 "method has shortened before: give them different layers, or apply one of them"
             )
-        return probe.qkv
+        return probe
+
+    def qkv() -> tuple[Tensor, Tensor, Tensor]:
+        found = opened().qkv
+        assert found is not None
+        return found
+
+    def outputs() -> Tensor:
+        found = opened().out
+        assert found is not None
+        return found
 
     return Site(
         site="encoder",
@@ -98,6 +108,7 @@ def _site(
         crops=run.crops,
         pool=Pooling(session.tower) if has_pooling(session.tower) else None,
         mask=lambda: session.runners[layer].mask(kwargs),
+        outputs=outputs,
     )
 
 
@@ -106,11 +117,15 @@ def _commit(
     run: EncoderRun,
     entry: Entry,
     layer: int,
+    place: str,
     x: Tensor,
     reduction: Reduction,
 ) -> Tensor:
     p = session.prefix
     if reduction.map is None:  # nothing moves: new values, or a policy for training
+        if reduction.policy is not None or run.policy is not None:
+            record = PolicyRecord(layer, place, entry.method.name, reduction.policy)
+            run.trace.policies.append(record)
         run.policy = reduction.policy
         return x if reduction.tokens is None else torch.cat([x[:, :p], reduction.tokens], 1)
     step = reduction.map
