@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import vtr
 from tests.tiny import images, spread, vit
-from vtr.methods.tofe import Approximator, Predictor, ToFeModules
+from vtr.methods.common.predictor import Predictor
+from vtr.methods.tofe import Approximator, ToFeModules
 
 
 def attention(block: Any, h: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

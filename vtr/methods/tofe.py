@@ -24,6 +24,7 @@ from vtr.core.registry import register
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.kernels import attention_rows
+from vtr.methods.common.predictor import Predictor, load_modules
 
 
 @register
@@ -38,9 +39,9 @@ class ToFe(TokenMethod):
 
     The paper discloses neither layer sizes nor the exact approximator, losses or schedule. Our
     reading: a predictor of DynamicViT's shape (half local, half mean over the active tokens; see
-    :class:`Predictor`), an approximator x + W2 GELU(W1 LN(x)) of width C / 4 per stage with W2
-    starting at zero, decisions before blocks L/4, L/2, 3L/4, straight-through Gumbel softmax in
-    training, and the budget loss in :mod:`vtr.train.tofe`.
+    :class:`vtr.methods.common.predictor.Predictor`), an approximator x + W2 GELU(W1 LN(x)) of width C / 4
+    per stage with W2 starting at zero, decisions before blocks L/4, L/2, 3L/4, straight-through Gumbel
+    softmax in training, and the budget loss in :mod:`vtr.train.tofe`.
 
     Without training (``trained=False``; ours, not in the paper) the score is the class token's
     attention to the keys of all tokens, those of frozen tokens computed from the features that they were
@@ -221,34 +222,6 @@ class ToFe(TokenMethod):
         return Reduction(None, tokens=x, policy=keep)
 
 
-class Predictor(nn.Module):
-    """DynamicViT's prediction module (arXiv 2106.02034, section 3.2), as ToFe's here.
-
-    LayerNorm, Linear(C, C), GELU; the second half of the channels is replaced by its mean over the
-    active tokens; Linear(C, C/2), GELU, Linear(C/2, C/4), GELU, Linear(C/4, 2), softmax.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.head = nn.Sequential(
-            nn.Linear(dim, dim // 2),
-            nn.GELU(),
-            nn.Linear(dim // 2, dim // 4),
-            nn.GELU(),
-            nn.Linear(dim // 4, 2),
-        )
-
-    def forward(self, x: Tensor, active: Tensor) -> Tensor:
-        """x (B, N, C), active (B, N) in [0, 1] -> (B, N, 2) float32: chances to keep, to freeze."""
-        h = self.embed(x.to(next(self.parameters()).dtype))
-        local, shared = h.chunk(2, -1)
-        weight = active.to(h.dtype)[..., None]
-        mean = (shared * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1e-6)
-        h = torch.cat([local, mean.expand_as(shared)], -1)
-        return self.head(h).float().softmax(-1)
-
-
 class Approximator(nn.Module):
     """x + W2 GELU(W1 LN(x)), width C/4; the identity before training."""
 
@@ -275,18 +248,7 @@ class ToFeModules(nn.Module):
 
     def load(self, weights: str) -> None:
         """Load a safetensors file, or built-in modules by name; raises ``ValueError`` on a misfit."""
-        from safetensors.torch import load_file
-
-        from vtr.zoo import weights_path
-
-        path = weights_path(weights)
-        state = {k: v.float() for k, v in load_file(str(path)).items()}
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{weights}: trained for another width or number of stages ({error})"
-            ) from error
+        load_modules(self, weights)
 
     def __iter__(self) -> Iterator[nn.Module]:
         yield from self.predictors
