@@ -109,6 +109,8 @@ class Reduction(NamedTuple):
             of the tokens before each of them covers.
         keep_norm: a slot of several tokens gets the largest of their norms, in the direction of their mean
             (MLERP of Token Fusion, WACV 2024, arXiv 2312.01026). Needs ``weights``.
+        front: (B, prefix, C), new hidden states of the protected tokens of an encoder; None leaves them.
+            Beside a map it needs ``tokens``.
         merging: at the site ``block``, what merges and restores in place of ``map``, which then says for each
             token where most of it went.
     """
@@ -122,6 +124,7 @@ class Reduction(NamedTuple):
     grid: tuple[int, int] | None = None
     keep_norm: bool = False
     merging: Merging | None = None
+    front: Tensor | None = None
 
 
 class Calibrator(Protocol):

@@ -117,6 +117,8 @@ class Site:
         hidden: (B, N, C) hidden states of the visual tokens here (after the attention residual at
             the ``middle`` of an encoder block, the block's output at its ``end``; C is 0 at the site
             ``image``, which has no features yet).
+        front: (B, prefix, C) hidden states of the protected tokens in front of them (class token, registers)
+            in an encoder, else None. A method that computes new ones returns them as ``Reduction.front``.
         n, batch, device: sizes.
         map: TokenMap from the tokens of the model's input to the tokens here.
         size: (B, N) float32, number of input tokens in each one.
@@ -160,11 +162,13 @@ class Site:
         pool: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         mask: Callable[[], Tensor | None] | None = None,
         outputs: Callable[[], Tensor] | None = None,
+        front: Tensor | None = None,
     ) -> None:
         self.site = site
         self.layer = layer
         self.info = info
         self.hidden = hidden
+        self.front = front
         self.map = map
         self.memory = memory
         self.valid = valid

@@ -189,7 +189,7 @@ def keep_best(site: Site, score: Tensor, number: int | Tensor) -> Reduction:
     return Reduction(TokenMap.keep(kept, site.n, has_padding))
 
 
-def prune(site: Site, score: Tensor, number: Tensor) -> Reduction | None:
-    """Keep the ``number[b]`` best tokens of each sample by ``score`` (B, N); None if that is all."""
+def prune(site: Site, score: Tensor, number: int | Tensor) -> Reduction | None:
+    """Keep the ``number`` (or ``number[b]``) best tokens of each sample by ``score`` (B, N); None if that is all."""
     wanted = to_keep(site, number)
     return None if wanted is None else keep_best(site, score, wanted)

@@ -92,6 +92,7 @@ def _site(
         layer=layer,
         info=session.owner.info,
         hidden=hidden,
+        front=x[:, : session.prefix],
         map=now,
         memory=run.memory.setdefault(session.owner.entries.index(entry), {}),
         valid=now.valid if now.has_padding else None,
@@ -122,19 +123,23 @@ def _commit(
     reduction: Reduction,
 ) -> Tensor:
     p = session.prefix
+    front = x[:, :p] if reduction.front is None else reduction.front.to(x.dtype)
     if reduction.map is None:  # nothing moves: new values, or a policy for training
         if reduction.policy is not None or run.policy is not None:
             record = PolicyRecord(layer, place, entry.method.name, reduction.policy)
             run.trace.policies.append(record)
         run.policy = reduction.policy
-        return x if reduction.tokens is None else torch.cat([x[:, :p], reduction.tokens], 1)
+        if reduction.tokens is None and reduction.front is None:
+            return x
+        tokens = x[:, p:] if reduction.tokens is None else reduction.tokens
+        return torch.cat([front, tokens], 1)
     step = reduction.map
     if run.restoring:
         run.base = run.widened(x)
     before = x.shape[1] - p
     whole = step.with_prefix(p)
     if reduction.tokens is not None:
-        x = torch.cat([x[:, :p], reduction.tokens.to(x.dtype)], 1)
+        x = torch.cat([front, reduction.tokens.to(x.dtype)], 1)
     elif reduction.weights is None:
         x = whole.gather(x)
     else:
