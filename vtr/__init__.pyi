@@ -35,8 +35,10 @@ from vtr.inspect.profile import profile as profile
 from vtr.inspect.sinks import sinks as sinks
 from vtr.methods.a2sf import A2SF as A2SF
 from vtr.methods.act import ACT as ACT
+from vtr.methods.adaptive_sparse_vit import AdaptiveSparseViT as AdaptiveSparseViT
 from vtr.methods.adaspa import AdaSpa as AdaSpa
 from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
+from vtr.methods.avit import AViT as AViT
 from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
 from vtr.methods.cls_attention import CLSAttention as CLSAttention
@@ -51,6 +53,7 @@ from vtr.methods.divprune import DivPrune as DivPrune
 from vtr.methods.downsample import Downsample as Downsample
 from vtr.methods.draft_attention import DraftAttention as DraftAttention
 from vtr.methods.dycoke import DyCoke as DyCoke
+from vtr.methods.dynamicvit import DynamicViT as DynamicViT
 from vtr.methods.ems import EMS as EMS
 from vtr.methods.evit import EViT as EViT
 from vtr.methods.evs import EVS as EVS

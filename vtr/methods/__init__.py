@@ -11,7 +11,9 @@ from typing import Any
 TABLE: dict[str, str] = {
     "A2SF": "a2sf",
     "ACT": "act",
+    "AViT": "avit",
     "AdaSpa": "adaspa",
+    "AdaptiveSparseViT": "adaptive_sparse_vit",
     "AnchorAttention": "anchor_attention",
     "CLSAttention": "cls_attention",
     "CMAI": "cmai",
@@ -25,6 +27,7 @@ TABLE: dict[str, str] = {
     "Downsample": "downsample",
     "DraftAttention": "draft_attention",
     "DyCoke": "dycoke",
+    "DynamicViT": "dynamicvit",
     "EMS": "ems",
     "EVS": "evs",
     "EViT": "evit",
