@@ -382,7 +382,14 @@ TOWERS: dict[str, tuple[str, int, bool]] = {
     "DINOv3ViTModel": ("model.layer", 1, True),
     "DINOv3ViTBackbone": ("model.layer", 1, True),
     "InternVLVisionModel": ("encoder.layer", 1, True),
+    "EomtForUniversalSegmentation": ("layers", 1, True),
+    "EomtDinov3ForUniversalSegmentation": ("layers", 1, True),
 }
+#: Those of :data:`TOWERS` that reshape hidden states to grids.
+GRIDS = tuple(name for name in TOWERS if name.endswith("Backbone") or name.startswith("Eomt"))
+#: Towers of :data:`TOWERS` that put learned queries in front of the sequence before their last blocks: names in the
+#: configuration of the number of queries and of those blocks.
+QUERIES = ("num_queries", "num_blocks")
 
 # class around a tower -> (its attribute, what it does with the sequence). "mean": its classifier reads
 # the mean of the visual tokens (behind the class token, if it reads that too); "grid": it reshapes

@@ -134,6 +134,7 @@ class Site:
             signal ``pixels``; else None.
         crops: in a vision tower the number of rows of the batch that each image (its crops) or video (its
             frames) has, in order; else None.
+        cls: place of the class token among the protected tokens.
         mask: () -> mask or bias that this layer's attention adds for the model's input, (B or 1, H or 1,
             T or 1, T) with T prefix and visual tokens, additive or bool (True is seen); or None.
     """
@@ -163,6 +164,7 @@ class Site:
         mask: Callable[[], Tensor | None] | None = None,
         outputs: Callable[[], Tensor] | None = None,
         front: Tensor | None = None,
+        cls: int = 0,
     ) -> None:
         self.site = site
         self.layer = layer
@@ -186,6 +188,7 @@ class Site:
         self._make_qkv = qkv
         self._make_mask = mask
         self._make_outputs = outputs
+        self.cls = cls
         self._qkv: QKV | None = None
 
     @property
@@ -327,8 +330,9 @@ class Site:
         The row is normalised over all keys, the class token's own included (EViT, section 3.1 of
         arXiv 2202.07800); it is not normalised again. One row per head: O(N).
         """
-        first = torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
-        row = self.attention_from(self.qkv[0][:, :, :1], self.mask_rows(first))
+        first = torch.full((self.batch, 1), self.cls, device=self.device)
+        query = self.qkv[0][:, :, self.cls : self.cls + 1]
+        row = self.attention_from(query, self.mask_rows(first))
         row = row[:, :, 0, self.prefix :]
         return row if per_head else row.mean(1)
 

@@ -226,12 +226,13 @@ def flow_scores(site: Site) -> tuple[Tensor, Tensor]:
     if site.info.has_cls:
         r = _share(site.cls_attention(), valid)
         seen = site.padding_bias
-        rows = site.mask_rows(torch.zeros_like(site.index[:, :1]))
+        rows = site.mask_rows(torch.full_like(site.index[:, :1], site.cls))
         if rows is not None:  # a token hidden from the class token shares nothing with it
             hidden = (rows[:, :, 0] == -float("inf")).all(1)
             seen = hidden.new_zeros(hidden.shape, dtype=torch.float32) if seen is None else seen
             seen = seen.masked_fill(hidden, -float("inf"))
-        s = attention_rows(v[:, :, :1], v, scale=1.0, bias=seen)[:, :, 0, p:].mean(1)
+        own = v[:, :, site.cls, None]
+        s = attention_rows(own, v, scale=1.0, bias=seen)[:, :, 0, p:].mean(1)
         relevance = r + _share(s, valid)
     else:
         if valid is None:

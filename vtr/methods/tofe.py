@@ -196,9 +196,9 @@ class ToFe(TokenMethod):
         frozen = frozen[:, : site.map.n_in - site.map.n_out]
         stale = site.keys_of(take(buffer, frozen).to(site.hidden.dtype), frozen)
         index = torch.cat([site.index, frozen], 1)
-        mask = site.mask_rows(torch.zeros_like(index[:, :1]), index)
+        mask = site.mask_rows(torch.full_like(index[:, :1], site.cls), index)
         keys = torch.cat([k, stale.to(k.dtype)], 2)
-        row = attention_rows(q[:, :, :1], keys, scale=site.scale, bias=mask)
+        row = attention_rows(q[:, :, site.cls, None], keys, scale=site.scale, bias=mask)
         row = row[:, :, 0, site.prefix :].mean(1)
         return torch.empty_like(row).scatter(1, index, row)
 

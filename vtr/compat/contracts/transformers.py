@@ -324,6 +324,8 @@ _LAYER_CLASSES: dict[str, tuple[str, tuple[str, str, str], tuple[str, ...]]] = {
         ("mlp", *_DINO_PARTS),
     ),
     "DINOv3ViTLayer": ("dinov3_vit", names.DINO_LAYER, ("mlp", *_DINO_PARTS)),
+    "EomtLayer": ("eomt", names.DINO_LAYER, ("mlp", *_DINO_PARTS)),
+    "EomtDinov3Layer": ("eomt_dinov3", names.DINO_LAYER, ("mlp", *_DINO_PARTS)),
     "VJEPA2Layer": ("vjepa2", names.DINO_LAYER, ("mlp", "drop_path")),
 }
 
@@ -336,6 +338,8 @@ def _towers() -> Iterator[Expectation]:
         parts: tuple[str, ...] = ()
         if name not in names.VIDEO_TOWERS:
             parts = names.GIVEN_PIXELS[:1]
+            if name.startswith("Eomt"):
+                parts += tuple(f"config.{n}" for n in (*names.QUERIES, "num_register_tokens"))
         yield Expectation(where, used, built=(path, "config.hidden_size", *parts))
     for name, (attribute, use) in {**names.AROUND, **names.VIDEO_AROUND}.items():
         used = _VIDEO if name in names.VIDEO_AROUND else _TOWERS

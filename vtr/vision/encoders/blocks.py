@@ -29,6 +29,8 @@ class BlockRunner:
 
     #: whether the block can be cut between attention and MLP, and shows q, k, v
     split = True
+    #: protected tokens that the model puts in front of the sequence at a later block, and are there at this one
+    more = 0
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block

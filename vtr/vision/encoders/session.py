@@ -191,15 +191,16 @@ class EncoderSession(Threaded):
         compiling = torch.compiler.is_compiling()
         if not compiling and run.first is None:
             self.passes.watch(run, layer, x)
+        run.prefix = self.prefix + runner.more
         self._expect(run, x, layer)
         if run.restoring:
             x = run.short(x)
         given, kwargs = kwargs, runner.narrow(kwargs, run)
         probe = self._probe(run, layer)
         x = runner.attend(x, probe, kwargs)
-        before = x.shape[1] - self.prefix
+        before = x.shape[1] - run.prefix
         x = visit(self, run, layer, "middle", x, probe, given)
-        after = x.shape[1] - self.prefix
+        after = x.shape[1] - run.prefix
         x = runner.feed(x, kwargs)
         x = visit(self, run, layer, "end", x, probe, given)
         run.trace.count("encoder", layer, before, after)
@@ -264,10 +265,10 @@ class EncoderSession(Threaded):
         now = run.tokens if run.map is None or run.restoring else run.map.n_out
         if run.restoring and run.image is not None and layer > 0:
             now = run.image.map.n_in
-        if x.shape[1] != now + self.prefix or x.shape[0] != run.batch:
+        if x.shape[1] != now + run.prefix or x.shape[0] != run.batch:
             raise RuntimeError(
                 f"block {layer} got a sequence of shape {tuple(x.shape)}, expected "
-                f"({run.batch}, {now + self.prefix}, ...): was the model changed between its blocks, or "
+                f"({run.batch}, {now + run.prefix}, ...): was the model changed between its blocks, or "
                 "called inside its own call?"
             )
         if run.map is not None and run.map.kept.device != x.device:
@@ -287,12 +288,12 @@ class EncoderSession(Threaded):
             return None
         bias = policy = None
         if run.map is not None and has_padding:  # padding has size 0, so that its bias is -inf
-            sizes = run.map.with_prefix(self.prefix).size
+            sizes = run.map.with_prefix(run.prefix).size
             bias = (sizes if layer in self.biased and run.merged else sizes.clamp(max=1)).log()
         elif run.map is not None and layer in self.biased and run.merged:
-            bias = run.map.with_prefix(self.prefix).size.log()
+            bias = run.map.with_prefix(run.prefix).size.log()
         if run.policy is not None:
-            ones = run.policy.new_ones(run.batch, self.prefix)
+            ones = run.policy.new_ones(run.batch, run.prefix)
             policy = torch.cat([ones, run.policy], 1)
         if bias is None and policy is None and layer not in self.probed:
             return None
@@ -335,8 +336,9 @@ class EncoderSession(Threaded):
         dense = reduced = 0
         for layer, runner in enumerate(self.runners):
             before, after = counted.get(layer, (tokens, tokens))
-            dense += runner.flops(whole + self.prefix, whole + self.prefix)
-            reduced += runner.flops(before + self.prefix, after + self.prefix)
+            prefix = self.prefix + runner.more
+            dense += runner.flops(whole + prefix, whole + prefix)
+            reduced += runner.flops(before + prefix, after + prefix)
         for entry in self.owner.active:
             worked = root.training or any(s.method == entry.method.name for s in trace.stages)
             if entry.modules is not None and worked:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vtr.compat.tested import explain
 from vtr.compat.torch import kind_of
-from vtr.compat.transformers import AROUND, GIVEN_PIXELS, INTERPOLATES, TIMM, TOWERS
+from vtr.compat.transformers import AROUND, GIVEN_PIXELS, GRIDS, INTERPOLATES, QUERIES, TIMM, TOWERS
 from vtr.core.wrapping import Bound, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 from vtr.vision.encoders.blocks import BlockRunner, place_forward
@@ -80,9 +80,14 @@ def tower_parts(tower: nn.Module) -> Parts:
         )
     path, prefix, has_cls = TOWERS[name]
     config: Any = tower.config
-    if "DINOv3" in name or "WithRegisters" in name:
+    if "DINOv3" in name or "WithRegisters" in name or "Eomt" in name:
         prefix += config.num_register_tokens
     runners = layer_runners(tower, name, path, prefix)
+    if "Eomt" in name:
+        queries, blocks = (getattr(config, n) for n in QUERIES)
+        for runner in runners[len(runners) - blocks :]:
+            runner.more = queries
+            runner.prefix += queries
     return Parts(runners, prefix, has_cls, config.hidden_size, runners[0].heads, _tokens(config))
 
 
@@ -116,7 +121,7 @@ class TransformersWrapping(EncoderWrapping):
 
     def __init__(self, root: Any) -> None:
         self.tower, self.use = _split(root)
-        self.reshapes = self.use == "grid" or type(self.tower).__name__.endswith("Backbone")
+        self.reshapes = self.use == "grid" or class_named(self.tower, GRIDS) is not None
         parts = tower_parts(self.tower)
         family, size = f"transformers {type(root).__name__}", fixed_size(self.tower)
         super().__init__(root, family, **parts._asdict(), tower=self.tower, fixed_size=size)

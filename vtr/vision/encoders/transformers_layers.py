@@ -308,6 +308,8 @@ LAYERS: dict[str, type[LayerRunner]] = {
     "Dinov2Layer": DinoLayer,
     "Dinov2WithRegistersLayer": DinoLayer,
     "DINOv3ViTLayer": DinoLayer,
+    "EomtLayer": DinoLayer,
+    "EomtDinov3Layer": DinoLayer,
     "InternVLVisionLayer": InternVLLayer,
     "VideoMAELayer": VideoMAELayer,
     "VivitLayer": ViTLayer,

@@ -59,7 +59,7 @@ def _site(
     probe: Probe | None,
     kwargs: dict[str, Any],
 ) -> Site:
-    hidden = x[:, session.prefix :]
+    hidden = x[:, run.prefix :]
     now = run.map
     if now is None:
         now = TokenMap.identity(run.batch, run.tokens, x.device)
@@ -92,14 +92,14 @@ def _site(
         layer=layer,
         info=session.owner.info,
         hidden=hidden,
-        front=x[:, : session.prefix],
+        front=x[:, : run.prefix],
         map=now,
         memory=run.memory.setdefault(session.owner.entries.index(entry), {}),
         valid=now.valid if now.has_padding else None,
         grid=run.grid,
         qkv=qkv,
         scale=None if probe is None else probe.scale,
-        prefix=session.prefix,
+        prefix=run.prefix,
         key_bias=None if probe is None else probe.key_bias,
         training=run.training,
         modules=entry.modules_like(x),
@@ -110,6 +110,7 @@ def _site(
         pool=Pooling(session.tower) if has_pooling(session.tower) else None,
         mask=lambda: session.runners[layer].mask(kwargs),
         outputs=outputs,
+        cls=session.runners[layer].more,
     )
 
 
@@ -122,7 +123,7 @@ def _commit(
     x: Tensor,
     reduction: Reduction,
 ) -> Tensor:
-    p = session.prefix
+    p = run.prefix
     front = x[:, :p] if reduction.front is None else reduction.front.to(x.dtype)
     if reduction.map is None:  # nothing moves: new values, or a policy for training
         if reduction.policy is not None or run.policy is not None:
