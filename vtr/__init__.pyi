@@ -37,6 +37,7 @@ from vtr.methods.a2sf import A2SF as A2SF
 from vtr.methods.act import ACT as ACT
 from vtr.methods.adaptive_sparse_vit import AdaptiveSparseViT as AdaptiveSparseViT
 from vtr.methods.adaspa import AdaSpa as AdaSpa
+from vtr.methods.algm import ALGM as ALGM
 from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
 from vtr.methods.avit import AViT as AViT
 from vtr.methods.base import AttentionMethod as AttentionMethod
@@ -52,6 +53,7 @@ from vtr.methods.dhsa import DHSA as DHSA
 from vtr.methods.divprune import DivPrune as DivPrune
 from vtr.methods.downsample import Downsample as Downsample
 from vtr.methods.draft_attention import DraftAttention as DraftAttention
+from vtr.methods.dtop import DToP as DToP
 from vtr.methods.dycoke import DyCoke as DyCoke
 from vtr.methods.dynamicvit import DynamicViT as DynamicViT
 from vtr.methods.ems import EMS as EMS

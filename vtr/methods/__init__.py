@@ -11,6 +11,7 @@ from typing import Any
 TABLE: dict[str, str] = {
     "A2SF": "a2sf",
     "ACT": "act",
+    "ALGM": "algm",
     "AViT": "avit",
     "AdaSpa": "adaspa",
     "AdaptiveSparseViT": "adaptive_sparse_vit",
@@ -22,6 +23,7 @@ TABLE: dict[str, str] = {
     "DAMRO": "damro",
     "DELTA": "delta",
     "DHSA": "dhsa",
+    "DToP": "dtop",
     "Debias": "debias",
     "DivPrune": "divprune",
     "Downsample": "downsample",

@@ -98,11 +98,15 @@ class AdaptiveSparseViT(TokenMethod):
             if self.layers is not None and len(self.thresholds) != len(self.layers):
                 raise ValueError(f"thresholds must have one number per layer of {self.layers}")
             if self.weights is not None:
-                raise ValueError("thresholds are where training starts: leave them out with weights")
+                raise ValueError(
+                    "thresholds are where training starts: leave them out with weights"
+                )
         if self.counts not in ("own", "calibrated"):
             raise ValueError(f"counts must be 'own' or 'calibrated', got {self.counts!r}")
         if self.accumulate not in _START:
-            raise ValueError(f"accumulate must be one of {', '.join(_START)}, got {self.accumulate!r}")
+            raise ValueError(
+                f"accumulate must be one of {', '.join(_START)}, got {self.accumulate!r}"
+            )
         check_count(self.least, "least", low=0)
         check_number(self.tau, "tau", 1e-12, 1.0)
 
@@ -134,7 +138,9 @@ class AdaptiveSparseViT(TokenMethod):
             first, step = _START[self.accumulate]
             start = tuple((first + step * i) * 196 / (info.tokens or 196) for i in range(stages))
         if len(start) != stages:
-            raise ValueError(f"thresholds has {len(start)} entries for the {stages} layers to cut at")
+            raise ValueError(
+                f"thresholds has {len(start)} entries for the {stages} layers to cut at"
+            )
         modules = Thresholds(start)
         if self.weights is not None:
             modules.load(self.weights)

@@ -194,5 +194,7 @@ class DynamicViT(TokenMethod):
         wanted = [n / tokens for n in self.numbers(tokens, len(masks))]
         if isinstance(self.keep, float):
             wanted = [self.keep ** (t + 1) for t in range(len(masks))]
-        terms = [(m.mean(1) - share).square().mean() for m, share in zip(masks, wanted, strict=True)]
+        terms = [
+            (m.mean(1) - share).square().mean() for m, share in zip(masks, wanted, strict=True)
+        ]
         return {"ratio": self.ratio_weight * torch.stack(terms).mean()}

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-
 @dataclass(eq=False)
 class Halting:
     """The state of halting behind a layer, for the T tokens of the input: protected ones, then visual ones.

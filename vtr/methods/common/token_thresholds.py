@@ -58,7 +58,9 @@ class Thresholds(TokenModules):
         soft = ((score - self.theta[stage]) / tau).sigmoid()
         hard = (score > self.theta[stage]).to(soft.dtype)
         if least:
-            best = torch.sort(score.detach(), dim=1, descending=True, stable=True).indices[:, :least]
+            best = torch.sort(score.detach(), dim=1, descending=True, stable=True).indices[
+                :, :least
+            ]
             hard = hard.scatter(1, best, 1.0)
         return hard - soft.detach() + soft
 
