@@ -113,6 +113,9 @@ class Reduction(NamedTuple):
             Beside a map it needs ``tokens``.
         merging: at the site ``block``, what merges and restores in place of ``map``, which then says for each
             token where most of it went.
+        mass: (B, N_out) float32, above 0, by how much each token here counts as a key and in a pooling in
+            place of its size, from here on (DiffRate, whose merged tokens count by their similarity). Later
+            merges add it up. Needs an encoder and ``size_weighted``.
     """
 
     map: TokenMap | None
@@ -125,6 +128,7 @@ class Reduction(NamedTuple):
     keep_norm: bool = False
     merging: Merging | None = None
     front: Tensor | None = None
+    mass: Tensor | None = None
 
 
 class Calibrator(Protocol):
@@ -189,11 +193,13 @@ class Method:
 
     def __str__(self) -> str:
         """The method with those options that differ from their defaults: ``EViT(keep=0.5)``."""
-        shown = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if f.init and getattr(self, f.name) != f.default
-        ]
+        shown = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            # One token (1) is not all of them (1.0).
+            other = value != f.default or isinstance(value, int) != isinstance(f.default, int)
+            if f.init and other:
+                shown.append(f"{f.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def _set(self, field: str, value: object) -> None:
@@ -289,6 +295,7 @@ class TokenMethod(Method):
 
     Class attributes:
         size_weighted: tokens count by their sizes when the model pools them (merging methods).
+        drops: whether a size-weighted method drops tokens as well, which then count nowhere.
         rejoins: all tokens of an encoder are there again behind it, so that nothing there has to know of
             its cuts. May be a property, as may be the next one.
         data_dependent: the number of tokens left depends on the image. No graph of fixed sizes can hold
@@ -300,6 +307,7 @@ class TokenMethod(Method):
     """
 
     size_weighted: ClassVar[bool] = False
+    drops: ClassVar[bool] = False
     rejoins: ClassVar[bool] = False
     data_dependent: ClassVar[bool] = False
     carries_gradients: ClassVar[bool] = False

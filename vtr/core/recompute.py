@@ -188,7 +188,7 @@ def repeated(
             return reduction
     elif made.n_out == first.n_out and made.has_padding == first.has_padding:
         free = reduction.weights is None or reduction.weights is sizes
-        if free and reduction.tokens is None:
+        if free and reduction.tokens is None and reduction.mass is None:
             return reduction._replace(map=first)
         if torch.equal(made.kept, first.kept) and torch.equal(made.source, first.source):
             return reduction

@@ -122,6 +122,8 @@ class Site:
         n, batch, device: sizes.
         map: TokenMap from the tokens of the model's input to the tokens here.
         size: (B, N) float32, number of input tokens in each one.
+        mass: (B, N) float32, by how much each one counts as a key and in a pooling if sizes count: the size, or
+            what a method gave in its place (:attr:`vtr.Reduction.mass`).
         valid: (B, N) bool or None (all), False for padding.
         grid: (height, width) of the model's input in tokens, or None.
         memory: this method's own dict for this call, shared by all its stages.
@@ -165,6 +167,7 @@ class Site:
         outputs: Callable[[], Tensor] | None = None,
         front: Tensor | None = None,
         cls: int = 0,
+        mass: Tensor | None = None,
     ) -> None:
         self.site = site
         self.layer = layer
@@ -184,6 +187,7 @@ class Site:
         self.notes = {} if notes is None else notes
         self.pixels = pixels
         self.crops = crops
+        self.mass = map.size if mass is None else mass
         self._pool = pool
         self._make_qkv = qkv
         self._make_mask = mask

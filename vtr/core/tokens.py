@@ -172,6 +172,11 @@ class TokenMap:
         factor = torch.where(self.size > 1, largest[:, :-1] / length, 1.0)
         return out * factor[..., None]
 
+    def total(self, x: Tensor) -> Tensor:
+        """Sum the numbers of the tokens in each slot: x (B, N_in) -> (B, N_out). Padding slots are zero."""
+        self._check(x, self.n_in, "total")
+        return _scatter_sum(x, self.source, self.n_out)
+
     def restore(self, y: Tensor, fill: Fill | Tensor = "copy") -> Tensor:
         """Back to full length: y (B, N_out, C) -> (B, N_in, C).
 

@@ -44,7 +44,7 @@ def maps(trial: Trial) -> None:
             check_trace(found.trace, trial.kind.rows)
             require(bool(found.out.isfinite().all()), "the output is not finite")
             for record in trial.own(found.trace):
-                if not method.size_weighted or record.site not in method.sites:
+                if not method.size_weighted or method.drops or record.site not in method.sites:
                     continue
                 total = record.total
                 require(

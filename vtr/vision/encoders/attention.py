@@ -72,6 +72,9 @@ class Probe:
             tokens = q.shape[2]
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
         if self.policy is not None:
+            if self.key_bias is not None:
+                bias = self.key_bias[:, None, None, :]
+                mask = bias if mask is None else bias + _additive(mask, bias.dtype)
             return policy_attention(q, k, v, self.policy, scale, mask, dropout_p)
         if self.key_bias is None:
             if fused:
@@ -108,9 +111,7 @@ def biased_attention(
         return wide_attention(q, k, v, key_bias, dropout_p, scale)
     bias = key_bias[:, None, None, :]
     if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=bias.dtype).masked_fill(~mask, -float("inf"))
-        bias = bias + mask
+        bias = bias + _additive(mask, bias.dtype)
     if q.device.type != "cpu" or not fused or q.dtype == torch.float64:
         bias = bias.to(q.dtype)
     if fused:
@@ -169,11 +170,7 @@ def policy_attention(
     """
     logits = (q @ k.transpose(-2, -1)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
-        logits = logits + (
-            torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -float("inf"))
-            if mask.dtype == torch.bool
-            else mask.float()
-        )
+        logits = logits + _additive(mask, torch.float32).float()
     tokens = q.shape[2]
     own = torch.eye(tokens, device=q.device)
     gate = policy.float()[:, None, None, :] * (1 - own) + own
@@ -182,6 +179,13 @@ def policy_attention(
     if dropout_p:
         weights = F.dropout(weights, dropout_p)
     return weights.to(v.dtype) @ v
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True is seen) as 0 and -inf in ``dtype``; another one as it is."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -float("inf"))
 
 
 def _eager(
@@ -198,9 +202,7 @@ def _eager(
     if is_causal:
         attention = attention + attention.new_full(attention.shape[-2:], -float("inf")).triu(1)
     elif mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -float("inf"))
-        attention = attention + mask
+        attention = attention + _additive(mask, q.dtype)
     attention = attention.softmax(-1)
     if drop is not None:
         attention = drop(attention)

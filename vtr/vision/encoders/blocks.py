@@ -105,6 +105,7 @@ class BlockEntry(NamedTuple):
     map: TokenMap | None
     merged: bool
     policy: Tensor | None
+    mass: Tensor | None
     memory: dict[int, dict[str, Any]]
     notes: dict[str, Any]
 
@@ -115,6 +116,7 @@ class EncoderRun:
     ``map`` and ``tokens`` are of the sequence that enters the blocks.
 
     Attributes:
+        mass: (B, N), by how much tokens count in place of their sizes; None if it is the sizes.
         image: map of the picture's tokens to those of the smaller picture, None if it was not resized.
         crops: rows of the batch that belong to each image (its crops) or video (its frames), in order;
             None if every row is an image.
@@ -135,6 +137,7 @@ class EncoderRun:
         self.map: TokenMap | None = None
         self.merged = False
         self.policy: Tensor | None = None
+        self.mass: Tensor | None = None
         self.memory: dict[int, dict[str, Any]] = {}
         self.crops: list[int] | None = None
         self.base: Tensor | None = None
@@ -156,12 +159,14 @@ class EncoderRun:
     def enter(self, layer: int) -> None:
         """Remember the state at the entry of a block."""
         memory, notes = copied(self.memory), copied(self.trace.notes)
-        self.entered[layer] = BlockEntry(self.map, self.merged, self.policy, memory, notes)
+        self.entered[layer] = BlockEntry(
+            self.map, self.merged, self.policy, self.mass, memory, notes
+        )
 
     def again(self, layer: int) -> EncoderRun:
         """The run as it was at the entry of a block; what it finds there is not part of the call's trace."""
         made = copy.copy(self)
-        made.map, made.merged, made.policy, memory, notes = self.entered[layer]
+        made.map, made.merged, made.policy, made.mass, memory, notes = self.entered[layer]
         made.memory, made.trace = copied(memory), Trace(batch=self.batch, notes=copied(notes))
         made.first, made.late, made.base, made._narrowed = self, True, None, None
         return made
@@ -186,6 +191,13 @@ class EncoderRun:
             return x
         self.base = x
         return self.map.with_prefix(self.prefix).gather(x)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """(B, N) by how much the tokens here count: masses, else sizes; None if every token counts once."""
+        if self.mass is not None or self.map is None:
+            return self.mass
+        return self.map.size if self.merged else None
 
     @property
     def cut(self) -> bool:

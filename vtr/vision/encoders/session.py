@@ -23,6 +23,7 @@ from vtr.vision.encoders.blocks import BlockRunner, EncoderRun, place_forward
 from vtr.vision.encoders.graphs import check_graph, refuse_symbolic
 from vtr.vision.encoders.image import Smaller, ask, entry_of, resized
 from vtr.vision.encoders.passes import BlockPass, Passes
+from vtr.vision.encoders.pooling import log_sizes
 from vtr.vision.encoders.visits import visit
 
 
@@ -287,11 +288,11 @@ class EncoderSession(Threaded):
                 )
             return None
         bias = policy = None
-        if run.map is not None and has_padding:  # padding has size 0, so that its bias is -inf
-            sizes = run.map.with_prefix(run.prefix).size
-            bias = (sizes if layer in self.biased and run.merged else sizes.clamp(max=1)).log()
-        elif run.map is not None and layer in self.biased and run.merged:
-            bias = run.map.with_prefix(run.prefix).size.log()
+        counts = run.counts if layer in self.biased else None
+        if run.map is not None and has_padding and counts is None:
+            counts = run.map.size.clamp(max=1)
+        if counts is not None:  # padding counts 0, so that its bias is -inf
+            bias = log_sizes(torch.cat([counts.new_ones(run.batch, run.prefix), counts], 1))
         if run.policy is not None:
             ones = run.policy.new_ones(run.batch, run.prefix)
             policy = torch.cat([ones, run.policy], 1)
@@ -320,11 +321,13 @@ class EncoderSession(Threaded):
     def _sizes(self, run: EncoderRun, x: Tensor) -> Tensor | None:
         if run.policy is not None:  # training: as if they were gone
             none = run.policy.sum(1, keepdim=True) == 0
-            return run.policy + none if x.shape[1] == run.tokens + self.prefix else None
+            counts = run.policy + none
+            counts = counts if run.mass is None else counts * run.mass
+            return counts if x.shape[1] == run.tokens + self.prefix else None
         if run.map is None or x.shape[1] != run.map.n_out + self.prefix:
             return None  # nothing happened, or a restored sequence, which is pooled as it is
-        if run.merged:
-            return run.map.size
+        if run.counts is not None:
+            return run.counts
         return run.map.size.clamp(max=1) if run.map.has_padding else None
 
     def flops(self) -> tuple[int, int]:

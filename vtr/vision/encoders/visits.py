@@ -111,6 +111,7 @@ def _site(
         mask=lambda: session.runners[layer].mask(kwargs),
         outputs=outputs,
         cls=session.runners[layer].more,
+        mass=run.mass,
     )
 
 
@@ -130,6 +131,7 @@ def _commit(
             record = PolicyRecord(layer, place, entry.method.name, reduction.policy)
             run.trace.policies.append(record)
         run.policy = reduction.policy
+        run.mass = run.mass if reduction.mass is None else reduction.mass
         if reduction.tokens is None and reduction.front is None:
             return x
         tokens = x[:, p:] if reduction.tokens is None else reduction.tokens
@@ -148,6 +150,10 @@ def _commit(
         weights = torch.cat([ones, reduction.weights], 1)
         x = whole.merge(x, weights, reduction.normalize, reduction.keep_norm)
     run.map = step if reduction.absolute or run.map is None else run.map.then(step)
+    if reduction.mass is not None:
+        run.mass = reduction.mass
+    elif run.mass is not None:
+        run.mass = step.total(run.mass)
     run.merged = run.merged or entry.token_method.size_weighted
     if x.shape[1] - p != run.map.n_out:
         raise RuntimeError(f"{entry.method.name} returned {x.shape[1] - p} tokens for {run.map!r}")
