@@ -83,7 +83,7 @@ class EViT(ScoredMethod):
     def score(self, site: Site) -> Tensor:
         if self.fuse and site.valid is not None:
             raise ValueError(
-                "evit cannot fuse after a method that left the samples of a batch with different "
+                f"{self.name} cannot fuse after a method that left the samples of a batch with different "
                 "numbers of tokens: use fuse=False, or batch size 1"
             )
         return site.cls_attention()

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtr.core.budget import check_count, check_flag, check_keep, check_number, count
+from vtr.core.budget import check_count, check_flag, check_keep, check_number
 from vtr.methods.base import (
     Examples,
     Keep,
@@ -21,6 +21,7 @@ from vtr.methods.base import (
 )
 from vtr.methods.common.layers import check_exist, check_first, is_among
 from vtr.methods.common.matching import bipartite_soft_matching
+from vtr.methods.common.removals import even_removals
 
 
 @register
@@ -51,8 +52,9 @@ class ToMe(TokenMethod):
         inflection: in [-1, 1]: the schedule falls (-1: from 2r to 0) or rises (1) linearly.
         prop_attn: proportional attention. True for supervised models, and for those that were trained with
             ToMe; the authors switch it off for off-the-shelf MAE models.
-        drop_layers: blocks that drop A tokens in place of merging them: the first n (int), or these (tuple of
-            0-based numbers). The B token stays as it is, and its size counts what was dropped.
+        drop_layers: blocks that drop A tokens in place of merging them: the first n (int), these (tuple of
+            0-based numbers), or the first half (None). The B token stays as it is, and its size counts what
+            was dropped.
         keep_norm: a merged token keeps the largest norm of its group (MLERP).
     """
 
@@ -67,7 +69,7 @@ class ToMe(TokenMethod):
     keep: Keep | None = None
     inflection: float = 0.0
     prop_attn: bool = True
-    drop_layers: int | tuple[int, ...] = field(default=0, kw_only=True)
+    drop_layers: int | tuple[int, ...] | None = field(default=0, kw_only=True)
     keep_norm: bool = field(default=False, kw_only=True)
 
     @classmethod
@@ -90,7 +92,8 @@ class ToMe(TokenMethod):
             check_count(value, "r", low=0, none=True)
         check_flag(self.prop_attn, "prop_attn")
         check_flag(self.keep_norm, "keep_norm")
-        self._set("drop_layers", check_first(self.drop_layers, "drop_layers"))
+        if self.drop_layers is not None:
+            self._set("drop_layers", check_first(self.drop_layers, "drop_layers"))
         check_number(self.inflection, "inflection", -1, 1)
         if self.inflection and not isinstance(self.r, int):
             raise ValueError("inflection bends a schedule given by an int r")
@@ -99,8 +102,12 @@ class ToMe(TokenMethod):
         depth = info.depth["encoder"]
         if isinstance(self.r, tuple) and len(self.r) > depth:
             raise ValueError(f"r has {len(self.r)} entries for a model of {depth} layers")
-        check_exist(self.drop_layers, "drop_layers", info, "encoder")
+        check_exist(self.dropped(depth), "drop_layers", info, "encoder")
         return tuple(Stage("encoder", layer) for layer in range(depth))
+
+    def dropped(self, depth: int) -> int | tuple[int, ...]:
+        """Say which of ``depth`` blocks drop: the first n, or these."""
+        return depth // 2 if self.drop_layers is None else self.drop_layers
 
     def biased_layers(self, info: ModelInfo) -> frozenset[int]:
         return frozenset(range(info.depth["encoder"])) if self.prop_attn else frozenset()
@@ -108,18 +115,7 @@ class ToMe(TokenMethod):
     def schedule(self, depth: int, tokens: int) -> tuple[int, ...]:
         """Tokens to merge in each block, before the limit of half of the tokens."""
         if self.keep is not None:
-            target = count(self.keep, tokens)
-            total = tokens - target
-            if target << depth < tokens:
-                raise ValueError(
-                    f"keep={self.keep!r} asks for {target} of {tokens} tokens, but {depth} blocks that "
-                    f"each merge at most half reach no fewer than {-(-tokens >> depth)}"
-                )
-            # A block merges at most half: where the constant number would ask for more at the end,
-            # earlier blocks merge more.
-            limits = enumerate(target << (depth - 1 - i) for i in range(depth))
-            left = [min(tokens - total * (i + 1) // depth, most) for i, most in limits]
-            return tuple(a - b for a, b in zip([tokens, *left], left, strict=False))
+            return even_removals(self.keep, tokens, depth)
         if isinstance(self.r, tuple):
             return self.r + (0,) * (depth - len(self.r))
         assert self.r is not None
@@ -129,12 +125,13 @@ class ToMe(TokenMethod):
         return tuple(int(low + step * i) for i in range(depth))
 
     def reduce(self, site: Site) -> Reduction | None:
-        r = self.schedule(site.info.depth["encoder"], site.map.n_in)[site.layer]
+        depth = site.info.depth["encoder"]
+        r = self.schedule(depth, site.map.n_in)[site.layer]
         r = min(r, site.n // 2)
         if r <= 0:
             return None
         order: Tensor | None = site.memory.get("order")
         step, site.memory["order"] = bipartite_soft_matching(site.key_mean(), r, order, site.prefix)
-        if is_among(site.layer, self.drop_layers):
+        if is_among(site.layer, self.dropped(depth)):
             return Reduction(step)
         return Reduction(step, site.size, keep_norm=self.keep_norm)
