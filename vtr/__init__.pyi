@@ -39,6 +39,7 @@ from vtr.methods.adaptive_sparse_vit import AdaptiveSparseViT as AdaptiveSparseV
 from vtr.methods.adaspa import AdaSpa as AdaSpa
 from vtr.methods.algm import ALGM as ALGM
 from vtr.methods.anchor_attention import AnchorAttention as AnchorAttention
+from vtr.methods.ats import ATS as ATS
 from vtr.methods.avit import AViT as AViT
 from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
@@ -50,6 +51,7 @@ from vtr.methods.damro import DAMRO as DAMRO
 from vtr.methods.debias import Debias as Debias
 from vtr.methods.delta import DELTA as DELTA
 from vtr.methods.dhsa import DHSA as DHSA
+from vtr.methods.diffrate import DiffRate as DiffRate
 from vtr.methods.divprune import DivPrune as DivPrune
 from vtr.methods.downsample import Downsample as Downsample
 from vtr.methods.draft_attention import DraftAttention as DraftAttention
@@ -58,6 +60,7 @@ from vtr.methods.dycoke import DyCoke as DyCoke
 from vtr.methods.dynamicvit import DynamicViT as DynamicViT
 from vtr.methods.ems import EMS as EMS
 from vtr.methods.evit import EViT as EViT
+from vtr.methods.evo_vit import EvoViT as EvoViT
 from vtr.methods.evs import EVS as EVS
 from vtr.methods.fastv import FastV as FastV
 from vtr.methods.fastvid import FastVID as FastVID
@@ -75,6 +78,7 @@ from vtr.methods.kv_baselines import RecentKV as RecentKV
 from vtr.methods.liteattention import LiteAttention as LiteAttention
 from vtr.methods.minference import MInference as MInference
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
+from vtr.methods.ppt import PPT as PPT
 from vtr.methods.prefill_baselines import LocalWindow as LocalWindow
 from vtr.methods.prefill_baselines import RandomBlocks as RandomBlocks
 from vtr.methods.proxyattn import ProxyAttn as ProxyAttn
@@ -103,10 +107,12 @@ from vtr.methods.svg2 import SVG2 as SVG2
 from vtr.methods.tidaldecode import TidalDecode as TidalDecode
 from vtr.methods.todo import ToDo as ToDo
 from vtr.methods.tofe import ToFe as ToFe
+from vtr.methods.tofu import ToFu as ToFu
 from vtr.methods.toma import ToMA as ToMA
 from vtr.methods.tome import ToMe as ToMe
 from vtr.methods.tomesd import ToMeSD as ToMeSD
 from vtr.methods.topk_sparse import TopKSparse as TopKSparse
+from vtr.methods.tps import TPS as TPS
 from vtr.methods.uniform_frames import UniformFrames as UniformFrames
 from vtr.methods.var import VAR as VAR
 from vtr.methods.vasparse import VASparse as VASparse
