@@ -6,16 +6,16 @@ taking the method off gives that model back. One CPU core, under ten minutes.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipes.state import load_moments, moments, part
 from vtr.methods.tofe import ToFe, ToFeModules
-from vtr.train.tofe import ToFeLoss, ToFeTrainer
+from vtr.train.tofe import LOSS
+from vtr.train.tokens import TokenSettings, TokenTuner
 from vtr.zoo import data, load
 
 
@@ -38,10 +38,23 @@ class Recipe:
     warmup: int = 40
     target: float = 0.3
 
-    def rate(self, step: int) -> float:
-        """Factor of the learning rate at a step, counted from 0."""
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return min(1.0, (step + 1) / self.warmup) * (0.99 * cosine + 0.01)
+    def settings(self) -> TokenSettings:
+        """Return the settings of the loop."""
+        return TokenSettings(
+            steps=self.steps,
+            rate=self.learning_rate,
+            warmup=self.warmup,
+            backbone_factor=0,
+            betas=(0.9, 0.98),
+            precision="bf16",
+            seed=self.seed,
+            loss=dataclasses.replace(LOSS, target=self.target),
+        )
+
+    def pictures(self, number: int) -> data.Digits:
+        """Draw the pictures of a step."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        return data.digits(self.batch, generator)
 
 
 class Trainer:
@@ -49,38 +62,30 @@ class Trainer:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.position = 0
         model: Any = load("digits-vit")
         for block in model.blocks:  # torch's fused kernel has a slow backward pass on CPUs
             block.attn.fused_attn = False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            self.trainer = ToFeTrainer(
-                model, ToFe(trained=True), ToFeLoss(recipe.target), lr=recipe.learning_rate
-            )
+        self.tuner = TokenTuner(model, ToFe(trained=True), recipe.pictures, None, recipe.settings())
+
+    @property
+    def position(self) -> int:
+        """Steps done."""
+        return self.tuner.position
 
     def step(self) -> dict[str, float]:
-        """One optimiser step on a fresh batch; see :meth:`vtr.train.tofe.ToFeTrainer.step`."""
-        seed = self.recipe.seed * 1_000_003 + self.position
-        batch = data.digits(self.recipe.batch, torch.Generator().manual_seed(seed))
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
-            torch.manual_seed(seed)
-            news = self.trainer.step(batch.images, batch.labels, self.recipe.rate(self.position))
-        self.position += 1
-        return news
+        """Take one optimiser step on a fresh batch; see :meth:`vtr.train.tokens.TokenTuner.step`."""
+        return self.tuner.step()
 
     def result(self) -> ToFeModules:
-        """The modules, as they are now."""
-        return self.trainer.modules
+        """Return the modules, as they are now."""
+        modules = self.tuner.modules
+        assert isinstance(modules, ToFeModules)
+        return modules
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that the next step depends on, by name, plus ``position``."""
-        tensors = {"position": torch.tensor(self.position)}
-        tensors |= {f"modules.{k}": v for k, v in self.trainer.modules.state_dict().items()}
-        return tensors | moments(self.trainer.optimizer)
+        """Return all tensors that the next step depends on, by name, plus ``position``."""
+        return {"position": torch.tensor(self.position), **self.tuner.state()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what :meth:`state` returned; the recipe must be the same one."""
-        self.position = int(tensors["position"])
-        self.trainer.modules.load_state_dict(part(tensors, "modules"))
-        load_moments(self.trainer.optimizer, tensors)
+        self.tuner.load_tensors(tensors, int(tensors["position"]))

@@ -17,6 +17,11 @@ from vtr.methods.common.predictor import Predictor
 from vtr.methods.tofe import Approximator, ToFeModules
 
 
+def policies(handle: Any) -> list[Tensor]:
+    """The masks of a training call, (B, N) each, in order."""
+    return [r.policy for r in handle.trace.policies if r.policy is not None]
+
+
 def attention(block: Any, h: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Attention branch output of tokens h (T, C), and the class token's mean row over ``keys`` (M, C).
 
@@ -221,7 +226,7 @@ def test_training_forward_written_out() -> None:
     with vtr.apply(model, vtr.ToFe(trained=True), modules=modules) as handle:
         torch.manual_seed(1)
         got = model.forward_features(x)
-        masks = handle.trace.notes["tofe_masks"]
+        masks = policies(handle)
     assert len(masks) == 3
     for mask in masks:
         assert mask.shape == (2, 64) and ((mask == 0) | ((mask - 1).abs() < 1e-6)).all()
@@ -268,7 +273,7 @@ def test_training_and_evaluation_agree_on_the_classes(
             numbers = handle.trace.stages[2].total.valid.sum(1)
         assert len(set(numbers.tolist())) > 1
         got = model.train()(x)
-        assert torch.equal(handle.trace.notes["tofe_masks"][2].sum(1), numbers)
+        assert torch.equal(policies(handle)[2].sum(1), numbers)
         torch.testing.assert_close(got, expected, atol=3e-4, rtol=3e-4)
         got.square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in modules.parameters())
@@ -281,7 +286,7 @@ def test_decisions_in_training_are_drawn_and_may_bring_tokens_back() -> None:
         for seed in range(2):
             torch.manual_seed(seed)
             model(x)
-            draws.append([m.detach().clone() for m in handle.trace.notes["tofe_masks"]])
+            draws.append([m.detach().clone() for m in policies(handle)])
     assert not torch.equal(draws[0][0], draws[1][0])
     first, second = draws[0][0], draws[0][1]
     assert ((first == 0) & (second > 0)).any() and ((first > 0) & (second == 0)).any()
@@ -292,7 +297,7 @@ def test_straight_through_gradients() -> None:
     modules: Any = spread(ToFeModules(48, 3))
     with vtr.apply(model, vtr.ToFe(trained=True), modules=modules) as handle:
         model(x)
-        masks = handle.trace.notes["tofe_masks"]
+        masks = policies(handle)
         sum(m.mean() for m in masks).backward()
         for predictor in modules.predictors:
             assert all(

@@ -15,7 +15,7 @@ from tests.tiny import ours
 from vtr.core.module_files import FILE, ModuleFile
 from vtr.testing.models.diffusion import CASES
 from vtr.train.sla import SparseTuner, TuningSettings, load
-from vtr.train.tuning import load_state
+from vtr.train.state import load_state
 
 WAN = CASES["wan"]
 FAST = TuningSettings(steps=4, rate=1e-3, module_rate=1e-2, seed=3)
@@ -91,11 +91,11 @@ def test_training_lowers_the_loss_of_a_fixed_batch_and_moves_every_weight(tmp_pa
     settings = dataclasses.replace(FAST, steps=12, loss="data", rate=3e-3, clip=1.0)
     with tuner(tmp_path, settings=settings, data=lambda number: batch(0)) as run:
         before = numbers(run)
-        first = run._loss(batch(0), 0).item()
+        first = run.loss_of(batch(0), 0).item()
         for _ in range(12):
             run.step()
         after = numbers(run)
-        assert run._loss(batch(0), 0).item() < 0.9 * first
+        assert run.loss_of(batch(0), 0).item() < 0.9 * first
         learned = [n for n in after if "modules" in n and n.endswith("weight")]
         assert len(learned) == 3 and all(bool(after[n].any()) for n in learned)
         moved = [n for n in after if not torch.equal(before[n], after[n])]

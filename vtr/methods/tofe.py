@@ -41,7 +41,7 @@ class ToFe(TokenMethod):
     reading: a predictor of DynamicViT's shape (half local, half mean over the active tokens; see
     :class:`vtr.methods.common.predictor.Predictor`), an approximator x + W2 GELU(W1 LN(x)) of width C / 4
     per stage with W2 starting at zero, decisions before blocks L/4, L/2, 3L/4, straight-through Gumbel
-    softmax in training, and the budget loss in :mod:`vtr.train.tofe`.
+    softmax in training, and DynamicViT's loss with a budget on the expected cost (:data:`vtr.train.tofe.LOSS`).
 
     Without training (``trained=False``; ours, not in the paper) the score is the class token's
     attention to the keys of all tokens, those of frozen tokens computed from the features that they were
@@ -205,7 +205,7 @@ class ToFe(TokenMethod):
     def _train(self, site: Site, modules: ToFeModules, stage: int, last: bool) -> Reduction:
         """All tokens go through the blocks; decisions act as attention policies (our reading)."""
         x = site.hidden
-        masks: list[Tensor] = site.notes.setdefault("tofe_masks", [])
+        masks: list[Tensor] = site.memory.setdefault("masks", [])
         if stage > 0:
             mask = masks[-1][..., None].to(x.dtype)
             x = mask * x + (1 - mask) * modules.approximators[stage - 1](site.memory["before"]).to(
