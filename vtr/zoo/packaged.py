@@ -86,7 +86,8 @@ def check(name: str) -> None:
 
 
 def weights_path(name: str) -> Path:
-    """A safetensors file: one of the package's by its name (``"digits-tofe"``), or any by its path.
+    """A safetensors file: one of the package's by its name (``"digits-tofe"``), or any by its path or that of the
+    folder of a training run, which has a ``modules.safetensors``.
 
     Raises:
         ValueError: it is neither.
@@ -97,6 +98,9 @@ def weights_path(name: str) -> Path:
         return packaged
     if name.endswith(".safetensors") and Path(name).is_file():
         return Path(name)
+    trained = Path(name) / "modules.safetensors"
+    if trained.is_file():
+        return trained
     built_in = ", ".join(sorted(f.stem for f in folder.glob("*.safetensors"))) or "none"
     raise ValueError(
         f"no safetensors file at {name!r}, and no built-in one (there are: {built_in})"
