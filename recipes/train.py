@@ -31,10 +31,11 @@ RECIPES = {
     "digits-long": "recipes.train_long",
     "digits-chat": "recipes.train_chat",
     "digits-wan": "recipes.train_wan",
+    "digits-detr": "recipes.train_detr",
 }
 
 _LOG_EVERY = 100
-_SAVE_EVERY = 400
+_SAVE_EVERY = 400  # steps, unless the trainer has a number of its own: save_every
 
 
 def save_state(trainer: Any, directory: Path) -> None:
@@ -91,6 +92,7 @@ def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = Non
     started = time.monotonic()
     averages: dict[str, float] = {}
     first = trainer.position
+    save_every = getattr(trainer, "save_every", _SAVE_EVERY)
     columns = (
         TextColumn(name),
         BarColumn(),
@@ -118,7 +120,7 @@ def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = Non
                 line = {"step": trainer.position, "seconds": round(seconds), **averages}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-            if trainer.position % _SAVE_EVERY == 0:
+            if trainer.position % save_every == 0:
                 save_state(trainer, directory)
     save_state(trainer, directory)
     if trainer.position < recipe.steps:
