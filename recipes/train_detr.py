@@ -55,8 +55,8 @@ class Recipe:
         ema: decay of the averaged weights, which are the ones kept.
     """
 
-    steps: int = 3000
-    final: int = 800
+    steps: int = 2500
+    final: int = 700
     batch: int = 16
     seed: int = 11
     learning_rate: float = 8e-4

@@ -26,6 +26,8 @@ _PUBLIC = {
     "load_pipeline": "vtr.zoo.loading",
     "load_vlm": "vtr.zoo.loading",
     "samples": "vtr.zoo.data",
+    "detector_path": "vtr.zoo.packaged",
+    "evaluate_detector": "vtr.zoo.detection_scores",
     "evaluate_vlm": "vtr.zoo.questions",
     "vqa": "vtr.zoo.questions",
     "evaluate_video_vlm": "vtr.zoo.video_questions",
@@ -38,6 +40,8 @@ __all__ = [
     "ModelCard",
     "card",
     "chat_qa",
+    "detector_path",
+    "evaluate_detector",
     "evaluate_video_vlm",
     "evaluate_vlm",
     "load",
@@ -55,8 +59,16 @@ __all__ = [
 if TYPE_CHECKING:
     from vtr.zoo.chat_questions import chat_qa
     from vtr.zoo.data import samples
+    from vtr.zoo.detection_scores import evaluate_detector
     from vtr.zoo.loading import load, load_pipeline, load_vlm
-    from vtr.zoo.packaged import ModelCard, card, models, vlm_path, weights_path
+    from vtr.zoo.packaged import (
+        ModelCard,
+        card,
+        detector_path,
+        models,
+        vlm_path,
+        weights_path,
+    )
     from vtr.zoo.questions import evaluate_vlm, vqa
     from vtr.zoo.slide_questions import slides_qa
     from vtr.zoo.video_questions import evaluate_video_vlm, video_qa

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from vtr.compat.transformers import answers_images
 from vtr.errors import missing
-from vtr.zoo.packaged import check, read, vlm_path
+from vtr.zoo.packaged import DETECTORS, check, detector_path, read, vlm_path
 
 if TYPE_CHECKING:
     import torch
     from timm.models.vision_transformer import VisionTransformer
+    from transformers import DeformableDetrForObjectDetection
 
 NAMES = (
     "digits-vit, timm:NAME, open_clip:NAME, digits-llava, digits-video, digits-long, digits-chat, "
@@ -36,31 +37,54 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # ---- built in -----------------------------------------------------------------------------------
 
 
-def load(name: str, dtype: torch.dtype | None = None) -> VisionTransformer:
+@overload
+def load(
+    name: Literal["digits-detr"], dtype: torch.dtype | None = None
+) -> DeformableDetrForObjectDetection: ...
+
+
+@overload
+def load(name: str, dtype: torch.dtype | None = None) -> VisionTransformer: ...
+
+
+def load(name: str, dtype: torch.dtype | None = None) -> Any:
     """A built-in model with its trained weights, in eval mode, on the CPU.
 
     Args:
-        name: one of the names of :func:`vtr.zoo.models`.
-        dtype: of the parameters; None for float32. The weights are stored in bfloat16.
+        name: ``"digits-vit"`` (a timm ``VisionTransformer``) or ``"digits-detr"`` (a transformers
+            ``DeformableDetrForObjectDetection``).
+        dtype: of the parameters; None for float32. They are stored in 16 bits.
 
     Raises:
         ValueError: there is no model of this name, or ``dtype`` is not a floating-point type.
-        ImportError: timm is not installed.
+        ImportError: timm, or for the detector transformers, is not installed.
     """
     import torch
     from safetensors.torch import load as parse
 
     from vtr.zoo import vit
 
-    check(name)
     dtype = torch.float32 if dtype is None else dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as torch.float32, got {dtype}")
+    if name in DETECTORS:
+        return _load_detector(name, dtype)
+    check(name)
     # The random start is overwritten at once; it must not move the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         model = vit.build()
     model.load_state_dict(parse(read("weights", name, ".safetensors")))
     return model.to(dtype).eval()
+
+
+def _load_detector(name: str, dtype: torch.dtype) -> DeformableDetrForObjectDetection:
+    try:
+        from transformers import DeformableDetrForObjectDetection
+    except ImportError as error:
+        raise missing("transformers", "vlm", f"the built-in model {name}") from error
+    with _quiet():
+        model = DeformableDetrForObjectDetection.from_pretrained(detector_path(name), dtype=dtype)
+    return model.eval()
 
 
 def load_vlm(name: str = "digits-llava", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -121,6 +145,7 @@ def load_encoder(name: str, pretrained: bool = False, size: int | None = None) -
     library, colon, rest = name.partition(":")
     if not colon:
         try:
+            check(name)
             return load(name)
         except ValueError as error:
             raise ValueError(f"{error}. A model is one of: {NAMES}") from error

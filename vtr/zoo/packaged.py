@@ -7,7 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 NAMES = ("digits-vit",)
-"""Names that :func:`vtr.zoo.load` takes."""
+"""Classifiers that :func:`vtr.zoo.load` takes."""
+DETECTORS = ("digits-detr",)
+"""Detectors that :func:`vtr.zoo.load` takes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read(folder: str, name: str, suffix: str) -> bytes:
 
 
 def check(name: str) -> None:
-    """Raise ``ValueError`` for a name that :func:`vtr.zoo.load` does not take, and say what does."""
+    """Raise ``ValueError`` for a name that is no built-in classifier, and say what takes it."""
     if name not in NAMES:
         hints = {
             "digits-llava": f" ({name} answers questions: vtr.zoo.load_vlm)",
@@ -78,6 +80,7 @@ def check(name: str) -> None:
             "digits-long": f" ({name} answers questions about videos: vtr.zoo.load_vlm)",
             "digits-chat": f" ({name} answers questions in chats: vtr.zoo.load_vlm)",
             "digits-wan": f" ({name} makes videos: vtr.zoo.load_pipeline)",
+            "digits-detr": f" ({name} is a detector: vtr.zoo.load, and examples/detect.py)",
         }
         hint = hints.get(name, "")
         raise ValueError(
@@ -105,6 +108,19 @@ def weights_path(name: str) -> Path:
     raise ValueError(
         f"no safetensors file at {name!r}, and no built-in one (there are: {built_in})"
     )
+
+
+def detector_path(name: str) -> Path:
+    """The folder of a built-in detector, for ``from_pretrained`` of transformers.
+
+    Raises:
+        ValueError: there is no detector of this name.
+    """
+    if name not in DETECTORS:
+        raise ValueError(
+            f"there is no built-in detector {name!r}; there are: {', '.join(DETECTORS)}"
+        )
+    return Path(str(resources.files("vtr.zoo").joinpath("weights", name)))
 
 
 def vlm_path(name: str) -> Path:
