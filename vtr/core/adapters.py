@@ -24,7 +24,12 @@ from vtr.core.wrapping import Wrapping
 ADAPTERS: dict[str, list[str | ModuleType]] = {
     "timm": ["vtr.vision.encoders.timm"],
     "open_clip": ["vtr.vision.encoders.open_clip"],
-    "transformers": ["vtr.vision.vlm", "vtr.vision.encoders.transformers", "vtr.video.encoders"],
+    "transformers": [
+        "vtr.vision.vlm",
+        "vtr.vision.encoders.transformers",
+        "vtr.vision.detection",
+        "vtr.video.encoders",
+    ],
     "diffusers": ["vtr.diffusion.adapter"],
 }
 

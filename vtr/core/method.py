@@ -23,6 +23,7 @@ from vtr.errors import UnsupportedMethodError
 PLACES: dict[str, tuple[str, ...]] = {
     "image": ("front",),
     "encoder": ("middle", "end"),
+    "detector": ("start",),
     "prompt": ("entry",),
     "decoder": ("end", "start", "middle"),
     "attention": ("inside",),
@@ -35,6 +36,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 - ``image``: in front of the patches; the cut is a smaller picture.
 - ``encoder``: in the ``middle`` of a block, between attention and MLP, or at its ``end``, its output. If a
   block cannot be opened, the middle is the end.
+- ``detector``: at the ``start`` of a layer of a detector's encoder, whose tokens all come back behind it.
 - ``prompt``: the entry of a language model.
 - ``decoder``: at the ``start`` of a layer of a language model (its input, with the q, k, v that it will
   compute), in its ``middle`` or at its ``end``, both with the q, k, v that it has used. The middle needs
@@ -116,6 +118,7 @@ class Reduction(NamedTuple):
         mass: (B, N_out) float32, above 0, by how much each token here counts as a key and in a pooling in
             place of its size, from here on (DiffRate, whose merged tokens count by their similarity). Later
             merges add it up. Needs an encoder and ``size_weighted``.
+        values: at the site ``detector``, (B, L, C) tokens that the layers read in place of the present ones.
     """
 
     map: TokenMap | None
@@ -129,6 +132,7 @@ class Reduction(NamedTuple):
     merging: Merging | None = None
     front: Tensor | None = None
     mass: Tensor | None = None
+    values: Tensor | None = None
 
 
 class Calibrator(Protocol):

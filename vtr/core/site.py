@@ -24,6 +24,7 @@ SIGNALS: dict[str, frozenset[str]] = {
     "image": frozenset({"hidden"}),
     "encoder": _ATTENTION
     | {"hidden", "pixels", "cls_attention", "head_outputs", "keys_of", "pooling"},
+    "detector": frozenset({"hidden", "class_logits", "sampling"}),
     "prompt": frozenset({"hidden", "text", "encoder_scores"}),
     "decoder": _ATTENTION | {"hidden", "text", "text_attention", "encoder_scores"},
     "attention": frozenset({"qkv", "denoising", "frames", "prompt", "hidden"}),
@@ -39,7 +40,8 @@ the layer's attention. ``cls_attention``, ``attention_received``, ``pooling``: t
 names. ``head_outputs``: :attr:`Site.head_outputs`. ``keys_of``: :attr:`Site.keys_of`. ``text``: the hidden states of the text. ``text_attention``: attention
 of text to visual tokens. ``encoder_scores``: :meth:`LanguageSite.spread` works. ``frames``: the tokens have a time axis of several frames. ``denoising``: the attention is
 that of a diffusion transformer, in steps. ``prompt``: it is that of a language model, whose text and visual tokens
-are told apart. ``entries``: keys and values of each KV head, which may be dropped, merged or stored with fewer
+are told apart. ``class_logits``: :meth:`DetectorSite.class_logits` works. ``sampling``: the decoder's cross-attention
+samples the tokens of the encoder at points, which training calls record. ``entries``: keys and values of each KV head, which may be dropped, merged or stored with fewer
 bits.
 """
 
@@ -83,6 +85,7 @@ class ModelInfo:
         language: sizes of the language model, None without one.
         experts: number of a diffusion pipeline's transformers.
         head_dim: channels per head of a diffusion transformer.
+        levels: feature levels whose tokens the encoder of a detector holds (0 without one).
         closed: sites that methods cannot use in this model, with the reason.
     """
 
@@ -101,6 +104,7 @@ class ModelInfo:
     language: LanguageSizes | None = None
     experts: int = 1
     head_dim: int | None = None
+    levels: int = 0
     closed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -23,17 +23,19 @@ class Random(ScoredMethod):
     Args:
         keep: budget after the last layer (reached geometrically over several layers), or one per
             layer, all of the tokens at the input.
-        layers: 0-based layers at which to cut (encoder: inside them; decoder: after them).
+        layers: 0-based layers at which to cut (encoder: inside them; decoder: after them; detector: before
+            them, for them and those behind them).
         seed: an int gives the same subset in every call; None draws from torch's global generator
             (``torch.manual_seed``). With a seed a sample gets in a batch what it gets alone also where
             the samples have different numbers of tokens.
-        site: ``"encoder"``, ``"prompt"`` (the entry of a language model, one cut) or ``"decoder"``
-            (between its layers); None is the prompt if the model has one, else the encoder.
+        site: ``"encoder"``, ``"prompt"`` (the entry of a language model, one cut), ``"decoder"``
+            (between its layers) or ``"detector"`` (the encoder of a detector); None is the prompt if the model has
+            one, else the encoder.
     """
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "baseline: uniformly random tokens"
-    sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt", "decoder")
+    sites: ClassVar[tuple[str, ...]] = ("encoder", "prompt", "decoder", "detector")
     positions: ClassVar[str] = "compact"
 
     keep: Keep | tuple[Keep, ...] = 0.5

@@ -293,6 +293,43 @@ class Language(Kind):
 
 
 @dataclass(frozen=True, eq=False)
+class Detector(Kind):
+    """A detector of transformers: pictures of one size, the second with padding."""
+
+    make: Callable[[], nn.Module] = nn.Module
+    seen: tuple[int, ...] = (126, 64)  # tokens of each sample without padding
+
+    rows: ClassVar[tuple[str, ...]] = ("detector",)
+    counted: ClassVar[frozenset[str]] = frozenset({"detector"})
+
+    def build(self) -> Any:
+        return self.make()
+
+    @property
+    def samples(self) -> list[Inputs]:
+        from vtr.testing.models.detectors import pictures
+
+        return [pictures(1, seed) for seed in range(2)]
+
+    def changed(self, sample: Inputs) -> Inputs:
+        return {**sample, "pixel_values": sample["pixel_values"].flip(1) * 0.7}
+
+    def batch(self, samples: list[Inputs], side: str = "left") -> Inputs:
+        return {k: torch.cat([s[k] for s in samples]) for k in samples[0]}
+
+    def call(self, model: Any, inputs: Inputs) -> Tensor:
+        out = model(**inputs)
+        return torch.cat([out.logits, out.pred_boxes], -1)
+
+    def steady(self, out: Tensor) -> Tensor:
+        return out.mean(1)  # rounding may change which proposals a model of two stages chooses
+
+    def images(self, sample: Inputs) -> list[tuple[int, int]]:
+        padded = not bool(sample["pixel_mask"].all())
+        return [(self.seen[int(padded)], 0)]
+
+
+@dataclass(frozen=True, eq=False)
 class Diffusion(Kind):
     """A diffusion transformer: one run of three denoising steps."""
 
@@ -412,6 +449,16 @@ def _language(name: str, family: str, tower: SiteLayers | None = None, **more: A
     )  # fmt: skip
 
 
+def _detector(name: str, make: str, second: str = "mlp", **more: Any) -> Detector:
+    def build() -> nn.Module:
+        from vtr.testing.models import detectors
+
+        return getattr(detectors, make)()  # type: ignore[no-any-return]
+
+    layers = {"detector": SiteLayers("model.encoder.layers", "self_attn", second)}
+    return Detector(name, "transformers", layers, make=build, **more)
+
+
 def _diffusion(name: str, blocks: str, attention: str, text_apart: bool = False) -> Diffusion:
     layers = {"attention": SiteLayers(blocks, attention, "")}
     return Diffusion(
@@ -449,10 +496,13 @@ KINDS: dict[str, Kind] = {
         _language("qwen3-vl", "qwen3_vl"),
         _language("internvl", "internvl", prefix=1),
         _language("llava-onevision-video", "llava_onevision_video", video=True, separators=1),
+        _detector("deformable-detr", "deformable_detr"),
+        _detector("deformable-detr-two-stage", "two_stage"),
+        _detector("detr", "detr", seen=(24, 12)),
         _diffusion("wan", "blocks", "attn1.to_out.0"),
         _diffusion("cogvideox", "transformer_blocks", "attn1.to_out.0"),
         _diffusion("hunyuan-video", "transformer_blocks", "attn.to_out.0", text_apart=True),
         _diffusion("flux", "transformer_blocks", "attn.to_out.0", text_apart=True),
     )
 }  # fmt: skip
-"""Every kind by its name: encoders, vision-language models, then diffusion transformers."""
+"""Every kind by its name: encoders, vision-language models, detectors, then diffusion transformers."""

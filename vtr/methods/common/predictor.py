@@ -11,9 +11,13 @@ class Predictor(nn.Module):
 
     LayerNorm, Linear(C, C), GELU; the second half of the channels is replaced by its mean over the
     active tokens; Linear(C, C/2), GELU, Linear(C/2, C/4), GELU, Linear(C/4, 2), softmax.
+
+    Args:
+        dim: C.
+        outputs: of the last layer; Sparse DETR and Focus-DETR have one, and take no softmax.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, outputs: int = 2) -> None:
         super().__init__()
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.head = nn.Sequential(
@@ -21,7 +25,7 @@ class Predictor(nn.Module):
             nn.GELU(),
             nn.Linear(dim // 2, dim // 4),
             nn.GELU(),
-            nn.Linear(dim // 4, 2),
+            nn.Linear(dim // 4, outputs),
         )
 
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
@@ -29,7 +33,7 @@ class Predictor(nn.Module):
         return self.logits(x, active).softmax(-1)
 
     def logits(self, x: Tensor, active: Tensor) -> Tensor:
-        """Compute the (B, N, 2) float32 numbers whose softmax are the chances."""
+        """Compute the (B, N, outputs) float32 numbers whose softmax are the chances."""
         h = self.embed(x.to(next(self.parameters()).dtype))
         local, shared = h.chunk(2, -1)
         weight = active.to(h.dtype)[..., None]
