@@ -66,6 +66,7 @@ from vtr.methods.fastv import FastV as FastV
 from vtr.methods.fastvid import FastVID as FastVID
 from vtr.methods.flexprefill import FlexPrefill as FlexPrefill
 from vtr.methods.flowcut import FlowCut as FlowCut
+from vtr.methods.focus_detr import FocusDETR as FocusDETR
 from vtr.methods.framefusion import FrameFusion as FrameFusion
 from vtr.methods.guikv import GUIKV as GUIKV
 from vtr.methods.h2o import H2O as H2O
@@ -78,6 +79,7 @@ from vtr.methods.kv_baselines import RecentKV as RecentKV
 from vtr.methods.liteattention import LiteAttention as LiteAttention
 from vtr.methods.minference import MInference as MInference
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
+from vtr.methods.objectness import Objectness as Objectness
 from vtr.methods.ppt import PPT as PPT
 from vtr.methods.prefill_baselines import LocalWindow as LocalWindow
 from vtr.methods.prefill_baselines import RandomBlocks as RandomBlocks
@@ -100,6 +102,7 @@ from vtr.methods.sla import SLA as SLA
 from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.snapkv import SnapKV as SnapKV
 from vtr.methods.spargeattn import SpargeAttn as SpargeAttn
+from vtr.methods.sparse_detr import SparseDETR as SparseDETR
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
 from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
