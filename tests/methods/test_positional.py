@@ -54,7 +54,9 @@ def test_the_first_option_of_a_token_method_is_how_much_it_keeps():
         if issubclass(cls, TokenMethod) and name not in METHODS
     }
     assert {name: option for name, option in first.items() if option != "keep"} == {
+        "adaptive-sparse-vit": "layers",  # how much follows from thresholds, which are learned
         "algm": "threshold",  # how alike tokens are that merge
+        "avit": "scale",  # of the halting score; how much follows from the weights
         "damro": "k",  # the paper's option: tokens of a picture that its second run sees
         "debias": "method",  # it wraps one
         "dtop": "confidence",  # how certain the class of a token is that leaves
