@@ -31,6 +31,7 @@ ADAPTERS: dict[str, list[str | ModuleType]] = {
         "vtr.video.encoders",
     ],
     "diffusers": ["vtr.diffusion.adapter"],
+    "vtr": ["vtr.vision.encoders.lvvit"],
 }
 
 _NAMES = ("locate", "wrap", "FAMILIES")

@@ -23,7 +23,7 @@ from vtr.methods.base import (
     third_points,
 )
 from vtr.methods.common.scored import prune
-from vtr.methods.common.token_thresholds import Thresholds, head_weighted, masked_row
+from vtr.methods.common.token_thresholds import TokenThresholds, head_weighted, masked_row
 
 #: Start of the thresholds for 196 tokens, and the step from stage to stage, by ``accumulate`` (authors' code).
 _START = {"none": (0.001, 0.001), "ema": (0.001, 0.001), "sum": (0.004, 0.008)}
@@ -61,7 +61,8 @@ class AdaptiveSparseViT(TokenMethod):
         least: tokens that every image keeps at least. 0 may leave the class token alone, for models that
             do not pool over tokens.
         tau: temperature of the gradient, for 196 tokens.
-        weights: a safetensors file of trained thresholds, or the name of a built-in one (``"digits-adaptive"``).
+        weights: a safetensors file of trained thresholds, or the name of a built-in one (``"digits-adaptive"``);
+            in place of ``thresholds``.
     """
 
     name: ClassVar[str] = "adaptive-sparse-vit"
@@ -92,15 +93,11 @@ class AdaptiveSparseViT(TokenMethod):
         if self.layers is not None:
             self._set("layers", check_layers(self.layers))
         if self.thresholds is not None:
-            self._set("thresholds", tuple(self.thresholds))
             for value in self.thresholds:
                 check_number(value, "thresholds", 0.0, float("inf"))
+            self._set("thresholds", tuple(map(float, self.thresholds)))
             if self.layers is not None and len(self.thresholds) != len(self.layers):
                 raise ValueError(f"thresholds must have one number per layer of {self.layers}")
-            if self.weights is not None:
-                raise ValueError(
-                    "thresholds are where training starts: leave them out with weights"
-                )
         if self.counts not in ("own", "calibrated"):
             raise ValueError(f"counts must be 'own' or 'calibrated', got {self.counts!r}")
         if self.accumulate not in _START:
@@ -127,7 +124,7 @@ class AdaptiveSparseViT(TokenMethod):
         seen = cuts if self.accumulate == "none" else range(first, cuts[-1] + 1)
         return tuple(Stage("encoder", i, "end", cuts=i in cuts) for i in seen)
 
-    def build(self, info: ModelInfo) -> Thresholds:
+    def build(self, info: ModelInfo) -> TokenThresholds:
         stages = len(self.cuts(info))
         start = self.thresholds
         if start is None:
@@ -141,7 +138,7 @@ class AdaptiveSparseViT(TokenMethod):
             raise ValueError(
                 f"thresholds has {len(start)} entries for the {stages} layers to cut at"
             )
-        modules = Thresholds(start)
+        modules = TokenThresholds(start)
         if self.weights is not None:
             modules.load(self.weights)
         return modules
@@ -151,7 +148,7 @@ class AdaptiveSparseViT(TokenMethod):
         if site.layer not in cuts:
             return None
         modules, stage = site.modules, cuts.index(site.layer)
-        assert isinstance(modules, Thresholds)
+        assert isinstance(modules, TokenThresholds)
         if site.training:
             return self._train(site, modules, stage, score)
         if self.counts == "calibrated":
@@ -172,7 +169,7 @@ class AdaptiveSparseViT(TokenMethod):
             site.memory["score"] = now
         return now
 
-    def _train(self, site: Site, modules: Thresholds, stage: int, score: Tensor) -> Reduction:
+    def _train(self, site: Site, modules: TokenThresholds, stage: int, score: Tensor) -> Reduction:
         old: Any = site.memory.get("mask")
         alive = score if old is None else score.masked_fill(old.detach() < 0.5, -1.0)
         mask = modules.hard(stage, alive, self.tau * 196 / site.map.n_in, self.least)

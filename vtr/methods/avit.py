@@ -81,7 +81,7 @@ class AViT(Presets, TokenMethod):
 
     @classmethod
     def examples(cls) -> Examples:
-        return {"some": (cls(scale=1.0, center=0.5),), "everything": (cls(center=1e4),)}
+        return {"some": (cls(scale=1.0, center=0.5),), "everything": ()}
 
     def validate(self) -> None:
         for name in ("scale", "center", "ponder_weight", "prior_weight"):

@@ -155,12 +155,12 @@ class DynamicViT(TokenMethod):
         return modules
 
     def overhead(self, modules: nn.Module, tokens: int) -> int:
-        """Every predictor sees the tokens that the stage before it has left (in training: all)."""
+        """Every predictor sees the tokens that the stage before it leaves in inference."""
         assert isinstance(modules, DynamicViTModules)
         linear = [m for m in modules.predictors[0].modules() if isinstance(m, nn.Linear)]
         each = sum(2 * m.in_features * m.out_features for m in linear)
         left = (tokens, *self.numbers(tokens, len(modules.predictors)))[:-1]
-        return each * (tokens * len(left) if modules.training else sum(left))
+        return each * sum(left)
 
     def reduce(self, site: Site) -> Reduction | None:
         modules, layers = site.modules, self.decisions(site.info)

@@ -62,11 +62,10 @@ def prior(depth: int, target: int) -> list[float]:
 
 
 def prior_distance(means: Tensor, target: int) -> Tensor:
-    """KL divergence of the prior from the layers' mean halting scores (L,), their mean over layers.
+    """KL divergence of the prior from the layers' mean halting scores (L,), divided by L.
 
-    The scores are divided by their sum and held in [0.01, 0.99], as in the authors' code; a negative
-    value (the prior is no distribution) counts as 0.
+    The scores are divided by their sum and held in [0.01, 0.99], as in the authors' code.
     """
     wanted = means.new_tensor(prior(len(means), target))
     found = (means / means.sum()).clamp(0.01, 0.99)
-    return (F.kl_div(found.log(), wanted, reduction="sum") / len(means)).clamp_min(0)
+    return F.kl_div(found.log(), wanted, reduction="sum") / len(means)

@@ -31,7 +31,7 @@ def masked_row(row: Tensor, mask: Tensor | None) -> Tensor:
     return row * mask[:, None] / (1 - gone).clamp_min(1e-6)
 
 
-class Thresholds(TokenModules):
+class TokenThresholds(TokenModules):
     """One threshold for each stage, and the share of the tokens that they have kept in training.
 
     Attributes:
