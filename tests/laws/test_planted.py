@@ -15,6 +15,8 @@ import vtr
 from tests.tiny import images, vit
 from vtr.methods.base import (
     AttentionMethod,
+    EncoderAttentionMethod,
+    EncoderAttentionSite,
     Examples,
     ModelInfo,
     Reduction,
@@ -240,6 +242,61 @@ def test_a_mask_in_raster_order_is_caught_where_text_comes_first() -> None:
 def test_a_fault_of_an_attention_method_is_caught(method: Any, law: str) -> None:
     with pytest.raises(AssertionError, match=law):
         check_method(method, ["wan"])
+
+
+# ---- attention of encoders ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstKeys(EncoderAttentionMethod):
+    """Every token sees the first half of the tokens."""
+
+    name: ClassVar[str] = "first-keys"
+    paper: ClassVar[str] = "none"
+
+    keep: float = 0.5
+
+    @classmethod
+    def examples(cls) -> Examples:
+        return {"some": (cls(),), "everything": (cls(keep=1.0),)}
+
+    def attend(self, site: EncoderAttentionSite) -> Tensor:
+        number = count(self.keep, site.tokens)
+        if number == site.tokens:
+            return site.dense()
+        return self.compute(site, torch.arange(site.tokens) < number, number / site.tokens)
+
+    def compute(self, site: EncoderAttentionSite, keys: Tensor, share: float) -> Tensor:
+        return site.masked(keys.expand(1, 1, site.tokens, -1), share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weaker(FirstKeys):
+    """Forgets that weights sum to 1."""
+
+    def compute(self, site: EncoderAttentionSite, keys: Tensor, share: float) -> Tensor:
+        return super().compute(site, keys, share) * 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountsLess(FirstKeys):
+    """Says that it computes a tenth of the pairs."""
+
+    def compute(self, site: EncoderAttentionSite, keys: Tensor, share: float) -> Tensor:
+        return super().compute(site, keys, 0.1)
+
+
+def test_a_method_inside_an_encoder_without_a_fault_passes() -> None:
+    kinds = ("timm-with-registers", "transformers-siglip")
+    assert check_method(FirstKeys, kinds) == kinds
+
+
+@pytest.mark.parametrize(
+    ("method", "law"), [(Weaker, "sums of rows"), (CountsLess, "the trace says 0.100")]
+)
+def test_a_fault_of_a_method_inside_an_encoder_is_caught(method: Any, law: str) -> None:
+    with pytest.raises(AssertionError, match=law):
+        check_method(method, ["timm-without-class-token"])
 
 
 # ---- adapters ------------------------------------------------------------------------------------

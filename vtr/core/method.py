@@ -41,11 +41,20 @@ PLACES: dict[str, tuple[str, ...]] = {
 - ``decoder``: at the ``start`` of a layer of a language model (its input, with the q, k, v that it will
   compute), in its ``middle`` or at its ``end``, both with the q, k, v that it has used. The middle needs
   ``info.decoder_middle``.
-- ``attention``: an attention call, of a diffusion transformer or of a language model.
+- ``attention``: an attention call, of a diffusion transformer, of a language model or of a vision encoder.
+  :data:`vtr.core.site.SIGNALS` tells them apart.
 - ``kv``: the entries of a layer's KV cache, ``behind`` its attention.
 - ``block``: a block of a diffusion transformer.
 - ``logits``: the logits of every ``step`` of generate, behind the head of a language model.
 """
+
+
+# A signal of the site "attention" -> what a model without it is not.
+_OTHER_ATTENTION = {
+    "denoising": "it is no diffusion transformer",
+    "prompt": "it is no language model",
+    "patches": "its attention is not that of a vision encoder",
+}
 
 
 class _Visit(NamedTuple):
@@ -259,7 +268,8 @@ class Method:
                     f"{self.name} needs {' and '.join(lacking)} at the site '{site}', which "
                     f"{info.family} does not show"
                     + (" (it has no class token)" if "cls_attention" in lacking else "")
-                    + (" (it makes single images)" if "frames" in lacking else "")
+                    + (" (it makes single images)" if lacking == ["frames"] else "")
+                    + "".join(f" ({w})" for name, w in _OTHER_ATTENTION.items() if name in lacking)
                 )
 
     def _lacks(self, info: ModelInfo, sites: tuple[str, ...]) -> UnsupportedMethodError:

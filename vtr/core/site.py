@@ -27,7 +27,7 @@ SIGNALS: dict[str, frozenset[str]] = {
     "detector": frozenset({"hidden", "class_logits", "sampling"}),
     "prompt": frozenset({"hidden", "text", "encoder_scores"}),
     "decoder": _ATTENTION | {"hidden", "text", "text_attention", "encoder_scores"},
-    "attention": frozenset({"qkv", "denoising", "frames", "prompt", "hidden"}),
+    "attention": frozenset({"qkv", "denoising", "frames", "prompt", "patches", "hidden"}),
     "kv": frozenset({"entries", "hidden"}),
     "block": frozenset({"hidden"}),
     "logits": frozenset({"hidden", "encoder_scores"}),
@@ -40,7 +40,8 @@ the layer's attention. ``cls_attention``, ``attention_received``, ``pooling``: t
 names. ``head_outputs``: :attr:`Site.head_outputs`. ``keys_of``: :attr:`Site.keys_of`. ``text``: the hidden states of the text. ``text_attention``: attention
 of text to visual tokens. ``encoder_scores``: :meth:`LanguageSite.spread` works. ``frames``: the tokens have a time axis of several frames. ``denoising``: the attention is
 that of a diffusion transformer, in steps. ``prompt``: it is that of a language model, whose text and visual tokens
-are told apart. ``class_logits``: :meth:`DetectorSite.class_logits` works. ``sampling``: the decoder's cross-attention
+are told apart. ``patches``: it is that of a vision encoder, over its protected and its visual tokens.
+``class_logits``: :meth:`DetectorSite.class_logits` works. ``sampling``: the decoder's cross-attention
 samples the tokens of the encoder at points, which training calls record. ``entries``: keys and values of each KV head, which may be dropped, merged or stored with fewer
 bits.
 """

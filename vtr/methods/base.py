@@ -14,6 +14,10 @@ Bases for methods that decide what an attention call of a diffusion transformer 
   ``budget(scores, view)``.
 - :class:`AttentionMethod`: any other. You write ``attend(site)``.
 
+A base for methods that compute the attention of a vision encoder:
+
+- :class:`EncoderAttentionMethod`: you write ``attend(site)``, which may mask pairs, or leave out heads.
+
 Bases for methods that act inside the attention of a language model:
 
 - :class:`PrefillMethod`: skips key blocks of a long prompt. You write ``blocks(site)`` alone.
@@ -50,6 +54,7 @@ from vtr.core.budget import (
     spread,
     third_points,
 )
+from vtr.core.encoder_attention import EncoderAttentionSite
 from vtr.core.kv_site import Change, KVSite
 from vtr.core.language_attention import LanguageAttentionSite
 from vtr.core.language_site import LanguageSite, VisualSpan
@@ -63,6 +68,7 @@ from vtr.methods.common.contrast import ContrastMethod
 from vtr.methods.common.decode import DecodeMethod, ReusingMethod
 from vtr.methods.common.dynamic import BlockChoice, DynamicAttention, GridView
 from vtr.methods.common.edit import EditMethod
+from vtr.methods.common.encoder_attention import EncoderAttentionMethod
 from vtr.methods.common.kv import EvictionMethod, KVMethod
 from vtr.methods.common.language_attention import LanguageAttentionMethod
 from vtr.methods.common.masked import (
@@ -83,6 +89,8 @@ __all__ = [
     "DecodeMethod",
     "DynamicAttention",
     "EditMethod",
+    "EncoderAttentionMethod",
+    "EncoderAttentionSite",
     "EvictionMethod",
     "Examples",
     "Grid",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
-from vtr.testing import attention, contrast, inside, kv, life, tokens
+from vtr.testing import attention, contrast, heads, inside, kv, life, tokens
 from vtr.testing.examples import Settings, examples
 from vtr.testing.kinds import KINDS, Kind
 from vtr.testing.trial import Trial
@@ -39,6 +39,13 @@ ATTENTION: dict[str, Law] = {
     "text may be first or last": attention.place,
     "a sample alone equals the sample in a batch": attention.alone,
     "no leak between samples": attention.leak,
+    **LIFE,
+}
+HEADS: dict[str, Law] = {
+    "keep everything is the model": tokens.everything,
+    "a sample alone equals the sample in a padded batch": tokens.alone,
+    "no leak between samples": tokens.leak,
+    "rows of attention sum to 1": heads.whole,
     **LIFE,
 }
 INSIDE: dict[str, Law] = {
@@ -80,6 +87,8 @@ def laws_of(method: type[Method] | Method) -> dict[str, Law]:
         return INSIDE
     if kv.acts_on_cache(method):
         return CACHE
+    if heads.acts_in_encoder(method):
+        return TOKENS if heads.cuts(method) else HEADS
     return ATTENTION if "attention" in method.sites else TOKENS
 
 

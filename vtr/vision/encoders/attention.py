@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,26 @@ from torch import Tensor, nn
 
 from vtr.kernels.precision import full_precision, lowered, lowers
 
-Attend = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+
+@dataclass
+class AttentionCall:
+    """One attention call, for a method that computes it.
+
+    Attributes:
+        q, k, v: (B, H, T, D), after norms and rotary embedding.
+        scale: factor of the logits, None for D^-0.5.
+        mask: added to the logits, or bool (True is seen), broadcast to (B, H, T, T); None without.
+        dropout: chance to drop a weight.
+        dense: computes what the model computes without the method, (B, H, T, D).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    mask: Tensor | None
+    dropout: float
+    dense: Callable[[], Tensor]
 
 
 class Probe:
@@ -22,13 +42,20 @@ class Probe:
         qkv: the (B, H, T, D) tensors of the call, after norms and rotary embedding.
         scale: the factor of the logits.
         out: (B, H, T, D), what each head returns, before the projection that joins the heads.
+        method: computes the attention in place of the model, or None.
     """
 
-    __slots__ = ("key_bias", "out", "policy", "qkv", "scale")
+    __slots__ = ("key_bias", "method", "out", "policy", "qkv", "scale")
 
-    def __init__(self, key_bias: Tensor | None = None, policy: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        key_bias: Tensor | None = None,
+        policy: Tensor | None = None,
+        method: Callable[[AttentionCall], Tensor] | None = None,
+    ) -> None:
         self.key_bias = key_bias
         self.policy = policy
+        self.method = method
         self.qkv: tuple[Tensor, Tensor, Tensor] | None = None
         self.scale: float | None = None
         self.out: Tensor | None = None
@@ -51,23 +78,35 @@ class Probe:
         ``drop`` is the model's own dropout module. It is called with the weights if they are computed
         (``fused=False``), so that its hooks see them.
         """
-        self.qkv = (q, k, v)
-        self.scale = scale
-        self.out = self._attend(q, k, v, mask, dropout_p, scale, is_causal, fused, drop)
+
+        def dense() -> Tensor:
+            return self.compute(q, k, v, mask, dropout_p, scale, is_causal, fused, drop)
+
+        if is_causal and mask is None and self.method is not None:
+            tokens = q.shape[2]
+            seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+            return self.through(AttentionCall(q, k, v, scale, seen, dropout_p, dense))
+        return self.through(AttentionCall(q, k, v, scale, mask, dropout_p, dense))
+
+    def through(self, call: AttentionCall) -> Tensor:
+        """Compute a call by the method, or as the model does; remembers q, k, v and the output."""
+        self.qkv, self.scale = (call.q, call.k, call.v), call.scale
+        self.out = call.dense() if self.method is None else self.method(call)
         return self.out
 
-    def _attend(
+    def compute(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None,
-        dropout_p: float,
-        scale: float | None,
-        is_causal: bool,
-        fused: bool,
-        drop: nn.Module | None,
+        mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        is_causal: bool = False,
+        fused: bool = True,
+        drop: nn.Module | None = None,
     ) -> Tensor:
+        """Compute attention with the weights of the keys, (B, H, T, D), without a method."""
         if is_causal and mask is None and (self.policy is not None or self.key_bias is not None):
             tokens = q.shape[2]
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()

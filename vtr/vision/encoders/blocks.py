@@ -285,6 +285,11 @@ def block_flops(attention: nn.Module, mlp: nn.Module, width: int, before: int, a
     return before * linear_flops(attention) + square + after * linear_flops(mlp)
 
 
+def pair_flops(runner: BlockRunner, tokens: int) -> int:
+    """FLOPs of one sample in the two products of a block's attention, which grow with the square of ``tokens``."""
+    return (runner.flops(2, 2) - 2 * runner.flops(1, 1)) // 2 * tokens * tokens
+
+
 def linear_flops(module: nn.Module) -> int:
     """FLOPs per token of all linear layers inside a module (two per multiply-add), also quantised ones."""
     total = 0

@@ -25,7 +25,7 @@ def check_graph(entries: Iterable[Entry]) -> None:
     """Raise ``UnsupportedMethodError`` if a graph is traced that would be wrong for other images."""
     maker = graph_maker()
     for entry in entries if maker else ():
-        if entry.token_method.data_dependent:
+        if getattr(entry.method, "data_dependent", False):
             raise UnsupportedMethodError(
                 f"{entry.method} leaves a number of tokens that depends on the image, which a graph of {maker} "
                 "cannot hold: use a method with a fixed budget (EViT, ToMe, CLSAttention, Random, ToFe), or "

@@ -77,7 +77,7 @@ class Passes(Threaded):
             return
         # A block without gradients whose input has some: the first pass of reentrant checkpointing.
         for entry in run.entries:
-            if entry.token_method.carries_gradients:
+            if getattr(entry.method, "carries_gradients", False):
                 raise RuntimeError(
                     f"{entry.method.name} hands values with gradients from block to block, which reentrant "
                     "checkpointing cuts off: checkpoint with use_reentrant=False (transformers: "

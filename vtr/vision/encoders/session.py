@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vtr.compat.torch import in_backward
+from vtr.core.method import Stage, TokenMethod
 from vtr.core.recompute import Again
 from vtr.core.trace import StageRecord
 from vtr.core.wrapping import Bound, Entry, PerThread, Threaded, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
+from vtr.vision.encoders.attending import Attending, saved_flops
 from vtr.vision.encoders.attention import Probe
 from vtr.vision.encoders.blocks import BlockRunner, EncoderRun, place_forward
 from vtr.vision.encoders.graphs import check_graph, refuse_symbolic
@@ -79,6 +81,7 @@ class EncoderSession(Threaded):
         self.passes = Passes(owner)
         self.restoring = False
         self.visits: dict[tuple[int, str], list[Entry]] = {}
+        self.attending: dict[int, Entry] = {}
         self.probed: frozenset[int] = frozenset()
         self.biased: frozenset[int] = frozenset()
 
@@ -90,6 +93,7 @@ class EncoderSession(Threaded):
         owner = self.owner
         self.forget()
         self.visits, self.latest = {}, None
+        self.attending = {s.layer: e for e, s in self.attention_stages()}
         probed: set[int] = set()
         biased: set[int] = set()
         looks = False
@@ -104,7 +108,8 @@ class EncoderSession(Threaded):
                 probed.add(stage.layer)
             looks = looks or "pixels" in wanted
         for entry in owner.active:
-            biased |= entry.token_method.biased_layers(owner.info)
+            if isinstance(entry.method, TokenMethod):
+                biased |= entry.method.biased_layers(owner.info)
         self.probed, self.biased = frozenset(probed), frozenset(biased)
         for layer, runner in enumerate(self.runners):
             place_forward(owner, runner.block, Bound(self, "forward", layer))
@@ -112,6 +117,10 @@ class EncoderSession(Threaded):
         owner.hook(self.passes)
         if looks and self.tower is not None:
             owner.hook(self.tower.register_forward_pre_hook(Bound(self, "see"), with_kwargs=True))
+
+    def attention_stages(self) -> list[tuple[Entry, Stage]]:
+        """List the visits of methods that compute the attention of blocks."""
+        return [(e, s) for e, s in self.owner.stages() if s.site == "attention"]
 
     def see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the images of the call for the methods that look at them."""
@@ -197,7 +206,7 @@ class EncoderSession(Threaded):
         if run.restoring:
             x = run.short(x)
         given, kwargs = kwargs, runner.narrow(kwargs, run)
-        probe = self._probe(run, layer)
+        probe = self._probe(run, layer, x)
         x = runner.attend(x, probe, kwargs)
         before = x.shape[1] - run.prefix
         x = visit(self, run, layer, "middle", x, probe, given)
@@ -278,7 +287,7 @@ class EncoderSession(Threaded):
                 "keep all blocks of the encoder on one device"
             )
 
-    def _probe(self, run: EncoderRun, layer: int) -> Probe | None:
+    def _probe(self, run: EncoderRun, layer: int, x: Tensor) -> Probe | None:
         has_padding = run.map is not None and run.map.has_padding
         if not self.runners[layer].split:
             if has_padding:
@@ -296,6 +305,9 @@ class EncoderSession(Threaded):
         if run.policy is not None:
             ones = run.policy.new_ones(run.batch, run.prefix)
             policy = torch.cat([ones, run.policy], 1)
+        entry = self.attending.get(layer)
+        if entry is not None:
+            return Probe(bias, policy, Attending(self, run, layer, entry, x, bias, policy))
         if bias is None and policy is None and layer not in self.probed:
             return None
         return Probe(bias, policy)
@@ -336,14 +348,16 @@ class EncoderSession(Threaded):
         counted = trace.tokens.get("encoder", {})
         tokens = counted.get(0, (0, 0))[0]
         whole = next((s.tokens_in for s in trace.stages if s.site == "image"), tokens)
+        notes = trace.notes.get("attention", {}) if self.attending else {}
         dense = reduced = 0
         for layer, runner in enumerate(self.runners):
             before, after = counted.get(layer, (tokens, tokens))
             prefix = self.prefix + runner.more
             dense += runner.flops(whole + prefix, whole + prefix)
             reduced += runner.flops(before + prefix, after + prefix)
+            reduced -= saved_flops(runner, notes.get(layer, {}), before + prefix)
         for entry in self.owner.active:
             worked = root.training or any(s.method == entry.method.name for s in trace.stages)
             if entry.modules is not None and worked:
-                reduced += entry.token_method.overhead(entry.modules, tokens)
+                reduced += entry.method.overhead(entry.modules, tokens)
         return dense, reduced

@@ -25,7 +25,7 @@ from vtr.compat.transformers import (
 )
 from vtr.core.wrapping import Bound, Wrapping
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.vision.encoders.attention import Probe
+from vtr.vision.encoders.attention import AttentionCall, Probe
 from vtr.vision.encoders.blocks import (
     BlockRunner,
     EncoderRun,
@@ -100,19 +100,26 @@ class LayerRunner(BlockRunner):
         scale = getattr(core, "scaling", None) or core.scale
         dropout = _dropout(core) if core.training else 0.0
         eager_bias = implementation == "eager" and self.eager_takes_mask
-        if probe.policy is None and (probe.key_bias is None or eager_bias):
-            probe.qkv, probe.scale = (q, k, v), scale
+        by_model = probe.policy is None and (probe.key_bias is None or eager_bias)
+        weights: Tensor | None = None
+        wide = mask
+        if mask is not None and mask.dim() == 2:  # flash attention's (B, T) of valid keys
+            wide = mask[:, None, None, :].bool()
+
+        def dense() -> Tensor:
+            nonlocal weights
+            if not by_model:
+                return probe.compute(q, k, v, wide, dropout, scale)
+            added = mask
             if probe.key_bias is not None:
                 bias = probe.key_bias[:, None, None, :].to(q.dtype)
-                mask = bias if mask is None else bias + _additive(mask, q.dtype)
+                added = bias if mask is None else bias + _additive(mask, q.dtype)
             call = attention_function(core, implementation)
-            out, weights = call(core, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
-            probe.out = out.transpose(1, 2)
-        else:
-            if mask is not None and mask.dim() == 2:  # flash attention's (B, T) of valid keys
-                mask = mask[:, None, None, :].bool()
-            out = probe.attend(q, k, v, mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
-            weights = None
+            out, weights = call(core, q, k, v, added, scaling=scale, dropout=dropout, **kwargs)
+            return out.transpose(1, 2)
+
+        call = AttentionCall(q, k, v, scale, wide, dropout, dense)
+        out = probe.through(call).transpose(1, 2)
         out = out.reshape(x.shape[0], x.shape[1], -1).contiguous()
         for name in OUTPUTS:
             if hasattr(core, name):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtr.core.wrapping import Bound, Wrapping
+from vtr.vision.encoders.attending import check_attention, open_attention
 from vtr.vision.encoders.blocks import BlockRunner, place_forward
 from vtr.vision.encoders.facts import encoder_info, square_grid
 from vtr.vision.encoders.image import open_image
@@ -71,6 +72,7 @@ class EncoderWrapping(Wrapping):
             tokens=tokens,
             pixels=tower is not None,
         )
+        open_attention(info, runners)
         if fixed_size is not None:
             open_image(info, fixed_size)
         super().__init__(root, info)
@@ -169,6 +171,12 @@ class EncoderWrapping(Wrapping):
         if options.get("output", "reduced") not in ("reduced", "restored"):
             raise ValueError(f"output must be 'reduced' or 'restored', got {options['output']!r}")
         super().check(method, options)
+        check_attention(method, self.info)
+
+    @property
+    def identified(self) -> nn.Module:
+        """The last block: fine-tuning changes it."""
+        return self.session.runners[-1].block
 
     def costs(self) -> dict[str, Any] | None:
         return {"encoder": self.session.flops()} if self.trace.tokens else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vtr.core.wrapping import PerThread
+from vtr.core.method import Stage
+from vtr.core.wrapping import Entry, PerThread
 from vtr.vision.encoders.blocks import EncoderRun
 from vtr.vision.encoders.session import EncoderSession
 from vtr.vision.vlm.sequence import mark
@@ -23,6 +24,10 @@ class TowerSession(EncoderSession):
     def install(self) -> None:
         super().install()
         self.restoring = True
+
+    def attention_stages(self) -> list[tuple[Entry, Stage]]:
+        """None: the attention that methods compute in a VLM is the language model's."""
+        return []
 
     def picture_flops(self, patches: int) -> int:
         """FLOPs of the layers for a picture of so many patches."""
