@@ -21,7 +21,7 @@ from vtr.core.registry import create, registry
 from vtr.core.site import ModelInfo
 from vtr.core.version import VERSION
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
-from vtr.inspect.calibration_data import Data, Generations, Prompts
+from vtr.inspect.calibration_data import Data, EncoderInputs, Generations, Prompts
 
 
 def calibrate(
@@ -39,18 +39,19 @@ def calibrate(
     >>> plan.save("sale.safetensors")
     >>> vtr.apply(model, vtr.Plan.load("sale.safetensors"))
 
-    Of a language model every batch is one dense prefill. Of a diffusion pipeline it is one dense run; of a
-    transformer without its pipeline one call, and the calls follow each other as in a run. All are in eval mode,
-    without gradients, and the model is left as it was.
+    Of a language model every batch is one dense prefill, of a vision encoder one dense call. Of a diffusion pipeline
+    it is one dense run; of a transformer without its pipeline one call, and the calls follow each other as in a run.
+    All are in eval mode, without gradients, and the model is left as it was.
 
     Args:
-        model: a vision-language model of transformers, or a pipeline or transformer of diffusers, in any of the
-            wrappers that :func:`vtr.apply` takes.
+        model: a vision-language model of transformers, a vision encoder, or a pipeline or transformer of diffusers, in
+            any of the wrappers that :func:`vtr.apply` takes.
         batches: of a language model: inputs of its forward, as processors return them: mappings with
             ``input_ids``, ``attention_mask`` and pixel values. Tensors are moved to the device of the model,
-            floating-point ones to its dtype. Every sample has an image or a video. Of a pipeline: the
-            arguments of its call, ``{"prompt": "a red ball", "num_inference_steps": 50}``. Of a transformer of
-            diffusers: those of its forward; tensors are moved to its device.
+            floating-point ones to its dtype. Every sample has an image or a video. Of an encoder: tensors of images
+            (B, 3, height, width), or mappings of its arguments (``pixel_values``). Of a pipeline: the arguments of its
+            call, ``{"prompt": "a red ball", "num_inference_steps": 50}``. Of a transformer of diffusers: those of its
+            forward; tensors are moved to its device.
         method: a method with ``calibrated = True``, its name, or a dict with ``name`` and options.
         description: of the data, free text for the plan.
         progress: show a progress bar on the standard error.
@@ -58,21 +59,23 @@ def calibrate(
 
     Returns:
         A plan of this method with its table and the model's fingerprint. ``versions`` has those of vtr, torch
-        and transformers or diffusers. ``data`` has the numbers of ``batches``, ``samples``, ``images`` (and videos)
-        and ``tokens`` (visual ones), for diffusion ``runs`` and ``grid`` instead of images, the
+        and the model's library. ``data`` has the numbers of ``batches``, ``samples`` (not of an encoder), ``images``
+        (and videos) and ``tokens`` (visual ones), for diffusion ``runs`` and ``grid`` instead of images, the
         ``description``, and the ``sha256`` of all tensors in the batches, for diffusion of all arguments.
 
     Raises:
         UnsupportedModelError: no adapter for this model, or its weights are on the meta device.
         UnsupportedMethodError: the method needs no calibration, or cannot work on this model.
-        ValueError: no batches, a batch that is no mapping or has a sample without an image, a model with
+        ValueError: no batches, a batch that is none of the above or has a sample without an image, a model with
             methods applied, or data that gave a number NaN.
     """
     chosen = _method(method)
     if handles(model):
         raise ValueError("the model is wrapped already; remove its handles before calibrating")
-    denoising = "denoising" in chosen.needs.get("attention", ())
-    data = Generations(description) if denoising else Prompts(description)
+    needs = chosen.needs.get("attention", ())
+    denoising = "denoising" in needs
+    kind = Generations if denoising else EncoderInputs if "patches" in needs else Prompts
+    data = kind(description)
     watcher = Watcher(chosen, data)
     with apply(model, watcher, **options) as handle, torch.no_grad():
         wrapping = handle._wrapping
@@ -91,7 +94,8 @@ def calibrate(
                 inputs = data.begin(batch)
                 if isinstance(call, nn.Module):
                     inputs = _placed(inputs, root, cast=not denoising)
-                call(**inputs, **({"logits_to_keep": 1} if short else {}))
+                images = [inputs.pop("")] if "" in inputs else []  # of an encoder, by position
+                call(*images, **inputs, **({"logits_to_keep": 1} if short else {}))
                 data.end()
     if not data.batches:
         raise ValueError("batches must hold at least one batch of the model's inputs, got none")
@@ -100,7 +104,7 @@ def calibrate(
         fingerprint=identity,
         tables=(_checked(chosen, data.calibrator.finish()),),
         data=data.described(),
-        versions={"vtr": VERSION, **{name: version(name) for name in data.libraries}},
+        versions={"vtr": VERSION, **{name: version(name) for name in _libraries(data, root)}},
     )
 
 
@@ -135,6 +139,13 @@ class Watcher(Method):
         return out
 
 
+def _libraries(data: Data, root: Any) -> list[str]:
+    """The libraries whose versions are in the plan."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(root).__mro__}
+    encoders = [name for name in ("timm", "transformers") if name in packages]
+    return list(dict.fromkeys((*data.libraries, *encoders)))
+
+
 def _method(given: Any) -> Method:
     method = create(given) if isinstance(given, str) else given
     if isinstance(given, Mapping) and "name" in given:
@@ -167,12 +178,14 @@ def _checked(method: Method, table: Any) -> Table:
 
 def _placed(inputs: dict[str, Any], root: Any, cast: bool) -> dict[str, Any]:
     """The inputs on the model's device, and with ``cast`` in its dtype."""
+    first = next(root.parameters())
+    device, dtype = getattr(root, "device", first.device), getattr(root, "dtype", first.dtype)
 
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         other = cast and leaf.is_floating_point()
-        return leaf.to(root.device, root.dtype if other else leaf.dtype)
+        return leaf.to(device, dtype if other else leaf.dtype)
 
     moved: dict[str, Any] = tree_map(placed, inputs)
     return moved

@@ -159,6 +159,47 @@ class Generations(Data):
         return {**numbers, "tokens": self.tokens, "grid": list(self.grid)}
 
 
+class EncoderInputs(Data):
+    """Images or clips of a vision encoder, each batch one call."""
+
+    libraries = ("torch",)
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description)
+        self.images = self.tokens = 0
+
+    def begin(self, batch: Any) -> dict[str, Any]:
+        named = isinstance(batch, Mapping) and all(isinstance(name, str) for name in batch)
+        if not (named or isinstance(batch, Tensor)) or not len(batch):
+            raise ValueError(
+                f"batch {self.batches} must be a tensor of images (B, 3, height, width), or a mapping of the "
+                f"arguments of the encoder's call such as pixel_values, got {type(batch).__name__}"
+            )
+        inputs = dict(batch) if named else {"": batch}
+        for name, value in sorted(inputs.items()):
+            for tensor in tree_iter(value):
+                if isinstance(tensor, Tensor):
+                    self._absorb(name, tensor)
+        self.seen = False
+        return inputs
+
+    def see(self, site: Any) -> None:
+        if not self.seen:
+            self.images += site.q.shape[0]
+            self.tokens += site.q.shape[0] * (site.tokens - site.prefix)
+        self.seen = True
+        self.calibrator.see(site)
+
+    def end(self) -> None:
+        if not self.seen:
+            raise ValueError(f"no block of the encoder ran in batch {self.batches}: give it images")
+        self.batches += 1
+
+    def counts(self) -> dict[str, Any]:
+        """Return the numbers of batches, images (or clips) and visual tokens."""
+        return {name: getattr(self, name) for name in ("batches", "images", "tokens")}
+
+
 def _leaves(value: Any) -> Iterator[Any]:
     """The tensors, numbers and texts inside an argument; of other objects, what tells them apart."""
     for leaf in tree_iter(value):
