@@ -1,4 +1,5 @@
-"""Attention scores from 4-bit queries and keys, and what SALE (arXiv 2505.24179) compares them with."""
+"""Attention scores from queries and keys with few bits: SALE's (arXiv 2505.24179), with what it compares them with, and
+SpAtten's (arXiv 2012.09852)."""
 
 from __future__ import annotations
 
@@ -67,6 +68,41 @@ def quantized(x: Tensor, groups: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     step = step.clamp(min=torch.finfo(x.dtype).tiny).expand(*runs.shape[:-1], 1)
     step = step.flatten(-5, -2)[..., : x.shape[-2], :]
     return (x / step).round(), step
+
+
+def check_bit_split(value: object) -> tuple[int, int]:
+    """Return ``bits`` as two numbers, higher and lower bits, or raise a ``ValueError`` that names the option."""
+    numbers = tuple(value) if isinstance(value, (list, tuple)) else ()
+    whole = len(numbers) == 2 and all(type(n) is int for n in numbers)
+    if not whole or numbers[0] < 2 or numbers[1] < 0 or sum(numbers) > 16:
+        raise ValueError(
+            "bits must be two ints, at least 2 higher bits and at least 0 lower ones, 16 in all at most, or None; "
+            f"got {value!r}"
+        )
+    return numbers  # type: ignore[return-value]
+
+
+def split_bits(
+    x: Tensor, most: int, least: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round to integers of ``most + least`` bits, symmetrically, with one step for each sample and head.
+
+    Args:
+        x: (B, H, T, D).
+        most, least: numbers of the higher bits, the sign among them, and of the lower bits.
+        valid: (B, T) bool, tokens whose numbers count for the step, or None.
+
+    Returns:
+        The numbers that the higher bits alone give (the lower ones zero, so that it rounds down), and those of all
+        bits, both float32 (B, H, T, D).
+    """
+    wide = x.float()
+    counted = wide if valid is None else wide * valid[:, None, :, None]
+    top = 2 ** (most + least - 1) - 1
+    step = counted.abs().amax((2, 3), keepdim=True) / top
+    step = step.clamp(min=torch.finfo(torch.float32).tiny)
+    level = (wide / step).round()
+    return (level / 2**least).floor() * (2**least * step), level * step
 
 
 def relative_scores(
