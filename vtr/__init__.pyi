@@ -104,6 +104,8 @@ from vtr.methods.snapkv import SnapKV as SnapKV
 from vtr.methods.spargeattn import SpargeAttn as SpargeAttn
 from vtr.methods.sparse_detr import SparseDETR as SparseDETR
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
+from vtr.methods.sparsifiner import Sparsifiner as Sparsifiner
+from vtr.methods.spatten import SpAtten as SpAtten
 from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
 from vtr.methods.svg2 import SVG2 as SVG2
