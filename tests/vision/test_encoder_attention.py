@@ -355,6 +355,16 @@ def test_it_is_copied_checkpointed_and_trained() -> None:
         assert torch.equal(copy.deepcopy(model)(x), model(x))
 
 
+def test_a_runner_that_passes_a_method_by_is_found() -> None:
+    model = vit(depth=2)
+    with vtr.apply(model, Half()) as handle:
+        runner = handle._wrapping.session.runners[0]
+        plain = runner.attend
+        runner.attend = lambda x, probe, kwargs: plain(x, None, kwargs)
+        with pytest.raises(RuntimeError, match="block 0 of timm VisionTransformer did not give"):
+            model(images(2))
+
+
 def test_stages_are_those_of_the_layers() -> None:
     info = ModelInfo("a model", {"encoder": 3, "attention": 3}, {})
     assert Look(dense_layers=1).stages(info) == (Stage("attention", 1), Stage("attention", 2))

@@ -208,6 +208,11 @@ class EncoderSession(Threaded):
         given, kwargs = kwargs, runner.narrow(kwargs, run)
         probe = self._probe(run, layer, x)
         x = runner.attend(x, probe, kwargs)
+        if probe is not None and probe.method is not None and probe.out is None:
+            raise RuntimeError(
+                f"block {layer} of {self.owner.info.family} did not give its attention to a method: its runner must "
+                "compute it with probe.attend(q, k, v)"
+            )
         before = x.shape[1] - run.prefix
         x = visit(self, run, layer, "middle", x, probe, given)
         after = x.shape[1] - run.prefix
