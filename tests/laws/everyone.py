@@ -15,7 +15,7 @@ from vtr.testing.trial import Trial
 METHODS = list(registry())
 NAMES = {
     group: [name for name, kind in KINDS.items() if type(kind).__name__ == group]
-    for group in ("Encoder", "Language", "Detector", "Diffusion")
+    for group in ("Encoder", "Windowed", "Detector", "Language", "Diffusion")
 }
 
 INSIDE = [name for name, cls in registry().items() if acts_inside(cls)]

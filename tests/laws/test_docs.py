@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vtr.testing import check_method
-from vtr.testing.methods import ATTENTION, CACHE, CONTRAST, INSIDE, TOKENS
+from vtr.testing.methods import ATTENTION, CACHE, CONTRAST, INSIDE, TOKENS, WINDOWS
 
 DOCS = Path(__file__).parents[2] / "docs"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,5 +63,5 @@ def test_the_method_inside_attention_of_the_page(code: list[str]) -> None:
 
 def test_the_page_names_every_law() -> None:
     page = (DOCS / "laws.md").read_text()
-    laws = {**TOKENS, **ATTENTION, **INSIDE, **CACHE, **CONTRAST}
+    laws = {**TOKENS, **ATTENTION, **INSIDE, **CACHE, **CONTRAST, **WINDOWS}
     assert not [law for law in laws if f"| {law} |" not in page]

@@ -17,6 +17,16 @@ MODELS = {
     "VisionTransformerRelPos": f"{RELPOS}:VisionTransformerRelPos",
     "NaFlexVit": f"{NAFLEX_MODULE}:NaFlexVit",
 }
+#: Models whose blocks work in windows: name -> where the class is. Swin V2 has its norms behind.
+SWIN, SWINV2 = "timm.models.swin_transformer", "timm.models.swin_transformer_v2"
+SAM = "timm.models.vision_transformer_sam"
+SWINS = {
+    "SwinTransformer": f"{SWIN}:SwinTransformer",
+    "SwinTransformerV2": f"{SWINV2}:SwinTransformerV2",
+}
+SAMS = {"VisionTransformerSAM": f"{SAM}:VisionTransformerSAM"}
+#: The MLP of Swin V2 that computes the biases of relative positions.
+POSITION_MLP = "cpb_mlp"
 #: Blocks that are opened: norm, attention, norm, MLP; with the norms behind, or in front.
 POST_NORM = (f"{VIT}:ResPostBlock", f"{EVA}:EvaBlockPostNorm", f"{RELPOS}:ResPostRelPosBlock")
 PRE_NORM = (f"{VIT}:Block", f"{EVA}:EvaBlock", f"{BEIT}:Block", f"{RELPOS}:RelPosBlock")
@@ -66,3 +76,10 @@ def relative_bias(attention: Any) -> Any:
 def embed(model: Any, patches: Any) -> Any:
     """Add positions to a VisionTransformer's tokens from its patch embedding."""
     return model._pos_embed(patches)
+
+
+def windows_mask(block: Any, like: Any) -> Any:
+    """Return the mask of a Swin block, (windows, area, area), for a padded map like ``like``; None without a shift."""
+    if getattr(block, "dynamic_mask", False):
+        return block.get_attn_mask(like)
+    return block.attn_mask

@@ -478,6 +478,42 @@ PACKED = (
 )
 
 
+# ---- vision encoders with windows -------------------------------------------------------------
+
+#: Class of a Swin -> the attribute that holds the SwinModel, empty for the model itself. The same of Swin V2.
+SWINS = {
+    "SwinModel": "",
+    "SwinForImageClassification": "swin",
+    "SwinForMaskedImageModeling": "swin",
+    "SwinBackbone": "swin",
+}
+SWINS_V2 = {
+    "Swinv2Model": "",
+    "Swinv2ForImageClassification": "swinv2",
+    "Swinv2ForMaskedImageModeling": "swinv2",
+    "Swinv2Backbone": "",
+}
+#: Class of a SAM -> the attribute that holds its encoder, empty for the encoder itself.
+SAMS = {"SamModel": "vision_encoder", "SamVisionModel": "vision_encoder", "SamVisionEncoder": ""}
+#: Layers of these, and arguments of a Swin's behind its hidden states.
+SWIN_LAYER, SWINV2_LAYER, SAM_LAYER = "SwinLayer", "Swinv2Layer", "SamVisionLayer"
+SWIN_ARGUMENTS = ("input_dimensions", "always_partition")
+SWINV2_ARGUMENTS = ("input_dimensions", "output_attentions")
+#: The MLP of Swin V2 that computes the biases of relative positions.
+POSITION_MLP = "continuous_position_bias_mlp"
+
+
+def swin_windows(layer: Any, grid: tuple[int, int], always: bool) -> tuple[int, int]:
+    """Return the side of a SwinLayer's windows and their shift in a call with a grid of (rows, columns).
+
+    As its own forward does, the layer takes a smaller window for good when it sees a small map, unless it is told
+    to cut windows always.
+    """
+    if not always:
+        layer.set_shift_and_window_size(grid)
+    return int(layer.window_size), int(layer.shift_size)
+
+
 # ---- other ----------------------------------------------------------------------------------
 
 

@@ -22,10 +22,11 @@ from vtr.core.wrapping import Wrapping
 #: Top-level package of a model's class -> its adapters, in the order in which they are tried: modules, or
 #: their import paths until they are first used.
 ADAPTERS: dict[str, list[str | ModuleType]] = {
-    "timm": ["vtr.vision.encoders.timm"],
+    "timm": ["vtr.vision.windows.timm", "vtr.vision.encoders.timm"],
     "open_clip": ["vtr.vision.encoders.open_clip"],
     "transformers": [
         "vtr.vision.vlm",
+        "vtr.vision.windows.transformers",
         "vtr.vision.encoders.transformers",
         "vtr.vision.detection",
         "vtr.video.encoders",

@@ -24,6 +24,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "image": ("front",),
     "encoder": ("middle", "end"),
     "detector": ("start",),
+    "windows": ("whole", "inside"),
     "prompt": ("entry",),
     "decoder": ("end", "start", "middle"),
     "attention": ("inside",),
@@ -37,6 +38,9 @@ PLACES: dict[str, tuple[str, ...]] = {
 - ``encoder``: in the ``middle`` of a block, between attention and MLP, or at its ``end``, its output. If a
   block cannot be opened, the middle is the end.
 - ``detector``: at the ``start`` of a layer of a detector's encoder, whose tokens all come back behind it.
+- ``windows``: a block of a windowed encoder. ``whole``: what is kept are windows, whole; the others skip the
+  block. ``inside``: in front of the block, the tokens of every window are merged, for this block and the
+  following ones, until a method returns ``Reduction(None)`` at a later one, or until the last block.
 - ``prompt``: the entry of a language model.
 - ``decoder``: at the ``start`` of a layer of a language model (its input, with the q, k, v that it will
   compute), in its ``middle`` or at its ``end``, both with the q, k, v that it has used. The middle needs
@@ -91,6 +95,9 @@ class Merging(Protocol):
 
     Attributes:
         kept: (B, N_out) int64, for each merged token the input token whose place it has.
+
+    It may have ``flops``: what merging and restoring cost for a sample; the report of a windowed encoder counts
+    them.
     """
 
     @property
@@ -117,13 +124,14 @@ class Reduction(NamedTuple):
             every token stays, and always sees itself (DynamicViT's masked softmax). A policy of None
             in a reduction without a map ends it.
         grid: at the site ``image``, (rows, columns) of the smaller picture in tokens; ``map`` says which
-            of the tokens before each of them covers.
+            of the tokens before each of them covers. At the site ``windows``, (rows, columns) of a window of
+            merged tokens.
         keep_norm: a slot of several tokens gets the largest of their norms, in the direction of their mean
             (MLERP of Token Fusion, WACV 2024, arXiv 2312.01026). Needs ``weights``.
         front: (B, prefix, C), new hidden states of the protected tokens of an encoder; None leaves them.
             Beside a map it needs ``tokens``.
-        merging: at the site ``block``, what merges and restores in place of ``map``, which then says for each
-            token where most of it went.
+        merging: at the sites ``block`` and ``windows``, what merges and restores in place of ``map``, which then
+            says for each token where most of it went. At ``windows`` its rows are all windows of all images.
         mass: (B, N_out) float32, above 0, by how much each token here counts as a key and in a pooling in
             place of its size, from here on (DiffRate, whose merged tokens count by their similarity). Later
             merges add it up. Needs an encoder and ``size_weighted``.

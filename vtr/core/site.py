@@ -25,6 +25,7 @@ SIGNALS: dict[str, frozenset[str]] = {
     "encoder": _ATTENTION
     | {"hidden", "pixels", "cls_attention", "head_outputs", "keys_of", "pooling"},
     "detector": frozenset({"hidden", "class_logits", "sampling"}),
+    "windows": frozenset({"hidden", "whole_windows", "window_tokens"}),
     "prompt": frozenset({"hidden", "text", "encoder_scores"}),
     "decoder": _ATTENTION | {"hidden", "text", "text_attention", "encoder_scores"},
     "attention": frozenset({"qkv", "denoising", "frames", "prompt", "patches", "hidden"}),
@@ -44,6 +45,7 @@ are told apart. ``patches``: it is that of a vision encoder, over its protected 
 ``class_logits``: :meth:`DetectorSite.class_logits` works. ``sampling``: the decoder's cross-attention
 samples the tokens of the encoder at points, which training calls record. ``entries``: keys and values of each KV head, which may be dropped, merged or stored with fewer
 bits.
+``whole_windows``: whole windows may skip a block. ``window_tokens``: the tokens of every window may be merged.
 """
 
 
@@ -87,6 +89,8 @@ class ModelInfo:
         experts: number of a diffusion pipeline's transformers.
         head_dim: channels per head of a diffusion transformer.
         levels: feature levels whose tokens the encoder of a detector holds (0 without one).
+        stage_depths: blocks of each stage of a windowed encoder, in order.
+        window: side of its windows in tokens, if all have the same.
         closed: sites that methods cannot use in this model, with the reason.
     """
 
@@ -106,6 +110,8 @@ class ModelInfo:
     experts: int = 1
     head_dim: int | None = None
     levels: int = 0
+    stage_depths: tuple[int, ...] = ()
+    window: int | None = None
     closed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -205,6 +205,29 @@ def result(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Windowed(Encoder):
+    """An encoder whose blocks work in windows.
+
+    Attributes (beside those of :class:`Encoder`):
+        path: end of the paths of its blocks (a regular expression).
+        inner: path in a block of the module that sees what the block computes: windows, or merged tokens.
+    """
+
+    path: str = r"blocks\.\d+"
+    inner: str = "attn"
+
+    rows: ClassVar[tuple[str, ...]] = ()
+    counted: ClassVar[frozenset[str]] = frozenset()
+
+    def call(self, model: Any, inputs: Inputs) -> Tensor:
+        out = model(inputs["x"])
+        if isinstance(out, Tensor):
+            return out
+        logits = getattr(out, "logits", None)
+        return out.last_hidden_state if logits is None else logits  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
 class Language(Kind):
     """A vision-language model: a prompt per sample, and three tokens generated behind it."""
 
@@ -438,6 +461,11 @@ def _clips_of(name: str, prefix: int) -> Encoder:
     return Encoder(name, "transformers", layers, prefix=prefix, make=_encoder(name), pixels=_clips)
 
 
+def _windowed(name: str, library: str, size: int, **more: Any) -> Windowed:
+    made = _encoder(name.replace("-", "_"))
+    return Windowed(name, library, make=made, pixels=_images(size), **more)
+
+
 _DECODER = SiteLayers("language_model.layers", "self_attn.o_proj")
 _BLOCKS = {"encoder": SiteLayers("blocks")}
 
@@ -491,6 +519,12 @@ KINDS: dict[str, Kind] = {
         _tower("dinov2_registers", 4, "encoder.layer"),
         _clips_of("vivit", 1),
         _clips_of("videomae", 0),
+        _windowed("timm-swin", "timm", 56, compiles=True),
+        _windowed("timm-swinv2", "timm", 64),
+        _windowed("swin", "transformers", 56, inner="attention"),
+        _windowed("swinv2", "transformers", 64, inner="attention"),
+        _windowed("timm-sam", "timm", 80, inner="mlp"),
+        _windowed("sam", "transformers", 80, path=r"layers\.\d+", inner="mlp"),
         _language("llava-next", "llava_next", SiteLayers("encoder.layers", "self_attn.out_proj"), prefix=1),
         _language("qwen2.5-vl", "qwen2_5_vl"),
         _language("qwen3-vl", "qwen3_vl"),

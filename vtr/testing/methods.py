@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
-from vtr.testing import attention, contrast, heads, inside, kv, life, tokens
+from vtr.testing import attention, contrast, heads, inside, kv, life, tokens, windowed
 from vtr.testing.examples import Settings, examples
 from vtr.testing.kinds import KINDS, Kind
 from vtr.testing.trial import Trial
@@ -31,6 +31,15 @@ TOKENS: dict[str, Law] = {
     "a sample alone equals the sample in a padded batch": tokens.alone,
     "no leak between samples": tokens.leak,
     "the trace says the truth": tokens.truth,
+    **LIFE,
+}
+WINDOWS: dict[str, Law] = {
+    "keep everything is the model": windowed.everything,
+    "skipped windows are the block's input, others the block's output": windowed.skipped,
+    "maps are whole, and all tokens come back": windowed.whole,
+    "the trace says the truth": windowed.truth,
+    "a sample alone equals the sample in a padded batch": tokens.alone,
+    "no leak between samples": tokens.leak,
     **LIFE,
 }
 ATTENTION: dict[str, Law] = {
@@ -89,6 +98,8 @@ def laws_of(method: type[Method] | Method) -> dict[str, Law]:
         return CACHE
     if heads.acts_in_encoder(method):
         return TOKENS if heads.cuts(method) else HEADS
+    if "windows" in method.sites:
+        return WINDOWS
     return ATTENTION if "attention" in method.sites else TOKENS
 
 

@@ -113,3 +113,66 @@ def videomae() -> Any:
 
     config = transformers.VideoMAEConfig(**_CLIP, patch_size=4, tubelet_size=2, num_labels=5)
     return spread(transformers.VideoMAEForVideoClassification(config))
+
+
+_SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+
+
+def timm_swin(name: str = "swin_tiny_patch4_window7_224") -> Any:
+    """Build a Swin of timm: 56 pixels, 14 x 14 and 7 x 7 tokens in windows of 4 x 4, two stages of two blocks."""
+    import timm
+
+    return spread(
+        timm.create_model(name, img_size=56, num_classes=10, strict_img_size=False, **_SWIN)
+    )
+
+
+def timm_swinv2() -> Any:
+    """Build a Swin V2 of timm: 64 pixels, 16 x 16 and 8 x 8 tokens in windows of 4 x 4, two stages of two blocks.
+
+    Its windows need no padding, whose keys are zero vectors: their cosines are NaN in float16.
+    """
+    import timm
+
+    name = "swinv2_tiny_window8_256"
+    return spread(timm.create_model(name, img_size=64, num_classes=10, **_SWIN))
+
+
+def swin() -> Any:
+    """Build a Swin of transformers like :func:`timm_swin`."""
+    import transformers
+
+    config = transformers.SwinConfig(image_size=56, num_labels=10, **_SWIN)
+    return spread(transformers.SwinForImageClassification(config))
+
+
+def swinv2() -> Any:
+    """Build a Swin V2 of transformers like :func:`timm_swinv2`."""
+    import transformers
+
+    config = transformers.Swinv2Config(image_size=64, num_labels=10, **_SWIN)
+    return spread(transformers.Swinv2ForImageClassification(config))
+
+
+def sam() -> Any:
+    """Build the encoder of transformers' SAM: 80 pixels, 10 x 10 tokens in windows of 4 x 4, 4 blocks, of which
+    number 2 is global."""
+    import transformers
+
+    config = transformers.SamVisionConfig(
+        **_SIZE, mlp_dim=96, image_size=80, patch_size=8, window_size=4, global_attn_indexes=[2],
+        output_channels=16,
+    )  # fmt: skip
+    return spread(transformers.SamVisionModel(config))
+
+
+def timm_sam() -> Any:
+    """Build the encoder of timm's SAM like :func:`sam`."""
+    import timm
+
+    return spread(
+        timm.create_model(
+            "samvit_base_patch16", img_size=80, patch_size=8, embed_dim=48, depth=4, num_heads=3,
+            window_size=4, global_attn_indexes=(2,), neck_chans=16, num_classes=10,
+        )
+    )  # fmt: skip

@@ -40,10 +40,12 @@ _PATCH_EMBED = required(PATCH_EMBED)
 # attributes of a PatchEmbed whose model takes images of any size
 _DYNAMIC = dict(zip(ANY_SIZE, (False, False, required(FORMAT).NHWC), strict=True))
 _REFUSED = {
-    "SwinTransformer": "its windows need the full grid of tokens",
-    "SwinTransformerV2": "its windows need the full grid of tokens",
-    "Hiera": "its mask units pool a full hierarchy of grids",
-    "VisionTransformerSAM": "its blocks hold 2-D grids with windowed attention",
+    "SwinTransformerV2Cr": "its windows need the full grid of tokens; vtr.SparseViT, which skips whole windows, "
+    "works on SwinTransformer and SwinTransformerV2",
+    "Hiera": "its mask units pool a full hierarchy of grids, and we know of no paper that drops units at inference (Hiera "
+    "drops them in pretraining alone)",
+    "HieraDet": "its stages pool a full grid of tokens, and we know of no paper that drops or merges tokens in SAM 2's "
+    "encoder; vtr.Expedit works on the encoder of SAM",
     "Cait": "its class token enters only after the trunk and its talking heads mix attention maps",
     "Xcit": "its local patch interaction is a convolution over the full grid",
     "ConVit": "its positional attention is computed for the full grid",

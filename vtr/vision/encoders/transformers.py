@@ -28,14 +28,29 @@ from vtr.vision.encoders.wrapping import EncoderWrapping
 
 FAMILIES = (*(f"transformers {name}" for name in TOWERS), "transformers TimmWrapperModel")
 
-# prefix of a class name -> why it cannot be wrapped
+_SWIN = (
+    "its windows need the full grid of tokens; vtr.SparseViT, which skips whole windows, works on SwinModel, "
+    "Swinv2Model, and their classifiers and backbones"
+)
+_SAM2 = (
+    "we know of no paper that drops or merges tokens in its encoder, whose stages pool a full grid or whose blocks turn by "
+    "rotary positions; vtr.Expedit works on SamModel"
+)
+# prefix of a class name -> why it cannot be wrapped; the first that fits
 _REFUSED: dict[str, str] = {
-    "Swin": "its windows need the full grid of tokens",
-    "Donut": "its windows need the full grid of tokens",
-    "MaskFormerSwin": "its windows need the full grid of tokens",
-    "Hiera": "its mask units pool a full hierarchy of grids",
-    "Sam": "its blocks hold 2-D grids with windowed attention",
-    "VitDet": "its blocks hold 2-D grids with windowed attention",
+    "Swin2SR": "its windows need the full grid of tokens, and we know of no paper that skips windows in super-resolution",
+    "Swin": _SWIN,
+    "Donut": _SWIN,
+    "MaskFormerSwin": _SWIN,
+    "Hiera": "its mask units pool a full hierarchy of grids, and we know of no paper that drops units at inference (Hiera "
+    "drops them in pretraining alone)",
+    "SamHQ": "its mask decoder reads outputs of blocks, which vtr.Expedit would leave merged (it works on SamModel)",
+    "Sam2": _SAM2,
+    "Sam3": _SAM2,
+    "Sam": "its blocks hold 2-D grids with windowed attention; vtr.Expedit, which merges tokens inside windows, works "
+    "on SamModel, SamVisionModel and SamVisionEncoder",
+    "VitDet": "its blocks hold 2-D grids with windowed attention; vtr.Expedit, which merges tokens inside windows, is "
+    "shown on SAM alone",
     "Beit": "its relative position bias is not gathered here (timm's BEiT is supported)",
     "Data2VecVision": "its relative position bias is not gathered here",
     "ViTMAE": "it drops patches itself, and its decoder needs the full grid",
