@@ -62,6 +62,7 @@ from vtr.methods.ems import EMS as EMS
 from vtr.methods.evit import EViT as EViT
 from vtr.methods.evo_vit import EvoViT as EvoViT
 from vtr.methods.evs import EVS as EVS
+from vtr.methods.expedit import Expedit as Expedit
 from vtr.methods.fastv import FastV as FastV
 from vtr.methods.fastvid import FastVID as FastVID
 from vtr.methods.flexprefill import FlexPrefill as FlexPrefill
@@ -103,6 +104,7 @@ from vtr.methods.sliding_tile import SlidingTile as SlidingTile
 from vtr.methods.snapkv import SnapKV as SnapKV
 from vtr.methods.spargeattn import SpargeAttn as SpargeAttn
 from vtr.methods.sparse_detr import SparseDETR as SparseDETR
+from vtr.methods.sparsevit import SparseViT as SparseViT
 from vtr.methods.sparsevlm import SparseVLM as SparseVLM
 from vtr.methods.sparsifiner import Sparsifiner as Sparsifiner
 from vtr.methods.spatten import SpAtten as SpAtten
