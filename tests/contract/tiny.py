@@ -45,6 +45,9 @@ def _timm() -> Iterator[Any]:
         yield timm.create_model(name, **{**SMALL, **more})
     few = {k: v for k, v in SMALL.items() if k != "num_classes"}
     yield timm.create_model("deit_tiny_patch16_224", features_only=True, **few)
+    from vtr.testing.models import encoders
+
+    yield from (encoders.timm_swin(), encoders.timm_swinv2(), encoders.timm_sam())
     # EVA with its norms behind: no model of a name that is small.
     yield timm.models.eva.EvaBlockPostNorm(48, 3)
 
@@ -86,6 +89,7 @@ def _transformers() -> Iterator[Any]:
     from tests.vision.vlm import models, videos
 
     yield from _towers()
+    yield from _windows()
     for make in models.FAMILIES.values():
         yield make(1)[0]
     for make in (videos.llava_next_video, videos.video_llava, videos.video_llama_3):
@@ -128,6 +132,40 @@ def _towers() -> Iterator[Any]:
             else:
                 made = config(**sizes, **own)
             yield cls(made)
+
+
+def _windows() -> Iterator[Any]:
+    """Models whose blocks work in windows, by all their classes."""
+    import transformers
+
+    from vtr.compat.transformers import SAMS, SWINS, SWINS_V2
+
+    swin = {
+        "image_size": 16,
+        "patch_size": 2,
+        "embed_dim": 8,
+        "depths": [1],
+        "num_heads": [1],
+        "window_size": 4,
+    }
+    for name in (*SWINS, *SWINS_V2):
+        cls = getattr(transformers, name)
+        yield cls(cls.config_class(**swin))
+    sam = {
+        **SIZE,
+        "mlp_dim": 8,
+        "image_size": 16,
+        "patch_size": 4,
+        "window_size": 2,
+        "output_channels": 8,
+    }
+    sam["global_attn_indexes"] = []
+    for name in SAMS:
+        cls = contract.find(f"transformers.models.sam.modeling_sam:{name}")
+        if name == "SamModel":
+            yield cls(transformers.SamConfig(vision_config=sam))
+        else:
+            yield cls(transformers.SamVisionConfig(**sam))
 
 
 MODELS: dict[str, Callable[[], Iterator[Any]]] = {

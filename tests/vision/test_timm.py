@@ -263,10 +263,7 @@ def test_output_restored() -> None:
 
 
 REFUSED = [
-    ("swin_tiny_patch4_window7_224", {}, "windows need the full grid"),
-    ("swinv2_tiny_window8_256", {}, "windows need the full grid"),
     ("hiera_tiny_224", {}, "mask units"),
-    ("samvit_base_patch16_224", {"depth": 1}, "2-D grids"),
     ("cait_xxs24_224", {"depth": 1}, "class token enters only after the trunk"),
     ("xcit_nano_12_p16_224", {"depth": 1}, "convolution over the full grid"),
     ("convit_tiny", {"depth": 1}, "positional attention"),

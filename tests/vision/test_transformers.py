@@ -192,18 +192,9 @@ def test_reported_flops_are_those_of_the_operators(family: tuple[str, Any, int, 
 
 
 REFUSED = [
-    (lambda: hf.SwinModel(hf.SwinConfig(embed_dim=8, depths=[1], num_heads=[1])), "windows need"),
     (lambda: hf.HieraModel(hf.HieraConfig(embed_dim=8, depths=[1, 1, 1, 1])), "mask units"),
     (lambda: hf.BeitModel(hf.BeitConfig(**MLP)), "relative position bias"),
     (lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**MLP)), "drops patches itself"),
-    (
-        lambda: hf.SamVisionModel(
-            hf.SamVisionConfig(
-                hidden_size=8, num_hidden_layers=1, num_attention_heads=1, global_attn_indexes=[0]
-            )
-        ),
-        "2-D grids",
-    ),
     (
         lambda: hf.BertModel(
             hf.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -213,9 +204,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"), REFUSED, ids=["swin", "hiera", "beit", "mae", "sam", "bert"]
-)
+@pytest.mark.parametrize(("make", "reason"), REFUSED, ids=["hiera", "beit", "mae", "bert"])
 def test_other_models_are_refused_with_the_reason(make: Callable[[], Any], reason: str) -> None:
     model = make()
     for call in (lambda: vtr.apply(model, "tome"), lambda: vtr.supported(model)):

@@ -16,14 +16,23 @@ from vtr.compat.timm import (
     NAFLEX,
     NAFLEX_INTERMEDIATES,
     PATCH_EMBED,
+    POSITION_MLP,
     POST_NORM,
     RELPOS,
     RELPOS_ATTENTION,
     ROTATE,
+    SAM,
+    SAMS,
+    SWIN,
+    SWINS,
+    SWINV2,
     VIT,
 )
 
 _ADAPTER, _BLOCKS = "vtr/vision/encoders/timm.py", "vtr/vision/encoders/timm_blocks.py"
+_WINDOWS = "vtr/vision/windows/timm.py, vtr/vision/windows/swin.py"
+_SAM = "vtr/vision/windows/timm.py, vtr/vision/windows/sam.py"
+_SWIN_BLOCK = ("window_size", "shift_size", "dynamic_mask", "attn_mask", "get_attn_mask")
 _MODEL = ("blocks", "num_prefix_tokens", "embed_dim", "grad_checkpointing", "global_pool")
 _GRIDDED = (*_MODEL, "cls_token", "patch_embed.num_patches", "patch_embed.grid_size")
 _BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
@@ -130,4 +139,20 @@ CONTRACT = (
     Expectation(
         RELPOS_ATTENTION, _BLOCKS, built=(*_ATTENTION, "qkv", "q_norm", "k_norm", "rel_pos.get_bias")
     ),
+    *(Expectation(place, _WINDOWS, built=("layers",)) for place in SWINS.values()),
+    *(
+        Expectation(f"{place}:{name}", _WINDOWS, built=(*_BLOCK, *_SWIN_BLOCK))
+        for place, name in ((SWIN, "SwinTransformerBlock"), (SWINV2, "SwinTransformerV2Block"))
+    ),
+    *(
+        Expectation(f"{place}:{name}.forward", _WINDOWS, starts=("x",))
+        for place, name in ((SWIN, "SwinTransformerBlock"), (SWINV2, "SwinTransformerV2Block"))
+    ),
+    *(Expectation(f"{place}:WindowAttention.forward", _WINDOWS, starts=("x", "mask")) for place in (SWIN, SWINV2)),
+    Expectation(f"{SWINV2}:WindowAttention", _WINDOWS, built=(POSITION_MLP,)),
+    Expectation(SAMS["VisionTransformerSAM"], _SAM, has=("forward_intermediates",), built=("blocks",)),
+    Expectation(f"{SAM}:Block", _SAM, built=(*_BLOCK, "ls1", "ls2", "window_size")),
+    Expectation(f"{SAM}:Block.forward", _SAM, starts=("x",)),
+    Expectation(f"{SAM}:Attention", _SAM, built=("use_rel_pos", "rope")),
+    Expectation(f"{SAM}:Attention.forward", _SAM, starts=("x",)),
 )  # fmt: skip

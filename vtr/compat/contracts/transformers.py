@@ -405,6 +405,48 @@ def _jepa() -> Iterator[Expectation]:
     )
 
 
+def _windows() -> Iterator[Expectation]:
+    adapter = "vtr/vision/windows/transformers.py"
+    swin, sam = "vtr/vision/windows/swin.py", "vtr/vision/windows/sam.py"
+    home, home2, home3 = _home("swin"), _home("swinv2"), _home("sam")
+    for where, classes in ((home, names.SWINS), (home2, names.SWINS_V2)):
+        for name, path in classes.items():
+            parts = f"{path}.encoder.layers" if path else "encoder.layers"
+            yield Expectation(f"{where}:{name}", adapter, built=(parts,))
+    for name, path in names.SAMS.items():
+        parts = f"{path}.layers" if path else "layers"
+        yield Expectation(f"{home3}:{name}", adapter, built=(parts,))
+    norms = ("layernorm_before", "layernorm_after", "attention", "drop_path")
+    shape = ("window_size", "shift_size")
+    for where, layer, more, given in (
+        (home, names.SWIN_LAYER, ("mlp", "dropout"), names.SWIN_ARGUMENTS),
+        (home2, names.SWINV2_LAYER, ("intermediate", "output"), names.SWINV2_ARGUMENTS),
+    ):
+        own = ("get_attn_mask", "set_shift_and_window_size")
+        has = own if layer == names.SWIN_LAYER else own[:1]
+        yield Expectation(f"{where}:{layer}", swin, has=has, built=(*norms, *shape, *more))
+        yield Expectation(f"{where}:{layer}.forward", swin, starts=("hidden_states", *given))
+        yield Expectation(
+            f"{where}:{layer}.get_attn_mask", swin, starts=("height", "width", "dtype")
+        )
+    yield Expectation(f"{home}:SwinLayer.get_attn_mask", swin, takes=("device",))
+    yield Expectation(
+        f"{home}:SwinAttention.forward", swin, starts=("hidden_states", "attention_mask")
+    )
+    attention = f"{home2}:Swinv2Attention"
+    yield Expectation(
+        f"{attention}.forward",
+        swin,
+        starts=("hidden_states", "attention_mask"),
+        takes=("output_attentions",),
+    )
+    yield Expectation(f"{home2}:Swinv2SelfAttention", swin, built=(names.POSITION_MLP,))
+    parts = ("layer_norm1", "layer_norm2", "attn", "mlp", "window_size", "attn.use_rel_pos")
+    yield Expectation(f"{home3}:{names.SAM_LAYER}", sam, built=parts)
+    yield Expectation(f"{home3}:{names.SAM_LAYER}.forward", sam, starts=("hidden_states",))
+    yield Expectation(f"{home3}:SamVisionAttention.forward", sam, takes=("hidden_states",))
+
+
 CONTRACT = (
     *_general(),
     *_generate(),
@@ -412,4 +454,5 @@ CONTRACT = (
     *_vlms(),
     *_packed(),
     *_towers(),
+    *_windows(),
 )

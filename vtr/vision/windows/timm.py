@@ -50,6 +50,8 @@ def wrap(root: Any) -> WindowWrapping:
                 f"{family} has rotary positions that are computed for one grid: merged tokens have none"
             )
         side = max(block.window_size for block in root.blocks)
+        if side < 1:
+            raise UnsupportedModelError(f"{family} has no windows: its blocks see all tokens")
         last = len(root.blocks) - 1
         runners = [SamRunner(block, side, i == last) for i, block in enumerate(root.blocks)]
         return TimmSam(
