@@ -441,8 +441,8 @@ def _windows() -> Iterator[Expectation]:
         takes=("output_attentions",),
     )
     yield Expectation(f"{home2}:Swinv2SelfAttention", swin, built=(names.POSITION_MLP,))
-    parts = ("layer_norm1", "layer_norm2", "attn", "mlp", "window_size", "attn.use_rel_pos")
-    yield Expectation(f"{home3}:{names.SAM_LAYER}", sam, built=parts)
+    inside = ("layer_norm1", "layer_norm2", "attn", "mlp", "window_size", "attn.use_rel_pos")
+    yield Expectation(f"{home3}:{names.SAM_LAYER}", sam, built=inside)
     yield Expectation(f"{home3}:{names.SAM_LAYER}.forward", sam, starts=("hidden_states",))
     yield Expectation(f"{home3}:SamVisionAttention.forward", sam, takes=("hidden_states",))
 
