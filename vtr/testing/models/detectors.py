@@ -13,7 +13,8 @@ from torch import Tensor
 from vtr.testing.models.encoders import spread
 
 
-def _backbone(stages: tuple[str, ...]) -> Any:
+def backbone(stages: tuple[str, ...]) -> Any:
+    """Build the configuration of a ResNet of one block per stage, with the feature maps of some stages."""
     from transformers import ResNetConfig
 
     return ResNetConfig(
@@ -43,7 +44,7 @@ def deformable_detr(seed: int = 0, **options: Any) -> Any:
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
     settings: dict[str, Any] = {
-        "backbone_config": _backbone(("stage2", "stage3", "stage4")),
+        "backbone_config": backbone(("stage2", "stage3", "stage4")),
         "d_model": 32,
         "encoder_layers": 3,
         "decoder_layers": 2,
@@ -71,7 +72,7 @@ def detr(seed: int = 0, kind: str = "Detr", **options: Any) -> Any:
     import transformers
 
     settings: dict[str, Any] = {
-        "backbone_config": _backbone(("stage3",)),
+        "backbone_config": backbone(("stage3",)),
         "d_model": 32,
         "encoder_layers": 3,
         "decoder_layers": 2,
