@@ -276,6 +276,188 @@ def evit(code: Checkout) -> Finding:
     return found
 
 
+# ---- vision transformers that drop, merge and freeze ---------------------------------------------
+
+
+def _small_vit(seed: int) -> tuple[Any, Tensor]:
+    """A timm ViT of 196 tokens whose attention is not flat, with a last norm that has no weights; and four images."""
+    from vtr.testing.models.encoders import images, vit
+
+    model = vit(seed, img_size=112, depth=12)
+    model.norm = nn.LayerNorm(48, elementwise_affine=False)
+    return model, images(4, seed, 112)
+
+
+def _tokens(model: Any, images: Tensor, method: Any) -> Tensor:
+    """The tokens behind the last block with a method of vtr."""
+    with torch.no_grad(), vtr.apply(model, method):
+        return model.forward_features(images)  # type: ignore[no-any-return]
+
+
+def ppt(code: Checkout) -> Finding:
+    """Twelve blocks of a timm model, with thresholds that all images reach, none, or some."""
+    import copy
+
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+    tools = ("do_nothing", "bipartite_soft_matching", "merge_source", "merge_wavg", "parse_r")
+    parts = ("batch_index_select", "PPTAttention", "block", "pp_block_adaptive")
+    theirs = code.functions(
+        *("ppt_deit.py", *parts, "PPTVisionTransformer", "apply_patch"),
+        **vars(code.functions("tome.py", *tools)),
+        **{"Attention": Attention, "Block": Block, "VisionTransformer": VisionTransformer},
+    )
+    found = Finding()
+    for seed, threshold in enumerate((0.0, 1.0, 2e-5, 3e-5, 5e-5)):
+        model, images = _small_vit(seed)
+        method = vtr.PPT(r=40, layers=(3, 6, 9), threshold=threshold)
+        ours, other = _tokens(model, images, method), copy.deepcopy(model)
+        seen: list[Tensor] = []
+        other.norm.register_forward_hook(lambda m, a, out, to=seen: to.append(out))
+        theirs.apply_patch(other, pp_loc_list=[3, 6, 9], threshold=threshold)
+        other.r = 40
+        with torch.no_grad():
+            other(images)
+        for b in range(len(images)):
+            found.rows(ours[b], seen[0][b])
+    return found
+
+
+def diffrate(code: Checkout) -> Finding:
+    """Twelve blocks of a timm model: published lists, and training under masks with random rates."""
+    import copy
+
+    from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+    tools = code.functions("DiffRate/utils.py", "STE_Min", "STE_Ceil")
+    ste = {"ste_min": tools.STE_Min.apply, "ste_ceil": tools.STE_Ceil.apply}
+    parts = ("DiffRateBlock", "DiffRateAttention", "make_diffrate_class", "apply_patch")
+    theirs = code.functions(
+        *("DiffRate/patch/deit.py", *parts),
+        **ste,
+        **vars(code.functions("DiffRate/ddp.py", "DiffRate", **ste)),
+        **vars(code.functions("DiffRate/merge.py", "get_merge_func")),
+        **{"Attention": Attention, "Block": Block, "VisionTransformer": VisionTransformer},
+    )
+    found = Finding()
+    for seed, name in enumerate(("deit-tiny/1.0", "deit-small/2.3", "deit-small/2.9", "")):
+        model, images = _small_vit(seed)
+        other, seen = copy.deepcopy(model), []
+        other.norm.register_forward_hook(lambda m, a, out, to=seen: to.append(out))
+        theirs.apply_patch(other, prune_granularity=4, merge_granularity=4)
+        for block in other.blocks:
+            block.drop_path = nn.Identity()  # timm's name of the time
+        if name:
+            method = vtr.DiffRate.preset(name)
+            assert method.prune is not None and method.merge is not None
+            lists = [[n + 1 for n in numbers] for numbers in (method.prune, method.merge)]
+            other.set_kept_num(*lists)
+            ours = _tokens(model, images, method)
+            with torch.no_grad():
+                other(images)
+            for b in range(len(images)):
+                found.rows(ours[b], seen[0][b])
+            continue
+        handle = vtr.apply(model.train(), vtr.DiffRate(learn=True))
+        made: Any = handle.modules[0]
+        with torch.no_grad():
+            made.scores.normal_(0, 2, generator=torch.Generator().manual_seed(3))
+            for block, scores in zip(other.blocks[1:], made.scores, strict=True):
+                block.prune_ddp.selected_probability.copy_(scores[0])
+                block.merge_ddp.selected_probability.copy_(scores[1])
+            ours = model.forward_features(images)
+        other.train()(images)
+        kept = torch.tensor(made.counts())[:, 1:] + 1
+        found.choices(kept, torch.tensor(other.get_kept_num())[:, 1:])
+        for b in range(len(images)):
+            found.rows(ours[b], seen[0][b].detach())
+        handle.remove()
+    return found
+
+
+def ats(code: Checkout) -> Finding:
+    """The sampled tokens of images alone, with 196 samples of 196 tokens and of fewer."""
+    from tests.tiny import site
+
+    theirs = code.functions(
+        "libs/models/transformers/ats_block.py", "AdaptiveTokenSampler", Attention=nn.Module
+    ).AdaptiveTokenSampler
+    found = Finding()
+    for seed, tokens in enumerate((196, 150, 97, 40)):
+        s = site(n=tokens, batch=4, heads=3, dim=16, layer=3, depth=12, seed=seed)
+        s.map = vtr.TokenMap.identity(4, 196)  # of which these are left
+        ours = vtr.ATS().reduce(s)
+        assert ours is not None and ours.map is not None
+        q, k, v = s.qkv
+        attention = (q @ k.transpose(-1, -2) * 16**-0.5).softmax(-1)
+        numbers = torch.arange(-1.0, tokens).expand(4, -1)[..., None]
+        scores, order = theirs.score_assignment_step(attention, v)
+        itself = SimpleNamespace(num_heads=3)
+        itself.create_ys, itself.get_unique_indices = theirs.create_ys, theirs.get_unique_indices
+        sampled, _, policy, _ = theirs.inverse_transform_sampling(
+            itself, scores, order, attention, tokens + 1, numbers, 197
+        )
+        for b in range(4):
+            other = torch.zeros(tokens, dtype=torch.bool)
+            other[sampled[b, 1:, 0][policy[b, 1:, 0] > 0].long()] = True
+            found.choices(ours.map.source[b] >= 0, other)
+    return found
+
+
+def evo_vit(code: Checkout) -> Finding:
+    """Twelve blocks with the weights of a timm model: the class token, and the mean of the others."""
+    from functools import partial
+
+    parts = ("easy_gather", "Mlp", "MlpBlock", "QKAttention", "VAttention", "PatchEmbed")
+    known = {"partial": partial, "to_2tuple": lambda n: (n, n), "DropPath": nn.Identity}
+    known["trunc_normal_"] = nn.init.trunc_normal_
+    theirs = code.functions("deit/evo_deit.py", *parts, "EvoVisionTransformer", **known)
+    found = Finding()
+    for seed in range(3):
+        model, images = _small_vit(seed)
+        model.norm = nn.Identity()
+        ours = _tokens(model, images, vtr.EvoViT())
+        other = theirs.EvoVisionTransformer(
+            img_size=112, patch_size=8, embed_dim=48, num_heads=3, num_classes=0, qkv_bias=True
+        ).eval()
+        other.norm = nn.Identity()
+        given = model.state_dict()
+        state = {n: given[n] for n in ("cls_token", "pos_embed")}
+        for n in ("proj.weight", "proj.bias"):
+            state[f"patch_embed.{n}"] = given[f"patch_embed.{n}"]
+        for i in range(12):
+            for part in ("weight", "bias"):
+                of, qkv = f"blocks.{i}", given[f"blocks.{i}.attn.qkv.{part}"]
+                state[f"qks.{i}.qk.{part}"], state[f"vs.{i}.v.{part}"] = qkv[:96], qkv[96:]
+                state[f"projs.{i}.{part}"] = given[f"{of}.attn.proj.{part}"]
+                state[f"norms.{i}.{part}"] = given[f"{of}.norm1.{part}"]
+                for name in ("norm2", "mlp.fc1", "mlp.fc2"):
+                    state[f"{of}.{name}.{part}"] = given[f"{of}.{name}.{part}"]
+        left = other.load_state_dict(state, strict=False)
+        assert not left.unexpected_keys, left
+        with torch.no_grad():
+            mean, first = other.forward_features(images)
+        found.numbers(ours[:, 0], first)
+        found.numbers(ours[:, 1:].mean(1), mean)
+    return found
+
+
+def tps(code: Checkout) -> Finding:
+    """The squeezing of dropped tokens into kept ones."""
+    theirs = code.functions("torch_codebase/models/dynamic_vit.py", "get_sim", "TPSModule")
+    from vtr.methods.common.merge import by_rank, most_similar
+
+    found, squeeze = Finding(), theirs.TPSModule().eval()
+    for seed, number in enumerate((137, 98, 20)):
+        x = torch.randn(4, 196, 48, generator=torch.Generator().manual_seed(seed))
+        partner, similarity = most_similar(x, number)
+        step, _ = by_rank(torch.arange(196).expand(4, -1), number, partner)
+        weights = torch.cat([torch.full((4, number), math.e), similarity.exp()], 1)
+        ours = step.merge(x, weights)
+        found.numbers(ours, squeeze(x[:, :number], x[:, number:], None, None))
+    return found
+
+
 # ---- language models -----------------------------------------------------------------------------
 
 
@@ -1171,10 +1353,13 @@ def zipcache(code: Checkout) -> Finding:
 COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "a2sf": ("Dirac-Notation/A2SF", a2sf),
     "act": ("GATECH-EIC/ACT", act),
+    "ats": ("adaptivetokensampling/ATS", ats),
     "debias": ("intcomp/attention-bias", debias),
+    "diffrate": ("OpenGVLab/DiffRate", diffrate),
     "divprune": ("vbdi/divprune", divprune),
     "dycoke": ("KD-TAO/DyCoke", dycoke),
     "evit": ("youweiliang/evit", evit),
+    "evo-vit": ("YifanXu74/Evo-ViT", evo_vit),
     "evs": ("vllm-project/vllm", evs),
     "fastv": ("pkunlp-icler/FastV", fastv),
     "fastvid": ("LunarShen/FastVID", fastvid),
@@ -1183,6 +1368,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "h2o": ("FMInference/H2O", h2o),
     "holitom": ("cokeshao/HoliTom", holitom),
     "neighborhood": ("SHI-Labs/NATTEN", neighborhood),
+    "ppt": ("xjwu1024/PPT", ppt),
     "prunevid": ("Visual-AI/PruneVid", prunevid),
     "pyramiddrop": ("Cooperx521/PyramidDrop", pyramiddrop),
     "radial": ("mit-han-lab/radial-attention", radial),
@@ -1190,6 +1376,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "streaming-llm": ("mit-han-lab/streaming-llm", streaming_llm),
     "tome": ("facebookresearch/ToMe", tome),
     "tomesd": ("dbolya/tomesd", tomesd),
+    "tps": ("megvii-research/TPS-CVPR2023", tps),
     "var": ("seilk/VisAttnSink", var),
     "visionzip": ("dvlab-research/VisionZip", visionzip),
     "vtc-cls": ("THU-MIG/VTC-CLS", vtc_cls),

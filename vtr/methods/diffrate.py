@@ -184,7 +184,7 @@ class DiffRate(Presets, TokenMethod):
     def training_losses(self, trace: Trace, modules: nn.Module | None) -> dict[str, Tensor]:
         if self.target is None or not isinstance(modules, LearnedRates):
             return {}
-        return {"budget": self.weight * (DEIT_SMALL * (modules.cost() - self.target)).square()}
+        return {"rates": self.weight * (DEIT_SMALL * (modules.cost() - self.target)).square()}
 
     def reduce(self, site: Site) -> Reduction | None:
         if site.training and isinstance(site.modules, LearnedRates):
