@@ -33,7 +33,7 @@ class Expedit(Presets, TokenMethod):
     In front of block ``layer`` the tokens of each window are clustered: centres start as an adaptive average pool of
     the window; then, ``iterations`` times, each token is shared out by softmax(-temperature d^2) over the centres
     at most ``neighbourhood // 2`` cells of the pool away, and each centre becomes the mean of its shares. Blocks
-    with windows go on with windows of sqrt(clusters) x sqrt(clusters) centres, those with global attention with all
+    with windows then compute on windows of sqrt(clusters) x sqrt(clusters) centres, those with global attention on all
     centres; relative positions are resized. In front of block ``until``, or behind the last one, each token is
     rebuilt from the ``nearest`` centres, weighted by exp(-temperature d^2) of its distances d to them when they were
     found.

@@ -1,4 +1,4 @@
-"""Why methods that cut single tokens are refused on encoders with windows, and what to use instead."""
+"""Reasons why methods that cut single tokens are refused on encoders with windows, and what to use instead."""
 
 SWIN = "its windows need the full grid of tokens. Methods that skip whole windows work on it: vtr.SparseViT"
 SAM = (

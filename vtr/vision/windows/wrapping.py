@@ -43,7 +43,7 @@ class WindowCall:
         trace: what is done in it.
         work: block -> its dense and its reduced FLOPs, per sample.
         memory: of each method.
-        held: merged tokens, None while there are none.
+        held: merged tokens, None while the blocks see all tokens.
     """
 
     trace: Trace
