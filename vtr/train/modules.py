@@ -1,13 +1,13 @@
 """A classifier with a method that learns as one plain module, for a training loop of your own.
 
-In timm's ``train.py`` (``examples/train_with_timm.py``)::
+In timm's ``train.py`` or a loop like it (``examples/train_own_loop.py``)::
 
-    model = Student(create_model(...), vtr.ToFe(trained=True), TokenLoss(target=0.5))
+    model = Student(create_model(...), vtr.DynamicViT(keep=0.7))
     train_loss_fn = model.loss
 
 In transformers' ``Trainer`` (``examples/train_with_trainer.py``)::
 
-    Trainer(model=Student(ViTForImageClassification(...), method, TokenLoss(target=0.5)), ...)
+    Trainer(Student(ViTForImageClassification(...), vtr.ToFe(trained=True), TokenLoss(target=0.5)), ...)
 
 :class:`vtr.train.tokens.TokenTuner` is a loop around this module.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from vtr.api import Handle, apply
 from vtr.core.method import Method
+from vtr.core.module_files import ModuleFile
 from vtr.errors import UnsupportedModelError
 from vtr.train.losses import (
     EncoderCost,
@@ -112,6 +114,23 @@ class Student(nn.Module):
         more = {} if self.learned is None else {"modules": self.learned}
         self.handle = apply(self.model, method, **more)
         self._cost = EncoderCost.of(self.handle)
+
+    def save(self, file: str | Path) -> None:
+        """Write the method's modules as a safetensors file, for ``weights=`` of the method. The classifier's weights
+        are not in it.
+
+        Raises:
+            ValueError: the method has no modules.
+        """
+        if self.learned is None:
+            raise ValueError(
+                f"{self.method} has no modules to write: save the classifier's weights"
+            )
+        options = {
+            k: v for k, v in self.method.to_dict().items() if k not in ("weights", "untrained")
+        }
+        origin = self.handle._wrapping.fingerprint()
+        ModuleFile(self.learned.state_dict(), options, origin).write(Path(file))
 
     def remove(self) -> None:
         """Take the method off the model. Doing it twice is harmless."""

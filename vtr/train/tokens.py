@@ -279,15 +279,18 @@ def measured(student: Student, batches: Iterable[Any], device: torch.device) -> 
 
 
 def _checkpoint(model: Any, on: bool) -> None:
-    if hasattr(model, "set_grad_checkpointing"):
+    if hasattr(model, "set_grad_checkpointing"):  # timm
         model.set_grad_checkpointing(on)
-    elif hasattr(model, "gradient_checkpointing_enable"):
-        if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            model.gradient_checkpointing_disable()
-    else:
-        raise UnsupportedModelError(f"a {type(model).__name__} has no gradient checkpointing")
+        return
+    # transformers: later releases have the first name, earlier ones the second.
+    for kind in ("activation_checkpointing", "gradient_checkpointing"):
+        if on and hasattr(model, f"{kind}_enable"):
+            getattr(model, f"{kind}_enable")({"use_reentrant": False})
+            return
+        if not on and hasattr(model, f"{kind}_disable"):
+            getattr(model, f"{kind}_disable")()
+            return
+    raise UnsupportedModelError(f"a {type(model).__name__} has no gradient checkpointing")
 
 
 # ---- the folder of a trained model --------------------------------------------------------------
@@ -303,7 +306,7 @@ def save(
     if model is not None:
         held = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
         save_file(held, folder / MODEL)
-    options = {k: v for k, v in method.to_dict().items() if k != "weights"}
+    options = {k: v for k, v in method.to_dict().items() if k not in ("weights", "untrained")}
     tensors = {} if modules is None else modules.state_dict()
     ModuleFile(tensors, options, origin).write(folder / FILE)
 
