@@ -100,7 +100,7 @@ def token_grid() -> tuple[Tensor, Tensor]:
 
 
 def assign(labels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that stand for a digit: up to four around its centre, on the level of its size.
+    """Assign tokens to digits: up to four around the centre of a digit, on the level of its size.
 
     Args:
         labels, boxes: ``(n, 5)`` and ``(n, 5, 4)``, as in :class:`vtr.zoo.detection.Pictures`.
@@ -129,7 +129,7 @@ def proposal_loss(scores: Tensor, boxes: Tensor, column: Tensor, targets: Tensor
     """Loss of the first stage, per assigned token.
 
     Args:
-        scores: ``(n, 534, 10)`` logits; the first one means "a digit", and the others, which stand for
+        scores: ``(n, 534, 10)`` logits; the first one means "a digit", and the others, which mean
             nothing in this stage, are to be low, as in Deformable DETR.
         boxes: ``(n, 534, 4)``.
         column: ``(n, 534)``, from :func:`assign`.

@@ -37,7 +37,7 @@ class DetectionScore:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector says about one picture, the best score first.
+    """Boxes that a detector finds in one picture, the best score first.
 
     Attributes:
         scores: ``(m,)`` float32 in [0, 1].
@@ -62,7 +62,7 @@ def batches(
 def detections(outputs: Any, size: int = detection.IMAGE) -> list[Detections]:
     """Read the best boxes off a model's outputs, for pictures of ``size`` x ``size`` pixels.
 
-    Every query may stand for several classes, as in Deformable DETR.
+    Every query may count for several classes, as in Deformable DETR.
 
     Args:
         outputs: with ``logits`` ``(n, queries, classes)`` and ``pred_boxes`` ``(n, queries, 4)``,

@@ -67,7 +67,7 @@ def build() -> DeformableDetrForObjectDetection:
 
 
 def processor() -> Any:
-    """Build a ``DeformableDetrImageProcessor`` that makes of any picture what the model reads."""
+    """Build a ``DeformableDetrImageProcessor`` that turns any picture into the model's input."""
     from transformers import DeformableDetrImageProcessor
 
     return DeformableDetrImageProcessor(
