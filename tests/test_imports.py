@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": {"core", "compat", "errors"},
     "inspect": {"api", "methods", "diffusion", "core", "kernels", "compat", "errors"},
     "train": {"api", "methods", "vision", "diffusion", "core", "compat", "errors"},
+    "strategies": {"api", "methods", "inspect", "diffusion", "core", "compat", "errors"},
     "testing": {
         *("vtr", "api", "methods", "vision", "video", "diffusion", "core"),
         *("kernels", "compat", "errors"),
@@ -43,12 +44,12 @@ ALLOWED: dict[str, set[str]] = {
         *("kernels", "compat", "errors"),
     },
     "vtr": {
-        *("evaluate", "train", "api", "inspect", "methods", "zoo", "video", "core"),
+        *("evaluate", "train", "strategies", "api", "inspect", "methods", "zoo", "video", "core"),
         *("kernels", "errors"),
     },
     "cli": {
-        *("vtr", "evaluate", "inspect", "methods", "zoo", "video", "diffusion", "core"),
-        *("kernels", "compat", "errors"),
+        *("vtr", "evaluate", "strategies", "inspect", "methods", "zoo", "video", "diffusion"),
+        *("core", "kernels", "compat", "errors"),
     },
     "__main__": {"cli"},
 }
@@ -207,7 +208,9 @@ def test_a_planted_name_is_caught(package):
     assert shared_names(planted)["Trace"] == ["vtr.core.trace", "vtr.errors"]
 
 
-@pytest.mark.parametrize("name", ["vtr", "vtr.kernels", "vtr.methods", "vtr.video", "vtr.zoo"])
+@pytest.mark.parametrize(
+    "name", ["vtr", "vtr.kernels", "vtr.methods", "vtr.strategies", "vtr.video", "vtr.zoo"]
+)
 def test_no_public_name_is_that_of_a_module_beside_it(name: str) -> None:
     """Import of the module would put it in the place of the function or class."""
     package = importlib.import_module(name)

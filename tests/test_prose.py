@@ -35,6 +35,7 @@ FOLDERS = (
     "vtr/evaluate",
     "vtr/inspect",
     "vtr/kernels",
+    "vtr/strategies",
     "vtr/testing",
     "vtr/train",
     "vtr/video",

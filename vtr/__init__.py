@@ -36,6 +36,7 @@ _PUBLIC = {
     "Trace": "vtr.core.trace",
     "Plan": "vtr.core.plan",
     "calibrate": "vtr.inspect.calibrate",
+    "search": "vtr.strategies.searching",
     "profile": "vtr.inspect.profile",
     "draw": "vtr.inspect.drawing",
     "heatmap": "vtr.inspect.heatmap",
@@ -47,7 +48,9 @@ _PUBLIC = {
     **{name: f"vtr.methods.{module}" for name, module in TABLE.items()},
 }
 
-_PACKAGES = frozenset({"evaluate", "kernels", "methods", "testing", "train", "video", "zoo"})
+_PACKAGES = frozenset(
+    {"evaluate", "kernels", "methods", "strategies", "testing", "train", "video", "zoo"}
+)
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

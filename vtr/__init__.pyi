@@ -3,6 +3,7 @@
 from vtr import evaluate as evaluate
 from vtr import kernels as kernels
 from vtr import methods as methods
+from vtr import strategies as strategies
 from vtr import testing as testing
 from vtr import train as train
 from vtr import video as video
@@ -135,6 +136,7 @@ from vtr.methods.xattention_dit import XAttentionDiT as XAttentionDiT
 from vtr.methods.zipcache import ZipCache as ZipCache
 from vtr.methods.zipvl import ZipVL as ZipVL
 from vtr.methods.zipvl_cache import ZipVLCache as ZipVLCache
+from vtr.strategies.searching import search as search
 
 __version__: str
 __all__: list[str]

@@ -161,8 +161,8 @@ def apply(
         difference = model.difference(wrapping.fingerprint())
         if difference:
             raise UnsupportedModelError(
-                f"the plan was calibrated on another model: {difference}. Calibrate on this one: "
-                "vtr.calibrate(model, batches, method)"
+                f"the plan was calibrated on another model: {difference}. Calibrate or search on this one: "
+                "vtr.calibrate(model, batches, method), vtr.search(model, batches, method, target=...)"
             )
     modules = options.pop("modules", None)
     for name in options:
@@ -189,6 +189,10 @@ def apply(
             raise UnsupportedMethodError(
                 f"{m.name} needs numbers that are calibrated on this model: plan = vtr.calibrate(model, "
                 f"batches, {m!r}), then vtr.apply(model, plan)"
+            )
+        if table and not (m.calibrated or m.tabled):
+            raise UnsupportedMethodError(
+                f"{m.name} takes no numbers from a plan, and this one has some for it: {', '.join(table)}"
             )
         origin = m.origin()
         difference = "" if origin is None else origin.difference(wrapping.fingerprint())

@@ -14,7 +14,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from vtr.core.budget import Keep
 from vtr.core.calibration import Fingerprint
+from vtr.core.schedulable import Schedulable
 from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap
 from vtr.core.trace import Trace
@@ -184,6 +186,7 @@ class Method:
         reads_cache: whether it computes attention of decoding steps over the whole KV cache.
         calibrated: whether :func:`vtr.calibrate` measures numbers for it on data, its table; it then defines
             :meth:`calibrator`.
+        tabled: whether a plan may give it densities by group of steps, layer and head (:func:`vtr.search`).
     """
 
     name: ClassVar[str] = ""
@@ -195,6 +198,7 @@ class Method:
     alone: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     reads_cache: ClassVar[bool] = False
+    tabled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.validate()
@@ -292,6 +296,35 @@ class Method:
     def requirements(self, info: ModelInfo) -> Mapping[str, frozenset[str]]:
         """Return :attr:`needs`, if it depends on the options or the model."""
         return self.needs
+
+    def schedulable(self, info: ModelInfo) -> Schedulable:
+        """Tell which schedules of tokens per layer the method can follow in a model.
+
+        Raises:
+            UnsupportedMethodError: none.
+        """
+        raise UnsupportedMethodError(
+            f"{self.name} follows no schedule of tokens per layer: search its options, "
+            "vtr.strategies.Grid({option: (value, value)})"
+        )
+
+    def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
+        """Return the method with a schedule of tokens per layer.
+
+        Args:
+            info: the model.
+            kept: visual tokens left after each layer of the site of :meth:`schedulable`, not rising: numbers
+                (int), or shares of the tokens that enter the first layer (float).
+            tokens: how many enter it; None is ``info.tokens``.
+
+        Raises:
+            UnsupportedMethodError: the method follows no schedule.
+            ValueError: not this one.
+        """
+        self.schedulable(info)
+        raise NotImplementedError(
+            f"{type(self).__name__} must define scheduled(info, kept, tokens)"
+        )
 
     def replace(self, **changes: Any) -> Method:
         """A copy with other options."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtr.core import plan_files
+from vtr.core import plan_files, plan_hub
 from vtr.core.calibration import Fingerprint, Table
 from vtr.core.method import Method
 from vtr.core.registry import create
@@ -17,6 +17,8 @@ from vtr.core.registry import create
 VERSION = 1
 CALIBRATED = 2
 """Version of a plan for one model; releases that do not know tables must not read it."""
+SEARCHED = 3
+"""Version of a plan with measured results."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,17 @@ class Plan:
     >>> Plan((vtr.EViT(keep=0.7),)).save("plan.json")
     >>> vtr.apply(model, vtr.Plan.load("plan.json"))
 
-    :func:`vtr.calibrate` returns plans with the last four:
+    :func:`vtr.calibrate` returns plans with the next four, and :func:`vtr.search` those with all:
 
     Attributes:
         methods: applied together.
         notes: free-form.
         fingerprint: the model that the plan is for; None if it is for any.
         tables: calibrated numbers, name to tensor on the CPU: one table per method, or none at all.
-        data: description of the data that the tables come from.
+        data: description of the data that the tables and results come from.
         versions: of the libraries that computed them.
+        measured: the result of a search, and how it was measured: loss, costs, schedule, objective, target,
+            strategy, seed, trials.
     """
 
     methods: tuple[Method, ...]
@@ -43,6 +47,7 @@ class Plan:
     tables: tuple[Table, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given: Any = self.methods
@@ -50,7 +55,7 @@ class Plan:
         methods = tuple(methods) if isinstance(methods, Iterable) else ()
         if not methods or not all(isinstance(m, Method) for m in methods):
             raise ValueError("methods must be a method or a non-empty sequence of methods")
-        for name in ("notes", "data", "versions"):
+        for name in ("notes", "data", "versions", "measured"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r}")
         object.__setattr__(self, "methods", methods)
@@ -90,11 +95,14 @@ class Plan:
 
     def _described(self) -> dict[str, Any]:
         """The plan as plain JSON values without its tables."""
+        version = VERSION if self.fingerprint is None else CALIBRATED
         plain = {
-            "vtr_plan": VERSION if self.fingerprint is None else CALIBRATED,
+            "vtr_plan": SEARCHED if self.measured else version,
             "methods": [m.to_dict() for m in self.methods],
             "notes": dict(self.notes),
         }
+        if self.measured:
+            plain["measured"] = dict(self.measured)
         if self.fingerprint is None:
             return plain
         origin = {"data": dict(self.data), "versions": dict(self.versions)}
@@ -108,19 +116,20 @@ class Plan:
     @classmethod
     def _from(cls, data: Mapping[str, Any], tables: Sequence[Table]) -> Plan:
         version = data.get("vtr_plan")
-        if version not in (VERSION, CALIBRATED):
+        if version not in (VERSION, CALIBRATED, SEARCHED):
             raise ValueError(
-                f"not a plan of version {VERSION} or {CALIBRATED}: vtr_plan={version!r}"
+                f"not a plan of version {VERSION}, {CALIBRATED} or {SEARCHED}: vtr_plan={version!r}"
             )
         methods = _listed(data, "methods")
         for m in methods:
             if not isinstance(m, Mapping) or "name" not in m:
                 raise ValueError(f"a method must be an object with its name and options, got {m!r}")
-        free = {name: data.get(name, {}) for name in ("notes", "data", "versions")}
+        free = {name: data.get(name, {}) for name in ("notes", "data", "versions", "measured")}
         for name, value in free.items():
             if not isinstance(value, Mapping):
                 raise ValueError(f"{name} must be an object, got {value!r}")
-        model = Fingerprint.from_dict(data.get("model")) if version == CALIBRATED else None
+        known = version == CALIBRATED or (version == SEARCHED and "model" in data)
+        model = Fingerprint.from_dict(data.get("model")) if known else None
         made = tuple(create(**m) for m in methods)
         return cls(
             made, fingerprint=model, tables=tuple(tables), **{k: dict(v) for k, v in free.items()}
@@ -147,6 +156,51 @@ class Plan:
             return cls.from_dict(plan_files.read_json(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        message: str = "Upload a plan",
+    ) -> str:
+        """Upload the plan to the Hugging Face hub, with a card that has a table of what was measured.
+
+        The files are ``plan.json`` (``plan.safetensors`` with tables that are too large for JSON) and ``README.md``.
+        The address of the hub is that in the environment variable ``HF_ENDPOINT``.
+
+        Args:
+            repo_id: ``"name/repository"``; it is made if it does not exist.
+            private: of a new repository.
+            token: of the hub; None is the one that was logged in with.
+            revision: branch; None is the main one.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            MissingDependencyError: huggingface_hub is not installed.
+        """
+        numbers = sum(tensor.numel() for table in self.tables for tensor in table.values())
+        return plan_hub.push(
+            self.save, self._described(), repo_id, large=numbers > plan_files.LIMIT, private=private,
+            token=token, revision=revision, message=message,
+        )  # fmt: skip
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, *, revision: str | None = None, token: str | None = None
+    ) -> Plan:
+        """Download a plan that :meth:`push_to_hub` has uploaded. Only JSON and safetensors are read, never code.
+
+        Raises:
+            ValueError: the repository does not exist, or has no plan.
+            MissingDependencyError: huggingface_hub is not installed.
+        """
+        return cls.load(plan_hub.fetch(repo_id, revision=revision, token=token))
 
 
 def _listed(data: Mapping[str, Any], name: str, default: Any = None) -> Sequence[Any]:

@@ -61,6 +61,7 @@ from vtr.core.language_site import LanguageSite, VisualSpan
 from vtr.core.method import Examples, Method, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import register
+from vtr.core.schedulable import Schedulable
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, take, top_indices
 from vtr.methods.common.attention import AttentionMethod, check_share
@@ -109,6 +110,7 @@ __all__ = [
     "Presets",
     "Reduction",
     "ReusingMethod",
+    "Schedulable",
     "ScoredMethod",
     "SequenceMask",
     "Site",

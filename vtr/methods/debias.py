@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any, ClassVar, NamedTuple
@@ -10,10 +10,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.core.budget import check_number
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.budget import Keep, check_number
+from vtr.core.method import Method, Reduction, Stage, TokenMethod
 from vtr.core.presets import Presets
 from vtr.core.registry import create, register
+from vtr.core.schedulable import Schedulable
 from vtr.core.site import ModelInfo, Site
 from vtr.methods.common.scored import TextScoredMethod, to_keep
 from vtr.methods.fastv import FastV
@@ -153,6 +154,12 @@ class Debias(Presets, TokenMethod):
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
         look = () if self._limit(info) is None else (Stage("encoder", 0, "end", cuts=False),)
         return (*look, *self.method.stages(info))
+
+    def schedulable(self, info: ModelInfo) -> Schedulable:
+        return self.method.schedulable(info)
+
+    def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
+        return self.replace(method=self.method.scheduled(info, kept, tokens))
 
     def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":

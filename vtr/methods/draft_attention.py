@@ -39,6 +39,8 @@ class DraftAttention(DynamicAttention):
     name: ClassVar[str] = "draft-attention"
     paper: ClassVar[str] = "DraftAttention, 2025, arXiv 2505.14708"
 
+    tabled: ClassVar[bool] = True
+
     density: float = field(default=0.1, kw_only=False)
     patch: tuple[int, int] = (8, 16)
 
@@ -69,4 +71,4 @@ class DraftAttention(DynamicAttention):
         return torch.softmax(pooled(view.q_means, view.k_means, scale=view.scale), -1)
 
     def budget(self, scores: Tensor, view: GridView) -> Tensor:
-        return budgets.percentile(scores, self.density)
+        return budgets.percentile(scores, self.share(view, self.density))

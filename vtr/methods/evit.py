@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,10 @@ from vtr.core import budget
 from vtr.methods.base import (
     Examples,
     Keep,
+    Method,
+    ModelInfo,
     Reduction,
+    Schedulable,
     ScoredMethod,
     Site,
     TokenMap,
@@ -67,6 +71,17 @@ class EViT(ScoredMethod):
 
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return budget.third_points(depth)
+
+    def schedulable(self, info: ModelInfo) -> Schedulable:
+        return super().schedulable(info)._replace(least=2 if self.fuse else 1)
+
+    def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
+        made = super().scheduled(info, kept, tokens)
+        assert isinstance(made, EViT) and isinstance(made.keep, tuple)
+        if isinstance(made.keep[0], int):  # the fused token is one of those that are left
+            return made.replace(keep=tuple(max(1, k - self.fuse) for k in made.keep))
+        before = (1.0, *made.keep)
+        return made.replace(keep=tuple(b / a for a, b in zip(before, made.keep, strict=False)))
 
     def number(self, site: Site) -> int | Tensor:
         layers = self.layers_of(site.info)

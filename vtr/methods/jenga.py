@@ -73,6 +73,8 @@ class Jenga(Presets, DynamicAttention):
     steps; in the second half they take 0.1 more. On Wan it grows from 0 to that in the first five
     steps, of which the first two are dense."""
 
+    tabled: ClassVar[bool] = True
+
     drop: float = field(default=0.75, kw_only=False)
     p: float = 0.3
     order: str | tuple[int, int, int] = "gilbert"
@@ -106,7 +108,7 @@ class Jenga(Presets, DynamicAttention):
         return torch.softmax(pooled(view.q_means, view.k_means, scale=view.scale), -1)
 
     def budget(self, scores: Tensor, view: GridView) -> Tensor:
-        number = budgets.number_of(1 - self.drop, scores.shape[-1])
+        number = budgets.number_of(self.share(view, 1 - self.drop), scores.shape[-1])
         return budgets.top_k(scores, number) | budgets.top_p(scores, self.p)
 
     def always(self, grid: Grid, layout: Layout) -> Tensor | None:

@@ -63,6 +63,8 @@ class SpargeAttn(Presets, DynamicAttention):
     """The defaults of the authors' two entry points (``spas_sage2_attn_meansim_topk_cuda`` and
     ``spas_sage2_attn_meansim_cuda``); they recommend the first."""
 
+    tabled: ClassVar[bool] = True
+
     density: float = field(default=0.5, kw_only=False)
     cdf: float | None = None
     similarity: float = -0.1
@@ -109,7 +111,7 @@ class SpargeAttn(Presets, DynamicAttention):
 
     def budget(self, scores: Tensor, view: GridView) -> Tensor:
         if self.cdf is None:
-            number = budgets.number_of(self.density, scores.shape[-1])
+            number = budgets.number_of(self.share(view, self.density), scores.shape[-1])
             keep = budgets.top_k(scores, number)
         else:
             mass = torch.softmax(scores, -1).nan_to_num(0.0)  # a row without similar key blocks

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
 
-from vtr.core.budget import check_count, check_flag, check_keep, check_number
+from vtr.core.budget import check_count, check_flag, check_keep, check_number, count
+from vtr.core.schedulable import check_kept
 from vtr.methods.base import (
     Examples,
     Keep,
+    Method,
     ModelInfo,
     Reduction,
+    Schedulable,
     Site,
     Stage,
     TokenMethod,
@@ -123,6 +127,24 @@ class ToMe(TokenMethod):
         high = 2 * self.r - low
         step = (high - low) / (depth - 1) if depth > 1 else 0.0
         return tuple(int(low + step * i) for i in range(depth))
+
+    def schedulable(self, info: ModelInfo) -> Schedulable:
+        return Schedulable("encoder", tuple(range(info.depth["encoder"])), most=0.5)
+
+    def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
+        plain, _ = check_kept(self.name, self.schedulable(info), info, kept, tokens)
+        entry = tokens or info.tokens
+        if entry is None:
+            raise ValueError(
+                f"{self.name} counts merges: give the number of tokens that enter {info.family}"
+            )
+        left = [entry, *(count(k, entry) for k in plain)]
+        for layer, (a, b) in enumerate(pairwise(left)):
+            if a - b > a // 2:
+                raise ValueError(
+                    f"tome merges at most half of {a} tokens after layer {layer}, not {a - b}"
+                )
+        return self.replace(r=tuple(a - b for a, b in pairwise(left)), keep=None, inflection=0.0)
 
     def reduce(self, site: Site) -> Reduction | None:
         depth = site.info.depth["encoder"]

@@ -36,6 +36,8 @@ class TopKSparse(DynamicAttention):
     name: ClassVar[str] = "topk-sparse"
     paper: ClassVar[str] = "SLA: Sparse-Linear Attention, 2025, arXiv 2509.24006"
 
+    tabled: ClassVar[bool] = True
+
     density: float = field(default=0.1, kw_only=False)
     block: int = 64
     query_block: int | None = None
@@ -57,4 +59,4 @@ class TopKSparse(DynamicAttention):
         return pooled(view.q_means, means - centre, counts=counts)
 
     def budget(self, scores: Tensor, view: GridView) -> Tensor:
-        return top_k(scores, number_of(self.density, scores.shape[-1]))
+        return top_k(scores, number_of(self.share(view, self.density), scores.shape[-1]))

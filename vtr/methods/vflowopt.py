@@ -169,6 +169,11 @@ class VFlowOpt(Presets, TokenMethod):
             raise ValueError(f"layers must be given for a language model of {depth} layers")
         return depth // 3, 2 * (depth // 3)
 
+    def stage_layers(self, info: ModelInfo) -> tuple[int, int, int]:
+        """Count the layers of the language model behind each of the three cuts, up to the next."""
+        first, second = self._layers(info)
+        return first, second - first, info.depth["decoder"] - second
+
     def rates(
         self, share: float, depth: int, layers: tuple[int, int]
     ) -> tuple[float, float, float]:

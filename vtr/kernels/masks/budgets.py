@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,21 +20,36 @@ _ROUNDING: dict[str, Callable[[float], int]] = {
 }  # fmt: skip
 
 
-def number_of(share: float, total: int, *, rounding: str = "floor", least: int = 1) -> int:
+@overload
+def number_of(share: float, total: int, *, rounding: str = "floor", least: int = 1) -> int: ...
+@overload
+def number_of(share: Tensor, total: int, *, rounding: str = "floor", least: int = 1) -> Tensor: ...
+@overload
+def number_of(
+    share: float | Tensor, total: int, *, rounding: str = "floor", least: int = 1
+) -> int | Tensor: ...
+def number_of(
+    share: float | Tensor, total: int, *, rounding: str = "floor", least: int = 1
+) -> int | Tensor:
     """Return a share of ``total`` blocks as a number of blocks, from ``least`` to ``total``.
 
     Args:
-        share: in [0, 1].
+        share: in [0, 1]; or a tensor of shares, for int64 numbers of its shape.
         rounding: ``"floor"`` (SLA, Jenga), ``"ceil"`` (VSA) or ``"round"``.
 
     Raises:
         ValueError: the share is not in [0, 1].
     """
+    if isinstance(share, Tensor):
+        # A float32 share such as 0.1 is not quite a tenth.
+        exact = (share.double() * total * 1e6).round() / 1e6
+        whole = {"floor": torch.floor, "ceil": torch.ceil, "round": torch.round}[rounding](exact)
+        return whole.long().clamp(least, total)
     if not 0 <= round(share, 9) <= 1:  # a sum of shares may pass 1 by rounding
         raise ValueError(f"share must be in [0, 1], got {share!r}")
     # A share such as 1 - 0.9 is not quite a tenth.
-    exact = round(share * total, 9)
-    return min(total, max(least, _ROUNDING[rounding](exact)))
+    near = round(share * total, 9)
+    return min(total, max(least, _ROUNDING[rounding](near)))
 
 
 def top_k(scores: Tensor, number: int | Tensor) -> Tensor:
@@ -115,7 +131,7 @@ def top_k_by_recall(mass: Tensor, density: float, recall: float = 0.8) -> Tensor
     return rank < number[..., None, None]
 
 
-def percentile(scores: Tensor, share: float) -> Tensor:
+def percentile(scores: Tensor, share: float | Tensor) -> Tensor:
     """Keep the blocks of a head whose scores are highest, by one threshold for all of its rows.
 
     The threshold is the ``int((1 - share) n)``-th lowest of the head's n scores, and blocks that reach it are
@@ -124,12 +140,16 @@ def percentile(scores: Tensor, share: float) -> Tensor:
 
     Args:
         scores: (..., NQ, NK).
-        share: in (0, 1].
+        share: in (0, 1], of all heads, or a tensor of shares that broadcasts to (..., 1).
 
     Returns:
         bool of the shape of scores.
     """
     flat = scores.flatten(-2)
+    if isinstance(share, Tensor):
+        number = number_of(1 - share, flat.shape[-1], least=0).expand(*flat.shape[:-1], 1)
+        edge = flat.sort(dim=-1).values.gather(-1, (number - 1).clamp(min=0))
+        return scores >= edge.masked_fill(number == 0, -torch.inf)[..., None]
     dropped = number_of(1 - share, flat.shape[-1], least=0)
     if dropped == 0:
         return torch.ones_like(scores, dtype=torch.bool)

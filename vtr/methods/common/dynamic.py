@@ -179,6 +179,38 @@ class GridView:
         return torch.cat([found, out] if site.text_first else [out, found], 2)
 
 
+TABLE = "density"
+"""Name of the table with densities by group of steps, layer and head."""
+
+
+def density_at(site: DiffusionAttentionSite, table: Tensor) -> Tensor:
+    """Read the densities of a call's heads, (H, 1), in a table (G, layers, heads); the steps of a run are divided
+    evenly among the G groups.
+
+    Raises:
+        RuntimeError: the table is for another model, the number of steps is not known, or the model trains.
+    """
+    groups, layers, heads = table.shape
+    if site.training:
+        raise RuntimeError(
+            "a plan has densities for the steps of a generation, and training has no such steps: "
+            "apply the method without the plan"
+        )
+    if (layers, heads) != (site.layers, site.all_heads):
+        raise RuntimeError(
+            f"the plan has densities for {layers} layers of {heads} heads; here are {site.layers} of "
+            f"{site.all_heads}"
+        )
+    if groups > 1 and site.steps is None:
+        raise RuntimeError(
+            f"the plan has densities for {groups} groups of steps, and the number of steps is not known: apply it "
+            "to the pipeline, or with vtr.apply(..., steps=50)"
+        )
+    group = 0 if groups == 1 else min(groups - 1, site.step * groups // site.steps)
+    own = slice(site.first_head, site.first_head + site.q.shape[1])
+    return table[group, site.layer, own, None].to(site.q.device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DynamicAttention(AttentionMethod):
     """Base of methods that choose the key blocks of every query block and head at run time.
@@ -201,7 +233,20 @@ class DynamicAttention(AttentionMethod):
     everything; leaves out the padding of text; keeps the best block of a row that would see nothing at all;
     and chooses in full precision. Gradients flow through the attention itself and through ``rest``, not
     through the choice.
+
+    A plan can give such a method a density for each group of steps, each layer and each head: its table ``density``,
+    which :func:`vtr.search` finds. :meth:`share` reads it; an author who calls it says so, ``tabled = True``.
     """
+
+    def share(self, view: GridView, own: float) -> float | Tensor:
+        """Return the share of blocks that is kept: ``own``, the option, or (H, 1) float32 for the heads here from the
+        plan's table, on the device of q.
+
+        Raises:
+            RuntimeError: the table is for other steps, layers or heads, or the model trains.
+        """
+        site = view.site
+        return own if TABLE not in site.table else density_at(site, site.table[TABLE])
 
     @property
     def sides(self) -> tuple[int, int]:

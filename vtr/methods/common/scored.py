@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vtr.core.budget import Keep, check_keep, check_layers, check_schedule, fit_layers
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Method, Reduction, Stage, TokenMethod
+from vtr.core.schedulable import Schedulable, check_kept
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
 
@@ -115,6 +116,32 @@ class ScoredMethod(TokenMethod):
             *looks,
             *(Stage(self.site_of(info), layer) for layer in self.scheduled_layers(info)),
         )
+
+    def schedulable(self, info: ModelInfo) -> Schedulable:
+        site = self.site_of(info)
+        if site == "prompt":
+            return Schedulable(site, (0,))
+        if "layers" not in {f.name for f in fields(self)}:
+            return super().schedulable(info)
+        layers = tuple(layer for layer in range(info.depth[site]) if self._cuts_at(layer, info))
+        return Schedulable(site, layers)
+
+    def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
+        can = self.schedulable(info)
+        plain, cuts = check_kept(self.name, can, info, kept, tokens)
+        if can.site == "prompt":
+            return self.replace(keep=plain[0])
+        cuts = cuts or can.layers[-1:]  # a cut that takes nothing
+        return self.replace(layers=cuts, keep=tuple(plain[layer] for layer in cuts))
+
+    def _cuts_at(self, layer: int, info: ModelInfo) -> bool:
+        """Tell whether a cut at a layer is allowed, and something comes behind it."""
+        try:
+            (cut,) = (s for s in self.replace(layers=(layer,), keep=1.0).stages(info) if s.cuts)
+        except ValueError:
+            return False
+        last = layer == info.depth[cut.site] - 1
+        return not (last and cut.site == "decoder" and cut.place == "end")
 
     def number(self, site: Any) -> int | Tensor:
         """Count the tokens to leave at ``site``: one number, or (B,) int64."""

@@ -7,6 +7,7 @@ the model's pooling, and counts FLOPs. Each adapter adds the peculiarities of it
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtr.core.calibration import Fingerprint
 from vtr.core.wrapping import Bound, Wrapping
 from vtr.vision.encoders.attending import check_attention, open_attention
 from vtr.vision.encoders.blocks import BlockRunner, place_forward
@@ -77,6 +79,19 @@ class EncoderWrapping(Wrapping):
             open_image(info, fixed_size)
         super().__init__(root, info)
         self.session = EncoderSession(self, runners, prefix, self.grid, tower)
+
+    def fingerprint(self) -> Fingerprint:
+        """The identity of the encoder; its sizes are those of its blocks, because timm has no configuration."""
+        info = self.info
+        sizes = {
+            "depth": info.depth["encoder"],
+            "embed_dim": info.dim,
+            "num_heads": info.heads,
+            "tokens": info.tokens,
+        }
+        found = super().fingerprint()
+        known = {name: size for name, size in sizes.items() if size is not None}
+        return dataclasses.replace(found, sizes={**known, **found.sizes})
 
     # ---- for adapters to extend -------------------------------------------------------------
 
