@@ -129,7 +129,7 @@ def test_a_method_without_densities_refuses_a_table():
         identity = handle._wrapping.fingerprint()
     plan = vtr.Plan((method,), {}, identity, ({"density": torch.ones(1, 3, 2)},))
     with pytest.raises(
-        vtr.UnsupportedMethodError, match="random-sparse takes no numbers from a plan.*density"
+        vtr.UnsupportedMethodError, match=r"random-sparse takes no numbers from a plan.*density"
     ):
         vtr.apply(model, plan)
 
@@ -193,8 +193,8 @@ def test_a_searched_table_is_within_the_budget(strategy):
 
 
 def test_a_pipeline_is_searched_over_its_steps():
-    from tests.diffusion.pipes import wan as pipe
     from tests.diffusion.pipes import _VIDEO, _text  # type: ignore[attr-defined]
+    from tests.diffusion.pipes import wan as pipe
 
     arguments = {**_VIDEO, **_text(), "num_inference_steps": 4}
     plan = vtr.search(
