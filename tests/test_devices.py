@@ -159,8 +159,9 @@ def test_a_module_moves_as_on_cuda() -> None:
 
 # ---- encoders -------------------------------------------------------------------------------
 
-# Waits of one forward call. FlowCut's numbers of tokens are read once where it cuts.
+# Waits of one forward call. FlowCut's numbers of tokens are read once where it cuts, and ATS's in each of its layers.
 ENCODER_WAITS = {"cls-attention": 0, "downsample": 0, "evit": 0, "random": 0, "tofe": 0, "tome": 0}
+ENCODER_WAITS |= {"ats": 5, "diffrate": 0, "evo-vit": 0, "ppt": 0, "tofu": 0, "tps": 0}
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["applied first", "moved first"])

@@ -30,8 +30,12 @@ METHODS: dict[str, Method] = {
     "random": vtr.Random(keep=(0.7, 0.4), layers=(0, 2)),
     "tofe": vtr.ToFe(keep=0.5, layers=(1, 3)),
     "tofe-trained": vtr.ToFe(keep=0.5, layers=(1, 3), trained=True),
+    "ppt": vtr.PPT(keep=0.4, layers=(1, 3)),
+    "evo-vit": vtr.EvoViT(keep=0.4, layers=(1, 3)),
+    "diffrate": vtr.DiffRate(keep=0.4),
+    "diffrate-learned": vtr.DiffRate(learn=True),
 }
-CARRIES = {"tofe", "tofe-trained"}
+CARRIES = {"tofe", "tofe-trained", "evo-vit", "diffrate-learned"}
 
 
 @pytest.fixture(autouse=True)

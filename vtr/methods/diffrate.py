@@ -24,10 +24,10 @@ from vtr.methods.base import (
     register,
     take,
 )
-from vtr.methods.common.live_attention import live_class_attention
 from vtr.methods.common.merge import by_rank, most_similar
 from vtr.methods.common.published_rates import PUBLISHED, visual_tokens
 from vtr.methods.common.rates import LearnedRates, straight_through
+from vtr.methods.common.token_thresholds import masked_row
 
 DEIT_SMALL = 4.6
 """G multiply-adds of DeiT-S, the model in which the authors' weight of the budget is meant here."""
@@ -231,7 +231,7 @@ class DiffRate(Presets, TokenMethod):
             memory["survival"] = rates.survival()
         policy: Tensor | None = memory.get("policy")
         alive: int = memory.get("alive", site.n)
-        score = live_class_attention(site, policy).detach()
+        score = masked_row(site.cls_attention(per_head=True), policy).mean(1).detach()
         if policy is not None:
             score = score.masked_fill(policy.detach() < 0.5, -1)
         rank = torch.sort(score, dim=1, descending=True, stable=True).indices
