@@ -23,11 +23,12 @@ from rich.table import Table
 
 import vtr
 import vtr.train
+from vtr.core.trace import PolicyRecord
 from vtr.train.data import image_folder
-from vtr.train.losses import TokenLoss
+from vtr.train.losses import EncoderCost, TokenLoss
 from vtr.train.tokens import TokenSettings, TokenTuner, images_of
 from vtr.zoo import data as pictures
-from vtr.zoo import load_encoder
+from vtr.zoo.loading import load_encoder
 
 
 def digits(options: argparse.Namespace) -> tuple[Any, Iterable[Any]]:
@@ -37,7 +38,9 @@ def digits(options: argparse.Namespace) -> tuple[Any, Iterable[Any]]:
         return pictures.digits(options.batch, torch.Generator().manual_seed(number))
 
     generator = torch.Generator().manual_seed(1)
-    return batch, [pictures.digits(128, generator, "test") for _ in range(options.measure // 128)]
+    return batch, [
+        pictures.digits(128, generator, "heldout") for _ in range(options.measure // 128)
+    ]
 
 
 def folders(model: Any, options: argparse.Namespace) -> tuple[Any, Iterable[Any]]:
@@ -55,26 +58,36 @@ def measured(model: Any, batches: Iterable[Any], handle: vtr.Handle | None) -> d
     """Return accuracy, and of the method the mean cost and the tokens of single images."""
     right: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    costs: list[float] = []
+    costs: list[torch.Tensor] = []
     device = next(model.parameters()).device
     for batch in batches:
         images, labels = images_of(batch)
         right.append(model(images.to(device)).argmax(1).cpu() == labels)
         if handle is not None and handle.trace.stages:
-            kept.append(handle.trace.stages[-1].total.valid.sum(1).float().cpu())
-            dense, reduced = handle.report().flops["encoder"]
-            costs.append(reduced / dense)
+            stages = handle.trace.stages
+            kept.append(stages[-1].total.valid.sum(1).float().cpu())
+            # The report counts the longest sequence of the batch for all; this counts each image's own.
+            left = [(s.total.source >= 0).float() for s in stages]
+            cuts = [
+                PolicyRecord(s.layer, "end", s.method, x) for s, x in zip(stages, left, strict=True)
+            ]
+            cost = EncoderCost.of(handle)
+            costs.append(cost.expected(cuts).cpu() / cost.dense(left[0].shape[1]))
     found = {"accuracy": torch.cat(right).float().mean().item()}
     if kept:
         counts = torch.cat(kept)
-        found |= {"cost": sum(costs) / len(costs), "fewest": counts.min().item()}
+        found |= {"cost": torch.cat(costs).mean().item(), "fewest": counts.min().item()}
         found |= {"mean": counts.mean().item(), "most": counts.max().item()}
     return found
 
 
 def rows(found: dict[str, dict[str, float]]) -> Iterator[list[str]]:
     for name, row in found.items():
-        counts = "/".join(f"{row[k]:.0f}" for k in ("fewest", "mean", "most")) if "mean" in row else "all"
+        counts = (
+            "/".join(f"{row[k]:.0f}" for k in ("fewest", "mean", "most"))
+            if "mean" in row
+            else "all"
+        )
         yield [name, f"{row['accuracy']:.1%}", f"{row.get('cost', 1.0):.2f}", counts]
 
 
@@ -124,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     trained = vtr.train.load(model, options.out)
     with vtr.apply(model.eval(), trained) as handle:
         found["trained thresholds"] = measured(model, val, handle)
-    table = Table("model", "accuracy", "cost of a batch", "tokens (fewest/mean/most)")
+    table = Table("model", "accuracy", "cost of an image", "tokens (fewest/mean/most)")
     for row in rows(found):
         table.add_row(*row)
     Console().print(table)

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    test = data.digits(256, torch.Generator().manual_seed(1), "test")
+    test = data.digits(256, torch.Generator().manual_seed(1), "heldout")
     method = vtr.DynamicViT(keep=0.5, layers=(1, 2, 3))
     classifier = load("digits-vit").requires_grad_(False)  # the predictors alone are trained
     model = Student(classifier, method, TokenLoss(logits=0.5, tokens=0.5))

@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What takes minutes by default.
 SHORTER = {
+    "train_adaptive_vit.py": ["--steps", "2", "--batch", "4", "--measure", "128"],
+    "train_own_loop.py": ["--updates", "3", "--batch", "4"],
+    "train_with_trainer.py": ["--steps", "3"],
     "generate_video.py": ["--steps", "3"],
     "generate_image.py": ["--steps", "3"],
     "train_radial_lora.py": [
