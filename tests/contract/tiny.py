@@ -86,8 +86,13 @@ def _diffusers() -> Iterator[Any]:
 def _transformers() -> Iterator[Any]:
     import transformers
 
+    from tests.vision.detectors import FAMILIES
     from tests.vision.vlm import models, videos
 
+    for build in FAMILIES.values():
+        detector = build()
+        yield detector
+        yield detector.model
     yield from _towers()
     yield from _windows()
     for make in models.FAMILIES.values():

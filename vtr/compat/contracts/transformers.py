@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vtr.compat import detectors
 from vtr.compat import transformers as names
 from vtr.compat.contract import Expectation
 
@@ -447,6 +448,50 @@ def _windows() -> Iterator[Expectation]:
     yield Expectation(f"{home3}:SamVisionAttention.forward", sam, takes=("hidden_states",))
 
 
+_DETECTION = "vtr/vision/detection/layers.py"
+_DETECTORS = "vtr/vision/detection/wrapping.py, vtr/vision/detection/session.py"
+
+
+def _detectors() -> Iterator[Expectation]:
+    """Encoders of detectors: what they are given, what they give their layers, and the parts of these."""
+    for model, family in detectors.DETECTORS.items():
+        home = _home(model)
+        for name, path in family.models.items():
+            parts = [family.encoder, *filter(None, (family.decoder, family.projection))]
+            built = tuple(f"{path}.{part}".removeprefix(".") for part in parts)
+            yield Expectation(f"transformers:{name}", _DETECTORS, built=built)
+        layer = f"{home}:{family.layer}"
+        attention = detectors.PROJECTIONS
+        taken: tuple[str, ...] = (detectors.QUERIES, "attention_mask", family.positions)
+        if family.deformable:
+            attention = (
+                detectors.OFFSETS,
+                detectors.WEIGHTS,
+                detectors.VALUE,
+                "n_heads",
+                "n_levels",
+            )
+            attention += ("n_points",)
+            taken += (detectors.REFERENCES,)
+        inner = tuple(f"{detectors.ATTENTION}.{part}" for part in attention)
+        yield Expectation(layer, _DETECTION, built=(*inner, detectors.NORM, "final_layer_norm"))
+        yield Expectation(f"{layer}.forward", _DETECTION, takes=taken)
+    yield from _sampling()
+
+
+def _sampling() -> Iterator[Expectation]:
+    for model, name in (("deformable_detr", "DeformableDetr"), ("grounding_dino", "GroundingDino")):
+        home = _home(model)
+        yield Expectation(
+            f"{home}:MultiScaleDeformableAttention.forward",
+            _DETECTORS,
+            takes=("sampling_locations", "attention_weights"),
+        )
+        attention = f"{home}:{name}MultiscaleDeformableAttention"
+        yield Expectation(f"{attention}.forward", _DETECTION, takes=(detectors.VALUES,))
+        yield Expectation(attention, _DETECTION, built=("attn",))
+
+
 CONTRACT = (
     *_general(),
     *_generate(),
@@ -454,5 +499,6 @@ CONTRACT = (
     *_vlms(),
     *_packed(),
     *_towers(),
+    *_detectors(),
     *_windows(),
 )
