@@ -32,10 +32,11 @@ RECIPES = {
     "digits-chat": "recipes.train_chat",
     "digits-wan": "recipes.train_wan",
     "digits-detr": "recipes.train_detr",
+    "digits-detr-scorers": "recipes.train_detr_scorers",
 }
 
 _LOG_EVERY = 100
-_SAVE_EVERY = 400  # steps, unless the trainer has a number of its own: save_every
+_SAVE_EVERY = 400  # steps, unless the trainer has its own number, save_every
 
 
 def save_state(trainer: Any, directory: Path) -> None:

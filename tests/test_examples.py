@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -54,6 +56,56 @@ def test_answers_are_shown_as_the_model_wrote_them(script, monkeypatch, capsys):
     monkeypatch.setattr(module, "answer", answer)
     module.main(["--count", "1"] if script == "wrap_llava" else [])
     assert written in capsys.readouterr().out
+
+
+def test_a_detector_of_a_folder_looks_at_a_picture(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
+    from PIL import Image
+
+    from vtr.zoo import detector_path
+
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module("detect")
+    _, _, picture = module.built_in(seed=3)
+    picture.resize((240, 200)).save(tmp_path / "picture.png")
+    command = [
+        "--model",
+        str(detector_path("digits-detr")),
+        "--image",
+        str(tmp_path / "picture.png"),
+    ]
+    options = ["--method", "objectness", "--keep", "0.1", "--out", str(tmp_path / "out.png")]
+    module.main([*command, *options])
+    said = capsys.readouterr().out
+    assert "Objectness(keep=0.1)" in said and "10%" in said
+    sheet = Image.open(tmp_path / "out.png")
+    assert sheet.width == 3 * (module.WIDTH + 6)  # two pictures with boxes and four levels
+    assert len(sheet.resize((64, 64)).getcolors(4096)) > 100
+    with pytest.raises(SystemExit):
+        module.main(command[:2])
+    assert "--model needs --image" in capsys.readouterr().err
+
+
+def test_tokens_are_bright_by_the_layers_that_compute_them(monkeypatch):
+    """Layers 0 and 1 compute tokens 0 and 1 of four, layers 2 and 3 token 1 alone."""
+    pytest.importorskip("PIL")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module("detect")
+
+    def stage(layer, kept):
+        chosen = SimpleNamespace(kept=torch.tensor([kept]))
+        return SimpleNamespace(layer=layer, map=chosen)
+
+    call = SimpleNamespace(levels=((1, 3), (1, 1)))
+    trace = SimpleNamespace(
+        notes={"detector": call},
+        tokens={"detector": dict.fromkeys(range(4), (2, 2))},
+        stages=[stage(0, [0, 1]), stage(2, [1, -1])],
+    )
+    first, second = module.computed(SimpleNamespace(trace=trace))
+    assert first.tolist() == [[0.5, 1.0, 0.0]] and second.tolist() == [[0.0]]
 
 
 def test_there_are_examples():

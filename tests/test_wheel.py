@@ -42,6 +42,8 @@ def test_the_built_in_models_come_with_it(content):
     for name in ("digits-llava", "digits-video", "digits-long", "digits-chat"):
         parts = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
         assert {f"vtr/zoo/weights/{name}/{part}" for part in parts} <= content
+    parts = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert {f"vtr/zoo/weights/digits-detr/{part}" for part in parts} <= content
     assert "vtr/zoo/weights/digits-wan/diffusion_pytorch_model.safetensors" in content
 
 

@@ -68,10 +68,18 @@ def test_bad_arguments_are_refused():
 
 
 def test_every_card_can_be_read() -> None:
-    for name in ("digits-vit", "digits-tofe", "digits-llava", "digits-long", "digits-chat"):
+    for name in (
+        "digits-vit",
+        "digits-tofe",
+        "digits-llava",
+        "digits-long",
+        "digits-chat",
+        "digits-detr",
+    ):
         assert "task: " in vtr.zoo.card(name).split("---\n")[1]
     with pytest.raises(
-        ValueError, match="no model card 'nope'; there are: digits-chat, digits-llava, digits-long"
+        ValueError,
+        match="no model card 'nope'; there are: digits-chat, digits-detr, digits-llava, digits-long",
     ):
         vtr.zoo.card("nope")
     with pytest.raises(ValueError, match=r"answers questions: vtr\.zoo\.load_vlm"):
