@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 RECIPES = {
     "digits-vit": "recipes.train_vit",
     "digits-tofe": "recipes.train_tofe",
+    "digits-adaptive": "recipes.train_adaptive",
+    "digits-dynamicvit": "recipes.train_dynamicvit",
     "digits-llava": "recipes.train_llava",
     "digits-video": "recipes.train_video",
     "digits-long": "recipes.train_long",
