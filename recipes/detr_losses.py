@@ -103,7 +103,7 @@ def assign(labels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Assign tokens to digits: up to four around the centre of a digit, on the level of its size.
 
     Args:
-        labels, boxes: ``(n, 5)`` and ``(n, 5, 4)``, as in :class:`vtr.zoo.detection.Pictures`.
+        labels, boxes: ``(n, 5)`` and ``(n, 5, 4)``, as in :class:`vtr.zoo.detection.LabelledPictures`.
 
     Returns:
         ``(n, 534)`` int64, column of the digit, -1 for none; ``(n, 534)`` bool, whether the centre of

@@ -27,7 +27,7 @@ _WINDOW = 80  # pixels, holds the largest digit at any angle
 _TRIES = 8  # places drawn for a digit; it is left out if all of them overlap too much
 
 
-class Pictures(NamedTuple):
+class LabelledPictures(NamedTuple):
     """A batch of pictures with one to five digits each.
 
     Columns of ``labels`` and ``boxes`` belong together. Those without a digit come last.
@@ -86,7 +86,7 @@ def _place(sizes: Tensor, wanted: Tensor, generator: torch.Generator) -> tuple[T
     return boxes, found
 
 
-def pictures(n: int, generator: torch.Generator, split: data.Split = "train") -> Pictures:
+def pictures(n: int, generator: torch.Generator, split: data.Split = "train") -> LabelledPictures:
     """Pictures of 160 x 160 pixels with one to five digits each.
 
     Args:
@@ -123,7 +123,7 @@ def pictures(n: int, generator: torch.Generator, split: data.Split = "train") ->
         part.lerp_(colours[i, k].expand_as(part), mask.expand_as(part))
     order = (~found).int().argsort(dim=1, stable=True)
     labels = torch.where(found, data.digit_labels()[index].view(n, MOST), -1)
-    return Pictures(
+    return LabelledPictures(
         data.normalise(pixels),
         labels.gather(1, order),
         boxes.gather(1, order[..., None].expand(-1, -1, 4)).float(),

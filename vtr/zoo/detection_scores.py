@@ -52,7 +52,7 @@ class Detections:
 
 def batches(
     n: int, seed: int, batch_size: int = 16, split: Split = "heldout"
-) -> Iterator[detection.Pictures]:
+) -> Iterator[detection.LabelledPictures]:
     """Draw ``n`` pictures in batches; which ones depends on ``seed`` and ``batch_size``."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, n, batch_size):
