@@ -46,8 +46,8 @@ def test_every_method_and_preset_comes_back(tmp_path):
     [
         ("{", "Expecting property name"),
         ("[]", "no JSON object"),
-        ({}, "not a plan of version 1 or 2: vtr_plan=None"),
-        ({"vtr_plan": 3}, "vtr_plan=3"),
+        ({}, "not a plan of version 1, 2 or 3: vtr_plan=None"),
+        ({"vtr_plan": 4}, "vtr_plan=4"),
         ({"vtr_plan": 1}, "methods must be a list, got None"),
         ({"vtr_plan": 1, "methods": 5}, "methods must be a list, got 5"),
         ({"vtr_plan": 1, "methods": {"name": "evit"}}, "methods must be a list"),
@@ -225,7 +225,7 @@ def test_a_calibrated_plan_that_is_none_is_named(changes, words, tmp_path):
         ({}, None, "without 'vtr_plan' in its metadata is no plan"),
         ({}, {"vtr_plan": "{"}, "Expecting property name"),
         ({}, {"vtr_plan": "[]"}, "no JSON object"),
-        ({}, {"vtr_plan": "{}"}, "not a plan of version 1 or 2"),
+        ({}, {"vtr_plan": "{}"}, "not a plan of version 1, 2 or 3"),
         ({"0.a": 1}, {"vtr_plan": '{"vtr_plan": 1, "methods": 5}'}, "'0.a' belongs to no method"),
         ({"2.a": 1}, {"vtr_plan": json.dumps({"methods": [1, 2]})}, "'2.a' belongs to no method"),
         ({"a": 1}, {"vtr_plan": json.dumps({"methods": [1]})}, "'a' belongs to no method"),
@@ -257,3 +257,25 @@ def test_the_text_form_of_a_plan_is_its_file(file, tmp_path):
     assert parse(str(tmp_path / file)) == plan
     # An option that ends like a file is one of its method.
     assert parse("tofe:weights=x.safetensors") == vtr.ToFe(weights="x.safetensors")
+
+
+# ---- searched plans -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["plan.json", "plan.safetensors"])
+def test_measured_results_come_back(file, tmp_path):
+    measured = {"loss": 0.25, "costs": {"flops": {"share": 0.5}}, "schedule": {"kept": [9, 3]}}
+    plan = dataclasses.replace(calibrated(), measured=measured)
+    plan.save(tmp_path / file)
+    again = vtr.Plan.load(tmp_path / file)
+    assert again == plan and again.measured == measured
+    assert plan != calibrated()
+    assert plan.to_dict()["vtr_plan"] == 3 and calibrated().to_dict()["vtr_plan"] == 2
+    anyone = vtr.Plan(vtr.EViT(), measured=measured)
+    anyone.save(tmp_path / file)
+    assert vtr.Plan.load(tmp_path / file) == anyone and anyone.fingerprint is None
+
+
+def test_measured_results_are_a_mapping():
+    with pytest.raises(ValueError, match="measured must be a mapping, got 3"):
+        vtr.Plan(vtr.EViT(), measured=3)  # type: ignore[arg-type]

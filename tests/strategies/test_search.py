@@ -65,11 +65,11 @@ def test_a_tolerated_loss_is_kept():
 
 
 def test_a_search_is_a_function_of_seed_and_data():
-    torch.manual_seed(1)
-    first = run()
+    first, model = run(), vit()
     torch.manual_seed(2)
     before = torch.random.get_rng_state()
-    assert run() == first
+    again = vtr.search(model, DATA, vtr.EViT(fuse=False), target={"flops": 0.6}, strategy=SMALL)
+    assert again == first
     assert torch.equal(torch.random.get_rng_state(), before)
     assert run(seed=1).measured["points"] != first.measured["points"]
 
@@ -114,7 +114,7 @@ def test_an_objective_may_be_a_function():
 
 
 def test_latency_is_measured_against_the_dense_model():
-    plan = run(target={"latency": 50.0}, strategy=Grid({"keep": (0.2,)}))  # of 50 times as long
+    plan = run(target={"latency": 1e6}, strategy=Grid({"keep": (0.2,)}))
     assert plan.measured["costs"]["latency"]["dense"] > 0
 
 

@@ -46,7 +46,7 @@ def calibrate(
     """Measure the numbers that a method needs of a model on pictures; write a plan with them."""
     import vtr
 
-    chosen = _method(method)
+    chosen = one_method(method)
     shared.check_device(device)
     if dtype not in loading.DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(loading.DTYPES)}, got {dtype!r}")
@@ -58,7 +58,7 @@ def calibrate(
         raise ValueError(
             f"{model} is an encoder, and methods are calibrated in language models: name a VLM"
         )
-    files = None if images is None else _files(images, limit)
+    files = None if images is None else pictures(images, limit)
     _check_source(model, files, builtin, question, limit)
     ref = loading.find_vlm(model)
     net, processor = loading.load_found(ref, device, dtype)
@@ -102,7 +102,8 @@ class Lazy:
         return map(self.read, range(self.count))
 
 
-def _method(text: str) -> Any:
+def one_method(text: str) -> Any:
+    """Read a method from its text form. Raises ``ValueError`` for a plan."""
     from vtr.core.plan import Plan
     from vtr.core.text import parse
 
@@ -114,7 +115,7 @@ def _method(text: str) -> Any:
     return method
 
 
-def _files(images: Path, limit: int | None) -> list[Path]:
+def pictures(images: Path, limit: int | None) -> list[Path]:
     """The pictures and videos of a folder in order, or one file."""
     if images.is_file():
         return [images]

@@ -61,6 +61,8 @@ class Grid(Strategy):
                 candidate = Candidate(method)
                 if search.over(candidate) <= 1:
                     search.measure(candidate, changes)
+            except UnsupportedMethodError:
+                raise
             except ValueError as error:
                 refused.append(f"{changes}: {error}")
         if refused and not search.study.trials():

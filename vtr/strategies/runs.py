@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtr.api import Handle, apply, handles
@@ -214,6 +215,41 @@ class Runner:
             handle.resume()
         dense, reduced = (1e3 * statistics.median(t) for t in times)
         return {"dense": dense, "reduced": reduced, "share": reduced / dense}
+
+    @contextmanager
+    def learning(self, method: Method) -> Iterator[tuple[Handle, Callable[[int], Tensor]]]:
+        """Train a method's modules while the weights of an encoder stay as they are.
+
+        Yields the handle and a function: number of a batch to its loss, a scalar with gradients: the KL divergence to
+        the dense model in nats, or the cross-entropy if the objective needs labels. The model is in training
+        mode inside the block.
+        """
+        devices = [self._device] if self._device.type == "cuda" else []
+        learns = [p for p in self.root.parameters() if p.requires_grad]
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            torch.manual_seed(self.seed)
+            with torch.no_grad():
+                dense = [_tensor(self._call(b), OUTPUTS[self.kind]).double() for b in self.batches]
+            try:
+                for p in learns:
+                    p.requires_grad_(False)
+                with apply(self.model, method, **self.options) as handle:
+                    self.root.train()
+
+                    def loss(number: int) -> Tensor:
+                        batch = self.batches[number]
+                        out = _tensor(self._call(batch), OUTPUTS[self.kind]).double()
+                        if self.objective in LABELLED:
+                            assert batch.labels is not None
+                            return F.cross_entropy(out, batch.labels.to(out.device))
+                        p, q = dense[number].log_softmax(-1), out.log_softmax(-1)
+                        return (p.exp() * (p - q)).sum(-1).mean()
+
+                    yield handle, loss
+            finally:
+                self.root.eval()
+                for p in learns:
+                    p.requires_grad_(True)
 
     @contextmanager
     def _applied(self, plan: Any) -> Iterator[Handle]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vtr.errors import UnsupportedMethodError
 from vtr.strategies.base import Candidate, Search
 
 STEPS = 24  # of a bisection
@@ -38,6 +39,8 @@ def solved(
                 else:
                     loss = search.runner.evaluate(search.plan_of(candidate)).loss
                     seen[key] = loss <= wanted
+            except UnsupportedMethodError:
+                raise
             except ValueError:  # the method refuses it: so few tokens cannot be left
                 refused.append(value)
                 seen[key] = wanted is None
