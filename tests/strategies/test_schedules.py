@@ -29,6 +29,10 @@ def left(handle: Any, site: str) -> list[int]:
         vtr.EViT(fuse=False),
         vtr.EViT(fuse=True),
         vtr.ToMe(keep=0.5),
+        vtr.ToFu(keep=0.5),
+        vtr.PPT(),
+        vtr.TPS(),
+        vtr.DiffRate(),
         vtr.CLSAttention(),
         vtr.Random(seed=1),
     ],
@@ -36,8 +40,8 @@ def left(handle: Any, site: str) -> list[int]:
 )
 @pytest.mark.parametrize("kept", [KEPT, (40, 30, 30, 30, 29, 28), (64,) * 6], ids=str)
 def test_an_encoder_keeps_what_the_schedule_says(method, kept):
-    if isinstance(method, vtr.ToMe) and kept == KEPT:
-        kept = (64, 50, 50, 31, 16, 16)  # half of the tokens is the most that ToMe merges
+    if isinstance(method, (vtr.ToMe, vtr.PPT)) and kept == KEPT:
+        kept = (64, 50, 50, 31, 16, 16)  # half of the tokens is the most that they merge
     model = vit()
     info = INFO
     with vtr.apply(model, method.scheduled(info, kept)) as handle, torch.no_grad():

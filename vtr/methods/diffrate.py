@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,9 +14,11 @@ from vtr.core.trace import Trace
 from vtr.errors import UnsupportedMethodError
 from vtr.methods.base import (
     Keep,
+    Method,
     ModelInfo,
     Presets,
     Reduction,
+    Schedulable,
     Site,
     Stage,
     TokenMap,
@@ -27,6 +29,7 @@ from vtr.methods.base import (
 from vtr.methods.common.merge import by_rank, most_similar
 from vtr.methods.common.published_rates import PUBLISHED, visual_tokens
 from vtr.methods.common.rates import LearnedRates, straight_through
+from vtr.methods.common.removals import scheduled_removals
 from vtr.methods.common.token_thresholds import masked_row
 
 DEIT_SMALL = 4.6
@@ -177,9 +180,18 @@ class DiffRate(Presets, TokenMethod):
         gone = tokens - count(self.keep or 1.0, tokens)
         merge = [tokens - gone * layer // max(1, depth - 1) for layer in range(depth)]
         merge[-1] = tokens - gone
-        before = [tokens, *merge[:-1]]
-        prune = [b - (b - n) // 2 for b, n in zip(before, merge, strict=True)]
-        return tuple(prune), tuple(merge)
+        return halved(tokens, merge), tuple(merge)
+
+    def schedulable(self, info: ModelInfo) -> Schedulable:
+        return Schedulable("encoder", tuple(range(info.depth["encoder"])))
+
+    def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
+        can = self.schedulable(info)
+        gone = scheduled_removals(self.name, can, info, kept, tokens)
+        entry = tokens or info.tokens or 0
+        merge = tuple(entry - sum(gone[: layer + 1]) for layer in range(len(gone)))
+        options = {"prune": halved(entry, merge), "merge": merge}
+        return self.replace(keep=None, learn=False, target=None, **options)
 
     def training_losses(self, trace: Trace, modules: nn.Module | None) -> dict[str, Tensor]:
         if self.target is None or not isinstance(modules, LearnedRates):
@@ -258,3 +270,8 @@ class DiffRate(Presets, TokenMethod):
         return Reduction(
             None, tokens=take(x, back), policy=memory["policy"], mass=mass.gather(1, back)
         )
+
+
+def halved(tokens: int, merge: Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers after pruning, if half of what each block removes is pruned and the rest is merged."""
+    return tuple(b - (b - n) // 2 for b, n in zip([tokens, *merge[:-1]], merge, strict=True))

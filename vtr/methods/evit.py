@@ -72,14 +72,19 @@ class EViT(ScoredMethod):
     def default_layers(self, depth: int) -> tuple[int, ...]:
         return budget.third_points(depth)
 
+    @property
+    def extra(self) -> int:
+        """Tokens that are left beside those that ``keep`` counts."""
+        return int(self.fuse)
+
     def schedulable(self, info: ModelInfo) -> Schedulable:
-        return super().schedulable(info)._replace(least=2 if self.fuse else 1)
+        return super().schedulable(info)._replace(least=1 + self.extra)
 
     def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
         made = super().scheduled(info, kept, tokens)
         assert isinstance(made, EViT) and isinstance(made.keep, tuple)
         if isinstance(made.keep[0], int):  # the fused token is one of those that are left
-            return made.replace(keep=tuple(max(1, k - self.fuse) for k in made.keep))
+            return made.replace(keep=tuple(max(1, k - self.extra) for k in made.keep))
         before = (1.0, *made.keep)
         return made.replace(keep=tuple(b / a for a, b in zip(before, made.keep, strict=False)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,9 +13,11 @@ from vtr.core import budget
 from vtr.methods.base import (
     Examples,
     Keep,
+    Method,
     ModelInfo,
     Presets,
     Reduction,
+    Schedulable,
     Site,
     Stage,
     TokenMap,
@@ -24,7 +26,7 @@ from vtr.methods.base import (
 )
 from vtr.methods.common.matching import bipartite_soft_matching
 from vtr.methods.common.merge import by_rank
-from vtr.methods.common.removals import even_removals
+from vtr.methods.common.removals import even_removals, scheduled_removals
 from vtr.methods.common.significance import significance
 from vtr.methods.common.uneven import refuse_uneven
 
@@ -104,6 +106,14 @@ class PPT(Presets, TokenMethod):
         if isinstance(self.r, tuple) and len(self.r) != len(layers):
             raise ValueError(f"r has {len(self.r)} entries for the {len(layers)} layers {layers}")
         return tuple(Stage("encoder", layer) for layer in layers)
+
+    def schedulable(self, info: ModelInfo) -> Schedulable:
+        return Schedulable("encoder", tuple(range(info.depth["encoder"])), most=0.5)
+
+    def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
+        gone = scheduled_removals(self.name, self.schedulable(info), info, kept, tokens)
+        layers = tuple(layer for layer, r in enumerate(gone) if r) or (0,)
+        return self.replace(r=tuple(gone[n] for n in layers), layers=layers, keep=None)
 
     def biased_layers(self, info: ModelInfo) -> frozenset[int]:
         return frozenset(range(info.depth["encoder"])) if self.prop_attn else frozenset()

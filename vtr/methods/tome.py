@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
 
-from vtr.core.budget import check_count, check_flag, check_keep, check_number, count
-from vtr.core.schedulable import check_kept
+from vtr.core.budget import check_count, check_flag, check_keep, check_number
 from vtr.methods.base import (
     Examples,
     Keep,
@@ -25,7 +23,7 @@ from vtr.methods.base import (
 )
 from vtr.methods.common.layers import check_exist, check_first, is_among
 from vtr.methods.common.matching import bipartite_soft_matching
-from vtr.methods.common.removals import even_removals
+from vtr.methods.common.removals import even_removals, scheduled_removals
 
 
 @register
@@ -132,19 +130,8 @@ class ToMe(TokenMethod):
         return Schedulable("encoder", tuple(range(info.depth["encoder"])), most=0.5)
 
     def scheduled(self, info: ModelInfo, kept: Sequence[Keep], tokens: int | None = None) -> Method:
-        plain, _ = check_kept(self.name, self.schedulable(info), info, kept, tokens)
-        entry = tokens or info.tokens
-        if entry is None:
-            raise ValueError(
-                f"{self.name} counts merges: give the number of tokens that enter {info.family}"
-            )
-        left = [entry, *(count(k, entry) for k in plain)]
-        for layer, (a, b) in enumerate(pairwise(left)):
-            if a - b > a // 2:
-                raise ValueError(
-                    f"tome merges at most half of {a} tokens after layer {layer}, not {a - b}"
-                )
-        return self.replace(r=tuple(a - b for a, b in pairwise(left)), keep=None, inflection=0.0)
+        gone = scheduled_removals(self.name, self.schedulable(info), info, kept, tokens)
+        return self.replace(r=gone, keep=None, inflection=0.0)
 
     def reduce(self, site: Site) -> Reduction | None:
         depth = site.info.depth["encoder"]

@@ -38,6 +38,10 @@ class TPS(EViT):
         "CVPR 2023, arXiv 2304.10716"
     )
 
+    @property
+    def extra(self) -> int:
+        return 0
+
     def select(
         self, site: Site, score: Tensor, number: int | Tensor, raw: Tensor
     ) -> Reduction | None:
