@@ -221,6 +221,14 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
         tuner(tmp_path, settings=dataclasses.replace(FAST, log_with="tensorboard"))
 
 
+def test_accelerate_is_needed(monkeypatch):
+    import vtr
+
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(vtr.MissingDependencyError, match=r"training needs.*vtr\[train\]"):
+        tuner(None)
+
+
 def test_a_run_without_a_folder_takes_steps_alone(tmp_path):
     with tuner(None) as run:
         run.step()

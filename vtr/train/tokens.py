@@ -95,7 +95,7 @@ class TokenTuner(Tuner):
         MissingDependencyError: accelerate or the tracker is not installed.
     """
 
-    EXTRA = "vision"
+    EXTRA = "train"
 
     settings: TokenSettings
 
