@@ -24,6 +24,7 @@ from tests.vision.vlm.picks import generate
 from vtr.compat.transformers import cache_of, with_cache
 from vtr.inspect.flops import count_flops
 from vtr.kernels import bipartite_match
+from vtr.testing.models import encoders
 from vtr.video import TokenMemory, encode_frames, question
 from vtr.vision.vlm.store import EntryStore
 
@@ -170,6 +171,20 @@ def test_timm(name: str, before: bool) -> None:
     machine = agree(tiny.vit(), create(name), lambda m, x: m(x), tiny.images(), before)
     if name in ENCODER_WAITS:
         assert sum(machine.waits.values()) == ENCODER_WAITS[name]
+
+
+def test_swin() -> None:
+    machine = agree(
+        encoders.timm_swin(), vtr.SparseViT(0.4), lambda m, x: m(x), tiny.images(2, 0, 56), True
+    )
+    assert sum(machine.waits.values()) == 0
+
+
+def test_sam() -> None:
+    """Its attention brings the numbers of relative positions from the host, also without a method."""
+    agree(
+        encoders.sam(), vtr.Expedit(1, 9), lambda m, x: m(x)[0], tiny.images(2, 0, 80), before=False
+    )
 
 
 @pytest.mark.parametrize("model", ["clip", "registers-classes"])
