@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import vtr
+import vtr.zoo
 from tests.methods import plain_vit
 from tests.methods.plain_vit import Array
 from tests.tiny import images, vit
@@ -210,6 +211,18 @@ def test_calibrated_counts_are_the_mean_of_training(tmp_path: Path) -> None:
         assert torch.equal(model(x), out)
     with pytest.raises(ValueError, match="trained for another width or number of stages"):
         vtr.apply(model, vtr.AdaptiveSparseViT(layers=(1,), weights=path))
+
+
+def test_the_built_in_thresholds_leave_each_image_its_own_number() -> None:
+    model = vtr.zoo.load("digits-vit")
+    x, labels = vtr.zoo.samples("digits-vit", n=16, seed=3)
+    method = vtr.AdaptiveSparseViT(weights="digits-adaptive")
+    with vtr.apply(model, method) as handle, torch.no_grad():
+        right = (model(x).argmax(1) == labels).float().mean()
+        assert right > 0.85
+        numbers = handle.trace.stages[-1].total.valid.sum(1)
+    assert len(set(numbers.tolist())) > 4 and numbers.float().mean() < 36
+    assert "thresholds" in vtr.zoo.card("digits-adaptive")
 
 
 def test_a_model_in_half_precision() -> None:
