@@ -28,6 +28,7 @@ RECIPES = {
     "digits-tofe": "recipes.train_tofe",
     "digits-adaptive": "recipes.train_adaptive",
     "digits-dynamicvit": "recipes.train_dynamicvit",
+    "digits-sparsifiner": "recipes.train_sparsifiner",
     "digits-llava": "recipes.train_llava",
     "digits-video": "recipes.train_video",
     "digits-long": "recipes.train_long",

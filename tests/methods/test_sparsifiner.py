@@ -13,9 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vtr
+import vtr.zoo
 from tests.tiny import images, vit
 from vtr.core.encoder_attention import EncoderAttentionSite
-from vtr.methods.common.connectivity import Connectivity, ConnectivityModules
+from vtr.methods.common.connectivity import (
+    Connectivity,
+    ConnectivityModules,
+    chosen_keys,
+    sparse_coefficients,
+)
 from vtr.testing.trial import instead
 
 
@@ -268,3 +274,22 @@ def test_what_cannot_work_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             vtr.Sparsifiner(**options)
+
+
+def test_the_built_in_modules_find_more_attention_than_chance_does() -> None:
+    model = vtr.zoo.load("digits-vit")
+    x = vtr.zoo.samples("digits-vit", n=4, seed=5)[0]
+    method = vtr.Sparsifiner(0.25, weights="digits-sparsifiner")
+    shares = []
+    for site, _ in seen(model, method, x):
+        module = modules_at(site)
+        rows = sparse_coefficients(module(site.q, site.k, site.index, None), 8)
+        kept = chosen_keys(rows, module.basis(site.index, 0.02), 37, 1, None)
+        with torch.no_grad():
+            shares.append(float((site.rows(1, 145) * kept[:, :, 1:]).sum(-1).mean()))
+    assert np.mean(shares) > 1.2 * 37 / 145
+
+
+def modules_at(site: EncoderAttentionSite) -> Connectivity:
+    assert isinstance(site.modules, ConnectivityModules)
+    return site.modules.at(site.layer)

@@ -65,7 +65,7 @@ class Sparsifiner(EncoderAttentionMethod):
         block: 16, 32, 64 or 128 tokens; None chooses single pairs.
         reconstruct: what training mode does; see above.
         weight: of the loss of :meth:`training_losses`.
-        weights: a safetensors file with trained modules, or the name of built-in ones.
+        weights: a safetensors file with trained modules, or the name of built-in ones (``"digits-sparsifiner"``).
         untrained: compute with new modules outside of training too.
         backend: of :func:`vtr.kernels.block_sparse_attention`.
     """
