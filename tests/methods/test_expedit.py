@@ -10,8 +10,8 @@ import torch
 
 import vtr
 from vtr.core.site import ModelInfo
-from vtr.core.window_site import Windows, WindowSite
-from vtr.methods.common.clusters import Clusters
+from vtr.core.window_site import WindowGrid, WindowSite
+from vtr.methods.common.clusters import WindowClusters
 from vtr.testing.maps import check_map, check_mass
 
 INFO = ModelInfo("a test", {"windows": 8}, {"windows": frozenset({"window_tokens"})}, window=7)
@@ -68,7 +68,7 @@ def test_clusters_and_rebuilding_are_those_of_the_formula(
 ) -> None:
     torch.manual_seed(0)
     x = 2 * torch.randn(2, 2, size[0] * size[1], 6)
-    found = Clusters(x, size, cells, iterations=3, temperature=0.3, reach=reach)
+    found = WindowClusters(x, size, cells, iterations=3, temperature=0.3, reach=reach)
     found.weigh(3, norm)
     y = torch.randn(4, cells[0] * cells[1], 6)
     back = found.restore(y)
@@ -83,14 +83,14 @@ def test_clusters_and_rebuilding_are_those_of_the_formula(
 
 def test_tokens_that_are_far_from_all_centres_are_rebuilt_from_the_nearest() -> None:
     x = torch.randn(1, 1, 16, 4, generator=torch.Generator().manual_seed(0)) * 1e3
-    found = Clusters(x, (4, 4), (2, 2), iterations=1, temperature=1.0, reach=2)
+    found = WindowClusters(x, (4, 4), (2, 2), iterations=1, temperature=1.0, reach=2)
     found.weigh(2, "norm")
     y = torch.randn(1, 4, 4)
     assert torch.allclose(found.restore(y)[0], y[0, found.labels[0]])
 
 
 def test_restoring_needs_weights() -> None:
-    found = Clusters(
+    found = WindowClusters(
         torch.randn(1, 1, 16, 4), (4, 4), (2, 2), iterations=1, temperature=1.0, reach=2
     )
     with pytest.raises(RuntimeError, match=r"weigh\(\) comes before"):
@@ -98,7 +98,7 @@ def test_restoring_needs_weights() -> None:
 
 
 def site(hidden: torch.Tensor, layer: int) -> WindowSite:
-    windows = Windows((hidden.shape[1], hidden.shape[2]), (7, 7))
+    windows = WindowGrid((hidden.shape[1], hidden.shape[2]), (7, 7))
     return WindowSite(layer=layer, info=INFO, stage=0, hidden=hidden, windows=windows, memory={})
 
 
@@ -109,7 +109,7 @@ def test_the_map_says_where_most_of_each_token_is(grid: tuple[int, int]) -> None
     seen = site(hidden, 2)
     found = vtr.Expedit(2, 9).reduce(seen)
     assert found is not None and found.map is not None and found.grid == (3, 3)
-    assert isinstance(found.merging, Clusters) and found.tokens is found.merging.centres
+    assert isinstance(found.merging, WindowClusters) and found.tokens is found.merging.centres
     check_map(found.map)
     check_mass(found.map)
     windows = seen.windows
@@ -136,9 +136,9 @@ def test_the_map_says_where_most_of_each_token_is(grid: tuple[int, int]) -> None
 def test_half_precision_clusters_in_float32() -> None:
     torch.manual_seed(0)
     x = (30 * torch.randn(1, 1, 49, 64)).half()
-    found = Clusters(x, (7, 7), (4, 4), iterations=5, temperature=0.01, reach=2)
+    found = WindowClusters(x, (7, 7), (4, 4), iterations=5, temperature=0.01, reach=2)
     found.weigh(4, "sum")
-    wide = Clusters(x.float(), (7, 7), (4, 4), iterations=5, temperature=0.01, reach=2)
+    wide = WindowClusters(x.float(), (7, 7), (4, 4), iterations=5, temperature=0.01, reach=2)
     assert found.centres.dtype == torch.float16
     assert torch.equal(found.centres, wide.centres.half()) and bool(found.centres.isfinite().all())
     assert found.restore(found.centres).dtype == torch.float16

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vtr
 from vtr.core.site import ModelInfo
-from vtr.core.window_site import Windows, WindowSite
+from vtr.core.window_site import WindowGrid, WindowSite
 
 INFO = ModelInfo(
     "a test", {"windows": 6}, {"windows": frozenset({"whole_windows"})}, stage_depths=(4, 2)
@@ -22,7 +22,7 @@ INFO = ModelInfo(
 def site(
     hidden: Tensor, layer: int, shift: int, memory: dict[str, Any], first: bool = True
 ) -> WindowSite:
-    windows = Windows((hidden.shape[1], hidden.shape[2]), (3, 3), (shift, shift), first)
+    windows = WindowGrid((hidden.shape[1], hidden.shape[2]), (3, 3), (shift, shift), first)
     return WindowSite(
         layer=layer, info=INFO, stage=int(layer > 3), hidden=hidden, windows=windows, memory=memory
     )

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
 from tests.tiny import ours
-from vtr.core.window_site import Windows
+from vtr.core.window_site import WindowGrid
 from vtr.testing.models import encoders
 from vtr.testing.models.encoders import images, spread
 
@@ -41,7 +41,7 @@ def features(out: Any) -> Tensor:
 @pytest.mark.parametrize("pads_first", [True, False])
 @pytest.mark.parametrize("shift", [(0, 0), (2, 1)])
 def test_joining_undoes_splitting(shift: tuple[int, int], pads_first: bool) -> None:
-    windows = Windows((10, 7), (4, 3), shift, pads_first)
+    windows = WindowGrid((10, 7), (4, 3), shift, pads_first)
     x = torch.arange(2 * 70 * 3.0).reshape(2, 10, 7, 3)
     pieces = windows.split(x)
     assert pieces.shape == (2, windows.number, windows.area, 3) == (2, 9, 12, 3)
@@ -252,7 +252,7 @@ def sam(size: tuple[int, int] = (80, 80), **more: Any) -> Any:
 
 def by_hand(model: Any, x: Tensor, first: int, side: int, until: int | None) -> Tensor:
     """The encoder with clusters, window by window: rel. positions are resized by its own attention."""
-    from vtr.methods.common.clusters import Clusters
+    from vtr.methods.common.clusters import WindowClusters
 
     encoder = model.vision_encoder
     h = encoder.patch_embed(x)
@@ -284,7 +284,7 @@ def by_hand(model: Any, x: Tensor, first: int, side: int, until: int | None) -> 
             padded = h.new_zeros(batch, rows * 4, columns * 4, width)
             padded[:, :high, :wide] = h
             for w in windows(padded, 4):
-                one = Clusters(
+                one = WindowClusters(
                     w.reshape(batch, 1, 16, width), (4, 4), (side, side),
                     iterations=5, temperature=0.01, reach=2,
                 )  # fmt: skip

@@ -13,7 +13,7 @@ from vtr.core.site import ModelInfo
 
 
 @dataclass(frozen=True)
-class Windows:
+class WindowGrid:
     """The windows that a block cuts its grid of tokens into.
 
     Attributes:
@@ -87,7 +87,7 @@ class Windows:
 
     def places(self, device: torch.device) -> Tensor:
         """(number, area) int64, the place of each token in the padded grid without a shift, row by row."""
-        whole = Windows(self.padded, self.size)
+        whole = WindowGrid(self.padded, self.size)
         index = torch.arange(self.number * self.area, device=device)
         return whole.split(index.reshape(1, *self.padded, 1))[0, :, :, 0]
 
@@ -116,7 +116,7 @@ class WindowSite:
         info: ModelInfo,
         stage: int,
         hidden: Tensor,
-        windows: Windows,
+        windows: WindowGrid,
         memory: dict[str, Any],
         notes: dict[str, Any] | None = None,
         training: bool = False,

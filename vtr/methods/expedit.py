@@ -18,7 +18,7 @@ from vtr.methods.base import (
     fit_layers,
     register,
 )
-from vtr.methods.common.clusters import Clusters
+from vtr.methods.common.clusters import WindowClusters
 
 if TYPE_CHECKING:
     from vtr.core.window_site import WindowSite
@@ -127,7 +127,7 @@ class Expedit(Presets, TokenMethod):
             return None
         if site.layer == self.until:
             return Reduction(None)
-        found = Clusters(
+        found = WindowClusters(
             windows.split(site.hidden),
             windows.size,
             (side, side),

@@ -9,7 +9,7 @@ from torch import Tensor
 from vtr.core.tokens import TokenMap
 
 
-class Clusters:
+class WindowClusters:
     """The clusters of windows of tokens, and how each token is rebuilt from them.
 
     Args:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtr.core.method import Reduction
-from vtr.core.window_site import Windows
+from vtr.core.window_site import WindowGrid
 from vtr.vision.encoders.blocks import linear_flops
-from vtr.vision.windows.wrapping import Held, WindowCall, WindowWrapping
+from vtr.vision.windows.wrapping import MergedTokens, WindowCall, WindowWrapping
 
 
 class SamRunner:
@@ -47,7 +47,7 @@ class SamRunner:
     ) -> Any:
         width = x.shape[-1]
         grid = (x.shape[1], x.shape[2]) if call.held is None else call.held.windows.grid
-        whole = Windows(grid, (self.side, self.side))
+        whole = WindowGrid(grid, (self.side, self.side))
         dense, cost = self.flops(whole, width), 0
         if (layer, "inside") in owner.visits:
             x, cost = self._visit(owner, call, layer, x)
@@ -67,7 +67,7 @@ class SamRunner:
     ) -> tuple[Tensor, int]:
         """Let methods merge or rebuild in front of the block; returns its input and what it cost."""
         full = x if call.held is None else rebuilt(x, call.held)
-        windows = Windows((full.shape[1], full.shape[2]), (self.side, self.side))
+        windows = WindowGrid((full.shape[1], full.shape[2]), (self.side, self.side))
         found: Reduction | None = owner.visit(call, layer, "inside", full, windows)
         if found is None:
             return x, 0
@@ -75,15 +75,15 @@ class SamRunner:
         if found.merging is None or found.grid is None:
             return full, 0
         rows, columns = found.grid
-        small = Windows((windows.count[0] * rows, windows.count[1] * columns), (rows, columns))
-        call.held = Held(windows, small, found.merging)
+        small = WindowGrid((windows.count[0] * rows, windows.count[1] * columns), (rows, columns))
+        call.held = MergedTokens(windows, small, found.merging)
         merged = found.tokens
         if merged is None:
             merged = found.merging.merge(windows.split(full).flatten(0, 1))
         merged = merged.to(x.dtype).reshape(len(x), small.number, small.area, -1)
         return small.join(merged), int(getattr(found.merging, "flops", 0))
 
-    def compute(self, x: Tensor, windows: Windows) -> Tensor:
+    def compute(self, x: Tensor, windows: WindowGrid) -> Tensor:
         """Compute the block on merged tokens x (B, rows, columns, C)."""
         first, second = (getattr(self.block, name) for name in self.norms)
         given = first(x)
@@ -97,7 +97,7 @@ class SamRunner:
         x = x + given
         return x + self.feed(second(x))
 
-    def flops(self, windows: Windows, width: int) -> int:
+    def flops(self, windows: WindowGrid, width: int) -> int:
         """FLOPs of the block for a sample whose tokens have these windows."""
         block, tokens = self.block, windows.grid[0] * windows.grid[1]
         number, area = (windows.number, windows.area) if block.window_size > 0 else (1, tokens)
@@ -122,7 +122,7 @@ class TransformersSam(SamRunner):
         return out
 
 
-def rebuilt(x: Tensor, held: Held) -> Tensor:
+def rebuilt(x: Tensor, held: MergedTokens) -> Tensor:
     """Rebuild all tokens (B, rows, columns, C) from merged ones."""
     made = held.merging.restore(held.small.split(x).flatten(0, 1))
     return held.windows.join(made.reshape(len(x), held.windows.number, held.windows.area, -1))

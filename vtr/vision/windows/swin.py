@@ -14,7 +14,7 @@ from vtr.compat.transformers import (
     SWINV2_ARGUMENTS,
     swin_windows,
 )
-from vtr.core.window_site import Windows
+from vtr.core.window_site import WindowGrid
 from vtr.vision.encoders.blocks import linear_flops
 from vtr.vision.windows.wrapping import WindowCall, WindowWrapping
 
@@ -46,13 +46,13 @@ class SwinRunner:
         """Give the arguments of the block behind its input their names."""
         return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
 
-    def windows(self, x: Tensor, kwargs: Any) -> Windows:
+    def windows(self, x: Tensor, kwargs: Any) -> WindowGrid:
         """Say how the block cuts its input in this call."""
         block = self.block
         grid = x.shape[1], x.shape[2]
-        return Windows(grid, tuple(block.window_size), tuple(block.shift_size), pads_first=False)
+        return WindowGrid(grid, tuple(block.window_size), tuple(block.shift_size), pads_first=False)
 
-    def mask(self, windows: Windows, like: Tensor) -> Tensor | None:
+    def mask(self, windows: WindowGrid, like: Tensor) -> Tensor | None:
         """(number, area, area) added to the logits of each window, or None."""
         return windows_mask(self.block, like.new_empty(1, *windows.padded, 1))
 
@@ -106,7 +106,7 @@ class SwinRunner:
         return self.returned(out, weights, kwargs)
 
     def compute(
-        self, pieces: Tensor, windows: Windows, kept: Tensor, kwargs: Any
+        self, pieces: Tensor, windows: WindowGrid, kept: Tensor, kwargs: Any
     ) -> tuple[Tensor, Any]:
         """Compute the block on windows (B, K, area, C), whose numbers are ``kept`` (B, K)."""
         batch, number, area, width = pieces.shape
@@ -127,7 +127,7 @@ class SwinRunner:
         fed = second(self.feed(x)) if self.post_norm else self.feed(second(x))
         return (x + self.drop(fed, 1)).reshape(pieces.shape), weights
 
-    def flops(self, windows: Windows, number: int, tokens: int, width: int) -> int:
+    def flops(self, windows: WindowGrid, number: int, tokens: int, width: int) -> int:
         """FLOPs of a sample with ``number`` windows in attention and ``tokens`` tokens in the MLP."""
         attention = getattr(self.block, self.attention)
         linear = linear_flops(attention)
@@ -149,12 +149,12 @@ class TransformersSwin(SwinRunner):
     position_mlp = POSITION_MLP
     arguments = SWIN_ARGUMENTS
 
-    def windows(self, x: Tensor, kwargs: Any) -> Windows:
+    def windows(self, x: Tensor, kwargs: Any) -> WindowGrid:
         grid = kwargs["input_dimensions"]
         size, shift = swin_windows(self.block, grid, kwargs.get("always_partition", False))
-        return Windows(tuple(grid), (size, size), (shift, shift))
+        return WindowGrid(tuple(grid), (size, size), (shift, shift))
 
-    def mask(self, windows: Windows, like: Tensor) -> Tensor | None:
+    def mask(self, windows: WindowGrid, like: Tensor) -> Tensor | None:
         found: Tensor | None = self.block.get_attn_mask(
             *windows.padded, dtype=like.dtype, device=like.device
         )
@@ -181,12 +181,12 @@ class TransformersSwinV2(TransformersSwin):
 
     arguments = SWINV2_ARGUMENTS
 
-    def windows(self, x: Tensor, kwargs: Any) -> Windows:
+    def windows(self, x: Tensor, kwargs: Any) -> WindowGrid:
         grid = kwargs["input_dimensions"]
         size, shift = self.block.window_size, self.block.shift_size
-        return Windows(tuple(grid), (size, size), (shift, shift))
+        return WindowGrid(tuple(grid), (size, size), (shift, shift))
 
-    def mask(self, windows: Windows, like: Tensor) -> Tensor | None:
+    def mask(self, windows: WindowGrid, like: Tensor) -> Tensor | None:
         found = self.block.get_attn_mask(*windows.padded, like.dtype)
         return None if found is None else found.to(like.device)
 

@@ -13,7 +13,7 @@ from vtr.compat.torch import in_backward
 from vtr.core.method import Merging, Reduction
 from vtr.core.site import ModelInfo
 from vtr.core.trace import StageRecord, Trace
-from vtr.core.window_site import Windows, WindowSite
+from vtr.core.window_site import WindowGrid, WindowSite
 from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.encoders.blocks import place_forward
@@ -21,7 +21,7 @@ from vtr.vision.encoders.graphs import check_graph, refuse_symbolic
 
 
 @dataclass
-class Held:
+class MergedTokens:
     """Merged tokens that blocks compute with, and the way back.
 
     Attributes:
@@ -30,8 +30,8 @@ class Held:
         merging: restores all windows of all images.
     """
 
-    windows: Windows
-    small: Windows
+    windows: WindowGrid
+    small: WindowGrid
     merging: Merging
 
 
@@ -49,7 +49,7 @@ class WindowCall:
     trace: Trace
     work: dict[int, tuple[int, int]] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    held: Held | None = None
+    held: MergedTokens | None = None
 
 
 class WindowRunner(Protocol):
@@ -148,7 +148,7 @@ class WindowWrapping(Wrapping):
         return call
 
     def visit(
-        self, call: WindowCall, layer: int, place: str, hidden: Tensor, windows: Windows
+        self, call: WindowCall, layer: int, place: str, hidden: Tensor, windows: WindowGrid
     ) -> Reduction | None:
         """Ask the methods at a place of a block, and record what the one that decides says.
 
