@@ -21,6 +21,7 @@ SHORTER = {
     "train_with_trainer.py": ["--steps", "3"],
     "generate_video.py": ["--steps", "3"],
     "generate_image.py": ["--steps", "3"],
+    "search_plan.py": ["--trials", "3", "--samples", "32"],
     "train_radial_lora.py": [
         *("--frames", "3", "--steps", "2", "--videos", "2", "--sampling-steps", "2"),
     ],

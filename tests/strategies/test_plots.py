@@ -15,7 +15,7 @@ import vtr
 from vtr.strategies import Target, plot_curve, plot_front
 from vtr.strategies.live import shortened, table
 from vtr.strategies.plots import front
-from vtr.strategies.study import Trial
+from vtr.strategies.study import TrialRecord
 
 MEASURED: dict[str, Any] = {
     "loss": 0.1, "objective": "kl", "target": {"flops": 0.5}, "strategy": {"name": "g-search"},
@@ -60,14 +60,14 @@ def test_the_live_table_has_the_best_first():
     costs = {"flops": {"share": 0.5}}
     plain = {"schedule": {"kept": [9, 3]}}
     trials = [
-        Trial(0, "complete", {}, 0.2, costs, True, 0.2, plain),
-        Trial(1, "complete", {}, 0.1, costs, False, 0.1, plain),
-        Trial(2, "complete", {}, 0.15, costs, True, 0.15, plain),
-        Trial(3, "pruned"),
+        TrialRecord(0, "complete", {}, 0.2, costs, True, 0.2, plain),
+        TrialRecord(1, "complete", {}, 0.1, costs, False, 0.1, plain),
+        TrialRecord(2, "complete", {}, 0.15, costs, True, 0.15, plain),
+        TrialRecord(3, "pruned"),
     ]
 
     class Study:
-        def trials(self) -> list[Trial]:
+        def trials(self) -> list[TrialRecord]:
             return trials
 
     out = io.StringIO()

@@ -75,7 +75,7 @@ def test_a_language_model_keeps_what_the_schedule_says():
         scheduled = method.scheduled(info, tuple(k / 16 for k in kept))
         with vtr.apply(model, scheduled) as handle, torch.no_grad():
             model(**inputs)
-        # What is left after a layer enters the next one; PyramidDrop cuts before its layers.
+        # Tokens that a layer leaves enter the next one; PyramidDrop cuts before its layers.
         seen = left(handle, "decoder")
         entered = kept if isinstance(method, (vtr.PyramidDrop, vtr.Debias)) else [16, *kept[:3]]
         assert seen == [2 * k for k in entered]  # one of the samples has two images

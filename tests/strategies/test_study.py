@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from vtr.strategies.study import Study, Trial, make_sampler
+from vtr.strategies.study import Study, TrialRecord, make_sampler
 
 WORKER = """
 import sys
@@ -36,9 +36,9 @@ def work(found: Study, trials: int, seconds: float = 0.0) -> None:
         loss = (x - 0.25) ** 2
         plain = {"x": x}
         if x < -0.9:
-            found.tell(trial, Trial(trial.number, "infeasible", plain=plain))
+            found.tell(trial, TrialRecord(trial.number, "infeasible", plain=plain))
             continue
-        found.tell(trial, Trial(trial.number, "complete", {}, loss, {}, True, loss, plain))
+        found.tell(trial, TrialRecord(trial.number, "complete", {}, loss, {}, True, loss, plain))
 
 
 def start(path: Path, trials: int, seconds: float) -> subprocess.Popen[bytes]:
@@ -109,7 +109,9 @@ def test_a_trial_that_an_error_leaves_is_marked(tmp_path):
 def test_a_measured_candidate_is_found_again(tmp_path):
     found = study(tmp_path / "study.db")
     with found.trial() as trial:
-        found.tell(trial, Trial(0, "complete", {"a": 1}, 0.5, {}, True, 0.5, {"kept": (3, 2)}))
+        found.tell(
+            trial, TrialRecord(0, "complete", {"a": 1}, 0.5, {}, True, 0.5, {"kept": (3, 2)})
+        )
     same = study(tmp_path / "study.db").find({"kept": [3, 2]})
     assert same is not None and same.loss == 0.5 and same.params == {"a": 1}
     assert found.find({"kept": [3, 1]}) is None
@@ -131,6 +133,8 @@ def test_the_best_has_reached_the_target():
     found = study()
     for loss, reached in ((0.1, False), (0.3, True), (0.2, True)):
         with found.trial() as trial:
-            found.tell(trial, Trial(0, "complete", {}, loss, {}, reached, loss, {"loss": loss}))
+            found.tell(
+                trial, TrialRecord(0, "complete", {}, loss, {}, reached, loss, {"loss": loss})
+            )
     best = found.best()
     assert best is not None and best.loss == 0.2

@@ -158,6 +158,7 @@ def _language(
 
     ref = loading.find_vlm(model)
     net, processor = loading.load_found(ref, device, dtype)
+    batches: Any
     if files is None:
         if model not in loading.VLMS:
             raise ValueError(f"{model} does not come with data: give --images FOLDER with pictures")

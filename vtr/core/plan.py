@@ -172,7 +172,7 @@ class Plan:
         The address of the hub is that in the environment variable ``HF_ENDPOINT``.
 
         Args:
-            repo_id: ``"name/repository"``; it is made if it does not exist.
+            repo_id: ``"name/repository"``; it is created if it does not exist.
             private: of a new repository.
             token: of the hub; None is the one that was logged in with.
             revision: branch; None is the main one.

@@ -1,4 +1,4 @@
-"""What strategies share: candidates, and the search that measures them."""
+"""Candidates, strategies, and the search that measures them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtr.core.registry import create
 from vtr.errors import UnsupportedMethodError
 from vtr.strategies.runs import Runner
 from vtr.strategies.space import Space
-from vtr.strategies.study import Pruned, Study, Trial
+from vtr.strategies.study import Pruned, Study, TrialRecord
 from vtr.strategies.target import Target
 
 
@@ -73,7 +73,7 @@ class Strategy:
         """Return the sampler of Optuna for one trial."""
         return None
 
-    def run(self, search: Search) -> None:
+    def run(self, search: Searcher) -> None:
         """Measure candidates; the best of them is the result."""
         raise NotImplementedError(f"{type(self).__name__} must define run(search)")
 
@@ -82,7 +82,7 @@ class Strategy:
         return {"name": self.name, **asdict(self)}
 
 
-class Search:
+class Searcher:
     """One search: measures candidates, and writes them down in the study.
 
     Attributes:
@@ -147,7 +147,7 @@ class Search:
             self._costs[key] = self._with_latency(candidate, costs)
         return self.target.over(self._costs[key])
 
-    def measure(self, candidate: Candidate, params: Mapping[str, Any] | None = None) -> Trial:
+    def measure(self, candidate: Candidate, params: Mapping[str, Any] | None = None) -> TrialRecord:
         """Measure a candidate, or find what a process has measured of it before."""
         plain = candidate.plain()
         known = self.study.find(plain)
@@ -166,7 +166,7 @@ class Search:
         for trial in self.study.sample(trials):
             candidate = build(trial)
             if candidate is None:
-                self._tell(trial, Trial(trial.number, "infeasible"))
+                self._tell(trial, TrialRecord(trial.number, "infeasible"))
                 continue
             known = self.study.find(candidate.plain())
             if known is not None:  # other parameters lead to the same schedule
@@ -176,7 +176,7 @@ class Search:
 
     def _measured(
         self, trial: Any, candidate: Candidate, params: Mapping[str, Any], pruned: bool = False
-    ) -> Trial:
+    ) -> TrialRecord:
         mean = [0.0]
 
         def tell(batch: int, loss: float) -> None:
@@ -190,19 +190,19 @@ class Search:
             found = self.runner.evaluate(self.plan_of(candidate), tell)
         except Pruned:
             return self._tell(
-                trial, Trial(trial.number, "pruned", params, mean[0], plain=candidate.plain())
+                trial, TrialRecord(trial.number, "pruned", params, mean[0], plain=candidate.plain())
             )
         self._check_costs(found.costs)
         loss, costs = found.loss, self._with_latency(candidate, found.costs)
         return self._tell(
             trial,
-            Trial(
+            TrialRecord(
                 trial.number, "complete", params, loss, costs, self.target.allows(loss, costs),
                 self.target.value(loss, costs), candidate.plain(), found.kept,
             ),
         )  # fmt: skip
 
-    def _tell(self, trial: Any, facts: Trial) -> Trial:
+    def _tell(self, trial: Any, facts: TrialRecord) -> TrialRecord:
         self.study.tell(trial, facts)
         self.seen(self.study)
         return facts

@@ -19,7 +19,7 @@ OUTSIDE = -100
 
 
 @dataclass
-class Batch:
+class SearchBatch:
     """One call of the model, and the labels of its samples.
 
     Attributes:
@@ -47,15 +47,15 @@ class Batch:
         for generator, state in self.noise:
             generator.set_state(state)
 
-    def first(self) -> Batch:
+    def first(self) -> SearchBatch:
         """The first sample alone, if the batch is one of images; else the whole batch."""
         if len(self.args) != 1 or self.kwargs or not isinstance(self.args[0], Tensor):
             return self
         labels = None if self.labels is None else self.labels[:1]
-        return Batch((self.args[0][:1],), {}, labels, 1, self.given)
+        return SearchBatch((self.args[0][:1],), {}, labels, 1, self.given)
 
 
-def read(data: Any, root: Any, kind: str, seed: int) -> list[Batch]:
+def read(data: Any, root: Any, kind: str, seed: int) -> list[SearchBatch]:
     """Bring batches into one form.
 
     Args:
@@ -79,7 +79,7 @@ def read(data: Any, root: Any, kind: str, seed: int) -> list[Batch]:
     return found
 
 
-def _batch(number: int, given: Any, root: Any, kind: str, seed: int) -> Batch:
+def _batch(number: int, given: Any, root: Any, kind: str, seed: int) -> SearchBatch:
     if isinstance(given, Mapping):
         kwargs = dict(given)
         labels = kwargs.pop("labels", None)
@@ -105,7 +105,7 @@ def _batch(number: int, given: Any, root: Any, kind: str, seed: int) -> Batch:
         args, kwargs = placed((args, kwargs), root, cast=kind != "transformer")
     if labels is not None:
         labels = torch.as_tensor(labels).to("cpu", torch.int64)
-    return Batch(args, kwargs, labels, _samples(args, kwargs), given)
+    return SearchBatch(args, kwargs, labels, _samples(args, kwargs), given)
 
 
 def placed(inputs: Any, root: nn.Module, cast: bool) -> Any:
@@ -137,7 +137,7 @@ def takes(root: nn.Module, name: str) -> bool:
     return name in inspect.signature(type(root).forward).parameters
 
 
-def digest(batches: Sequence[Batch]) -> str:
+def digest(batches: Sequence[SearchBatch]) -> str:
     """Compute the SHA-256 of the tensors, numbers and texts of all batches, in hexadecimal."""
     found = hashlib.sha256()
     for batch in batches:

@@ -15,7 +15,7 @@ from vtr.core.method import Method, Stage
 from vtr.core.site import ModelInfo
 from vtr.methods.common.attention import AttentionMethod
 from vtr.methods.common.dynamic import TABLE, DynamicAttention
-from vtr.strategies.base import Candidate, Search
+from vtr.strategies.base import Candidate, Searcher
 from vtr.strategies.solving import solved
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Sensitivity(AttentionMethod):
         return out
 
 
-def sensitivity(search: Search, groups: int, levels: tuple[float, ...]) -> Tensor:
+def sensitivity(search: Searcher, groups: int, levels: tuple[float, ...]) -> Tensor:
     """Measure all heads in dense runs: (G, L, H, V) float64, the relative squared error; NaN where the method
     leaves attention dense."""
     assert isinstance(search.method, DynamicAttention)
@@ -142,7 +142,7 @@ def allocate(errors: Tensor, levels: tuple[float, ...], mean: float) -> Tensor:
 
 def _hull(levels: tuple[float, ...], errors: list[float]) -> list[tuple[int, float]]:
     """The lower convex hull of a curve that does not rise: (index, error)."""
-    falling = []
+    falling: list[float] = []
     for error in errors:
         falling.append(min(error, falling[-1]) if falling else error)
     hull: list[tuple[int, float]] = []
@@ -157,7 +157,7 @@ def _hull(levels: tuple[float, ...], errors: list[float]) -> list[tuple[int, flo
     return hull
 
 
-def candidate(search: Search, table: Tensor) -> Candidate:
+def candidate(search: Searcher, table: Tensor) -> Candidate:
     """Return the method with densities (G, L, H)."""
     table = (table * 1e4).round().div(1e4).clamp(1e-4, 1.0)
     facts = {
@@ -168,7 +168,7 @@ def candidate(search: Search, table: Tensor) -> Candidate:
     return Candidate(search.method, {TABLE: table}, facts)
 
 
-def by_sensitivity(search: Search) -> None:
+def by_sensitivity(search: Searcher) -> None:
     """Measure the best division of the target by the errors of the heads, and one density everywhere."""
     errors = sensitivity(search, groups_of(search), LEVELS)
     shape = errors.shape[:-1]
@@ -181,12 +181,12 @@ def by_sensitivity(search: Search) -> None:
             search.measure(found)
 
 
-def groups_of(search: Search) -> int:
+def groups_of(search: Searcher) -> int:
     """Groups of steps: one for a transformer that is called without its pipeline."""
     return GROUPS if search.runner.kind == "pipeline" else 1
 
 
-def by_curve(search: Search, trial: Any, errors: Tensor) -> Candidate | None:
+def by_curve(search: Searcher, trial: Any, errors: Tensor) -> Candidate | None:
     """Turn a trial of Optuna into densities that reach the target; None if none does.
 
     The density of a cell is ``mean * exp(layer u + bend (u^2 - 1/12) + step w) * (share of the allocation)^heads``,

@@ -10,7 +10,7 @@ from vtr.core.method import Method
 from vtr.core.site import ModelInfo
 from vtr.errors import UnsupportedMethodError
 from vtr.methods.vflowopt import VFlowOpt
-from vtr.strategies.base import Candidate, Search, Strategy
+from vtr.strategies.base import Candidate, Searcher, Strategy
 from vtr.strategies.solving import solved
 from vtr.strategies.study import SAMPLERS, make_sampler
 from vtr.strategies.target import Target
@@ -64,10 +64,10 @@ class FlowGuided(Strategy):
     def sampler(self, seed: int) -> Any:
         return make_sampler(self.sampler_name, seed, self.start)
 
-    def run(self, search: Search) -> None:
+    def run(self, search: Searcher) -> None:
         search.sample(self.trials, lambda trial: self.build(search, trial))
 
-    def build(self, search: Search, trial: Any) -> Candidate | None:
+    def build(self, search: Searcher, trial: Any) -> Candidate | None:
         """Turn a trial of Optuna into a candidate that reaches the target; None if none does."""
         first = trial.suggest_float("r1", 1.0, 1.5)  # over R
         second = trial.suggest_float("r2", LOWEST, 1.0)
@@ -105,7 +105,7 @@ def rates_of(
     return r1, r2, min(1.0, r3)
 
 
-def _possible(share: float, first: float, second: float, search: Search) -> bool:
+def _possible(share: float, first: float, second: float, search: Searcher) -> bool:
     method = search.method
     assert isinstance(method, VFlowOpt)
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vtr.core.budget import check_count
-from vtr.strategies.base import Search, Strategy
+from vtr.strategies.base import Searcher, Strategy
 from vtr.strategies.densities import by_sensitivity
 from vtr.strategies.space import Space, bisect
 
@@ -51,7 +51,7 @@ class GSearch(Strategy):
         check_count(self.levels, "levels", low=2, none=True)
         check_count(self.rounds, "rounds")
 
-    def run(self, search: Search) -> None:
+    def run(self, search: Searcher) -> None:
         target = search.target
         if search.method.tabled:
             by_sensitivity(search)
@@ -78,7 +78,7 @@ class GSearch(Strategy):
                 low, dear = middle, kept
         search.measure(search.scheduled(filled(search, cheap, dear)))
 
-    def within(self, search: Search, tolerance: float) -> Schedule:
+    def within(self, search: Searcher, tolerance: float) -> Schedule:
         """Find the schedule for a tolerated loss, and measure it."""
 
         def fits(kept: Schedule) -> bool:
@@ -122,7 +122,7 @@ def greedy(space: Space, numbers: Sequence[int], fits: Callable[[Schedule], bool
     return found
 
 
-def filled(search: Search, cheap: Schedule, dear: Schedule) -> Schedule:
+def filled(search: Searcher, cheap: Schedule, dear: Schedule) -> Schedule:
     """Find the dearest schedule on the way from one within the budget to one over it that is within it."""
     space = search.space
 

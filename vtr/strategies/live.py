@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vtr.strategies.study import Study, Trial
+    from vtr.strategies.study import Study, TrialRecord
     from vtr.strategies.target import Target
 
 ROWS = 5
@@ -54,7 +54,7 @@ def table(study: Study, target: Target, title: str) -> Table:
     return out
 
 
-def ranked(trials: list[Trial]) -> list[Trial]:
+def ranked(trials: list[TrialRecord]) -> list[TrialRecord]:
     """Sort the measured trials: those that have reached the target first, then by value."""
     found = [t for t in trials if t.state == "complete" and t.value is not None]
     return sorted(found, key=lambda t: (not t.reached, t.value, t.number))

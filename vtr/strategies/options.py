@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
-from vtr.strategies.base import Candidate, Search, Strategy
+from vtr.strategies.base import Candidate, Searcher, Strategy
 from vtr.strategies.solving import solved
 from vtr.strategies.target import Target
 
@@ -52,7 +52,7 @@ class Grid(Strategy):
         options = {name: list(values) for name, values in self.options.items()}
         return {"name": self.name, "options": options}
 
-    def run(self, search: Search) -> None:
+    def run(self, search: Searcher) -> None:
         refused = []
         for values in itertools.product(*self.options.values()):
             changes = dict(zip(self.options, values, strict=True))
@@ -101,7 +101,7 @@ class Uniform(Strategy):
             "computed, vtr.strategies.Uniform(option), or try values, vtr.strategies.Grid({option: values})"
         )
 
-    def run(self, search: Search) -> None:
+    def run(self, search: Searcher) -> None:
         name = self._option(search.method)
         sign = BUDGETS.get(name, 1)
 

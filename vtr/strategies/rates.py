@@ -12,7 +12,7 @@ from vtr.core.budget import check_count, check_number
 from vtr.core.method import Method
 from vtr.errors import UnsupportedMethodError
 from vtr.methods.diffrate import DiffRate
-from vtr.strategies.base import Candidate, Search, Strategy
+from vtr.strategies.base import Candidate, Searcher, Strategy
 from vtr.strategies.target import Target
 
 
@@ -56,7 +56,7 @@ class DiffRateSearch(Strategy):
                 f"DiffRateSearch needs a share of the FLOPs as target, {{'flops': 0.5}}, got {target.to_dict()}"
             )
 
-    def run(self, search: Search) -> None:
+    def run(self, search: Searcher) -> None:
         wanted = goal = search.target.budgets["flops"]
         for _ in range(self.rounds):
             least = self._learn(search, goal)
@@ -64,7 +64,7 @@ class DiffRateSearch(Strategy):
                 return
             goal = max(0.01, goal - (least - wanted) - 0.01)
 
-    def _learn(self, search: Search, goal: float) -> float:
+    def _learn(self, search: Searcher, goal: float) -> float:
         """Learn numbers for a share of the cost; returns the least share that an epoch ended with."""
         runner, shares = search.runner, []
         assert isinstance(search.method, DiffRate)

@@ -20,7 +20,7 @@ from vtr.core.method import Method, Reduction, Stage, TokenMethod
 from vtr.core.plan import Plan
 from vtr.core.site import ModelInfo
 from vtr.errors import UnsupportedModelError
-from vtr.strategies.batches import OUTSIDE, Batch, digest, read, takes
+from vtr.strategies.batches import OUTSIDE, SearchBatch, digest, read, takes
 from vtr.strategies.losses import LABELLED, LOSSES, Rows, check_objective
 
 Tell = Callable[[int, float], None]
@@ -29,7 +29,7 @@ Tell = Callable[[int, float], None]
 REPEATS = 5  # timed calls, of which the median counts
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """A candidate on all the data.
 
     Attributes:
@@ -169,7 +169,7 @@ class Runner:
 
     # ---- calls ------------------------------------------------------------------------------
 
-    def evaluate(self, plan: Method | Plan, tell: Tell | None = None) -> Measured:
+    def evaluate(self, plan: Method | Plan, tell: Tell | None = None) -> Measurement:
         """Measure a candidate on all batches: its loss, and all costs but the latency."""
         if not self._dense:
             with self._quiet():
@@ -183,7 +183,7 @@ class Runner:
                 if tell is not None:
                     tell(number, total / seen)
             kept = _schedule(handle)
-        return Measured(total / seen, costs.mean(), kept)
+        return Measurement(total / seen, costs.mean(), kept)
 
     def cost(self, plan: Method | Plan, everything: bool = False) -> dict[str, dict[str, float]]:
         """Measure the costs of a candidate on the first sample, or on all batches."""
@@ -268,7 +268,7 @@ class Runner:
     def _device(self) -> torch.device:
         return next(self.root.parameters()).device  # type: ignore[no-any-return]
 
-    def _call(self, batch: Batch) -> Any:
+    def _call(self, batch: SearchBatch) -> Any:
         batch.rewind()
         if self._writes:
             return self._written(batch)
@@ -281,7 +281,7 @@ class Runner:
             kwargs["logits_to_keep"] = columns(batch)
         return self.model(*batch.args, **kwargs)
 
-    def _written(self, batch: Batch) -> Tensor:
+    def _written(self, batch: SearchBatch) -> Tensor:
         """Let the model write the answers of a batch with its KV cache, which the method acts on; returns the logits
         (B, K, V) of the last K columns."""
         count = columns(batch)
@@ -296,7 +296,7 @@ class Runner:
         )  # fmt: skip
         return torch.stack(out.logits, 1)
 
-    def _output(self, batch: Batch) -> Any:
+    def _output(self, batch: SearchBatch) -> Any:
         """Call the model; returns what the loss compares: its output, or the last hidden states of a VLM."""
         if self.kind != "language" or self.objective != "cosine":
             return self._call(batch)
@@ -311,19 +311,19 @@ class Runner:
 
     # ---- losses -----------------------------------------------------------------------------
 
-    def _reference(self, batch: Batch) -> Any:
+    def _reference(self, batch: SearchBatch) -> Any:
         out = self._output(batch)
         return self._asked(batch, out) if callable(self._given) else self._rows(batch, out)
 
-    def _asked(self, batch: Batch, out: Any) -> float:
+    def _asked(self, batch: SearchBatch, out: Any) -> float:
         return float(torch.as_tensor(self._given(out, batch.given)).double().mean())
 
-    def _loss(self, batch: Batch, out: Any, dense: Any) -> float:
+    def _loss(self, batch: SearchBatch, out: Any, dense: Any) -> float:
         if callable(self._given):
             return self._asked(batch, out) - float(dense)
         return float(LOSSES[self.objective](self._rows(batch, out), dense).mean())
 
-    def _rows(self, batch: Batch, out: Any) -> Rows:
+    def _rows(self, batch: SearchBatch, out: Any) -> Rows:
         if self.kind == "language":
             return language_rows(batch, _tensor(out, ("logits",)))
         values = _tensor(out, OUTPUTS[self.kind])
@@ -448,7 +448,7 @@ def _now(root: nn.Module) -> float:
 # ---- rows of a prompt ---------------------------------------------------------------------------
 
 
-def places(batch: Batch) -> tuple[Tensor, Tensor]:
+def places(batch: SearchBatch) -> tuple[Tensor, Tensor]:
     """Sample and column of the logits that are compared: before each label, or the last token's."""
     ids = batch.kwargs["input_ids"]
     labels = batch.labels
@@ -461,12 +461,12 @@ def places(batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.arange(len(ids)), (mask.cpu().bool() * place).amax(1)
 
 
-def columns(batch: Batch) -> int:
+def columns(batch: SearchBatch) -> int:
     """Columns at the end of the prompt that hold all the compared logits."""
     return int(batch.kwargs["input_ids"].shape[1] - places(batch)[1].min())
 
 
-def language_rows(batch: Batch, logits: Tensor) -> Rows:
+def language_rows(batch: SearchBatch, logits: Tensor) -> Rows:
     """Take the logits of a prompt that are compared; ``logits`` (B, K, V) are those of the last K columns.
 
     With labels (B, T) they are those that predict a label; else that of the last token of each prompt.

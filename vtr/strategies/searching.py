@@ -15,13 +15,13 @@ from vtr.core.plan import Plan
 from vtr.core.registry import create
 from vtr.core.version import VERSION
 from vtr.errors import UnsupportedMethodError
-from vtr.strategies.base import Candidate, Search, Strategy
+from vtr.strategies.base import Candidate, Searcher, Strategy
 from vtr.strategies.greedy import GSearch
 from vtr.strategies.live import showing
 from vtr.strategies.options import Uniform
 from vtr.strategies.runs import Runner
 from vtr.strategies.sigmoid import PSigmoid
-from vtr.strategies.study import Study, Trial
+from vtr.strategies.study import Study, TrialRecord
 from vtr.strategies.target import Target
 
 POINTS = 500  # measured candidates that a plan lists at most
@@ -64,7 +64,7 @@ def search(
         objective: the loss against the dense model, whose own is 0: ``"kl"`` of the logits in nats, ``"cosine"``
             (1 - cosine of features, of a language model those of the last hidden state), ``"relative-error"``
             (of diffusion outputs), with labels ``"cross-entropy"`` or ``"accuracy"`` (the accuracy that is lost); or a
-            callable(output, batch) whose number, less that of the dense model, is made small. None is kl
+            callable(output, batch) whose number, less that of the dense model, is minimised. None is kl
             for language models and classifiers, cosine for other encoders, relative-error for diffusion.
         study: a SQLite file. None keeps the trials in memory.
         seed: of samplers, of methods that draw, and of the noise of pipelines.
@@ -105,7 +105,7 @@ def search(
     }
     trials = Study(study, facts, seed, how.sampler if how.samples else None, prune=how.samples)
     with showing(trials, aim, str(chosen), progress) as seen:
-        how.run(Search(runner, chosen, aim, trials, seen))
+        how.run(Searcher(runner, chosen, aim, trials, seen))
     best = trials.best()
     if best is None:
         raise ValueError(_missed(aim, trials))
@@ -150,7 +150,7 @@ def _missed(target: Target, study: Study) -> str:
 
 
 def _plan(
-    runner: Runner, target: Target, strategy: Strategy, study: Study, best: Trial,
+    runner: Runner, target: Target, strategy: Strategy, study: Study, best: TrialRecord,
     facts: Mapping[str, Any], description: str,
 ) -> Plan:  # fmt: skip
     candidate = Candidate.of(best.plain)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vtr.core.budget import check_count
-from vtr.strategies.base import Candidate, Search, Strategy
+from vtr.strategies.base import Candidate, Searcher, Strategy
 from vtr.strategies.densities import LEVELS, by_curve, groups_of, sensitivity
 from vtr.strategies.solving import solved
 from vtr.strategies.study import SAMPLERS, make_sampler
@@ -52,14 +52,14 @@ class PSigmoid(Strategy):
     def sampler(self, seed: int) -> Any:
         return make_sampler(self.sampler_name, seed, self.start)
 
-    def run(self, search: Search) -> None:
+    def run(self, search: Searcher) -> None:
         if search.method.tabled:
             errors = sensitivity(search, groups_of(search), LEVELS)
             search.sample(self.trials, lambda trial: by_curve(search, trial, errors))
             return
         search.sample(self.trials, lambda trial: self.build(search, trial))
 
-    def build(self, search: Search, trial: Any) -> Candidate | None:
+    def build(self, search: Searcher, trial: Any) -> Candidate | None:
         """Turn a trial of Optuna into a candidate that reaches the target; None if none does."""
         slope = trial.suggest_float("slope", 1.0, 50.0, log=True)
         high = trial.suggest_float("high", 0.5, 1.0)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vtr.errors import UnsupportedMethodError
-from vtr.strategies.base import Candidate, Search
+from vtr.strategies.base import Candidate, Searcher
 
 STEPS = 24  # of a bisection
 
 
 def solved(
-    search: Search, made: Callable[[float], Candidate], low: float, high: float, steps: int = STEPS
+    search: Searcher,
+    made: Callable[[float], Candidate],
+    low: float,
+    high: float,
+    steps: int = STEPS,
 ) -> Candidate | None:
     """Solve one parameter for the target.
 

@@ -1,7 +1,7 @@
 """The trials of a search, in a study of Optuna: in memory, or in a SQLite file that several processes share.
 
-Every measured candidate is a trial. What a process has measured is in the file at once, so that after a kill
-the search continues with the next trial. The sampler of a trial is seeded by the search's seed and by the number
+Every measured candidate is a trial. A process writes it to the file at once, so that after a kill the search
+continues with the next trial. The sampler of a trial is seeded by the search's seed and by the number
 of trials before it, so that a search that was killed and resumed makes the trials of one that was not.
 """
 
@@ -30,7 +30,7 @@ WAIT = 0.2  # seconds between looks at what other processes do
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRecord:
     """One measured candidate.
 
     Attributes:
@@ -40,7 +40,7 @@ class Trial:
         loss: mean over samples; of a pruned trial that of the batches that it saw; None without any.
         costs: name to ``{"dense", "reduced", "share"}``.
         reached: whether the target was reached.
-        value: the number that is made small.
+        value: the number that is minimised.
         plain: the candidate as plain JSON values.
         kept: the visual tokens after each layer, as they were measured.
     """
@@ -106,25 +106,25 @@ class Study:
 
     # ---- trials -----------------------------------------------------------------------------
 
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[TrialRecord]:
         """List the trials that have ended, those of other processes among them, in order."""
         return [_read(t) for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
 
     def counted(self) -> int:
-        """Count the trials that have ended, but for those that failed."""
+        """Count the trials that have ended, except those that failed."""
         return sum(trial.state != "failed" for trial in self.trials())
 
-    def find(self, plain: Mapping[str, Any]) -> Trial | None:
+    def find(self, plain: Mapping[str, Any]) -> TrialRecord | None:
         """Find the finished trial of a candidate, measured by whatever process."""
         wanted = json.loads(json.dumps(plain))
         return next((t for t in self.trials() if t.state == "complete" and t.plain == wanted), None)
 
-    def best(self) -> Trial | None:
+    def best(self) -> TrialRecord | None:
         """The trial that has reached the target with the smallest value; of equal ones the cheapest, then the
         first."""
         found = [t for t in self.trials() if t.state == "complete" and t.reached]
 
-        def order(trial: Trial) -> tuple[Any, ...]:
+        def order(trial: TrialRecord) -> tuple[Any, ...]:
             cost = trial.costs.get("flops", {}).get("share", 0.0)
             return trial.value, trial.loss, cost, trial.number
 
@@ -145,7 +145,7 @@ class Study:
             self._tell(trial, None, "FAIL")
             raise
 
-    def tell(self, trial: Any, facts: Trial) -> None:
+    def tell(self, trial: Any, facts: TrialRecord) -> None:
         """Write down the result of a trial."""
         for name in ("loss", "costs", "reached", "plain", "kept", "state"):
             trial.set_user_attr(name, getattr(facts, name))
@@ -164,7 +164,7 @@ class Study:
         """Yield trials until ``trials`` of them have ended, in all processes together.
 
         Each must be given to :meth:`tell` before the next is asked for. Trials of processes that were killed
-        are made again.
+        are repeated.
         """
         while True:
             self.forget_dead()
@@ -208,10 +208,10 @@ def _alone(path: Path | None) -> Iterator[None]:
         yield
 
 
-def _read(trial: Any) -> Trial:
+def _read(trial: Any) -> TrialRecord:
     attributes = trial.user_attrs
     state = attributes.get("state", "failed") if trial.state.name != "FAIL" else "failed"
-    return Trial(
+    return TrialRecord(
         trial.number,
         state,
         {**attributes.get("written", {}), **trial.params},

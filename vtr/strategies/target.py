@@ -24,7 +24,7 @@ class Target:
         latency: milliseconds of a call with the first batch.
         kv: bytes of the KV cache per sample.
         loss: tolerated loss, in units of the objective, whose value is 0 for the dense model.
-        minimise: with ``loss``, the cost that is made small.
+        minimise: with ``loss``, the cost that is minimised.
     """
 
     flops: float | None = None
