@@ -60,6 +60,7 @@ def test_the_first_option_of_a_token_method_is_how_much_it_keeps():
         "damro": "k",  # the paper's option: tokens of a picture that its second run sees
         "debias": "method",  # it wraps one
         "dtop": "confidence",  # how certain the class of a token is that leaves
+        "expedit": "layer",  # from which on windows are smaller
         "tofu": "r",  # the same
         "tome": "r",  # the paper's option: tokens merged per layer
     }

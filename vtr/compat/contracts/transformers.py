@@ -461,17 +461,11 @@ def _detectors() -> Iterator[Expectation]:
             built = tuple(f"{path}.{part}".removeprefix(".") for part in parts)
             yield Expectation(f"transformers:{name}", _DETECTORS, built=built)
         layer = f"{home}:{family.layer}"
-        attention = detectors.PROJECTIONS
+        attention: tuple[str, ...] = detectors.PROJECTIONS
         taken: tuple[str, ...] = (detectors.QUERIES, "attention_mask", family.positions)
         if family.deformable:
-            attention = (
-                detectors.OFFSETS,
-                detectors.WEIGHTS,
-                detectors.VALUE,
-                "n_heads",
-                "n_levels",
-            )
-            attention += ("n_points",)
+            attention = (detectors.OFFSETS, detectors.WEIGHTS, detectors.VALUE)
+            attention += ("n_heads", "n_levels", "n_points")
             taken += (detectors.REFERENCES,)
         inner = tuple(f"{detectors.ATTENTION}.{part}" for part in attention)
         yield Expectation(layer, _DETECTION, built=(*inner, detectors.NORM, "final_layer_norm"))

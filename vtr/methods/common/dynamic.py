@@ -201,12 +201,14 @@ def density_at(site: DiffusionAttentionSite, table: Tensor) -> Tensor:
             f"the plan has densities for {layers} layers of {heads} heads; here are {site.layers} of "
             f"{site.all_heads}"
         )
-    if groups > 1 and site.steps is None:
+    group, steps = 0, site.steps
+    if groups > 1 and steps is None:
         raise RuntimeError(
             f"the plan has densities for {groups} groups of steps, and the number of steps is not known: apply it "
             "to the pipeline, or with vtr.apply(..., steps=50)"
         )
-    group = 0 if groups == 1 else min(groups - 1, site.step * groups // site.steps)
+    if steps is not None:
+        group = min(groups - 1, site.step * groups // steps)
     own = slice(site.first_head, site.first_head + site.q.shape[1])
     return table[group, site.layer, own, None].to(site.q.device)
 
