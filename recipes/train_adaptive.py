@@ -1,6 +1,6 @@
 """Recipe of the built-in Adaptive Sparse ViT: three thresholds for the built-in ViT, whose own weights stay as they are.
 
-One CPU core, about a minute.
+One CPU core, under two minutes.
 """
 
 from __future__ import annotations

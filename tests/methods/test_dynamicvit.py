@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vtr
+import vtr.zoo
 from tests.methods import plain_vit
 from tests.methods.plain_vit import Array
 from tests.tiny import images, spread, vit
@@ -165,6 +166,16 @@ def test_weights_and_checkpoints_of_the_authors(tmp_path: Path) -> None:
         vtr.DynamicViT().from_authors({"blocks.0.norm1.weight": torch.ones(48)}, info)
     with pytest.raises(ValueError, match="trained for another width or number of stages"):
         vtr.apply(vit(embed_dim=36), vtr.DynamicViT(weights=path))
+
+
+def test_the_built_in_predictors_find_the_digit() -> None:
+    model = vtr.zoo.load("digits-vit")
+    x, labels = vtr.zoo.samples("digits-vit", n=16, seed=3)
+    method = vtr.DynamicViT(keep=(0.25, 0.15, 0.1), weights="digits-dynamicvit")
+    with vtr.apply(model, method) as handle, torch.no_grad():
+        assert (model(x).argmax(1) == labels).float().mean() > 0.8
+        assert [s.tokens_out for s in handle.trace.stages] == [36, 21, 14]
+    assert "predictors" in vtr.zoo.card("digits-dynamicvit")
 
 
 def test_predictors_are_counted() -> None:

@@ -63,7 +63,8 @@ class DynamicViT(TokenMethod):
             leaves of the input's tokens, as shares or numbers.
         layers: 0-based blocks before which to decide, all >= 1; None is L/4, L/2, 3L/4 (3, 6, 9 of 12).
         ratio_weight: 2 for DeiT-S, 5 for DeiT-B (authors' commands).
-        weights: a safetensors file with trained predictors. :meth:`from_authors` reads the authors' checkpoints.
+        weights: a safetensors file with trained predictors, or the name of a built-in one
+            (``"digits-dynamicvit"``). :meth:`from_authors` reads the authors' checkpoints.
         untrained: compute with new predictors outside of training too.
     """
 
