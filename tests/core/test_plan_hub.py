@@ -106,7 +106,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[dict[str, dict[str, bytes]]]:
-    import huggingface_hub
+    from huggingface_hub import constants
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
@@ -114,8 +114,8 @@ def hub(monkeypatch, tmp_path) -> Iterator[dict[str, dict[str, bytes]]]:
     thread.start()
     Hub.repositories = {}
     monkeypatch.setenv("HF_ENDPOINT", server.address)  # type: ignore[attr-defined]
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield Hub.repositories
     server.shutdown()
     server.server_close()
