@@ -186,10 +186,14 @@ class Runner:
         return Measurement(total / seen, costs.mean(), kept)
 
     def cost(self, plan: Method | Plan, everything: bool = False) -> dict[str, dict[str, float]]:
-        """Measure the costs of a candidate on the first sample, or on all batches."""
+        """Measure the costs of a candidate on all batches, or on one sample. Of prompts it is the batch of the longest
+        ones: the text that stays weighs most there, so that all batches together cost no larger share."""
         costs = Costs()
+        one = (
+            max(self.batches, key=_columns) if self.kind == "language" else self.batches[0].first()
+        )
         with self._applied(plan) as handle:
-            for batch in self.batches if everything else [self.batches[0].first()]:
+            for batch in self.batches if everything else [one]:
                 self._call(batch)
                 costs.add(handle, self.kind, batch.samples)
         return costs.mean()
@@ -436,6 +440,15 @@ def _tensor(out: Any, names: tuple[str, ...]) -> Tensor:
         f"the model returned a {type(out).__name__}, in which there is no tensor to compare "
         f"({', '.join(names)}): give an objective(output, batch)"
     )
+
+
+def _columns(batch: SearchBatch) -> float:
+    """The mean number of columns of a batch's prompts, without padding."""
+    ids = batch.kwargs.get("input_ids")
+    mask = batch.kwargs.get("attention_mask", ids)
+    if ids is None:
+        return 0.0
+    return float(ids.shape[1] if mask is ids else mask.sum() / len(mask))
 
 
 def _now(root: nn.Module) -> float:
