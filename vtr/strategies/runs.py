@@ -444,11 +444,10 @@ def _tensor(out: Any, names: tuple[str, ...]) -> Tensor:
 
 def _columns(batch: SearchBatch) -> float:
     """The mean number of columns of a batch's prompts, without padding."""
-    ids = batch.kwargs.get("input_ids")
-    mask = batch.kwargs.get("attention_mask", ids)
-    if ids is None:
-        return 0.0
-    return float(ids.shape[1] if mask is ids else mask.sum() / len(mask))
+    ids, mask = batch.kwargs.get("input_ids"), batch.kwargs.get("attention_mask")
+    if mask is not None:
+        return float(mask.sum() / len(mask))
+    return 0.0 if ids is None else float(ids.shape[1])
 
 
 def _now(root: nn.Module) -> float:
