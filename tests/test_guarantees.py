@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vtr
-from tests.tiny import Watch, images, interrupted, ours, vit
+from tests.tiny import Watch, applied, cutters, images, interrupted, ours, vit
 from tests.vision.towers import build, pixels, tower_of
 from vtr.core.method import Method
 from vtr.core.registry import registry
@@ -20,7 +20,8 @@ from vtr.core.registry import registry
 MODEL = vit()
 
 
-METHODS = [s.name for s in vtr.supported(MODEL) if s.supported]
+SOME = {method.name: method for method in cutters(MODEL)}
+METHODS = list(SOME)
 
 
 def test_a_handle_that_was_removed() -> None:
@@ -136,13 +137,13 @@ def test_state_dict_saves_and_loads_while_wrapped() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_casting_while_wrapped(name: str, dtype: torch.dtype) -> None:
     model, x = vit(), images().to(dtype)
-    with vtr.apply(model, name) as handle, torch.no_grad():
+    with applied(model, SOME[name]) as handle, torch.no_grad():
         model.to(dtype)
         torch.manual_seed(0)
         wrapped = model(x)
         assert wrapped.dtype == dtype and handle.trace.stages
     fresh = vit().to(dtype)
-    with vtr.apply(fresh, name), torch.no_grad():
+    with applied(fresh, SOME[name]), torch.no_grad():
         torch.manual_seed(0)
         assert torch.equal(wrapped, fresh(x))
     assert torch.equal(model(x), fresh(x))

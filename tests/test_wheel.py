@@ -37,7 +37,7 @@ def test_every_file_of_the_package_is_in_the_wheel_and_no_other(content):
 def test_the_built_in_models_come_with_it(content):
     from vtr.zoo import card
 
-    for name in ("digits-vit", "digits-tofe"):
+    for name in ("digits-vit", "digits-tofe", "digits-adaptive", "digits-dynamicvit"):
         assert f"vtr/zoo/weights/{name}.safetensors" in content and card(name)
     for name in ("digits-llava", "digits-video", "digits-long", "digits-chat"):
         parts = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+import vtr
+from vtr.core.method import TokenMethod
+from vtr.core.registry import registry
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap
+from vtr.testing.examples import examples
 from vtr.testing.models.encoders import images as images
 from vtr.testing.models.encoders import spread as spread
 from vtr.testing.models.encoders import vit as vit
@@ -83,6 +87,27 @@ def site(
         prefix=prefix,
         outputs=lambda: (q @ k.transpose(-2, -1) * dim**-0.5).softmax(-1) @ v,
     )
+
+
+def cutters(model: Any) -> list[TokenMethod]:
+    """A setting of every method that cuts tokens in this encoder."""
+    # Where samples have different numbers of tokens, padding is masked, and not every block can be opened.
+    with vtr.apply(model, vtr.Random()) as handle:
+        masks = "keys" in handle._wrapping.info.signals["encoder"]
+    found = []
+    for entry in vtr.supported(model):
+        cls = registry()[entry.name]
+        if entry.supported and issubclass(cls, TokenMethod):
+            method: Any = examples(cls).some[0]
+            if masks or not method.data_dependent:
+                found.append(method)
+    return found
+
+
+def applied(model: Any, method: Any) -> vtr.Handle:
+    """Apply a method; modules that are new have the same numbers every time."""
+    torch.manual_seed(1)
+    return vtr.apply(model, method)
 
 
 class Watch:

@@ -199,7 +199,7 @@ def apply(
         if difference:
             raise UnsupportedModelError(
                 f"the weights of {m.name} were trained with another model: {difference}. They fit the "
-                "weights that were saved with them alone: method = vtr.train.sla.load(model, folder) loads both"
+                "weights that were saved with them alone: method = vtr.train.load(model, folder) loads both"
             )
         learned = None
         if m.learned:

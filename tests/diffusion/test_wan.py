@@ -165,7 +165,9 @@ def test_other_methods_are_refused_and_these_elsewhere() -> None:
         vtr.apply(model, vtr.EViT(keep=0.5))
     from tests.tiny import vit
 
-    with pytest.raises(vtr.UnsupportedMethodError, match=r"acts at .*'attention'"):
+    with pytest.raises(
+        vtr.UnsupportedMethodError, match=r"radial needs frames at the site 'attention'"
+    ):
         vtr.apply(vit(depth=2), vtr.RadialAttention())
     names = {s.name for s in vtr.supported(model) if s.supported}
     assert {"radial", "rettention", "tomesd"} <= names and "evit" not in names

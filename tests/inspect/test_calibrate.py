@@ -232,7 +232,7 @@ def test_models_without_language_attention_are_refused():
     tower = CLIPVisionModel(models.clip()).eval()
     with pytest.raises(
         vtr.UnsupportedMethodError,
-        match="image-share acts at the site 'attention', which transformers CLIPVisionModel",
+        match="image-share needs prompt at the site 'attention', which transformers CLIPVisionModel",
     ):
         vtr.calibrate(tower, [text_only()], ImageShare())
     with pytest.raises(vtr.UnsupportedModelError, match="no adapter"):
@@ -366,7 +366,7 @@ def test_the_bar_is_on_the_standard_error(llava, capsys):
 
 def test_the_example_of_the_page_works(llava, monkeypatch, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
-    use, _pipeline, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    use, _encoder, _pipeline, own = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     registry.registry()
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.setitem(sys.modules, "page", ModuleType("page"))

@@ -258,5 +258,5 @@ def test_models_that_are_refused() -> None:
     handle = vtr.apply(vit(), vtr.Random(keep=0.5))
     info = handle._wrapping.info
     object.__setattr__(info, "tokens", None)
-    with pytest.raises(ValueError, match="does not say how many tokens it has"):
-        vtr.AdaptiveSparseViT().build(info)
+    with pytest.raises(vtr.UnsupportedMethodError, match="does not say how many tokens"):
+        vtr.AdaptiveSparseViT().check(info)

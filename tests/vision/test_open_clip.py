@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
-from tests.tiny import images, ours, spread
+from tests.tiny import applied, cutters, images, ours, spread
 from tests.vision.looks import check_keys
 from vtr.core.wrapping import wrapping_of
 from vtr.inspect.flops import _missing_formulas
@@ -96,8 +96,8 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any]) -> Non
     x, keys = pixels(), list(model.state_dict())
     with torch.no_grad():
         dense = pooled(model, x)
-    for name in names:
-        with vtr.apply(model, name) as handle, torch.no_grad():
+    for name in cutters(model):
+        with applied(model, name) as handle, torch.no_grad():
             torch.manual_seed(0)
             out = pooled(model, x)
             report = handle.report().to_dict()
@@ -116,7 +116,7 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any]) -> Non
         assert 0 < flops["reduced"] < flops["dense"], name
         alone = []
         for b in range(2):
-            with vtr.apply(model, name), torch.no_grad():
+            with applied(model, name), torch.no_grad():
                 torch.manual_seed(0)
                 alone.append(pooled(model, x[b : b + 1]))
         torch.testing.assert_close(torch.cat(alone), out, atol=1e-3, rtol=1e-3)
@@ -394,9 +394,9 @@ def test_a_timm_trunk_is_wrapped_by_the_timm_adapter(
     assert methods <= supported
     with torch.no_grad():
         dense = pooled(model, x)
-        for method in sorted(supported):
-            torch.manual_seed(0)
-            with vtr.apply(model, method) as handle:
+        for method in cutters(model):
+            with applied(model, method) as handle:
+                torch.manual_seed(0)
                 trunk = model.visual.trunk
                 assert isinstance(wrapping_of(trunk), TimmWrapping)
                 out = pooled(model, x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vtr
-from tests.tiny import images, ours, spread, vit
+from tests.tiny import applied, cutters, images, ours, spread, vit
 from tests.vision.looks import Look, check_keys
 from tests.vision.timm_models import SMALL, build, works
 from vtr.core.method import Method
@@ -125,8 +125,8 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[Any, int, set[str
     with torch.no_grad():
         dense, features = model(x), model.forward_features(x)
     keys = list(model.state_dict())
-    for name in names:
-        with vtr.apply(model, name) as handle, torch.no_grad():
+    for name in cutters(model):
+        with applied(model, name) as handle, torch.no_grad():
             torch.manual_seed(0)
             out = model(x)
             torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[Any, int, set[str
         assert 0 < flops["reduced"] < flops["dense"], name
         alone = []
         for b in range(2):
-            with vtr.apply(model, name), torch.no_grad():
+            with applied(model, name), torch.no_grad():
                 torch.manual_seed(0)
                 alone.append(model(x[b : b + 1]))
         torch.testing.assert_close(torch.cat(alone), out, atol=1e-3, rtol=1e-3)
@@ -176,8 +176,8 @@ def test_the_opened_attention_equals_the_native_one(family: tuple[Any, int, set[
 def test_intermediates_are_full_grids(family: tuple[Any, int, set[str]]) -> None:
     model, prefix, _ = family
     x = images()
-    for name in works(model):
-        with vtr.apply(model, name) as handle, torch.no_grad():
+    for name in cutters(model):
+        with applied(model, name) as handle, torch.no_grad():
             torch.manual_seed(0)
             last, grids = model.forward_intermediates(x, norm=False)
             assert last.shape[1] == 64 + prefix
@@ -189,7 +189,7 @@ def test_intermediates_are_full_grids(family: tuple[Any, int, set[str]]) -> None
             assert all(s.shape == (2, 64, 48) for s in sequences)
             torch.manual_seed(0)
             reduced = model(x)
-        with vtr.apply(model, name), torch.no_grad():
+        with applied(model, name), torch.no_grad():
             torch.manual_seed(0)
             assert torch.equal(model(x), reduced), "one call does not change the next"
         # Members of a slot carry its value in the last grid.

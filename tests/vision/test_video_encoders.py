@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtr
-from tests.tiny import ours, spread
+from tests.tiny import applied, cutters, ours, spread
 from tests.vision.looks import check_keys
 from vtr.core.method import Method
 from vtr.inspect.flops import _missing_formulas
@@ -125,8 +125,8 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any, int, se
     x, keys = clips(), list(model.state_dict())
     with torch.no_grad():
         dense = result(run(model, x))
-    for name in names:
-        with vtr.apply(model, name) as handle, torch.no_grad():
+    for name in cutters(model):
+        with applied(model, name) as handle, torch.no_grad():
             torch.manual_seed(0)
             out = result(run(model, x))
             torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any, int, se
                 alive = [j for j in row if j >= 0]
                 assert alive == sorted(set(alive)) and alive[0] >= 0 and alive[-1] < N
         assert total is not None and total.n_in == N
-        if name == "tome":
+        if name.name == "tome":
             assert torch.equal(total.size.sum(1), torch.full((2,), float(N)))
         full = kind == "videomae-first"
         assert sequence.shape[1] == (N if full else total.n_out + prefix)
@@ -151,7 +151,7 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any, int, se
         assert 0 < flops["reduced"] < flops["dense"], name
         alone = []
         for b in range(2):
-            with vtr.apply(model, name), torch.no_grad():
+            with applied(model, name), torch.no_grad():
                 torch.manual_seed(0)
                 alone.append(result(run(model, x[b : b + 1])))
         torch.testing.assert_close(torch.cat(alone), out, atol=1e-3, rtol=1e-3)

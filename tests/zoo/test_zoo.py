@@ -71,6 +71,9 @@ def test_every_card_can_be_read() -> None:
     for name in (
         "digits-vit",
         "digits-tofe",
+        "digits-adaptive",
+        "digits-dynamicvit",
+        "digits-sparsifiner",
         "digits-llava",
         "digits-long",
         "digits-chat",
@@ -79,7 +82,7 @@ def test_every_card_can_be_read() -> None:
         assert "task: " in vtr.zoo.card(name).split("---\n")[1]
     with pytest.raises(
         ValueError,
-        match="no model card 'nope'; there are: digits-chat, digits-detr, digits-llava, digits-long",
+        match="no model card 'nope'; there are: digits-adaptive, digits-chat, digits-detr, digits-dyn",
     ):
         vtr.zoo.card("nope")
     with pytest.raises(ValueError, match=r"answers questions: vtr\.zoo\.load_vlm"):

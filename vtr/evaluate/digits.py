@@ -14,12 +14,27 @@ from torch import Tensor
 from vtr.api import apply
 from vtr.core.method import Method
 from vtr.inspect.flops import count_flops
-from vtr.methods import CLSAttention, Downsample, EViT, FlowCut, Random, ToFe, ToMe
+from vtr.methods import (
+    PPT,
+    AdaptiveSparseViT,
+    CLSAttention,
+    Downsample,
+    DynamicViT,
+    EViT,
+    FlowCut,
+    Random,
+    ToFe,
+    ToMe,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TOFE_WEIGHTS = "digits-tofe"
+TOFE_WEIGHTS, ADAPTIVE_WEIGHTS = "digits-tofe", "digits-adaptive"
+DYNAMIC_WEIGHTS = "digits-dynamicvit"
+
+COUNTED = 50
+"""Images over which the cost of a method is averaged if the number of tokens depends on the image."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +44,8 @@ class DigitsResult:
     Attributes:
         method: as text; ``dense`` for the bare model.
         accuracy: share of right answers.
-        tokens: visual tokens in the last block's MLP.
-        flops: per image, counted on the operations that ran (patch embedding and head included).
+        tokens: visual tokens in the last block's MLP, mean over images if it depends on the image.
+        flops: per image, counted on the operations that ran (patch embedding and head included); so is the mean.
         speedup: dense time / this time, best of alternating passes.
         seeds: number of seeds over which the accuracy is averaged.
     """
@@ -54,6 +69,8 @@ def demo_methods() -> list[Method]:
         ToMe(r=(48, 32, 16, 8, 8)),
         ToFe(keep=(0.2, 0.15, 0.1)),
         ToFe(keep=(0.09, 0.08, 0.07), weights=TOFE_WEIGHTS),
+        DynamicViT(keep=(0.25, 0.15, 0.1), weights=DYNAMIC_WEIGHTS),
+        AdaptiveSparseViT(weights=ADAPTIVE_WEIGHTS),
     ]
 
 
@@ -83,8 +100,13 @@ def sweep_methods() -> dict[str, list[Method]]:
                 (72, 36, 18, 9, 4),
             )
         ],
+        "PPT": [PPT(keep=k, layers=(1, 2, 3)) for k in (0.75, 0.5, 0.25, 0.15)],
         "ToFe": [ToFe(keep=keep) for keep in stages],
         "ToFe (trained)": [ToFe(keep=keep, weights=TOFE_WEIGHTS) for keep in stages],
+        "DynamicViT (trained)": [
+            DynamicViT(keep=keep, weights=DYNAMIC_WEIGHTS) for keep in (*stages, (0.25, 0.15, 0.1))
+        ],
+        "AdaptiveSparseViT (trained)": [AdaptiveSparseViT(weights=ADAPTIVE_WEIGHTS)],
     }
 
 
@@ -116,12 +138,7 @@ def evaluate(
                     torch.manual_seed(seed)
                     with nullcontext() if method is None else apply(model, method) as handle:
                         if turn == 0 and seed == seeds[0]:
-                            flops = count_flops(model, images[:1])
-                            tokens = model.patch_embed.num_patches
-                            if handle is not None:
-                                counts = handle.trace.tokens["encoder"]
-                                tokens = counts[max(counts)][1]
-                            facts[slot] = (tokens, flops)
+                            facts[slot] = _cost(model, method, handle, images)
                         start = time.perf_counter()
                         hits = sum(
                             int((model(x).argmax(1) == y).sum())
@@ -142,6 +159,21 @@ def evaluate(
         )
         for slot, m in enumerate(chosen)
     ]
+
+
+def _cost(model: Any, method: Any, handle: Any, images: Tensor) -> tuple[int, int]:
+    """Tokens in the last block's MLP and FLOPs of one image, or their means over some."""
+    varies = method is not None and method.data_dependent
+    found = []
+    for image in images[: COUNTED if varies else 1]:
+        flops = count_flops(model, image[None])
+        tokens = model.patch_embed.num_patches
+        if handle is not None:
+            counts = handle.trace.tokens["encoder"]
+            tokens = counts[max(counts)][1]
+        found.append((tokens, flops))
+    tokens, flops = (round(sum(column) / len(found)) for column in zip(*found, strict=True))
+    return tokens, flops
 
 
 def table(results: Sequence[DigitsResult], title: str) -> Table:

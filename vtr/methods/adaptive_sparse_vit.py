@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtr.core.tokens import take
+from vtr.errors import UnsupportedMethodError
 from vtr.methods.base import (
     Examples,
     ModelInfo,
@@ -124,14 +125,17 @@ class AdaptiveSparseViT(TokenMethod):
         seen = cuts if self.accumulate == "none" else range(first, cuts[-1] + 1)
         return tuple(Stage("encoder", i, "end", cuts=i in cuts) for i in seen)
 
+    def check(self, info: ModelInfo) -> None:
+        super().check(info)
+        if info.tokens is None and self.thresholds is None and self.weights is None:
+            raise UnsupportedMethodError(
+                f"{info.family} does not say how many tokens it has: give thresholds= or weights="
+            )
+
     def build(self, info: ModelInfo) -> TokenThresholds:
         stages = len(self.cuts(info))
         start = self.thresholds
         if start is None:
-            if info.tokens is None and self.weights is None:
-                raise ValueError(
-                    f"{info.family} does not say how many tokens it has: give thresholds= or weights="
-                )
             first, step = _START[self.accumulate]
             start = tuple((first + step * i) * 196 / (info.tokens or 196) for i in range(stages))
         if len(start) != stages:

@@ -114,9 +114,10 @@ class DToP(TokenMethod):
             return None
         chance, label = logits.float().softmax(-1).max(-1)
         gone = finished(chance, label, self.confidence, self.context, site.valid_mask)
-        found = site.notes.setdefault(
-            "dtop_finished", torch.full((site.batch, site.map.n_in), -1, device=site.device)
+        found: Tensor = site.memory.setdefault(
+            "finished", torch.full((site.batch, site.map.n_in), -1, device=site.device)
         )
+        site.notes["dtop_finished"] = found
         source, here = site.map.source, site.map.source >= 0
         left = here & take(gone, source.clamp(min=0))
         found[left] = take(label, source.clamp(min=0))[left]

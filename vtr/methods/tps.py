@@ -51,4 +51,5 @@ class TPS(EViT):
         partner, similarity = most_similar(take(site.hidden, order), number)
         step, _ = by_rank(order, number, partner)
         own = torch.full_like(score, math.e)
-        return Reduction(step, own.scatter(1, order[:, number:], similarity.exp()))
+        like = similarity.exp().to(own.dtype)
+        return Reduction(step, own.scatter(1, order[:, number:], like))

@@ -23,5 +23,6 @@ def method_of(name: str) -> vtr.Method:
 def cutting(model: Any) -> Iterator[vtr.Method]:
     """Those that a model supports, of the methods that decide about tokens."""
     for support in vtr.supported(model):
-        if support.supported and issubclass(registry()[support.name], vtr.TokenMethod):
+        cls = registry()[support.name]
+        if support.supported and issubclass(cls, vtr.TokenMethod) and cls.training != "required":
             yield method_of(support.name)

@@ -30,7 +30,7 @@ def cutters(name: str) -> list[Method]:
 def test_it_is_said_at_apply(name: str) -> None:
     model, inputs = getattr(videos, name)(1)
     notes = {s.name: s.note for s in vtr.supported(model) if s.note}
-    assert set(notes) == ({"tome", "evit"} if name == "llava_next_video" else {"tome"})
+    assert "tome" in notes and ("evit" in notes) == (name == "llava_next_video")
     for method in cutters(name):
         with pytest.warns(
             UserWarning, match=f"{method.name} on .*works for images and not"
