@@ -144,5 +144,5 @@ def test_errors() -> None:
     ):
         model(images(1))
     both = [vtr.Random(keep=0.5, layers=(0,)), vtr.ALGM(layers=(1, 2))]
-    with vtr.apply(model, both), pytest.raises(ValueError, match="whole grid of an image"):
+    with vtr.apply(model, both), pytest.raises(ValueError, match="windows of the whole grid"):
         model(images(1))

@@ -100,6 +100,10 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any]) -> Non
         with applied(model, name) as handle, torch.no_grad():
             torch.manual_seed(0)
             out = pooled(model, x)
+            if not handle.trace.stages:  # it found nothing to leave out
+                assert name.data_dependent
+                torch.testing.assert_close(out, dense)
+                continue
             report = handle.report().to_dict()
             last = handle.trace.stages[-1].total
             torch.manual_seed(0)
@@ -113,7 +117,9 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any]) -> Non
             alive = [j for j in row if j >= 0]
             assert alive == sorted(set(alive)) and alive[-1] < 64
         flops = report["flops"]["encoder"]
-        assert 0 < flops["reduced"] < flops["dense"], name
+        assert 0 < flops["reduced"] <= flops["dense"], name
+        # The tokens of the fullest image of a batch count.
+        assert flops["reduced"] < flops["dense"] or name.data_dependent, name
         alone = []
         for b in range(2):
             with applied(model, name), torch.no_grad():

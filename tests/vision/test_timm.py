@@ -141,7 +141,9 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[Any, int, set[str
             kept = last.kept[b][last.kept[b] >= 0].tolist()
             assert kept == sorted(set(kept)) and kept[-1] < 64
         flops = report["flops"]["encoder"]
-        assert 0 < flops["reduced"] < flops["dense"], name
+        assert 0 < flops["reduced"] <= flops["dense"], name
+        # The tokens of the fullest image of a batch count.
+        assert flops["reduced"] < flops["dense"] or name.data_dependent, name
         alone = []
         for b in range(2):
             with applied(model, name), torch.no_grad():

@@ -148,7 +148,9 @@ def test_every_supported_method_runs_by_the_laws(family: tuple[str, Any, int, se
         full = kind == "videomae-first"
         assert sequence.shape[1] == (N if full else total.n_out + prefix)
         flops = report["flops"]["encoder"]
-        assert 0 < flops["reduced"] < flops["dense"], name
+        assert 0 < flops["reduced"] <= flops["dense"], name
+        # The tokens of the fullest image of a batch count.
+        assert flops["reduced"] < flops["dense"] or name.data_dependent, name
         alone = []
         for b in range(2):
             with applied(model, name), torch.no_grad():

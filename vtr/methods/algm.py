@@ -46,7 +46,8 @@ class ALGM(TokenMethod):
         threshold: least mean cosine in a window (0.88 in the authors' code; 1 or more merges none there).
         layers: 0-based, of the window and of the global merge; None is 0 and the block at a third of the depth
             (0 and 4 of 12: the authors' 1 and 5).
-        window: side of a window in tokens. The grid's sides must be multiples of it.
+        window: side of a window in tokens. The grid's sides must be multiples of it. The windows of a video lie
+            within its frames (ours).
         counts: ``"own"`` or ``"batch"``.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ def merge_windows(
     """Merge the windows of the grid whose tokens are alike.
 
     Args:
-        site: with all tokens of the model's input.
+        site: with all tokens of the model's input; the windows of a video lie within its frames.
         window: side in tokens.
         threshold: least mean cosine over the pairs of a window.
         together: merge the same number of windows in all samples, the least.
@@ -30,18 +32,18 @@ def merge_windows(
     Raises:
         ValueError: no known grid, another method has cut before, or sides that are no multiples of the window.
     """
-    if site.grid is None or len(site.grid) != 2 or site.n != site.grid[0] * site.grid[1]:
+    if site.grid is None or site.n != math.prod(site.grid):
         raise ValueError(
-            f"algm merges windows of the whole grid of an image, and here are {site.n} tokens of the "
-            f"grid {site.grid}: apply it alone, to a model with a known grid"
+            f"algm merges windows of the whole grid, and here are {site.n} tokens of the grid {site.grid}: "
+            "apply it alone, to a model with a known grid"
         )
-    height, width = site.grid
+    height, width = site.grid[-2:]
     if height % window or width % window:
         raise ValueError(
             f"window={window} must divide the grid of {height} x {width} tokens: resize the images"
         )
-    index = torch.arange(site.n, device=site.device).view(height, width)
-    windows = index.unfold(0, window, window).unfold(1, window, window).reshape(-1, window**2)
+    index = torch.arange(site.n, device=site.device).view(-1, height, width)  # by frame
+    windows = index.unfold(1, window, window).unfold(2, window, window).reshape(-1, window**2)
     x = F.normalize(
         site.hidden.double() if site.hidden.dtype == torch.float64 else site.hidden.float(), dim=-1
     )
