@@ -203,7 +203,7 @@ def to_dicts(results: Sequence[DigitsResult]) -> list[dict[str, Any]]:
 
 
 def plot(sweep: dict[str, list[DigitsResult]], dense: DigitsResult, path: str) -> None:
-    """Accuracy against FLOPs, one line per method."""
+    """Accuracy against FLOPs, one line per method: all of it, and where methods come close to the dense model."""
     from vtr.errors import missing
 
     try:
@@ -213,18 +213,21 @@ def plot(sweep: dict[str, list[DigitsResult]], dense: DigitsResult, path: str) -
         from matplotlib import pyplot
     except ImportError as error:
         raise missing("matplotlib", "ui", "the plot") from error
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.axhline(100 * dense.accuracy, color="0.6", lw=1, ls="--", label="dense")
-    for name, results in sweep.items():
-        points = sorted((r.flops / dense.flops, 100 * r.accuracy) for r in results)
-        axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.5, label=name)
-    axes.set(
-        xlabel="FLOPs, share of the dense model",
-        ylabel="accuracy on held-out digits (%)",
-        title="Built-in ViT: accuracy against cost",
-    )
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    figure, (whole, close) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for axes in (whole, close):
+        axes.axhline(100 * dense.accuracy, color="0.6", lw=1, ls="--", label="dense")
+        for number, (name, results) in enumerate(sweep.items()):
+            points = sorted((r.flops / dense.flops, 100 * r.accuracy) for r in results)
+            trained = name.endswith("(trained)")
+            look = {"marker": "s", "ls": "--", "lw": 2.2} if trained else {"marker": "o", "lw": 1.3}
+            colour = pyplot.get_cmap("tab20")(2 * number % 20 + number // 10)
+            axes.plot(*zip(*points, strict=True), ms=5, color=colour, label=name, **look)
+        axes.set_xlabel("FLOPs, share of the dense model")
+        axes.grid(alpha=0.25)
+    whole.set(ylabel="accuracy on held-out digits (%)", title="Built-in ViT: accuracy against cost")
+    close.set(xlim=(0.24, 0.5), ylim=(100 * dense.accuracy - 5, 100 * dense.accuracy + 0.7))
+    close.set_title("the same, near the dense model")
+    whole.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
