@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("optuna")
 
+from vtr.strategies import study as module
 from vtr.strategies.study import Study, TrialRecord, make_sampler
 
 WORKER = """
@@ -49,11 +50,18 @@ def start(path: Path, trials: int, seconds: float) -> subprocess.Popen[bytes]:
     )
 
 
-def wait_for(path: Path, trials: int) -> None:
+def workers_of(found: Study) -> set[str]:
+    trials = found.study.get_trials()
+    return {t.user_attrs["worker"] for t in trials if t.state.name == "COMPLETE"}
+
+
+def wait_for(path: Path, trials: int, workers: int = 1) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if path.exists() and path.stat().st_size > 50_000 and study(path).counted() >= trials:
-            return
+        if path.exists() and path.stat().st_size > 50_000:
+            found = study(path)
+            if found.counted() >= trials and len(workers_of(found)) >= workers:
+                return
         time.sleep(0.05)
     raise AssertionError("the worker has written no trials")
 
@@ -80,21 +88,42 @@ def test_a_killed_search_makes_the_trials_of_one_that_was_not(tmp_path):
 
 def test_processes_share_a_study_and_one_may_be_killed(tmp_path):
     path = tmp_path / "study.db"
-    workers = [start(path, 24, 0.1) for _ in range(2)]
-    wait_for(path, 6)
+    workers = [start(path, 60, 0.1) for _ in range(2)]
+    wait_for(path, 6, workers=2)
     workers[0].send_signal(signal.SIGKILL)
-    assert workers[1].wait(timeout=120) == 0
+    assert workers[1].wait(timeout=300) == 0
     workers[0].wait()
     found = study(path)
-    assert found.counted() == 24
+    assert found.counted() == 60
     assert not found._unfinished()
-    by = {t.user_attrs["worker"] for t in found.study.get_trials() if t.state.name == "COMPLETE"}
-    assert len(by) == 2  # both have worked
-    assert len({x for x, _ in values(found)}) == 24  # and not on the same
+    assert len(workers_of(found)) == 2  # both have worked
+    assert len({x for x, _ in values(found)}) == 60  # and not on the same
     best = found.best()
     assert best is not None and best.loss == min(
         t.loss for t in found.trials() if t.loss is not None
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_process_is_dead_before_its_parent_asks(tmp_path):
+    path = tmp_path / "study.db"
+    worker = start(path, 1, 1000)
+    while not (path.exists() and path.stat().st_size > 50_000 and study(path)._unfinished()):
+        assert worker.poll() is None
+        time.sleep(0.05)
+    (trial,) = study(path)._unfinished()
+    name = trial.user_attrs["worker"]
+    assert module._alive(name)
+    worker.send_signal(signal.SIGKILL)
+    while Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    work(study(path), 1)  # its trial is made again, and not waited for
+    assert not module._alive(name)
+    worker.wait()
+    assert not module._alive(name)
+    # A later process with the number of a dead one is not taken for it.
+    host, number, _ = module._worker().split(":")
+    assert module._alive(module._worker()) and not module._alive(f"{host}:{number}:1")
 
 
 def test_a_trial_that_an_error_leaves_is_marked(tmp_path):

@@ -1,12 +1,13 @@
 """The trials of a search, in a study of Optuna: in memory, or in a SQLite file that several processes share.
 
 Every measured candidate is a trial. A process writes it to the file at once, so that after a kill the search
-continues with the next trial. The sampler of a trial is seeded by the search's seed and by the number
-of trials before it, so that a search that was killed and resumed makes the trials of one that was not.
+continues with the next trial. The sampler of a trial is seeded by the search's seed and by the trial's
+place among those that count, so that a search that was killed and resumed makes the trials of one that was not.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -134,11 +135,12 @@ class Study:
     def trial(self, sampled: bool = False) -> Iterator[Any]:
         """Begin a trial; one that an exception leaves is marked as failed."""
         with _alone(self._lock):  # other processes must see the trial before they count
+            place = self._place()
             if sampled and self._sampler is not None:
-                before = self.counted() + len(self._running())
-                self.study.sampler = self._sampler(_mixed(self.seed, before))
+                self.study.sampler = self._sampler(_mixed(self.seed, place))
             trial = self.study.ask()
             trial.set_user_attr("worker", _worker())
+            trial.set_user_attr("place", place)
         try:
             yield trial
         except BaseException:
@@ -168,10 +170,9 @@ class Study:
         """
         while True:
             self.forget_dead()
-            left = trials - self.counted()
-            if left <= 0:
+            if self.counted() >= trials:
                 return
-            if left <= len(self._running()):
+            if len(self._begun()) >= trials:
                 time.sleep(WAIT)
                 continue
             with self.trial(sampled=True) as trial:
@@ -181,15 +182,27 @@ class Study:
         """Mark trials as failed whose process no longer runs."""
         with _alone(self._lock):
             for trial in self._unfinished():
-                if not _alive(trial.user_attrs.get("worker", "")):
+                if not _runs(trial):
                     self._tell(trial.number, None, "FAIL")
+
+    def _begun(self) -> list[Any]:
+        """List the trials that have ended and did not fail, and those that run.
+
+        From one look: one that ends between two looks would be in neither, or in both.
+        """
+        return [
+            t for t in self.study.get_trials(deepcopy=False)
+            if (_read(t).state != "failed" if t.state.is_finished() else _runs(t))
+        ]  # fmt: skip
+
+    def _place(self) -> int:
+        """Number of a new trial among those that count: the one of a trial that was killed is free again."""
+        taken = {t.user_attrs.get("place", t.number) for t in self._begun()}
+        return next(place for place in itertools.count() if place not in taken)
 
     def _unfinished(self) -> list[Any]:
         running = self.optuna.trial.TrialState.RUNNING
         return list(self.study.get_trials(deepcopy=False, states=(running,)))
-
-    def _running(self) -> list[Any]:
-        return [t for t in self._unfinished() if _alive(t.user_attrs.get("worker", ""))]
 
 
 @contextmanager
@@ -231,22 +244,37 @@ def _mixed(seed: int, *numbers: int) -> int:
     return int.from_bytes(sha256(repr((seed, *numbers)).encode()).digest()[:4], "big")
 
 
+def _runs(trial: Any) -> bool:
+    return _alive(trial.user_attrs.get("worker", ""))
+
+
 def _worker() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
 
 
 def _alive(worker: str) -> bool:
     """Tell whether a process still runs; of another machine it is not known, and taken for granted."""
-    host, _, number = worker.rpartition(":")
+    host, _, process = worker.partition(":")
     if host != socket.gethostname():
         return bool(host)
+    number, _, started = process.partition(":")
     try:
         os.kill(int(number), 0)
     except (ProcessLookupError, ValueError):
         return False
     except PermissionError:  # it runs, as another user
-        return True
-    return True
+        pass
+    return _started(int(number)) == started
+
+
+def _started(number: int) -> str:
+    """When a process was started, which tells it from a later one of the same number; ``"ended"`` if it has ended
+    and its parent has not asked for its exit status yet; empty on systems that do not say."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "ended" if fields[0] in "ZX" else fields[19]
 
 
 def _optuna() -> Any:
