@@ -150,6 +150,96 @@ def test_heavy_rows_are_cut_and_joined(monkeypatch):
     _compare(q, k, v, mask, torch.float32, torch.rand(2, 2, n), added_rows(q, mask))
 
 
+def _persistent(monkeypatch, tile, each, multiprocessors):
+    """Make every forward persistent; returns the grids that were launched, as (programs, places)."""
+    from vtr.kernels import triton_attention
+    from vtr.kernels.triton_common import Config
+
+    kernel, grids = triton_attention._forward_kernel, []
+
+    class Noted:
+        def __getitem__(self, grid):
+            def launch(*args, **more):
+                claimed = args[kernel.arg_names.index("CLAIMED")]
+                kernel[grid](*args, **more)
+                places = args[kernel.arg_names.index("places")]
+                # Each program claims once for each place that it had, and finds none in the end.
+                assert claimed.tolist() == [places]
+                grids.append((grid[0], places))
+
+            return launch
+
+    monkeypatch.setattr(triton_attention, "_forward_kernel", Noted())
+    monkeypatch.setattr(triton_attention, "_configs", lambda *_: [Config(*tile, 4, 2, each)])
+    monkeypatch.setattr(triton_attention, "multiprocessors", lambda device: multiprocessors)
+    return grids
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "dtype", "tile", "each", "multiprocessors"),
+    [
+        ("whole", 64, torch.float32, (16, 16), 1, 1),  # one program walks over everything
+        ("ragged", 72, torch.float32, (16, 16), 1, 3),
+        ("grouped", 48, torch.float32, (16, 32), 3, 1),
+        ("one-key-head", 64, torch.float16, (16, 32), 2, 2),
+        ("tiny", 32, torch.bfloat16, (16, 16), 3, 132),  # fewer places than programs fit
+    ],
+)
+def test_persistent_programs_walk_over_the_work(
+    monkeypatch, name, dim, dtype, tile, each, multiprocessors
+):
+    """Ragged ends, grouped heads, a pattern per head and sample, rows without keys, the epilogue."""
+    grids = _persistent(monkeypatch, tile, each, multiprocessors)
+    q, k, v, mask = make(name, dim, dtype)
+    _compare(q, k, v, mask, dtype, torch.rand(q.shape[:3]), added_rows(q, mask, dtype))
+    (grid,) = grids
+    assert grid[0] == min(each * multiprocessors, grid[1])
+    assert name == "tiny" or grid[0] < grid[1]
+
+
+def test_persistent_programs_walk_over_parts_of_heavy_rows(monkeypatch):
+    """Patterns with different numbers of heavy rows, so that some items of a pattern are empty."""
+    from vtr.kernels import triton_attention
+
+    monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
+    monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
+    n = 16 * 17 + 5
+    i = torch.arange(18)
+    live = torch.stack([i[:, None] == i[None], (i[:, None] - i[None]).abs() <= 1])
+    live[:, -1] = True
+    live[0, 4] = True
+    mask = BlockMask.from_blocks(live, q_len=n, k_len=n, block=16)
+    assert (triton_attention.lists_of(mask.tensors(), [n, n, 16, 16]).items[..., 0] < 0).any()
+    q, k, v = qkv(1, 2, 1, n, n, 32)
+    grids = _persistent(monkeypatch, (16, 16), 5, 1)
+    _compare(q, k, v, mask, torch.float32, torch.rand(1, 2, n), added_rows(q, mask))
+    assert grids[0][0] == 5 < grids[0][1]
+
+
+def test_many_short_rows_are_timed_with_persistent_programs(monkeypatch):
+    """And they have a key of their own, since long rows may be best with other tiles."""
+    from vtr.kernels import triton_attention
+
+    asked = []
+    monkeypatch.setattr(
+        triton_attention, "tuned", lambda key, configs, launch: asked.append((key, configs))
+    )
+    live = torch.eye(40, dtype=torch.bool)
+    short = BlockMask.from_blocks(live, q_len=40 * 128, k_len=40 * 128)
+    long = BlockMask.from_blocks(live | True, q_len=40 * 128, k_len=40 * 128)
+    q, k, v = qkv(1, 1, 1, 40 * 128, 40 * 128, 64, torch.bfloat16)
+    for programs in ("few", "many"):
+        monkeypatch.setattr(triton_attention, "amount", lambda *_, answer=programs: answer)
+        for mask in (short, long):
+            block_sparse_attention(q, k, v, mask, backend="triton")
+    found = [(*key[-2:], any(c.persistent for c in configs)) for key, configs in asked]
+    assert found == [
+        ("few", "short", False), ("few", "long", False),
+        ("many", "short", True), ("many", "long", False),
+    ]  # fmt: skip
+    assert not any(c[0].persistent for _, c in asked)  # the first runs before anything was timed
+
+
 @pytest.mark.parametrize("dim", [72, 64])
 def test_strides_that_are_no_multiple_of_8(dim):
     """Every third element of a row of tokens: nothing may be taken for granted."""

@@ -10,8 +10,8 @@ import torch
 
 from vtr.kernels import choices
 
-CHOICE = (128, 64, 8, 3)
-OTHER = (64, 64, 4, 3)
+CHOICE = (128, 64, 8, 3, 0)
+OTHER = (64, 64, 4, 3, 2)
 BOTH = [CHOICE, OTHER]
 
 
@@ -31,9 +31,9 @@ def test_what_was_kept_is_found_and_printed():
         "H, torch 2",
         "  forward 128: 128 x 64, 8 warps, 3 stages",
         "H, torch 3",
-        "  forward 128: 64 x 64, 4 warps, 3 stages",
+        "  forward 128: 64 x 64, 4 warps, 3 stages, 2 persistent a multiprocessor",
     ]
-    assert [file.name for file in choices.path().parent.iterdir()] == ["kernels-1.json"]
+    assert [file.name for file in choices.path().parent.iterdir()] == ["kernels-2.json"]
 
 
 def test_the_first_process_wins():
@@ -45,7 +45,7 @@ def test_the_first_process_wins():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[1]", '{"H": 3}', '{"H": {"dq": [1, 2]}}', '{"H": {"dq": [1, 2, 3, "4"]}}'],
+    ["", "{", "[1]", '{"H": 3}', '{"H": {"dq": [1, 2, 3, 4]}}', '{"H": {"dq": [1, 2, 3, "4", 5]}}'],
 )
 def test_a_broken_file_is_said_and_replaced(text, caplog):
     choices.path().parent.mkdir(parents=True)

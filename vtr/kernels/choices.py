@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-_VERSION = 1  # of the file; a new number forgets what was chosen for other kernels
+_VERSION = 2  # of the file; a new number forgets what was chosen for other kernels
 _log = logging.getLogger(__name__)
 
-Choice = tuple[int, int, int, int]
+Choice = tuple[int, int, int, int, int]
 Choices = dict[str, dict[str, Choice]]
 
 
@@ -38,7 +38,8 @@ def machine(device: torch.device) -> str:
 
 
 def load() -> Choices:
-    """Read all choices, by machine and kind of call: rows and columns of a tile, warps, stages.
+    """Read all choices, by machine and kind of call: rows and columns of a tile, warps, stages,
+    persistent programs per multiprocessor.
 
     A file that cannot be read counts as empty, with a warning in the log.
     """
@@ -54,10 +55,10 @@ def load() -> Choices:
 
 
 def _choice(values: Sequence[int]) -> Choice:
-    m, n, warps, stages = values
+    m, n, warps, stages, persistent = values
     if not all(type(value) is int for value in values):
-        raise ValueError(f"a choice is four integers, not {values!r}")
-    return m, n, warps, stages
+        raise ValueError(f"a choice is five integers, not {values!r}")
+    return m, n, warps, stages, persistent
 
 
 def find(machine: str, kind: str) -> Choice | None:
@@ -94,8 +95,10 @@ def report() -> str:
     lines = [str(path())]
     for name, kinds in sorted(load().items()):
         lines.append(name)
-        for kind, (m, n, warps, stages) in sorted(kinds.items()):
-            lines.append(f"  {kind}: {m} x {n}, {warps} warps, {stages} stages")
+        for kind, (m, n, warps, stages, persistent) in sorted(kinds.items()):
+            line = f"  {kind}: {m} x {n}, {warps} warps, {stages} stages"
+            each = f", {persistent} persistent a multiprocessor" if persistent else ""
+            lines.append(line + each)
     return "\n".join(lines)
 
 

@@ -41,6 +41,7 @@ from vtr.kernels.triton_common import (
     load_row,
     load_rows,
     load_words,
+    multiprocessors,
     pack_tiles,
     precision,
     products,
@@ -59,6 +60,9 @@ _LOG2E = math.log2(math.e)
 # run alone for as long as such a row takes.
 _HEAVY = 4.0
 _HEAVY_BLOCKS = 32
+# Rows of fewer keys on average count as short: what a program does before its first product (about two
+# microseconds) is 3 % of the time of 4,096 keys and 15 % of 800.
+_SHORT = 4096
 
 
 @triton.jit
@@ -93,38 +97,47 @@ def _step(
 
 
 # How long the lists are differs from mask to mask; nothing is gained by knowing it.
-@triton.jit(do_not_specialize=["items", "parts"])
+@triton.jit(do_not_specialize=["items", "parts", "places"])
 def _forward_kernel(
     Q, K, V, ROW_SCALE, ADDED, OUT, LSE, PART_OUT, PART_LSE,
-    ITEMS, PATTERN, COL, TILE, TILES,
+    ITEMS, PATTERN, COL, TILE, TILES, CLAIMED,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph,
-    heads, group, items, parts, q_len, k_len, scale_log2,
+    heads, group, items, parts, places, q_len, k_len, scale_log2,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr, HAS_ADDED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
+    """Attend the queries of ``places``: BLOCK_M queries of an item of a lane (sample and head). A program
+    takes one of them; with THREADS > 0, the threads of a program, it walks until none is left.
+    """
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
     BITS: tl.constexpr = 32 if MASK_N >= 32 else MASK_N
     WORDS: tl.constexpr = MASK_N // BITS
     # One axis of programs, the heads outermost: the others end at 65,535.
-    lane = tl.program_id(0) // (items * SUB_M)
-    item = tl.program_id(0) % (items * SUB_M) // SUB_M
-    sub = tl.program_id(0) % SUB_M
-    b = (lane // heads).to(tl.int64)
-    h = (lane % heads).to(tl.int64)
-    pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
-    entry = ITEMS + (pattern.to(tl.int64) * items + item) * 5
-    row_block = tl.load(entry)
-    first = tl.load(entry + 1)
-    middle = tl.load(entry + 2)
-    last = tl.load(entry + 3)
-    part = tl.load(entry + 4)
-    if row_block >= 0:
+    place = tl.program_id(0)
+    while place < places:
+        lane = place // (items * SUB_M)
+        item = place % (items * SUB_M) // SUB_M
+        sub = place % SUB_M
+        b = (lane // heads).to(tl.int64)
+        h = (lane % heads).to(tl.int64)
+        pattern = tl.load(PATTERN + b * stride_pb + h * stride_ph)
+        entry = ITEMS + (pattern.to(tl.int64) * items + item) * 8
+        row_block = tl.load(entry)
+        first = tl.load(entry + 1)
+        middle = tl.load(entry + 2)
+        last = tl.load(entry + 3)
+        part = tl.load(entry + 4)
+        block = tl.load(entry + 5)
+        # Longer lists of other patterns are filled up with items of row block -1.
+        last = tl.where(row_block < 0, first, last)
+        middle = tl.minimum(middle, last)
         offset = tl.arange(0, BLOCK_M)
-        row = row_block * MASK_M + sub * BLOCK_M + offset
+        row = tl.maximum(row_block, 0) * MASK_M + sub * BLOCK_M + offset
         q_base = Q + b * stride_qb * UNIT + h * stride_qh * UNIT
         k_base = K + b * stride_kb * UNIT + (h // group) * stride_kh * UNIT
         v_base = V + b * stride_vb * UNIT + (h // group) * stride_vh * UNIT
@@ -140,7 +153,6 @@ def _forward_kernel(
 
         # The block of the next step is read one step ahead: the compiler does not prefetch a load
         # that waits for another load of the same step.
-        block = tl.load(COL + first, first < last, other=0)
         for step in range(first * SUB_N, middle * SUB_N):
             key = (block * MASK_N + (step % SUB_N) * BLOCK_N).to(tl.int64) + inner
             ahead = (step + 1) // SUB_N
@@ -177,6 +189,13 @@ def _forward_kernel(
                 scale_log2, D, D0, D1, UNIT, True, PRECISION, UPCAST,
             )  # fmt: skip
 
+        if THREADS > 0:
+            # The next place is whatever no program has begun: lengths differ, and shares fixed in advance
+            # would leave programs idle. One thread counts, and none waits for it before the results are
+            # written.
+            thread = tl.arange(0, THREADS)
+            claimed = tl.atomic_add(CLAIMED + thread, 1, thread == 0, sem="relaxed")
+
         # ---- epilogue ----
         nothing = total == 0.0
         factor = 1.0 / tl.where(nothing, 1.0, total)
@@ -190,7 +209,7 @@ def _forward_kernel(
             if D1 > 0:
                 store_rows(PART_OUT, local, D, end, acc1 * factor[:, None], D0, D1, D, 1)
             tl.store(PART_LSE + local, lse)
-        else:
+        elif row_block >= 0:
             at = lane.to(tl.int64) * q_len
             if HAS_ROW_SCALE:
                 factor *= tl.load(ROW_SCALE + at + row, row < q_len, other=0.0).to(tl.float32)
@@ -207,6 +226,10 @@ def _forward_kernel(
             if D1 > 0:
                 store_rows(o_base, row64, stride_os, q_len, out1, D0, D1, D, UNIT)
             tl.store(LSE + at + row, lse, row < q_len)
+        if THREADS > 0:
+            place = tl.num_programs(0) + tl.sum(tl.where(thread == 0, claimed, 0))
+        else:
+            place = places
 
 
 # ---- work lists -------------------------------------------------------------------------------
@@ -259,13 +282,14 @@ def _make_lists(mask: list[Tensor], dims: list[int]) -> Lists:
     items = items.gather(1, order.unsqueeze(-1).expand_as(items)).int().contiguous()
 
     rows = Csr(row_ptr, split, col, tile)
-    return Lists(items, heavy, pieces, pack_tiles(tiles), rows, (patterns, nq, nk))
+    return Lists(items, heavy, pieces, average, pack_tiles(tiles), rows, (patterns, nq, nk))
 
 
 @functools.cache  # asked in every call
-def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
+def _configs(dim: int, bm: int, bn: int, kind: str, short: bool = False) -> list[Config]:
     """List candidates, one that fits every device first (99 KiB of shared memory). Tiles divide the mask's
-    blocks; ``kind`` is that of :func:`vtr.kernels.triton_common.products`.
+    blocks; ``kind`` is that of :func:`vtr.kernels.triton_common.products`. ``short``: with persistent
+    programs, for many short rows.
 
     Candidates have three stages at least: with two, the compiler copies the next keys only after it
     has used the present ones, and waits for them at once. 128 x 128 was slower than 128 x 64 at every
@@ -303,6 +327,14 @@ def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
         fit = [(m, n, w, s) for w in (4, 2, 1) for s in (3, 4) if m * width <= 2048 * w]
         tries = [tries[0], *fit]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
+    if short and kind == "half" and min(bm, bn) >= 64:
+        # Of wider heads they spill. Small blocks have many programs per multiprocessor, which hide each
+        # other's beginnings.
+        if width <= 128:
+            found += [Config(64, 64, 4, 3, 3 if width <= 64 else 2)]
+            found += [Config(min(128, bm), 64, 8, 4, 1)] if bm >= 128 else []
+        elif width <= 192:
+            found += [Config(min(128, bm), 32, 8, 4, 1)]
     return list(dict.fromkeys(found))
 
 
@@ -380,24 +412,32 @@ def forward(
     unit, strides = unit_strides(q, k, v, out)
 
     def launch(config: Config) -> None:
-        _forward_kernel[(items * (dims[2] // config.block_m) * batch * heads,)](
+        places = programs = items * (dims[2] // config.block_m) * batch * heads
+        claimed, threads = lists.items, 0
+        if config.persistent:
+            programs = min(places, config.persistent * multiprocessors(q.device))
+            claimed, threads = pattern.new_zeros(1), 32 * config.warps
+        _forward_kernel[(programs,)](
             q, k, v, scales, rows, out, lse, part_out, part_lse,
-            lists.items, pattern, col, tile, lists.words,
+            lists.longer_items, pattern, col, tile, lists.words, claimed,
             *strides, *steps,
-            heads, heads // k.shape[1], items, parts, q_len, k.shape[2], scale * _LOG2E,
+            heads, heads // k.shape[1], items, parts, places, q_len, k.shape[2], scale * _LOG2E,
             D=dim, D0=main, D1=rest, UNIT=unit, MASK_M=dims[2], MASK_N=dims[3],
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_ROW_SCALE=row_scale is not None,
             HAS_ADDED=added is not None, PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
-            num_warps=config.warps, num_stages=config.stages,
+            THREADS=threads, num_warps=config.warps, num_stages=config.stages,
+            **config.register_limit,
         )  # fmt: skip
 
     hopper = _hopper(q, k, v, dims[2:], scale)
     kind = products(q.dtype)
     programs = amount(q.device, items * batch * heads)
-    key = ("forward", q.device, q.dtype, kind, dim, *dims[2:], programs)
+    length = "short" if lists.live * dims[3] < _SHORT else "long"
+    key = ("forward", q.device, q.dtype, kind, dim, *dims[2:], programs, length)
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
         if hopper is None:
-            tuned(key, _configs(dim, dims[2], dims[3], kind), launch)
+            short = length == "short" and programs != "few"
+            tuned(key, _configs(dim, dims[2], dims[3], kind, short), launch)
         else:
             hopper.launch(
                 q, k, v, None if row_scale is None else scales, None if added is None else rows,

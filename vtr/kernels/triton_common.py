@@ -36,12 +36,24 @@ def interpreting() -> bool:
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch parameters of one kernel variant."""
+    """Tile sizes and launch parameters of one kernel variant.
+
+    ``persistent``: how many programs a multiprocessor holds that walk over the work list until it is
+    done; 0 launches a program for each tile of queries instead.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    persistent: int = 0
+
+    @property
+    def register_limit(self) -> dict[str, int]:
+        """The launch option with which the persistent programs fit into a multiprocessor together, whose
+        registers are 65,536 on every device since 2012; empty if a thread's own limit of 255 is lower."""
+        limit = 65_536 // (32 * self.warps * max(1, self.persistent))
+        return {"maxnreg": limit // 8 * 8} if self.persistent and limit < 255 else {}
 
 
 _best: dict[tuple[Any, ...], Config] = {}
@@ -84,6 +96,11 @@ def amount(device: torch.device, programs: int) -> str:
         return "few"
     rounds = programs / _multiprocessors(device)
     return "few" if rounds < 2 else "some" if rounds < 16 else "many"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Count the multiprocessors of a device; in the interpreter 2, so that persistent programs walk."""
+    return 2 if interpreting() else _multiprocessors(device)
 
 
 @functools.cache

@@ -19,20 +19,21 @@ class Lists:
     ``items`` (P, I, 5) int32: query block (-1: nothing), first, middle and last entry, and the
     part of ``heavy`` that it is (-1: a whole row); the longest first, so that no long row is left
     for the end. ``heavy`` (P, R) int64: the rows that were cut, each into ``pieces``, -1 for none.
-    ``words``: the pairs that partial blocks keep (:func:`vtr.kernels.triton_common.pack_tiles`).
+    ``live``: the mean number of live blocks of a row. ``words``: the pairs that partial blocks keep (:func:`vtr.kernels.triton_common.pack_tiles`).
     """
 
     items: Tensor
     heavy: Tensor
     pieces: int
+    live: float
     words: Tensor
     rows: Csr
     grid: tuple[int, int, int]  # patterns, query blocks, key blocks
 
     @functools.cached_property
     def longer_items(self) -> Tensor:
-        """``items`` and the key block of the first entry, (P, I, 8) int32, so that the Hopper kernel
-        begins to copy after one read."""
+        """``items`` and the key block of the first entry, (P, I, 8) int32, so that a forward
+        kernel begins to copy after one read."""
         refuse_capture(self.items.device, "work lists are built")
         longer = self.items.new_zeros(*self.items.shape[:2], 8)
         longer[..., :5] = self.items
