@@ -82,9 +82,10 @@ canary: $(VENV)-canary
 
 run = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$(1)/bin/python -m pytest -n 2 -m $(2) tests
 
-# Every configuration that the Triton kernels choose from, compiled for sm_90: some minutes, no GPU.
+# Every configuration that the Triton kernels choose from, compiled for sm_90: no GPU, but long; what was
+# compiled before is remembered in .pytest_cache.
 candidates: $(VENV)/.installed
-	VTR_EVERY_CANDIDATE=1 $(RUN) pytest -n 2 tests/kernels/test_triton_candidates.py tests/kernels/test_linear_compile.py
+	VTR_EVERY_CANDIDATE=1 $(RUN) pytest -n 2 tests/kernels/test_triton_candidates.py
 
 # On a machine with a CUDA device. gpu-first: what to know in five minutes; gpu: the gpu tests, and the benchmarks, which write benchmarks/results/.
 # Uses the Python that is there, because a GPU machine brings its own torch: make gpu PYTHON=python3

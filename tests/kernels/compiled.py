@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import triton
 from triton import knobs
@@ -18,13 +22,14 @@ TYPES = {
     "LSE": "*fp32", "DELTA": "*fp32", "ROW_SCALE": "*fp32", "ADDED": "*fp32", "PART_OUT": "*fp32",
     "PART_LSE": "*fp32", "TILES": "*i32", "SCORE": "*fp32", "INDEX": "*i64", "MASK": "*u8",
     "scale": "fp32", "scale_log2": "fp32", "WEIGHT": "*fp32", "SUMS": "*fp32", "LINE": "*fp32", "MASS": "*fp32", "SEEN": "*u8",
-    "COUNTS": "*u8", "VISITED": "*u8", "LIVE": "*u8", "largest": "fp32", "threshold": "fp32",
+    "COUNTS": "*u8", "LIVE": "*u8", "largest": "fp32", "threshold": "fp32",
     "BIAS": "*fp32", "FACTOR": "*fp32", "epsilon": "fp32", "least": "fp32",
 }  # fmt: skip
 ELEMENTS = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV", "A", "B", "X", "Y", "SLOPE", "DX", "DY"}
 
 
-def compiled(kernel, element, constants, warps, stages, aligned=False, capability=90):
+def _source(kernel, element, constants, aligned=False):
+    """A kernel with the types of its arguments, as at a launch."""
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -40,11 +45,14 @@ def compiled(kernel, element, constants, warps, stages, aligned=False, capabilit
         # As at a launch: pointers are multiples of 16, strides where their unit does not stand for it.
         if signature[name].startswith("*") or (aligned and name.startswith("stride_")):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compiled(kernel, element, constants, warps, stages, aligned=False, capability=90, **options):
     return triton.compile(
-        source,
+        _source(kernel, element, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages, **options},
     )
 
 
@@ -58,27 +66,47 @@ def constants_of(dim, config, bm, bn):
 
 @dataclass
 class Report:
-    """What the compilers said: shared memory and spilled bytes, warnings, and by main loop how many
-    groups of copies may still be under way when it waits for the ones that it needs."""
+    """What the compilers said: shared memory, registers of a thread and bytes that it spills, warnings, and
+    by main loop how many groups of copies may still be under way when it waits for the ones that it needs."""
 
     shared: int
+    registers: int
     spilled: int
     warnings: list[str]
     in_flight: list[list[int]]
 
 
-def report(kernel, element, constants, config, capability=90) -> Report:
+def report(kernel, element, constants, config, capability=90, folder=None) -> Report:
+    """Compile, or read in ``folder`` what was said of the same source, constants and versions before."""
+    if folder is None:
+        return _report(kernel, element, constants, config, capability)
+    source = _source(kernel, element, constants).hash()
+    facts = f"{triton.__version__} {capability} {config} {source} {Path(__file__).read_text()}"
+    kept = folder / hashlib.sha256(facts.encode()).hexdigest()
+    if kept.exists():
+        return Report(**json.loads(kept.read_text()))
+    found = _report(kernel, element, constants, config, capability)
+    aside = kept.with_suffix(f".{os.getpid()}")  # no other process reads half a file
+    aside.write_text(json.dumps(asdict(found)))
+    aside.replace(kept)
+    return found
+
+
+def _report(kernel, element, constants, config, capability) -> Report:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), knobs.compilation.scope(), knobs.nvidia.scope():
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         made = compiled(
-            kernel, element, constants, config.warps, config.stages, capability=capability
-        )
+            kernel, element, constants, config.warps, config.stages, capability=capability,
+            **config.register_limit,
+        )  # fmt: skip
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said.getvalue())
-    assert spills, said.getvalue()
+    registers = re.search(r"Used (\d+) registers", said.getvalue())
+    assert spills and registers, said.getvalue()
     return Report(
         shared=made.metadata.shared,
+        registers=int(registers[1]),
         spilled=max(map(int, spills.groups())),
         warnings=sorted(set(re.findall(r"C7\d\d\d", said.getvalue()))),
         in_flight=_in_flight(made.asm["ttgir"]),

@@ -17,16 +17,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 
-from tests.kernels.compiled import compiled, constants_of, report
+from tests.kernels.compiled import compiled, constants_of
 from vtr.kernels import (
     BlockMask,
     triton_attention,
     triton_backward,
-    triton_block_mass,
     triton_common,
-    triton_join,
 )
-from vtr.kernels.triton_common import split_dim
 
 # Bytes of shared memory that one program may use on an RTX 30 or 40; an H100 or H200 has 227 KiB.
 SHARED = 99 * 1024
@@ -38,6 +35,7 @@ KINDS = {"bf16": "half", "fp16": "half", "fp32": "exact"}
 def test_forward(element, dim, bm, bn):
     config = triton_attention._configs(dim, bm, bn, KINDS[element])[0]
     constants = {**constants_of(dim, config, bm, bn), "HAS_ROW_SCALE": True, "HAS_ADDED": True}
+    constants["THREADS"] = 0
     made = compiled(
         triton_attention._forward_kernel, element, constants, config.warps, config.stages
     )
@@ -63,35 +61,16 @@ def test_backward(kernel, element, dim, bm, bn):
     assert min(bm, bn) < 64 or "ld.global.b16" not in made.asm["ptx"]
 
 
-@pytest.mark.parametrize("kernel", ["mass", "live"])
-def test_exact_attention_per_tile(kernel):
-    config = triton_block_mass._configs(128, 128, 128, "half")[0]
-    constants = {**constants_of(128, config, 128, 128), "HAS_KEYS": True}
-    if kernel == "live":
-        constants["HAS_COUNTS"] = True
-    found = report(getattr(triton_block_mass, f"_{kernel}_kernel"), "bf16", constants, config)
-    assert not found.warnings and not found.spilled and found.shared <= SHARED
-    assert found.in_flight == [[1]]  # the next keys are copied meanwhile
-
-
 def test_float32_where_the_user_allows_tf32():
     """Twice the bytes of bfloat16 in the same memory, on tensor cores."""
     config = triton_attention._configs(128, 128, 128, "tf32")[0]
     constants = {**constants_of(128, config, 128, 128), "PRECISION": "tf32"}
-    constants |= {"HAS_ROW_SCALE": False, "HAS_ADDED": False}
+    constants |= {"HAS_ROW_SCALE": False, "HAS_ADDED": False, "THREADS": 0}
     made = compiled(
         triton_attention._forward_kernel, "fp32", constants, config.warps, config.stages
     )
     assert made.metadata.shared <= SHARED
     assert "wgmma" in made.asm["ptx"]
-
-
-def test_joining_heavy_rows():
-    main, rest = split_dim(72)
-    constants = {"D": 72, "D0": main, "D1": rest, "MASK_M": 128, "ROWS": 16}
-    constants |= {"HAS_ROW_SCALE": True, "HAS_ADDED": True}
-    made = compiled(triton_join._join_kernel, "bf16", constants, 4, 3)
-    assert made.metadata.shared <= SHARED
 
 
 @pytest.mark.parametrize(

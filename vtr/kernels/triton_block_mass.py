@@ -34,11 +34,11 @@ _LOG2E = math.log2(math.e)
 
 @triton.jit
 def _scores(
-    q0, q1, k_base, stride_k, key, k_len, seen_base, scale_log2,
+    q0, q1, k_base, stride_k, key, k_len, seen_base,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, HAS_KEYS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one tile of keys in base 2, -inf for keys that are not seen."""
+    """Scores of one tile of keys before the scale, and which keys are seen."""
     k0 = load_rows(k_base, key, stride_k, k_len, 0, D0, D, UNIT, True)
     scores = tl.zeros([q0.shape[0], k0.shape[0]], dtype=tl.float32)
     scores = dot(q0, tl.trans(k0), scores, PRECISION, UPCAST)
@@ -48,7 +48,7 @@ def _scores(
     seen = key < k_len
     if HAS_KEYS:
         seen = seen & (tl.load(seen_base + key, seen, other=0) != 0)
-    return tl.where(seen[None, :], scores * scale_log2, float("-inf"))
+    return scores, seen[None, :]
 
 
 @triton.jit
@@ -79,24 +79,26 @@ def _mass_kernel(
     out = MASS + (lane.to(tl.int64) * rows + line) * tiles
     for tile in range(0, tiles):
         key = (tile * BLOCK_N + inner).to(tl.int64)
-        scores = _scores(
-            q0, q1, k_base, stride_ks, key, k_len, SEEN + b * stride_seen, scale_log2,
+        scores, seen = _scores(
+            q0, q1, k_base, stride_ks, key, k_len, SEEN + b * stride_seen,
             D, D0, D1, UNIT, HAS_KEYS, PRECISION, UPCAST,
         )  # fmt: skip
-        weights = tl.exp2(tl.minimum(scores - lse[:, None], largest))
+        weights = tl.exp2(tl.minimum(tl.fma(scores, scale_log2, -lse[:, None]), largest))
+        weights = tl.where(seen, weights, 0.0)
         tl.store(out + tile, tl.sum(tl.sum(weights, 1), 0))
 
 
 @triton.jit
 def _live_kernel(
-    Q, K, COUNTS, SEEN, VISITED, LIVE,
+    Q, K, COUNTS, SEEN, VISITED, MANY, LIVE,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_counts, stride_seen,
     heads, group, rows, blocks, columns, q_len, k_len, scale_log2, threshold,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     MASK_M: tl.constexpr, MASK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_KEYS: tl.constexpr, HAS_COUNTS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Decide which tiles BLOCK_M queries of a block keep; tiles that are not visited cost nothing."""
+    """Decide which tiles BLOCK_M queries of a block keep: VISITED lists them in the order of the visit, MANY of
+    them for each block of queries; others cost nothing."""
     SUB_M: tl.constexpr = MASK_M // BLOCK_M
     SUB_N: tl.constexpr = MASK_N // BLOCK_N
     lane = tl.program_id(0) // rows
@@ -116,28 +118,34 @@ def _live_kernel(
         counts = counts & (tl.load(COUNTS + b * stride_counts + row, counts, other=0) != 0)
     before = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     inner = tl.arange(0, BLOCK_N)
-    visited = VISITED + (lane.to(tl.int64) * blocks + line // SUB_M) * columns
+    at = lane.to(tl.int64) * blocks + line // SUB_M
+    visited = VISITED + at * columns
+    many = tl.load(MANY + at)
     out = LIVE + (lane.to(tl.int64) * rows + line) * columns
-    for step in range(0, columns):
-        column = columns - 1 - step
-        keeps = 0
-        if tl.load(visited + column) != 0:
-            own = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-            for sub in range(0, SUB_N):
-                key = (column * MASK_N + sub * BLOCK_N + inner).to(tl.int64)
-                scores = _scores(
-                    q0, q1, k_base, stride_ks, key, k_len, SEEN + b * stride_seen, scale_log2,
-                    D, D0, D1, UNIT, HAS_KEYS, PRECISION, UPCAST,
-                )  # fmt: skip
-                own = tl.maximum(own, tl.max(scores, 1))
-            # A row that has seen nothing has -inf, and -inf - -inf is NaN.
-            some = own > float("-inf")
-            near = (before == float("-inf")) | (
-                tl.where(some, own, 0.0) - tl.where(some, before, 0.0) > threshold
-            )
-            keeps = tl.max((near & some & counts).to(tl.int32), 0)
-            before = tl.maximum(before, own)
-        tl.store(out + column, keeps)
+    own = before
+    # One step ahead, as in the attention kernel, so that keys are prefetched.
+    column = tl.load(visited, many > 0, other=0)
+    for step in range(0, many * SUB_N):
+        present, sub = column, step % SUB_N
+        ahead = (step + 1) // SUB_N
+        column = tl.load(visited + ahead, ahead < many, other=0)
+        key = (present * MASK_N + sub * BLOCK_N + inner).to(tl.int64)
+        scores, seen = _scores(
+            q0, q1, k_base, stride_ks, key, k_len, SEEN + b * stride_seen,
+            D, D0, D1, UNIT, HAS_KEYS, PRECISION, UPCAST,
+        )  # fmt: skip
+        scores = tl.where(seen, scores * scale_log2, float("-inf"))
+        own = tl.maximum(own, tl.max(scores, 1))
+        # A row that has seen nothing has -inf, and -inf - -inf is NaN.
+        some = own > float("-inf")
+        near = (before == float("-inf")) | (
+            tl.where(some, own, 0.0) - tl.where(some, before, 0.0) > threshold
+        )
+        keeps = tl.max((near & some & counts).to(tl.int32), 0)
+        whole = sub == SUB_N - 1
+        tl.store(out + present, keeps, whole)
+        before = tl.where(whole, tl.maximum(before, own), before)
+        own = tl.where(whole, float("-inf"), own)
 
 
 # ---- launches ---------------------------------------------------------------------------------
@@ -218,14 +226,16 @@ def live_tiles(
     unit, strides = unit_strides(q, k)
     seen, stride_seen = _bytes(keys, q)
     counts, stride_counts = _bytes(queries, q)
-    passed = visited.contiguous().view(torch.uint8)
+    # The last column first; what was not visited is behind the others.
+    listed = visited.flip(3).byte().argsort(dim=3, descending=True, stable=True)
+    listed, many = (columns - 1 - listed).int(), visited.sum(3, dtype=torch.int32)
     found: list[Tensor] = []
 
     def launch(config: Config) -> None:
         down = sides[0] // config.block_m
-        live = torch.empty(batch, heads, blocks * down, columns, dtype=torch.uint8, device=q.device)
+        live = torch.zeros(batch, heads, blocks * down, columns, dtype=torch.uint8, device=q.device)
         _live_kernel[(batch * heads * blocks * down,)](
-            q, k, counts, seen, passed, live, *strides, stride_counts, stride_seen,
+            q, k, counts, seen, listed, many, live, *strides, stride_counts, stride_seen,
             heads, heads // k.shape[1], blocks * down, blocks, columns, q_len, k.shape[2],
             scale * _LOG2E, threshold,
             D=dim, D0=main, D1=rest, UNIT=unit, MASK_M=sides[0], MASK_N=sides[1],

@@ -82,12 +82,18 @@ def _totals_kernel(
     acc = tl.zeros([WIDE, SLICE], dtype=tl.float32)
     line = tl.zeros([WIDE], dtype=tl.float32)
     inner = tl.arange(0, BLOCK_N)
+    row = run * RUN + inner
+    sign = inner
+    if BY_ROW:
+        sign = tl.load(signs + row // MASK_M, row < length, other=1)
     for start in range(run * RUN, min((run + 1) * RUN, length), BLOCK_N):
         row = start + inner
         row64 = row.to(tl.int64)
         here = row < length
         if BY_ROW:
-            here = here & (tl.load(signs + row // MASK_M, here, other=1) < 0)
+            here = here & (sign < 0)
+            # One step ahead, so that the rows are prefetched.
+            sign = tl.load(signs + (row + BLOCK_N) // MASK_M, row + BLOCK_N < length, other=1)
         inside = here[:, None] & (wide[None, :] < D)
         x = tl.load(x_base + row64[:, None] * stride_xs * UNIT + wide[None, :], inside, other=0.0)
         inside = here[:, None] & (narrow[None, :] < D)
