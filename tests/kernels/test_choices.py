@@ -108,7 +108,7 @@ def test_a_small_call_does_not_choose_for_a_large_one(monkeypatch):
     from vtr.kernels.triton_common import amount
 
     monkeypatch.setattr(triton_common, "interpreting", lambda: False)
-    monkeypatch.setattr(triton_common, "_multiprocessors", lambda device: 132)  # of an H200
+    monkeypatch.setattr(triton_common, "multiprocessors", lambda device: 132)  # of an H200
     device = torch.device("cuda")
     assert [amount(device, n) for n in (8, 263, 264, 2111, 2112, 12_288)] == [
         "few", "few", "some", "some", "many", "many",

@@ -70,7 +70,7 @@ def _compile(dim, block, dtype=torch.bfloat16, epilogue=False):
     return gluon._hopper_kernel.run(
         gluon._descriptor(q, 64), gluon._descriptor(q, plan.block_n),
         gluon._descriptor(q, plan.block_n), gluon._descriptor(q, 64), rows, rows, rows, rows, rows,
-        numbers, numbers, numbers, numbers, numbers, 0, 0, 2, 1, 4, 0, 256, 0.1, block[0] == 128,
+        numbers, numbers, numbers, numbers, numbers, 0, 0, 2, 1, 4, 8, 0, 256, 0.1, block[0] == 128,
         **gluon.constants(dim, block, plan, epilogue, epilogue), grid=(1,), warmup=True,
     )  # fmt: skip
 
@@ -96,10 +96,14 @@ def test_variants_compile_well(dim, block, dtype, epilogue, hopper_target, tmp_p
     lines = [line.strip() for line in ptx.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("//", ".loc", "//"))]
     arrivals = [i for i, line in enumerate(lines) if "mbarrier.arrive.shared" in line]
-    assert len(arrivals) >= 4
+    assert len(arrivals) >= 5
+    alone = 0  # of the one warp that copies, for a row without keys
     for i in arrivals:
         between = "\n".join(lines[i - 8 : i])
-        assert re.search(r"(bar|barrier)\.sync", between), between
+        met = re.search(r"(bar|barrier)(\.warp)?\.sync", between)
+        assert met, between
+        alone += met[2] is not None
+    assert alone == 1
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx)
     # As Triton does: newer versions bring one assembler for Hopper and another for what came later.
@@ -141,74 +145,210 @@ class _Barrier:
         return (self.phase & 1) != parity
 
 
-def _play(tiles, stages, groups, seed):
-    """Runs producer and consumers step by step in a random order; every slot holds the tile that was
-    copied last, and a copy arrives some steps after it was asked for."""
-    slots = {ring: [None] * stages for ring in "kv"}
-    full = {ring: [_Barrier(1) for _ in range(stages)] for ring in "kv"}
-    empty = {ring: [_Barrier(groups) for _ in range(stages)] for ring in "kv"}
-    copies = []
+class _Machine:
+    """Steps of the producer, the consumers and the copies of one program, in a random order; a copy takes
+    some steps. Every place says what it holds, and each read and write checks it."""
 
-    def copy(ring, slot, tile):
-        while random_.random() < 0.6:
+    def __init__(self, rows, stages, groups, apart, seed):
+        self.rows, self.stages, self.groups, self.apart = rows, stages, groups, apart
+        self.random = random.Random(seed)
+        self.slots = {ring: [None] * stages for ring in "kv"}
+        self.full = {ring: [_Barrier(1) for _ in range(stages)] for ring in "kv"}
+        self.empty = {ring: [_Barrier(groups) for _ in range(stages)] for ring in "kv"}
+        self.q_full, self.q_empty = _Barrier(1), _Barrier(groups)
+        self.q = [None] * groups
+        self.staged = [None] * groups  # results; in the memory of the queries if not apart
+        self.reading = [False] * groups  # a copy to global memory is under way
+        self.written = [[] for _ in range(groups)]
+        self.ahead = 0  # copies of a row's keys while another row was still in the works
+        self.copies = []
+
+    def copy(self, holder, at, what, barrier):
+        holder[at] = "being overwritten"
+
+        def run():
+            while self.random.random() < 0.6:
+                yield True
+            holder[at] = what
+            barrier()
             yield True
-        slots[ring][slot] = tile
-        full[ring][slot].arrive()
+
+        self.copies.append(run())
+
+    def produce(self):
+        begun = taken = 0
+        for number, (kind, count) in enumerate(self.rows):
+            for j in range(count):
+                n = begun + j
+                slot, other = n % self.stages, ((n // self.stages) & 1) ^ 1
+                for ring in "kv":
+                    while not self.empty[ring][slot].passes(other):
+                        yield False
+                    self.ahead += any(len(w) < taken for w in self.written)
+                    arrive = self.full[ring][slot].arrive
+                    self.copy(self.slots[ring], slot, (number, j), arrive)
+                    yield True
+                    if ring == "k" and j == 0:
+                        yield from self.queries(number, taken)
+            if kind != "nothing":
+                if count == 0:
+                    while not self.q_empty.passes((taken & 1) ^ 1):
+                        yield False
+                    self.q_full.arrive()
+                taken += 1
+            begun += count
+
+    def queries(self, number, taken):
+        while not self.q_empty.passes((taken & 1) ^ 1):
+            yield False
+        assert self.apart or not any(self.reading)
+        left = [self.groups]
+
+        def arrive():  # one barrier counts the bytes of all copies
+            left[0] -= 1
+            if not left[0]:
+                self.q_full.arrive()
+
+        for g in range(self.groups):
+            self.copy(self.q, g, number, arrive)
         yield True
 
-    def produce():
-        for j in range(tiles):
-            slot, other = j % stages, ((j // stages) & 1) ^ 1
-            for ring in "kv":
-                while not empty[ring][slot].passes(other):
-                    yield False
-                slots[ring][slot] = "being overwritten"
-                copies.append(copy(ring, slot, j))
-                yield True
+    def consume(self, g):
+        begun = taken = 0
 
-    def wait(ring, j):
-        while not full[ring][j % stages].passes((j // stages) & 1):
+        def wait(ring, n):
+            while not self.full[ring][n % self.stages].passes((n // self.stages) & 1):
+                yield False
+
+        def read(ring, number, j):
+            n = begun + j
+            assert self.slots[ring][n % self.stages] == (number, j)
+            self.empty[ring][n % self.stages].arrive()
+
+        for number, (kind, count) in enumerate(self.rows):
+            if kind == "nothing":
+                continue
+            while not self.q_full.passes(taken & 1):
+                yield False
+            for j in range(count):
+                yield from wait("k", begun + j)
+                if j:
+                    yield from wait("v", begun + j - 1)
+                yield True  # both products run
+                assert self.q[g] == number
+                read("k", number, j)
+                yield True
+                if j:
+                    read("v", number, j - 1)
+            if count:
+                yield from wait("v", begun + count - 1)
+                yield True
+                read("v", number, count - 1)
+            begun += count
+            if self.apart:
+                self.q_empty.arrive()
+            yield True
+            if kind == "row":
+                yield from self.write(g, number)
+            else:
+                self.written[g].append(number)
+            if not self.apart:
+                self.q_empty.arrive()
+            taken += 1
+        while self.reading[g]:
             yield False
 
-    def consume(log):
-        for j in range(tiles):
-            yield from wait("k", j)
-            if j:
-                yield from wait("v", j - 1)
-            yield True  # both products run
-            assert slots["k"][j % stages] == j
-            empty["k"][j % stages].arrive()
+    def write(self, g, number):
+        while self.reading[g]:
+            assert self.apart
+            yield False
+        place = self.staged if self.apart else self.q
+        place[g] = ("result", number)
+        self.reading[g] = True
+
+        def out():
+            while self.random.random() < 0.6:
+                yield True
+            assert place[g] == ("result", number)
+            self.written[g].append(number)
+            self.reading[g] = False
             yield True
-            if j:
-                assert slots["v"][(j - 1) % stages] == j - 1
-                empty["v"][(j - 1) % stages].arrive()
-            log.append(j)
-            yield True
-        yield from wait("v", tiles - 1)
+
+        self.copies.append(out())
         yield True
-        assert slots["v"][(tiles - 1) % stages] == tiles - 1
+        while self.reading[g] and not self.apart:
+            yield False
 
-    random_ = random.Random(seed)
-    logs = [[] for _ in range(groups)]
-    running = [produce(), *(consume(log) for log in logs)]
-    idle = 0
-    while running or copies:
-        everyone = running + copies
-        one = random_.choice(everyone)
-        try:
-            idle = 0 if next(one) else idle + 1
-        except StopIteration:
-            idle = 0
-            (running if one in running else copies).remove(one)
-        assert idle < 1000, "nobody can go on"
-    assert all(log == list(range(tiles)) for log in logs)
+    def run(self):
+        running = [self.produce(), *(self.consume(g) for g in range(self.groups))]
+        idle = 0
+        while running or self.copies:
+            one = self.random.choice(running + self.copies)
+            try:
+                idle = 0 if next(one) else idle + 1
+            except StopIteration:
+                idle = 0
+                (running if one in running else self.copies).remove(one)
+            assert idle < 1000, "nobody can go on"
+        done = [i for i, (kind, _) in enumerate(self.rows) if kind != "nothing"]
+        assert all(sorted(w) == done for w in self.written)
+        return self.ahead
 
 
+def _kinds(random_, stages):
+    """Rows of a program: whole ones and parts of every length, rows without keys, and entries without work."""
+    lengths = [0, 1, 2, 3, stages, 2 * stages + 1, 19]
+    kinds = random_.choices(["row", "part", "nothing"], [6, 2, 1], k=random_.randint(1, 7))
+    return [(kind, 0 if kind == "nothing" else random_.choice(lengths)) for kind in kinds]
+
+
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("stages", [2, 3, 4, 6])
-def test_the_rings_neither_stop_nor_overwrite(stages, groups):
-    for tiles, seed in itertools.product([1, 2, 3, stages, 2 * stages + 1, 19], range(5)):
-        _play(tiles, stages, groups, seed)
+def test_the_rings_neither_stop_nor_overwrite(stages, groups, apart):
+    for tiles, seed in itertools.product([0, 1, 2, 3, stages, 2 * stages + 1, 19], range(3)):
+        _Machine([("row", tiles)], stages, groups, apart, seed).run()
+    for seed in range(40):
+        rows = _kinds(random.Random(seed), stages)
+        _Machine(rows, stages, groups, apart, seed).run()
+
+
+def test_keys_of_the_next_row_are_copied_ahead():
+    assert sum(_Machine([("row", 3)] * 6, 2, 2, True, seed).run() for seed in range(5)) > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_simulation_finds_a_forgotten_turn_of_a_row_without_keys(seed, monkeypatch):
+    """Without its turn, the row would be written over the queries of the next."""
+    machine = _Machine([("row", 2), ("row", 0), ("row", 2)] * 3, 2, 2, False, seed)
+    machine.q_full.passes = lambda parity: True
+    with pytest.raises(AssertionError):
+        machine.run()
+
+
+def _walk(turns, programs, total):
+    """Work of each program, as ``_item`` deals it out."""
+    for p in range(programs):
+        works = [t * programs + (p if t % 2 == 0 else programs - 1 - p) for t in range(turns)]
+        yield [w for w in works if w < total]
+
+
+@pytest.mark.parametrize(("total", "programs"), [(1, 1), (7, 7), (132, 7), (135, 132), (1000, 132)])
+def test_all_work_is_dealt_out_once(total, programs):
+    dealt = list(_walk(-(-total // programs), programs, total))
+    assert sorted(itertools.chain(*dealt)) == list(range(total))
+    # Heads of a length that divides the device: no program gets the longest row of every head.
+    lengths = [66 - w % 66 for w in range(660)]
+    loads = [sum(lengths[w] for w in works) for works in _walk(5, 132, 660)]
+    assert max(loads) <= min(loads) + 66
+
+
+def test_short_rows_share_programs():
+    one, two = gluon.plan(128, (128, 128)), gluon.plan(128, (64, 64))
+    assert gluon.programs(1536, 6 * 128, one, 132) == 132
+    assert gluon.programs(1536, 6 * 128, two, 132) == 264
+    assert gluon.programs(100, 6 * 128, one, 132) == 100
+    assert gluon.programs(7092, 332 * 128, one, 132) == 7092
 
 
 def _tensors(heads=2, tokens=256, dim=128, dtype=torch.bfloat16):

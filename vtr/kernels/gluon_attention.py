@@ -8,10 +8,16 @@ consumer, a group of four warps, holds 64 queries and has the next scores and th
 tensor cores while it computes weights.
 
 Rings. A slot of a ring has two barriers. ``full`` completes when the copy has arrived (one arrival, with
-the bytes expected), ``empty`` when every consumer has read it (one arrival each). Tile j uses slot j mod
-STAGES in round j div STAGES; consumers wait for phase ``round & 1`` of ``full``, the producer for the
-other phase of ``empty``, which a fresh barrier counts as complete. ``tests/kernels/test_gluon.py`` plays
-the protocol through.
+the bytes expected), ``empty`` when every consumer has read it (one arrival each). Tile n of a program uses
+slot n mod STAGES in round n div STAGES; consumers wait for phase ``round & 1`` of ``full``, the producer for
+the other phase of ``empty``, which a fresh barrier counts as complete. The memory of the queries is a ring of
+one slot, which every row takes in turn, rows without keys as well. ``tests/kernels/test_gluon.py`` plays the
+protocol through.
+
+Rows. A program computes one row after the other, and tiles are counted on from row to row, so that the
+first keys of a row arrive while the row before is written. :func:`programs` says when a program
+gets several rows: with short ones, the start of a program would cost as much as two or three tiles. Long rows
+have a program each, which the device starts as room becomes free.
 
 Tails. Descriptors have four axes (batch, head, token, head dim), so that rows past the end of a head read
 as zeros and are not written, whatever lies behind them in memory.
@@ -40,6 +46,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from vtr.kernels.triton_common import multiprocessors
+
 # Renamed in Triton 3.7 or later.
 _copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -49,29 +57,79 @@ _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
-    b, h, key_head, row, column, first, last,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+def _item(
+    turn, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, ONE_PATTERN: gl.constexpr,
 ):  # fmt: skip
-    """Copy the queries of the row, and its key blocks one after the other as slots become free."""
+    """The work of this program in a turn: batch and head (``lane``), query block (-1: nothing), first, middle
+    and last entry, part (-1: a whole row), and the key block of the first entry."""
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    # There and back: the lists of all heads fall, so a program with a long row gets a short one next.
+    work = turn * programs + gl.where(turn % 2 == 0, place, programs - 1 - place)
+    there = work < total
+    lane = work // items
+    entry = ITEMS + (work % items).to(gl.int64) * 8
+    if not ONE_PATTERN:
+        b = (lane // heads).to(gl.int64)
+        h = (lane % heads).to(gl.int64)
+        pattern = gl.load(PATTERN + b * stride_pb + h * stride_ph, mask=there, other=0)
+        entry += pattern.to(gl.int64) * items * 8
+    # The first copies wait for this read, so one read gets everything if possible.
+    row_block = gl.load(entry, mask=there, other=-1)
+    first = gl.load(entry + 1, mask=there, other=0)
+    middle = gl.load(entry + 2, mask=there, other=0)
+    last = gl.load(entry + 3, mask=there, other=0)
+    part = gl.load(entry + 4, mask=there, other=-1)
+    column = gl.load(entry + 5, mask=there, other=0)
+    # Heavy rows have a whole entry besides their parts, which says that there is nothing to do.
+    middle = gl.where(row_block >= 0, middle, first)
+    last = gl.where(row_block >= 0, last, first)
+    return lane, row_block, first, middle, last, part, column
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr,
+    BLOCK_N: gl.constexpr, ONE_PATTERN: gl.constexpr,
+):  # fmt: skip
+    """Copy the queries and the key blocks of each row, one after the other as slots become free: the first
+    keys of a row while consumers still work on the row before."""
     SUB_N: gl.constexpr = MASK_N // BLOCK_N
-    if last > first:
-        mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
-        for g in gl.static_range(GROUPS):
-            _copy_in(q_desc, [b, h, row + g * 64, 0], q_full, q_s.index(g))
-        for j in range(0, (last - first) * SUB_N):
+    begun = 0  # tiles of the rows before
+    rows = 0
+    for turn in range(0, gl.cdiv(total, gl.num_programs(0))):
+        lane, row_block, first, _, last, _, column = _item(
+            turn, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, ONE_PATTERN
+        )  # fmt: skip
+        b = lane // heads
+        h = lane % heads
+        key_head = h // group
+        count = (last - first) * SUB_N
+        for j in range(0, count):
             key = column * MASK_N + (j % SUB_N) * BLOCK_N
             following = first + (j + 1) // SUB_N
             column = gl.load(COL + following, mask=following < last, other=0)
-            slot = j % STAGES
-            other_phase = ((j // STAGES) & 1) ^ 1
+            slot = (begun + j) % STAGES
+            other_phase = (((begun + j) // STAGES) & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), other_phase)
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
             _copy_in(k_desc, [b, key_head, key, 0], k_full.index(slot), k_s.index(slot))
+            if j == 0:
+                mbarrier.wait(q_empty, (rows & 1) ^ 1)
+                mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
+                for g in gl.static_range(GROUPS):
+                    _copy_in(q_desc, [b, h, row_block * MASK_M + g * 64, 0], q_full, q_s.index(g))
             mbarrier.wait(v_empty.index(slot), other_phase)
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
             _copy_in(v_desc, [b, key_head, key, 0], v_full.index(slot), v_s.index(slot))
+        if row_block >= 0:
+            if count == 0:  # nothing to copy, but the memory of the queries takes its turn
+                mbarrier.wait(q_empty, (rows & 1) ^ 1)
+                mbarrier.arrive(q_full, count=1)
+            rows += 1
+        begun += count
 
 
 @gluon.jit
@@ -105,21 +163,22 @@ def _hide(scores, bits, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _step(
-    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j, first, scale_log2,
-    TILE, BITS, WHICH: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j, begun, steps,
+    first, scale_log2, TILE, BITS, WHICH: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile j and values of tile j - 1, both in the tensor cores; then the weights of tile j."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    slot = j % STAGES
-    before = (j - 1) % STAGES
-    mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+    n = begun + j
+    slot = n % STAGES
+    before = (n - 1) % STAGES
+    mbarrier.wait(k_full.index(slot), (n // STAGES) & 1)
     if TURNS:
-        mbarrier.wait(turns.index(WHICH), (j & 1) ^ WHICH)
+        mbarrier.wait(turns.index(WHICH), ((steps + j) & 1) ^ WHICH)
     keys = k_s.index(slot).reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
     zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
     scores_later = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(before), ((j - 1) // STAGES) & 1)
+    mbarrier.wait(v_full.index(before), ((n - 1) // STAGES) & 1)
     values = v_s.index(before).reshape([BLOCK_N, q.shape[1]])
     acc_later = warpgroup_mma(weights, values, acc, is_async=True)
     if TURNS:
@@ -146,131 +205,155 @@ def _step(
 @gluon.jit
 def _consume(
     o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-    q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
-    b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, MASK_M: gl.constexpr,
-    MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+    q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, parts, q_len, scale_log2,
+    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
+    MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr, ONE_PATTERN: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
-    """Compute attention for queries 64 WHICH.. of the row and write the result."""
+    """Compute attention for queries 64 WHICH.. of each row of this program and write the results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     w_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     SUB_N: gl.constexpr = MASK_N // BLOCK_N
-    full = (middle - first) * SUB_N
-    count = (last - first) * SUB_N
-    m = gl.full([64], float("-inf"), gl.float32, s_rows)
-    total = gl.zeros([64], gl.float32, s_rows)
-    acc = gl.zeros([64, D], gl.float32, o_layout)
-    if count > 0:
-        q = q_s.index(WHICH).reshape([64, D])
-        mbarrier.wait(q_full, 0)
-        mbarrier.wait(k_full.index(0), 0)
-        keys = k_s.index(0).reshape([BLOCK_N, D]).permute((1, 0))
-        zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-        scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [scores])
-        mbarrier.arrive(k_empty.index(0), count=1)
-        if full == 0:
-            bits = _bits(0, first, TILE, BITS, s_layout, WHICH, MASK_M, MASK_N, BLOCK_N)
-            scores = _hide(scores, bits, BLOCK_N)
-        m = gl.max(scores, 1) * scale_log2
-        m_safe = gl.where(m == float("-inf"), 0.0, m)
-        new = gl.exp2(scores * scale_log2 - m_safe[:, None])
-        total = gl.sum(new, 1)
-        weights = gl.convert_layout(new.to(q.dtype), w_layout)
-        for j in range(1, full):
-            weights, m, total, acc = _step(
-                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
-                first, scale_log2, TILE, BITS, WHICH, False, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N,
-            )  # fmt: skip
-        for j in range(gl.maximum(full, 1), count):
-            weights, m, total, acc = _step(
-                q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
-                first, scale_log2, TILE, BITS, WHICH, True, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N,
-            )  # fmt: skip
-        end = (count - 1) % STAGES
-        mbarrier.wait(v_full.index(end), ((count - 1) // STAGES) & 1)
-        values = v_s.index(end).reshape([BLOCK_N, D])
-        acc = warpgroup_mma(weights, values, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [acc])
+    q = q_s.index(WHICH).reshape([64, D])
+    begun = 0  # tiles of the rows before
+    steps = 0  # the same without the first of each row, which takes no turn
+    rows = 0
+    lane, row_block, first, middle, last, part, _ = _item(
+        0, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, ONE_PATTERN
+    )  # fmt: skip
+    for turn in range(0, gl.cdiv(total_items, gl.num_programs(0))):
+        full = (middle - first) * SUB_N
+        count = (last - first) * SUB_N
+        m = gl.full([64], float("-inf"), gl.float32, s_rows)
+        total = gl.zeros([64], gl.float32, s_rows)
+        acc = gl.zeros([64, D], gl.float32, o_layout)
+        if row_block >= 0:
+            mbarrier.wait(q_full, rows & 1)
+        if count > 0:
+            start = begun % STAGES
+            mbarrier.wait(k_full.index(start), (begun // STAGES) & 1)
+            keys = k_s.index(start).reshape([BLOCK_N, D]).permute((1, 0))
+            zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+            scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, [scores])
+            mbarrier.arrive(k_empty.index(start), count=1)
+            if full == 0:
+                bits = _bits(0, first, TILE, BITS, s_layout, WHICH, MASK_M, MASK_N, BLOCK_N)
+                scores = _hide(scores, bits, BLOCK_N)
+            m = gl.max(scores, 1) * scale_log2
+            m_safe = gl.where(m == float("-inf"), 0.0, m)
+            new = gl.exp2(scores * scale_log2 - m_safe[:, None])
+            total = gl.sum(new, 1)
+            weights = gl.convert_layout(new.to(q.dtype), w_layout)
+            for j in range(1, full):
+                weights, m, total, acc = _step(
+                    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
+                    begun, steps, first, scale_log2, TILE, BITS, WHICH, False, STAGES, TURNS,
+                    MASK_M, MASK_N, BLOCK_N,
+                )  # fmt: skip
+            for j in range(gl.maximum(full, 1), count):
+                weights, m, total, acc = _step(
+                    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
+                    begun, steps, first, scale_log2, TILE, BITS, WHICH, True, STAGES, TURNS,
+                    MASK_M, MASK_N, BLOCK_N,
+                )  # fmt: skip
+            begun += count
+            steps += count - 1
+            end = (begun - 1) % STAGES
+            mbarrier.wait(v_full.index(end), ((begun - 1) // STAGES) & 1)
+            values = v_s.index(end).reshape([BLOCK_N, D])
+            acc = warpgroup_mma(weights, values, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(v_empty.index(end), count=1)
+        if APART:
+            if row_block >= 0:
+                mbarrier.arrive(q_empty, count=1)
+        # What comes next is read while this row is written.
+        next_lane, next_row, next_first, next_middle, next_last, next_part, _ = _item(
+            turn + 1, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, ONE_PATTERN
+        )  # fmt: skip
 
-    # ---- epilogue ----
-    nothing = total == 0.0
-    factor = 1.0 / gl.where(nothing, 1.0, total)
-    lse = gl.where(nothing, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453)
-    local = WHICH * 64 + gl.arange(0, 64, s_rows)
-    row = row_block * MASK_M + local
-    if part >= 0:
-        # A part of a heavy row: kept apart in float32, joined after the launch.
-        at = (lane.to(gl.int64) * parts + part) * MASK_M
-        line = at + WHICH * 64 + gl.arange(0, 64, o_rows)
-        column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-        out = acc * gl.convert_layout(factor, o_rows)[:, None]
-        gl.store(PART_OUT + line[:, None] * D + column[None, :], out)
-        gl.store(PART_LSE + at + local, lse)
-    elif row_block >= 0:
-        at = lane.to(gl.int64) * q_len
-        if HAS_ROW_SCALE:
-            factor *= gl.load(ROW_SCALE + at + row, mask=row < q_len, other=0.0).to(gl.float32)
-        out = acc * gl.convert_layout(factor, o_rows)[:, None]
-        if HAS_ADDED:
+        # ---- epilogue ----
+        nothing = total == 0.0
+        factor = 1.0 / gl.where(nothing, 1.0, total)
+        lse = gl.where(nothing, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453)
+        local = WHICH * 64 + gl.arange(0, 64, s_rows)
+        row = row_block * MASK_M + local
+        if part >= 0:
+            # A part of a heavy row: kept apart in float32, joined after the launch.
+            at = (lane.to(gl.int64) * parts + part) * MASK_M
+            line = at + WHICH * 64 + gl.arange(0, 64, o_rows)
             column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-            line = lane.to(gl.int64) * ((q_len + MASK_M - 1) // MASK_M) + row_block
-            out += gl.load(ADDED + line * D + column).to(gl.float32)[None, :]
-        # Through the shared memory of the queries, which are no longer read.
-        place = q_s.index(WHICH)
-        _sync()
-        place.reshape([64, D]).store(out.to(q_s.dtype))
-        fence_async_shared()
-        _sync()
-        _copy_out(o_desc, [b, h, row_block * MASK_M + WHICH * 64, 0], place)
-        gl.store(LSE + at + row, lse, mask=row < q_len)
+            out = acc * gl.convert_layout(factor, o_rows)[:, None]
+            gl.store(PART_OUT + line[:, None] * D + column[None, :], out)
+            gl.store(PART_LSE + at + local, lse)
+        elif row_block >= 0:
+            at = lane.to(gl.int64) * q_len
+            if HAS_ROW_SCALE:
+                factor *= gl.load(ROW_SCALE + at + row, mask=row < q_len, other=0.0).to(gl.float32)
+            out = acc * gl.convert_layout(factor, o_rows)[:, None]
+            if HAS_ADDED:
+                column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+                line = lane.to(gl.int64) * ((q_len + MASK_M - 1) // MASK_M) + row_block
+                out += gl.load(ADDED + line * D + column).to(gl.float32)[None, :]
+            place = o_s.index(WHICH)
+            if APART:
+                tma.store_wait(0)  # of the row before
+            _sync()
+            place.reshape([64, D]).store(out.to(o_s.dtype))
+            fence_async_shared()
+            _sync()
+            _copy_out(
+                o_desc, [lane // heads, lane % heads, row_block * MASK_M + WHICH * 64, 0], place
+            )
+            gl.store(LSE + at + row, lse, mask=row < q_len)
+            if not APART:
+                tma.store_wait(0)
+        if not APART:
+            if row_block >= 0:
+                mbarrier.arrive(q_empty, count=1)
+        rows += gl.where(row_block >= 0, 1, 0)
+        lane = next_lane
+        row_block = next_row
+        first = next_first
+        middle = next_middle
+        last = next_last
+        part = next_part
+    if APART:
         tma.store_wait(0)
 
 
 # How long the lists are differs from mask to mask; nothing is gained by knowing it.
-@gluon.jit(do_not_specialize=["items", "parts"])
+@gluon.jit(do_not_specialize=["items", "total", "parts"])
 def _hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
     ITEMS, PATTERN, COL, TILE, BITS, stride_pb, stride_ph,
-    heads, group, items, parts, q_len, scale_log2, ONE_PATTERN: gl.constexpr,
+    heads, group, items, total, parts, q_len, scale_log2, ONE_PATTERN: gl.constexpr,
     D: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
+    HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = MASK_M // 64
-    lane = gl.program_id(0) // items
-    item = gl.program_id(0) % items
-    b = lane // heads
-    h = lane % heads
-    # The first copies wait for this read, so one read gets everything if possible.
-    entry = ITEMS + item.to(gl.int64) * 8
-    if not ONE_PATTERN:
-        pattern = gl.load(PATTERN + b.to(gl.int64) * stride_pb + h.to(gl.int64) * stride_ph)
-        entry += pattern.to(gl.int64) * items * 8
-    row_block = gl.load(entry)
-    first = gl.load(entry + 1)
-    middle = gl.load(entry + 2)
-    last = gl.load(entry + 3)
-    part = gl.load(entry + 4)
-    column = gl.load(entry + 5)
-    # Heavy rows have a whole entry besides their parts, which says that there is nothing to do.
-    middle = gl.where(row_block >= 0, middle, first)
-    last = gl.where(row_block >= 0, last, first)
-
     q_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D], q_desc.layout)
+    o_s = q_s  # no longer read when a row is written
+    if APART:
+        o_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], barriers)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
     mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=GROUPS)
     mbarrier.init(turns.index(0), count=1)
     mbarrier.init(turns.index(1), count=1)
     for i in gl.static_range(STAGES):
@@ -284,32 +367,34 @@ def _hopper_kernel(
         gl.warp_specialize([
             (_consume, (
                 o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
-                b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-                0, D, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+                q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
+                0, D, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_consume, (
                 o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
-                b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-                1, D, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+                q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
+                1, D, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
-                b, h, h // group, row_block * MASK_M, column, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
+                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
+                GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
                 o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty, turns,
-                b, h, lane, row_block, first, middle, last, part, parts, q_len, scale_log2,
-                0, D, STAGES, TURNS, MASK_M, MASK_N, BLOCK_N, HAS_ROW_SCALE, HAS_ADDED,
+                q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
+                0, D, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, k_full, k_empty, v_full, v_empty,
-                b, h, h // group, row_block * MASK_M, column, first, last, GROUPS, STAGES, MASK_N, BLOCK_N,
+                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
+                GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
             )),
         ], [1], [24])  # fmt: skip
 
@@ -320,20 +405,40 @@ def _hopper_kernel(
 @dataclass(frozen=True)
 class KernelPlan:
     """One variant of the kernel: keys of a tile, slots of each ring, and the registers of a thread
-    that the program is launched with (None: as many as there are for one program on a processor)."""
+    that the program is launched with (None: as many as there are for one program on a processor).
+
+    ``turns``: the groups send their products to the tensor cores by turns. ``apart``: results are written
+    from their own shared memory, so that the next queries need not wait; else from that of the queries.
+    ``together``: programs that fit a multiprocessor.
+    """
 
     block_n: int
     stages: int
     registers: int | None = None
     turns: bool = False
+    apart: bool = True
+    together: int = 1
 
 
 def plan(dim: int, block: Sequence[int]) -> KernelPlan:
     """The variant for a head dim and a mask's blocks: of 128 queries one program on a processor, of
     64 queries two, each with the shared memory and the registers that there are."""
     if block[0] == 64:
-        return KernelPlan(64, {128: 3, 64: 6}[dim], 128)
+        return KernelPlan(64, {128: 3, 64: 6}[dim], 128, apart=False, together=2)
     return KernelPlan(block[1], {128: 2, 64: 4}[dim] * 128 // block[1])
+
+
+# Blocks of 128 keys. A program starts in the time of two or three; and rows that are dealt out in advance
+# leave one or two percent of the time idle at the end (a model of 132 processors, uniform and radial masks).
+_LONG_ROW = 128
+
+
+def programs(rows: int, keys: float, plan: KernelPlan, processors: int) -> int:
+    """Return how many programs share ``rows`` work items with ``keys`` keys each on average: as many as fit the
+    device at once, or one per item if they are long or few."""
+    if keys > _LONG_ROW * 128:
+        return rows
+    return min(rows, processors * plan.together)
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float) -> str:
@@ -390,7 +495,7 @@ def constants(
     """The arguments that the kernel is compiled for."""
     return {
         "D": dim, "MASK_M": block[0], "MASK_N": block[1], "BLOCK_N": plan.block_n,
-        "STAGES": plan.stages, "TURNS": plan.turns, "HAS_ROW_SCALE": scaled, "HAS_ADDED": adding,
+        "STAGES": plan.stages, "TURNS": plan.turns, "APART": plan.apart, "HAS_ROW_SCALE": scaled, "HAS_ADDED": adding,
         "num_warps": 4, "maxnreg": plan.registers,
     }  # fmt: skip
 
@@ -407,11 +512,15 @@ def launch(
     items = lists.longer_items
     batch, heads, q_len, dim = q.shape
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
-    _hopper_kernel[(batch * heads * items.shape[1],)](
+    total = batch * heads * items.shape[1]
+    patterns, rows, _ = lists.grid
+    keys = lists.rows.col.numel() * block[1] / (patterns * rows)
+    _hopper_kernel[(programs(total, keys, plan, multiprocessors(q.device)),)](
         _descriptor(q, 64), _descriptor(k, plan.block_n), _descriptor(v, plan.block_n),
         _descriptor(out, 64), lse if row_scale is None else row_scale,
         lse if added is None else added, lse, part_out, part_lse,
         items, pattern, col, tile, lists.words, *steps,
-        heads, heads // k.shape[1], items.shape[1], part_out.shape[1], q_len, scale_log2, items.shape[0] == 1,
+        heads, heads // k.shape[1], items.shape[1], total, part_out.shape[1], q_len, scale_log2,
+        items.shape[0] == 1,
         **constants(dim, block, plan, row_scale is not None, added is not None),
     )  # fmt: skip

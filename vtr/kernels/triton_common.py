@@ -94,7 +94,7 @@ def amount(device: torch.device, programs: int) -> str:
     many times over is not the best for one that is only partly filled."""
     if interpreting():
         return "few"
-    rounds = programs / _multiprocessors(device)
+    rounds = programs / multiprocessors(device)
     return "few" if rounds < 2 else "some" if rounds < 16 else "many"
 
 
@@ -104,7 +104,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
