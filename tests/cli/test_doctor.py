@@ -128,6 +128,19 @@ def test_backends_that_raise_or_compute_something_else(monkeypatch: pytest.Monke
     assert found["reference on cpu"].detail == "ArithmeticError: its result is off by nan"
 
 
+def test_the_hopper_kernel_is_listed_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vtr.kernels import proof
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 0), (9, 0), (9, 0)][i])
+    monkeypatch.setattr(proof, "known", lambda device: ["", "works", ""][device.index])
+    monkeypatch.setattr(proof, "check", lambda device: "status -11")
+    assert list(doctor_backends._hopper()) == [
+        Finding("Hopper kernel on cuda:1", GOOD, "equals the reference on this machine"),
+        Finding("Hopper kernel on cuda:2", ABSENT, "the Triton kernel runs instead: status -11"),
+    ]
+
+
 @pytest.mark.gpu
 def test_backends_run_on_a_gpu() -> None:
     found = by_name(doctor_backends.attention())

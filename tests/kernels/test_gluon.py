@@ -7,6 +7,7 @@ has read a slot, and that the protocol of the rings neither stops nor overwrites
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -28,7 +29,12 @@ from triton.backends.compiler import GPUTarget
 
 from tests.kernels.cases import added_rows, mask_of, qkv
 from tests.simulated import gpu
-from vtr.kernels import BlockMask, block_sparse_attention, block_sparse_attention_reference
+from vtr.kernels import (
+    BlockMask,
+    block_sparse_attention,
+    block_sparse_attention_reference,
+    proof,
+)
 from vtr.kernels import triton_attention as shared
 
 ROOT = Path(__file__).parents[2]
@@ -358,7 +364,8 @@ def _tensors(heads=2, tokens=256, dim=128, dtype=torch.bfloat16):
 @pytest.fixture
 def simulated(monkeypatch):
     """A Hopper GPU that does not exist."""
-    monkeypatch.setattr(gluon, "_capability", lambda device: (9, 0))
+    for module in (gluon, shared):
+        monkeypatch.setattr(module, "on_hopper", lambda device: device.type == "cuda")
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: 16 * (1 + t.storage_offset()))
     with gpu():
         yield
@@ -366,8 +373,9 @@ def simulated(monkeypatch):
 
 def test_what_it_takes(simulated):
     for dim, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16)):
+        tensors = _tensors(tokens=64, dim=dim, dtype=dtype)
         for block in BLOCKS:
-            assert gluon.refuses(*_tensors(dim=dim, dtype=dtype), block, 0.1) == ""
+            assert gluon.refuses(*tensors, block, 0.1) == ""
 
 
 @pytest.mark.parametrize(
@@ -399,16 +407,43 @@ def test_other_devices_run_the_portable_kernel(monkeypatch):
         shared._hopper(q, k, v, [128, 128], 0.1)
 
 
-def test_the_kernel_can_be_chosen(simulated):
+@pytest.mark.parametrize("works", [True, False])
+def test_the_kernel_can_be_chosen(works, simulated, monkeypatch):
+    monkeypatch.setattr(proof, "works", lambda device: works)
     q, k, v = _tensors()
-    assert shared._hopper(q, k, v, [128, 128], 0.1) is None
+    by_itself = gluon if works else None
+    assert shared._hopper(q, k, v, [128, 128], 0.1) is by_itself
     with shared.forward_kernel("gluon"):
         assert shared._hopper(q, k, v, [128, 128], 0.1) is gluon
         with shared.forward_kernel("triton"):
             assert shared._hopper(q, k, v, [128, 128], 0.1) is None
-    assert shared._hopper(q, k, v, [128, 128], 0.1) is None
+    assert shared._hopper(q, k, v, [128, 128], 0.1) is by_itself
+    assert shared._hopper(q, k, v, [32, 128], 0.1) is None
     with pytest.raises(ValueError, match='"gluon", "triton" or None, not "cuda"'):
         shared.forward_kernel("cuda").__enter__()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_tuning_compares_it_with_the_portable_kernel(works, simulated, monkeypatch):
+    mask = BlockMask.from_blocks(torch.eye(2, dtype=torch.bool), q_len=256, k_len=256)
+    ran, tuned = [], []
+    monkeypatch.setattr(proof, "works", lambda device: works)
+    monkeypatch.setattr(gluon, "launch", lambda *args: ran.append(args[-1]))
+    monkeypatch.setattr(shared, "amount", lambda device, programs: "few")
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
+    monkeypatch.setattr(shared, "tuned", lambda *args: tuned.append(args))
+    q, k, v = _tensors()
+    call = (q, k, v, None, None, [t.to("cuda") for t in mask.tensors()[:6]] + mask.tensors()[6:])
+    shared.forward(*call, [256, 256, 128, 128], 0.1)
+    (key, configs, launch), portable = tuned[0], shared._configs(128, 128, 128, "half")
+    assert (key[-1] == "hopper") == works and not ran
+    assert configs == [*portable, shared._HOPPER] if works else configs == portable
+    if works:
+        launch(shared._HOPPER)
+        assert ran == [gluon.plan(128, (128, 128))]
+    with shared.forward_kernel("gluon"):
+        shared.forward(*call, [256, 256, 128, 128], 0.1)
+    assert len(ran) == works + 1 and len(tuned) == 1
 
 
 def test_a_kernel_chosen_by_the_environment_must_exist():

@@ -30,6 +30,24 @@ def attention() -> Iterator[Finding]:
                 yield _tried(name, lambda b=backend, k=kind: _attend(b, k))
         if kind == "cuda":
             yield _tried("bipartite_match on cuda", _match)
+            yield from _hopper()
+
+
+def _hopper() -> Iterator[Finding]:
+    """The verdict on the Hopper kernel, for each device of compute capability 9.x; checks it if needed."""
+    import torch
+
+    from vtr.kernels import proof
+
+    for i in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(i)[0] != 9:
+            continue
+        device = torch.device("cuda", i)
+        verdict, name = proof.known(device) or proof.check(device), f"Hopper kernel on cuda:{i}"
+        if verdict == proof.WORKS:
+            yield Finding(name, GOOD, "equals the reference on this machine")
+        else:
+            yield Finding(name, ABSENT, f"the Triton kernel runs instead: {verdict}")
 
 
 def _tried(name: str, run: Any) -> Finding:

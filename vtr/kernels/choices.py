@@ -1,7 +1,8 @@
 """The tile sizes that tuning chose, kept on disk, so that all processes on a machine use the same.
 
 Other tiles sum in another order, so with its own choice each process could round differently.
-``python -m vtr.kernels.choices`` prints the choices; to tune again, delete the file that it names.
+``python -m vtr.kernels.choices`` prints the choices, and the verdicts of :mod:`vtr.kernels.proof`; to tune or check
+again, delete the file that it names.
 """
 
 from __future__ import annotations
@@ -68,37 +69,72 @@ def find(machine: str, kind: str) -> Choice | None:
 
 def keep(machine: str, kind: str, choice: Choice, candidates: Collection[Choice]) -> Choice:
     """Write a choice; returns the one to use, which is another process's if that came first and is
-    one of the candidates.
-
-    A file that cannot be written is left alone, with a warning in the log.
-    """
-    file, found = path(), load()
+    one of the candidates."""
+    found = load()
     kinds = found.setdefault(machine, {})
     if kinds.get(kind) in candidates:
         return kinds[kind]
     kinds[kind] = choice
+    write(path(), found)
+    return choice
+
+
+def write(file: Path, content: object) -> None:
+    """Write JSON. A file that cannot be written is left alone, with a warning in the log."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: no other process reads half a file.
         with tempfile.NamedTemporaryFile(
             "w", dir=file.parent, prefix=file.name, delete=False, encoding="utf-8"
         ) as aside:
-            json.dump(found, aside, indent=1, sort_keys=True)
+            json.dump(content, aside, indent=1, sort_keys=True)
         os.replace(aside.name, file)
     except OSError as error:
         _log.warning("kernel choices cannot be written to %s: %s", file, error)
-    return choice
+
+
+# ---- verdicts on kernels ----------------------------------------------------------------------
+
+
+def verdict_path() -> Path:
+    """The file of verdicts (:mod:`vtr.kernels.proof`), beside the choices."""
+    return path().with_name("proofs-1.json")
+
+
+def verdicts() -> dict[str, dict[str, str]]:
+    """Read all verdicts, by machine and version of the kernel. A file that cannot be read counts as empty,
+    with a warning in the log."""
+    file = verdict_path()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {m: {k: str(v) for k, v in said.items()} for m, said in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        _log.warning("verdicts on kernels in %s are ignored: %s", file, error)
+        return {}
+
+
+def keep_verdict(machine: str, version: str, verdict: str) -> None:
+    """Write a verdict."""
+    found = verdicts()
+    found.setdefault(machine, {})[version] = verdict
+    write(verdict_path(), found)
 
 
 def report() -> str:
-    """List the file and its choices, one per line."""
+    """List the file and its choices, one per line, and the same for verdicts if there are any."""
     lines = [str(path())]
     for name, kinds in sorted(load().items()):
         lines.append(name)
         for kind, (m, n, warps, stages, persistent) in sorted(kinds.items()):
-            line = f"  {kind}: {m} x {n}, {warps} warps, {stages} stages"
+            tile = f"{m} x {n}, {warps} warps, {stages} stages" if m else "the Hopper kernel"
             each = f", {persistent} persistent a multiprocessor" if persistent else ""
-            lines.append(line + each)
+            lines.append(f"  {kind}: {tile}{each}")
+    said = verdicts()
+    lines += [str(verdict_path())] if said else []
+    for name, kernels in sorted(said.items()):
+        lines += [name, *(f"  {kernel}: {verdict}" for kernel, verdict in sorted(kernels.items()))]
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vtr.kernels.triton_common import multiprocessors
+from vtr.kernels.triton_common import multiprocessors, on_hopper
 
 # Renamed in Triton 3.7 or later.
 _copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -269,10 +269,10 @@ def _consume(
             acc = warpgroup_mma(weights, values, acc, is_async=True)
             acc = warpgroup_mma_wait(0, [acc])
             mbarrier.arrive(v_empty.index(end), count=1)
-        if APART:
+        if APART:  # noqa: SIM102, decided when the kernel is compiled
             if row_block >= 0:
                 mbarrier.arrive(q_empty, count=1)
-        # What comes next is read while this row is written.
+        # The next item is read while this row is written.
         next_lane, next_row, next_first, next_middle, next_last, next_part, _ = _item(
             turn + 1, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, ONE_PATTERN
         )  # fmt: skip
@@ -313,7 +313,7 @@ def _consume(
             gl.store(LSE + at + row, lse, mask=row < q_len)
             if not APART:
                 tma.store_wait(0)
-        if not APART:
+        if not APART:  # noqa: SIM102
             if row_block >= 0:
                 mbarrier.arrive(q_empty, count=1)
         rows += gl.where(row_block >= 0, 1, 0)
@@ -443,7 +443,7 @@ def programs(rows: int, keys: float, plan: KernelPlan, processors: int) -> int:
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float) -> str:
     """Return the reason why a call cannot run here, "" if it can."""
-    if not q.is_cuda or _capability(q.device)[0] != 9:
+    if not on_hopper(q.device):
         return "the Hopper kernel needs a device of compute capability 9.x"
     if q.dtype not in _ELEMENTS:
         return f"the Hopper kernel computes in bfloat16 and float16, not {q.dtype}"
@@ -460,11 +460,6 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float)
             "positive multiples of 8 elements"
         )
     return ""
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _copyable(t: Tensor) -> bool:

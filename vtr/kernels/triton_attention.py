@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtr.kernels import triton_backward, triton_join
+from vtr.kernels import proof, triton_backward, triton_join
 from vtr.kernels.csr import Csr
 from vtr.kernels.triton_common import (
     Config,
@@ -42,6 +42,7 @@ from vtr.kernels.triton_common import (
     load_rows,
     load_words,
     multiprocessors,
+    on_hopper,
     pack_tiles,
     precision,
     products,
@@ -338,8 +339,6 @@ def _configs(dim: int, bm: int, bn: int, kind: str, short: bool = False) -> list
     return list(dict.fromkeys(found))
 
 
-# The Hopper kernel compiles and its prototype ran well, but itself it has not run on a GPU yet: until
-# ``make gpu-first`` has, it is used on request only.
 _forced: str | None = os.environ.get("VTR_FORWARD_KERNEL")
 if _forced not in ("gluon", "triton", None):
     raise ValueError(f'VTR_FORWARD_KERNEL must be "gluon" or "triton", not "{_forced}"')
@@ -348,7 +347,8 @@ if _forced not in ("gluon", "triton", None):
 @contextlib.contextmanager
 def forward_kernel(name: str | None) -> Iterator[None]:
     """Force the forward kernel inside the block: ``"gluon"`` (the Hopper kernel; raises if it cannot
-    run), ``"triton"``, or ``None`` for the default, which is ``"triton"`` on every device today.
+    run), ``"triton"``, or ``None`` for the default: on devices of compute capability 9.x the faster of the two
+    if the Hopper kernel works on this machine (:mod:`vtr.kernels.proof`), else ``"triton"``.
 
     The environment variable ``VTR_FORWARD_KERNEL`` sets the same for a whole process."""
     global _forced
@@ -374,17 +374,22 @@ def _gluon() -> Any:
     return gluon_attention
 
 
+# A candidate for tuning beside the tiles: the Hopper kernel, which has its own.
+_HOPPER = Config(0, 0, 0, 0)
+
+
 def _hopper(q: Tensor, k: Tensor, v: Tensor, block: list[int], scale: float) -> Any:
-    """Return the module of the Hopper kernel if it was requested, else None."""
-    if _forced != "gluon":
+    """Return the module of the Hopper kernel if it can run this call and was requested or has proven itself on
+    this machine, else None."""
+    if _forced == "triton" or not (_forced or on_hopper(q.device)):
         return None
     module = _gluon()
     why = module if isinstance(module, str) else module.refuses(q, k, v, block, scale)
-    if why:
+    if why and _forced:
         raise RuntimeError(
             f"{why}; the Triton kernel runs without forward_kernel and VTR_FORWARD_KERNEL"
         )
-    return module
+    return None if why or not (_forced or proof.works(q.device)) else module
 
 
 def forward(
@@ -410,8 +415,16 @@ def forward(
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
 
     unit, strides = unit_strides(q, k, v, out)
+    hopper = _hopper(q, k, v, dims[2:], scale)
 
     def launch(config: Config) -> None:
+        if config == _HOPPER:
+            hopper.launch(
+                q, k, v, None if row_scale is None else scales, None if added is None else rows,
+                out, lse, part_out, part_lse, lists, mask, dims[2:], scale * _LOG2E,
+                hopper.plan(dim, dims[2:]),
+            )  # fmt: skip
+            return
         places = programs = items * (dims[2] // config.block_m) * batch * heads
         claimed, threads = lists.items, 0
         if config.persistent:
@@ -429,21 +442,20 @@ def forward(
             **config.register_limit,
         )  # fmt: skip
 
-    hopper = _hopper(q, k, v, dims[2:], scale)
     kind = products(q.dtype)
     programs = amount(q.device, items * batch * heads)
     length = "short" if lists.live * dims[3] < _SHORT else "long"
-    key = ("forward", q.device, q.dtype, kind, dim, *dims[2:], programs, length)
+    key: tuple[Any, ...] = (
+        "forward", q.device, q.dtype, kind, dim, *dims[2:], programs, length,
+    )  # fmt: skip
+    configs = _configs(dim, dims[2], dims[3], kind, length == "short" and programs != "few")
+    if hopper is not None:
+        key, configs = (*key, "hopper"), [*configs, _HOPPER]
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
-        if hopper is None:
-            short = length == "short" and programs != "few"
-            tuned(key, _configs(dim, dims[2], dims[3], kind, short), launch)
+        if hopper is not None and _forced:
+            launch(_HOPPER)
         else:
-            hopper.launch(
-                q, k, v, None if row_scale is None else scales, None if added is None else rows,
-                out, lse, part_out, part_lse, lists, mask, dims[2:], scale * _LOG2E,
-                hopper.plan(dim, dims[2:]),
-            )  # fmt: skip
+            tuned(key, configs, launch)
         if parts:
             triton_join.join(
                 out, lse, part_out, part_lse,

@@ -109,6 +109,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache  # asked in every call
+def on_hopper(device: torch.device) -> bool:
+    """Tell whether a device has compute capability 9.x."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _measure(configs: Sequence[Config], launch: Callable[[Config], None]) -> Config:
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
