@@ -48,7 +48,7 @@ def test_bounds_of_the_project_are_the_tested_ranges() -> None:
         if one is None:
             continue
         seen.add(name)
-        parts = dict(re.findall(r"(>=|<|==)\s*([\d.]+)", bounds))
+        parts = dict(re.findall(r"(>=|<|==)\s*([\d.]+(?:b\d+)?)", bounds))
         if one.lowest == one.newest:
             assert parts == {"==": one.lowest}, f"{name}{bounds} is not {one.requirement}"
             continue

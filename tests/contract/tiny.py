@@ -183,6 +183,6 @@ MODELS: dict[str, Callable[[], Iterator[Any]]] = {
 
 def need(library: str) -> None:
     """Skip a test whose library is not installed."""
-    if library == "lmms_eval" and contract.installed(library) is None:
-        pytest.skip("lmms-eval is not installed")
+    if library in ("lmms_eval", "flash_attn") and contract.installed(library) is None:
+        pytest.skip(f"{contract.TESTED[library].name} is not installed")
     pytest.importorskip(library)

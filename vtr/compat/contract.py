@@ -20,7 +20,7 @@ from vtr.errors import UnsupportedModelError
 #: Libraries with a contract, by the names of their packages.
 LIBRARIES = (
     *("torch", "transformers", "timm", "open_clip", "diffusers"),
-    *("accelerate", "peft", "lmms_eval"),
+    *("accelerate", "peft", "lmms_eval", "flash_attn"),
 )
 
 

@@ -66,6 +66,7 @@ TESTED = {
         Library("av", "av", "15", "18", "19", "video"),
         Library("triton", "triton", "3.6", "3.9", "3.10"),
         Library("lmms-eval", "lmms_eval", "0.7.3", "0.7.3", "0.7.4", "eval"),
+        Library("flash-attn-4", "flash_attn", "4.0.0b36", "4.0.0b36", "4.0.1", "flash"),
     )
 }
 """Package -> its tested range. ``pyproject.toml`` has the same bounds, which a test compares."""

@@ -18,7 +18,7 @@ from vtr.kernels.epilogue import finish
 from vtr.kernels.precision import full_precision, lowers
 from vtr.kernels.product import gains, stacks
 
-BACKENDS = ("triton", "flex", "sdpa", "reference")
+BACKENDS = ("triton", "flex", "flash", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Head dims of the Triton kernels; flex and sdpa take any.
 TRITON_DIMS = tuple(sorted({72, 88, *range(32, 257, 16)}))
@@ -62,8 +62,8 @@ def block_sparse_attention(
             (Rectified SpaAttn's pooled values). Not the LSE.
         return_lse: also return the natural log-sum-exp of each row's scaled scores.
         backend: ``"triton"`` (GPU; head dims 32 to 256 in steps of 16, 72 and 88; blocks of 16,
-            32, 64 or 128 tokens), ``"flex"`` (compiled FlexAttention), ``"sdpa"`` (gathers key blocks, needs no
-            compiler), ``"reference"`` (eager, the whole map in memory), or ``"auto"``: the fastest
+            32, 64 or 128 tokens), ``"flex"`` (compiled FlexAttention), ``"flash"`` (flash-attn-4 on Hopper
+            and Blackwell; never chosen by ``"auto"``), ``"sdpa"`` (gathers key blocks, needs no compiler), ``"reference"`` (eager, the whole map in memory), or ``"auto"``: the fastest
             that supports the call. Backends differ by rounding only.
 
     Returns:
@@ -93,7 +93,9 @@ def block_sparse_attention(
         return (out, lse) if return_lse else out
     # A row scale that learns, and what is added where anything learns, are applied outside, where
     # autograd sees them (the backward needs the output without what is added); else in the kernel.
-    outside = grad and (added is not None or (row_scale is not None and row_scale.requires_grad))
+    # flash-attn-4 itself reads the output in its backward, so that the output may not be scaled.
+    learns = row_scale is not None and (row_scale.requires_grad or name == "flash")
+    outside = grad and (added is not None or learns)
     out, lse = torch.ops.vtr.block_sparse_attention(
         q, k, v, None if outside else row_scale, None if outside else added, mask.tensors(),
         [mask.q_len, mask.k_len, *mask.block], scale, return_lse or grad, name,
@@ -116,13 +118,14 @@ def _refuse_transforms(tensors: list[Tensor]) -> None:
 
 def available_backends(device: torch.device | str) -> dict[str, str]:
     """Map each backend to "" if it runs on this device, else to the reason why it does not."""
-    from vtr.kernels import flex
+    from vtr.kernels import flash, flex
 
     kind = torch.device(device).type
     triton = "" if kind == "cuda" else f"Triton kernels need a CUDA device, not {kind}"
     if not flex.HAS_TRITON:
         triton = "the Triton kernels need the triton package, which is not installed"
-    return {"triton": triton, "flex": flex.unavailable(kind), "sdpa": "", "reference": ""}
+    found = {"triton": triton, "flex": flex.unavailable(kind), "flash": flash.unavailable(device)}
+    return {**found, "sdpa": "", "reference": ""}
 
 
 def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str) -> str:
@@ -144,6 +147,10 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
         why = triton_refuses(q, mask.block)
     elif backend == "flex":
         why = flex.refuses(q, mask, need_lse)
+    elif backend == "flash":
+        from vtr.kernels import flash
+
+        why = flash.refuses(q)
     if why:
         raise RuntimeError(f'{why}; use backend="auto" or "sdpa"')
     return backend
@@ -250,6 +257,10 @@ def _forward(
         from vtr.kernels import triton_attention
 
         return triton_attention.forward(q, k, v, row_scale, added, mask, dims, scale)
+    if backend == "flash":
+        from vtr.kernels import flash
+
+        return flash.forward(q, k, v, row_scale, added, mask, dims, scale, need_lse)
     if backend == "flex" or (backend == "flex or sdpa" and not _sooner_by_sdpa(q, k, mask, dims)):
         from vtr.kernels import flex
 
@@ -281,7 +292,14 @@ def _(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lse = torch.promote_types(q.dtype, torch.float32)
     shape = q.shape[:3] if need_lse or backend == "triton" else (0,)
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=lse)
+    out = _tokens_first(q) if backend == "flash" else q.new_empty(q.shape)
+    return out, q.new_empty(shape, dtype=lse)
+
+
+def _tokens_first(like: Tensor) -> Tensor:
+    """Make an empty (B, H, S, D) that is (B, S, H, D) in memory, as flash-attn-4 has it."""
+    batch, heads, tokens, dim = like.shape
+    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
 @torch.library.custom_op("vtr::block_sparse_attention_backward", mutates_args=())
@@ -289,6 +307,10 @@ def _backward_operator(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     row_scale: Tensor | None, mask: list[Tensor], dims: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _backward_in_flash(backend):
+        from vtr.kernels import flash
+
+        return flash.backward(dout, dlse, q, k, v, out, lse, mask, dims, scale)
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         # The gradient of the LSE -inf of a row without keys may be NaN; the row has no weights.
@@ -305,10 +327,17 @@ def _backward_operator(
         return sdpa.backward(dout, delta, q, k, v, lse, mask, dims, scale)
 
 
+def _backward_in_flash(backend: str) -> bool:
+    """The backward of flash-attn-4 adds up the gradients of the queries in no fixed order."""
+    return backend == "flash" and not torch.are_deterministic_algorithms_enabled()
+
+
 def _backward_in_triton(q: Tensor, dims: list[int], backend: str) -> bool:
     """Compiled FlexAttention has no operator for its backward; the Triton one is used if it can be."""
-    by_flex = q.is_cuda and backend.startswith("flex")
-    return backend == "triton" or (by_flex and not triton_refuses(q, dims[2:]))
+    by_other = backend.startswith("flex") or (
+        backend == "flash" and not _backward_in_flash(backend)
+    )
+    return backend == "triton" or (by_other and q.is_cuda and not triton_refuses(q, dims[2:]))
 
 
 @_backward_operator.register_fake
@@ -316,6 +345,8 @@ def _(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     row_scale: Tensor | None, mask: list[Tensor], dims: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _backward_in_flash(backend):
+        return _tokens_first(q), _tokens_first(k), _tokens_first(v)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
