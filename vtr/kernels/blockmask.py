@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -319,6 +319,34 @@ class BlockMask:
             _csr.row_of(made), made.col.long(), made.tile.long(), self.tiles.transpose(1, 2),
         )  # fmt: skip
 
+    def with_block(self, block: int | tuple[int, int]) -> BlockMask:
+        """Return the same token mask in other blocks: ``mask.with_block(b).to_dense() == mask.to_dense()``.
+
+        Whole blocks are full, all others keep their tokens, equal ones stored once. Blocks that cut
+        through the old ones make more of the map live: compare ``density``. Time and memory grow with the
+        number of overlapping blocks, and with the distinct partial ones (bm bn bytes each), never with
+        q_len k_len.
+
+        Args:
+            block: (query tokens, key tokens) per block, or one number for both.
+
+        Returns:
+            The mask; itself if the blocks are these already.
+        """
+        from vtr.kernels.retile import retile
+
+        pair = _block_pair(block)
+        # Much larger blocks in two steps, so that a new block is cut out of 81 old ones at most.
+        step = (min(pair[0], 8 * self.block[0]), min(pair[1], 8 * self.block[1]))
+        if step != pair:
+            return self.with_block(step).with_block(pair)
+        if pair == self.block:
+            return self
+        made = retile(self, pair)
+        return BlockMask.from_entries(
+            self.q_len, self.k_len, pair, self.pattern, self.patterns, *made
+        )
+
     def permute(self, order: Tensor, k_order: Tensor | None = None) -> BlockMask:
         """Return the mask of reordered tokens: ``new[i, j] = old[order[i], k_order[j]]``.
 
@@ -395,7 +423,7 @@ class BlockMask:
 
 
 def _block_pair(block: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (block, block) if isinstance(block, int) else tuple(block)
+    pair = tuple(block) if isinstance(block, Sequence) else (block, block)
     if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
         raise ValueError(f"block must be a positive int or a pair of them, got {block!r}")
     return pair[0], pair[1]
