@@ -15,6 +15,8 @@ from vtr.kernels import (
 from vtr.kernels import flex as flex_module
 
 BLOCKS = [(128, 64), (64, 128), (16, 32), (32, 16), (16, 128), (8, 24), (5, 3)]
+# Sizes that no compiled kernel has.
+BLOCKS += [(48, 80), (100, 100), (256, 64)]
 
 
 def _case(block, dim=32):
@@ -62,7 +64,7 @@ def test_sdpa(block, dtype):
         torch.testing.assert_close(a, b, atol=limit, rtol=limit)
 
 
-@pytest.mark.parametrize("block", [(128, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("block", [(128, 64), (64, 128), (100, 100)], ids=str)
 def test_eager_flex(block):
     """Its lists of full and partial blocks, read by FlexAttention itself, which has no backward on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -76,7 +78,7 @@ def test_eager_flex(block):
 
 @pytest.mark.skipif(bool(flex_module.unavailable("cpu")), reason="needs a C++ compiler")
 def test_compiled_flex():
-    q, k, v, mask = _case((64, 128))
+    q, k, v, mask = _case((48, 80))
     out = block_sparse_attention(q, k, v, mask, backend="flex")
     expected, _ = block_sparse_attention_reference(q, k, v, mask)
     torch.testing.assert_close(out, expected, atol=5e-6, rtol=5e-6)

@@ -17,6 +17,7 @@ from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
 from vtr.kernels.precision import full_precision, lowers
 from vtr.kernels.product import gains, stacks
+from vtr.kernels.standard_blocks import SIZES, in_standard_blocks
 
 BACKENDS = ("triton", "flex", "flash", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,10 +62,13 @@ def block_sparse_attention(
             added after ``row_scale`` to each output row of that block before it is rounded
             (Rectified SpaAttn's pooled values). Not the LSE.
         return_lse: also return the natural log-sum-exp of each row's scaled scores.
-        backend: ``"triton"`` (GPU; head dims 32 to 256 in steps of 16, 72 and 88; blocks of 16,
-            32, 64 or 128 tokens), ``"flex"`` (compiled FlexAttention), ``"flash"`` (flash-attn-4 on Hopper
-            and Blackwell; never chosen by ``"auto"``), ``"sdpa"`` (gathers key blocks, needs no compiler), ``"reference"`` (eager, the whole map in memory), or ``"auto"``: the fastest
-            that supports the call. Backends differ by rounding only.
+        backend: ``"triton"`` (GPU; head dims 32 to 256 in steps of 16, 72 and 88), ``"flex"``
+            (compiled FlexAttention), ``"flash"`` (flash-attn-4 on Hopper and Blackwell; never chosen by
+            ``"auto"``), ``"sdpa"`` (gathers key blocks, needs no compiler), ``"reference"`` (eager, the
+            whole map in memory), or ``"auto"``: the fastest that supports the call. Backends differ by
+            rounding only. On a GPU, the first two have blocks of 16, 32, 64 or 128 tokens: at the first
+            call with another mask, its blocks are cut anew (:meth:`BlockMask.with_block`), and ``added``
+            is then added after rounding.
 
     Returns:
         ``out`` (B, H, Sq, D) in the dtype of q, or ``(out, lse)`` with lse (B, H, Sq) float32
@@ -133,7 +137,7 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
 
     if backend == "auto":
         if q.is_cuda:
-            if not triton_refuses(q, mask.block):
+            if not triton_refuses(q):
                 return "triton"
             return "sdpa" if flex.refuses(q, mask, need_lse) else "flex or sdpa"
         # The work is judged by what is stored, so that nothing is read from a device or traced.
@@ -144,7 +148,7 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
         raise ValueError(f'backend {backend!r} is none of "auto", {", ".join(BACKENDS)}')
     why = ""
     if backend == "triton":
-        why = triton_refuses(q, mask.block)
+        why = triton_refuses(q)
     elif backend == "flex":
         why = flex.refuses(q, mask, need_lse)
     elif backend == "flash":
@@ -156,13 +160,14 @@ def _choose(q: Tensor, mask: BlockMask, need_lse: bool, grad: bool, backend: str
     return backend
 
 
-def triton_refuses(q: Tensor, block: Sequence[int]) -> str:
-    """Return the reason why the Triton kernels do not support a call, "" if they do."""
+def triton_refuses(q: Tensor, block: Sequence[int] = ()) -> str:
+    """Return the reason why the Triton kernels do not support a call, "" if they do. ``block``: for
+    kernels whose result depends on the blocks, so that they cannot be cut anew."""
     from vtr.kernels import flex
 
     if q.shape[-1] not in TRITON_DIMS:
         return f"the Triton kernels have head dims {TRITON_DIMS}, not {q.shape[-1]}"
-    if any(n not in (16, 32, 64, 128) for n in block):
+    if any(n not in SIZES for n in block):
         return f"the Triton kernels have blocks of 16, 32, 64 or 128 tokens, not {tuple(block)}"
     if q.dtype not in DTYPES:
         return f"the Triton kernels compute in float32, bfloat16 and float16, not {q.dtype}"
@@ -256,7 +261,10 @@ def _forward(
     if backend == "triton":
         from vtr.kernels import triton_attention
 
-        return triton_attention.forward(q, k, v, row_scale, added, mask, dims, scale)
+        mask, cut = in_standard_blocks(mask, dims)
+        inside = added if cut is dims else None
+        out, lse = triton_attention.forward(q, k, v, row_scale, inside, mask, cut, scale)
+        return out if inside is added else finish(out, None, added, dims[2]).to(q.dtype), lse
     if backend == "flash":
         from vtr.kernels import flash
 
@@ -320,6 +328,7 @@ def _backward_operator(
     if _backward_in_triton(q, dims, backend):
         from vtr.kernels import triton_attention
 
+        mask, dims = in_standard_blocks(mask, dims)
         return triton_attention.backward(dout, delta, q, k, v, lse, mask, dims, scale)
     from vtr.kernels import sdpa
 
@@ -337,7 +346,7 @@ def _backward_in_triton(q: Tensor, dims: list[int], backend: str) -> bool:
     by_other = backend.startswith("flex") or (
         backend == "flash" and not _backward_in_flash(backend)
     )
-    return backend == "triton" or (by_other and q.is_cuda and not triton_refuses(q, dims[2:]))
+    return backend == "triton" or (by_other and q.is_cuda and not triton_refuses(q))
 
 
 @_backward_operator.register_fake

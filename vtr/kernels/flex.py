@@ -16,6 +16,7 @@ from vtr.compat.torch import flex_lse, strict_recompiling
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
 from vtr.kernels.flex_mask import to_flex
+from vtr.kernels.standard_blocks import in_standard_blocks
 
 # Asked once, here: a compiled function may not search for packages.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -68,6 +69,8 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _mask_of(mask: list[Tensor], dims: list[int]) -> Any:
+    if mask[3].is_cuda:  # the CPU has no tiles that must divide a block
+        mask, dims = in_standard_blocks(mask, dims)
     key = int(mask[6])
     if key not in _masks:
         made = BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask[:6])

@@ -42,7 +42,10 @@ def without_keys(mask: BlockMask, valid: Tensor) -> BlockMask:
     full = torch.ones(1, bm, bn, dtype=torch.bool, device=device)
     source = torch.cat([mask.tiles, full])  # a full block, tile -1, is the last
     for b in range(batch):
-        live = some[b, col]
+        # Of the patterns of other samples nothing is kept.
+        own = torch.zeros(mask.patterns, dtype=torch.bool, device=device)
+        own[old[b]] = True
+        live = some[b, col] & own[row // nq]
         cut = live & ~whole[b, col]
         new_tile = tile.clone()
         # Equal pairs of tile and column give equal tiles.
