@@ -98,15 +98,10 @@ def amount(device: torch.device, programs: int) -> str:
     return "few" if rounds < 2 else "some" if rounds < 16 else "many"
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Count the multiprocessors of a device; in the interpreter 2, so that persistent programs walk."""
-    return 2 if interpreting() else _multiprocessors(device)
-
-
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors a GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Count the multiprocessors of a GPU; in the interpreter 2, so that persistent programs walk."""
+    return 2 if interpreting() else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache  # asked in every call
