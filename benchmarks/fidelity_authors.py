@@ -481,6 +481,67 @@ def divprune(code: Checkout) -> Finding:
     return found
 
 
+def cdpruner(code: Checkout) -> Finding:
+    """Relevance and subset, given embeddings in one space; the sign of CLIP's is turned round."""
+    from vtr.methods.cdpruner import relevance
+    from vtr.methods.common.dpp import greedy_map
+
+    theirs = code.functions("llava/model/llava_arch.py", "LlavaMetaForCausalLM.encode_images")
+    found = Finding()
+    for seed, (n, number) in enumerate(((576, 64), (576, 128), (100, 32))):
+        generator = torch.Generator().manual_seed(seed)
+        x, seen = torch.randn(2, 1, n, 256, generator=generator)
+        text = torch.randn(1, 5, 256, generator=generator)
+        parts = (x, seen, -text[0])
+        model = SimpleNamespace(
+            get_vision_tower=lambda parts=parts: lambda images, texts=None: parts,
+            mm_projector=lambda features: features,
+        )
+        myself = SimpleNamespace(get_model=lambda model=model: model, visual_token_num=number)
+        _, mask = theirs.encode_images(myself, None)
+        every = torch.ones(1, n, dtype=torch.bool)
+        quality = relevance(seen, text, every, torch.ones(1, 5, dtype=torch.bool))
+        found.choices(greedy_map(x, quality, torch.tensor([number]), every), mask)
+    return found
+
+
+def dart(code: Checkout) -> Finding:
+    """The tokens kept, given states, keys and the order in which their pivots take turns."""
+    from vtr.core.tokens import top_indices
+    from vtr.methods.dart import least_duplicated, marked
+
+    theirs = code.functions(
+        "llava/model/language_model/modeling_llama_self.py", "DART.get_retained_image_token"
+    )
+    found = Finding()
+    for seed, number in enumerate((64, 128, 192)):
+        generator = torch.Generator().manual_seed(seed)
+        start, n, length = 35, 576, 650
+        x = torch.randn(1, length, 64, generator=generator)
+        keys = torch.randn(1, 4, length, 16, generator=generator)
+        options = {
+            "K": 2, "image_token_start_index": start, "image_token_length": n,
+            "max_num_trunction": number, "pivot_image_token": 4, "pivot_text_token": 4,
+            "reduction_ratio": 0.5,
+        }  # fmt: skip
+        config = SimpleNamespace(DART_config=options, text_length=None)
+        kept = theirs.get_retained_image_token(None, config, x, keys)
+        norms = keys.abs().sum((1, 3))
+        visual, _ = top_indices(norms[:, start : start + n], 4)
+        text, _ = top_indices(norms[:, start + n :], 4)
+        turns = list(set((visual[0] + start).tolist() + (text[0] + start + n).tolist()))
+        ours = least_duplicated(
+            x[:, start : start + n],
+            x[:, turns],
+            torch.ones(1, 8, dtype=torch.bool),
+            marked(visual, n),
+            torch.tensor([number + 4]),
+            torch.ones(1, n, dtype=torch.bool),
+        )
+        found.choices(ours, marked(kept[None] - start, n))
+    return found
+
+
 def fastv(code: Checkout) -> Finding:
     """Their ranking, given the eager attention map of the layer before the cut in a tiny LLaVA."""
     from tests.vision.vlm.models import IMAGE, llava
@@ -1354,6 +1415,8 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "a2sf": ("Dirac-Notation/A2SF", a2sf),
     "act": ("GATECH-EIC/ACT", act),
     "ats": ("adaptivetokensampling/ATS", ats),
+    "cdpruner": ("Theia-4869/CDPruner", cdpruner),
+    "dart": ("ZichenWen1/DART", dart),
     "debias": ("intcomp/attention-bias", debias),
     "diffrate": ("OpenGVLab/DiffRate", diffrate),
     "divprune": ("vbdi/divprune", divprune),

@@ -37,13 +37,14 @@ VLMS = {
 }
 VIDEO = ["dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "uniform-frames"]
 VIDEO += ["video-tome"]
-IMAGE = ["cls-attention", "debias", "divprune", "downsample", "evit", "fastv", "flowcut"]
-IMAGE += ["pyramiddrop", "random", "sparsevlm", "tofe", "tome", "vflowopt", "visionzip", "vmtc"]
-IMAGE += ["vtc-cls"]
+IMAGE = ["cdpruner", "cls-attention", "dart", "debias", "divprune", "downsample", "evit", "fastv"]
+IMAGE += ["flowcut", "pyramiddrop", "random", "sparsevlm", "tofe", "tome", "vflowopt", "visionzip"]
+IMAGE += ["vmtc", "vtc-cls"]
+OPTIONS = {"random": {"seed": 3}, "cdpruner": {"keep": 5}, "dart": {"keep": 5}}
 
 
 def create(name: str) -> vtr.Method:
-    return vtr.create(name, **({"seed": 3} if name == "random" else {}))
+    return vtr.create(name, **OPTIONS.get(name, {}))
 
 
 def close(found: Any, wanted: Any) -> None:

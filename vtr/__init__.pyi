@@ -44,11 +44,13 @@ from vtr.methods.ats import ATS as ATS
 from vtr.methods.avit import AViT as AViT
 from vtr.methods.base import AttentionMethod as AttentionMethod
 from vtr.methods.base import ScoredMethod as ScoredMethod
+from vtr.methods.cdpruner import CDPruner as CDPruner
 from vtr.methods.cls_attention import CLSAttention as CLSAttention
 from vtr.methods.cmai import CMAI as CMAI
 from vtr.methods.d2o import D2O as D2O
 from vtr.methods.dam import DAM as DAM
 from vtr.methods.damro import DAMRO as DAMRO
+from vtr.methods.dart import DART as DART
 from vtr.methods.debias import Debias as Debias
 from vtr.methods.delta import DELTA as DELTA
 from vtr.methods.dhsa import DHSA as DHSA
