@@ -44,7 +44,7 @@ def test_forward(name, dtype):
     _compare(q, k, v, mask, dtype, torch.rand(q.shape[:3]), added_rows(q, mask, dtype))
 
 
-@pytest.mark.parametrize("dim", [32, 48, 72, 88, 96, 128, 160, 256])
+@pytest.mark.parametrize("dim", [32, 48, 72, 80, 88, 96, 112, 128, 160, 208, 256])
 def test_head_dims(dim):
     q, k, v, mask = make("grouped", dim, torch.float32)
     _compare(q, k, v, mask, torch.float32, added=added_rows(q, mask))
@@ -108,6 +108,8 @@ def _gradients(call, tensors, weights):
         ("ragged", 72, torch.float32),
         ("grouped", 64, torch.float32),
         ("one-key-head", 96, torch.float32),
+        ("tiny", 112, torch.float32),
+        ("tiny", 208, torch.float32),
         ("tiny", 64, torch.float32),
         ("ragged", 64, torch.float16),
         ("ragged", 64, torch.bfloat16),

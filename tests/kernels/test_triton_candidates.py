@@ -76,7 +76,7 @@ if EVERY:
     @pytest.mark.parametrize("capability", OTHERS)
     @pytest.mark.parametrize(
         ("name", "dim", "block", "kind", "config"),
-        cases("half", (64, 128, 256), first=True),
+        list(cases("half", (64, 128, 256), first=True)),
         ids=_id,
     )
     def test_the_first_fits_every_device(name, dim, block, kind, config, capability, reports):

@@ -109,6 +109,14 @@ def test_work_lists_are_not_made_in_a_capture(monkeypatch):
     triton_common.refuse_capture(torch.device("cpu"), "work lists are built")
 
 
+def test_persistent_programs_share_the_registers_of_a_multiprocessor():
+    limits = [
+        triton_common.Config(64, 64, warps, 3, persistent).register_limit
+        for warps, persistent in ((4, 0), (4, 2), (4, 3), (8, 1), (8, 2))
+    ]
+    assert limits == [{}, {}, {"maxnreg": 168}, {}, {"maxnreg": 128}]
+
+
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 def test_tiles_are_packed_bit_by_bit(width):
     tiles = torch.rand(3, 16, width) < 0.5

@@ -332,7 +332,7 @@ def _configs(dim: int, bm: int, bn: int, kind: str, short: bool = False) -> list
         # Of wider heads they spill. Small blocks have many programs per multiprocessor, which hide each
         # other's beginnings.
         if width <= 128:
-            found += [Config(64, 64, 4, 3, 3 if width <= 64 else 2)]
+            found += [Config(64, 64, 4, 3, 3 if dim in (32, 64) else 2)]
             found += [Config(min(128, bm), 64, 8, 4, 1)] if bm >= 128 else []
         elif width <= 192:
             found += [Config(min(128, bm), 32, 8, 4, 1)]
