@@ -77,11 +77,14 @@ def stand_ins() -> Iterator[Any]:
         triton_attention,
         triton_block_mass,
         triton_common,
+        triton_int8,
         triton_join,
         triton_linear,
     )
 
     if triton_common.interpreting():
-        for module in (triton_attention, triton_block_mass, triton_join, triton_linear):
+        for module in (
+            triton_attention, triton_block_mass, triton_int8, triton_join, triton_linear
+        ):  # fmt: skip
             for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
                 yield mock.patch.object(module, name, Launch(getattr(module, name)))

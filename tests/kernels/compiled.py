@@ -24,6 +24,8 @@ TYPES = {
     "scale": "fp32", "scale_log2": "fp32", "WEIGHT": "*fp32", "SUMS": "*fp32", "LINE": "*fp32", "MASS": "*fp32", "SEEN": "*u8",
     "COUNTS": "*u8", "LIVE": "*u8", "largest": "fp32", "threshold": "fp32",
     "BIAS": "*fp32", "FACTOR": "*fp32", "epsilon": "fp32", "least": "fp32",
+    "LEVEL": "*i8", "LEVEL_Q": "*i8", "LEVEL_K": "*i8", "STEP": "*fp32", "STEP_Q": "*fp32",
+    "STEP_K": "*fp32", "MEAN": "*fp32",
 }  # fmt: skip
 ELEMENTS = {"Q", "K", "V", "OUT", "DOUT", "DQ", "DK", "DV", "A", "B", "X", "Y", "SLOPE", "DX", "DY"}
 

@@ -13,12 +13,15 @@ from vtr.kernels import (
     triton_attention,
     triton_backward,
     triton_block_mass,
+    triton_int8,
     triton_join,
     triton_linear,
 )
 from vtr.kernels.triton_common import Config, split_dim
 
-MODULES = (triton_attention, triton_backward, triton_block_mass, triton_join, triton_linear)
+MODULES = (
+    triton_attention, triton_backward, triton_block_mass, triton_int8, triton_join, triton_linear,
+)  # fmt: skip
 ELEMENTS = {"half": "bf16", "exact": "fp32", "tf32": "fp32"}
 
 
@@ -69,6 +72,16 @@ def _totals(by_row: bool) -> Kernel:
     return Kernel(triton_linear._totals_kernel, 1, lambda *_: [Config(0, 0, 8, 3)], constants)
 
 
+def _int8_constants(dim: int, block: int, kind: str, config: Config) -> dict[str, Any]:
+    made = _attention(HAS_ROW_SCALE=True, HAS_ADDED=True)(dim, block, kind, config)
+    return {**made, "E1": triton_int8.split_channels(dim)[1], "FIELDS": 5}
+
+
+def _rounding_constants(dim: int, block: int, kind: str, config: Config) -> dict[str, Any]:
+    main, rest = triton_int8.split_channels(dim)
+    return {"D": dim, "D0": main, "D1": rest, "UNIT": 8, "SIDE": block, "HAS_MEAN": True}
+
+
 def _join_constants(dim: int, block: int, kind: str, config: Config) -> dict[str, Any]:
     main, rest = split_dim(dim)
     made = {"D": dim, "D0": main, "D1": rest, "MASK_M": block, "ROWS": 16}
@@ -84,6 +97,10 @@ KERNELS = {
     ),
     "dq": Kernel(triton_backward._dq_kernel, 2, _of(triton_backward, "dq"), _attention()),
     "dkv": Kernel(triton_backward._dkv_kernel, 2, _of(triton_backward, "dkv"), _attention()),
+    "int8": Kernel(triton_int8._forward_kernel, 2, _of(triton_attention), _int8_constants),
+    "int8 rounding": Kernel(
+        triton_int8._round_kernel, 0, lambda *_: [Config(0, 0, 8, 3)], _rounding_constants
+    ),
     "join": Kernel(triton_join._join_kernel, 0, lambda *_: [Config(0, 0, 4, 3)], _join_constants),
     "linear totals": _totals(False),
     "linear totals by row": _totals(True),

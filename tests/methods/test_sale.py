@@ -20,8 +20,9 @@ from tests.methods.prompts import (
     site_of,
 )
 from vtr.kernels import product
+from vtr.kernels.int8 import quantized
 from vtr.methods.common import lowbit
-from vtr.methods.common.lowbit import LowBit, quantized, relative_scores
+from vtr.methods.common.lowbit import LowBit, relative_scores
 from vtr.methods.common.thresholds import Thresholds
 
 SMALL = {"block": 32, "local": 32, "min_length": 0, "last_rows": 1}
@@ -175,12 +176,14 @@ def test_prompts_below_the_least_length_are_dense():
 
 def test_rounding_to_4_bits():
     x = torch.randn(2, 37, 8)
-    level, step = quantized(x, (2, 8, 1))
+    level, step = quantized(x, (2, 8, 1), 7)
     assert level.shape == x.shape and step.shape == (2, 37, 1)
     assert torch.equal(level, level.round()) and level.abs().max() == 7
     assert ((level * step - x).abs() <= step / 2 * 1.0001).all()
     assert torch.equal(step[:, :8], step[:, 8:16])
-    assert not quantized(torch.zeros(1, 16, 8), (2, 8, 1))[0].any()  # no step is 0, and nothing NaN
+    assert not quantized(torch.zeros(1, 16, 8), (2, 8, 1), 7)[
+        0
+    ].any()  # no step is 0, and nothing NaN
 
 
 @pytest.mark.parametrize("rows, columns, dim", [(130, 130, 16), (40, 150, 24)])

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vtr.compat.torch import is_fake, transformed
+from vtr.kernels import int8
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
 from vtr.kernels.precision import full_precision, lowers
 from vtr.kernels.product import gains, stacks
-from vtr.kernels.standard_blocks import SIZES, in_standard_blocks
+from vtr.kernels.standard_blocks import SIZES, in_standard_blocks, standard_block
 
 BACKENDS = ("triton", "flex", "flash", "sdpa", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +43,7 @@ def block_sparse_attention(
     added: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    quantize: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the keys that a block mask keeps; exact, any length, trainable.
 
@@ -69,6 +71,10 @@ def block_sparse_attention(
             rounding only. On a GPU, the first two have blocks of 16, 32, 64 or 128 tokens: at the first
             call with another mask, its blocks are cut anew (:meth:`BlockMask.with_block`), and ``added``
             is then added after rounding.
+        quantize: ``"int8"`` rounds each block of queries, and of keys less their mean, to 8 bits
+            (SageAttention, arXiv 2410.02367; the specification is :mod:`vtr.kernels.int8_reference`): not
+            exact, and without gradients. The Triton kernel multiplies the integers; other backends
+            multiply float32 numbers of the same values, to study the error without a GPU.
 
     Returns:
         ``out`` (B, H, Sq, D) in the dtype of q, or ``(out, lse)`` with lse (B, H, Sq) float32
@@ -77,7 +83,7 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, dtypes, devices or the mask's size do not fit together.
         RuntimeError: the given backend does not support the call here (the message says which one
-            does), or the call is inside ``torch.func`` or forward-mode AD, or is differentiated
+            does), ``quantize`` is given and gradients are needed, or the call is inside ``torch.func`` or forward-mode AD, or is differentiated
             twice, which only ``"reference"`` supports.
     """
     validate(q, k, v, mask, row_scale, added)
@@ -88,6 +94,17 @@ def block_sparse_attention(
         t is not None and t.requires_grad for t in (q, k, v, row_scale, added)
     )
     name = _choose(q, mask, return_lse or grad, grad, backend)
+    if quantize is not None:
+        if quantize != "int8":
+            raise ValueError(f'quantize must be "int8" or None, got "{quantize}"')
+        if grad:
+            raise RuntimeError(
+                'quantize="int8" has no gradients: call it under torch.no_grad(), or leave it out'
+            )
+        if name == "flash":
+            raise RuntimeError('backend="flash" has no quantize="int8"; use backend="auto"')
+        out, lse = _int8(q, k, v, mask, row_scale, added, scale, return_lse, name)
+        return (out, lse) if return_lse else out
     if name == "reference":
         from vtr.kernels.reference import block_sparse_attention_reference
 
@@ -107,6 +124,23 @@ def block_sparse_attention(
     if outside:
         out = finish(out, row_scale, added, mask.block[0]).to(q.dtype)
     return (out, lse) if return_lse else out
+
+
+def _int8(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row_scale: Tensor | None,
+    added: Tensor | None, scale: float, return_lse: bool, name: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if name == "reference":
+        from vtr.kernels.int8_reference import int8_attention_reference
+
+        return int8_attention_reference(
+            q, k, v, mask, scale=scale, row_scale=row_scale, added=added
+        )
+    found: tuple[Tensor, Tensor] = torch.ops.vtr.int8_attention(
+        q, k, v, row_scale, added, mask.tensors(), [mask.q_len, mask.k_len, *mask.block], scale,
+        return_lse, name,
+    )  # fmt: skip
+    return found
 
 
 def _refuse_transforms(tensors: list[Tensor]) -> None:
@@ -283,6 +317,28 @@ def _forward(
     return sdpa.forward(q, k, v, row_scale, added, mask, dims, scale, need_lse)
 
 
+@torch.library.custom_op("vtr::int8_attention", mutates_args=())
+def _int8_operator(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        from vtr.kernels import triton_int8
+
+        mask, cut = in_standard_blocks(mask, dims)
+        inside = added if cut is dims else None
+        out, lse = triton_int8.forward(q, k, v, row_scale, inside, mask, cut, scale, need_lse)
+        return out if inside is added else finish(out, None, added, dims[2]).to(q.dtype), lse
+    with full_precision(q.device):
+        (bm, bn), mean = standard_block(dims[2:]), int8.mean_key(k)
+        rows = int8.restored(*int8.rounded(q, bm), bm)
+        columns = int8.restored(*int8.rounded(k, bn, mean), bn)
+        out, lse = _forward(
+            rows, columns, v.to(mean.dtype), row_scale, added, mask, dims, scale, need_lse, backend
+        )
+        return out.to(q.dtype), lse + int8.shift(q, mean, scale) if need_lse else lse
+
+
 def _sooner_by_sdpa(q: Tensor, k: Tensor, mask: list[Tensor], dims: list[int]) -> bool:
     """Tell whether ``sdpa`` beats compiled FlexAttention; at run time, as it depends on the threads."""
     rows, columns = mask[2].numel(), mask[3].numel()
@@ -293,6 +349,7 @@ def _sooner_by_sdpa(q: Tensor, k: Tensor, mask: list[Tensor], dims: list[int]) -
     return pairs >= _ONEDNN_PAIRS * torch.get_num_threads() and gains(q.dtype, q.device)
 
 
+@_int8_operator.register_fake
 @_operator.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
@@ -407,7 +464,9 @@ def _flops(q: Tensor, mask: list[Tensor], dims: list[int], products: int) -> int
     return round(products * 2 * q.shape[3] * live) * q.shape[0] * q.shape[1]
 
 
-@register_flop_formula(torch.ops.vtr.block_sparse_attention, get_raw=True)
+@register_flop_formula(
+    [torch.ops.vtr.block_sparse_attention, torch.ops.vtr.int8_attention], get_raw=True
+)
 def _forward_flops(
     q: Tensor, k: Any, v: Any, row_scale: Any, added: Any, mask: Any, dims: Any, *_: Any, **__: Any
 ) -> int:

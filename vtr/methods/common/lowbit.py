@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtr.kernels.int8 import quantized
 from vtr.kernels.precision import full_precision
 from vtr.kernels.product import integer_product
 
 # Scores that are held at a time: they stay in a cache of the CPU, and fill a GPU.
 SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}
+_TOP = 7  # of 4 bits with a sign
 _LEAST = -1e30  # a score below all others, which stays finite in products
 
 
@@ -49,25 +51,6 @@ class LowBit:
         block = torch.arange(-(-self.rows // self.bm), device=device)
         end = (self.offset + (block + 1) * self.bm).clamp(max=self.keys)
         return (end - self.near).clamp(min=0) // self.bn
-
-
-def quantized(x: Tensor, groups: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Round to integers from -7 to 7, symmetrically, with one step for each group of tokens.
-
-    Args:
-        x: (..., N, D) float32.
-        groups: (a, b, c) whose product is the length of a run of tokens: token ``(i b + j) c + l`` of
-            a run belongs to its group j.
-
-    Returns:
-        The integers as float32 (..., N, D), and the steps (..., N, 1): x is about their product.
-    """
-    a, b, c = groups
-    runs = F.pad(x, (0, 0, 0, -x.shape[-2] % (a * b * c))).unflatten(-2, (-1, a, b, c))
-    step = runs.abs().amax((-4, -2, -1), keepdim=True) / 7
-    step = step.clamp(min=torch.finfo(x.dtype).tiny).expand(*runs.shape[:-1], 1)
-    step = step.flatten(-5, -2)[..., : x.shape[-2], :]
-    return (x / step).round(), step
 
 
 def check_bit_split(value: object) -> tuple[int, int]:
@@ -149,7 +132,7 @@ def relative_scores(
         if stop:
             lse = _local_lse(part, smooth, a, local[a:b], sizes, scale)
             with full_precision(device):
-                found = estimate(quantized(part - mean, (2, 8, 1)), lse, stop * bn)
+                found = estimate(quantized(part - mean, (2, 8, 1), _TOP), lse, stop * bn)
             found = found.view(batch, heads, b - a, bm, stop * bn)
             value[..., :stop] = found.amax(3).unflatten(3, (stop, bn)).amax(4)
         value.masked_fill_((blocks >= first) | (blocks == 0), float("inf"))
@@ -191,7 +174,7 @@ class _Floats:
     """
 
     def __init__(self, smooth: Tensor, mean: Tensor, bn: int, scale: float) -> None:
-        level, step = quantized(smooth, (bn // 8, 4, 2))
+        level, step = quantized(smooth, (bn // 8, 4, 2), _TOP)
         known = _known(smooth, mean)
         ones = torch.ones_like(step)
         self.keys = torch.cat([level * step, known.transpose(-1, -2), ones], -1).transpose(-1, -2)
@@ -211,7 +194,7 @@ class _Integers:
     """The same scores, with the products of the integers in integers."""
 
     def __init__(self, smooth: Tensor, mean: Tensor, bn: int, scale: float) -> None:
-        level, step = quantized(smooth, (bn // 8, 4, 2))
+        level, step = quantized(smooth, (bn // 8, 4, 2), _TOP)
         self.keys, self.step = level.to(torch.int8), step.transpose(-1, -2) * scale
         self.known = _known(smooth, mean) * scale
 
