@@ -130,6 +130,56 @@ def transformed(tensors: Iterable[Tensor]) -> bool:
     )
 
 
+def _bits(*names: str) -> int:
+    """Return the numeric form of a set of dispatch keys."""
+    made: Any = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        made = made.add(getattr(torch._C.DispatchKey, name))
+    bits: int = made.raw_repr()
+    return bits
+
+
+# What a thread adds to the keys of every operator, outside of inference mode and inside: nothing.
+_NO_STATE = frozenset({_bits("BackendSelect", "ADInplaceOrView"), _bits("BackendSelect")})
+# The keys of a tensor in memory, made outside of inference mode or inside. A view of negated or conjugated values,
+# and a tensor of torch.func, have more of them.
+_IN_MEMORY = frozenset(
+    bits
+    for kind in ("CPU", "CUDA")
+    for bits in (
+        _bits(kind, "ADInplaceOrView", f"Autograd{kind}", f"Autocast{kind}"),
+        _bits(kind, f"Autocast{kind}"),
+    )
+)
+
+
+def unobserved() -> bool:
+    """Tell whether nobody takes part in the calls of operators in this thread, so that one of ours may be
+    called as a function: no compiler, tracer, mode, transform, forward-mode AD or profiler."""
+    return (
+        not torch.compiler.is_compiling()  # first, as it keeps the rest out of what is compiled
+        and not torch._C._len_torch_function_stack()
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _NO_STATE
+        and forward_ad._current_level < 0
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+#: The dispatch keys of a tensor, a set with a numeric form ``raw_repr()``.
+keys_of = torch._C._dispatch_keys
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tell whether a tensor has no subclass, and its values lie in the memory of a CPU or CUDA device."""
+    return type(x) is Tensor and keys_of(x).raw_repr() in _IN_MEMORY
+
+
+def below_autograd() -> AbstractContextManager[Any]:
+    """A context in which operators record nothing for autograd, as in the body of a custom operator."""
+    made: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return made
+
+
 def function_modes() -> list[Any]:
     """Return the function modes that are on, the innermost last."""
     modes: list[Any] = torch.overrides._get_current_function_mode_stack()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vtr.compat.torch import is_fake, transformed
+from vtr.compat.torch import below_autograd, is_fake, is_plain, transformed
 from vtr.kernels import int8
 from vtr.kernels.blockmask import BlockMask
 from vtr.kernels.epilogue import finish
+from vtr.kernels.kept import Kind, keep, kind_of_call
 from vtr.kernels.precision import full_precision, lowers
 from vtr.kernels.product import gains, stacks
 from vtr.kernels.standard_blocks import SIZES, in_standard_blocks, standard_block
@@ -83,16 +84,22 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, dtypes, devices or the mask's size do not fit together.
         RuntimeError: the given backend does not support the call here (the message says which one
-            does), ``quantize`` is given and gradients are needed, or the call is inside ``torch.func`` or forward-mode AD, or is differentiated
-            twice, which only ``"reference"`` supports.
+            does), ``quantize`` is given and gradients are needed, or the call is inside ``torch.func`` or
+            forward-mode AD, or is differentiated twice, which only ``"reference"`` supports.
     """
+    scale = None if scale is None else float(scale)
+    kind = kind_of_call(q, k, v, row_scale, added, (scale, return_lse, backend, quantize))
+    if kind is not None and type(mask) is BlockMask:
+        known = mask.kept.get(kind)
+        if known is not None:
+            out, lse = known(q, k, v, row_scale, added)
+            return (out, lse) if return_lse else out
     validate(q, k, v, mask, row_scale, added)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    given = [t for t in (q, k, v, row_scale, added) if t is not None]
     if backend != "reference":
-        _refuse_transforms([t for t in (q, k, v, row_scale, added) if t is not None])
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, row_scale, added)
-    )
+        _refuse_transforms(given)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     name = _choose(q, mask, return_lse or grad, grad, backend)
     if quantize is not None:
         if quantize != "int8":
@@ -111,6 +118,9 @@ def block_sparse_attention(
         out, lse = block_sparse_attention_reference(
             q, k, v, mask, scale=scale, row_scale=row_scale, added=added
         )
+        return (out, lse) if return_lse else out
+    if kind is not None and name in ("triton", "sdpa") and all(map(is_plain, given)):
+        out, lse = _keeping(kind, q, k, v, row_scale, added, mask, scale, return_lse, name)
         return (out, lse) if return_lse else out
     # A row scale that learns, and what is added where anything learns, are applied outside, where
     # autograd sees them (the backward needs the output without what is added); else in the kernel.
@@ -278,14 +288,40 @@ def validate(
 # ---- the operator -----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vtr::block_sparse_attention", mutates_args=())
-def _operator(
+def _run(
     q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
     mask: list[Tensor], dims: list[int], scale: float, need_lse: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Precision is that of q: autocast would round the products that float32 is summed from.
     with full_precision(q.device) if lowers(q.device) else nullcontext():
         return _forward(q, k, v, row_scale, added, mask, dims, scale, need_lse, backend)
+
+
+_operator = torch.library.custom_op("vtr::block_sparse_attention", _run, mutates_args=())
+
+
+def _keeping(
+    kind: Kind, q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: BlockMask, scale: float, return_lse: bool, name: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run a call that nobody takes part in, and keep what it has worked out."""
+    tensors, dims = mask.tensors(), [mask.q_len, mask.k_len, *mask.block]
+    if name == "triton":
+        from vtr.kernels import triton_attention
+
+        out, lse, call = triton_attention.keeping(q, k, v, row_scale, added, tensors, dims, scale)
+        if call is not None:
+            keep(mask, kind, call)
+        return out, lse
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with below_autograd():  # where the body of an operator runs
+            return _run(q, k, v, row_scale, added, tensors, dims, scale, return_lse, name)
+
+    keep(mask, kind, run)
+    return run(q, k, v, row_scale, added)
 
 
 def _forward(

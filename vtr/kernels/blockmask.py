@@ -60,6 +60,9 @@ class BlockMask:
         default_factory=lambda: torch.tensor(next(_serial), dtype=torch.int64, device="cpu"),
     )
 
+    # What calls with this mask keep for the next one of their kind, see :mod:`vtr.kernels.kept`.
+    kept: dict[Any, Any] = field(init=False, default_factory=dict)
+
     def __post_init__(self) -> None:
         # A mask made in inference mode (a validation step) has to serve training too, which may
         # not save inference tensors for the backward.

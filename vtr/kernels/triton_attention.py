@@ -22,7 +22,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,11 +32,13 @@ from torch import Tensor
 
 from vtr.kernels import proof, triton_backward, triton_join
 from vtr.kernels.csr import Csr
+from vtr.kernels.kept import Call
 from vtr.kernels.triton_common import (
     Config,
     amount,
     dot,
     expand_words,
+    fixed,
     interpreting,
     load_row,
     load_rows,
@@ -397,6 +399,15 @@ def forward(
     mask: list[Tensor], dims: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See :func:`vtr.kernels.attention.block_sparse_attention` for the contract."""
+    return keeping(q, k, v, row_scale, added, mask, dims, scale)[:2]
+
+
+def keeping(
+    q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+    mask: list[Tensor], dims: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Call | None]:  # fmt: skip
+    """Compute :func:`forward`, and what the next call of the same kind may use; None if that cannot be."""
+    given = q, k, v, row_scale, added
     if scale <= 0.0:  # the kernel scales the maximum of a row, which wants a scale above 0
         q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
@@ -408,39 +419,49 @@ def forward(
     parts = lists.heavy.shape[1] * lists.pieces
     part_out = torch.empty(batch * heads, parts, dims[2], dim, device=q.device)
     part_lse = torch.empty(batch * heads, parts, dims[2], device=q.device)
-    scales = q if row_scale is None else row_scale.contiguous()
-    rows = q if added is None else added.contiguous()
+    row_scale = None if row_scale is None else row_scale.contiguous()
+    added = None if added is None else added.contiguous()
     main, rest = split_dim(dim)
     items = lists.items.shape[1]
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
 
     unit, strides = unit_strides(q, k, v, out)
     hopper = _hopper(q, k, v, dims[2:], scale)
+    scaled, adding, scale_log2 = row_scale is not None, added is not None, scale * _LOG2E
+    tensors = (
+        q, k, v, q if row_scale is None else row_scale, q if added is None else added, out, lse,
+        part_out, part_lse,
+    )  # fmt: skip
 
-    def launch(config: Config) -> None:
+    def launch(config: Config) -> Callable[..., Any]:
+        """Launch, and return a function that does it again with other ``tensors``."""
         if config == _HOPPER:
-            hopper.launch(
-                q, k, v, None if row_scale is None else scales, None if added is None else rows,
-                out, lse, part_out, part_lse, lists, mask, dims[2:], scale * _LOG2E,
-                hopper.plan(dim, dims[2:]),
-            )  # fmt: skip
-            return
+            again = _hopper_again(hopper, scaled, adding, lists, mask, dims[2:], scale_log2, dim)
+            again(*tensors)
+            return again
         places = programs = items * (dims[2] // config.block_m) * batch * heads
         claimed, threads = lists.items, 0
         if config.persistent:
             programs = min(places, config.persistent * multiprocessors(q.device))
             claimed, threads = pattern.new_zeros(1), 32 * config.warps
-        _forward_kernel[(programs,)](
-            q, k, v, scales, rows, out, lse, part_out, part_lse,
-            lists.longer_items, pattern, col, tile, lists.words, claimed,
+        tables = lists.longer_items, pattern, col, tile, lists.words
+        numbers = (
             *strides, *steps,
-            heads, heads // k.shape[1], items, parts, places, q_len, k.shape[2], scale * _LOG2E,
+            heads, heads // k.shape[1], items, parts, places, q_len, k.shape[2], scale_log2,
+        )  # fmt: skip
+        constants = dict(
             D=dim, D0=main, D1=rest, UNIT=unit, MASK_M=dims[2], MASK_N=dims[3],
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_ROW_SCALE=row_scale is not None,
-            HAS_ADDED=added is not None, PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_ROW_SCALE=scaled,
+            HAS_ADDED=adding, PRECISION=precision(q.dtype), UPCAST=upcast(q.dtype),
             THREADS=threads, num_warps=config.warps, num_stages=config.stages,
             **config.register_limit,
         )  # fmt: skip
+        made = _forward_kernel[(programs,)](*tensors, *tables, claimed, *numbers, **constants)
+        if not config.persistent:
+            numbers = (*tables, claimed, *numbers)
+            return fixed(_forward_kernel, made, programs, numbers, constants)
+        start = fixed(_forward_kernel, made, programs, numbers, constants)
+        return lambda *tensors: start(*tensors, *tables, pattern.new_zeros(1))
 
     kind = products(q.dtype)
     programs = amount(q.device, items * batch * heads)
@@ -453,16 +474,84 @@ def forward(
         key, configs = (*key, "hopper"), [*configs, _HOPPER]
     with torch.cuda.device_of(q):  # Triton launches on the current device, wherever the tensors are
         if hopper is not None and _forced:
-            launch(_HOPPER)
+            launched = launch(_HOPPER)
         else:
-            tuned(key, configs, launch)
+            launched = tuned(key, configs, launch)
         if parts:
             triton_join.join(
-                out, lse, part_out, part_lse,
-                None if row_scale is None else scales, None if added is None else rows,
-                pattern, lists.heavy, dims[2],
-            )  # fmt: skip
-    return out, lse
+                out, lse, part_out, part_lse, row_scale, added, pattern, lists.heavy, dims[2]
+            )
+    as_given = all(a is b for a, b in zip(given, (q, k, v, row_scale, added), strict=True))
+    if launched is None or not as_given or not out.numel():
+        return out, lse, None
+    return out, lse, _kept(launched, q, out, lse, parts, lists, mask, dims, scale)
+
+
+def _hopper_again(
+    module: Any, scaled: bool, adding: bool, lists: Lists, mask: list[Tensor], block: list[int],
+    scale_log2: float, dim: int,
+) -> Callable[..., None]:  # fmt: skip
+    """Return a function of a launch's tensors that runs the Hopper kernel with all else fixed."""
+    plan = module.plan(dim, block)
+
+    def again(
+        q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor, added: Tensor, *results: Tensor
+    ) -> None:
+        module.launch(
+            q, k, v, row_scale if scaled else None, added if adding else None, *results, lists,
+            mask, block, scale_log2, plan,
+        )  # fmt: skip
+
+    return again
+
+
+def _kept(
+    launch: Callable[..., Any], q: Tensor, out: Tensor, lse: Tensor, parts: int, lists: Lists,
+    mask: list[Tensor], dims: list[int], scale: float,
+) -> Call:  # fmt: skip
+    """Return a forward whose choices are made and whose lists are built, for calls that differ in the
+    values of their tensors alone. See :mod:`vtr.kernels.kept`."""
+    forced, exact = _forced, precision(q.dtype)
+    shape, strides, dtype, device = out.shape, out.stride(), out.dtype, out.device
+    lse_shape, lse_strides, index = lse.shape, lse.stride(), device.index
+    like_q = q.stride() == strides
+    single = dtype == torch.float32
+    rows = shape[0] * shape[1], parts, dims[2]
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if forced != _forced or (single and exact != precision(dtype)):  # chosen anew meanwhile
+            return forward(q, k, v, row_scale, added, mask, dims, scale)
+        # Not ``torch.empty``, which takes longer to read its arguments than to allocate.
+        if like_q:
+            out = torch.empty_like(q)
+        else:
+            out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        lse = torch.empty_strided(lse_shape, lse_strides, dtype=torch.float32, device=device)
+        if index is not None and torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                fill(q, k, v, row_scale, added, out, lse)
+        else:
+            fill(q, k, v, row_scale, added, out, lse)
+        return out, lse
+
+    def fill(
+        q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None,
+        out: Tensor, lse: Tensor,
+    ) -> None:  # fmt: skip
+        scales, lines = q if row_scale is None else row_scale, q if added is None else added
+        if not parts:
+            launch(q, k, v, scales, lines, out, lse, lse, lse)
+            return
+        part_out = torch.empty(*rows, shape[3], dtype=torch.float32, device=device)
+        part_lse = torch.empty(rows, dtype=torch.float32, device=device)
+        launch(q, k, v, scales, lines, out, lse, part_out, part_lse)
+        triton_join.join(
+            out, lse, part_out, part_lse, row_scale, added, mask[0], lists.heavy, dims[2]
+        )
+
+    return run
 
 
 def backward(

@@ -22,7 +22,13 @@ CONTRACT = (
     Expectation(
         "torch._C:_functorch", "vtr/kernels/attention.py", has=("is_gradtrackingtensor", "is_batchedtensor")
     ),
-    Expectation("torch.autograd.forward_ad:_current_level", "vtr/kernels/attention.py"),
+    Expectation("torch.autograd.forward_ad:_current_level", "vtr/kernels/attention.py, vtr/kernels/kept.py"),
+    Expectation(
+        "torch._C", "vtr/kernels/kept.py",
+        has=("_len_torch_function_stack", "_dispatch_tls_local_include_set", "_dispatch_keys", "DispatchKeySet"),
+    ),
+    Expectation("torch.autograd:_profiler_enabled", "vtr/kernels/kept.py"),
+    Expectation("torch._C:_AutoDispatchBelowAutograd", "vtr/kernels/attention.py"),
     Expectation("torch._C:_current_graph_task_id", "vtr/diffusion/attention.py"),
     Expectation("torch.overrides:_get_current_function_mode_stack", "vtr/compat/diffusers.py"),
     Expectation("torch:_int_mm", "vtr/kernels/product.py"),
