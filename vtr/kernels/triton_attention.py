@@ -509,7 +509,7 @@ def _kept(
     launch: Callable[..., Any], q: Tensor, out: Tensor, lse: Tensor, parts: int, lists: Lists,
     mask: list[Tensor], dims: list[int], scale: float,
 ) -> Call:  # fmt: skip
-    """Return a forward whose choices are made and whose lists are built, for calls that differ in the
+    """Return a forward whose choices are fixed and whose lists are built, for calls that differ in the
     values of their tensors alone. See :mod:`vtr.kernels.kept`."""
     forced, exact = _forced, precision(q.dtype)
     shape, strides, dtype, device = out.shape, out.stride(), out.dtype, out.device
