@@ -106,12 +106,32 @@ class Machine(TorchDispatchMode):
         self.waits: Counter[tuple[str, str]] = Counter()
         self._on_the_way: dict[int, Tensor] = {}
         self._inside = 0
+        self.capturing = False
 
     def ours(self) -> dict[tuple[str, str], int]:
         """The waits of the package's own lines."""
         return {k: n for k, n in self.waits.items() if k[1].startswith("vtr/")}
 
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """A CUDA graph that is captured: nothing may wait, nor pass between the host and the device."""
+        with mock.patch.multiple(
+            torch.cuda, is_initialized=lambda: True, is_current_stream_capturing=lambda: True
+        ):
+            self.capturing = True
+            try:
+                yield
+            finally:
+                self.capturing = False
+
+    def _in_order(self, what: str) -> None:
+        if self.capturing:
+            raise RuntimeError(
+                f"operation not permitted when stream is capturing: {what}, {_line()}"
+            )
+
     def wait(self, kind: str) -> None:
+        self._in_order(kind)
         self.waits[kind, _line()] += 1
         if kind != "upload":
             self._on_the_way.clear()
@@ -189,6 +209,8 @@ class Machine(TorchDispatchMode):
         target = args[0] if name == "copy_" else None
         to = target.device if target is not None else source.device if asked is None else asked
         free = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
+        if source.device.type != to.type:
+            self._in_order("copy")
         if source.device.type != to.type and not free:
             self.wait("upload" if to.type == "cuda" else "download")
         if target is not None:

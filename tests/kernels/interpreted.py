@@ -15,6 +15,7 @@ from tests.kernels.test_linear import options
 from tests.simulated import gpu, moved
 from vtr.kernels import (
     BlockMask,
+    attention_rows,
     bipartite_match,
     block_sparse_attention,
     block_sparse_attention_reference,
@@ -345,6 +346,75 @@ def test_on_a_simulated_gpu(name):
         block_sparse_attention(q, k, v, mask, **more)
         sparse_linear_attention(q, k, v, mask)
         assert not machine.waits
+
+
+def _captured(q, k, v, mask, lse, visited):
+    """Everything of a step that a CUDA graph may hold."""
+    rows = attention_rows(q[:, :, :3], k, bias=k[:, 0, :, 0] > 0)
+    mass = block_mass(q, k, lse, sides=(32, 16))
+    live = live_tiles(q, k, visited, sides=(32, 16), threshold=-0.5)
+    beside = [*sparse_linear_attention(q, k, v, mask),
+              *sparse_linear_attention(q, k, v, mask, keys="all")]  # fmt: skip
+    matched = bipartite_match(q[:, 0], k[:, 0])
+    return (
+        *block_sparse_attention(q, k, v, mask, return_lse=True),
+        rows,
+        mass,
+        live,
+        *beside,
+        *matched,
+    )
+
+
+@torch.no_grad()
+def test_a_capture_on_a_simulated_gpu():
+    """After one call with the mask nothing waits, and nothing passes between the host and the device."""
+    q, k, v, mask = make("ragged", 64)
+    visited = torch.rand(*q.shape[:2], *mask.grid) < 0.8
+    lse = block_sparse_attention_reference(q, k, v, mask)[1]
+    other = [*qkv(*q.shape[:2], k.shape[1], 75, 59, 64, seed=5), mask, lse, visited]
+    expected = _captured(*other)
+    with gpu() as machine:
+        q, k, v, lse, visited = moved((q, k, v, lse, visited))
+        mask = mask.to("cuda")
+        _captured(q, k, v, mask, lse, visited)
+        given = moved(other[:3])
+        with machine.capture():
+            made = _captured(*given, mask, lse, visited)
+        for a, b in zip(made, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_a_capture_refuses():
+    """Each with what to do: a mask that is new, or computed in the step."""
+    q, k, v, mask = make("ragged", 64)
+    valid, negligible = torch.rand(q.shape[0], 59) < 0.8, torch.rand(1, 1, *mask.grid) < 0.2
+    with gpu() as machine:
+        q, k, v, valid, negligible = moved((q, k, v, valid, negligible))
+        there, new = mask.to("cuda"), mask.to("cuda")
+        blocks = torch.rand(*there.grid, device="cuda") < 0.5
+        sizes = {"q_len": 75, "k_len": 59, "block": (32, 16)}
+        block_sparse_attention(q, k, v, there)
+        calls = {
+            "once with this mask before the capture": [
+                lambda: block_sparse_attention(q, k, v, new),
+                lambda: sparse_linear_attention(q, k, v, there),
+            ],
+            "leave its attention out of the graph": [
+                lambda: BlockMask.from_blocks(blocks, **sizes, share=False),
+                lambda: BlockMask.from_dense(torch.ones(75, 59, device="cuda") > 0, block=16),
+                lambda: mask.to("cuda"),
+                lambda: there.to("cpu"),
+                lambda: sparse_linear_attention(q, k, v, there, keys_valid=valid),
+                lambda: sparse_linear_attention(q, k, v, there, negligible=negligible),
+            ],
+        }
+        for words, refused in calls.items():
+            for call in refused:
+                with machine.capture(), pytest.raises(RuntimeError, match=words):
+                    call()
+        block_sparse_attention(q, k, v, there)
 
 
 def _linear_part(q, k, v, mask, feature, backend, weight, **more):

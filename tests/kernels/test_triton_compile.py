@@ -102,13 +102,6 @@ def test_without_the_package_it_is_said_what_is_left(monkeypatch):
         importlib.import_module("vtr.kernels.triton_common")
 
 
-def test_work_lists_are_not_made_in_a_capture(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="call once with this mask before the capture"):
-        triton_common.refuse_capture(torch.device("cuda"), "work lists are built")
-    triton_common.refuse_capture(torch.device("cpu"), "work lists are built")
-
-
 def test_persistent_programs_share_the_registers_of_a_multiprocessor():
     limits = [
         triton_common.Config(64, 64, warps, 3, persistent).register_limit

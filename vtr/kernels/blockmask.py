@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vtr.kernels import csr as _csr
+from vtr.kernels.capture import refuse_captured_mask
 from vtr.kernels.csr import Csr
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class BlockMask:
         bm, bn = _block_pair(block)
         nq, nk = -(-q_len // bm), -(-k_len // bn)
         blocks = _four_dims(blocks, "blocks")
+        refuse_captured_mask(blocks.device)
         if blocks.shape[2:] != (nq, nk):
             raise ValueError(
                 f"a block map for {q_len} x {k_len} tokens in blocks of {bm} x {bn} is "
@@ -125,6 +127,7 @@ class BlockMask:
         """
         bm, bn = _block_pair(block)
         mask = _four_dims(mask, "mask")
+        refuse_captured_mask(mask.device)
         q_len, k_len = mask.shape[2:]
         flat, pattern = _share(mask, True)
         maps = flat.view(-1, q_len, k_len)
@@ -157,6 +160,7 @@ class BlockMask:
 
         Its ``mask_mod`` is evaluated on the partial blocks only.
         """
+        refuse_captured_mask(flex.kv_num_blocks.device)
         bm, bn = flex.BLOCK_SIZE
         q_len, k_len = flex.seq_lengths
         num, index = flex.kv_num_blocks, flex.kv_indices
@@ -200,6 +204,7 @@ class BlockMask:
         blocks that are whole as far as they reach are full, and full blocks of a last key column
         that is shorter than a block get a tile that ends with the keys."""
         (bm, bn), device = block, tiles.device
+        refuse_captured_mask(device)
         nq, nk = -(-q_len // bm), -(-k_len // bn)
         rows, cols = q_len - (nq - 1) * bm, k_len - (nk - 1) * bn
         last_row, last_col = row % nq == nq - 1, col == nk - 1
@@ -266,6 +271,9 @@ class BlockMask:
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device; itself if it is there already."""
         here = self.tensors()[:-1]
+        if torch.device(device).type != self.device.type:
+            for end in (self.device, torch.device(device)):
+                refuse_captured_mask(end, "a mask is moved")
         moved = [t.to(device, non_blocking=torch.device(device).type == "cuda") for t in here]
         if all(a is b for a, b in zip(here, moved, strict=True)):
             return self

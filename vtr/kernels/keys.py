@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vtr.kernels import csr as _csr
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.capture import refuse_captured_mask
 
 
 def without_keys(mask: BlockMask, valid: Tensor) -> BlockMask:
@@ -22,6 +23,7 @@ def without_keys(mask: BlockMask, valid: Tensor) -> BlockMask:
     Raises:
         ValueError: the sizes do not fit together.
     """
+    refuse_captured_mask(mask.device, "keys are left out of a mask")
     samples, heads = mask.pattern.shape
     if valid.ndim != 2 or valid.shape[1] != mask.k_len or samples not in (1, valid.shape[0]):
         raise ValueError(

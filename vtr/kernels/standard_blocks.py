@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.capture import refuse_capture
 
 SIZES = (16, 32, 64, 128)
 
@@ -34,10 +35,7 @@ def in_standard_blocks(mask: list[Tensor], dims: list[int]) -> tuple[list[Tensor
         return mask, dims
     key = int(mask[6])
     if key not in _kept:
-        if mask[3].is_cuda:
-            from vtr.kernels.triton_common import refuse_capture
-
-            refuse_capture(mask[3].device, "the blocks of a mask are cut anew")
+        refuse_capture(mask[3].device, "the blocks of a mask are cut anew")
         made = BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask[:6])
         _kept[key] = made.with_block(block)
         weakref.finalize(mask[6], _kept.pop, key, None)

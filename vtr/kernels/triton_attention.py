@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtr.kernels import proof, triton_backward, triton_join
+from vtr.kernels.capture import refuse_capture
 from vtr.kernels.csr import Csr
 from vtr.kernels.kept import Call
 from vtr.kernels.triton_common import (
@@ -48,7 +49,6 @@ from vtr.kernels.triton_common import (
     pack_tiles,
     precision,
     products,
-    refuse_capture,
     split_dim,
     store_rows,
     tuned,

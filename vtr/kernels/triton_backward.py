@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtr.kernels.capture import refuse_capture
 from vtr.kernels.triton_common import (
     Config,
     amount,
@@ -32,7 +33,6 @@ from vtr.kernels.triton_common import (
     load_words,
     precision,
     products,
-    refuse_capture,
     split_dim,
     store_rows,
     tuned,

@@ -184,15 +184,6 @@ def unit_strides(*tensors: Tensor) -> tuple[int, list[int]]:
     return unit, [n // unit for n in strides]
 
 
-def refuse_capture(device: torch.device, what: str) -> None:
-    """Raise while a CUDA graph is being captured, which the code after this call would break."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{what} at the first call with a mask, which reads from the device and cannot be "
-            "captured in a CUDA graph: call once with this mask before the capture"
-        )
-
-
 def upcast(dtype: torch.dtype) -> bool:
     """Cast operands to float32 in the interpreter, which multiplies the raw bits of bfloat16."""
     return interpreting() and dtype == torch.bfloat16

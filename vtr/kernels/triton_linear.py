@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vtr.kernels.capture import refuse_capture
 from vtr.kernels.linear_reference import EPSILON
 from vtr.kernels.triton_common import (
     Config,
@@ -35,7 +36,6 @@ from vtr.kernels.triton_common import (
     load_rows,
     precision,
     products,
-    refuse_capture,
     split_dim,
     store_rows,
     tuned,

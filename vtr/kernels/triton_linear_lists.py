@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vtr.kernels import csr as _csr
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.capture import refuse_capture, refuse_captured_mask
 from vtr.kernels.csr import Csr
 from vtr.kernels.linear_reference import marginal_blocks
-from vtr.kernels.triton_common import refuse_capture
 
 
 @dataclass
@@ -57,13 +57,13 @@ def listed_of(
     negligible: Tensor | None, mask: list[Tensor], dims: list[int], every: bool
 ) -> Listed:
     """The lists of a mask; kept if no negligible blocks, which may change in every call, are given."""
-    refusal = "the lists of linear attention are built"
     if negligible is not None:
-        refuse_capture(mask[3].device, refusal)
+        what = "the lists of linear attention are built in every call with negligible="
+        refuse_captured_mask(mask[3].device, what)
         return _make(negligible, mask, dims, every)
     key = int(mask[6]), every
     if key not in _known:
-        refuse_capture(mask[3].device, refusal)
+        refuse_capture(mask[3].device, "the lists of linear attention are built")
         _known[key] = _make(None, mask, dims, every)
         weakref.finalize(mask[6], _known.pop, key, None)
     return _known[key]

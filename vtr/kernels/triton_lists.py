@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vtr.kernels import csr as _csr
+from vtr.kernels.capture import refuse_capture
 from vtr.kernels.csr import Csr
-from vtr.kernels.triton_common import refuse_capture
 
 
 @dataclass
