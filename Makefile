@@ -87,24 +87,67 @@ run = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$(1)/bin/python -m pytest -n 2 
 candidates: $(VENV)/.installed
 	VTR_EVERY_CANDIDATE=1 $(RUN) pytest -n 2 tests/kernels/test_triton_candidates.py
 
-# On a machine with a CUDA device. gpu-first: what to know in five minutes; gpu: the gpu tests, and the benchmarks, which write benchmarks/results/.
-# Uses the Python that is there, because a GPU machine brings its own torch: make gpu PYTHON=python3
-gpu-first:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_first.py all --out gpu_first
+# On a machine with a CUDA device. They use the Python that is there, because a GPU machine brings its own torch:
+# make gpu PYTHON=python3. Tests and parts whose libraries are missing are left out by name.
+# gpu-first: what to know in five minutes, written to gpu_first/ (DRY=1: all of it on the CPU, tiny inputs, minutes).
+# gpu: everything, in parts of less than eight minutes; make -k gpu goes on after a part that failed. Parts write to
+# benchmarks/results/, each row at once, and end by themselves or by `timeout`. Estimated minutes on an H200, of which
+# only the tests of kernels, gpu-vit and gpu-vlm have run in part: tests-kernels 2, tests-models 4, attention 5,
+# attention-long 5, attention-more 6, vit 3, vlm 4, language 6, diffusion 5, diffusion-steps 6, diffusion-methods 3, video 4.
+GPU := PYTHONPATH=. timeout --kill-after 10 450 $(PYTHON)
+HALF := PYTHONPATH=. timeout --kill-after 10 220 $(PYTHON)
+GPU_TESTS := -m pytest -m gpu -p no:cacheprovider -n 12
+GPU_PARTS := gpu-tests-kernels gpu-tests-models gpu-attention gpu-attention-long gpu-attention-more gpu-vit gpu-vlm \
+	gpu-language gpu-diffusion gpu-diffusion-steps gpu-diffusion-methods gpu-video
+.PHONY: $(GPU_PARTS)
 
-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=. $(PYTHON) benchmarks/vit.py
-	PYTHONPATH=. $(PYTHON) benchmarks/attention.py gpu
-	PYTHONPATH=. $(PYTHON) benchmarks/attention.py match
-	PYTHONPATH=. $(PYTHON) benchmarks/vlm.py
-	PYTHONPATH=. $(PYTHON) benchmarks/prefill.py --gpu
-	PYTHONPATH=. $(PYTHON) benchmarks/cache.py --gpu
-	PYTHONPATH=. $(PYTHON) benchmarks/diffusion.py
-	PYTHONPATH=. $(PYTHON) benchmarks/diffusion.py --gpu
-	PYTHONPATH=. $(PYTHON) benchmarks/video.py decode --out $(RESULTS)/video-decode-cuda-host.csv
-	PYTHONPATH=. $(PYTHON) benchmarks/video_models.py reduction --out $(RESULTS)/video-reduction-cuda.csv
-	PYTHONPATH=. $(PYTHON) benchmarks/video_models.py prefill --out $(RESULTS)/video-prefill-cuda.csv
+gpu: $(GPU_PARTS)
+
+gpu-first:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_first.py all --out gpu_first $(if $(DRY),--dry)
+
+gpu-tests-kernels:
+	$(GPU) $(GPU_TESTS) tests/kernels
+
+gpu-tests-models:
+	$(GPU) $(GPU_TESTS) --ignore tests/kernels tests
+
+gpu-attention:
+	$(GPU) benchmarks/attention.py gpu --seconds 4 --limit 420
+
+gpu-attention-long:
+	$(GPU) benchmarks/attention.py gpu-long --seconds 4 --limit 420
+
+gpu-attention-more:
+	$(GPU) benchmarks/attention.py gpu-more --seconds 4 --limit 420
+
+gpu-vit:
+	$(HALF) benchmarks/vit.py --limit 200
+	$(HALF) benchmarks/attention.py match --seconds 4
+
+gpu-vlm:
+	$(GPU) benchmarks/vlm.py --repeats 3 --steps 16 --limit 420
+
+gpu-language:
+	$(HALF) benchmarks/prefill.py --gpu
+	$(HALF) benchmarks/cache.py --gpu
+
+gpu-diffusion:
+	$(GPU) benchmarks/diffusion.py --parts attention,block --seconds 4 --limit 420
+
+gpu-diffusion-steps:
+	$(GPU) benchmarks/diffusion.py --parts step --seconds 4 --rounds 2 --limit 420 \
+		--out $(RESULTS)/diffusion_steps_cuda.csv
+
+gpu-diffusion-methods:
+	$(HALF) benchmarks/diffusion.py --gpu
+
+gpu-video:
+	$(HALF) benchmarks/video.py decode --limit 200 --repeats 3 --out $(RESULTS)/video-decode-cuda-host.csv
+	PYTHONPATH=. timeout --kill-after 10 110 $(PYTHON) benchmarks/video_models.py reduction \
+		--out $(RESULTS)/video-reduction-cuda.csv
+	PYTHONPATH=. timeout --kill-after 10 110 $(PYTHON) benchmarks/video_models.py prefill \
+		--out $(RESULTS)/video-prefill-cuda.csv
 
 clean:
 	rm -rf $(VENV) $(VENV)-* demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,12 +1,14 @@
 """Time block-sparse attention and the alternatives that a user would run.
 
     python benchmarks/attention.py cpu      # one thread; minutes
-    python benchmarks/attention.py gpu      # CUDA; half an hour, most of it compiling
+    python benchmarks/attention.py gpu      # CUDA, 16k and 32k tokens; minutes, most of them compiling
+    python benchmarks/attention.py gpu-long # CUDA, 64k and 128k tokens
+    python benchmarks/attention.py gpu-more # CUDA, other lengths, head dims, dtypes, and training
     python benchmarks/attention.py match    # bipartite matching, CPU or GPU
     python benchmarks/attention.py masks    # how long masks take to build
 
-Writes ``benchmarks/results/<attention, match or masks>_<cpu or gpu>.csv`` and, for the first two, a plot beside
-it. Every point runs its candidates alternately in one process and keeps the fastest of the rounds;
+Writes ``benchmarks/results/<attention, match or masks>_<cpu or gpu>.csv``, each row as soon as it is measured, and
+for the suites ``cpu`` and ``gpu`` a plot beside it. Every point runs its candidates alternately in one process and keeps the fastest of the rounds;
 results are compared with dense masked attention before anything is timed, which also compiles and
 tunes. A GPU is timed by its own events, its second-level cache written over before each call.
 
@@ -17,18 +19,18 @@ is the fastest of torch's own SDPA backends. 1 means that the time falls as much
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from options import Limit, save  # beside this script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtr.kernels import BlockMask, block_sparse_attention, masks
@@ -64,17 +66,27 @@ def cpu_points(quick: bool) -> Iterator[dict[str, Any]]:
         yield {**base, "tokens": 4096, "mask": f"random {density:g}", "backward": True}
 
 
-def gpu_points(quick: bool) -> Iterator[dict[str, Any]]:
-    base = {"heads": 8, "dim": 128, "dtype": torch.bfloat16, "backward": False}
-    for tokens in (16384, 32768, 65536, 131072)[: 2 if quick else 4]:
+GPU_BASE = {"heads": 8, "dim": 128, "dtype": torch.bfloat16, "backward": False}
+
+
+def gpu_points(quick: bool, lengths: Sequence[int] = (16384, 32768)) -> Iterator[dict[str, Any]]:
+    for tokens in lengths[: 1 if quick else None]:
         for density in (0.05, 0.1, 0.2, 0.35, 0.5):
-            yield {**base, "tokens": tokens, "mask": f"random {density:g}"}
-        yield {**base, "tokens": tokens, "mask": "radial"}
-    if quick:
-        return
+            yield {**GPU_BASE, "tokens": tokens, "mask": f"random {density:g}"}
+        yield {**GPU_BASE, "tokens": tokens, "mask": "radial"}
+
+
+def long_points(quick: bool) -> Iterator[dict[str, Any]]:
+    return gpu_points(quick, (65536, 131072))
+
+
+def more_points(quick: bool) -> Iterator[dict[str, Any]]:
+    base = GPU_BASE
+    yield {**base, "tokens": 75600, "mask": "radial 21x3600"}
     for tokens in (1024, 4096):
         yield {**base, "tokens": tokens, "mask": "random 0.25"}
-    yield {**base, "tokens": 75600, "mask": "radial 21x3600"}
+    if quick:
+        return
     for dim in (64, 72, 96):
         yield {**base, "tokens": 32768, "dim": dim, "mask": "random 0.2"}
     for dtype in (torch.float16, torch.float32):
@@ -82,6 +94,9 @@ def gpu_points(quick: bool) -> Iterator[dict[str, Any]]:
     for tokens in (16384, 32768):
         for density in (0.1, 0.35):
             yield {**base, "tokens": tokens, "mask": f"random {density:g}", "backward": True}
+
+
+SUITES = {"cpu": cpu_points, "gpu": gpu_points, "gpu-long": long_points, "gpu-more": more_points}
 
 
 def make_mask(kind: str, tokens: int) -> BlockMask:
@@ -247,9 +262,13 @@ def fastest(calls: dict[str, Call], device: str, seconds: float, rounds: int) ->
     return best
 
 
-def run(suite: str, device: str, quick: bool, seconds: float) -> list[dict[str, Any]]:
-    rows = []
-    for point in (cpu_points if suite == "cpu" else gpu_points)(quick):
+def run(
+    suite: str, device: str, quick: bool, seconds: float, limit: Limit, path: Path
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for point in SUITES[suite](quick):
+        if not limit.left(f"{point['mask']} of {point['tokens']} tokens"):
+            continue
         make_mask(point["mask"], point["tokens"])
         before = time.perf_counter()
         mask = make_mask(point["mask"], point["tokens"])
@@ -278,13 +297,14 @@ def run(suite: str, device: str, quick: bool, seconds: float) -> list[dict[str, 
             )  # fmt: skip
             print({key: rows[-1][key] for key in ("tokens", "dim", "dtype", "mask", "pass", "kernel",
                    "ms", "efficiency")}, flush=True)  # fmt: skip
+        save(path, header(device), rows)
     return rows
 
 
 # ---- the smaller suites -----------------------------------------------------------------------
 
 
-def match_rows(device: str, seconds: float) -> list[dict[str, Any]]:
+def match_rows(device: str, seconds: float, path: Path) -> list[dict[str, Any]]:
     """bipartite_match against the matrix product and its maximum, with ToMe's protected row."""
     from vtr.kernels import bipartite_match
 
@@ -315,10 +335,11 @@ def match_rows(device: str, seconds: float) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
         print(rows[-1], flush=True)
+        save(path, header(device), rows)
     return rows
 
 
-def mask_rows(seconds: float) -> list[dict[str, Any]]:
+def mask_rows(seconds: float, path: Path) -> list[dict[str, Any]]:
     calls: dict[str, Call] = {
         "radial 21x3600, paper": lambda: masks.radial(21, 3600),
         "radial 21x3600, released": lambda: masks.radial(21, 3600, rule="released"),
@@ -345,6 +366,7 @@ def mask_rows(seconds: float) -> list[dict[str, Any]]:
                      "partial": int((mask.tile >= 0).sum()), "live": mask.col.numel(),
                      "build_ms": round(best, 2)})  # fmt: skip
         print(rows[-1], flush=True)
+        save(path, header("cpu"), rows)
     return rows
 
 
@@ -360,9 +382,9 @@ def header(device: str) -> list[str]:
     except ImportError:
         compiler = "none"
     return [
-        f"# {name}, {torch.get_num_threads()} thread(s), {platform.system()} {platform.machine()}",
-        f"# torch {torch.__version__}, triton {compiler}, python {platform.python_version()}",
-        f"# {datetime.date.today().isoformat()}, python benchmarks/attention.py {' '.join(sys.argv[1:])}",
+        f"{name}, {torch.get_num_threads()} thread(s), {platform.system()} {platform.machine()}",
+        f"torch {torch.__version__}, triton {compiler}, python {platform.python_version()}",
+        f"{datetime.date.today().isoformat()}, python benchmarks/attention.py {' '.join(sys.argv[1:])}",
     ]
 
 
@@ -371,16 +393,6 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "CPU"
-
-
-def write(rows: list[dict[str, Any]], path: Path, device: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write("\n".join(header(device)) + "\n")
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -414,28 +426,31 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=["cpu", "gpu", "match", "masks"])
+    parser.add_argument("suite", choices=[*SUITES, "match", "masks"])
     parser.add_argument("--quick", action="store_true", help="the main points only")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for one point's rounds")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     # Every shape compiles FlexAttention anew; vtr raises this limit for itself, a user would too.
     torch._dynamo.config.recompile_limit = 256
-    cuda = options.suite == "gpu" or (options.suite == "match" and torch.cuda.is_available())
+    suite = options.suite
+    cuda = suite.startswith("gpu") or (suite == "match" and torch.cuda.is_available())
     device = "cuda" if cuda else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("the gpu suite needs a CUDA device")
-    name = "attention" if options.suite in ("cpu", "gpu") else options.suite
-    path = RESULTS / f"{name}_{'gpu' if cuda else 'cpu'}.csv"
-    if name == "attention":
-        rows = run(options.suite, device, options.quick, options.seconds)
-        write(rows, path, device)
-        plot(rows, path.with_suffix(".png"))
-    elif options.suite == "match":
-        write(match_rows(device, options.seconds / 4), path, device)
+        raise SystemExit("the gpu suites need a CUDA device")
+    if suite in SUITES:
+        path = RESULTS / f"attention_{suite}.csv"
+        limit = Limit(options.limit)
+        rows = run(suite, device, options.quick, options.seconds, limit, path)
+        if suite in ("cpu", "gpu") and rows:
+            plot(rows, path.with_suffix(".png"))
     else:
-        write(mask_rows(options.seconds / 4), path, device)
+        path = RESULTS / f"{suite}_{'gpu' if cuda else 'cpu'}.csv"
+        seconds = options.seconds / 4
+        rows = match_rows(device, seconds, path) if suite == "match" else mask_rows(seconds, path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

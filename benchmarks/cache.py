@@ -23,7 +23,6 @@ cache have the backends that are installed: fp8 is part of transformers, quanto 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import platform
@@ -37,7 +36,7 @@ from typing import Any
 import torch
 import transformers
 import video_models  # beside this script, as are the next ones
-from options import named
+from options import named, save
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 from transformers.cache_utils import DynamicCache, QuantizedCache
 from video import show
@@ -315,17 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
         gc.collect()
         longest = max(longest, time.time() - before)
         comment = "; ".join([where, *(f"left out: {why}" for why in missing)])
-        write(args.out / f"cache-{tag}.csv", comment, rows)  # an early end loses nothing
+        save(args.out / f"cache-{tag}.csv", [comment], rows)  # an early end loses nothing
     show(rows, comment)
-
-
-def write(path: Path, where: str, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {where}\n")
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

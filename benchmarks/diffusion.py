@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import datetime
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from attention import fastest  # beside this script, as are the next ones
 from diffusion_methods import run as run_methods
-from options import named
+from options import Limit, named, save
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -217,10 +216,9 @@ def mask_of(handle: Any) -> Any:
 @torch.inference_mode()
 def measure(
     name: str, model: Model, parts: list[str], device: str, dtype: torch.dtype, seconds: float,
-    flex: bool, rounds: int,
-) -> list[dict[str, object]]:  # fmt: skip
-    """Rows of one model."""
-    rows: list[dict[str, object]] = []
+    flex: bool, rounds: int, limit: Limit,
+) -> Iterator[list[dict[str, object]]]:  # fmt: skip
+    """Rows of one model, part by part."""
     kernel = "vtr " + ("triton" if device == "cuda" else "sdpa")
     variants = {kernel: dataclasses.replace(model.method, backend=kernel.split()[1])}
     if flex:
@@ -229,23 +227,24 @@ def measure(
     for part in ("block", "step"):
         if part not in parts and not (part == "block" and "attention" in parts):
             continue
+        if not limit.left(f"{name}, {part}"):
+            continue
         transformer = build(model, part, device, dtype)
         twins = {key: twin(transformer) for key in variants}
         handles = {key: vtr.apply(twins[key], method) for key, method in variants.items()}
         twins[kernel](**inputs, return_dict=False)
         mask = mask_of(handles[kernel])
         if part == "block" and "attention" in parts:
-            rows += attention(name, model, mask, device, dtype, seconds, variants, rounds)
+            yield attention(name, model, mask, device, dtype, seconds, variants, rounds)
         if part in parts:
             calls: dict[str, Callable[[], object]] = {
                 key: lambda run=run: run(**inputs, return_dict=False)
                 for key, run in {"dense": transformer, **twins}.items()
             }
-            rows += table_rows(name, part, mask, best(calls, device, seconds, rounds), model)
+            yield table_rows(name, part, mask, best(calls, device, seconds, rounds), model)
         del transformer, twins, handles
         if device == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def attention(
@@ -294,16 +293,6 @@ def device_name(device: str) -> str:
     return names[0] if names else platform.machine()
 
 
-def write(rows: list[dict[str, object]], path: Path, device: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(f"# {device_name(device)}, torch {torch.__version__}, ")
-        file.write(f"{torch.get_num_threads()} thread(s), {datetime.date.today().isoformat()}\n")
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -319,13 +308,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention")
     parser.add_argument("--seconds", type=float, default=8.0, help="for the rounds of one point")
     parser.add_argument("--rounds", type=int, default=50, help="at most")
+    parser.add_argument("--limit", type=float, help="seconds in all; 150 for --gpu, else none")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     if args.gpu or args.cpu:
         if args.gpu and not torch.cuda.is_available():
             parser.error("--gpu needs a CUDA device; --cpu measures small sizes")
-        seconds = 150.0 if args.gpu else None  # the last method that is begun may take some more
+        seconds = args.limit or (
+            150.0 if args.gpu else None
+        )  # the last method that is begun may take some more
         run_methods("cuda" if args.gpu else "cpu", methods=args.methods, shapes=args.shapes,
                     seconds=seconds, out=args.out)  # fmt: skip
         return
@@ -339,14 +331,24 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = named("--models", args.models, known)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
+    limit = Limit(args.limit or float("inf"))
+    path = args.out or RESULTS / f"diffusion_{'quick_' if args.quick else ''}{device}.csv"
+    where = (
+        f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"{datetime.date.today().isoformat()}"
+    )
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
         for name in chosen:
             progress.update(task, description=name)
-            rows += measure(
-                name, known[name], parts, device, dtype, args.seconds, not args.no_flex, args.rounds
-            )
+            found = measure(
+                name, known[name], parts, device, dtype, args.seconds, not args.no_flex, args.rounds,
+                limit,
+            )  # fmt: skip
+            for more in found:
+                rows += more
+                save(path, [where], rows)
             progress.advance(task)
     table = Table(title=device_name(device))
     for column in ("model", "part", "tokens", "density", "kernel", "ms", "speedup", "ideal"):
@@ -354,8 +356,6 @@ def main(arguments: list[str] | None = None) -> None:
     for row in rows:
         table.add_row(*(str(row[str(column.header)]) for column in table.columns))
     console.print(table)
-    path = args.out or RESULTS / f"diffusion_{'quick_' if args.quick else ''}{device}.csv"
-    write(rows, path, device)
     console.print(f"wrote {path}")
 
 

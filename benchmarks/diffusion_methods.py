@@ -27,7 +27,6 @@ method that does not fit a shape is listed with the reason. Writes
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from options import named  # beside this script
+from options import named, save  # beside this script
 from torch.overrides import TorchFunctionMode
 
 from vtr.core.registry import registry
@@ -294,6 +293,7 @@ def run(
         return seconds is not None and time.monotonic() - begin > seconds
 
     rows = []
+    path = out or RESULTS / f"diffusion_methods_{device}.csv"
     for name in places:
         if late():
             print(f"{name}: out of time; --shapes {name} measures it")
@@ -304,13 +304,8 @@ def run(
         for row in found:
             print(line(row), flush=True)
         rows += found
-    path = out or RESULTS / f"diffusion_methods_{device}.csv"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.write(f"# {host}, torch {torch.__version__}\n")
-        writer = csv.DictWriter(file, [*FIELDS, "left_out"], restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        blank = dict.fromkeys([*FIELDS, "left_out"], "")
+        save(path, [f"{host}, torch {torch.__version__}"], [blank | row for row in rows])
     print(f"written to {path}")
 
 

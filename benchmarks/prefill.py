@@ -27,7 +27,6 @@ is their sum; a whole model on a CPU is measured once.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import time
@@ -40,7 +39,7 @@ from unittest.mock import patch
 import torch
 import transformers
 import video_models  # beside this script, as are the next ones
-from options import named
+from options import named, save
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from video import show
 
@@ -267,17 +266,8 @@ def main() -> None:
         now = methods if args.gpu or case == CPU[0] else [m for m in methods if m.name in SOME]
         rows += measure(case, now, args.repeats, "cuda" if args.gpu else "cpu", torch.bfloat16)
         longest = max(longest, time.time() - before)
-        write(args.out / f"prefill-{tag}.csv", where, rows)  # an early end loses nothing
+        save(args.out / f"prefill-{tag}.csv", [where], rows)  # an early end loses nothing
     show(rows, where)
-
-
-def write(path: Path, where: str, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {where}\n")
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

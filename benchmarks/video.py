@@ -12,7 +12,6 @@ faster. `decord_over_itself` is plain decord against plain decord: the noise of 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import platform
@@ -23,6 +22,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from options import Limit, save  # beside this script
 from rich.console import Console
 from rich.table import Table
 
@@ -128,6 +128,7 @@ def rounds(fns: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.n
 
 def decode(args: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
+    limit = Limit(args.limit)
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, str] = {Path(f).name: f for f in args.file}
         for name in () if files else args.clips.split(","):
@@ -137,7 +138,11 @@ def decode(args: argparse.Namespace) -> list[dict[str, object]]:
         for name, file in files.items():
             for threads in map(int, args.threads.split(",")):
                 for frames in map(int, args.frames.split(",")):
+                    if not limit.left(f"{name}, {frames} frames, {threads} threads"):
+                        continue
                     rows.append(_compare(name, file, frames, threads, args.repeats))
+                    if args.out:
+                        save(args.out, facts(), rows)
     return rows
 
 
@@ -182,15 +187,9 @@ def show(rows: list[dict[str, object]], title: str) -> None:
     Console(width=None if os.isatty(1) else 180).print(table)
 
 
-def save(rows: list[dict[str, object]], path: Path) -> None:
-    facts = {"machine": platform.machine(), "cores": os.cpu_count()}
-    facts["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
-    print(f"wrote {path}")
+def facts() -> list[str]:
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return [f"decode, {platform.machine()}, {os.cpu_count()} cores, {date}"]
 
 
 def main() -> None:
@@ -208,13 +207,13 @@ def main() -> None:
         "--threads", default="1,0", help="of the decoders; 0 is their own choice (default: 1,0)"
     )
     sub.add_argument("--repeats", type=int, default=15)
+    sub.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
     sub.add_argument("--out", type=Path, help="CSV file")
     sub.set_defaults(run=decode)
     args = parser.parse_args()
     rows = args.run(args)
-    show(rows, f"{args.command} ({platform.machine()}, {os.cpu_count()} cores)")
-    if args.out:
-        save(rows, args.out)
+    if rows:
+        show(rows, f"{args.command} ({platform.machine()}, {os.cpu_count()} cores)")
 
 
 if __name__ == "__main__":

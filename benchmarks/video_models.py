@@ -20,7 +20,6 @@ time is not counted. On a CPU times are CPU seconds of this process, so that oth
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import math
 import platform
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import named  # beside this script, as is video
+from options import named, save  # beside this script, as is video
 from torch import Tensor
 from video import show
 
@@ -141,8 +140,14 @@ class Clock:
         return found
 
 
+Rows = list[dict[str, object]]
+Write = Callable[[Rows], None]
+
+
 @torch.inference_mode()
-def reduction(args: argparse.Namespace) -> list[dict[str, object]]:
+def reduction(args: argparse.Namespace, write: Write) -> Rows:
+    """Rows of every method; ``write`` is called with them after each number of frames."""
+    rows: Rows = []
     clock = Clock(args.device)
     chosen = methods(args.keep) | {"dycoke": vtr.DyCoke(kv=None)}
     chosen = {name: chosen[name] for name in named("--methods", args.methods, chosen)}
@@ -164,17 +169,24 @@ def reduction(args: argparse.Namespace) -> list[dict[str, object]]:
                 return made.map.merge(site.hidden, made.weights, made.normalize)
 
             seconds[k][t] = clock.best(call, args.repeats)
-    rows: list[dict[str, object]] = []
+        rows = costs(chosen, seconds)
+        write(rows)
+    if args.plot:
+        plot(seconds, args)
+    return rows
+
+
+def costs(chosen: Mapping[str, vtr.Method], seconds: dict[str, dict[int, float]]) -> Rows:
+    """Milliseconds per 1,000 tokens of each method by number of frames, and how they grow."""
+    rows: Rows = []
     for k, method in chosen.items():
         per = {t: s * 1e6 / (t * CELLS) for t, s in seconds[k].items()}
         row: dict[str, object] = {"method": str(method)}
         row |= {f"ms_per_1000_at_{t}": round(v, 3) for t, v in per.items()}
-        if {64, 256} <= set(numbers):
+        if {64, 256} <= set(per):
             growth = math.log(seconds[k][256] / seconds[k][64]) / math.log(4)
             row["exponent_64_to_256"] = round(growth, 2)
         rows.append(row)
-    if args.plot:
-        plot(seconds, args)
     return rows
 
 
@@ -276,7 +288,9 @@ class Prefill:
 
 
 @torch.inference_mode()
-def prefill(args: argparse.Namespace) -> list[dict[str, object]]:
+def prefill(args: argparse.Namespace, write: Write) -> Rows:
+    """Rows of every method; ``write`` is called with them after each repeat."""
+    rows: Rows = []
     bench = Prefill(args)
     cases: list[tuple[float, str, vtr.Method | None]] = [(1.0, "dense", None)]
     for keep in map(float, args.keep_shares.split(",")):
@@ -298,7 +312,20 @@ def prefill(args: argparse.Namespace) -> list[dict[str, object]]:
             print(f"{repeat}: {name} {keep:.0%} {seconds:.2f} s", flush=True)
             if repeat >= args.warmup:
                 best[i] = min(best.get(i, math.inf), seconds)
-    rows: list[dict[str, object]] = []
+        if repeat >= args.warmup:
+            rows = compared(cases, best, flops, tokens)
+            write(rows)
+    return rows
+
+
+def compared(
+    cases: list[tuple[float, str, vtr.Method | None]],
+    best: dict[int, float],
+    flops: dict[int, tuple[int, int]],
+    tokens: dict[int, float],
+) -> Rows:
+    """Rows of all cases from their best times."""
+    rows: Rows = []
     for i, (keep, name, method) in enumerate(cases):
         ideal = 1.0 if method is None else flops[i][0] / flops[i][1]
         speed = best[0] / best[i]
@@ -349,16 +376,8 @@ def main() -> None:
         f"{args.command}, {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"best of {args.repeats}, {datetime.date.today()}"
     )
-    rows = args.run(args)
+    rows = args.run(args, lambda rows: save(args.out, [where], rows) if args.out else None)
     show(rows, where)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            file.write(f"# {where}\n")
-            writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

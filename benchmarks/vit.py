@@ -11,7 +11,6 @@ random, since times do not depend on them.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import timm
 import torch
-from options import named  # beside this script
+from options import Limit, named, save  # beside this script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,7 +31,9 @@ MODELS = {
     "vit-s-224": ("vit_small_patch16_224", {}, 224),
     "vit-b-384": ("vit_base_patch16_384", {}, 384),
     "vit-l-512": ("vit_large_patch16_384", {"img_size": 512}, 512),
+    "tiny": ("vit_tiny_patch16_224", {"img_size": 64, "depth": 4}, 64),  # for trying the script out
 }
+REAL = [name for name in MODELS if name != "tiny"]
 
 
 def methods(depth: int, tokens: int) -> dict[str, vtr.Method]:
@@ -72,8 +73,15 @@ def best(
 
 
 @torch.inference_mode()
-def encoders(args: argparse.Namespace, device: str, dtype: torch.dtype) -> list[dict[str, object]]:
+def encoders(
+    args: argparse.Namespace,
+    device: str,
+    dtype: torch.dtype,
+    write: Callable[[list[dict[str, object]]], None],
+) -> list[dict[str, object]]:
+    """Rows of every model, batch and method; ``write`` is called with all of them after each batch."""
     rows: list[dict[str, object]] = []
+    limit = Limit(args.limit)
     for key in named("--models", args.models, MODELS):
         name, kwargs, size = MODELS[key]
         model = timm.create_model(name, num_classes=1000, **kwargs).eval().to(device, dtype)
@@ -81,6 +89,8 @@ def encoders(args: argparse.Namespace, device: str, dtype: torch.dtype) -> list[
         chosen = methods(depth, tokens)
         chosen = {k: chosen[k] for k in named("--methods", args.methods, chosen)}
         for batch in map(int, args.batches.split(",")):
+            if not limit.left(f"{key} batch {batch}"):
+                continue
             x = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
             handles: dict[str, vtr.Handle] = {}
             for k, m in chosen.items():
@@ -120,6 +130,7 @@ def encoders(args: argparse.Namespace, device: str, dtype: torch.dtype) -> list[
                         "dense_ms": round(times["dense"] * 1e3, 2) if device == "cuda" else "",
                     }
                 )
+            write(rows)
     return rows
 
 
@@ -154,30 +165,30 @@ def matching(args: argparse.Namespace, device: str) -> list[dict[str, object]]:
     return rows
 
 
-def show(title: str, rows: list[dict[str, object]], path: Path, console: Console) -> None:
+def show(title: str, rows: list[dict[str, object]], console: Console) -> None:
     table = Table(title=title)
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
     console.print(table)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# {title}\n")
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join(REAL))
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--methods", default="")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice"
     )
-    parser.add_argument("--matching", action="store_true", help="only ToMe's matching step")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--matching", action="store_true", help="only ToMe's matching step")
+    only.add_argument("--encoders", action="store_true", help="only the encoders")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="seconds for the encoders"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if args.threads:
@@ -189,18 +200,18 @@ def main() -> None:
         f"timm {timm.__version__}, {datetime.date.today()}"
     )
     console = Console(width=160)
-    args.out.mkdir(parents=True, exist_ok=True)
     tag = machine.replace(" ", "-").lower()
     if not args.matching:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        rows = encoders(args, device, dtype)
-        show(f"encoders, {where}", rows, args.out / f"vit-{tag}.csv", console)
-    show(
-        f"ToMe's matching, {where}",
-        matching(args, device),
-        args.out / f"matching-{tag}.csv",
-        console,
-    )
+        path, title = args.out / f"vit-{tag}.csv", f"encoders, {where}"
+        rows = encoders(args, device, dtype, lambda rows: save(path, [title], rows))
+        if rows:
+            show(title, rows, console)
+    if not args.encoders:
+        title = f"ToMe's matching, {where}"
+        rows = matching(args, device)
+        save(args.out / f"matching-{tag}.csv", [title], rows)
+        show(title, rows, console)
 
 
 if __name__ == "__main__":

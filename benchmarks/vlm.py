@@ -19,7 +19,6 @@ Times are the best of alternating repeats.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import time
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from options import named  # beside this script
+from options import Limit, named, save  # beside this script
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -110,7 +109,21 @@ def onevision() -> tuple[type, Any, dict[str, Any], int]:
     return LlavaOnevisionForConditionalGeneration, config, shapes, 729 + 27 * 28
 
 
-MODELS = {"llava-onevision-0.5b": onevision, "llava-1.5-7b": llava, "llava-next-7b": llava_next}
+def tiny() -> tuple[type, Any, dict[str, Any], int]:
+    """For trying the script out."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**small, num_hidden_layers=4, image_size=112, patch_size=14)
+    text = LlamaConfig(**small, num_hidden_layers=4, num_key_value_heads=2, vocab_size=32064)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    return LlavaForConditionalGeneration, config, {"pixel_values": (3, 112, 112)}, 64
+
+
+MODELS = {
+    "llava-onevision-0.5b": onevision,
+    "llava-1.5-7b": llava,
+    "llava-next-7b": llava_next,
+    "tiny": tiny,
+}
 
 
 def methods(keep: int, tokens: int) -> dict[str, vtr.Method]:
@@ -304,6 +317,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice"
     )
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds in all")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if args.threads:
@@ -313,23 +327,22 @@ def main() -> None:
         f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, bfloat16, best of {args.repeats}, {datetime.date.today()}"
     )
-    rows = []
+    tag = machine.replace(" ", "-").lower()
+    rows: list[dict[str, object]] = []
+    limit = Limit(args.limit)
     for name in named("--models", args.models, MODELS):
         for batch in map(int, args.batches.split(",")):
-            rows += measure(name, batch, args, device)
+            if limit.left(f"{name} batch {batch}"):
+                rows += measure(name, batch, args, device)
+                save(args.out / f"vlm-{tag}.csv", [f"VLMs, {where}"], rows)
+    if not rows:
+        return
     table = Table(title=f"VLMs, {where}")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:
         table.add_row(*(str(v) for v in row.values()))
     Console(width=200).print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tag = machine.replace(" ", "-").lower()
-    with (args.out / f"vlm-{tag}.csv").open("w", newline="", encoding="utf-8") as file:
-        file.write(f"# VLMs, {where}\n")
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
