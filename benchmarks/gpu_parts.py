@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +29,11 @@ from vtr.kernels import (
     available_backends,
     block_sparse_attention,
     masks,
+    proof,
     triton_attention,
     triton_backward,
 )
+from vtr.kernels.triton_common import Config
 
 DRY = os.environ.get("DRY") == "1"  # gpu_first.py then sets TRITON_INTERPRET too
 DEVICE = "cpu" if DRY else "cuda"
@@ -115,13 +119,13 @@ def inputs(point: Point) -> tuple[Any, Any, Any, Any]:
 # ---- kernels ----------------------------------------------------------------------------------
 
 
-def label(config: Any) -> str:
+def label(config: Config) -> str:
     name = "x".join(map(str, (config.block_m, config.block_n, config.warps, config.stages)))
-    return f"triton {name}" + (" persistent" if getattr(config, "persistent", False) else "")
+    return f"triton {name}" + (" persistent" if config.persistent else "")
 
 
 @contextmanager
-def chosen(pick: Callable[[str, list[Any]], Any]) -> Iterator[None]:
+def chosen(pick: Callable[[str, list[Config]], Config]) -> Iterator[None]:
     """Take the configuration that ``pick`` finds by kernel ("forward", "dq", "dkv"), and tune nothing."""
     used = []
 
@@ -138,10 +142,10 @@ def chosen(pick: Callable[[str, list[Any]], Any]) -> Iterator[None]:
         raise RuntimeError("the kernel took another configuration than the one that is measured")
 
 
-def of_triton(config: Any, **options: Any) -> Kernel:
+def of_triton(config: Config) -> Kernel:
     def call(q: Any, k: Any, v: Any, mask: Any) -> Any:
         with chosen(lambda kernel, configs: config), triton_attention.forward_kernel("triton"):
-            return block_sparse_attention(q, k, v, mask, backend="triton", **options)
+            return block_sparse_attention(q, k, v, mask, backend="triton")
 
     return call
 
@@ -155,10 +159,14 @@ def of_backend(name: str) -> Kernel:
     return lambda q, k, v, mask: block_sparse_attention(q, k, v, mask, backend=name)
 
 
-def tiles(dim: int, persistent: bool) -> list[Any]:
+def of_int8(q: Any, k: Any, v: Any, mask: Any) -> Any:
+    return block_sparse_attention(q, k, v, mask, backend="triton", quantize="int8")
+
+
+def tiles(dim: int, persistent: bool) -> list[Config]:
     """The forward's candidates for blocks of 128 tokens."""
-    found = triton_attention._configs(dim, 128, 128, "exact" if DRY else "half")
-    return [c for c in found if getattr(c, "persistent", False) == persistent]
+    found = triton_attention._configs(dim, 128, 128, "exact" if DRY else "half", True)
+    return [config for config in found if bool(config.persistent) == persistent]
 
 
 def kernels(group: str, dim: int) -> dict[str, Kernel]:
@@ -169,6 +177,8 @@ def kernels(group: str, dim: int) -> dict[str, Kernel]:
     found = {label(c): of_triton(c) for c in tiles(dim, group == "further")}
     if group == "further" and available_backends(DEVICE).get("flash", "absent") == "":
         found["flash"] = of_backend("flash")
+    if group == "further" and "quantize" in inspect.signature(block_sparse_attention).parameters:
+        found["int8"] = of_int8
     # On a CPU it is compiled by a C++ compiler for half a minute.
     if group == "sweep" and not DRY and not available_backends(DEVICE)["flex"]:
         found["flex"] = of_backend("flex")
@@ -177,6 +187,8 @@ def kernels(group: str, dim: int) -> dict[str, Kernel]:
 
 def warm(which: int) -> None:
     """Compile a share of the kernels, so that the process that times them finds them on the disk."""
+    # What is tuned while others compile is not to be kept.
+    os.environ["VTR_CACHE"] = tempfile.mkdtemp(prefix="vtr-warm-")
     jobs: dict[Any, Callable[[], Any]] = {}
     for point in POINTS:
         for group in ("sweep", "hopper", "further"):
@@ -194,6 +206,12 @@ def warm(which: int) -> None:
             print(*key, f"{type(error).__name__}: {error}"[:200], flush=True)
     if not DRY:
         torch.cuda.synchronize()
+
+
+def check(folder: Path) -> None:
+    """Find out whether the Hopper kernel works, which its first call would do otherwise; gpu_first.py looks for
+    this line."""
+    print(f"Hopper kernel: {proof.check(torch.device('cuda', 0))}", flush=True)
 
 
 def error_of(out: Any, q: Any, k: Any, v: Any, mask: Any) -> float:
@@ -298,12 +316,12 @@ def trained(number: int, q: Any, k: Any, v: Any, mask: Any) -> Any:
     """Forward and backward, each kernel of the backward with its candidate of this number."""
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
 
-    def pick(kernel: str, configs: list[Any]) -> Any:
+    def pick(kernel: str, configs: list[Config]) -> Config:
         if kernel == "forward":
-            return [c for c in configs if not getattr(c, "persistent", False)][-1]
+            return [c for c in configs if not c.persistent][-1]
         return configs[min(number, len(configs) - 1)]
 
-    with chosen(pick):
+    with chosen(pick), triton_attention.forward_kernel("triton"):
         out = block_sparse_attention(q, k, v, mask, backend="triton")
         return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
@@ -417,6 +435,7 @@ def prefill(folder: Path) -> None:
 
 PARTS: dict[str, Callable[[Path], None]] = {
     "env": environment,
+    "check": check,
     "sweep": sweep,
     "hopper": hopper,
     "further": further,

@@ -136,6 +136,18 @@ def test_a_part_that_hangs_is_killed_with_its_children(first: ModuleType, tmp_pa
     assert not (tmp_path / "sweep.jsonl").exists()
 
 
+@pytest.mark.parametrize(("said", "later"), [("Hopper kernel: works", ""), ("killed", "triton")])
+def test_later_parts_do_not_check_the_hopper_kernel(
+    first: ModuleType, tmp_path: Path, said: str, later: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VTR_FORWARD_KERNEL", raising=False)
+    show = f'echo "$VTR_FORWARD_KERNEL." > {tmp_path}/kernel'
+    parts = [first.Part("warm", 1, f"echo {said}"), first.Part("wan", 1, show)]
+    ends = first.everything(tmp_path, parts, limit=60)
+    assert (tmp_path / "kernel").read_text() == f"{later}.\n"
+    assert ("do without it" in ends[0]) == bool(later)
+
+
 def test_parts_without_time_are_named(first: ModuleType, tmp_path: Path) -> None:
     parts = [first.Part("slow", 20, "sleep 1"), first.Part("late", 20, "true")]
     ends = first.everything(tmp_path, parts, limit=10.5)

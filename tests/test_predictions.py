@@ -98,6 +98,8 @@ def test_the_table_of_a_run(predictions, tmp_path: Path) -> None:
     counts = [sum(line.endswith(f"| {word} |") for line in rows) for word in predictions.OUTCOMES]
     assert "{} held, {} did not hold, {} not measured".format(*counts) in text
     assert counts[0] >= 3 and counts[1] >= 1 and counts[2] >= 10
+    (tmp_path / "env.json").write_text('{"name": "CPU (dry run)"}')
+    assert "0 held, 0 did not hold" in predictions.table(tmp_path)
     assert "gluon over flex" in text and "RuntimeError" in predictions.sweep_table(tmp_path)
 
 
