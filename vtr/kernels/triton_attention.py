@@ -458,8 +458,8 @@ def keeping(
         )  # fmt: skip
         made = _forward_kernel[(programs,)](*tensors, *tables, claimed, *numbers, **constants)
         if not config.persistent:
-            numbers = (*tables, claimed, *numbers)
-            return fixed(_forward_kernel, made, programs, numbers, constants)
+            after = (*tables, claimed, *numbers)
+            return fixed(_forward_kernel, made, programs, after, constants)
         start = fixed(_forward_kernel, made, programs, numbers, constants)
         return lambda *tensors: start(*tensors, *tables, pattern.new_zeros(1))
 
