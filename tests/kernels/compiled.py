@@ -15,6 +15,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from vtr.kernels.triton_common import split_dim
 
@@ -82,8 +83,10 @@ def report(kernel, element, constants, config, capability=90, folder=None) -> Re
     """Compile, or read in ``folder`` what was said of the same source, constants and versions before."""
     if folder is None:
         return _report(kernel, element, constants, config, capability)
-    source = _source(kernel, element, constants).hash()
-    facts = f"{triton.__version__} {capability} {config} {source} {Path(__file__).read_text()}"
+    facts = repr((
+        triton.__version__, capability, element, sorted(constants.items()), config,
+        sorted(_texts(kernel)), Path(__file__).read_text(),
+    ))  # fmt: skip
     kept = folder / hashlib.sha256(facts.encode()).hexdigest()
     if kept.exists():
         return Report(**json.loads(kept.read_text()))
@@ -91,6 +94,18 @@ def report(kernel, element, constants, config, capability=90, folder=None) -> Re
     aside = kept.with_suffix(f".{os.getpid()}")  # no other process reads half a file
     aside.write_text(json.dumps(asdict(found)))
     aside.replace(kept)
+    return found
+
+
+def _texts(kernel) -> set[str]:
+    """The source of a kernel and of the device functions that it calls. Triton's own key holds line numbers
+    too, which every change to the file moves."""
+    found, left = set(), [kernel]
+    while left:
+        function = left.pop()
+        found.add(function.src)
+        named = (function.fn.__globals__.get(name) for name in function.fn.__code__.co_names)
+        left += [f for f in named if isinstance(f, JITFunction) and f.src not in found]
     return found
 
 
