@@ -66,7 +66,7 @@ def test_candidate(name, dim, block, kind, config, reports):
         assert (found.shared + 1024) * config.persistent <= SHARED + 1024
         assert found.registers * 32 * config.warps * config.persistent <= REGISTERS
     if kind == "half":
-        assert not found.warnings  # C75xx: wgmma is serialised
+        assert kernel.memory_bound or not found.warnings  # C75xx: wgmma is serialised
         assert len(found.in_flight) == kernel.loops
         assert all(waits and min(waits) > 0 for waits in found.in_flight), found.in_flight
 
