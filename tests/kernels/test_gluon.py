@@ -36,6 +36,7 @@ from vtr.kernels import (
     proof,
 )
 from vtr.kernels import triton_attention as shared
+from vtr.kernels.triton_common import split_dim
 
 ROOT = Path(__file__).parents[2]
 gluon = shared._gluon()
@@ -74,24 +75,26 @@ def _compile(dim, block, dtype=torch.bfloat16, epilogue=False):
     q = torch.zeros(1, 2, 256, dim, dtype=dtype)
     rows, numbers = torch.zeros(64), torch.zeros(64, dtype=torch.int32)
     return gluon._hopper_kernel.run(
-        gluon._descriptor(q, 64), gluon._descriptor(q, plan.block_n),
-        gluon._descriptor(q, plan.block_n), gluon._descriptor(q, 64), rows, rows, rows, rows, rows,
+        *gluon.descriptors(q, q, q, q, plan.block_n), rows, rows, rows, rows, rows,
         numbers, numbers, numbers, numbers, numbers, 0, 0, 2, 1, 4, 8, 0, 256, 0.1, block[0] == 128,
         **gluon.constants(dim, block, plan, epilogue, epilogue), grid=(1,), warmup=True,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("dim", "block", "dtype", "epilogue"),
-    [
-        (128, (128, 128), torch.bfloat16, True),
-        (64, (128, 128), torch.float16, False),
-        (128, (128, 64), torch.float16, False),
-        (128, (64, 64), torch.bfloat16, False),
-        (64, (64, 128), torch.bfloat16, True),
-    ],
-    ids=str,
-)
+VARIANTS = [
+    (128, (128, 128), torch.bfloat16, True),
+    (64, (128, 128), torch.float16, False),
+    (128, (128, 64), torch.float16, False),
+    (128, (64, 64), torch.bfloat16, False),
+    (64, (64, 128), torch.bfloat16, True),
+    (80, (128, 128), torch.bfloat16, True),
+    (72, (64, 64), torch.float16, False),
+]
+if os.environ.get("VTR_EVERY_CANDIDATE") == "1":  # make candidates
+    VARIANTS = [(d, b, torch.bfloat16, True) for d in gluon.DIMS for b in BLOCKS]
+
+
+@pytest.mark.parametrize(("dim", "block", "dtype", "epilogue"), VARIANTS, ids=str)
 def test_variants_compile_well(dim, block, dtype, epilogue, hopper_target, tmp_path):
     made = _compile(dim, block, dtype, epilogue)
     programs = 2 if block[0] == 64 else 1
@@ -349,6 +352,33 @@ def test_all_work_is_dealt_out_once(total, programs):
     assert max(loads) <= min(loads) + 66
 
 
+@pytest.mark.parametrize("dim", gluon.DIMS)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_plans_fit_a_multiprocessor(block, dim):
+    plan, width = gluon.plan(dim, block), sum(split_dim(dim))
+    queries, ring = block[0] * width * 2, 2 * plan.stages * plan.block_n * width * 2
+    needed = queries * (1 + plan.apart) + ring
+    assert plan.stages >= 2 and needed + 1024 <= SHARED
+    assert plan.together * (needed + 2048) <= PROCESSOR
+
+
+def test_parts_of_a_head_dim_cover_it():
+    """Descriptors of 80 values copy 64 and then 16; those of 64 are the same twice."""
+    for dim, widths in {
+        64: (64, 64),
+        72: (64, 16),
+        80: (64, 16),
+        96: (64, 32),
+        128: (128, 128),
+    }.items():
+        t = torch.zeros(1, 2, 256, dim, dtype=torch.float16)
+        found = gluon.descriptors(t, t, t, t, 128)
+        assert [d.block_shape for d in found] == [
+            [1, 1, rows, width] for width in widths for rows in (64, 128, 128, 64)
+        ]
+        assert all(d.shape[-1] == dim for d in found)
+
+
 def test_short_rows_share_programs():
     one, two = gluon.plan(128, (128, 128)), gluon.plan(128, (64, 64))
     assert gluon.programs(1536, 6 * 128, one, 132) == 132
@@ -372,7 +402,7 @@ def simulated(monkeypatch):
 
 
 def test_what_it_takes(simulated):
-    for dim, dtype in itertools.product((64, 128), (torch.bfloat16, torch.float16)):
+    for dim, dtype in itertools.product(gluon.DIMS, (torch.bfloat16, torch.float16)):
         tensors = _tensors(tokens=64, dim=dim, dtype=dtype)
         for block in BLOCKS:
             assert gluon.refuses(*tensors, block, 0.1) == ""
@@ -381,7 +411,7 @@ def test_what_it_takes(simulated):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda: (*_tensors(dim=72), (128, 128), 0.1), "head dims 64 and 128, not 72"),
+        (lambda: (*_tensors(dim=160), (128, 128), 0.1), "head dims 64, .* and 128, not 160"),
         (lambda: (*_tensors(dtype=torch.float32), (128, 128), 0.1), "bfloat16 and float16"),
         (lambda: (*_tensors(), (128, 32), 0.1), r"blocks of 64 and 128 tokens, not \(128, 32\)"),
         (lambda: (*_tensors(), (128, 128), -0.1), "positive number, not -0.1"),
@@ -498,7 +528,7 @@ def _check(q, k, v, mask, **options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 72, 80, 128])
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_gpu_every_kind_of_block(name, dtype, dim, block, on_hopper):
@@ -508,7 +538,7 @@ def test_gpu_every_kind_of_block(name, dtype, dim, block, on_hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", gluon.DIMS)
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 40])
 def test_gpu_full_blocks_alone(blocks, dim, on_hopper):
     """Rows of every length around the number of slots."""
@@ -520,7 +550,7 @@ def test_gpu_full_blocks_alone(blocks, dim, on_hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [72, 96, 128])
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("adding", [True, False])

@@ -20,7 +20,13 @@ gets several rows: with short ones, the start of a program would cost as much as
 have a program each, which the device starts as room becomes free.
 
 Tails. Descriptors have four axes (batch, head, token, head dim), so that rows past the end of a head read
-as zeros and are not written, whatever lies behind them in memory.
+read as zeros and are not written, whatever lies behind them in memory.
+
+Head dims. Shared memory and tensors have powers of two, so a head dim is split as in the Triton kernel: 80 is
+64 + 16, and 72 as well, with eight zeros from the descriptor. Each part has its descriptors, memory and
+products. Above 128 no variant compiles without spills in Triton 3.6 and 3.9: results of 64 x 256 take 128 registers
+of a thread, so that 192 and 256 spill 24 bytes with blocks of 128 queries; of 64 queries, two programs with 128
+registers each are fewer than the 158 that one instruction for 256 columns needs.
 """
 
 # Device functions are typed by Triton when they are compiled.
@@ -46,13 +52,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from vtr.kernels.triton_common import multiprocessors, on_hopper
+from vtr.kernels.triton_common import multiprocessors, on_hopper, split_dim
 
 # Renamed in Triton 3.7 or later.
 _copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _sync = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
+DIMS = (64, 72, 80, 88, 96, 112, 128)
 _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -89,14 +96,19 @@ def _item(
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_desc, k_desc, v_desc, q1_desc, k1_desc, v1_desc, COL, q_s, k_s, v_s, q1_s, k1_s, v1_s,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty,
     ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr,
+    D0: gl.constexpr, D1: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr,
     BLOCK_N: gl.constexpr, ONE_PATTERN: gl.constexpr,
 ):  # fmt: skip
     """Copy the queries and the key blocks of each row, one after the other as slots become free: the first
     keys of a row while consumers still work on the row before."""
     SUB_N: gl.constexpr = MASK_N // BLOCK_N
+    Q_BYTES: gl.constexpr = GROUPS * (
+        q_desc.block_type.nbytes + (q1_desc.block_type.nbytes if D1 > 0 else 0)
+    )
+    K_BYTES: gl.constexpr = k_desc.block_type.nbytes + (k1_desc.block_type.nbytes if D1 > 0 else 0)
     begun = 0  # tiles of the rows before
     rows = 0
     for turn in range(0, gl.cdiv(total, gl.num_programs(0))):
@@ -114,16 +126,23 @@ def _produce(
             slot = (begun + j) % STAGES
             other_phase = (((begun + j) // STAGES) & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), other_phase)
-            mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+            mbarrier.expect(k_full.index(slot), K_BYTES)
             _copy_in(k_desc, [b, key_head, key, 0], k_full.index(slot), k_s.index(slot))
+            if D1 > 0:
+                _copy_in(k1_desc, [b, key_head, key, D0], k_full.index(slot), k1_s.index(slot))
             if j == 0:
                 mbarrier.wait(q_empty, (rows & 1) ^ 1)
-                mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
+                mbarrier.expect(q_full, Q_BYTES)
                 for g in gl.static_range(GROUPS):
-                    _copy_in(q_desc, [b, h, row_block * MASK_M + g * 64, 0], q_full, q_s.index(g))
+                    row = row_block * MASK_M + g * 64
+                    _copy_in(q_desc, [b, h, row, 0], q_full, q_s.index(g))
+                    if D1 > 0:
+                        _copy_in(q1_desc, [b, h, row, D0], q_full, q1_s.index(g))
             mbarrier.wait(v_empty.index(slot), other_phase)
-            mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+            mbarrier.expect(v_full.index(slot), K_BYTES)
             _copy_in(v_desc, [b, key_head, key, 0], v_full.index(slot), v_s.index(slot))
+            if D1 > 0:
+                _copy_in(v1_desc, [b, key_head, key, D0], v_full.index(slot), v1_s.index(slot))
         if row_block >= 0:
             if count == 0:  # nothing to copy, but the memory of the queries takes its turn
                 mbarrier.wait(q_empty, (rows & 1) ^ 1)
@@ -162,9 +181,31 @@ def _hide(scores, bits, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _scores(q, q1, k_s, k1_s, slot, D1: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Begin the product of queries and keys."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    keys = k_s.index(slot).reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, layout)
+    later = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+    if D1 > 0:
+        keys = k1_s.index(slot).reshape([BLOCK_N, D1]).permute((1, 0))
+        later = warpgroup_mma(q1, keys, later, is_async=True)
+    return later
+
+
+@gluon.jit
+def _values(weights, acc, v_s, slot, BLOCK_N: gl.constexpr):
+    """Begin to add the product of weights and values."""
+    D: gl.constexpr = acc.shape[1]
+    values = v_s.index(slot).reshape([BLOCK_N, D])
+    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, acc.type.layout, 2))
+    return warpgroup_mma(weights, values, acc, is_async=True)
+
+
+@gluon.jit
 def _step(
-    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j, begun, steps,
-    first, scale_log2, TILE, BITS, WHICH: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    q, q1, weights, m, total, acc, acc1, k_s, k1_s, v_s, v1_s, k_full, k_empty, v_full, v_empty, turns, j, begun, steps,
+    first, scale_log2, TILE, BITS, D1: gl.constexpr, WHICH: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile j and values of tile j - 1, both in the tensor cores; then the weights of tile j."""
@@ -175,17 +216,17 @@ def _step(
     mbarrier.wait(k_full.index(slot), (n // STAGES) & 1)
     if TURNS:
         mbarrier.wait(turns.index(WHICH), ((steps + j) & 1) ^ WHICH)
-    keys = k_s.index(slot).reshape([BLOCK_N, q.shape[1]]).permute((1, 0))
-    zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    scores_later = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+    scores_later = _scores(q, q1, k_s, k1_s, slot, D1, BLOCK_N)
     mbarrier.wait(v_full.index(before), ((n - 1) // STAGES) & 1)
-    values = v_s.index(before).reshape([BLOCK_N, q.shape[1]])
-    acc_later = warpgroup_mma(weights, values, acc, is_async=True)
+    acc_later = _values(weights, acc, v_s, before, BLOCK_N)
+    acc1_later = acc1
+    if D1 > 0:
+        acc1_later = _values(weights, acc1, v1_s, before, BLOCK_N)
     if TURNS:
         mbarrier.arrive(turns.index(1 - WHICH), count=1)
     if MASKED:
         bits = _bits(j, first, TILE, BITS, s_layout, WHICH, MASK_M, MASK_N, BLOCK_N)
-    scores = warpgroup_mma_wait(1, [scores_later])
+    scores = warpgroup_mma_wait(2 if D1 > 0 else 1, [scores_later])
     mbarrier.arrive(k_empty.index(slot), count=1)
     if MASKED:
         scores = _hide(scores, bits, BLOCK_N)
@@ -195,30 +236,42 @@ def _step(
     new = gl.exp2(scores * scale_log2 - m_safe[:, None])
     keep = gl.exp2(m - m_safe)
     total = total * keep + gl.sum(new, 1)
-    acc = warpgroup_mma_wait(0, [acc_later])
+    if D1 > 0:
+        acc, acc1 = warpgroup_mma_wait(0, [acc_later, acc1_later])
+    else:
+        acc = warpgroup_mma_wait(0, [acc_later])
     mbarrier.arrive(v_empty.index(before), count=1)
     weights = gl.convert_layout(new.to(weights.dtype), weights.type.layout)
     acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return weights, m_new, total, acc
+    if D1 > 0:
+        acc1 = acc1 * gl.convert_layout(keep, gl.SliceLayout(1, acc1.type.layout))[:, None]
+    return weights, m_new, total, acc, acc1
 
 
 @gluon.jit
 def _consume(
-    o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-    q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+    q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, parts, q_len, scale_log2,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
+    WHICH: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
     MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr, ONE_PATTERN: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
     """Compute attention for queries 64 WHICH.. of each row of this program and write the results."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D0, 16])
+    # Tensors have powers of two: a head dim of 80 is 64 + 16. Without a rest the second part is never used.
+    R: gl.constexpr = D1 if D1 > 0 else 16
+    r_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, R, 16])
     w_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     SUB_N: gl.constexpr = MASK_N // BLOCK_N
-    q = q_s.index(WHICH).reshape([64, D])
+    q = q_s.index(WHICH).reshape([64, D0])
+    q1 = q
+    if D1 > 0:
+        q1 = q1_s.index(WHICH).reshape([64, D1])
     begun = 0  # tiles of the rows before
     steps = 0  # the same without the first of each row, which takes no turn
     rows = 0
@@ -230,15 +283,14 @@ def _consume(
         count = (last - first) * SUB_N
         m = gl.full([64], float("-inf"), gl.float32, s_rows)
         total = gl.zeros([64], gl.float32, s_rows)
-        acc = gl.zeros([64, D], gl.float32, o_layout)
+        acc = gl.zeros([64, D0], gl.float32, o_layout)
+        acc1 = gl.zeros([64, R], gl.float32, r_layout)
         if row_block >= 0:
             mbarrier.wait(q_full, rows & 1)
         if count > 0:
             start = begun % STAGES
             mbarrier.wait(k_full.index(start), (begun // STAGES) & 1)
-            keys = k_s.index(start).reshape([BLOCK_N, D]).permute((1, 0))
-            zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-            scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+            scores = _scores(q, q1, k_s, k1_s, start, D1, BLOCK_N)
             scores = warpgroup_mma_wait(0, [scores])
             mbarrier.arrive(k_empty.index(start), count=1)
             if full == 0:
@@ -250,24 +302,29 @@ def _consume(
             total = gl.sum(new, 1)
             weights = gl.convert_layout(new.to(q.dtype), w_layout)
             for j in range(1, full):
-                weights, m, total, acc = _step(
-                    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
-                    begun, steps, first, scale_log2, TILE, BITS, WHICH, False, STAGES, TURNS,
+                weights, m, total, acc, acc1 = _step(
+                    q, q1, weights, m, total, acc, acc1, k_s, k1_s, v_s, v1_s,
+                    k_full, k_empty, v_full, v_empty, turns, j,
+                    begun, steps, first, scale_log2, TILE, BITS, D1, WHICH, False, STAGES, TURNS,
                     MASK_M, MASK_N, BLOCK_N,
                 )  # fmt: skip
             for j in range(gl.maximum(full, 1), count):
-                weights, m, total, acc = _step(
-                    q, weights, m, total, acc, k_s, v_s, k_full, k_empty, v_full, v_empty, turns, j,
-                    begun, steps, first, scale_log2, TILE, BITS, WHICH, True, STAGES, TURNS,
+                weights, m, total, acc, acc1 = _step(
+                    q, q1, weights, m, total, acc, acc1, k_s, k1_s, v_s, v1_s,
+                    k_full, k_empty, v_full, v_empty, turns, j,
+                    begun, steps, first, scale_log2, TILE, BITS, D1, WHICH, True, STAGES, TURNS,
                     MASK_M, MASK_N, BLOCK_N,
                 )  # fmt: skip
             begun += count
             steps += count - 1
             end = (begun - 1) % STAGES
             mbarrier.wait(v_full.index(end), ((begun - 1) // STAGES) & 1)
-            values = v_s.index(end).reshape([BLOCK_N, D])
-            acc = warpgroup_mma(weights, values, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, [acc])
+            acc_later = _values(weights, acc, v_s, end, BLOCK_N)
+            if D1 > 0:
+                acc1_later = _values(weights, acc1, v1_s, end, BLOCK_N)
+                acc, acc1 = warpgroup_mma_wait(0, [acc_later, acc1_later])
+            else:
+                acc = warpgroup_mma_wait(0, [acc_later])
             mbarrier.arrive(v_empty.index(end), count=1)
         if APART:  # noqa: SIM102, decided when the kernel is compiled
             if row_block >= 0:
@@ -287,29 +344,45 @@ def _consume(
             # A part of a heavy row: kept apart in float32, joined after the launch.
             at = (lane.to(gl.int64) * parts + part) * MASK_M
             line = at + WHICH * 64 + gl.arange(0, 64, o_rows)
-            column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+            column = gl.arange(0, D0, gl.SliceLayout(0, o_layout))
             out = acc * gl.convert_layout(factor, o_rows)[:, None]
             gl.store(PART_OUT + line[:, None] * D + column[None, :], out)
+            if D1 > 0:
+                line = at + WHICH * 64 + gl.arange(0, 64, gl.SliceLayout(1, r_layout))
+                column = D0 + gl.arange(0, R, gl.SliceLayout(0, r_layout))
+                out1 = acc1 * gl.convert_layout(factor, gl.SliceLayout(1, r_layout))[:, None]
+                gl.store(
+                    PART_OUT + line[:, None] * D + column[None, :], out1, mask=(column < D)[None, :]
+                )
             gl.store(PART_LSE + at + local, lse)
         elif row_block >= 0:
             at = lane.to(gl.int64) * q_len
             if HAS_ROW_SCALE:
                 factor *= gl.load(ROW_SCALE + at + row, mask=row < q_len, other=0.0).to(gl.float32)
             out = acc * gl.convert_layout(factor, o_rows)[:, None]
+            out1 = acc1 * gl.convert_layout(factor, gl.SliceLayout(1, r_layout))[:, None]
             if HAS_ADDED:
-                column = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+                column = gl.arange(0, D0, gl.SliceLayout(0, o_layout))
                 line = lane.to(gl.int64) * ((q_len + MASK_M - 1) // MASK_M) + row_block
                 out += gl.load(ADDED + line * D + column).to(gl.float32)[None, :]
-            place = o_s.index(WHICH)
+                if D1 > 0:
+                    column = D0 + gl.arange(0, R, gl.SliceLayout(0, r_layout))
+                    more = gl.load(ADDED + line * D + column, mask=column < D, other=0.0)
+                    out1 += more.to(gl.float32)[None, :]
             if APART:
                 tma.store_wait(0)  # of the row before
             _sync()
-            place.reshape([64, D]).store(out.to(o_s.dtype))
+            o_s.index(WHICH).reshape([64, D0]).store(out.to(o_s.dtype))
+            if D1 > 0:
+                o1_s.index(WHICH).reshape([64, D1]).store(out1.to(o_s.dtype))
             fence_async_shared()
             _sync()
-            _copy_out(
-                o_desc, [lane // heads, lane % heads, row_block * MASK_M + WHICH * 64, 0], place
-            )
+            b = lane // heads
+            h = lane % heads
+            begin = row_block * MASK_M + WHICH * 64
+            _copy_out(o_desc, [b, h, begin, 0], o_s.index(WHICH))
+            if D1 > 0:
+                _copy_out(o1_desc, [b, h, begin, D0], o1_s.index(WHICH))
             gl.store(LSE + at + row, lse, mask=row < q_len)
             if not APART:
                 tma.store_wait(0)
@@ -330,20 +403,31 @@ def _consume(
 # How long the lists are differs from mask to mask; nothing is gained by knowing it.
 @gluon.jit(do_not_specialize=["items", "total", "parts"])
 def _hopper_kernel(
-    q_desc, k_desc, v_desc, o_desc, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-    ITEMS, PATTERN, COL, TILE, BITS, stride_pb, stride_ph,
+    q_desc, k_desc, v_desc, o_desc, q1_desc, k1_desc, v1_desc, o1_desc,
+    ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE, ITEMS, PATTERN, COL, TILE, BITS, stride_pb, stride_ph,
     heads, group, items, total, parts, q_len, scale_log2, ONE_PATTERN: gl.constexpr,
-    D: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
+    D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
+    MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr, HAS_ADDED: gl.constexpr,
 ):  # fmt: skip
     GROUPS: gl.constexpr = MASK_M // 64
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D], q_desc.layout)
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D0], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, D0], k_desc.layout)
+    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, D0], v_desc.layout)
+    q1_s = q_s
+    k1_s = k_s
+    v1_s = v_s
+    if D1 > 0:
+        q1_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D1], q1_desc.layout)
+        k1_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, D1], k1_desc.layout)
+        v1_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, D1], v1_desc.layout)
     o_s = q_s  # no longer read when a row is written
+    o1_s = q1_s
     if APART:
-        o_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D], q_desc.layout)
-    k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
+        o_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D0], q_desc.layout)
+        if D1 > 0:
+            o1_s = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, 1, 1, 64, D1], q1_desc.layout)
     barriers: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], barriers)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barriers)
@@ -366,35 +450,37 @@ def _hopper_kernel(
     if GROUPS == 2:
         gl.warp_specialize([
             (_consume, (
-                o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+                q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                 ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
-                0, D, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
+                0, D, D0, D1, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_consume, (
-                o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+                q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                 ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
-                1, D, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
+                1, D, D0, D1, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, k_desc, v_desc, q1_desc, k1_desc, v1_desc, COL, q_s, k_s, v_s, q1_s, k1_s, v1_s,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
-                GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
+                D0, D1, GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
-                o_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
-                q_s, o_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+                q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
                 ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
-                0, D, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
+                0, D, D0, D1, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, COL, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc, k_desc, v_desc, q1_desc, k1_desc, v1_desc, COL, q_s, k_s, v_s, q1_s, k1_s, v1_s,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
-                GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
+                D0, D1, GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
             )),
         ], [1], [24])  # fmt: skip
 
@@ -420,12 +506,23 @@ class KernelPlan:
     together: int = 1
 
 
+# Bytes of shared memory of a multiprocessor.
+_PROCESSOR = 228 * 1024
+
+
 def plan(dim: int, block: Sequence[int]) -> KernelPlan:
     """The variant for a head dim and a mask's blocks: of 128 queries one program on a processor, of
     64 queries two, each with the shared memory and the registers that there are."""
-    if block[0] == 64:
-        return KernelPlan(64, {128: 3, 64: 6}[dim], 128, apart=False, together=2)
-    return KernelPlan(block[1], {128: 2, 64: 4}[dim] * 128 // block[1])
+    width = sum(split_dim(dim))
+    together = 128 // block[0]
+    keys = min(block[1], 128 // together)
+    room = (
+        _PROCESSOR // together - 2048
+    )  # the system takes one KiB, barriers and the compiler the other
+    queries, stage = block[0] * width * 2, 2 * keys * width * 2
+    apart = together == 1 and 2 * queries + 2 * stage <= room
+    stages = min((room - queries * (1 + apart)) // stage, 512 // keys)
+    return KernelPlan(keys, stages, 128 if together == 2 else None, apart=apart, together=together)
 
 
 # Blocks of 128 keys. A program starts in the time of two or three; and rows that are dealt out in advance
@@ -447,8 +544,9 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float)
         return "the Hopper kernel needs a device of compute capability 9.x"
     if q.dtype not in _ELEMENTS:
         return f"the Hopper kernel computes in bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] not in (64, 128):
-        return f"the Hopper kernel has head dims 64 and 128, not {q.shape[-1]}"
+    if q.shape[-1] not in DIMS:
+        *some, last = DIMS
+        return f"the Hopper kernel has head dims {', '.join(map(str, some))} and {last}, not {q.shape[-1]}"
     if any(n not in (64, 128) for n in block):
         return f"the Hopper kernel has blocks of 64 and 128 tokens, not {tuple(block)}"
     if not scale > 0:
@@ -470,26 +568,35 @@ def _copyable(t: Tensor) -> bool:
 
 
 @functools.cache
-def _layout(rows: int, dim: int, dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], _ELEMENTS[dtype])
+def _layout(rows: int, width: int, dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], _ELEMENTS[dtype])
 
 
-def _descriptor(t: Tensor, rows: int) -> TensorDescriptor:
-    dim = t.shape[-1]
+def _descriptor(t: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor that copies ``rows`` tokens and ``width`` of their values at a time."""
     strides = list(t.stride())
     for axis in (2, 1, 0):  # the stride of an axis of one is never used, but must be in order
         if t.shape[axis] == 1:
             strides[axis] = t.shape[axis + 1] * strides[axis + 1]
-    block = [1, 1, rows, dim]
-    return TensorDescriptor(t, list(t.shape), strides, block, _layout(rows, dim, t.dtype))
+    block = [1, 1, rows, width]
+    return TensorDescriptor(t, list(t.shape), strides, block, _layout(rows, width, t.dtype))
+
+
+def descriptors(q: Tensor, k: Tensor, v: Tensor, out: Tensor, keys: int) -> list[TensorDescriptor]:
+    """The descriptors of the kernel: of the main part of the head dim, then of its rest (if it has
+    none, the first again, which are not used)."""
+    main, rest = split_dim(q.shape[-1])
+    rows = ((q, 64), (k, keys), (v, keys), (out, 64))
+    return [_descriptor(t, n, width) for width in (main, rest or main) for t, n in rows]
 
 
 def constants(
     dim: int, block: Sequence[int], plan: KernelPlan, scaled: bool, adding: bool
 ) -> dict[str, Any]:
     """The arguments that the kernel is compiled for."""
+    main, rest = split_dim(dim)
     return {
-        "D": dim, "MASK_M": block[0], "MASK_N": block[1], "BLOCK_N": plan.block_n,
+        "D": dim, "D0": main, "D1": rest, "MASK_M": block[0], "MASK_N": block[1], "BLOCK_N": plan.block_n,
         "STAGES": plan.stages, "TURNS": plan.turns, "APART": plan.apart, "HAS_ROW_SCALE": scaled, "HAS_ADDED": adding,
         "num_warps": 4, "maxnreg": plan.registers,
     }  # fmt: skip
@@ -511,8 +618,7 @@ def launch(
     patterns, rows, _ = lists.grid
     keys = lists.rows.col.numel() * block[1] / (patterns * rows)
     _hopper_kernel[(programs(total, keys, plan, multiprocessors(q.device)),)](
-        _descriptor(q, 64), _descriptor(k, plan.block_n), _descriptor(v, plan.block_n),
-        _descriptor(out, 64), lse if row_scale is None else row_scale,
+        *descriptors(q, k, v, out, plan.block_n), lse if row_scale is None else row_scale,
         lse if added is None else added, lse, part_out, part_lse,
         items, pattern, col, tile, lists.words, *steps,
         heads, heads // k.shape[1], items.shape[1], total, part_out.shape[1], q_len, scale_log2,
