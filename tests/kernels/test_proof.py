@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path, c
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_it_is_printed_with_the_choices(capsys):
     choices.keep_verdict("H200", "Hopper forward 1", "works")
-    choices.keep("H200", "forward 128", (0, 0, 0, 0), [(0, 0, 0, 0)])
+    choices.keep("H200", "forward 128", (0,) * 5, [(0,) * 5])
     runpy.run_module("vtr.kernels.choices", run_name="__main__")
     out = capsys.readouterr().out
     assert "  forward 128: the Hopper kernel\n" in out

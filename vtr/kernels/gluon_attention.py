@@ -582,12 +582,14 @@ def _descriptor(t: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), strides, block, _layout(rows, width, t.dtype))
 
 
-def descriptors(q: Tensor, k: Tensor, v: Tensor, out: Tensor, keys: int) -> list[TensorDescriptor]:
-    """The descriptors of the kernel: of the main part of the head dim, then of its rest (if it has
-    none, the first again, which are not used)."""
+def descriptors(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, keys: int
+) -> list[TensorDescriptor | None]:
+    """The descriptors of the kernel: of the main part of the head dim, then of its rest, if it has one."""
     main, rest = split_dim(q.shape[-1])
     rows = ((q, 64), (k, keys), (v, keys), (out, 64))
-    return [_descriptor(t, n, width) for width in (main, rest or main) for t, n in rows]
+    found: list[TensorDescriptor | None] = [_descriptor(t, n, main) for t, n in rows]
+    return found + [_descriptor(t, n, rest) if rest else None for t, n in rows]
 
 
 def constants(
@@ -615,9 +617,7 @@ def launch(
     batch, heads, q_len, dim = q.shape
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
     total = batch * heads * items.shape[1]
-    patterns, rows, _ = lists.grid
-    keys = lists.rows.col.numel() * block[1] / (patterns * rows)
-    _hopper_kernel[(programs(total, keys, plan, multiprocessors(q.device)),)](
+    _hopper_kernel[(programs(total, lists.live * block[1], plan, multiprocessors(q.device)),)](
         *descriptors(q, k, v, out, plan.block_n), lse if row_scale is None else row_scale,
         lse if added is None else added, lse, part_out, part_lse,
         items, pattern, col, tile, lists.words, *steps,
