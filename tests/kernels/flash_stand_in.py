@@ -42,7 +42,7 @@ def install(monkeypatch, capability=9):
         vars(module).update(has)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(compat, "installed", lambda package: "4.0.0b36")
-    monkeypatch.setattr(flash, "missing_flash", compat.missing_flash.__wrapped__)
+    monkeypatch.setattr(compat, "_missing", compat._missing.__wrapped__)
     monkeypatch.setattr(flash, "unavailable", lambda device: flash.missing_flash())
     monkeypatch.setattr(flash, "_capability", lambda device: capability)
 

@@ -293,6 +293,21 @@ def test_the_operator_is_described_rightly(flash_attn):
     assert counter.get_total_flops() == pytest.approx((4 + 10) * 32 * pairs, rel=1e-6)
 
 
+def test_compiles_whole(flash_attn):
+    q, k, v, mask = make("grouped", 32, torch.float16)
+
+    def simple(q, k, v):
+        return block_sparse_attention(q * 1.0, k, v, mask, backend="flash") * 2
+
+    found = []
+    for function in (simple, torch.compile(simple, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        out = function(*leaves)
+        found.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled) and eager.stride() == compiled.stride()
+
+
 # ---- refusals -----------------------------------------------------------------------------------
 
 
@@ -318,9 +333,9 @@ def test_devices_and_packages_that_are_needed(monkeypatch):
         block_sparse_attention(q, k, v, mask, backend="flash")
     assert "not mps" in available_backends("mps")["flash"]
     monkeypatch.setattr(compat, "installed", lambda package: None)
-    monkeypatch.setattr(flash, "missing_flash", compat.missing_flash.__wrapped__)
+    monkeypatch.setattr(compat, "_missing", compat._missing.__wrapped__)
     assert r"pip install 'vtr[flash]', or flash-attn-4==4" in available_backends("cuda")["flash"]
-    monkeypatch.setattr(flash, "missing_flash", lambda: "")
+    monkeypatch.setattr(compat, "_missing", lambda: "")
     monkeypatch.setattr(flash, "_capability", lambda device: 8)
     assert "9.x or 10.x (Hopper, Blackwell), cuda has 8.x" in available_backends("cuda")["flash"]
     monkeypatch.setattr(flash, "_capability", lambda device: 9)

@@ -15,14 +15,20 @@ from torch import Tensor
 
 from vtr.compat.contract import contract, moved
 from vtr.compat.tested import TESTED, installed
+from vtr.compat.torch import constant_in_graphs
 
 #: The numbers and the indices of a row's partial blocks, then those of its full blocks.
 Blocks = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@functools.cache
+@constant_in_graphs
 def missing_flash() -> str:
     """Return the reason why there is no block-sparse flash attention here, "" if there is."""
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str:
     if installed("flash_attn") is None:
         return (
             "the flash backend needs the flash-attn-4 package, which is not installed "

@@ -47,23 +47,25 @@ def tiles(dim: int, capability: int, block: Size) -> tuple[Size, Size]:
 
 
 @functools.cache
-def keeps(block: Size, by_sample: bool, by_head: bool, by_part: bool) -> Callable[..., Any]:
+def keeps(block: Size, patterns: Size, by_part: bool) -> Callable[..., Any]:
     """Make the function that tells inside a kernel whether a pair is kept; it indexes tables alone.
 
     Args:
         block: of the mask.
-        by_sample, by_head: whether each sample and each head has a separate pattern.
+        patterns: numbers of samples and heads with patterns, 1 for a shared one.
         by_part: whether queries are those of the parts of heavy rows, whose tokens a table has.
     """
-    bm, bn = block
+    (bm, bn), (_, heads) = block, patterns
+    by_sample, by_head = (n > 1 for n in patterns)
+    words = -(-bn // 32)
 
     def kept(b: Any, h: Any, i: Any, j: Any, lengths: Any, tables: Any) -> Any:
         b, h, i, j = b[0], h[0], i[0], j[0]
-        one = tables[0][b if by_sample else 0, h if by_head else 0]
+        one = tables[0][(b * heads if by_sample else 0) + (h if by_head else 0)]
         if by_part:
             i = tables[3][one, i]
         tile = tables[1][one, i // bm, j // bn]
-        word = tables[2][tile, i % bm, j % bn // 32]
+        word = tables[2][(tile * bm + i % bm) * words + j % bn // 32]
         return mask_value((word >> (j % 32 if bn % 32 == 0 else j % bn % 32)) & 1)
 
     return kept
@@ -115,8 +117,9 @@ class FlashLists:
     """Tables and lists of a mask that the kernels read, built on first use of the mask.
 
     Attributes:
-        tables: pattern (Bp, Hp) int32; (P, rows, columns) int32, the number of the bits of each block; and the
-            bits, (number, bm, bn / 32) int32, of which 0 keeps nothing and 1 everything.
+        tables: pattern (Bp Hp) int32; (P, rows, columns) int32, the number of the bits of each block; and the
+            bits, (numbers bm bn / 32) int32, of which 0 keeps nothing and 1 everything. Each has one
+            axis, or one alone in which neighbours are neighbours in memory, as the kernels want.
         blocks: the lists of all rows, in which the heavy ones are empty.
         heavy: None if no row is heavy.
     """
@@ -136,8 +139,8 @@ class FlashLists:
         return _rows(live.mT, full.mT).by_head(self.mask.pattern)
 
     def keeps(self, *, by_part: bool = False) -> Callable[..., Any]:
-        samples, heads = (n > 1 for n in self.mask.pattern.shape)
-        return keeps(self.mask.block, samples, heads, by_part)
+        samples, heads = self.mask.pattern.shape
+        return keeps(self.mask.block, (samples, heads), by_part)
 
 
 _lists: dict[tuple[int, Size, Size], FlashLists] = {}
@@ -165,7 +168,7 @@ def _refuse_capture(device: torch.device) -> None:
 def _make(mask: BlockMask, forward: Size, backward: Size) -> FlashLists:
     rows = _rows(*_in_tiles(mask, forward))
     heavy = _cut_heavy(rows, mask, forward[0])
-    tables = [mask.pattern.contiguous(), _numbers(mask), _bits(mask.tiles)]
+    tables = [mask.pattern.flatten(), _numbers(mask), _bits(mask.tiles).flatten()]
     return FlashLists(mask, forward, backward, tables, rows.by_head(mask.pattern), heavy)
 
 
@@ -173,7 +176,7 @@ def _numbers(mask: BlockMask) -> Tensor:
     """(P, rows, columns) int32: 0 for an empty block, 1 for a full one, else 2 and its tile."""
     (bm, bn), nq = mask.block, mask.grid[0]
     rows = (mask.q_len + _LONGEST) // bm + 1
-    columns = (mask.k_len + _LONGEST) // bn + 1
+    columns = (mask.k_len + _LONGEST) // bn + 2
     made = torch.zeros(mask.patterns, rows, columns, dtype=torch.int32, device=mask.device)
     row = _csr.row_of(mask.csr)
     made[row // nq, row % nq, mask.col.long()] = mask.tile + 2
