@@ -369,7 +369,11 @@ def test_auto_does_not_take_it(monkeypatch):
     assert out.shape == q.shape and lse.shape == q.shape[:3]
 
 
-def test_lists_are_not_built_in_a_capture(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph: call once"):
-        flash_lists._refuse_capture(torch.device("cuda"))
+def test_lists_are_not_built_in_a_capture(flash_attn, monkeypatch):
+    q, k, v, mask = make("ragged", 32, torch.float16)
+    lists = flash_lists.lists_of(mask.tensors(), dims_of(mask), (128, 64), (128, 128))
+    monkeypatch.setattr("vtr.kernels.capture._capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="lists for flash-attn-4 are built at the first call"):
+        block_sparse_attention(q, k, v, mask, backend="flash")
+    with pytest.raises(RuntimeError, match="lists for the backward are built at the first call"):
+        _ = lists.columns

@@ -20,6 +20,7 @@ from torch import Tensor
 from vtr.compat.flash_attn import Blocks, mask_value
 from vtr.kernels import csr as _csr
 from vtr.kernels.blockmask import BlockMask
+from vtr.kernels.capture import refuse_capture
 
 Size = tuple[int, int]
 # The longest tile on either side: tables reach as far beyond the ends of the tokens.
@@ -134,7 +135,7 @@ class FlashLists:
     @functools.cached_property
     def columns(self) -> Blocks:
         """The lists of the query tiles of each key tile, which the backward alone needs."""
-        _refuse_capture(self.mask.device)
+        refuse_capture(self.mask.device, "lists for the backward are built")
         live, full = _in_tiles(self.mask, self.backward)
         return _rows(live.mT, full.mT).by_head(self.mask.pattern)
 
@@ -150,19 +151,11 @@ def lists_of(mask: list[Tensor], dims: list[int], forward: Size, backward: Size)
     """Return the lists of a mask for tiles of these sizes; they are released with the mask."""
     key = (int(mask[6]), forward, backward)
     if key not in _lists:
-        _refuse_capture(mask[3].device)
+        refuse_capture(mask[3].device, "lists for flash-attn-4 are built")
         made = BlockMask(dims[0], dims[1], (dims[2], dims[3]), *mask[:6])
         _lists[key] = _make(made, forward, backward)
         weakref.finalize(mask[6], _lists.pop, key, None)
     return _lists[key]
-
-
-def _refuse_capture(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the lists of a mask are built at its first call (for the backward, at the first backward), which "
-            "reads from the device and cannot be captured in a CUDA graph: call once with this mask before"
-        )
 
 
 def _make(mask: BlockMask, forward: Size, backward: Size) -> FlashLists:

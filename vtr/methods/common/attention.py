@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from vtr.diffusion.site import DiffusionAttentionSite
 
-BACKENDS = ("auto", "triton", "flex", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "flex", "flash", "sdpa", "reference")
 
 
 def check_share(value: object, name: str, *, zero: bool = False) -> None:
