@@ -127,7 +127,8 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache  # asked in every call
 def on_hopper(device: torch.device) -> bool:
     """Tell whether a device has compute capability 9.x."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    hopper = device.type == "cuda" and not interpreting()
+    return hopper and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _measure(configs: Sequence[Config], launch: Callable[[Config], Any]) -> Config:
