@@ -82,6 +82,7 @@ def test_blocks_are_not_cut_in_a_capture(monkeypatch):
     mask = masks.random(300, 0.3, block=48)
     with gpu():
         there = mask.to("cuda").tensors()
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="blocks of a mask are cut anew at the first call"):
             in_standard_blocks(there, [300, 300, 48, 48])
