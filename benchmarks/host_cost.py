@@ -55,8 +55,8 @@ def up_to_the_driver() -> Iterator[None]:
     triton.runtime.driver.set_active(_NoDriver())
     with (
         mock.patch.object(triton.compiler.CompiledKernel, "_init_handles", load),
-        mock.patch.object(triton_common, "_multiprocessors", lambda device: 132),
-        mock.patch.object(attention, "triton_refuses", lambda q, block: ""),
+        mock.patch.object(triton_common, "multiprocessors", lambda device: 132),
+        mock.patch.object(attention, "triton_refuses", lambda q, block=(): ""),
         mock.patch.object(triton_attention, "_configs", _one_candidate),
     ):
         yield

@@ -366,6 +366,44 @@ def _captured(q, k, v, mask, lse, visited):
     )
 
 
+@pytest.mark.parametrize("programs", [0, 1], ids=["plain", "persistent"])
+@torch.no_grad()
+def test_kept_calls(programs, monkeypatch):
+    """The second of its kind and later ones: rows cut into parts, scaled and added to, and none of that."""
+    from vtr.kernels import triton_attention
+    from vtr.kernels.triton_common import Config
+
+    monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 1)
+    monkeypatch.setattr(triton_attention, "_HEAVY", 1.5)
+    monkeypatch.setattr(triton_attention, "_configs", lambda *_: [Config(16, 16, 4, 3, programs)])
+    n = 16 * 4 - 5
+    live = torch.eye(4, dtype=torch.bool)
+    live[-1] = True
+    for heavy in (True, False):
+        mask = BlockMask.from_blocks(live if heavy else live & live.mT, q_len=n, k_len=n, block=16)
+        rows = torch.rand(1, 1, n), torch.rand(1, 1, 4, 32)
+        for seed in range(2):
+            q, k, v = qkv(1, 1, 1, n, n, 32, seed=seed)
+            apart = [torch.cat([t, t], -1)[..., :32] for t in (q, k, v)]
+            _compare(q, k, v, mask, torch.float32)
+            _compare(*apart, mask, torch.float32)
+            _compare(q, k, v, mask, torch.float32, *rows)
+            _compare(q, k, v, mask, torch.float32, *rows, scale=-0.3)
+        assert len(mask.kept) == 3  # a negative scale is not kept
+
+
+@torch.no_grad()
+def test_kept_calls_of_blocks_that_are_cut_anew():
+    """Values are added outside of the kernel then."""
+    q, k, v = qkv(1, 1, 1, 48, 48, 32)
+    mask = BlockMask.from_dense(token_mask((48, 48), (24, 24)), block=24)
+    added = torch.rand(1, 1, 2, 32)
+    for _ in range(3):
+        _compare(q, k, v, mask, torch.float32)
+        _compare(q, k, v, mask, torch.float32, added=added)
+    assert len(mask.kept) == 2
+
+
 @torch.no_grad()
 def test_a_capture_on_a_simulated_gpu():
     """After one call with the mask nothing waits, and nothing passes between the host and the device."""

@@ -73,7 +73,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(triton_attention, "_forward_kernel", Kernel())
     monkeypatch.setattr(triton_common, "interpreting", lambda: True)
-    monkeypatch.setattr(attention_module, "triton_refuses", lambda q, block: "")
+    monkeypatch.setattr(attention_module, "triton_refuses", lambda q, block=(): "")
     return noted
 
 

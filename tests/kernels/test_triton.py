@@ -14,6 +14,7 @@ import torch
 from tests.kernels.cases import SHAPES, make, qkv
 from vtr.kernels import (
     BlockMask,
+    attention_rows,
     bipartite_match,
     block_sparse_attention,
     block_sparse_attention_reference,
@@ -188,6 +189,77 @@ def test_gpu_graph_capture():
     torch.testing.assert_close(made[0], expected, atol=2e-2, rtol=2e-2)
     for got, want in zip(made[1:], step()[1:], strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_graph_capture_of_the_other_kernels(untuned):
+    """Replayed with other values: sparse beside linear attention, and what looks at the scores of tiles."""
+    n, sides = 64 * 9 - 5, (64, 64)
+    live = torch.rand(9, 9, generator=torch.Generator().manual_seed(2)) < 0.4
+    live[-1] = True
+    mask = BlockMask.from_blocks(live, q_len=n, k_len=n, block=64).to("cuda")
+    q, k, v = qkv(1, 2, 2, n, n, 64, torch.bfloat16, device="cuda")
+    visited = torch.rand(1, 2, 9, 9, device="cuda") < 0.8
+
+    def step():
+        out, lse = block_sparse_attention(q, k, v, mask, return_lse=True, backend="triton")
+        mass = block_mass(q, k, lse, sides=sides)
+        tiles = live_tiles(q, k, visited, sides=sides, threshold=-0.5)
+        rows = attention_rows(q[:, :, :3], k, bias=k[:, 0, :, 0] > 0)
+        every = sparse_linear_attention(q, k, v, mask, keys="all")
+        return out, lse, mass, tiles, rows, *sparse_linear_attention(q, k, v, mask), *every
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    for seed in (1, 2):
+        other = qkv(1, 2, 2, n, n, 64, torch.bfloat16, seed=seed, device="cuda")
+        for old, new in zip((q, k, v), other, strict=True):
+            old.copy_(new)
+        graph.replay()
+        for got, want in zip(made, step(), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_a_small_call_keeps_its_launch(untuned):
+    """Alignment and strides that other compiled kernels need, on streams of their own."""
+    q, k, v, mask = make("grouped", 64, torch.bfloat16, device="cuda")
+    room = torch.zeros(q.numel() + 1, dtype=q.dtype, device="cuda")
+    odd = room[1:].view(q.shape)
+    for seed in range(3):
+        for old, new in zip((q, k, v), qkv(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], 64,
+                                           q.dtype, seed=seed, device="cuda"), strict=True):  # fmt: skip
+            old.copy_(new)
+        odd.copy_(q)
+        expected, _ = block_sparse_attention_reference(q, k, v, mask)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        for given in (q, odd, q.mT.contiguous().mT):
+            out = block_sparse_attention(given, k, v, mask, backend="triton")
+            torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+            with torch.cuda.stream(side):
+                out = block_sparse_attention(given, k, v, mask, backend="triton")
+            side.synchronize()
+            torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    assert len(mask.kept) == 2  # q with rows apart is copied
+
+
+@pytest.mark.gpu
+def test_gpu_a_capture_that_builds_a_mask_says_what_to_do():
+    blocks = torch.rand(4, 4, device="cuda") < 0.5
+    graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(RuntimeError, match="leave its attention out of the graph"), graph:
+        BlockMask.from_blocks(blocks, q_len=256, k_len=256, block=64, share=False)
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu

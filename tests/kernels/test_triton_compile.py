@@ -16,10 +16,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from tests.kernels.compiled import compiled, constants_of
 from vtr.kernels import (
     BlockMask,
+    attention,
+    block_sparse_attention,
     triton_attention,
     triton_backward,
     triton_common,
@@ -150,3 +154,52 @@ def test_work_lists_cover_every_block_once(monkeypatch):
                 found |= dict.fromkeys(range(first, last), row)
             assert found == expected
     assert cut >= 2
+
+
+class _NoDriver:
+    """As much of a driver as a launch asks for."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 7
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("persistent", [0, 1])
+def test_a_kept_launch_is_what_triton_itself_launches(persistent, monkeypatch):
+    """Past the search for the compiled kernel: same grid, stream, kernel and arguments."""
+    launches = []
+
+    def load(kernel):
+        kernel._run = lambda *args: launches.append(args)
+
+    config = triton_common.Config(64, 32, 4, 3, persistent)
+    monkeypatch.setattr(triton.runtime.driver, "_active", _NoDriver())
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", load)
+    monkeypatch.setattr(triton_attention, "_configs", lambda *_: [config])
+    for module in (triton_attention, triton_common):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(attention, "triton_refuses", lambda q, block=(): "")
+    mask = BlockMask.from_blocks(torch.eye(5).bool(), q_len=300, k_len=300, block=64)
+    q, k, v = (torch.randn(2, 4, 300, 64, dtype=torch.bfloat16) for _ in range(3))
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    rows = {"row_scale": torch.rand(q.shape[:3]), "added": torch.rand(2, 4, 5, 64)}
+    calls = [((q, k, v), {}), (turned, {}), ((q, k, v), rows)][: 1 if persistent else 3]
+    for given, options in calls:
+        launches.clear()
+        for _ in range(2):
+            block_sparse_attention(*given, mask, **options, backend="triton")
+        (first, second), fresh = launches, 0
+        # Without launch_metadata, for profilers, which is built anew.
+        for a, b in zip(first[:6] + first[7:], second[:6] + second[7:], strict=True):
+            if not isinstance(a, torch.Tensor) or a is b:
+                assert a is b or a == b
+                continue
+            fresh += 1  # results, and the counter of persistent programs
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()) or not a.numel()
+        assert fresh == 4 + bool(persistent)
+    assert len(mask.kept) == len(calls)

@@ -309,10 +309,15 @@ def _keeping(
     if name == "triton" and all(size in SIZES for size in mask.block):
         from vtr.kernels import triton_attention
 
-        out, lse, call = triton_attention.keeping(q, k, v, row_scale, added, tensors, dims, scale)
-        if call is not None:
-            keep(mask, kind, call)
-        return out, lse
+        tensors, cut = in_standard_blocks(tensors, dims)
+        if cut is dims or added is None:
+            out, lse, call = triton_attention.keeping(
+                q, k, v, row_scale, added, tensors, cut, scale
+            )
+            if call is not None:
+                keep(mask, kind, call)
+            return out, lse
+        tensors = mask.tensors()
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, row_scale: Tensor | None, added: Tensor | None

@@ -445,7 +445,7 @@ def keeping(
             programs = min(places, config.persistent * multiprocessors(q.device))
             claimed, threads = pattern.new_zeros(1), 32 * config.warps
         tables = lists.longer_items, pattern, col, tile, lists.words
-        numbers = (
+        numbers: tuple[Any, ...] = (
             *strides, *steps,
             heads, heads // k.shape[1], items, parts, places, q_len, k.shape[2], scale_log2,
         )  # fmt: skip
