@@ -3,7 +3,7 @@
     python benchmarks/host_cost.py
 
 The Triton backend runs on tensors of the CPU, up to the driver: its kernel is compiled for sm_90, and
-Triton's own launcher stops where it would ask CUDA. Each part is given in microseconds and in dispatches of
+Triton's own launcher stops before it calls CUDA. Each part is given in microseconds and in dispatches of
 ``torch.add`` on four numbers, timed in turn with it: the fastest of many rounds, time of this thread alone.
 """
 

@@ -1,4 +1,4 @@
-"""What cannot be captured in a CUDA graph, refused with a message instead of CUDA's error."""
+"""Refuse with a message what CUDA cannot capture in a graph."""
 
 from __future__ import annotations
 
