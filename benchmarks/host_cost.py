@@ -93,7 +93,7 @@ def parts() -> Iterator[tuple[str, Call]]:
     blocks = torch.eye(TOKENS // BLOCK).bool()
     mask = BlockMask.from_blocks(blocks, q_len=TOKENS, k_len=TOKENS, block=BLOCK)
     q, k, v = (torch.randn(1, 2, TOKENS, DIM, dtype=torch.bfloat16) for _ in range(3))
-    options = None, False, "triton"
+    options = None, False, "triton", None
     tensors, dims = mask.tensors(), [TOKENS, TOKENS, BLOCK, BLOCK]
     given = q, k, v, None, None
 

@@ -404,6 +404,7 @@ def gpu() -> Iterator[Machine]:
         "synchronize": machine.synchronize,
         "Event": lambda **_: _Event(machine),
         "get_device_name": lambda device=None: "simulated",
+        "get_device_capability": lambda device=None: (8, 0),
         "mem_get_info": lambda device=None: (1 << 40, 1 << 40),
         "is_current_stream_capturing": lambda: False,
         "_exchange_device": lambda index: 0,

@@ -143,6 +143,8 @@ def test_what_is_asked_for_is_another_kind(warm):
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-6)
         torch.testing.assert_close(lse, expected_lse)
         assert isinstance(block_sparse_attention(q, k, v, mask), torch.Tensor)
+        low = block_sparse_attention(q, k, v, mask, quantize="int8")
+        assert isinstance(low, torch.Tensor) and not torch.equal(low, out)
         with pytest.raises(RuntimeError, match="head dims"):
             block_sparse_attention(q, k, v, mask, backend="triton")
 

@@ -306,7 +306,7 @@ def _keeping(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run a call that nobody takes part in, and keep what it has worked out."""
     tensors, dims = mask.tensors(), [mask.q_len, mask.k_len, *mask.block]
-    if name == "triton" and all(size in SIZES for size in mask.block):
+    if name == "triton":
         from vtr.kernels import triton_attention
 
         tensors, cut = in_standard_blocks(tensors, dims)
