@@ -125,13 +125,15 @@ def label(config: Config) -> str:
 
 
 @contextmanager
-def chosen(pick: Callable[[str, list[Config]], Config]) -> Iterator[None]:
-    """Take the configuration that ``pick`` finds by kernel ("forward", "dq", "dkv"), and tune nothing."""
+def chosen(pick: Callable[[str, list[Config]], Config], keep: bool = False) -> Iterator[None]:
+    """Take the configuration that ``pick`` finds by kernel ("forward", "dq", "dkv"), and tune nothing. With
+    ``keep``, later calls of the same kind may use what the first has worked out, as users' calls do."""
     used = []
 
-    def tuned(key: Any, configs: Any, launch: Any, *rest: Any) -> None:
+    def tuned(key: Any, configs: Any, launch: Any, *rest: Any) -> Any:
         used.append(pick(key[0], list(configs)))
-        launch(used[-1])
+        made = launch(used[-1])
+        return made if keep else None
 
     with (
         patch.object(triton_attention, "tuned", tuned),
@@ -364,7 +366,8 @@ def host(folder: Path) -> None:
             best = min(best, (time.perf_counter() - start) / calls * 1e6)
         return round(best, 2)
 
-    with chosen(lambda kernel, configs: config), triton_attention.forward_kernel("triton"):
+    pick = chosen(lambda kernel, configs: config, keep=True)
+    with pick, triton_attention.forward_kernel("triton"):
 
         def call() -> Any:
             return block_sparse_attention(q, k, v, mask, backend="triton")

@@ -57,8 +57,9 @@ def test_dry_run_with_torch_triton_and_transformers_alone(tmp_path: Path) -> Non
     rows = lines(out / "sweep.jsonl")
     assert not [row for row in rows if "failed" in row], rows
     assert {row["pass"] for row in rows} == {"forward", "forward+backward", "host"}
-    errors = [row["error"] for row in rows if "error" in row]
-    assert len(errors) >= 4 and max(errors) < 1e-5
+    errors = [(row["kernel"], row["error"]) for row in rows if "error" in row]
+    assert len(errors) >= 4
+    assert all(error < (0.05 if name == "int8" else 1e-5) for name, error in errors), errors
     assert {tuple(row["point"]) for row in rows if row["pass"] == "forward"} == {
         (160, 64, "0.5"),
         (160, 72, "0.5"),

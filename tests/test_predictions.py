@@ -137,6 +137,7 @@ def test_the_run_of_2026_11_28(predictions) -> None:
     (found,) = [r for r in rows if r["kernel"] == "gluon prototype" and r["point"] == LONG]
     assert found["efficiency"] == pytest.approx(10.936 / 2.0909 * 0.2, abs=1e-3)
     text = predictions.table(H200)
+    assert text == (H200 / "predictions.md").read_text()
     assert text.splitlines()[2].startswith("1 held, 11 did not hold, 0 not measured")
     assert "| 2026-11-29 |" not in text
     assert "first 128x64x8x5 over first 128x64x8x3: 1 or more | head dim 128 | 1.06 to 1.2" in text
