@@ -76,11 +76,12 @@ def parts(out: Path, dry: bool) -> list[Part]:
             ("" if dry else f"{own} check {to} & ")
             + f"for i in $(seq 0 {warmers - 1}); do {own} warm {to} --share $i & done; wait",
         ),
-        Part("sweep", 40, f"{own} sweep {to}"),
+        Part("sweep", 35, f"{own} sweep {to}"),
         Part("hopper", 20, f"{own} hopper {to}", (), "Gluon has no interpreter" if dry else ""),
-        Part("further", 25, f"{own} further {to}"),
-        Part("tests", 60, tests(dry), ("pytest",)),
-        Part("vlm", 35, f"{run}/vlm.py {vlm} {to} --methods visionzip,fastv,flowcut"),
+        Part("further", 20, f"{own} further {to}"),
+        Part("flash", 20, f"{own} flash {to}", ("flash_attn",)),
+        Part("tests", 55, tests(dry), ("pytest",)),
+        Part("vlm", 30, f"{run}/vlm.py {vlm} {to} --methods visionzip,fastv,flowcut"),
         Part(
             "vit", 15, f"{run}/vit.py {vit} {to} --encoders --methods evit,tome,cls-attention", ("timm",)
         ),
@@ -95,7 +96,7 @@ def tests(dry: bool) -> str:
     if dry:
         return f"{command} -q --collect-only tests/kernels/test_triton.py"
     if importlib.util.find_spec("pytest_timeout"):
-        command += " --timeout 40"
+        command += " --timeout 50"
     if importlib.util.find_spec("xdist"):
         command += f" -n {WARMERS}"
     return f"{command} -v --show-capture=no tests/kernels tests/vision"
@@ -180,6 +181,7 @@ def everything(out: Path, todo: Sequence[Part], limit: float, dry: bool = False)
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else each process starts as many as there are cores
     }
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [os.environ.get("PYTHONPATH"), str(HERE.parent)])

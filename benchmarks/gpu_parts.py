@@ -176,9 +176,9 @@ def kernels(group: str, dim: int) -> dict[str, Kernel]:
     may leave the device unusable for the process."""
     if group == "hopper":
         return {} if DRY else {"gluon": of_gluon}  # Gluon has no interpreter
+    if group == "flash":
+        return {"flash": of_backend("flash")}
     found = {label(c): of_triton(c) for c in tiles(dim, group == "further")}
-    if group == "further" and available_backends(DEVICE).get("flash", "absent") == "":
-        found["flash"] = of_backend("flash")
     if group == "further" and "quantize" in inspect.signature(block_sparse_attention).parameters:
         found["int8"] = of_int8
     # On a CPU it is compiled by a C++ compiler for half a minute.
@@ -300,6 +300,14 @@ def sweep(folder: Path, group: str = "sweep") -> None:
 
 def hopper(folder: Path) -> None:
     sweep(folder, "hopper")
+
+
+def flash(folder: Path) -> None:
+    """flash-attn-4, whose compiler keeps nothing on the disk."""
+    if why := available_backends(DEVICE)["flash"]:
+        print(f"left out: {why}", flush=True)
+    else:
+        sweep(folder, "flash")
 
 
 def further(folder: Path) -> None:
@@ -442,6 +450,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "sweep": sweep,
     "hopper": hopper,
     "further": further,
+    "flash": flash,
     "wan": wan,
     "prefill": prefill,
 }

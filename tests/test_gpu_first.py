@@ -44,6 +44,7 @@ def test_dry_run_with_torch_triton_and_transformers_alone(tmp_path: Path) -> Non
     )
     ends = dict(line.split(": ", 1) for line in (out / "summary.txt").read_text().splitlines())
     assert ends.pop("vit") == "left out, needs timm, which is not installed"
+    assert ends.pop("flash") == "left out, needs flash_attn, which is not installed"
     assert ends.pop("hopper") == "left out, Gluon has no interpreter"
     names = ["env", "warm", "sweep", "further", "tests", "vlm", "prefill", "wan"]
     assert list(ends) == names
@@ -88,7 +89,7 @@ def test_all_parts_fit_into_five_minutes_and_eight_files(first: ModuleType) -> N
     assert sum(part.seconds for part in parts) <= first.LIMIT == 300
     assert len(first.FILES) == 8
     names = [part.name for part in parts]
-    assert names[:6] == ["env", "warm", "sweep", "hopper", "further", "tests"]
+    assert names[:7] == ["env", "warm", "sweep", "hopper", "further", "flash", "tests"]
     assert not [part for part in parts if part.refused]
 
 
