@@ -1,0 +1,173 @@
+"""Tiny random twins of vision-language models: the same class and architecture, with small sizes.
+
+A twin shows in milliseconds on a CPU how a class behaves, whatever its model costs. Its configuration is that of the
+model with small numbers: options (norms, biases, kinds of layers, rotary embedding, placeholders) stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vtr.compat.twins import (
+    DEPTHS,
+    HEADS,
+    IDS,
+    INDICES,
+    LAYERS,
+    PATCH,
+    SIDE,
+    SIZES,
+    VOCABULARY,
+    WIDTH,
+)
+
+SMALL_IDS = 32  # ids below stay: padding, beginning and end
+
+
+def shrunk(config: Any) -> Any:
+    """Return a copy of a configuration with small sizes, of all its parts."""
+    config = copy.deepcopy(config)
+    parts = list(_parts(config))
+    for part in parts:
+        _fewer_layers(part)
+    ids = sorted({i for part in parts for i in _ids(part) if i >= SMALL_IDS})
+    new = {old: VOCABULARY - 100 + n for n, old in enumerate(ids)}
+    for part in parts:
+        _smaller(part, new)
+    return config
+
+
+def twin(cls: Any, config: Any) -> Any:
+    """Build a tiny model of a class in evaluation mode, float32 on the CPU; always the same weights.
+
+    Args:
+        cls: class of transformers.
+        config: of a model of this class, of any size.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        model = cls(shrunk(config)).eval().float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # large enough that a lost token shows in the outputs
+                    parameter.normal_(0, 0.08)
+        for module in model.modules():
+            _sections(module)
+    return model.requires_grad_(False)
+
+
+def _parts(config: Any) -> Any:
+    """The configuration and those of its parts."""
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from _parts(value)
+
+
+def _ids(part: Any) -> Any:
+    """Ids of tokens among the entries of a configuration."""
+    for name, value in vars(part).items():
+        if name.endswith(IDS):
+            yield from (
+                v for v in (value if isinstance(value, (list, tuple)) else [value]) if _number(v)
+            )
+
+
+def _fewer_layers(part: Any) -> None:
+    """Leave at most two layers of each kind, and what is told of each layer."""
+    values = vars(part)
+    names = [n for n in DEPTHS if _number(values.get(n)) and values[n] > LAYERS]
+    if not names:
+        return
+    depth = values[names[0]]
+    lists = {n: v for n, v in values.items() if isinstance(v, (list, tuple)) and v}
+    each = {n: v for n, v in lists.items() if len(v) == depth and not n.endswith(INDICES[0])}
+    some = {
+        n: v
+        for n, v in lists.items()
+        if n not in each and n.endswith(INDICES) and all(_number(i) and 0 <= i < depth for i in v)
+    }
+    kinds = [
+        (*(repr(v[i]) for v in each.values()), *(i in v for v in some.values()))
+        for i in range(depth)
+    ]
+    chosen: list[int] = []
+    for i, kind in enumerate(kinds):
+        if sum(kinds[c] == kind for c in chosen) < 2:
+            chosen.append(i)
+    chosen = sorted(
+        [*chosen, *(i for i in range(depth) if i not in chosen)][: max(LAYERS, len(chosen))]
+    )
+    for n, v in each.items():
+        values[n] = type(v)(v[i] for i in chosen)
+    for n, v in some.items():
+        values[n] = type(v)(new for new, old in enumerate(chosen) if old in v)
+    for n in names:
+        values[n] = len(chosen)
+
+
+def _smaller(part: Any, ids: Mapping[int, int]) -> None:
+    values = vars(part)
+    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    tied = _number(width) and _number(heads) and values.get("head_dim") == width // heads
+    if (
+        tied
+        and _number(values.get("head_dim"))
+        and "mrope" not in repr(values.get("rope_parameters"))
+    ):
+        values["head_dim"] = min(width, WIDTH) // min(heads, HEADS)
+    for name, value in values.items():
+        if name.endswith(IDS):
+            if isinstance(value, (list, tuple)):
+                values[name] = type(value)(ids.get(i, i) for i in value)
+            elif _number(value):
+                values[name] = ids.get(value, value)
+        elif name in SIZES:
+            if _number(value) and value > 0:  # of a vocabulary the ids of tokens are given anew
+                most = SIZES[name]
+                values[name] = most if most == VOCABULARY else min(value, most)
+            elif isinstance(value, (list, tuple)):
+                values[name] = type(value)(SIZES[name] if _number(i) else i for i in value)
+        elif name == "vision_feature_layer" and isinstance(value, (list, tuple)):
+            values[name] = type(value)(max(-LAYERS, min(LAYERS, i)) for i in value)
+        elif name == "image_grid_pinpoints" and value:
+            side = PATCH * SIDE
+            values[name] = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+    _rope(part)
+
+
+def _sections(module: Any) -> None:
+    """Sections of a rotary embedding that its class chose for heads of the usual size."""
+    sections, frequencies = (
+        getattr(module, "mrope_section", None),
+        getattr(module, "inv_freq", None),
+    )
+    if sections and frequencies is not None and len(frequencies) < sum(sections):
+        module.mrope_section = _rescaled(sections, len(frequencies))
+
+
+def _rope(part: Any) -> None:
+    """Sections of a rotary embedding with several axes, for the smaller heads."""
+    rope = getattr(part, "rope_parameters", None)
+    for found in [rope, *rope.values()] if isinstance(rope, dict) else []:
+        sections = found.get("mrope_section") if isinstance(found, dict) else None
+        if not sections:
+            continue
+        head = getattr(part, "qk_rope_head_dim", None) or getattr(part, "head_dim", None)
+        head = head or part.hidden_size // part.num_attention_heads
+        half = int(head * (found.get("partial_rotary_factor") or 1)) // 2
+        found["mrope_section"] = _rescaled(sections, half)
+
+
+def _rescaled(sections: Any, half: int) -> Any:
+    new = [max(1, s * half // sum(sections)) for s in sections]
+    new[0] += half - sum(new)
+    return type(sections)(new)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
