@@ -88,6 +88,7 @@ def _transformers() -> Iterator[Any]:
 
     from tests.vision.detectors import FAMILIES
     from tests.vision.vlm import models, videos
+    from vtr.vision.vlm.twin import twin
 
     for build in FAMILIES.values():
         detector = build()
@@ -99,6 +100,7 @@ def _transformers() -> Iterator[Any]:
         yield make(1)[0]
     for make in (videos.llava_next_video, videos.video_llava, videos.video_llama_3):
         yield make(1)[0]
+    yield twin(transformers.Qwen3VLMoeForConditionalGeneration, transformers.Qwen3VLMoeConfig())
     text = {**models.TEXT, "head_dim": 16}
     yield transformers.MistralModel(transformers.MistralConfig(**text))
     yield transformers.Qwen3Model(transformers.Qwen3Config(**text))

@@ -131,6 +131,41 @@ def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> 
     return create_causal_mask(config, hidden, mask, cache, None, layer_idx=layer)
 
 
+#: Kinds of layers, as the ``layer_types`` of a configuration name them: causal attention, the same within a
+#: window of columns, and layers with a recurrent state or a convolution.
+FULL = ("full_attention",)
+SLIDING = ("sliding_attention",)
+RECURRENT = ("linear_attention", "conv")
+
+
+def kinds_of(language: Any) -> list[str]:
+    """Name the kind of each layer of a language model."""
+    config, number = language.config, len(language.layers)
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return list(types)[:number]
+    slides = getattr(config, "sliding_window", None) is not None
+    return [(SLIDING if slides else FULL)[0]] * number
+
+
+def window_of(config: Any) -> int:
+    """Return how many columns a token of a layer with a sliding window sees, itself included."""
+    return int(config.sliding_window)
+
+
+def columns_seen(cache: Any, rows: int, layer: int) -> int | None:
+    """Return how many columns a layer will attend to, of its cache and of new rows; None without a cache."""
+    return None if cache is None else int(cache.get_mask_sizes(rows, layer)[0])
+
+
+def has_axes(inner: Any, language: Any) -> bool:
+    """Tell whether a model numbers its tokens along several axes (m-RoPE)."""
+    parameters = getattr(language.config, "rope_parameters", None) or {}
+    rotary = getattr(language, "rotary_emb", None)
+    known = "mrope_section" in parameters or bool(getattr(rotary, "mrope_section", None))
+    return known or hasattr(inner, "get_rope_index")
+
+
 # ---- attention ------------------------------------------------------------------------------
 
 

@@ -311,12 +311,6 @@ def test_language_models_that_run_their_layers_otherwise_are_refused() -> None:
             vtr.apply(model, method)
 
 
-def test_cuts_in_a_tower_are_refused_before_sliding_windows() -> None:
-    model = with_text(transformers.MistralConfig(**TEXT, sliding_window=8))
-    with pytest.raises(vtr.UnsupportedMethodError, match="sliding-window layers"):
-        vtr.apply(model, vtr.FlowCut(keep=4))
-
-
 def test_bytes_of_keys_are_not_those_of_quantised_weights() -> None:
     model, inputs = llava(1)
     with vtr.apply(model, PROMPT) as handle:
@@ -365,26 +359,6 @@ def test_pixtral_towers_have_grids_of_their_images() -> None:
         gone = gone_of(handle, inputs["input_ids"])
     with Masked(model, gone):
         same(generate(model, inputs), reduced, CLOSE)
-
-
-def test_families_that_cannot_work_say_why() -> None:
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 14,
-        "projection_dim": 64,
-    }
-    config = transformers.PaliGemmaConfig(
-        vision_config={**vision, "model_type": "siglip_vision_model"},
-        text_config={**TEXT, "model_type": "gemma", "head_dim": 16},
-        image_token_index=IMAGE,
-    )
-    model = transformers.PaliGemmaForConditionalGeneration(config)
-    with pytest.raises(vtr.UnsupportedModelError, match=r"both directions.*Supported: LLaVA-1\.5"):
-        vtr.apply(model, PROMPT)
 
 
 def test_visual_tokens_that_the_mask_hides_are_refused() -> None:

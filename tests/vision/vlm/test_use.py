@@ -13,13 +13,9 @@ from tests.vision.vlm.models import (
     ENCODES_FIRST,
     FAMILIES,
     IMAGE,
-    TEXT,
-    build,
-    clip,
     made,
     noise,
     prompts,
-    transformers,
 )
 from tests.vision.vlm.picks import (
     BOTH,
@@ -275,33 +271,6 @@ def test_layers_of_an_unknown_form_are_not_cut_in_the_middle() -> None:
         vtr.UnsupportedMethodError, match=r"OddLayer cannot be opened: use the layer's end"
     ):
         vtr.apply(model, Pick((("decoder", 1, "middle"),)))
-
-
-def test_a_family_that_cannot_work_is_refused_with_its_reason() -> None:
-    config = transformers.Gemma3Config(
-        text_config={**TEXT, "head_dim": 16, "sliding_window": 8},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 7,
-        },
-        mm_tokens_per_image=4,
-    )
-    model = transformers.Gemma3ForConditionalGeneration(config)
-    with pytest.raises(vtr.UnsupportedModelError, match=r"both directions.*LLaVA-1\.5"):
-        vtr.apply(model, PROMPT)
-
-
-def test_sliding_windows_are_refused() -> None:
-    text = transformers.MistralConfig(**TEXT, sliding_window=8)
-    config = transformers.LlavaConfig(vision_config=clip(), text_config=text, image_token_id=IMAGE)
-    model = build(transformers.LlavaForConditionalGeneration, config)
-    for method in (PROMPT, DECODER):
-        with pytest.raises(vtr.UnsupportedMethodError, match="sliding-window layers"):
-            vtr.apply(model, method)
 
 
 @pytest.mark.skipif(not ENCODES_FIRST, reason="this version of transformers has no such features")

@@ -35,6 +35,8 @@ def _general() -> Iterator[Expectation]:
     methods = ("update", "get_seq_length", *names.CACHE_ROWS)
     yield Expectation(f"{cache}:DynamicCache", _CACHES, has=methods, built=("layers",))
     yield Expectation(f"{cache}:DynamicCache.get_seq_length", _CACHES, starts=("layer_idx",))
+    sizes = f"{cache}:DynamicCache.get_mask_sizes"
+    yield Expectation(sizes, "vtr/vision/vlm/masks.py", starts=("query_length", "layer_idx"))
     yield Expectation(
         "transformers.modeling_outputs:BaseModelOutputWithPast",
         "vtr/compat/transformers.py",
@@ -208,6 +210,7 @@ _VLMS: dict[str, tuple[bool, bool, tuple[str, ...], tuple[str, ...]]] = {
         (*_GRIDS, names.FORWARDED[0]),
     ),
     "Qwen3VLModel": (True, True, ("visual.spatial_merge_size",), _GRIDS),
+    "Qwen3VLMoeModel": (True, True, ("visual.spatial_merge_size",), _GRIDS),
 }
 
 
@@ -283,6 +286,7 @@ def _packed() -> Iterator[Expectation]:
         ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionBlock", 0),
         ("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionBlock", 0),
         ("qwen3_vl", "Qwen3VLVisionModel", "Qwen3VLVisionBlock", 0),
+        ("qwen3_vl_moe", "Qwen3VLMoeVisionModel", "Qwen3VLMoeVisionBlock", 0),
         ("video_llama_3", "VideoLlama3VisionModel", "VideoLlama3VisionEncoderLayer", 1),
     ):
         path, norm, attention, projection, merger = names.PACKED[form]

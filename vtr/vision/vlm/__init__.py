@@ -84,17 +84,35 @@ Files
 - the model: ``wrapping`` (its hooks), ``facts`` (known to methods before a call), ``refusals``, ``family`` and
   ``families`` (differences between models), ``arguments`` (of a call), ``nesting`` (calls inside calls,
   compiled code), ``costs``;
+- models that are not named: ``generic`` (their structure), ``twin`` and ``twin_prompts`` (tiny models of a class, and
+  prompts for them), ``proof`` (what is proven on a twin before a class is wrapped);
 - its towers: ``tower_calls`` (features of images and videos), ``pictures`` (smaller ones), ``tower`` and
   ``packed`` (methods inside), ``features`` and ``spreads`` (from patches to visual tokens), ``frames`` (the
   frame and place of each token), ``placeholders`` (their places in a prompt);
 - its language model: ``language`` (hooks), ``prompt`` (cuts at the entry), ``call`` (one call, and its cuts),
   ``visit`` and ``rows`` (the view of methods on it), ``middle`` (cuts between the halves of a layer), ``sequence``
   (padded batches), ``attention`` (q, k, v of a few tokens), ``deepstack`` (Qwen3-VL), ``cache`` (the
-  record of cuts in a KV cache), ``attending`` (methods inside the attention) and ``marks`` (what is visual in a
+  record of cuts in a KV cache), ``masks`` (layers of several kinds), ``attending`` (methods inside the attention) and ``marks`` (what is visual in a
   cache), ``kv`` and ``store`` (the entries of a cache), ``uncached`` and ``drafts``
   (generate without a cache, and with a draft model), ``recompute`` (gradient checkpointing);
 - the outputs: ``head`` (logits and loss), ``outputs`` (their columns), ``contrast`` and ``branch`` (the logits of
   generate against those of a second run).
+
+Models that are not named
+-------------------------
+
+A model of any other class of transformers that has a tower with ``get_image_features``, a language model with a list
+of layers, and one placeholder for each visual token is proven when it is wrapped: on a twin of the same class and
+options with tiny sizes, on the CPU, once per class and options (:mod:`vtr.vision.vlm.proof`). If the outputs after a cut
+are not those that they must be, the model is refused with the part that differs. Its tower is not opened.
+
+Layers of several kinds
+-----------------------
+
+In layers with sliding windows a window counts the columns that the caller gave: a token sees what it saw, without what
+was dropped, and no older ones. If the tokens of a picture see one another (Gemma 3, PaliGemma), those that are left do.
+Layers with a recurrent state or a convolution (Qwen3.5, LFM2) run on what is left as on a shorter prompt. Methods inside
+attention, at the KV cache and on logits are refused where their own masks would have to be built otherwise.
 
 Training
 --------
@@ -170,7 +188,7 @@ def locate(target: Any) -> nn.Module | None:
     if not isinstance(target, nn.Module):
         model = unwrapped(getattr(target, "model", None))
     inner = inner_of(model)
-    if inner is None or family_of(inner) is None:
+    if inner is None or family_of(inner, model) is None:
         return None
     return model
 
@@ -178,6 +196,6 @@ def locate(target: Any) -> nn.Module | None:
 def wrap(root: Any) -> VLMWrapping:
     inner = inner_of(root)
     assert inner is not None
-    family = family_of(inner)
+    family = family_of(inner, root)
     assert family is not None
     return VLMWrapping(root, inner, family)

@@ -27,7 +27,8 @@ from vtr.compat.transformers import (
 def runs_otherwise(layer: Any) -> str:
     """Say why a decoder layer cannot be given a shorter sequence from outside; empty if it can."""
     names = inspect.signature(type(layer).forward).parameters
-    lacking = [name for name in LAYER_ARGUMENTS if name not in names]
+    more = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    lacking = [n for n in LAYER_ARGUMENTS if n not in names and not (more and n == "position_ids")]
     if cache_name(type(layer).forward) is None:
         lacking.append(" or ".join(CACHE))
     return f"{type(layer).__name__} takes no {', '.join(lacking)}" if lacking else ""

@@ -20,14 +20,16 @@ class Group:
     Attributes:
         first: 0-based layer.
         mask: (B, n) bool, the cached columns that are tokens and not padding.
+        columns: (B, n) int64, where each of them was in the sequence as it was given.
         shift: (B,) int64, by how much the positions of later tokens are moved down; None for not at all.
     """
 
-    __slots__ = ("first", "mask", "shift")
+    __slots__ = ("columns", "first", "mask", "shift")
 
-    def __init__(self, first: int, mask: Tensor, shift: Tensor | None) -> None:
+    def __init__(self, first: int, mask: Tensor, columns: Tensor, shift: Tensor | None) -> None:
         self.first = first
         self.mask = mask
+        self.columns = columns
         self.shift = shift
 
 
@@ -37,12 +39,14 @@ class Cuts:
     Attributes:
         groups: in the order of layers; the first one starts at layer 0.
         length: tokens of the sequence as it was given, at the last cut.
+        counted: 0-based layer whose cache is counted as the length of the whole: the first that holds keys.
         open: whether a wrapped model is running with this cache.
     """
 
-    def __init__(self, groups: list[Group], length: int) -> None:
+    def __init__(self, groups: list[Group], length: int, counted: int = 0) -> None:
         self.groups = groups
         self.length = length
+        self.counted = counted
         self.open = False
 
     def group(self, layer: int) -> Group:
@@ -50,12 +54,12 @@ class Cuts:
 
     @property
     def offset(self) -> int:
-        """Tokens that the first layer's cache lacks."""
-        return self.length - self.groups[0].mask.shape[1]
+        """Tokens that the cache of the counted layer lacks."""
+        return self.length - self.group(self.counted).mask.shape[1]
 
     def after(self, past: int) -> int:
-        """Columns that came into every layer since, with ``past`` columns in the first layer."""
-        tail = past - self.groups[0].mask.shape[1]
+        """Columns that came into every layer since, with ``past`` columns in the counted layer."""
+        tail = past - self.group(self.counted).mask.shape[1]
         if tail < 0:
             raise RuntimeError(
                 "the KV cache was cropped into the part whose visual tokens were cut; start the "
@@ -69,6 +73,7 @@ class Cuts:
             Group(
                 g.first,
                 g.mask[rows.to(g.mask.device)],
+                g.columns[rows.to(g.columns.device)],
                 None if g.shift is None else g.shift[rows.to(g.shift.device)],
             )
             for g in self.groups

@@ -109,6 +109,9 @@ class LanguageCall:
         self.inside = False  # a layer runs that will run again
         self.outside: int | None = None  # the layer before which cuts are done
         self.rope: tuple[Tensor, Tensor] | None = None
+        # Of layers of several kinds: the masks that a prompt was given, and what layers of a kind are given now.
+        self.masks: dict[str, Tensor | None] | None = None
+        self.by_kind: dict[str, dict[str, Any]] = {}
         self.synced: SequenceLayout | None = None
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
@@ -157,6 +160,8 @@ class LanguageCall:
             "left",
             "rope",
             "override",
+            "masks",
+            "by_kind",
             "memory",
             "_frames",
         ),
@@ -211,6 +216,21 @@ class LanguageCall:
             later = self.history[:, self.cuts.length :]
         return torch.cat([group.mask.to(later.device), later], 1)
 
+    @property
+    def offset(self) -> int:
+        """The columns before this call, as they were given."""
+        return self.past + (0 if self.cuts is None else self.cuts.offset)
+
+    def columns(self, layer: int, layout: SequenceLayout | None = None) -> Tensor:
+        """(B, past of this layer + L) int64: where its columns were in the sequence as it was given."""
+        now = (self.layout if layout is None else layout).index + self.offset
+        if self.cuts is None:
+            before = torch.arange(self.past, device=now.device).expand(now.shape[0], -1)
+            return torch.cat([before, now], 1)
+        tail = torch.arange(self.cuts.length, self.offset, device=now.device)
+        group = self.cuts.group(layer).columns.to(now.device)
+        return torch.cat([group, tail.expand(now.shape[0], -1), now], 1)
+
     def held_as(self, layer: int) -> tuple[int, int]:
         """Tell layers whose columns are other tokens apart: by the cuts of earlier calls and of this one."""
         return 0 if self.cuts is None else self.cuts.group(layer).first, len(self.segments)
@@ -243,7 +263,7 @@ class LanguageCall:
         """The record that the cache must carry from now on; None if no call has cut anything."""
         if not self.changed:
             return self.cuts
-        length = self.valid.shape[1] + (self.past + (0 if self.cuts is None else self.cuts.offset))
+        length = self.valid.shape[1] + self.offset
         groups = []
         for first in sorted({0, *self.boundaries(), *(layer for layer, _ in self.segments)}):
             now = [self.entered, *(lay for layer, lay in self.segments if layer <= first)][-1]
@@ -252,10 +272,11 @@ class LanguageCall:
                 Group(
                     first,
                     torch.cat([self.columns_before(first), now.valid], 1),
+                    self.columns(first, now),
                     now.tail if shift is None else shift if now.tail is None else now.tail + shift,
                 )
             )
-        return Cuts(groups, length)
+        return Cuts(groups, length, self.owner.counted)
 
     def frames(self, joined: bool = False) -> Frames:
         """Frames and places of the visual tokens of the prompt."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtr.compat.transformers import DEEPSTACK, DEEPSTACK_FEATURES, DEEPSTACK_MASKS
-from vtr.vision.vlm.sequence import SequenceLayout, follow
+from vtr.vision.vlm.sequence import SequenceLayout, between, follow
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.language import LanguageSession
@@ -32,7 +32,7 @@ def deepstack(session: LanguageSession, hidden: Tensor, masks: Tensor, features:
     if call is not None and call.layout is not call.entered:
         call.to(hidden.device)
         masks = masks.to(hidden.device)
-        index, valid = _between(call.entered, call.layout)
+        index, valid = between(call.entered, call.layout)
         stays = torch.zeros_like(masks)
         b, s = valid.nonzero(as_tuple=True)
         stays[b.to(masks.device), index[b, s].to(masks.device)] = True
@@ -47,14 +47,3 @@ def _kept(layout: SequenceLayout, visual: Tensor) -> Tensor:
     b, s = layout.valid.nonzero(as_tuple=True)
     stays[b, layout.index[b, s]] = True
     return stays[visual]
-
-
-def _between(old: SequenceLayout, new: SequenceLayout) -> tuple[Tensor, Tensor]:
-    """Index and validity that take the sequence of ``old`` to that of ``new``."""
-    batch, length = old.index.shape
-    width = int(max(old.index.max(), new.index.max())) + 1
-    place = torch.zeros(batch, width, dtype=torch.long, device=old.index.device)
-    slot = torch.arange(length, device=old.index.device).expand(batch, length)
-    b, s = old.valid.nonzero(as_tuple=True)
-    place[b, old.index[b, s]] = slot[b, s]
-    return place.gather(1, new.index), new.valid

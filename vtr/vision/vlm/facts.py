@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vtr.compat.transformers import MODALITIES, cannot_ask, writes_otherwise
+from vtr.compat.transformers import FULL, MODALITIES, SLIDING, cannot_ask, writes_otherwise
 from vtr.core.site import SIGNALS, LanguageSizes, ModelInfo
 from vtr.errors import UnsupportedModelError
 from vtr.vision.encoders.facts import encoder_info, square_grid
 from vtr.vision.encoders.image import open_image
 from vtr.vision.encoders.pooling import has_pooling
 from vtr.vision.vlm.attention import has_halves
+from vtr.vision.vlm.generic import Generic
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
 from vtr.vision.vlm.tower import TowerSession
 
@@ -51,14 +52,14 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
         signals["encoder"] |= {"pooling"}
     signals |= {"prompt": look, "decoder": decoder}
     closed = {}
-    odd = cannot_ask(owner.lm, getattr(owner.layers[0], "self_attn", None))
+    odd = _apart(owner) or cannot_ask(owner.lm, getattr(owner.layers[0], "self_attn", None))
     if odd:
         closed["attention"] = closed["kv"] = odd
     else:
         depth["attention"] = depth["kv"] = layers
         signals["attention"] = frozenset({"qkv", "prompt", "hidden"})
         signals["kv"] = frozenset({"entries", "hidden"})
-    silent = writes_otherwise(owner.root)
+    silent = writes_otherwise(owner.root) or (_apart(owner) if owner.family.two_way else "")
     if silent:
         closed["logits"] = silent
     else:
@@ -79,12 +80,24 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
     return info
 
 
+def _apart(owner: VLMWrapping) -> str:
+    """Say why the attention of a language model is not that of one causal mask in every layer; empty if it is."""
+    if owner.family.two_way:
+        return f"{owner.family.title} lets the tokens of a picture see one another"
+    if any(kind not in (*FULL, *SLIDING) for kind in owner.kinds):
+        odd = sorted({kind for kind in owner.kinds if kind not in FULL})
+        return f"the language model has layers of the kind {', '.join(odd)}"
+    return ""
+
+
 def _towers(owner: VLMWrapping) -> ModelInfo | None:
     """Open the vision towers; None if methods can only look from the prompt on."""
     facts: ModelInfo | None = None
     opened: dict[Any, TowerSession | PackedSession] = {}
     for kind in MODALITIES.values():
         tower: Any = owner.family.tower(owner.inner, kind)
+        if tower is None and isinstance(owner.family, Generic):
+            return None
         if tower not in opened:
             session, facts = _opened(owner, tower)
             if session is None:

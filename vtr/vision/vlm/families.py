@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from vtr.compat.transformers import PACKING, crop_counter, language_module
 from vtr.errors import UnsupportedModelError
-from vtr.vision.vlm.family import VLMFamily, pair, patches, still, videos_of
+from vtr.vision.vlm.family import VLMFamily, pair, patches, videos_of
 from vtr.vision.vlm.features import Capture
-from vtr.vision.vlm.frames import plain
+from vtr.vision.vlm.frames import plain, still
 from vtr.vision.vlm.pictures import Images, Pictures, Tiles
+from vtr.vision.vlm.proof import generic_family
 from vtr.vision.vlm.spreads import Average, Groups, Packing, Pooled, Shuffled
 
 
@@ -252,6 +253,7 @@ SUPPORTED: dict[str, Callable[[], VLMFamily]] = {
     "Qwen2VLModel": lambda: Qwen("Qwen2-VL"),
     "Qwen2_5_VLModel": lambda: Qwen("Qwen2.5-VL"),
     "Qwen3VLModel": lambda: Qwen("Qwen3-VL"),
+    "Qwen3VLMoeModel": lambda: Qwen("Qwen3-VL-MoE"),
     "InternVLModel": InternVL,
     "LlavaNextVideoModel": lambda: NextVideo(
         "LLaVA-NeXT-Video", "behind the tower the frames of a video are pooled to a smaller grid"
@@ -263,11 +265,7 @@ SUPPORTED: dict[str, Callable[[], VLMFamily]] = {
 }
 
 REFUSED = {
-    "PaliGemmaModel": "its image and prompt tokens see each other in both directions, under a mask that a "
-    "cut would have to rebuild",
     "MllamaModel": "its language model reads images by cross-attention: the prompt has no visual tokens",
-    "Gemma3Model": "its image tokens see each other in both directions, under masks of its own per layer "
-    "type (sliding and full), which a cut would have to rebuild",
 }
 
 NAMES = (
@@ -277,6 +275,7 @@ NAMES = (
     "Qwen2-VL",
     "Qwen2.5-VL",
     "Qwen3-VL",
+    "Qwen3-VL-MoE",
     "InternVL",
     "Idefics3",
     "SmolVLM",
@@ -294,11 +293,13 @@ def inner_of(model: Any) -> nn.Module | None:
     return None
 
 
-def family_of(inner: nn.Module) -> VLMFamily | None:
-    """The family of an inner model, None if it is no VLM that is known.
+def family_of(inner: nn.Module, root: nn.Module | None = None) -> VLMFamily | None:
+    """The family of an inner model, None if it is no VLM.
+
+    A class without a family of its own is proven on a tiny twin of ``root``, the model with its head.
 
     Raises:
-        UnsupportedModelError: a VLM that is known not to work, with the reason.
+        UnsupportedModelError: a VLM that does not work, with the reason.
     """
     for cls in type(inner).__mro__:
         if not cls.__module__.startswith("transformers."):
@@ -309,4 +310,4 @@ def family_of(inner: nn.Module) -> VLMFamily | None:
             )
         if cls.__name__ in SUPPORTED:
             return SUPPORTED[cls.__name__]()
-    return None
+    return generic_family(inner if root is None else root, inner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from vtr.vision.vlm.arguments import PIXELS
 from vtr.vision.vlm.features import Capture
-from vtr.vision.vlm.frames import Piece, loose, plain
+from vtr.vision.vlm.frames import plain, still
 from vtr.vision.vlm.pictures import Images, Patches, Pictures
 from vtr.vision.vlm.spreads import rows
 
@@ -23,12 +22,16 @@ class VLMFamily:
         cuts: why the tower cannot be cut inside, or empty.
         pooled: why a cut inside the tower cannot be followed for videos, or empty.
         fixed: whether every image has the same number of visual tokens.
+        blind: why q, k and v of the language model's layers cannot be computed from outside, or empty.
+        two_way: whether the tokens of a picture see one another, under a mask that the language model is given.
     """
 
     title = "LLaVA"
     cuts = ""
     pooled = ""
     fixed = True
+    blind = ""
+    two_way = False
 
     def tower(self, inner: Any, kind: str) -> nn.Module | None:
         """The tower of images or videos."""
@@ -102,11 +105,3 @@ def videos_of(given: dict[str, Any]) -> tuple[int, int]:
     pixels = given.get("pixel_values_videos", given.get("pixel_values"))
     assert isinstance(pixels, Tensor)
     return pixels.shape[0], pixels.shape[1]
-
-
-def still(n: int) -> Piece:
-    """An image of ``n`` tokens: a square if that is possible."""
-    side = math.isqrt(n)
-    if side * side != n:
-        return loose("image", torch.zeros(n, dtype=torch.bool, device="cpu"))
-    return plain("image", 1, (side, side))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtr.core.language_site import Frames
 from vtr.core.trace import Trace
-from vtr.vision.vlm.frames import KINDS, Piece, frames_of
+from vtr.vision.vlm.frames import KINDS, Piece, frames_of, still, unknown
 from vtr.vision.vlm.pictures import Coarse
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Capture:
         lengths: visual tokens of each image, tile or video.
         tiled: whether they are tiles; those that follow one another in the prompt are one image.
         scattered: whether tiles have text between them; all of a sample are one image.
+        runs: whether the tokens of all images lie end to end; each run of placeholders is an image.
         pieces: what they are made of, one for each of ``lengths``.
         stays: (visual tokens of all pieces,) bool, those that the model puts into the prompt, or
             None (all).
@@ -53,6 +54,7 @@ class Capture:
         self.stays: Tensor | None = None
         self.tiled = False
         self.scattered = False
+        self.runs = False
         self.spread: Spreader | None = None
         self.left: Tensor | None = None
         self.separators = False
@@ -120,6 +122,21 @@ class Captures:
             piece._replace(frame=piece.frame[stays], place=piece.place[stays])
             for piece, stays in zip(capture.pieces, parts, strict=True)
         ]
+
+    def by_runs(self, call: LanguageCall) -> None:
+        """Take each run of placeholders for an image, if the model does not tell one from the next."""
+        for kind, capture in self.of.items():
+            if not capture.runs:
+                continue
+            here = (call.kinds == KINDS[kind]).cpu()
+            times = max(1, int(here.sum()) // sum(capture.lengths))
+            lengths = []
+            for row in here[::times].tolist():
+                text = "".join("x" if visual else " " for visual in row)
+                lengths += [len(run) for run in text.split()]
+            capture.lengths = lengths
+            capture.pieces = [unknown(kind, n) if kind == "video" else still(n) for n in lengths]
+            capture.runs = False
 
     def spreader(self, call: LanguageCall) -> Spread:
         return Spread(self, call)

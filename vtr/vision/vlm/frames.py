@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -64,6 +65,14 @@ def loose(kind: str, separators: Tensor, frames: int = 1) -> Piece:
     none = torch.full_like(separators, -1, dtype=torch.long)
     frame = torch.where(separators, none, 0) if frames else none
     return Piece(kind, frames, None, frame, none)
+
+
+def still(n: int) -> Piece:
+    """An image of ``n`` tokens: a square if that is possible."""
+    side = math.isqrt(n)
+    if side * side != n:
+        return loose("image", torch.zeros(n, dtype=torch.bool, device="cpu"))
+    return plain("image", 1, (side, side))
 
 
 def unknown(kind: str, length: int) -> Piece:

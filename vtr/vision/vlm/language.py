@@ -32,6 +32,8 @@ from vtr.vision.vlm.call import LanguageCall, PrefillRecord
 from vtr.vision.vlm.deepstack import deepstack, narrowed
 from vtr.vision.vlm.head import Purpose
 from vtr.vision.vlm.marks import MarkedCache, marked
+from vtr.vision.vlm.masks import entry as masks_at_entry
+from vtr.vision.vlm.masks import sync, two_way
 from vtr.vision.vlm.middle import MiddleCuts
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.prompt import cut_by_tower, without_repetitions
@@ -175,6 +177,7 @@ class LanguageSession(Threaded):
             call.marks = marked(cache) or MarkedCache()
         if purpose.last and not call.aligned:  # padding that a cut makes anew goes to the left
             call.layout.right = False
+        call.masks = two_way(self.owner, call, kwargs.get("attention_mask"))
         self.call = call
         if cuts is not None:
             unlock(cache, cuts)
@@ -185,7 +188,7 @@ class LanguageSession(Threaded):
             embeds = self._prompt(call, embeds)
             call.entered = call.layout
         elif not torch.is_grad_enabled() and not embeds.requires_grad:
-            call.stops = {0, *call.boundaries()}
+            call.stops = None if self.owner.mixed else {0, *call.boundaries()}
         if not call.changed and cuts is None:
             if embeds is kwargs["inputs_embeds"]:
                 return None
@@ -198,6 +201,8 @@ class LanguageSession(Threaded):
             "position_ids": call.moved(0),
         }
         if call.changed:
+            if call.masks is not None:
+                new["attention_mask"] = masks_at_entry(call, kwargs["attention_mask"])
             new |= narrowed(kwargs, call.layout)
             index, valid = call.layout.index, call.layout.valid
             for name in TOKEN_TYPES:
@@ -243,6 +248,7 @@ class LanguageSession(Threaded):
     def _begin(self, call: LanguageCall) -> None:
         """A new trace, with what the tower has done already."""
         self.owner.enter()
+        self.owner.captures.by_runs(call)
         towers = self.owner.captures.trace
         stages, tokens = list(towers.stages), dict(towers.tokens)
         self.owner.begin(Trace(stages, tokens, call.valid.shape[0], towers.notes))
@@ -322,17 +328,17 @@ class LanguageSession(Threaded):
             call.left.append(call.layout)
         else:
             call.cache = given_cache(kwargs)
-            call.rope, call.synced = kwargs["position_embeddings"], call.layout
+            call.rope, call.synced = kwargs.get("position_embeddings"), call.layout
             if call.changed and self.owner.flash:
                 call.override = {"position_ids": None}
         if call.visual is not None:
             for entry, name in self.visits.get(("decoder", i - 1, "end"), ()):
                 hidden = call.visit(entry, name, i - 1, "end", hidden)
             hidden = self._enter_device(call, i, module, hidden)
-            self._sync(call, i, hidden)
+            self._sync(call, i, hidden, kwargs)
             for entry, name in self.visits.get(("decoder", i, "start"), ()):
                 hidden = call.visit(entry, name, i, "start", hidden)
-                self._sync(call, i, hidden)
+                self._sync(call, i, hidden, kwargs)
             n = call.layout.slots.shape[1]
             self.owner.tracing.count("decoder", i, n, n)
             if i == 0:
@@ -343,7 +349,7 @@ class LanguageSession(Threaded):
                 assert call.rope is not None
                 call.seen = Seen(i, hidden, call.rope, call.layout, True)
         else:
-            self._sync(call, i, hidden)
+            self._sync(call, i, hidden, kwargs)
         same = call.override is None and hidden is given
         cuts = not same or ("decoder", i, "middle") in self.visits
         if cuts and (torch.is_grad_enabled() or given.requires_grad):
@@ -365,8 +371,11 @@ class LanguageSession(Threaded):
             call.to(weight.device)
         return hidden
 
-    def _sync(self, call: LanguageCall, i: int, hidden: Tensor) -> None:
+    def _sync(self, call: LanguageCall, i: int, hidden: Tensor, given: dict[str, Any]) -> None:
         """Mask and rotary tables for the tokens that enter layer ``i``."""
+        if self.owner.mixed:
+            sync(self, call, i, given.get("position_embeddings"), hidden)
+            return
         cut = call.synced is not call.layout
         if not cut and (i == 0 or i not in call.boundaries()):
             return

@@ -10,6 +10,7 @@ from vtr.core.method import Method, TokenMethod
 from vtr.core.registry import registry
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.attention import runs_otherwise
+from vtr.vision.vlm.masks import unknown_kinds
 from vtr.vision.vlm.outputs import MODES
 
 if TYPE_CHECKING:
@@ -63,11 +64,8 @@ def check_method(owner: VLMWrapping, method: Method) -> None:
             f"{method.name} cannot choose entries of the KV cache of a language model with sliding-window "
             "layers, whose caches hold their window alone"
         )
-    if owner.sliding and shortens:
-        raise UnsupportedMethodError(
-            f"{method.name} cannot cut for a language model with sliding-window layers: their "
-            "windows count tokens, and would reach further back after a cut"
-        )
+    if shortens and owner.mixed:
+        check_masks(owner, method)
     for stage in stages:
         if stage.site == "encoder" and owner.family.cuts and stage.cuts:
             raise UnsupportedMethodError(
@@ -84,6 +82,21 @@ def check_method(owner: VLMWrapping, method: Method) -> None:
                 f"{method.name}: nothing comes after layer {stage.layer}, the last of "
                 f"{len(owner.layers)}"
             )
+
+
+def check_masks(owner: VLMWrapping, method: Method) -> None:
+    """Raise ``UnsupportedMethodError`` if the masks of a language model's layers cannot follow a cut."""
+    odd = unknown_kinds(owner)
+    if odd:
+        raise UnsupportedMethodError(
+            f"{method.name} cannot cut for {owner.info.family}: {odd}, through which a cut cannot be followed"
+        )
+    name = attention_implementation(owner.lm)
+    if name not in ("sdpa", "eager") and (owner.sliding or owner.family.two_way):
+        raise UnsupportedMethodError(
+            f"{method.name} cannot cut for a language model with sliding windows or two-way pictures that runs "
+            f"{name!r}, which takes no mask: call model.set_attn_implementation('sdpa')"
+        )
 
 
 def takes_videos(owner: VLMWrapping, method: Method) -> bool:

@@ -12,6 +12,7 @@ from vtr.core.tokens import take
 from vtr.kernels import attention_rows
 from vtr.kernels.precision import full_precision
 from vtr.vision.vlm.attention import rotate
+from vtr.vision.vlm.masks import visible
 from vtr.vision.vlm.sequence import SequenceLayout
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class TextRows:
         column = torch.arange(where.hidden.shape[1], device=slots.device)
         sees = call.layout.valid[:, None] & (column <= wanted[..., None])
         earlier = before[:, None].expand(-1, slots.shape[1], -1) & (wanted >= 0)[..., None]
-        allowed = torch.cat([earlier, sees], 2)[:, None]
+        allowed = visible(call, where.layer, wanted, torch.cat([earlier, sees], 2))[:, None]
         weights = attention_rows(q, keys.to(q), scale=module.self_attn.scaling, bias=allowed)
         target = call.layout.slots + before.shape[1]
         index = target.clamp(min=0)[:, None, None].expand(
@@ -122,7 +123,8 @@ class TextRows:
             q, _, _ = call.project(where, take(where.hidden, rows), rope, ("q",))
             sees = layout.valid[:, None] & (column <= rows[..., None])
             earlier = before[:, None].expand(-1, rows.shape[1], -1)
-            allowed = torch.cat([earlier, sees], 2) & real[..., None]
+            allowed = visible(call, where.layer, rows, torch.cat([earlier, sees], 2))
+            allowed = allowed & real[..., None]
             weights = attention_rows(
                 q, keys.to(q), scale=module.self_attn.scaling, bias=allowed[:, None]
             )

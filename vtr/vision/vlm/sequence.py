@@ -157,6 +157,17 @@ def follow(
     return out.movedim((0, 1), (batch, length))
 
 
+def between(old: SequenceLayout, new: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """Index and validity that take the sequence of ``old`` to that of ``new``."""
+    batch, length = old.index.shape
+    width = int(max(old.index.max(), new.index.max())) + 1
+    place = torch.zeros(batch, width, dtype=torch.long, device=old.index.device)
+    slot = torch.arange(length, device=old.index.device).expand(batch, length)
+    b, s = old.valid.nonzero(as_tuple=True)
+    place[b, old.index[b, s]] = slot[b, s]
+    return place.gather(1, new.index), new.valid
+
+
 def positions_along(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """:func:`follow` for position ids (B, L), (3, B, L) or (4, B, L)."""
     return follow(x, index, valid, 0, x.dim() - 2, x.dim() - 1)

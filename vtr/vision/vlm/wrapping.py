@@ -14,9 +14,14 @@ from vtr.compat.transformers import (
     ENCODED,
     ENCODER_OUTPUTS,
     FORWARDED,
+    FULL,
     PIXELS,
+    RECURRENT,
+    SLIDING,
     attention_implementation,
     check_generate,
+    has_axes,
+    kinds_of,
     language_module,
 )
 from vtr.core.method import Method
@@ -80,9 +85,12 @@ class VLMWrapping(Wrapping):
         self.lm: Any = language_of(inner)
         layers: Any = self.lm.layers
         self.layers = layers
+        self.kinds = kinds_of(self.lm)
+        # True if layers get different masks, or more than a causal one.
+        self.mixed = family.two_way or any(kind not in FULL for kind in self.kinds)
         self.nesting = Nesting()
         self.towers: dict[str, TowerSession | PackedSession] = {}
-        self.closed = next(filter(None, map(opens, layers)), "")
+        self.closed = family.blind or next(filter(None, map(opens, layers)), "")
         super().__init__(root, vlm_info(self))
         self.tower_calls = TowerCalls(self)
         self.language = LanguageSession(self, self.lm)
@@ -99,17 +107,17 @@ class VLMWrapping(Wrapping):
 
     @property
     def mrope(self) -> bool:
-        parameters = getattr(self.lm.config, "rope_parameters", None) or {}
-        return "mrope_section" in parameters
+        return has_axes(self.inner, self.lm)
 
     @property
     def sliding(self) -> bool:
         """Tell whether layers of the language model attend within a window."""
-        config = self.lm.config
-        types = getattr(config, "layer_types", None)
-        if types is not None:
-            return any(t != "full_attention" for t in types)
-        return getattr(config, "sliding_window", None) is not None
+        return any(kind in SLIDING for kind in self.kinds)
+
+    @property
+    def counted(self) -> int:
+        """The first layer of the language model that holds keys in a cache."""
+        return next((i for i, kind in enumerate(self.kinds) if kind not in RECURRENT), 0)
 
     @property
     def flash(self) -> bool:

@@ -1,0 +1,185 @@
+"""Masks and rotary tables of layers of several kinds: full attention, sliding windows, two-way pictures, recurrence.
+
+A cut must leave what every token sees as it was: all that it saw, without what was dropped. So a window is counted in
+the columns that the caller gave, and not in those that are left, and a mask that lets the tokens of a picture see one
+another is cut in rows and columns. Layers with a recurrent state run on what is left, as on a shorter prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtr.compat.transformers import (
+    FULL,
+    RECURRENT,
+    SLIDING,
+    attention_implementation,
+    causal_mask,
+    columns_seen,
+    window_of,
+)
+from vtr.core.tokens import take
+from vtr.vision.vlm.sequence import SequenceLayout, between, follow
+
+if TYPE_CHECKING:
+    from vtr.vision.vlm.call import LanguageCall
+    from vtr.vision.vlm.language import LanguageSession
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+Masks = dict[str, Tensor | None]
+
+
+def unknown_kinds(owner: VLMWrapping) -> str:
+    """Say which kinds of layers a cut cannot be followed through; empty if all are known."""
+    odd = sorted({kind for kind in owner.kinds if kind not in (*FULL, *SLIDING, *RECURRENT)})
+    return f"its language model has layers of the kind {', '.join(odd)}" if odd else ""
+
+
+def two_way(owner: VLMWrapping, call: LanguageCall, mask: Any) -> Masks | None:
+    """The (B, 1, L, K) masks that a prompt was given, by the kind of layer; None if it has no such masks.
+
+    Raises:
+        RuntimeError: they are those of a later turn with pictures.
+    """
+    if not owner.family.two_way or call.visual is None:
+        return None
+    given = mask if isinstance(mask, dict) else dict.fromkeys(owner.kinds, mask)
+    found = {k: m if m is not None and m.dim() == 4 else None for k, m in given.items()}
+    if all(m is None for m in found.values()):
+        return None
+    if call.past:
+        raise RuntimeError(
+            f"{owner.info.family} lets the tokens of a picture see one another, and pictures of a later turn "
+            "cannot be cut beside a KV cache: give the whole conversation as one prompt"
+        )
+    return found
+
+
+def entry(call: LanguageCall, given: Any) -> Any:
+    """Cut the masks of a full prompt for the language model, whose layers get theirs one by one."""
+    assert call.masks is not None
+    cut = {k: None if m is None else _gathered(m, call.layout) for k, m in call.masks.items()}
+    return cut if isinstance(given, dict) else next(iter(cut.values()))
+
+
+def sync(session: LanguageSession, call: LanguageCall, i: int, given: Any, hidden: Tensor) -> None:
+    """Mask and rotary tables for the tokens that enter layer ``i``.
+
+    Args:
+        given: (cos, sin) that the language model gave its layer.
+    """
+    if call.synced is not call.layout:
+        call.segments.append((i, call.layout))
+        call.synced = call.layout
+        call.by_kind = {}
+    elif i in call.boundaries():
+        call.by_kind = {}
+    if not call.changed and call.cuts is None:
+        call.rope = given
+        return
+    kind = session.owner.kinds[i]
+    if kind not in call.by_kind:
+        call.by_kind[kind] = {
+            "attention_mask": _mask(session, call, i, hidden),
+            "position_embeddings": _rope(session, call, i, given, hidden),
+            "position_ids": None,
+        }
+    call.override = call.by_kind[kind]
+    call.rope = call.override["position_embeddings"]
+
+
+def visible(call: LanguageCall, layer: int, rows: Tensor, causal: Tensor) -> Tensor:
+    """(B, R, K) bool: the columns that tokens see in a layer, of those that they see in a causal one.
+
+    Args:
+        rows: (B, R) int64, places of the tokens in the sequence of this call; -1 for none.
+        causal: (B, R, K) bool.
+    """
+    owner, kind = call.owner, call.owner.kinds[layer]
+    full = None if call.masks is None else call.masks.get(kind)
+    if full is not None:
+        length = call.layout.valid.shape[1]
+        seen = full if full.dtype == torch.bool else full == 0
+        seen = _gathered(seen, call.layout)[:, 0, :, :length]
+        found = take(seen, rows.clamp(min=0).to(seen.device)).to(causal.device)
+        return found & (rows >= 0)[..., None]
+    if kind not in SLIDING:
+        return causal
+    keys = call.columns(layer)
+    queries = keys[:, -call.layout.valid.shape[1] :].gather(1, rows.clamp(min=0))
+    return causal & (queries[..., None] - keys[:, None] < window_of(owner.lm.config))
+
+
+def _mask(session: LanguageSession, call: LanguageCall, i: int, hidden: Tensor) -> Any:
+    kind = session.owner.kinds[i]
+    if kind in RECURRENT:
+        valid = call.layout.valid
+        return valid.to(hidden.device).long() if valid.shape[1] > 1 else None
+    full = None if call.masks is None else call.masks.get(kind)
+    if full is not None:
+        return _gathered(full, call.layout).to(hidden.device)
+    config = session.module.config
+    if kind in FULL:
+        return causal_mask(config, hidden, call.mask(i), call.cache, i)
+    return _as_added(session, _window(call, i, window_of(config)).to(hidden.device), hidden)
+
+
+def _window(call: LanguageCall, i: int, window: int) -> Tensor:
+    """(B, 1, L', K) bool of a layer whose tokens see the last ``window`` columns of the sequence as it was given."""
+    length = call.layout.valid.shape[1]
+    number = columns_seen(call.cache, length, i)
+    keys, valid = call.columns(i), call.mask(i).bool()
+    if number is not None:
+        if number > keys.shape[1]:
+            raise RuntimeError(
+                "a prompt that was cut does not go with a static cache if layers have sliding windows: use a "
+                "dynamic cache"
+            )
+        keys, valid = keys[:, -number:], valid[:, -number:]
+    queries = call.columns(i)[:, -length:, None]
+    keys = keys[:, None]
+    seen = (keys <= queries) & (queries - keys < window) & valid[:, None]
+    # Rows of padding see something, or their softmax would be NaN.
+    return (seen | ~seen.any(-1, keepdim=True))[:, None]
+
+
+def _gathered(mask: Tensor, layout: SequenceLayout) -> Tensor:
+    """The rows and columns of a (B, 1, L, K) mask that are left; what a static cache has room for stays behind."""
+    room = mask.shape[3] - mask.shape[2]
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    for dimension in (2, 3):
+        mask = follow(mask, layout.index, layout.valid, hidden, 0, dimension)
+    if mask.dtype == torch.bool:
+        mask = mask | ~mask.any(-1, keepdim=True)
+    return torch.nn.functional.pad(mask, (0, room), value=hidden) if room else mask
+
+
+def _as_added(session: LanguageSession, seen: Tensor, hidden: Tensor) -> Tensor:
+    """A bool mask as the attention of the language model takes it."""
+    if attention_implementation(session.module) != "eager":
+        return seen
+    return torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(
+        ~seen, torch.finfo(hidden.dtype).min
+    )
+
+
+def _rope(session: LanguageSession, call: LanguageCall, i: int, given: Any, hidden: Tensor) -> Any:
+    if given is None:
+        return None
+    if call.moves(i):
+        rotary, positions = session.module.rotary_emb, call.moved(i)
+        if session.owner.mrope:
+            positions = positions[-3:] if positions.dim() == 3 else positions.expand(3, -1, -1)
+        kind = session.owner.kinds[i]
+        typed = "layer_type" in inspect.signature(rotary.forward).parameters
+        cos, sin = rotary(hidden, positions, kind) if typed else rotary(hidden, positions)
+        return cos.to(hidden.device), sin.to(hidden.device)
+    if call.layout is call.entered:
+        return given
+    index, valid = between(call.entered, call.layout)
+    cos, sin = given
+    return follow(cos, index, valid, 1), follow(sin, index, valid)
