@@ -64,7 +64,7 @@ def _step(kind: str, config: Config) -> int:
 
 def _totals(by_row: bool) -> Kernel:
     def constants(dim: int, block: int, kind: str, config: Config) -> dict[str, Any]:
-        narrow, wide = (32, 16) if kind == "exact" else (64, 64)
+        narrow, wide = triton_linear._totals_tile(kind)
         return {
             "D": dim, "WIDE": max(16, triton.next_power_of_2(dim)), "SLICE": narrow, "UNIT": 8, "RUN": 2048,
             "BLOCK_N": wide, "MASK_M": block, "BY_ROW": by_row, "UPCAST": False,

@@ -497,6 +497,11 @@ def _step(kind: str) -> int:
     return 16 if kind == "exact" else 32
 
 
+def _totals_tile(kind: str) -> tuple[int, int]:
+    """Columns of a program of the totals, and tokens of a step: they fit every device."""
+    return {"exact": (32, 16), "tf32": (32, 32), "half": (64, 64)}[kind]
+
+
 def _unit_last(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
@@ -510,7 +515,7 @@ def _totals(x: Tensor, y: Tensor, weight: Tensor | None, listed: Listed, block: 
     batch, heads, length, dim = x.shape
     runs = -(-length // _RUN)
     kind = products(x.dtype)
-    narrow, wide = (32, 16) if kind == "exact" else (64, 64)
+    narrow, wide = _totals_tile(kind)
     sums = torch.empty(batch, heads, runs, dim, dim, device=x.device)
     line = torch.empty(batch, heads, runs, dim, device=x.device)
     unit, strides = unit_strides(x, y)
