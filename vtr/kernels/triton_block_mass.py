@@ -160,7 +160,7 @@ def _configs(dim: int, bm: int, bn: int, kind: str) -> list[Config]:
     elif width <= 128:
         tries = [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)]
     else:
-        tries = [(64, 32, 4, 2), (64, 64, 8, 3)]
+        tries = [(64, 32, 4, 3), (64, 64, 8, 3)]
     if kind == "tf32":
         tries = [(32, 32, 4, 2) if width <= 128 else (32, 16, 4, 2), *tries]
     found = [Config(min(m, bm), min(n, bn), w, s) for m, n, w, s in tries]
