@@ -39,6 +39,11 @@ def process(code: str) -> list[str]:
     return [sys.executable, "-c", f"print({proof.BEGUN!r}, flush=True)\n{code}"]
 
 
+def says(verdict: str) -> list[str]:
+    """A check with a verdict, whose libraries complain at the end."""
+    return process(f"print('verdict: {verdict}\\nleaked 4 instances!')")
+
+
 def forget():
     """As a new process."""
     proof._found.clear()
@@ -49,7 +54,7 @@ def forget():
 
 def test_a_kernel_that_works_is_checked_once(monkeypatch, caplog):
     assert proof.known(DEVICE) == "" and choices.verdicts() == {}
-    assert proof.check(DEVICE, process("print('works')")) == "works"
+    assert proof.check(DEVICE, says("works")) == "works"
     forget()
     monkeypatch.setattr(proof, "_ask", None)  # would fail
     with caplog.at_level(logging.WARNING):
@@ -65,12 +70,13 @@ def test_a_kernel_that_works_is_checked_once(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("code", "limit", "why"),
     [
-        ("print('heavy rows: two calls differ')", 60, "heavy rows: two calls differ"),
+        ("print('verdict: heavy rows: two calls differ')", 60, "heavy rows: two calls differ"),
+        ("", 60, f"status 0: {proof.BEGUN}"),
         ("raise RuntimeError('no such instruction')", 60, "status 1: RuntimeError: no such instr"),
         ("import os; os.kill(os.getpid(), 11)", 60, f"status -11: {proof.BEGUN}"),
         ("import time; time.sleep(60)", 1.0, "the check took more than 1 seconds"),
     ],
-    ids=["wrong", "raises", "crashes", "hangs"],
+    ids=["wrong", "says nothing", "raises", "crashes", "hangs"],
 )
 def test_a_kernel_that_fails_is_not_used_and_not_checked_again(
     code, limit, why, monkeypatch, caplog
@@ -116,15 +122,15 @@ def test_a_check_that_says_nothing_of_the_kernel_is_tried_by_the_next_process(co
     assert why in proof.known(DEVICE) and not proof.works(DEVICE)  # of this process
     assert choices.verdicts() == {}
     forget()
-    assert proof.check(DEVICE, process("print('works')")) == "works"
+    assert proof.check(DEVICE, says("works")) == "works"
 
 
 def test_another_version_of_the_kernel_is_checked_again(monkeypatch):
-    proof.check(DEVICE, process("print('works')"))
+    proof.check(DEVICE, says("works"))
     forget()
     monkeypatch.setattr(proof, "version", lambda: "Hopper forward of tomorrow")
     assert proof.known(DEVICE) == ""
-    proof.check(DEVICE, process("print('no')"))
+    proof.check(DEVICE, says("no"))
     assert list(choices.verdicts()["H200, torch 2, triton 3"].values()) == ["works", "no"]
 
 
@@ -136,7 +142,7 @@ def test_nothing_is_started_while_a_graph_is_captured(monkeypatch):
 
 
 def test_a_verdict_from_before_counts_in_a_capture(monkeypatch):
-    proof.check(DEVICE, process("print('works')"))
+    proof.check(DEVICE, says("works"))
     forget()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert proof.works(DEVICE)
@@ -144,7 +150,7 @@ def test_a_verdict_from_before_counts_in_a_capture(monkeypatch):
 
 def test_the_check_runs_this_package_without_the_users_choice(monkeypatch):
     monkeypatch.setenv("VTR_FORWARD_KERNEL", "triton")
-    code = "import os, vtr; print('VTR_FORWARD_KERNEL' in os.environ, vtr.__file__)"
+    code = "import os, vtr; print('verdict:', 'VTR_FORWARD_KERNEL' in os.environ, vtr.__file__)"
     import vtr
 
     assert proof.check(DEVICE, process(code)) == f"False {vtr.__file__}"
@@ -156,7 +162,7 @@ def test_a_broken_file_is_said_and_replaced(text, caplog):
     with caplog.at_level(logging.WARNING):
         assert proof.known(DEVICE) == ""
     assert "are ignored" in caplog.text
-    assert proof.check(DEVICE, process("print('works')")) == "works"
+    assert proof.check(DEVICE, says("works")) == "works"
     assert choices.verdicts()["H200, torch 2, triton 3"] == {proof.version(): "works"}
 
 
@@ -164,7 +170,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path, c
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VTR_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert proof.check(DEVICE, process("print('works')")) == "works"
+        assert proof.check(DEVICE, says("works")) == "works"
     assert "cannot be written" in caplog.text and proof.works(DEVICE)
 
 

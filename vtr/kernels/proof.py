@@ -29,6 +29,7 @@ WORKS = "works"
 #: Seconds. Most of the time is compiling: ten to twenty seconds for each case on a slow machine.
 LIMIT = 400.0
 BEGUN = "the check has begun"
+VERDICT = "verdict: "  # before the verdict: Triton's libraries may print more when the process ends
 NO_ROOM = 3
 _log = logging.getLogger(__name__)
 _found: dict[torch.device, str] = {}  # verdicts of this process, without a look at the disk
@@ -126,8 +127,9 @@ def _ask(command: Sequence[str], limit: float) -> tuple[str, bool]:
     sure = BEGUN in said and code != NO_ROOM
     if code is None:
         return f"the check took more than {limit:g} seconds", sure
-    if code == 0 and sure:
-        return said[-1], True
+    verdict = [line.removeprefix(VERDICT) for line in said if line.startswith(VERDICT)]
+    if code == 0 and sure and verdict:
+        return verdict[-1], True
     last = said[-1][:300] if said else "no output"
     return f"the check ended with status {code}: {last}", sure
 

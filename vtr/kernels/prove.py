@@ -16,7 +16,7 @@ from torch import Tensor
 from vtr.kernels import triton_attention
 from vtr.kernels.attention import block_sparse_attention
 from vtr.kernels.blockmask import BlockMask
-from vtr.kernels.proof import BEGUN, NO_ROOM, WORKS
+from vtr.kernels.proof import BEGUN, NO_ROOM, VERDICT, WORKS
 from vtr.kernels.reference import block_sparse_attention_reference
 
 
@@ -112,7 +112,7 @@ def fault(attend: Attend, device: torch.device, cases: Sequence[ProofCase] = CAS
 
 
 def main(index: int) -> int:
-    """Check the kernel on a GPU and print the verdict as the last line."""
+    """Check the kernel on a GPU and print the verdict."""
     device = torch.device("cuda", index)
 
     def attend(*tensors: Any, **options: Any) -> Any:
@@ -122,7 +122,7 @@ def main(index: int) -> int:
         torch.zeros(1 << 30, dtype=torch.uint8, device=device).sum().item()  # a GPU with room
         print(BEGUN, flush=True)
         with torch.no_grad(), triton_attention.forward_kernel("gluon"):
-            print(fault(attend, device) or WORKS, flush=True)
+            print(VERDICT + (fault(attend, device) or WORKS), flush=True)
     except torch.OutOfMemoryError as error:
         print(error)
         return NO_ROOM
