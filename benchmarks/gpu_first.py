@@ -29,6 +29,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ FILES = (
 )  # fmt: skip
 LIMIT = 300
 WARMERS = 14  # processes that compile
+# Set by a signal. An exception instead could come while a part is being started, and would leave it behind.
+STOP = threading.Event()
 WORKS = "Hopper kernel: works"  # printed by gpu_parts.check
 
 
@@ -130,6 +133,20 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def wait(process: subprocess.Popen[bytes], box: float) -> str:
+    """Wait for the end of a part, of its time, or of this script, and tell which it was."""
+    limit = time.monotonic() + box
+    while not STOP.is_set():
+        left = limit - time.monotonic()
+        if left <= 0:
+            return "stopped by its time limit"
+        try:
+            return f"status {process.wait(min(left, 0.2))}"
+        except subprocess.TimeoutExpired:
+            continue
+    return "stopped with the script"
+
+
 def run(part: Part, box: float, log: Path, environment: dict[str, str]) -> str:
     """Run a part for at most ``box`` seconds, and tell how it ended."""
     with log.open("ab") as file:
@@ -145,9 +162,7 @@ def run(part: Part, box: float, log: Path, environment: dict[str, str]) -> str:
             cwd=HERE.parent,
         )
         try:
-            end = f"status {process.wait(box)}"
-        except subprocess.TimeoutExpired:
-            end = "stopped by its time limit"
+            end = wait(process, box)
         finally:
             kill(process)
     with log.open("rb") as file:
@@ -208,7 +223,15 @@ def everything(out: Path, todo: Sequence[Part], limit: float, dry: bool = False)
         (out / "summary.txt").write_text("\n".join(lines) + "\n")
         if (out / "sweep.jsonl").exists():
             predictions.report(out)
+        if STOP.is_set():
+            raise SystemExit(143)
     return lines
+
+
+def stop_on_signals() -> None:
+    """End the running part with this script."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: STOP.set())
 
 
 def main() -> None:
@@ -245,9 +268,7 @@ def main() -> None:
         todo = [part for part in todo if part.name in wanted]
     if dry:  # no times are measured, and a CPU may be slow
         todo = [replace(part, seconds=10 * part.seconds) for part in todo]
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that the running part is killed too
+    stop_on_signals()
     lines = everything(out, todo, options.limit or (10 * LIMIT if dry else LIMIT), dry)
     print(predictions.sweep_table(out))
     print("\n".join(lines))

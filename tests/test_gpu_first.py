@@ -167,8 +167,8 @@ def test_a_part_never_takes_the_time_of_later_ones(first: ModuleType) -> None:
 def test_the_running_part_ends_with_the_script(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "import signal, pathlib, gpu_first\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "import pathlib, gpu_first\n"
+        "gpu_first.stop_on_signals()\n"
         f"out = pathlib.Path({str(tmp_path)!r})\n"
         f"part = gpu_first.Part('hang', 60, 'echo $$ > {tmp_path}/pid; sleep 600')\n"
         "gpu_first.everything(out, [part], 60)\n"
@@ -178,7 +178,8 @@ def test_the_running_part_ends_with_the_script(tmp_path: Path) -> None:
     wait_for(lambda: pid.exists() and pid.read_text().strip())
     os.kill(script.pid, signal.SIGTERM)
     assert script.wait(20) == 143
-    wait_for(lambda: gone(int(pid.read_text())))
+    assert gone(int(pid.read_text()))
+    assert (tmp_path / "summary.txt").read_text().startswith("hang: stopped with the script, ")
 
 
 def seconds_of(target: str) -> int:
