@@ -17,6 +17,7 @@ from vtr.core.budget import count
 METHODS: dict[str, Any] = {
     "evs": lambda keep: vtr.EVS(keep=keep),
     "uniform-frames": lambda keep: vtr.UniformFrames(keep=keep),
+    "vidcom2": lambda keep: vtr.VidCom2(keep=keep),
     "video-tome": lambda keep: vtr.VideoToMe(keep=keep, window=2),
     "dycoke": lambda keep: vtr.DyCoke(keep=keep, kv=None),
     "fastvid": lambda keep: vtr.FastVID(keep=keep, segments=1, threshold=-1.0),
