@@ -612,6 +612,79 @@ def vtc_cls(code: Checkout) -> Finding:
     return found
 
 
+def _visual(code: Checkout, method: Any, **known: Any) -> Finding:
+    """The tokens that ``encode_images`` of FasterVLM and VisPruner keeps of one crop."""
+    theirs = code.functions("llava/model/llava_arch.py", "LlavaMetaForCausalLM.encode_images")
+    model, inputs, outputs = _llava()
+    features = outputs.hidden_states[-2][:, 1:], outputs.attentions[-2][:, :, 0, 1:]
+    inner = SimpleNamespace(
+        get_vision_tower=lambda: lambda *_, **__: features, mm_projector=lambda x: x
+    )
+    found = Finding()
+    for number in (64, 128, 288):
+        myself = SimpleNamespace(
+            get_model=lambda: inner, get_visual_token_num=lambda number=number: number, **known
+        )
+        mask = theirs.encode_images(myself, None)[1]
+        with torch.no_grad(), vtr.apply(model, method.replace(keep=number)) as handle:
+            model(**inputs)
+        found.choices(handle.trace.stages[-1].total.kept[0], mask[0].nonzero()[:, 0])
+    return found
+
+
+def fastervlm(code: Checkout) -> Finding:
+    """The tokens kept of one crop."""
+    return _visual(code, vtr.FasterVLM())
+
+
+def vispruner(code: Checkout) -> Finding:
+    """The tokens kept of one crop, half of them important ones, three quarters, and none."""
+    found = Finding()
+    for share in (0.5, 0.75, 0.0):
+        method = vtr.VisPruner(important=share)
+        found.add(_visual(code, method, get_important_ratio=lambda share=share: share))
+    return found
+
+
+def hired(code: Checkout) -> Finding:
+    """The tokens kept of a picture with two tiles, one above the other, whose regions are stripes."""
+    from tests.vision.vlm.models import prompts
+
+    file = "transformers/src/transformers/models/llava_next/modeling_llava_next.py"
+    theirs = code.functions(
+        file,
+        *(f"LlavaNextForConditionalGeneration.HiRED_{n}" for n in ("sub_img_budgets", "token_selection")),
+        get_anyres_image_grid_shape=lambda *_: (1, 2),
+    )  # fmt: skip
+    model, inputs, _ = _llava_next()
+    model.config.image_grid_pinpoints = [[168, 84]]
+    pixels = inputs["pixel_values"][:, :3]
+    with torch.no_grad():
+        seen = model.model.vision_tower(pixels[0], output_attentions=True).attentions
+    config = SimpleNamespace(
+        image_grid_pinpoints=None, vision_config=SimpleNamespace(image_size=84)
+    )
+    myself = SimpleNamespace(
+        config=config, HiRED_sub_img_budgets=lambda *a: theirs.HiRED_sub_img_budgets(myself, *a)
+    )
+    given = {
+        "pixel_values": pixels, "image_sizes": torch.tensor([[168, 84]]),
+        **prompts([[144 + 24 * 13]]),
+    }  # fmt: skip
+    found = Finding()
+    # With a third of the tokens no share is broken, which theirs would round down.
+    for alpha in (0.25, 0.5, 0.75):
+        (mask,) = theirs.HiRED_token_selection(
+            myself, seen[0], seen[-2], [3], 0, 144, 144.5 / 432, alpha, [None]
+        )
+        with torch.no_grad(), vtr.apply(model, vtr.HiRED(keep=144, alpha=alpha)) as handle:
+            model(**given)
+        kept = handle.trace.stages[-1].total.kept[0]
+        content = torch.where(kept < 144, kept, 144 + (kept - 144) // 13 * 12 + (kept - 144) % 13)
+        found.choices(content, mask.flatten().nonzero()[:, 0])
+    return found
+
+
 def visionzip(code: Checkout) -> Finding:
     """The input of the language model, with equally many dominant tokens and without their class token."""
     theirs = code.functions(
@@ -1043,6 +1116,81 @@ def prunevid(code: Checkout) -> Finding:
     return found
 
 
+def vidcom2(code: Checkout) -> Finding:
+    """The tokens of each frame, given their numbers, and the numbers where rounding gives the budget's sum."""
+    from vtr.methods.vidcom2 import unique
+
+    names = ("select_low_var_channels", "compute_gaussian_scores", "_multi_scale_gaussian")
+    names += ("compute_scales", "select_outlier_indices")
+    known = {name: Any for name in ("List", "Tuple", "Optional", "Dict")}
+    theirs = code.functions("token_compressor/vidcom2/vidcom2.py", *names, **known)
+    found, compared = Finding(), 0
+    for seed in range(60):
+        x = clip(16, 49, 64, seed)
+        number = 16 * (6 + seed % 20)
+        video, frame = theirs.compute_gaussian_scores(
+            theirs.select_low_var_channels(x.flatten(0, 1)), 49
+        )
+        scales = theirs.compute_scales(-video.mean(-1), number / (16 * 49))
+        kept = theirs.select_outlier_indices(video + frame, scales, 49)
+        if sum(map(len, kept)) != number:
+            continue  # theirs leaves another number
+        mask = torch.stack([torch.zeros(49, dtype=torch.bool).index_fill(0, i, True) for i in kept])
+        found.choices(unique(x, number), mask)
+        compared += 1
+    assert compared > 9, compared
+    return found
+
+
+def sttm(code: Checkout) -> Finding:
+    """Trees of frames with even sides, the links between frames, and the means of what is linked."""
+    try:
+        import einops
+    except ImportError as error:
+        raise Missing("HYUNJS/STTM needs einops: pip install einops") from error
+    folder = "token_merging_utils/quadtree"
+    spatial = code.functions(
+        f"{folder}_spatial_merger.py",
+        "avgpool_to_even_side_feature", "sumpool_to_even_side_feature", "pool_to_even_side_index_video",
+        einops=einops, stride=2,
+    )  # fmt: skip
+    joined = code.functions(
+        f"{folder}_temporal_merger.py",
+        "get_cross_frame_node_pairs_fast", "filter_cross_frame_node_pairs", "agg_feature_and_metadata",
+        einops=einops,
+    )  # fmt: skip
+    build = code.functions(
+        f"{folder}_builder.py", "quadtree_build_iteration_video", "quadtree_build_video",
+        einops=einops, cross_frame_node_merging_fast=None, cross_frame_node_merging_slow=None,
+        **vars(spatial),
+    ).quadtree_build_video  # fmt: skip
+    found = Finding()
+    for seed, (side, root) in enumerate(((8, 0), (16, 1), (16, 0))):
+        small = clip(6, (side // 4) ** 2, 24, seed).view(6, side // 4, side // 4, 24)
+        x = small.repeat_interleave(4, 1).repeat_interleave(4, 2)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        x = x + 0.4 * noise * torch.arange(1, side + 1)[:, None] / side
+        value, number, corners = build(x.permute(0, 3, 1, 2), 0.9, root_level=root)
+        places = (corners[:, :3] * torch.tensor([side * side, side, 1])).sum(1).long()
+        for temporal in (None, 0.7):
+            theirs, kept = value, places
+            if temporal is not None:
+                pairs = joined.get_cross_frame_node_pairs_fast(corners)
+                pairs = joined.filter_cross_frame_node_pairs(value, pairs, temporal)
+                group = list(range(len(value)))
+                for a, b in pairs.tolist():  # theirs stops before all are joined
+                    new, old = sorted((group[a], group[b]))
+                    group = [new if g == old else g for g in group]
+                merged = joined.agg_feature_and_metadata(
+                    value, number, corners, torch.tensor(group), False
+                )
+                theirs, kept = merged["feature"], places[sorted(set(group))]
+            stands, weights = vtr.STTM(0.9, temporal, root=root).merge(x)
+            found.choices(stands.unique(), kept.sort().values)
+            found.numbers(summed(stands, weights, x), theirs[kept.argsort()])
+    return found
+
+
 def _einsum(*given: Any) -> Tensor:
     """Rearrange a tensor by an einops pattern, whose axes are words."""
     pattern, *tensors = given if isinstance(given[0], str) else (given[-1], *given[:-1])
@@ -1424,11 +1572,13 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "evit": ("youweiliang/evit", evit),
     "evo-vit": ("YifanXu74/Evo-ViT", evo_vit),
     "evs": ("vllm-project/vllm", evs),
+    "fastervlm": ("Theia-4869/FasterVLM", fastervlm),
     "fastv": ("pkunlp-icler/FastV", fastv),
     "fastvid": ("LunarShen/FastVID", fastvid),
     "flowcut": ("TungChintao/FlowCut", flowcut),
     "framefusion": ("thu-nics/FrameFusion", framefusion),
     "h2o": ("FMInference/H2O", h2o),
+    "hired": ("hasanar1f/HiRED", hired),
     "holitom": ("cokeshao/HoliTom", holitom),
     "neighborhood": ("SHI-Labs/NATTEN", neighborhood),
     "ppt": ("xjwu1024/PPT", ppt),
@@ -1437,10 +1587,13 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "radial": ("mit-han-lab/radial-attention", radial),
     "sliding-tile": ("hao-ai-lab/FastVideo", sliding_tile),
     "streaming-llm": ("mit-han-lab/streaming-llm", streaming_llm),
+    "sttm": ("HYUNJS/STTM", sttm),
     "tome": ("facebookresearch/ToMe", tome),
     "tomesd": ("dbolya/tomesd", tomesd),
     "tps": ("megvii-research/TPS-CVPR2023", tps),
     "var": ("seilk/VisAttnSink", var),
+    "vidcom2": ("xuyang-liu16/VidCom2", vidcom2),
+    "vispruner": ("Theia-4869/VisPruner", vispruner),
     "visionzip": ("dvlab-research/VisionZip", visionzip),
     "vtc-cls": ("THU-MIG/VTC-CLS", vtc_cls),
     "zipcache": ("ThisisBillhe/ZipCache", zipcache),

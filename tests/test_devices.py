@@ -36,11 +36,14 @@ VLMS = {
     "llava_onevision_mixed": lambda: videos.VIDEOS["llava_onevision_mixed"](2),
 }
 VIDEO = ["dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "uniform-frames"]
-VIDEO += ["video-tome"]
-IMAGE = ["cdpruner", "cls-attention", "dart", "debias", "divprune", "downsample", "evit", "fastv"]
-IMAGE += ["flowcut", "pyramiddrop", "random", "sparsevlm", "tofe", "tome", "vflowopt", "visionzip"]
-IMAGE += ["vmtc", "vtc-cls"]
-OPTIONS = {"random": {"seed": 3}, "cdpruner": {"keep": 5}, "dart": {"keep": 5}}
+VIDEO += ["sttm", "vidcom2", "video-tome"]
+IMAGE = ["cdpruner", "cls-attention", "dart", "debias", "divprune", "downsample", "evit"]
+IMAGE += ["fastervlm", "fastv", "flowcut", "hired", "pyramiddrop", "random", "sparsevlm", "tofe"]
+IMAGE += ["tome", "vflowopt", "vispruner", "visionzip", "vmtc", "vtc-cls"]
+OPTIONS = {
+    "random": {"seed": 3},
+    **{name: {"keep": 5} for name in ("cdpruner", "dart", "fastervlm", "hired", "vispruner")},
+}
 
 
 def create(name: str) -> vtr.Method:

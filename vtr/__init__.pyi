@@ -66,6 +66,7 @@ from vtr.methods.evit import EViT as EViT
 from vtr.methods.evo_vit import EvoViT as EvoViT
 from vtr.methods.evs import EVS as EVS
 from vtr.methods.expedit import Expedit as Expedit
+from vtr.methods.fastervlm import FasterVLM as FasterVLM
 from vtr.methods.fastv import FastV as FastV
 from vtr.methods.fastvid import FastVID as FastVID
 from vtr.methods.flexprefill import FlexPrefill as FlexPrefill
@@ -75,6 +76,7 @@ from vtr.methods.framefusion import FrameFusion as FrameFusion
 from vtr.methods.guikv import GUIKV as GUIKV
 from vtr.methods.h2o import H2O as H2O
 from vtr.methods.hip import HiP as HiP
+from vtr.methods.hired import HiRED as HiRED
 from vtr.methods.holitom import HoliTom as HoliTom
 from vtr.methods.image_blocks import ImageBlocks as ImageBlocks
 from vtr.methods.jenga import Jenga as Jenga
@@ -113,6 +115,7 @@ from vtr.methods.sparsifiner import Sparsifiner as Sparsifiner
 from vtr.methods.spatten import SpAtten as SpAtten
 from vtr.methods.staircase import StaircaseKV as StaircaseKV
 from vtr.methods.streaming_llm import StreamingLLM as StreamingLLM
+from vtr.methods.sttm import STTM as STTM
 from vtr.methods.svg2 import SVG2 as SVG2
 from vtr.methods.tidaldecode import TidalDecode as TidalDecode
 from vtr.methods.todo import ToDo as ToDo
@@ -128,8 +131,10 @@ from vtr.methods.var import VAR as VAR
 from vtr.methods.vasparse import VASparse as VASparse
 from vtr.methods.vflowopt import VFlowOpt as VFlowOpt
 from vtr.methods.vhr import VHR as VHR
+from vtr.methods.vidcom2 import VidCom2 as VidCom2
 from vtr.methods.video_tome import VideoToMe as VideoToMe
 from vtr.methods.visionzip import VisionZip as VisionZip
+from vtr.methods.vispruner import VisPruner as VisPruner
 from vtr.methods.vmtc import VMTC as VMTC
 from vtr.methods.vsa import VSA as VSA
 from vtr.methods.vtc_cls import VTCCLS as VTCCLS
