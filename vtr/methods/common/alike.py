@@ -15,7 +15,7 @@ from vtr.methods.common.merge import by_representative
 
 @torch.no_grad()
 def merge_windows(
-    site: Site, window: int, threshold: float, together: bool
+    site: Site, window: int, threshold: float, together: bool, name: str = "algm"
 ) -> tuple[TokenMap | None, Tensor | None]:
     """Merge the windows of the grid whose tokens are alike.
 
@@ -24,6 +24,7 @@ def merge_windows(
         window: side in tokens.
         threshold: least mean cosine over the pairs of a window.
         together: merge the same number of windows in all samples, the least.
+        name: of the method, for errors.
 
     Returns:
         The map, None if nothing merges; and the order (B, N_out) int64 of its slots: merged windows by falling
@@ -34,7 +35,7 @@ def merge_windows(
     """
     if site.grid is None or site.n != math.prod(site.grid):
         raise ValueError(
-            f"algm merges windows of the whole grid, and here are {site.n} tokens of the grid {site.grid}: "
+            f"{name} merges windows of the whole grid, and here are {site.n} tokens of the grid {site.grid}: "
             "apply it alone, to a model with a known grid"
         )
     height, width = site.grid[-2:]
