@@ -1191,6 +1191,61 @@ def sttm(code: Checkout) -> Finding:
     return found
 
 
+class _OnCPU(_Quiet):
+    """torch whose new tensors stay on the CPU."""
+
+    @staticmethod
+    def tensor(value: Any, **options: Any) -> Any:
+        return SimpleNamespace(cuda=lambda device: torch.tensor(value, **options))
+
+
+def mustdrop(code: Checkout) -> Finding:
+    """Merged windows of random states, and what text drops behind a layer of a model."""
+    import numpy
+
+    from tests.tiny import site
+    from tests.vision.vlm.models import IMAGE
+    from vtr.methods.common.alike import merge_windows
+
+    try:
+        from einops import rearrange
+    except ImportError as error:
+        raise Missing("liuting20/MustDrop needs einops: pip install einops") from error
+    merging = code.functions(
+        "llava/model/multimodal_encoder/local_merge.py", "conditional_pooling", "merge_wavg",
+        rearrange=rearrange, np=numpy, torch=_OnCPU(),
+    )  # fmt: skip
+    found = Finding()
+    for seed in range(4):
+        x = clip(8, 8, 24, seed)[:, None].expand(-1, 3, -1, -1).repeat_interleave(3, 2)
+        x = x.reshape(1, 576, 24)
+        noise = torch.rand(1, 576, 1, generator=torch.Generator().manual_seed(seed))
+        x = x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(9 + seed))
+        both = torch.cat([x[:, :1], x], 1)
+        merged, _ = merging.merge_wavg(merging.conditional_pooling(both, 0.8, (3, 3)), both)
+        here = site(n=576, batch=1)
+        here.hidden, here.grid = x, (24, 24)
+        step, _ = merge_windows(here, 3, 0.8, False)
+        assert step is not None
+        found.rows(step.merge(x)[0], merged[0, 1:])
+    file = "llava/model/language_model/modelling_sparse_llama.py"
+    filtered = code.functions(file, "LlamaDynamicvitModel.dual_attention_filter")
+    model, inputs, outputs = _llava()
+    first = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+    key = int(outputs.attentions[-2][0, :, 0, 1:].mean(0).argmax())
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions
+    for layer, overall, single in ((0, 0.00174, 0.002), (1, 0.0018, 0.0019), (2, 0.00172, 0.003)):
+        kept, _ = filtered.dual_attention_filter(None, maps[layer], first, 576, overall, single)
+        kept = torch.cat([kept, torch.tensor([key])]).unique()
+        method = vtr.MustDrop(overall, single, layers=(layer,), key=1e-6, window=None)
+        with torch.no_grad(), vtr.apply(model, method) as handle:
+            model(**inputs)
+        assert 1 < len(kept) < 576, len(kept)
+        found.choices(handle.trace.stages[-1].total.kept[0], kept)
+    return found
+
+
 def _einsum(*given: Any) -> Tensor:
     """Rearrange a tensor by an einops pattern, whose axes are words."""
     pattern, *tensors = given if isinstance(given[0], str) else (given[-1], *given[:-1])
@@ -1580,6 +1635,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "h2o": ("FMInference/H2O", h2o),
     "hired": ("hasanar1f/HiRED", hired),
     "holitom": ("cokeshao/HoliTom", holitom),
+    "mustdrop": ("liuting20/MustDrop", mustdrop),
     "neighborhood": ("SHI-Labs/NATTEN", neighborhood),
     "ppt": ("xjwu1024/PPT", ppt),
     "prunevid": ("Visual-AI/PruneVid", prunevid),

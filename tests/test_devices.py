@@ -38,10 +38,12 @@ VLMS = {
 VIDEO = ["dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "uniform-frames"]
 VIDEO += ["sttm", "vidcom2", "video-tome"]
 IMAGE = ["cdpruner", "cls-attention", "dart", "debias", "divprune", "downsample", "evit"]
-IMAGE += ["fastervlm", "fastv", "flowcut", "hired", "pyramiddrop", "random", "sparsevlm", "tofe"]
+IMAGE += ["fastervlm", "fastv", "flowcut", "hired", "mustdrop", "pyramiddrop", "random"]
+IMAGE += ["sparsevlm", "tofe"]
 IMAGE += ["tome", "vflowopt", "vispruner", "visionzip", "vmtc", "vtc-cls"]
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "random": {"seed": 3},
+    "mustdrop": {"overall": 0.08, "single": 0.2, "layers": (0, 2), "window": 2},
     **{name: {"keep": 5} for name in ("cdpruner", "dart", "fastervlm", "hired", "vispruner")},
 }
 

@@ -84,6 +84,7 @@ from vtr.methods.kv_baselines import RandomKV as RandomKV
 from vtr.methods.kv_baselines import RecentKV as RecentKV
 from vtr.methods.liteattention import LiteAttention as LiteAttention
 from vtr.methods.minference import MInference as MInference
+from vtr.methods.mustdrop import MustDrop as MustDrop
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
 from vtr.methods.objectness import Objectness as Objectness
 from vtr.methods.ppt import PPT as PPT

@@ -56,6 +56,7 @@ TABLE: dict[str, str] = {
     "LiteAttention": "liteattention",
     "LocalWindow": "prefill_baselines",
     "MInference": "minference",
+    "MustDrop": "mustdrop",
     "NeighborhoodAttention": "neighborhood",
     "Objectness": "objectness",
     "OptiPrune": "sito",
