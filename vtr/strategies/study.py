@@ -268,8 +268,8 @@ def _alive(worker: str) -> bool:
 
 
 def _started(number: int) -> str:
-    """When a process was started, which tells it from a later one of the same number; ``"ended"`` if it has ended
-    and its parent has not asked for its exit status yet; empty on systems that do not say."""
+    """Return when a process was started, which tells it from a later one of the same number; ``"ended"`` if it
+    has ended and its parent has not asked for its exit status yet; empty on systems that do not say."""
     try:
         fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
