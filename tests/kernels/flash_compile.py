@@ -27,6 +27,7 @@ def main(architecture: str, dim: int, key_heads: int, by_head: bool, part: str) 
 
         HardwareInfo.__init__ = lambda self, *args, **kwargs: None
         HardwareInfo.get_max_active_clusters = lambda self, *args, **kwargs: 66
+        HardwareInfo.get_device_multiprocessor_count = lambda self, *args, **kwargs: 132
     block = (128, 128) if part == "backward" else (128, 64)
     tokens = token_mask((4, 900, 1000) if by_head else (900, 1000), block)
     mask = BlockMask.from_dense(tokens, block=block)

@@ -317,13 +317,13 @@ def test_calls_that_do_not_fit_are_refused(flash_attn, monkeypatch):
         RuntimeError, match=r"bfloat16 and float16, not torch.float32; use backend="
     ):
         block_sparse_attention(q, k, v, mask, backend="flash")
-    for dim in (36, 264):
+    for dim in (36, 200, 264):
         q, k, v, mask = make("ragged", dim, torch.float16)
-        with pytest.raises(RuntimeError, match=f"to 256 in steps of 8 here, not {dim}; use"):
+        with pytest.raises(RuntimeError, match=rf"192, 232, 240, 248, 256\) here, not {dim}; use"):
             block_sparse_attention(q, k, v, mask, backend="flash")
     monkeypatch.setattr(flash, "_capability", lambda device: 10)
     q, k, v, mask = make("ragged", 136, torch.float16)
-    with pytest.raises(RuntimeError, match="to 128 in steps of 8 here, not 136"):
+    with pytest.raises(RuntimeError, match=r"120, 128\) here, not 136"):
         block_sparse_attention(q, k, v, mask, backend="flash")
 
 

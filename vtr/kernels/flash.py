@@ -12,8 +12,8 @@ from vtr.kernels.epilogue import finish
 from vtr.kernels.flash_lists import FlashLists, Heavy, lists_of, tiles
 
 DTYPES = (torch.bfloat16, torch.float16)
-# Largest head dim for each first number of a compute capability.
-DIMS = {9: 256, 10: 128}
+# Head dims for each first number of a compute capability. The compiler aborts on the backward at 200.
+DIMS = {9: (*range(8, 193, 8), *range(232, 257, 8)), 10: tuple(range(8, 129, 8))}
 
 
 def unavailable(device: torch.device | str) -> str:
@@ -43,9 +43,9 @@ def refuses(q: Tensor) -> str:
         return why
     if q.dtype not in DTYPES:
         return f"the flash backend computes in bfloat16 and float16, not {q.dtype}"
-    most = DIMS[_capability(q.device)]
-    if q.shape[-1] % 8 or q.shape[-1] > most:
-        return f"the flash backend has head dims to {most} in steps of 8 here, not {q.shape[-1]}"
+    capability = _capability(q.device)
+    if q.shape[-1] not in DIMS[capability]:
+        return f"the flash backend has head dims {DIMS[capability]} here, not {q.shape[-1]}"
     return ""
 
 
