@@ -355,6 +355,8 @@ def _forward(
             warnings.warn(f"{error}: this call and later ones like it use it", stacklevel=2)
     from vtr.kernels import sdpa
 
+    # The CPU's flash attention of torch 2.11 misreads rows whose elements are apart.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return sdpa.forward(q, k, v, row_scale, added, mask, dims, scale, need_lse)
 
 
