@@ -103,7 +103,7 @@ class MustDrop(Presets, KVChoices, TokenMethod):
 
     @classmethod
     def examples(cls) -> Examples:
-        # Windows are merged only where a tower can be cut.
+        # Not every tower can be cut, which windows need.
         return {
             "some": (cls(overall=0.08, single=0.2, layers=(0, 2), window=None),),
             "everything": (cls(overall=0.0, layers=(0, 2), window=None),),
