@@ -33,13 +33,15 @@ def _old_interpreter() -> bool:
 
 
 @pytest.mark.skipif(_old_interpreter(), reason="the interpreter of triton < 3.7 needs numpy < 2.4")
-def test_in_the_interpreter():
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("which", ["persistent", "not persistent"])
+def test_in_the_interpreter(which):
     """The variable must be set before triton is imported, hence a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/kernels/interpreted.py"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+        [*command, "-k", which, "tests/kernels/interpreted.py"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

@@ -24,7 +24,7 @@ read as zeros and are not written, whatever lies behind them in memory.
 
 Head dims. Shared memory and tensors have powers of two, so a head dim is split as in the Triton kernel: 80 is
 64 + 16, and 72 as well, with eight zeros from the descriptor. Each part has its descriptors, memory and
-products. Above 128 no variant compiles without spills in Triton 3.6 and 3.9: results of 64 x 256 take 128 registers
+products. Head dims above 128 are left out: in Triton 3.6 and 3.9 results of 64 x 256 take 128 registers
 of a thread, so that 192 and 256 spill 24 bytes with blocks of 128 queries; of 64 queries, two programs with 128
 registers each are fewer than the 158 that one instruction for 256 columns needs.
 """
