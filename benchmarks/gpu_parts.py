@@ -172,7 +172,7 @@ def tiles(dim: int, persistent: bool) -> list[Config]:
 
 
 def kernels(group: str, dim: int) -> dict[str, Kernel]:
-    """Kernels by name. Those that have never run on a GPU are in groups of their own, since one that fails
+    """Kernels by name. Those that have never run on a GPU are in separate groups, since one that fails
     may leave the device unusable for the process."""
     if group == "hopper":
         return {} if DRY else {"gluon": of_gluon}  # Gluon has no interpreter
@@ -189,7 +189,7 @@ def kernels(group: str, dim: int) -> dict[str, Kernel]:
 
 def warm(which: int) -> None:
     """Compile a share of the kernels, so that the process that times them finds them on the disk."""
-    # What is tuned while others compile is not to be kept.
+    # Choices that are timed while others compile must not be kept.
     os.environ["VTR_CACHE"] = tempfile.mkdtemp(prefix="vtr-warm-")
     jobs: dict[Any, Callable[[], Any]] = {}
     for point in POINTS:
@@ -363,7 +363,7 @@ def backward(folder: Path) -> None:
 
 @torch.no_grad()
 def host(folder: Path) -> None:
-    """What the host pays for a small call, in microseconds and in calls of torch.add; and a CUDA graph of it."""
+    """Time a small call on the host, in microseconds and in calls of torch.add, and a CUDA graph of it."""
     q, k, v, mask = inputs(SMALL)
     config = tiles(SMALL[1], False)[0]
     x = torch.zeros(8, device=DEVICE)

@@ -19,7 +19,7 @@ def named(option: str, text: str | None, known: Iterable[str]) -> list[str]:
 
 
 def save(path: Path, where: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Write a CSV file of all rows so far, below comments that say where they come from.
+    """Write a CSV file of all rows so far, below comments that name the machine and the versions.
 
     Called whenever a row is there, so that a benchmark that is stopped leaves what it measured. The file changes
     in one step. Columns that only later rows have come last.

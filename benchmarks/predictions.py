@@ -126,7 +126,7 @@ def where(rule: Row) -> str:
 
 
 def predictions(date: str) -> list[Row]:
-    """Predictions that had been made by a date: what was made later knew the results."""
+    """Predictions that existed on a date: later ones knew the results."""
     found = tomllib.loads(FILE.read_text(encoding="utf-8"))
     every = [rule for rule in [*found["range"], *found["order"]] if rule["made"] <= date]
     return sorted(every, key=lambda rule: rule["made"])  # stable: in the order of the file
