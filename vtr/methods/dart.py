@@ -63,7 +63,8 @@ class DART(Presets, ScoredMethod):
     positions: ClassVar[str] = "original"
 
     PRESETS: ClassVar = {f"llava-1.5-7b/{n}": {"keep": n + 4} for n in (192, 128, 64)}
-    """The rows of the paper's tables. Their code keeps so many tokens and four visual pivots, after layer 2."""
+    """The number of the authors' README (128), and rows of tables that compare it with other methods. Their code keeps
+    so many tokens and four visual pivots."""
 
     keep: Keep = 132
     layer: int = 2

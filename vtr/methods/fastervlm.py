@@ -40,12 +40,11 @@ class FasterVLM(Presets, ScoredMethod):
     positions: ClassVar[str] = "compact"
 
     PRESETS: ClassVar = {
-        **{
-            f"llava-1.5-7b/{r}%": {"keep": n} for r, n in ((50, 288), (75, 144), (90, 58), (95, 29))
-        },
-        **{f"llava-next-7b/{r}%": {"keep": 5 * n} for r, n in ((75, 144), (90, 58), (95, 29))},
+        f"{model}-7b/{ratio}%": {"keep": crops * number}
+        for model, crops in (("llava-1.5", 1), ("llava-next", 5))
+        for ratio, number in ((25, 432), (50, 288), (75, 144), (90, 58), (95, 29))
     }
-    """Reduction ratios of the paper's tables, with the numbers of the authors' README (576 tokens per crop)."""
+    """Reduction ratios and numbers of tokens of the tables in the authors' EVAL.md (576 per crop)."""
 
     keep: Keep = 144
 

@@ -61,9 +61,11 @@ class HiRED(Presets, ScoredMethod):
     positions: ClassVar[str] = "compact"
 
     PRESETS: ClassVar = {
-        **{f"llava-next-7b/{r}%": {"keep": r / 100} for r in (40, 20, 10)},
+        "llava-next-7b/20%": {"keep": 0.2},
+        "llava-next-7b/10%": {"keep": 0.1},
+        "llava-1.5-7b/20%": {"keep": 0.2},
     }
-    """Token budgets of the paper's tables; ``alpha`` is that of the authors' scripts."""
+    """Token budgets of the authors' scripts (20 %) and README (10 %), with the ``alpha`` of the scripts."""
 
     keep: Keep = 0.2
     alpha: float = 0.5

@@ -57,11 +57,10 @@ class VidCom2(Presets, TokenMethod):
     positions: ClassVar[str] = "compact"
 
     PRESETS: ClassVar = {
-        f"{model}/{r}%": {"keep": r / 100}
-        for model in ("llava-onevision-7b", "llava-video-7b")
-        for r in (25, 15)
+        f"{model}-7b/25%": {"keep": 0.25}
+        for model in ("llava-onevision", "llava-video", "qwen2.5-vl")
     }
-    """The rows of the paper's tables, and the default of the authors' scripts (25 %)."""
+    """The default of the authors' scripts, which is the row of their README."""
 
     keep: Keep = 0.25
 
