@@ -98,12 +98,14 @@ class Reader:
 
 _SPACE = re.compile(r"\\[,;:! ]|\\q?quad|\s|~")
 _SIZES = re.compile(r"\\(left|right|[Bb]igg?[lr]?|displaystyle|textstyle|dfrac(?=\{))")
-_FONTS = re.compile(r"\\(cal|bf|rm|it|mathcal|mathbf|mathrm|mathit|boldsymbol|mit|operatorname)\b")
+_FONTS = re.compile(
+    r"\\(cal|bf|rm|it|mathcal|mathbf|mathrm|mathit|boldsymbol|mit|operatorname)(?![a-zA-Z])"
+)
 
 
 def plain(formula: str) -> str:
     """Remove spaces, fonts, sizes of brackets, and braces, which do not change what is read."""
-    for pattern in (_SPACE, _SIZES, _FONTS):
+    for pattern in (_FONTS, _SIZES, _SPACE):  # a space ends the name of a font
         formula = pattern.sub("", formula)
     return formula.replace("{", "").replace("}", "").replace(r"\rightarrow", r"\to")
 
