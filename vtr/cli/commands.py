@@ -14,7 +14,7 @@ from vtr.cli.doctor import doctor
 from vtr.cli.draw import draw
 from vtr.cli.evaluate import evaluate
 from vtr.cli.heatmap import heatmap
-from vtr.cli.listing import families, methods, supported
+from vtr.cli.listing import families, methods, models, supported
 from vtr.cli.profile import profile
 from vtr.cli.search import search
 from vtr.errors import VtrError
@@ -69,7 +69,19 @@ def root(
         print(context.get_help())
 
 
-_COMMANDS = (methods, supported, families, profile, draw, heatmap, calibrate, search, demo, plot)
+_COMMANDS = (
+    methods,
+    supported,
+    models,
+    families,
+    profile,
+    draw,
+    heatmap,
+    calibrate,
+    search,
+    demo,
+    plot,
+)
 for _command_function in _COMMANDS:
     app.command()(_command_function)
 app.command("eval")(evaluate)

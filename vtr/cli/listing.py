@@ -1,8 +1,9 @@
-"""``vtr methods``, ``vtr supported`` and ``vtr families``: which methods there are, and what they work on."""
+"""``vtr methods``, ``vtr supported``, ``vtr models`` and ``vtr families``: which methods there are, and what they work on."""
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -96,6 +97,44 @@ def families(as_json: shared.JsonOption = False) -> None:
         table.add_column(column, no_wrap=column != "family, or why not")
     for row in rows:
         table.add_row(row.name, row.state, escape(row.about))
+    shared.console.print(table)
+
+
+def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="classes of transformers; all by default")
+    ] = None,
+    as_json: shared.JsonOption = False,
+) -> None:
+    """Try every vision-language model of the installed transformers on a tiny twin: works, partly, or refused and why."""
+    try:
+        from vtr.vision.vlm.coverage import model_support
+
+        rows = []
+        for row in model_support(names or None):
+            rows.append(row)
+            if not as_json:
+                print(f"{row.name}: {row.state}", file=sys.stderr)
+    except ImportError as error:
+        raise VtrError(
+            f'transformers cannot be imported ({error}): pip install "vtr[transformers]"'
+        ) from error
+    unknown = sorted({*(names or ())} - {row.name for row in rows})
+    if unknown:
+        raise VtrError(
+            f"transformers has no class {', '.join(unknown)} that answers questions about images: "
+            "vtr models lists all"
+        )
+    if as_json:
+        print(json.dumps([row._asdict() for row in rows], indent=2))
+        return
+    number = sum(row.state != "refused" for row in rows)
+    table = Table(title=f"{number} of {len(rows)} vision-language models of transformers work")
+    for column in ("class", "state", "sites (methods), what is closed, or why not"):
+        table.add_column(column, no_wrap=column == "state", overflow="fold")
+    for row in rows:
+        sites = f"{', '.join(row.sites)} ({row.methods}) " if row.sites else ""
+        table.add_row(row.name, row.state, escape(sites + row.about))
     shared.console.print(table)
 
 

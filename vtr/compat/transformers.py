@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -557,6 +559,31 @@ def answers_images(config: Any) -> bool:
     from transformers import AutoModelForImageTextToText
 
     return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep notes of transformers about a model from the user, who has not built it."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def answering_classes() -> list[Any]:
+    """List the classes of the installed transformers that answer questions about images, by their names."""
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
+    )
+
+    found = {
+        name for names in NAMES.values() for name in ([names] if isinstance(names, str) else names)
+    }
+    return [getattr(transformers, name) for name in sorted(found) if hasattr(transformers, name)]
 
 
 def from_config(cls: Any, config: Any, attention: str) -> Any:

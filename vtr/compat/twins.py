@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 WIDTH, HEADS, KV_HEADS, HEAD, LAYERS, VOCABULARY = 64, 4, 2, 32, 4, 320
 PATCH, SIDE = 4, 8  # pixels of a patch, patches of a picture's side
 
@@ -20,7 +22,6 @@ SIZES: dict[str, int] = {
             *(
                 "encoder_hidden_size",
                 "image_text_hidden_size",
-                "merged_hidden_size",
                 "adapter_out_dim",
             ),
             *(
@@ -110,6 +111,8 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("num_position_embeddings", "num_patches"), SIDE * SIDE),
     **dict.fromkeys(("pos_emb_height", "pos_emb_width", "posemb_grid_size"), SIDE),
     "patch_size": PATCH,
+    "patch_dim": 3 * PATCH**2,
+    "merged_hidden_size": 4 * WIDTH,
     "max_position_embeddings": 512,
     "window_size": 2 * PATCH,
     "query_pre_attn_scalar": HEAD,
@@ -125,3 +128,28 @@ DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers"
 INDICES = ("_indexes", "_idxs", "_indices", "_layers", "_layer_ids")
 #: Ends of the names of entries that hold ids of tokens.
 IDS = ("_token_id", "_token_index", "_token_ids", "_id", "_offset")
+
+#: Class of transformers -> what its default configuration lacks: ids of tokens, and parts that are None.
+_MINICPM = {"image_token_id": 900, "video_token_id": 901}
+_SEES = {"vision_start_token_id": 902, "vision_end_token_id": 903}
+OWN: dict[str, dict[str, Any]] = {
+    "MiniCPMOcrForConditionalGeneration": _MINICPM,
+    "MiniCPMV4_6ForConditionalGeneration": _MINICPM,
+    "MiniCPMV4_7ForConditionalGeneration": _MINICPM,
+    "Qwen2_5OmniThinkerForConditionalGeneration": _SEES,
+    "Qwen3OmniMoeThinkerForConditionalGeneration": _SEES,
+    "Step3p7ForConditionalGeneration": {"text_config": {"sliding_window": 512}},
+    "Ernie4_5_VLMoeForConditionalGeneration": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500000.0,
+                "mrope_section": [22, 22, 20],
+            }
+        }
+    },
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11}
+    },
+    "Granite4VisionForConditionalGeneration": {"deepstack_layer_map": [[-1, 0], [-2, 1]]},
+}

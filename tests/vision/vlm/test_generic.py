@@ -309,11 +309,47 @@ def test_attention_that_is_no_softmax_of_its_projections_is_not_shown(
     assert "text_attention" not in owner.info.signals["decoder"]
 
 
+def test_attention_with_more_than_a_softmax_is_not_computed_by_methods(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cap of the logits, which an attention function applies and no kernel of vtr does."""
+    module = transformers.models.mistral.modeling_mistral
+    from transformers.integrations import sdpa_attention
+
+    forward = sdpa_attention.sdpa_attention_forward
+
+    def louder(module: Any, q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(module, 3 * q, *args, **kwargs)
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", louder)
+    model, _ = mistral3()
+    with torch.no_grad():
+        found = proof._prove(type(model), model.config, False)
+    assert not found.refused and module is not None
+    assert "computes more than a softmax over keys" in found.inside
+    owner = vtr.vision.vlm.wrapping.VLMWrapping(
+        model, model.model, generic.Generic("Mistral3", inside=found.inside)
+    )
+    assert owner.info.closed["attention"] == owner.info.closed["kv"] == found.inside
+
+
 def test_a_model_that_does_not_work_is_refused_with_the_part_that_differs() -> None:
     config = transformers.Florence2Config()
     model = twin(transformers.Florence2ForConditionalGeneration, config)
     with pytest.raises(vtr.UnsupportedModelError, match=r"BartModel.* has no list of layers"):
         vtr.apply(model, PROMPT)
+
+
+def test_a_proof_says_nothing_to_the_user(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = mistral3()
+    monkeypatch.setattr(proof, "_KNOWN", {})
+    capfd.readouterr()
+    proof.proof_of(model, model.model)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_other_models_with_two_towers_are_none_of_this_adapter() -> None:

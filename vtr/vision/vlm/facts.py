@@ -82,6 +82,8 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
 
 def _apart(owner: VLMWrapping) -> str:
     """Say why the attention of a language model is not that of one causal mask in every layer; empty if it is."""
+    if owner.family.inside:
+        return owner.family.inside
     if owner.family.two_way:
         return f"{owner.family.title} lets the tokens of a picture see one another"
     if any(kind not in (*FULL, *SLIDING) for kind in owner.kinds):

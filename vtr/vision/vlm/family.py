@@ -23,6 +23,7 @@ class VLMFamily:
         pooled: why a cut inside the tower cannot be followed for videos, or empty.
         fixed: whether every image has the same number of visual tokens.
         blind: why q, k and v of the language model's layers cannot be computed from outside, or empty.
+        inside: why methods cannot compute the attention of the layers, or empty.
         two_way: whether the tokens of a picture see one another, under a mask that the language model is given.
     """
 
@@ -31,6 +32,7 @@ class VLMFamily:
     pooled = ""
     fixed = True
     blind = ""
+    inside = ""
     two_way = False
 
     def tower(self, inner: Any, kind: str) -> nn.Module | None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtr.compat.transformers import MODALITIES, language_module
+from vtr.compat.transformers import MODALITIES, kinds_of, language_module
 from vtr.vision.vlm.attention import runs_otherwise
 from vtr.vision.vlm.family import VLMFamily
 from vtr.vision.vlm.features import Capture
 from vtr.vision.vlm.frames import Piece, plain, still, unknown
+from vtr.vision.vlm.masks import unknown_kinds
 from vtr.vision.vlm.pictures import Pictures
 from vtr.vision.vlm.placeholders import visual_ids
 
@@ -29,13 +30,16 @@ class Generic(VLMFamily):
         title: of the model.
         two_way: whether the tokens of a picture see one another.
         blind: why methods cannot read the attention of its layers, or empty.
+        inside: why methods cannot compute it, or empty.
     """
 
     cuts = NOT_OPENED
     fixed = False
 
-    def __init__(self, title: str, two_way: bool = False, blind: str = "") -> None:
-        self.title, self.two_way, self.blind = title, two_way, blind
+    def __init__(
+        self, title: str, two_way: bool = False, blind: str = "", inside: str = ""
+    ) -> None:
+        self.title, self.two_way, self.blind, self.inside = title, two_way, blind, inside
 
     def tower(self, inner: Any, kind: str) -> nn.Module | None:
         return None
@@ -92,4 +96,4 @@ def lacking(inner: Any) -> str:
     layers = getattr(language, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return f"its language model ({type(language).__name__}) has no list of layers"
-    return runs_otherwise(layers[0])
+    return runs_otherwise(layers[0]) or unknown_kinds(kinds_of(language))

@@ -33,10 +33,16 @@ if TYPE_CHECKING:
 Masks = dict[str, Tensor | None]
 
 
-def unknown_kinds(owner: VLMWrapping) -> str:
+def unknown_kinds(kinds: list[str]) -> str:
     """Say which kinds of layers a cut cannot be followed through; empty if all are known."""
-    odd = sorted({kind for kind in owner.kinds if kind not in (*FULL, *SLIDING, *RECURRENT)})
+    odd = sorted({kind for kind in kinds if kind not in (*FULL, *SLIDING, *RECURRENT)})
     return f"its language model has layers of the kind {', '.join(odd)}" if odd else ""
+
+
+def recurrent_layers(kinds: list[str]) -> str:
+    """Say which kinds of layers of a language model have no attention; empty if all have it."""
+    odd = sorted({kind for kind in kinds if kind in RECURRENT})
+    return f"layers of the kind {', '.join(odd)} have no attention" if odd else ""
 
 
 def two_way(owner: VLMWrapping, call: LanguageCall, mask: Any) -> Masks | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -22,15 +22,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.compat.transformers import RECURRENT, SLIDING, window_of
+from vtr.compat.transformers import RECURRENT, SLIDING, quiet, window_of
+from vtr.core.language_attention import LanguageAttentionSite
 from vtr.core.language_site import LanguageSite
-from vtr.core.method import Reduction, Stage, TokenMethod
+from vtr.core.method import Method, Reduction, Stage, TokenMethod
 from vtr.core.site import ModelInfo, Site
 from vtr.core.tokens import TokenMap, top_indices
 from vtr.core.wrapping import Entry
 from vtr.errors import UnsupportedModelError
 from vtr.vision.vlm.generic import Generic, is_vlm, lacking
-from vtr.vision.vlm.placeholders import find
+from vtr.vision.vlm.placeholders import find, visual_ids
 from vtr.vision.vlm.twin import shrunk, twin
 from vtr.vision.vlm.twin_prompts import Inputs, pictures, prompt
 
@@ -45,11 +46,13 @@ class Proof(NamedTuple):
         refused: which part differs; empty if the class can be wrapped.
         two_way: whether the tokens of a picture see one another.
         blind: why methods cannot read the attention of its layers; empty if they can.
+        inside: why methods cannot compute the attention of its layers, or choose the entries of its cache.
     """
 
     refused: str
     two_way: bool = False
     blind: str = ""
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,32 @@ class Leave(TokenMethod):
         number = (valid.sum(1) * self.share).ceil().long()
         kept, padded = top_indices(site.hidden.float().norm(dim=-1), number, valid)
         return Reduction(TokenMap.keep(kept, site.n, padded))
+
+
+@dataclass(frozen=True)
+class PlainAttention(Method):
+    """Compute the attention of every layer from what a site shows: softmax over the keys that a row may see."""
+
+    name: ClassVar[str] = "proof-attention"
+    paper: ClassVar[str] = "none"
+    sites: ClassVar[tuple[str, ...]] = ("attention",)
+    needs: ClassVar[Mapping[str, frozenset[str]]] = {"attention": frozenset({"qkv", "prompt"})}
+    reads_cache: ClassVar[bool] = True
+
+    def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
+        return tuple(Stage("attention", i) for i in range(info.depth["attention"]))
+
+    def attend(self, site: LanguageAttentionSite) -> Tensor:
+        groups = site.q.shape[1] // site.k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (site.k, site.v))
+        columns = torch.arange(k.shape[2])
+        rows = columns[-site.q.shape[2] :, None]
+        seen = (columns <= rows) & site.valid[:, None]
+        if site.window is not None:
+            seen &= rows - columns < site.window
+        logits = site.q @ k.transpose(2, 3) * site.scale
+        logits = logits.masked_fill(~seen[:, None], torch.finfo(logits.dtype).min)
+        return logits.softmax(-1) @ v
 
 
 @dataclass(frozen=True)
@@ -112,14 +141,14 @@ def generic_family(root: Any, inner: Any) -> Generic | None:
             f"{type(inner).__name__} has no entry in vtr, and cannot be wrapped as a tower, a projector "
             f"and a language model: {proof.refused}"
         )
-    return Generic(title, proof.two_way, proof.blind)
+    return Generic(title, *proof[1:])
 
 
 def proof_of(root: Any, inner: Any) -> Proof:
     """Prove the class of a model once for each configuration that differs in more than its sizes."""
     key = (type(root), json.dumps(shrunk(root.config).to_dict(), sort_keys=True, default=str))
     if key not in _KNOWN:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             _KNOWN[key] = _prove(type(root), root.config, root is inner)
     return _KNOWN[key]
 
@@ -136,8 +165,10 @@ def _prove(cls: Any, config: Any, bare: bool) -> Proof:
     ways = any(_looks_ahead(mask) for mask in masks)
     try:
         refused = _differs(model, inner, inputs, ways, dense)
-        blind = "" if refused else _reads_otherwise(model, inner, inputs, ways)
-        return Proof(refused, ways, blind)
+        if refused:
+            return Proof(refused, ways)
+        inside = _attends_otherwise(model, inner, inputs, ways)
+        return Proof("", ways, _reads_otherwise(model, inner, inputs, ways), inside)
     except Exception as error:
         return Proof(
             f"a tiny twin of it does not run with a method: {type(error).__name__}: {error}"
@@ -233,6 +264,35 @@ def _reads_otherwise(model: Any, inner: Any, inputs: Inputs, ways: bool) -> str:
     return ""
 
 
+def _attends_otherwise(model: Any, inner: Any, inputs: Inputs, ways: bool) -> str:
+    """Say why the attention of a site is not that of the model; empty if it is."""
+    from vtr.vision.vlm.wrapping import VLMWrapping
+
+    owner = VLMWrapping(model, inner, Generic(type(inner).__name__, ways))
+    if "attention" in owner.info.closed:
+        return ""
+    title = type(owner.layers[0].self_attn).__name__
+    wanted = _answer(model, inputs)
+    try:
+        with applied_to(owner, PlainAttention()):
+            got = _answer(model, inputs)
+    except Exception as error:
+        return f"{title} computes more than a softmax over keys ({error})"
+    same = torch.allclose(got, wanted, rtol=CLOSE, atol=CLOSE)
+    return "" if same else f"{title} computes more than a softmax over keys"
+
+
+def _answer(model: Any, inputs: Inputs) -> Tensor:
+    """(B, ...) what a model says at the last columns, with steps on its cache if it can generate."""
+    if not hasattr(model, "generate"):
+        return run(model, inputs)[:, -1]
+    out = model.generate(
+        **inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True,
+        output_logits=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return torch.stack(out.logits, 1)
+
+
 def run(model: Any, inputs: Inputs) -> Tensor:
     """(B, L, C) logits, or last hidden states of a model without a head."""
     out = model(**inputs)
@@ -247,7 +307,7 @@ def _close(a: Tensor, b: Tensor, inputs: Inputs) -> bool:
 
 
 @contextmanager
-def applied_to(owner: Any, method: TokenMethod) -> Iterator[None]:
+def applied_to(owner: Any, method: Method) -> Iterator[None]:
     """Apply a method to a wrapping for a while."""
     entries = [Entry(method, dict(owner.options), None)]
     owner.add(entries)
@@ -350,7 +410,8 @@ def _shorter(owner: Any, inputs: Inputs, first: int, keep: Tensor) -> Tensor:
     rest.layers = rest.layers[first:]
     rest.config.layer_types = list(rest.config.layer_types)[first:]
     rest.config.num_hidden_layers = len(rest.layers)
-    masks: dict[str, Any] | None = None
+    # Never None: gaps in positions without a mask are read as several packed sequences.
+    masks: Any = torch.ones(1, int(keep.sum()), dtype=torch.long)
     if owner.sliding:  # windows are those of the sequence as it was given
         at = keep.nonzero().flatten()
         behind = at[:, None] - at
@@ -375,6 +436,8 @@ def _generates(owner: Any, method: Leave, inputs: Inputs) -> str:
         "output_logits": True,
         "eos_token_id": None,
         "pad_token_id": 0,
+        # A placeholder in an answer would be read as one of the prompt without a cache.
+        "suppress_tokens": list(visual_ids(owner.inner.config)),
     }
     answers = []
     with applied_to(owner, method):

@@ -86,7 +86,7 @@ def check_method(owner: VLMWrapping, method: Method) -> None:
 
 def check_masks(owner: VLMWrapping, method: Method) -> None:
     """Raise ``UnsupportedMethodError`` if the masks of a language model's layers cannot follow a cut."""
-    odd = unknown_kinds(owner)
+    odd = unknown_kinds(owner.kinds)
     if odd:
         raise UnsupportedMethodError(
             f"{method.name} cannot cut for {owner.info.family}: {odd}, through which a cut cannot be followed"

@@ -112,14 +112,7 @@ def _fewer_layers(part: Any) -> None:
 
 def _smaller(part: Any, ids: Mapping[int, int]) -> None:
     values = vars(part)
-    width, heads = values.get("hidden_size"), values.get("num_attention_heads")
-    tied = _number(width) and _number(heads) and values.get("head_dim") == width // heads
-    if (
-        tied
-        and _number(values.get("head_dim"))
-        and "mrope" not in repr(values.get("rope_parameters"))
-    ):
-        values["head_dim"] = min(width, WIDTH) // min(heads, HEADS)
+    tied = _tied(values)
     for name, value in values.items():
         if name.endswith(IDS):
             if isinstance(value, (list, tuple)):
@@ -134,10 +127,33 @@ def _smaller(part: Any, ids: Mapping[int, int]) -> None:
                 values[name] = type(value)(SIZES[name] if _number(i) else i for i in value)
         elif name == "vision_feature_layer" and isinstance(value, (list, tuple)):
             values[name] = type(value)(max(-LAYERS, min(LAYERS, i)) for i in value)
+        elif name == "projector_patch_to_query_dict":
+            values[name] = {SIDE * SIDE: SIDE * SIDE // 4}
         elif name == "image_grid_pinpoints" and value:
             side = PATCH * SIDE
             values[name] = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+    values.update(tied)
     _rope(part)
+
+
+def _tied(values: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes that follow from others in the model, and so in its twin."""
+    width, heads, head = (values.get(n) for n in ("hidden_size", "num_attention_heads", "head_dim"))
+    new: dict[str, int] = {}
+    if not (_number(width) and _number(heads)):
+        return new
+    width, heads = width or 1, heads or 1
+    small, fewer = min(width, WIDTH), min(heads, HEADS)
+    axes = "mrope" in repr(values.get("rope_parameters"))
+    if head and head == values.get("qk_rope_head_dim"):
+        new["head_dim"] = min(head, SIZES["qk_rope_head_dim"])
+    elif head == width // heads and not axes:
+        new["head_dim"] = small // fewer
+    if values.get("num_key_value_heads") == heads:
+        new["num_key_value_heads"] = fewer
+    if values.get("intermediate_size") == 4 * width:
+        new["intermediate_size"] = 4 * small
+    return new
 
 
 def _sections(module: Any) -> None:

@@ -21,6 +21,8 @@ from vtr.vision.vlm.twin import SMALL_IDS
 Inputs = dict[str, Any]
 #: Rows and columns of the pictures, in patches; those of a class that takes one size alone are all square.
 GRIDS = ((SIDE, SIDE), (SIDE // 2, SIDE), (SIDE, SIDE // 2))
+#: Names of the number of frames that a patch has.
+FRAMES = ("temporal_patch_size", "patch_temporal")
 #: Names of ids that open and close a picture.
 AROUND = (
     ("vision_start_token_id", "vision_end_token_id"),
@@ -146,7 +148,7 @@ def _patched(inner: Any, names: list[str], flat: bool) -> list[Inputs] | None:
     vision = _vision(inner)
     side = _pair(getattr(vision, "patch_size", PATCH))
     channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
-    frames = getattr(vision, "temporal_patch_size", None) or 1
+    frames = next(filter(None, (getattr(vision, n, None) for n in FRAMES)), 1)
     made = []
     for seed, (rows, columns) in enumerate(GRIDS):
         shape = (channels * frames * side[0] * side[1],) if flat else (channels, *side)

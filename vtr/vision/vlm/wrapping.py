@@ -40,6 +40,7 @@ from vtr.vision.vlm.features import Captures
 from vtr.vision.vlm.head import Head, Purpose
 from vtr.vision.vlm.kv import KVSession
 from vtr.vision.vlm.language import LanguageSession
+from vtr.vision.vlm.masks import recurrent_layers
 from vtr.vision.vlm.nesting import INNER, LANGUAGE, ROOT, Nesting, forget_compiled
 from vtr.vision.vlm.outputs import MODES
 from vtr.vision.vlm.packed import PackedSession
@@ -90,7 +91,8 @@ class VLMWrapping(Wrapping):
         self.mixed = family.two_way or any(kind not in FULL for kind in self.kinds)
         self.nesting = Nesting()
         self.towers: dict[str, TowerSession | PackedSession] = {}
-        self.closed = family.blind or next(filter(None, map(opens, layers)), "")
+        self.closed = family.blind or recurrent_layers(self.kinds)
+        self.closed = self.closed or next(filter(None, map(opens, layers)), "")
         super().__init__(root, vlm_info(self))
         self.tower_calls = TowerCalls(self)
         self.language = LanguageSession(self, self.lm)
