@@ -76,7 +76,7 @@ def _compile(dim, block, dtype=torch.bfloat16, epilogue=False):
     rows, numbers = torch.zeros(64), torch.zeros(64, dtype=torch.int32)
     return gluon._hopper_kernel.run(
         *gluon.descriptors(q, q, q, q, plan.block_n), rows, rows, rows, rows, rows,
-        numbers, numbers, numbers, numbers, numbers, 0, 0, 2, 1, 4, 8, 0, 256, 0.1, block[0] == 128,
+        numbers, numbers, numbers, numbers, numbers, 0, 0, 2, 1, 4, 8, 2, 0, 256, 0.1, block[0] == 128,
         **gluon.constants(dim, block, plan, epilogue, epilogue), grid=(1,), warmup=True,
     )  # fmt: skip
 
@@ -335,21 +335,48 @@ def test_the_simulation_finds_a_forgotten_turn_of_a_row_without_keys(seed, monke
         machine.run()
 
 
-def _walk(turns, programs, total):
-    """Work of each program, as ``_item`` deals it out."""
+def _walk(programs, items, heads, side):
+    """Head and item of the work of each program, as ``_item`` deals it out."""
+    total = items * heads
     for p in range(programs):
-        works = [t * programs + (p if t % 2 == 0 else programs - 1 - p) for t in range(turns)]
-        yield [w for w in works if w < total]
+        dealt = []
+        for t in range(-(-total // programs)):
+            work = t * programs + (p if t % 2 == 0 else programs - 1 - p)
+            if work < total:
+                before = work // (items * side) * side
+                within, beside = work - before * items, min(side, heads - before)
+                dealt.append((before + within % beside, within // beside))
+        yield dealt
 
 
-@pytest.mark.parametrize(("total", "programs"), [(1, 1), (7, 7), (132, 7), (135, 132), (1000, 132)])
-def test_all_work_is_dealt_out_once(total, programs):
-    dealt = list(_walk(-(-total // programs), programs, total))
-    assert sorted(itertools.chain(*dealt)) == list(range(total))
-    # Heads of a length that divides the device: no program gets the longest row of every head.
-    lengths = [66 - w % 66 for w in range(660)]
-    loads = [sum(lengths[w] for w in works) for works in _walk(5, 132, 660)]
-    assert max(loads) <= min(loads) + 66
+@pytest.mark.parametrize(("items", "heads"), [(1, 1), (7, 1), (66, 10), (45, 3), (125, 8)])
+@pytest.mark.parametrize("side", [1, 3, 12])
+@pytest.mark.parametrize("programs", [1, 7, 132])
+def test_all_work_is_dealt_out_once(programs, items, heads, side):
+    dealt = list(itertools.chain(*_walk(programs, items, heads, side)))
+    assert sorted(dealt) == list(itertools.product(range(heads), range(items)))
+
+
+def test_no_program_gets_the_longest_row_of_every_head():
+    lengths = sorted(
+        (random.Random(0).binomialvariate(128, 0.05) for _ in range(128)), reverse=True
+    )
+
+    def busy(side):
+        loads = [sum(lengths[i] for _, i in works) for works in _walk(132, 128, 12, side)]
+        return sum(loads) / 132 / max(loads)
+
+    assert busy(12) > 0.95 > 0.85 > busy(7) > busy(1)
+
+
+def test_heads_are_dealt_out_together_while_their_keys_stay_in_the_cache():
+    k = torch.empty(1, 4, 16384, 128, dtype=torch.bfloat16, device="meta")
+    assert gluon.beside(k, 1, 4) == 4 and gluon.beside(k, 1, 12) == 8
+    assert gluon.beside(k, 4, 64) == 32
+    assert (
+        gluon.beside(torch.empty(1, 1, 1 << 20, 128, dtype=torch.bfloat16, device="meta"), 1, 8)
+        == 1
+    )
 
 
 @pytest.mark.parametrize("dim", gluon.DIMS)
@@ -379,7 +406,7 @@ def test_short_rows_share_programs():
     assert gluon.programs(1536, 6 * 128, one, 132) == 132
     assert gluon.programs(1536, 6 * 128, two, 132) == 264
     assert gluon.programs(100, 6 * 128, one, 132) == 100
-    assert gluon.programs(7092, 332 * 128, one, 132) == 7092
+    assert gluon.programs(3072, 25 * 128, one, 132) == 3072
 
 
 def _tensors(heads=2, tokens=256, dim=128, dtype=torch.bfloat16):

@@ -65,17 +65,22 @@ _ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @gluon.jit
 def _item(
-    turn, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, ONE_PATTERN: gl.constexpr,
+    turn, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, side, ONE_PATTERN: gl.constexpr,
 ):  # fmt: skip
     """The work of this program in a turn: batch and head (``lane``), query block (-1: nothing), first, middle
     and last entry, part (-1: a whole row), and the key block of the first entry."""
     programs = gl.num_programs(0)
     place = gl.program_id(0)
-    # There and back: the lists of all heads fall, so a program with a long row gets a short one next.
+    # There and back, over the lists of ``side`` heads at once, which fall: a program with a long row gets a
+    # short one next.
     work = turn * programs + gl.where(turn % 2 == 0, place, programs - 1 - place)
     there = work < total
-    lane = work // items
-    entry = ITEMS + (work % items).to(gl.int64) * 8
+    before = work // (items * side) * side
+    within = work - before * items
+    beside = gl.minimum(side, total // items - before)
+    beside = gl.maximum(beside, 1)  # past the end
+    lane = before + within % beside
+    entry = ITEMS + (within // beside).to(gl.int64) * 8
     if not ONE_PATTERN:
         b = (lane // heads).to(gl.int64)
         h = (lane % heads).to(gl.int64)
@@ -98,7 +103,7 @@ def _item(
 def _produce(
     q_desc, k_desc, v_desc, q1_desc, k1_desc, v1_desc, COL, q_s, k_s, v_s, q1_s, k1_s, v1_s,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
+    ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total, side,
     D0: gl.constexpr, D1: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr,
     BLOCK_N: gl.constexpr, ONE_PATTERN: gl.constexpr,
 ):  # fmt: skip
@@ -113,7 +118,7 @@ def _produce(
     rows = 0
     for turn in range(0, gl.cdiv(total, gl.num_programs(0))):
         lane, row_block, first, _, last, _, column = _item(
-            turn, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, ONE_PATTERN
+            turn, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, side, ONE_PATTERN
         )  # fmt: skip
         b = lane // heads
         h = lane % heads
@@ -252,7 +257,7 @@ def _step(
 def _consume(
     o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
     q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-    ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, parts, q_len, scale_log2,
+    ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, side, parts, q_len, scale_log2,
     WHICH: gl.constexpr, D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
     MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr, ONE_PATTERN: gl.constexpr,
@@ -276,7 +281,7 @@ def _consume(
     steps = 0  # the same without the first of each row, which takes no turn
     rows = 0
     lane, row_block, first, middle, last, part, _ = _item(
-        0, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, ONE_PATTERN
+        0, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, side, ONE_PATTERN
     )  # fmt: skip
     for turn in range(0, gl.cdiv(total_items, gl.num_programs(0))):
         full = (middle - first) * SUB_N
@@ -331,7 +336,7 @@ def _consume(
                 mbarrier.arrive(q_empty, count=1)
         # The next item is read while this row is written.
         next_lane, next_row, next_first, next_middle, next_last, next_part, _ = _item(
-            turn + 1, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, ONE_PATTERN
+            turn + 1, ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total_items, side, ONE_PATTERN
         )  # fmt: skip
 
         # ---- epilogue ----
@@ -401,11 +406,11 @@ def _consume(
 
 
 # How long the lists are differs from mask to mask; nothing is gained by knowing it.
-@gluon.jit(do_not_specialize=["items", "total", "parts"])
+@gluon.jit(do_not_specialize=["items", "total", "side", "parts"])
 def _hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, q1_desc, k1_desc, v1_desc, o1_desc,
     ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE, ITEMS, PATTERN, COL, TILE, BITS, stride_pb, stride_ph,
-    heads, group, items, total, parts, q_len, scale_log2, ONE_PATTERN: gl.constexpr,
+    heads, group, items, total, side, parts, q_len, scale_log2, ONE_PATTERN: gl.constexpr,
     D: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     MASK_M: gl.constexpr, MASK_N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, TURNS: gl.constexpr, APART: gl.constexpr,
@@ -452,19 +457,19 @@ def _hopper_kernel(
             (_consume, (
                 o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
                 q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, side, parts, q_len, scale_log2,
                 0, D, D0, D1, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_consume, (
                 o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
                 q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, side, parts, q_len, scale_log2,
                 1, D, D0, D1, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q1_desc, k1_desc, v1_desc, COL, q_s, k_s, v_s, q1_s, k1_s, v1_s,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total, side,
                 D0, D1, GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
@@ -473,13 +478,13 @@ def _hopper_kernel(
             (_consume, (
                 o_desc, o1_desc, TILE, BITS, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
                 q_s, o_s, k_s, v_s, q1_s, o1_s, k1_s, v1_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, parts, q_len, scale_log2,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, items, total, side, parts, q_len, scale_log2,
                 0, D, D0, D1, STAGES, TURNS, APART, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN, HAS_ROW_SCALE, HAS_ADDED,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q1_desc, k1_desc, v1_desc, COL, q_s, k_s, v_s, q1_s, k1_s, v1_s,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total,
+                ITEMS, PATTERN, stride_pb, stride_ph, heads, group, items, total, side,
                 D0, D1, GROUPS, STAGES, MASK_M, MASK_N, BLOCK_N, ONE_PATTERN,
             )),
         ], [1], [24])  # fmt: skip
@@ -525,9 +530,12 @@ def plan(dim: int, block: Sequence[int]) -> KernelPlan:
     return KernelPlan(keys, stages, 128 if together == 2 else None, apart=apart, together=together)
 
 
-# Blocks of 128 keys. A program starts in the time of two or three; and rows that are dealt out in advance
-# leave one or two percent of the time idle at the end (a model of 132 processors, uniform and radial masks).
-_LONG_ROW = 128
+# Blocks of 128 keys. A program starts in the time of one or two of them; rows that are dealt out in advance leave
+# some of the time idle at the end (see docs/kernels.md).
+_LONG_ROW = 16
+# Bytes of K and V of the heads whose rows are dealt out at once. They should stay in the second-level cache, of
+# which a Hopper GPU has 50 MiB or 60; what does not is read again, which main memory nearly keeps up with.
+_BESIDE = 64 << 20
 
 
 def programs(rows: int, keys: float, plan: KernelPlan, processors: int) -> int:
@@ -536,6 +544,12 @@ def programs(rows: int, keys: float, plan: KernelPlan, processors: int) -> int:
     if keys > _LONG_ROW * 128:
         return rows
     return min(rows, processors * plan.together)
+
+
+def beside(k: Tensor, group: int, heads: int) -> int:
+    """Return how many of ``heads`` query heads have their rows dealt out together; ``group`` of them share K and V."""
+    each = 2 * k.shape[2] * k.shape[3] * k.element_size()
+    return max(1, min(heads, _BESIDE // each * group))
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, block: Sequence[int], scale: float) -> str:
@@ -616,12 +630,15 @@ def launch(
     items = lists.longer_items
     batch, heads, q_len, dim = q.shape
     steps = [pattern.stride(i) if pattern.shape[i] > 1 else 0 for i in (0, 1)]
-    total = batch * heads * items.shape[1]
-    _hopper_kernel[(programs(total, lists.live * block[1], plan, multiprocessors(q.device)),)](
+    total, group = batch * heads * items.shape[1], heads // k.shape[1]
+    launched = programs(total, lists.live * block[1], plan, multiprocessors(q.device))
+    # A program per row: the device starts them in order, those of one head together.
+    side = 1 if launched == total else beside(k, group, batch * heads)
+    _hopper_kernel[(launched,)](
         *descriptors(q, k, v, out, plan.block_n), lse if row_scale is None else row_scale,
         lse if added is None else added, lse, part_out, part_lse,
         items, pattern, col, tile, lists.words, *steps,
-        heads, heads // k.shape[1], items.shape[1], total, part_out.shape[1], q_len, scale_log2,
+        heads, group, items.shape[1], total, side, part_out.shape[1], q_len, scale_log2,
         items.shape[0] == 1,
         **constants(dim, block, plan, row_scale is not None, added is not None),
     )  # fmt: skip
