@@ -137,6 +137,40 @@ def test_a_later_turn_with_a_picture_of_two_ways_is_refused(name: str) -> None:
             model(**{**one, **whole}, cache=cache)
 
 
+@pytest.mark.parametrize("name", ["windows", "gemma3"])
+def test_a_later_turn_sees_what_one_prompt_sees(name: str) -> None:
+    """Twelve tokens behind a cut cache have the logits that they have at the end of one prompt."""
+    model, inputs = MASKS[name]()
+    ids = inputs["input_ids"]
+    more = torch.randint(5, 140, (2, 12), generator=torch.Generator().manual_seed(2))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+    whole = {**inputs, "input_ids": torch.cat([ids, more], 1), "attention_mask": mask}
+    if "token_type_ids" in inputs:
+        types = inputs["token_type_ids"]
+        whole["token_type_ids"] = torch.cat([types, torch.zeros_like(more)], 1)
+    length = ids.shape[1]
+    positions = torch.arange(length, length + 12).expand(2, -1)
+    with vtr.apply(model, BOTH):
+        wanted = model(**whole).logits[:, -12:]
+        cache = model(**inputs, use_cache=True).cache
+        turn = {"input_ids": more, "attention_mask": mask, "position_ids": positions}
+        torch.testing.assert_close(model(**turn, cache=cache).logits, wanted, rtol=0, atol=CLOSE)
+
+
+def test_beams_go_on_with_windows() -> None:
+    model, inputs = with_windows()
+    with vtr.apply(model, Pick(BOTH.at, ((8,), (3,)))):  # the same in every row of a sample
+        cached = generate(model, inputs, max_new_tokens=10, num_beams=2)
+        every = generate(model, inputs, max_new_tokens=10, num_beams=2, use_cache=False)
+    assert torch.equal(cached.sequences, every.sequences)
+
+
+def test_a_static_cache_is_refused_for_windows() -> None:
+    model, inputs = with_windows()
+    with vtr.apply(model, PROMPT), pytest.raises(RuntimeError, match="use a dynamic cache"):
+        generate(model, inputs, cache_implementation="static")
+
+
 def test_flash_attention_is_refused_for_windows() -> None:
     model, _ = with_windows()
     model.model.language_model.config._attn_implementation_internal = "flash_attention_2"

@@ -32,8 +32,8 @@ from vtr.vision.vlm.call import LanguageCall, PrefillRecord
 from vtr.vision.vlm.deepstack import deepstack, narrowed
 from vtr.vision.vlm.head import Purpose
 from vtr.vision.vlm.marks import MarkedCache, marked
+from vtr.vision.vlm.masks import check_cache, sync, two_way
 from vtr.vision.vlm.masks import entry as masks_at_entry
-from vtr.vision.vlm.masks import sync, two_way
 from vtr.vision.vlm.middle import MiddleCuts
 from vtr.vision.vlm.outputs import Exit, align, columns, every_column
 from vtr.vision.vlm.prompt import cut_by_tower, without_repetitions
@@ -77,6 +77,7 @@ class LanguageSession(Threaded):
 
     Attributes:
         pending: (B, L) int8, the kinds of the visual tokens of this thread's coming call, or None.
+        padding: (B, past + L) mask that the model was given for the coming call, or None.
         purpose: what the coming call of this thread is for.
         call: the running call of this thread.
         way: how the sequence of this thread's last call left the language model, None if nothing was cut.
@@ -84,6 +85,7 @@ class LanguageSession(Threaded):
     """
 
     pending = PerThread[Tensor | None]()
+    padding = PerThread[Tensor | None]()
     purpose = PerThread[Purpose](Purpose())
     call = PerThread[LanguageCall | None]()
     way = PerThread[Exit | None]()
@@ -159,7 +161,12 @@ class LanguageSession(Threaded):
         if module.training and torch.is_grad_enabled() and self._runs_again(past):
             # Some models make one for every call: the layers would not fill it.
             cache, kwargs = None, {k: v for k, v in kwargs.items() if k not in CACHE}
-        mask = self._mask(kwargs.get("attention_mask"), cuts, batch, before, length, embeds.device)
+        if kinds is not None:
+            check_cache(self.owner, cache)
+        given = kwargs.get("attention_mask")
+        if self.owner.family.two_way and self.padding is not None:
+            given = self.padding  # the model has built masks of it
+        mask = self._mask(given, cuts, batch, before, length, embeds.device)
         if mask is None:
             valid = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
             history = None

@@ -45,6 +45,14 @@ def recurrent_layers(kinds: list[str]) -> str:
     return f"layers of the kind {', '.join(odd)} have no attention" if odd else ""
 
 
+def check_cache(owner: VLMWrapping, cache: Any) -> None:
+    """Raise ``RuntimeError`` if a cache has places for a window alone, of which a cut would fill others."""
+    if owner.sliding and getattr(cache, "is_compileable", False):
+        raise RuntimeError(
+            "a prompt cannot be cut beside a static cache if layers have sliding windows: use a dynamic cache"
+        )
+
+
 def two_way(owner: VLMWrapping, call: LanguageCall, mask: Any) -> Masks | None:
     """The (B, 1, L, K) masks that a prompt was given, by the kind of layer; None if it has no such masks.
 
@@ -140,11 +148,6 @@ def _window(call: LanguageCall, i: int, window: int) -> Tensor:
     number = columns_seen(call.cache, length, i)
     keys, valid = call.columns(i), call.mask(i).bool()
     if number is not None:
-        if number > keys.shape[1]:
-            raise RuntimeError(
-                "a prompt that was cut does not go with a static cache if layers have sliding windows: use a "
-                "dynamic cache"
-            )
         keys, valid = keys[:, -number:], valid[:, -number:]
     queries = call.columns(i)[:, -length:, None]
     keys = keys[:, None]

@@ -244,9 +244,12 @@ class VLMWrapping(Wrapping):
     def before_inner(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self.language.pending = None
+        self.language.pending = self.language.padding = None
         self.language.purpose = self.head.purpose or Purpose()
         given = named(module, args, kwargs)
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self.language.padding = mask
         self.attention.check(given)
         made = given.get(ENCODER_OUTPUTS)
         elsewhere = made is not None and not (isinstance(made, dict) and self.captures.made(made))
