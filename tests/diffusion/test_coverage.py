@@ -17,18 +17,26 @@ from tests.diffusion.models import ALL
 from vtr.cli import commands
 from vtr.diffusion.coverage import coverage, markdown
 from vtr.diffusion.families import FAMILIES, LATER, REFUSED, family_of
+from vtr.testing.models.unets import UNETS
 
 PAGE = Path(__file__).parents[2] / "docs" / "diffusion.md"
 
 
 def transformers() -> set[str]:
-    """The models in the modules of diffusers' folder of transformers that diffusers itself exports."""
+    """The models in the modules of diffusers' folders of transformers and UNets that diffusers itself exports."""
     import diffusers
     from diffusers.models import transformers as folder
+    from diffusers.models import unets
 
     found = set()
-    for module in pkgutil.iter_modules(folder.__path__):
-        held = importlib.import_module(f"{folder.__name__}.{module.name}")
+    modules = [
+        f"{each.__name__}.{module.name}"
+        for each in (folder, unets)
+        for module in pkgutil.iter_modules(each.__path__)
+        if not module.name.endswith("_flax")
+    ]
+    for name in modules:
+        held = importlib.import_module(name)
         for name, kind in vars(held).items():
             own = inspect.isclass(kind) and kind.__module__ == held.__name__
             if own and issubclass(kind, diffusers.ModelMixin) and hasattr(diffusers, name):
@@ -52,7 +60,7 @@ def test_no_class_is_named_twice() -> None:
 
 
 def test_every_wrapped_class_is_tested() -> None:
-    tested = {type(case.make()).__name__ for case in ALL.values()}
+    tested = {type(case.make()).__name__ for case in (*ALL.values(), *UNETS.values())}
     missing = {name for family in FAMILIES for name in family.classes} - tested
     assert not missing, f"give a Case of vtr/testing/models to {', '.join(sorted(missing))}"
 

@@ -150,7 +150,10 @@ def test_unknown_objects_are_refused_with_a_reason() -> None:
     )  # fmt: skip
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     for target, message in (
-        (DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), "a UNet has no one grid"),
+        (
+            DDPMPipeline(unet=unet, scheduler=DDPMScheduler()),
+            "no transformer blocks: its attention is a layer",
+        ),
         (vae, "AutoencoderKL is not supported.*Supported families: Wan"),
         (WanPipeline(None, None, None, None), "it has no transformer"),
         (modular(), r"no transformer yet: load_components\(\)"),

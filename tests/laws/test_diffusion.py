@@ -8,7 +8,7 @@ from tests.laws.everyone import METHODS, NAMES, hold_on
 from vtr.core.registry import registry
 from vtr.testing import examples
 from vtr.testing.kinds import Diffusion
-from vtr.testing.methods import hold, laws_of, trial_of
+from vtr.testing.methods import hold, hold_all, laws_of, trial_of
 from vtr.testing.models.diffusion_more import MORE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,3 +32,9 @@ def test_further_families_batch_and_number_their_tokens(case: str) -> None:
     for law, name in laws.items():
         trial = trial_of(kind, examples(registry()[name]))
         hold(law, laws_of(trial.method)[law], trial)
+
+
+def test_the_laws_hold_on_a_unet() -> None:
+    """Its blocks are at several resolutions; ``tests/diffusion/test_unet.py`` has the other methods."""
+    kind = Diffusion("unet-sd15", "diffusers", case="unet-sd15", tolerance=3e-5)
+    hold_all(trial_of(kind, examples(registry()["tomesd"])))

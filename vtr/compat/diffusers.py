@@ -50,8 +50,8 @@ SIZES = frozenset(
 )
 #: The function mode in which diffusers' guidance puts the values in place of a layer's attention.
 PERTURBED = "AttentionScoreSkipFunctionMode"
-#: Transformers of a pipeline.
-TRANSFORMERS = ("transformer", "transformer_2")
+#: Transformers of a pipeline, or its UNet.
+TRANSFORMERS = ("transformer", "transformer_2", "unet")
 
 
 def backend_of(processor: Any) -> Any:
@@ -88,12 +88,12 @@ def batch_parts_of(processor: Any) -> int:
 
 
 def transformer_classes() -> list[str]:
-    """Return the names of the transformers that diffusers exports, in alphabetical order."""
+    """Return the names of the transformers and UNets that diffusers exports, in alphabetical order."""
     from diffusers import ModelMixin
-    from diffusers.models import transformers
+    from diffusers.models import transformers, unets
 
     return sorted(
         name
-        for name, kind in vars(transformers).items()
+        for name, kind in (*vars(transformers).items(), *vars(unets).items())
         if isinstance(kind, type) and issubclass(kind, ModelMixin)
     )

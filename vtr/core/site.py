@@ -91,6 +91,8 @@ class ModelInfo:
         levels: feature levels whose tokens the encoder of a detector holds (0 without one).
         stage_depths: blocks of each stage of a windowed encoder, in order.
         window: side of its windows in tokens, if all have the same.
+        downsample: for each block of a UNet, rows of the latents for one row of its grid of tokens (1, 2,
+            4...); empty for models with one grid.
         closed: sites that methods cannot use in this model, with the reason.
     """
 
@@ -112,6 +114,7 @@ class ModelInfo:
     levels: int = 0
     stage_depths: tuple[int, ...] = ()
     window: int | None = None
+    downsample: tuple[int, ...] = ()
     closed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ from vtr.diffusion.run import DiffusionCall, DiffusionRun, Paddings
 from vtr.diffusion.session import ScheduleRef, Session
 from vtr.diffusion.site import BlockSite, CallFacts, DiffusionAttentionSite
 from vtr.diffusion.targets import Experts, locate, supported
+from vtr.diffusion.unet import unet_blocks
 from vtr.errors import UnsupportedMethodError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "locate", "wrap"]
@@ -79,6 +80,7 @@ class DiffusionWrapping(Wrapping):
         self.by_layer: dict[int, Entry] = {}
         self.by_block: dict[int, Entry] = {}
         self._forget()
+        unet = unet_blocks(self.members[0]) if self.family.unet else []
         looks = {"qkv", "denoising", "hidden"} | ({"frames"} if self.family.video else set())
         info = ModelInfo(
             self.family.name,
@@ -88,6 +90,7 @@ class DiffusionWrapping(Wrapping):
             heads=self.heads,
             head_dim=self.head_dim,
             experts=len(self.members),
+            downsample=tuple(found.downsample for found in unet),
         )
         super().__init__(root, info)
 
@@ -150,6 +153,11 @@ class DiffusionWrapping(Wrapping):
                 "scheduler must be the scheduler of diffusers whose timesteps the transformer is "
                 f"called with, got {type(scheduler).__name__}"
             )
+        if self.family.unet and "attention" in method.sites:
+            raise UnsupportedMethodError(
+                f"{method.name} needs one grid of tokens for the whole model, and a UNet has tokens at "
+                "several resolutions: use a method that merges around blocks (ToMeSD, SiTo, ToMA)"
+            )
         super().check(method, options)
         if not {s.site for s in method.stages(self.info)} <= set(self.info.depth):
             raise UnsupportedMethodError(
@@ -166,6 +174,11 @@ class DiffusionWrapping(Wrapping):
             raise UnsupportedMethodError(
                 f"{method.name} merges around MLPs, and {self.family.name} has blocks without an MLP: "
                 "merge around attention only"
+            )
+        if "cross" in parts_of(method) and self.family.cross is None:
+            raise UnsupportedMethodError(
+                f"{method.name} merges around cross-attention, which works in UNets, and this is "
+                f"{self.family.name}: leave merge_cross=False"
             )
         from vtr.kernels.attention import TRITON_DIMS
 
@@ -215,6 +228,10 @@ class DiffusionWrapping(Wrapping):
         if self.family.loops:
             part = getattr(member, self.family.loops)
             self.hook(part.register_forward_pre_hook(Bound(self, "count_rows")))
+        for first, holder in self._holders(member):
+            self.hook(
+                holder.register_forward_pre_hook(Bound(self, "level", first), with_kwargs=True)
+            )
         for number, block in enumerate(blocks_of(self.family, member)):
             entry = self.by_block.get(number)
             if entry is None:
@@ -222,10 +239,18 @@ class DiffusionWrapping(Wrapping):
             self.hook(
                 block.register_forward_pre_hook(Bound(self, "block", number), with_kwargs=True)
             )
-            if "mlp" in parts_of(entry.method):
-                mlp = getattr(block, cast(str, self.family.mlp))
-                self.hook(mlp.register_forward_pre_hook(Bound(self, "before_mlp", number)))
-                self.hook(mlp.register_forward_hook(Bound(self, "after_mlp", number)))
+            names = {"mlp": self.family.mlp, "cross": self.family.cross}
+            for part in ("mlp", "cross"):
+                inner = getattr(block, names[part] or "", None)
+                if part in parts_of(entry.method) and inner is not None:
+                    self.hook(inner.register_forward_pre_hook(Bound(self, "before", number)))
+                    self.hook(inner.register_forward_hook(Bound(self, "after", number)))
+
+    def _holders(self, member: Any) -> list[tuple[int, Any]]:
+        """The models in a UNet that hold blocks, each with the number of its first block."""
+        found = unet_blocks(member) if self.family.unet else []
+        first = {id(each.holder): number for number, each in reversed(list(enumerate(found)))}
+        return [(n, each.holder) for n, each in enumerate(found) if first[id(each.holder)] == n]
 
     def check_together(self, entries: Sequence[Entry]) -> None:
         super().check_together(entries)
@@ -256,7 +281,8 @@ class DiffusionWrapping(Wrapping):
                 self._patched[at] = (owner, name, before)
         super().uninstall()
         for member in self.members:
-            release(self, member)
+            for module in (member, *(holder for _, holder in self._holders(member))):
+                release(self, module)
         self._forget()
 
     # ---- during a call --------------------------------------------------------------------------
@@ -326,7 +352,7 @@ class DiffusionWrapping(Wrapping):
         clock, latents = self.schedule.clock(), None
         if not clock.tells_steps:
             one = inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
-            latents = torch.linalg.vector_norm(one.detach(), dtype=torch.float32)
+            latents = torch.linalg.vector_norm(one.detach().float())
         number, step, branch = self.session.enter(
             index,
             value,
@@ -383,7 +409,8 @@ class DiffusionWrapping(Wrapping):
 
     def _adopt(self, model: nn.Module) -> None:
         """Wrap processors and checkpointing that were set after apply (fused projections...)."""
-        adopt(self, model)
+        for module in (model, *(holder for _, holder in self._holders(model))):
+            adopt(self, module)
         for layer, (_, attention) in enumerate(layers_of(self.family, model)):
             current: Any = attention.processor
             if not isinstance(current, SiteProcessor):
@@ -406,6 +433,14 @@ class DiffusionWrapping(Wrapping):
             self.call.rows = args[0].shape[0]
 
     @torch.compiler.disable
+    def level(self, first: int, holder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """At the start of a part of a UNet: the grid of its blocks, of which one has the number ``first``."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.call is not None:
+            for number in range(first, first + len(holder.transformer_blocks)):
+                self.call.grids[number] = (1, *hidden.shape[-2:])
+
+    @torch.compiler.disable
     def block(
         self, number: int, module: nn.Module, args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -419,12 +454,12 @@ class DiffusionWrapping(Wrapping):
         return _block.attention(self, layer, function, args, kwargs)
 
     @torch.compiler.disable
-    def before_mlp(self, number: int, module: nn.Module, args: Any) -> Any:
-        return _block.before_mlp(self, number, args)
+    def before(self, number: int, module: nn.Module, args: Any) -> Any:
+        return _block.before(self, number, args)
 
     @torch.compiler.disable
-    def after_mlp(self, number: int, module: nn.Module, args: Any, out: Any) -> Any:
-        return _block.after_mlp(self, number, out)
+    def after(self, number: int, module: nn.Module, args: Any, out: Any) -> Any:
+        return _block.after(self, number, out)
 
     def attention_site(
         self, layer: int, entry: Entry, facts: CallFacts, heads: tuple[Tensor, Tensor, Tensor],
@@ -447,7 +482,7 @@ class DiffusionWrapping(Wrapping):
     def block_site(self, number: int, hidden: Tensor) -> BlockSite:
         """The site of one block, with the state of its method."""
         assert self.call is not None
-        facts, which = self.call.facts, self.entries.index(self.by_block[number])
+        facts, which = self.call.facts_at(number), self.entries.index(self.by_block[number])
         return BlockSite(
             call=facts, layer=number, layers=self.info.depth["block"], hidden=hidden,
             state=self.run.state(hidden.shape[0], which, facts.expert, facts.branch, "block", number),

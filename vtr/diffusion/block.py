@@ -23,7 +23,7 @@ from vtr.diffusion.wrapped import WrappedTransformer
 
 
 def parts_of(method: Method) -> frozenset[str]:
-    """Around what a method merges: ``"attention"``, ``"mlp"``."""
+    """Around what a method merges: ``"attention"``, ``"cross"``, ``"mlp"``."""
     parts: frozenset[str] = getattr(method, "parts", lambda: frozenset({"attention"}))()
     return parts
 
@@ -38,7 +38,7 @@ def enter(
     call.reduced.pop(number, None)
     entry = wrapping.by_block[number]
     hidden, alone = _input(wrapping, number, block, args, kwargs)
-    grid = call.facts.grid
+    grid = call.facts_at(number).grid
     frames, height, width = grid
     tokens = frames * height * width
     text = hidden.shape[1] - tokens
@@ -240,15 +240,15 @@ _PER_SAMPLE = frozenset(
 )
 
 
-def before_mlp(wrapping: WrappedTransformer, number: int, args: tuple[Any, ...]) -> Any:
-    """The MLP's arguments with merged tokens."""
+def before(wrapping: WrappedTransformer, number: int, args: tuple[Any, ...]) -> Any:
+    """The arguments of an MLP, or of cross-attention, with merged tokens."""
     reduction = _reduction(wrapping, number)
     if reduction is None:
         return None
     return (_merge(wrapping, reduction, args[0]), *args[1:])
 
 
-def after_mlp(wrapping: WrappedTransformer, number: int, out: Tensor) -> Any:
-    """The MLP's result for all tokens."""
+def after(wrapping: WrappedTransformer, number: int, out: Tensor) -> Any:
+    """Its result for all tokens."""
     reduction = _reduction(wrapping, number)
     return None if reduction is None else _restore(wrapping, reduction, out)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from vtr.diffusion import views
+from vtr.diffusion.unet import unet_blocks
 from vtr.diffusion.views import SequenceView
 
 
@@ -23,10 +24,12 @@ class DiffusionFamily:
     Attributes:
         name: for messages.
         classes: the transformer classes of diffusers.
-        blocks: names of the lists of blocks, in order; their layers are numbered like this.
+        blocks: names of the lists of blocks, in order; their layers are numbered like this. For a UNet the
+            parts that hold its blocks.
         attention: names of a block's attention modules that see the image or video tokens.
         view: from the transformer and its bound arguments.
         mlp: name of a block's MLP on these tokens, None if it has none.
+        cross: name of a block's cross-attention, if tokens can be merged around it.
         latents: the argument with the latents, one tensor or a list of one per sample.
         time: the argument with the timesteps.
         streams: the argument of a block with the tokens that it attends to, for the lists of blocks whose
@@ -43,6 +46,8 @@ class DiffusionFamily:
         loops: if the processor calls attention once per sample (with its valid text only), the part
             before the blocks whose first argument has a row for each sample, else "".
         video: it makes videos: several frames are moments, not reference images.
+        unet: tokens exist at several resolutions, each block has its own grid, and ``view`` gives that
+            of the latents.
     """
 
     name: str
@@ -51,6 +56,7 @@ class DiffusionFamily:
     view: Callable[[Any, dict[str, Any]], SequenceView]
     attention: tuple[str, ...] = ("attn1",)
     mlp: str | None = None
+    cross: str | None = None
     latents: str = "hidden_states"
     time: str = "timestep"
     streams: tuple[tuple[str, str], ...] = ()
@@ -65,6 +71,7 @@ class DiffusionFamily:
     masked: bool = False
     loops: str = ""
     video: bool = False
+    unet: bool = False
 
 
 def blocks_of(family: DiffusionFamily, model: Any) -> list[nn.Module]:
@@ -73,6 +80,9 @@ def blocks_of(family: DiffusionFamily, model: Any) -> list[nn.Module]:
 
 
 def _blocks(family: DiffusionFamily, model: Any) -> Iterator[tuple[str, nn.Module]]:
+    if family.unet:
+        yield from (("", found.block) for found in unet_blocks(model))
+        return
     for name in family.blocks:
         held: Any = model
         for part in name.split("."):
@@ -218,11 +228,16 @@ FAMILIES = (
         "HunyuanDiT", ("HunyuanDiT2DModel",), ("blocks",), views.image, mlp="ff",
         rope="image_rotary_emb",
     ),
+    DiffusionFamily(
+        "UNet", ("UNet2DConditionModel",), ("down_blocks", "mid_block", "up_blocks"), views.unet,
+        mlp="ff", cross="attn2", latents="sample", unet=True,
+    ),
 )  # fmt: skip
 
 _LINEAR = "its attention is linear: there is no map to thin out"
-_UNET = "a UNet has no one grid of tokens; the adapters are for diffusion transformers"
-_PART = "it is a part of a UNet, which has no one grid of tokens"
+_CONVOLUTIONS = "it has no transformer blocks: its attention is a layer between convolutions"
+_MOVING = "its blocks attend within a frame, and others along time"
+_PART = "it is a part of a UNet: wrap the UNet or its pipeline"
 _SOUND = "it makes sound: its tokens are a line of time and no grid"
 _CACHED = "its queries attend to keys and values of a cache beside their own, under a mask of the library's "
 
@@ -248,6 +263,7 @@ REFUSED = {
     "a sparse mask would leave is little",
     "DreamLiteTransformer2DModel": _PART,
     "DualTransformer2DModel": _PART,
+    "MotionAdapter": _PART,
     "Transformer2DModel": _PART,
     "TransformerTemporalModel": _PART,
     "PriorTransformer": "it makes an embedding: its tokens are no grid",
@@ -259,11 +275,12 @@ REFUSED = {
     "StableAudio3DiTModel": _SOUND,
     "StableAudioDiTModel": _SOUND,
     "T5FilmDecoder": _SOUND,
-    "UNet2DConditionModel": _UNET,
-    "UNet2DModel": _UNET,
-    "UNet3DConditionModel": _UNET,
-    "UNetMotionModel": _UNET,
-    "UNetSpatioTemporalConditionModel": _UNET,
+    "I2VGenXLUNet": _MOVING,
+    "UNet1DModel": _SOUND,
+    "UNet2DModel": _CONVOLUTIONS,
+    "UNet3DConditionModel": _MOVING,
+    "UNetMotionModel": _MOVING,
+    "UNetSpatioTemporalConditionModel": _MOVING,
 }
 
 # Those that might become a family: nobody has written their entry.
@@ -274,11 +291,13 @@ LATER = frozenset(
         "BriaTransformer2DModel",
         "BriaFiboTransformer2DModel",
         "BriaFibo2Transformer2DModel",
+        "DreamLiteUNetModel",
         "ErnieImageTransformer2DModel",
         "HeliosTransformer3DModel",
         "HiDreamImageTransformer2DModel",
         "JoyImageEditTransformer3DModel",
         "JoyImageEditPlusTransformer3DModel",
+        "Kandinsky3UNet",
         "Kandinsky6Transformer3DModel",
         "Lumina2Transformer2DModel",
         "LuminaNextDiT2DModel",
@@ -286,6 +305,8 @@ LATER = frozenset(
         "MotifVideoTransformer3DModel",
         "NucleusMoEImageTransformer2DModel",
         "SanaWMLTX2RefinerTransformer3DModel",
+        "StableCascadeUNet",
+        "UVit2DModel",
     }
 )
 

@@ -7,7 +7,7 @@ denoising step and branch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class DiffusionCall:
         reduced: by block, how its tokens are merged.
         memory: dicts by method for this call.
         again: a block runs again for its backward pass.
+        grids: the grid of each block of a UNet, by its number.
     """
 
     facts: CallFacts
@@ -90,7 +91,13 @@ class DiffusionCall:
     reduced: dict[int, Reduction] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     again: bool = False
+    grids: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     _samples: dict[int, int] = field(default_factory=dict)  # layer -> samples computed one by one
+
+    def facts_at(self, block: int) -> CallFacts:
+        """Return the facts of this call with the grid of a block."""
+        grid = self.grids.get(block)
+        return self.facts if grid is None else replace(self.facts, grid=grid)
 
     def next_sample(self, layer: int) -> int:
         """The sample of this attention call, in families whose processor calls it once for each."""
@@ -102,7 +109,14 @@ class DiffusionCall:
         """This call for a block that runs again for its backward pass: nothing is counted twice."""
         trace = Trace(notes={"attention": {}})
         return DiffusionCall(
-            self.facts, self.batch, self.rows, trace, [0.0, 0.0], self.text, again=True
+            self.facts,
+            self.batch,
+            self.rows,
+            trace,
+            [0.0, 0.0],
+            self.text,
+            again=True,
+            grids=self.grids,
         )
 
     def notes(self, layer: int) -> dict[str, Any]:

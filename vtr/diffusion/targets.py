@@ -44,8 +44,7 @@ def locate(target: Any) -> nn.Module | None:
         if isinstance(getattr(target, name, None), nn.Module)
     }
     if not found:
-        unet = getattr(target, "unet", None)
-        why = refusal_of(unet) or "it has no transformer"
+        why = "it has no transformer"
         if isinstance(target, ModularPipeline):
             why = "it has no transformer yet: load_components() or update_components() first"
         raise UnsupportedModelError(_refuse(type(target).__name__, why))
@@ -67,6 +66,9 @@ def supported(model: Any) -> DiffusionFamily:
     family = family_of(model)
     if family is None:
         raise UnsupportedModelError(_refuse(type(model).__name__, refusal_of(model)))
+    if family.unet and not layers_of(family, model):
+        reason = "its attention is not in transformer blocks, so that there are no tokens to merge"
+        raise UnsupportedModelError(_refuse(type(model).__name__, reason))
     if not layers_of(family, model):
         problem = (
             f"the blocks of this {type(model).__name__} ({', '.join(family.blocks)}) hold no attention "

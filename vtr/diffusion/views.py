@@ -68,6 +68,12 @@ def image(model: Any, given: dict[str, Any]) -> SequenceView:
     return SequenceView(_grid((1, *given["hidden_states"].shape[-2:]), (1, side, side)))
 
 
+def unet(model: Any, given: dict[str, Any]) -> SequenceView:
+    """(B, C, H, W); the grid is that of the latents, and the blocks' own are coarser."""
+    height, width = given["sample"].shape[-2:]
+    return SequenceView((1, height, width))
+
+
 def cogvideox(model: Any, given: dict[str, Any]) -> SequenceView:
     """(B, F, C, H, W)."""
     shape, side = given["hidden_states"].shape, model.config.patch_size

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class SiTo(CellMerging):
-    """Similarity-based Token pruning for Stable Diffusion (AAAI 2025), for transformers.
+    """Similarity-based Token pruning for Stable Diffusion (AAAI 2025), for UNets and transformers.
 
     With unit rows x of the hidden states at the block's input:
 
@@ -41,6 +41,9 @@ class SiTo(CellMerging):
         cell: (frames, height, width) tokens of a cell.
         merge_attn: prune around the self-attention, as the authors do.
         merge_mlp: prune around the MLP as well; the authors advise against it.
+        merge_cross: prune the queries of the cross-attention as well (UNets only).
+        max_downsample: of a UNet's blocks, those with at most so many rows of the latents for one of their
+            grid: 1 is the finest blocks of SD 1.5, and SDXL needs 2.
         seed: of the noise, which changes with layer and step; None adds none.
         refresh: steps for which a block keeps its choice.
         dense_layers: blocks left alone: the first n (int), or these (tuple of 0-based numbers).
@@ -87,7 +90,7 @@ class OptiPrune(SiTo):
     subjects of the prompt have separate places. It makes no computation cheaper and is not part of vtr.
 
     Args:
-        ratio, noise, cell, merge_attn, merge_mlp, seed, refresh: as in :class:`vtr.SiTo`.
+        ratio, noise, cell, merge_attn, merge_mlp, merge_cross, max_downsample, seed, refresh: as in :class:`vtr.SiTo`.
         dense_layers, dense_steps: blocks and steps left alone, as in :class:`vtr.SiTo`.
     """
 

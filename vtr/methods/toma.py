@@ -51,6 +51,9 @@ class ToMA(Presets, BlockMerging):
             and so on; None is all.
         merge_attn: merge around the self-attention.
         merge_mlp: merge around the MLP as well.
+        merge_cross: merge the queries of the cross-attention as well (UNets only).
+        max_downsample: of a UNet's blocks, those with at most so many rows of the latents for one of their
+            grid: 1 is the finest blocks of SD 1.5, and SDXL needs 2. Blocks of another grid share nothing.
         dense_layers: blocks left alone: the first n (int), or these (tuple of 0-based numbers).
         dense_steps: steps left alone at the start of a run: the first n (int), or a fraction.
     """
@@ -95,7 +98,7 @@ class ToMA(Presets, BlockMerging):
             return None
         if site.training:
             return self.find(site)
-        group = f"group {0 if self.share is None else site.layer // self.share}"
+        group = f"group {0 if self.share is None else site.layer // self.share} on {site.grid}"
         found: Reduction | None = site.memory.get(group)
         if found is not None:
             site.state["shared"] = True  # a block that runs again alone does not find it there

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class ToMeSD(CellMerging):
-    """Token Merging for Stable Diffusion (CVPR workshops 2023, arXiv 2303.17604), for transformers.
+    """Token Merging for Stable Diffusion (CVPR workshops 2023, arXiv 2303.17604), for UNets and
+    transformers.
 
     The grid is cut into cells. One token of each cell is a destination, the others are sources; each
     source finds its most similar destination anywhere (cosine of the hidden states at the block's
@@ -38,9 +39,11 @@ class ToMeSD(CellMerging):
     has a penalty for tokens merged again and again; neither is here.
 
     Differences from the authors' code: it works on any transformer with a grid, on video (a cell of
-    several frames merges in time) and at any size (cells are cut off at the border); a merged token
+    several frames merges in time) and at any size (a cell that is cut off at the border has
+    a destination, theirs has none); a merged token
     has its destination's place if attention has rotary positions; joint text is not
-    touched; the choice of destinations comes from ``seed`` and is the same for all samples.
+    touched; the choice of destinations comes from ``seed`` and is the same for all samples, also of
+    an odd batch (theirs takes each cell's first then).
 
     Args:
         ratio: share of the tokens that are merged away, up to 1 - 1 / (tokens of a cell).
@@ -48,6 +51,9 @@ class ToMeSD(CellMerging):
         merge_attn: merge around the self-attention, as the authors do.
         merge_mlp: merge around the MLP as well (off in the authors' code, which found it to cost
             quality).
+        merge_cross: merge the queries of the cross-attention as well (UNets only; off in the authors' code).
+        max_downsample: of a UNet's blocks, those with at most so many rows of the latents for one of their
+            grid. The authors' 1 is the finest blocks of SD 1.5; SDXL has none there and needs 2.
         seed: of the destinations, which change with layer and step; None takes each cell's first.
         drop_layers: blocks that drop sources in place of merging them: the first n (int), or these (tuple
             of 0-based numbers).

@@ -367,8 +367,9 @@ class Diffusion(Kind):
     def facts(self) -> Any:
         from vtr.testing.models.diffusion import CASES, LONG
         from vtr.testing.models.diffusion_more import MORE
+        from vtr.testing.models.unets import UNETS
 
-        return LONG if self.case == "wan" else {**CASES, **MORE}[self.case]
+        return LONG if self.case == "wan" else {**CASES, **MORE, **UNETS}[self.case]
 
     def build(self) -> Any:
         return self.facts.build()
@@ -383,7 +384,8 @@ class Diffusion(Kind):
     def changed(self, sample: Inputs) -> Inputs:
         if "x" in sample:  # Z-Image: a list
             return {**sample, "x": [x.flip(-1) * 0.7 for x in sample["x"]]}
-        return {**sample, "hidden_states": sample["hidden_states"].flip(-1) * 0.7}
+        name = "sample" if "sample" in sample else "hidden_states"  # UNets
+        return {**sample, name: sample[name].flip(-1) * 0.7}
 
     def batch(self, samples: list[Inputs], side: str = "left") -> Inputs:
         first = samples[0]

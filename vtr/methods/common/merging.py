@@ -25,6 +25,9 @@ class BlockMerging(Scheduled, TokenMethod):
         ratio: share of the tokens that are merged or pruned away.
         merge_attn: do it around the self-attention.
         merge_mlp: do it around the MLP as well.
+        merge_cross: do it around the cross-attention of a UNet as well.
+        max_downsample: in a UNet, the coarsest blocks that do it, in rows of the latents for one of their
+            grid. Transformers are not concerned.
         refresh: steps for which a block keeps what it has found, 1 to find it anew in each. Each
             branch of guidance has its own; it is found anew if the batch or the grid changes, never kept
             in training mode, and let go of in the last step.
@@ -36,20 +39,34 @@ class BlockMerging(Scheduled, TokenMethod):
     ratio: float = field(default=0.5, kw_only=False)
     merge_attn: bool = True
     merge_mlp: bool = False
+    merge_cross: bool = False
+    max_downsample: int = 1
     refresh: int = 1
 
     def validate(self) -> None:
         super().validate()
         check_count(self.refresh, "refresh")
-        if not (self.merge_attn or self.merge_mlp):
-            raise ValueError("merge_attn and merge_mlp are both False: nothing would be merged")
+        check_count(self.max_downsample, "max_downsample")
+        if not self.parts():
+            raise ValueError(
+                "merge_attn, merge_mlp and merge_cross are all False: nothing would be merged"
+            )
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        return tuple(Stage("block", n) for n in self.working_layers(info, "block"))
+        numbers = self.working_layers(info, "block")
+        if info.downsample:
+            numbers = [n for n in numbers if info.downsample[n] <= self.max_downsample]
+        if info.downsample and not numbers:
+            raise ValueError(
+                f"max_downsample={self.max_downsample} (with dense_layers={self.dense_layers}) leaves "
+                f"nothing to do: the blocks of this {info.family} are at downsamplings of "
+                f"{', '.join(map(str, sorted(set(info.downsample))))}"
+            )
+        return tuple(Stage("block", n) for n in numbers)
 
     def parts(self) -> frozenset[str]:
-        """Around what tokens are merged: ``"attention"``, ``"mlp"``."""
-        wanted = {"attention": self.merge_attn, "mlp": self.merge_mlp}
+        """Around what tokens are merged: ``"attention"``, ``"mlp"``, ``"cross"``."""
+        wanted = {"attention": self.merge_attn, "mlp": self.merge_mlp, "cross": self.merge_cross}
         return frozenset(part for part, on in wanted.items() if on)
 
     def reduce(self, site: Any) -> Reduction | None:
