@@ -513,6 +513,54 @@ PACKED = (
     ("blocks", "norm1", "attn", "qkv", "spatial_merge_size"),
     ("encoder.layers", "layer_norm1", "self_attn", "q_proj", "pixel_unshuffle"),
 )
+#: Functions by which such a tower's module makes tables from the grids of pictures -> the arguments by which the
+#: tower is given them instead. The first two are in every module.
+TABLES = {
+    "get_vision_position_ids": ("position_ids",),
+    "get_vision_attention_seqlens": ("cu_seqlens",),
+    "get_vision_window_index": ("window_index", "cu_window_seqlens"),
+    "get_vision_interpolation_indices_and_weights": ("interp_indices", "interp_weights"),
+}
+
+
+def _table_makers(tower: Any) -> dict[str, Callable[..., Any]]:
+    names = (cls.__module__ for cls in type(tower).__mro__)
+    home: Any = sys.modules.get(
+        next((n for n in names if n.startswith("transformers.models.")), "")
+    )
+    return {n: f for n, f in vars(home).items() if n.startswith("get_vision_")} if home else {}
+
+
+def why_no_tables(tower: Any) -> str:
+    """Say why a tower cannot be given its tables; empty if it can."""
+    makers = _table_makers(tower)
+    lacking = [name for name in list(TABLES)[:2] if name not in makers]
+    unknown = sorted(set(makers) - set(TABLES))
+    fixed = [n for n, f in makers.items() if "kwargs" not in inspect.signature(f).parameters]
+    if not lacking and not unknown and not fixed:
+        return ""
+    problem = f"{type(tower).__name__} does not take from its caller where each patch is"
+    return explain("transformers", f"{problem} ({', '.join([*lacking, *unknown, *fixed])})")
+
+
+def packed_tables(tower: Any, grids: Any) -> dict[str, Any]:
+    """Make the tables of a tower for pictures of (t, h, w) patches, by argument, all but ``cu_seqlens``."""
+    makers, merge = _table_makers(tower), tower.spatial_merge_size
+    position, _, window, interpolation = TABLES
+    made = {TABLES[position][0]: makers[position](grids, merge)}
+    if window in makers:
+        found = makers[window](grids, merge, tower.window_size, tower.patch_size)
+        made |= zip(TABLES[window], found, strict=True)
+    if interpolation in makers:
+        found = makers[interpolation](
+            grids,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        made |= zip(TABLES[interpolation], found, strict=True)
+    return made
 
 
 # ---- vision encoders with windows -------------------------------------------------------------

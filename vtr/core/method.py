@@ -24,6 +24,7 @@ from vtr.errors import UnsupportedMethodError
 
 PLACES: dict[str, tuple[str, ...]] = {
     "image": ("front",),
+    "pixels": ("front",),
     "encoder": ("middle", "end"),
     "detector": ("start",),
     "windows": ("whole", "inside"),
@@ -37,6 +38,7 @@ PLACES: dict[str, tuple[str, ...]] = {
 """The places of a layer at which a method can visit each site; the first is the default.
 
 - ``image``: in front of the patches; the cut is a smaller picture.
+- ``pixels``: in front of a vision-language model's tower, which computes only the tokens that are left.
 - ``encoder``: in the ``middle`` of a block, between attention and MLP, or at its ``end``, its output. If a
   block cannot be opened, the middle is the end.
 - ``detector``: at the ``start`` of a layer of a detector's encoder, whose tokens all come back behind it.
@@ -75,7 +77,7 @@ class Stage(_Visit):
 
     Args:
         site: one of :data:`PLACES`.
-        layer: 0-based; 0 at ``image`` and ``prompt``.
+        layer: 0-based; 0 at ``image``, ``pixels`` and ``prompt``.
         place: in the layer; None is the site's default, the first of :data:`PLACES`.
         cuts: False if the visit only looks, and never shortens the sequence.
     """

@@ -22,6 +22,7 @@ _ATTENTION = frozenset({"queries", "keys", "values", "attention_received"})
 
 SIGNALS: dict[str, frozenset[str]] = {
     "image": frozenset({"hidden"}),
+    "pixels": frozenset({"hidden"}),
     "encoder": _ATTENTION
     | {"hidden", "pixels", "cls_attention", "head_outputs", "keys_of", "pooling"},
     "detector": frozenset({"hidden", "class_logits", "sampling"}),
@@ -35,8 +36,8 @@ SIGNALS: dict[str, frozenset[str]] = {
 }
 """The signals of each site; a model shows those in ``info.signals``, and a method asks for them in ``needs``.
 
-``hidden``: the hidden states (of an attention call: those that enter its layer; of
-a KV cache: those that enter the attention module). ``pixels``: :attr:`Site.pixels`. ``queries``, ``keys``, ``values``, ``qkv``: those of
+``hidden``: the hidden states (at ``pixels``: the pixels of each token; of an attention call: those that enter its
+layer; of a KV cache: those that enter the attention module). ``pixels``: :attr:`Site.pixels`. ``queries``, ``keys``, ``values``, ``qkv``: those of
 the layer's attention. ``cls_attention``, ``attention_received``, ``pooling``: the methods of :class:`Site` of these
 names. ``head_outputs``: :attr:`Site.head_outputs`. ``keys_of``: :attr:`Site.keys_of`. ``text``: the hidden states of the text. ``text_attention``: attention
 of text to visual tokens. ``encoder_scores``: :meth:`LanguageSite.spread` works. ``frames``: the tokens have a time axis of several frames. ``denoising``: the attention is
@@ -130,7 +131,8 @@ class Site:
         info: the model.
         hidden: (B, N, C) hidden states of the visual tokens here (after the attention residual at
             the ``middle`` of an encoder block, the block's output at its ``end``; C is 0 at the site
-            ``image``, which has no features yet).
+            ``image``, which has no features yet; the pixels of each token at ``pixels``, the channels one behind
+            the other).
         front: (B, prefix, C) hidden states of the protected tokens in front of them (class token, registers)
             in an encoder, else None. A method that computes new ones returns them as ``Reduction.front``.
         n, batch, device: sizes.

@@ -14,6 +14,7 @@ _CONTRAST = "vtr/vision/vlm/contrast.py"
 _DEEPSTACK = "vtr/vision/vlm/deepstack.py"
 _ASK, _ATTENDING = "vtr/compat/transformers.py", "vtr/vision/vlm/attending.py"
 _CACHES, _PACKED = "vtr/vision/vlm/cache.py", "vtr/vision/vlm/packed.py"
+_PIXELS = "vtr/vision/vlm/pixels.py"
 _HEAD, _DRAFTS, _SPREADS = (f"vtr/vision/vlm/{name}.py" for name in ("head", "drafts", "spreads"))
 _TOWERS, _LAYERS = (
     "vtr/vision/encoders/transformers.py",
@@ -301,8 +302,41 @@ def _packed() -> Iterator[Expectation]:
         yield Expectation(f"{home}:{block}.forward", _PACKED, takes=("position_embeddings",))
     tower = f"{_home('qwen2_5_vl')}:Qwen2_5_VisionTransformerPretrainedModel"
     yield Expectation(tower, _PACKED, calls=(names.WINDOWS,), built=("spatial_merge_unit",))
+    yield from _tables(tower)
     yield Expectation(
         f"{tower}.{names.WINDOWS}", _PACKED, starts=("input_tensor", "window_index", "seq_len")
+    )
+
+
+def _tables(windowed: str) -> Iterator[Expectation]:
+    """Towers that take from their caller the tables which they compute from whole grids otherwise."""
+    position, ends, window, interpolation = names.TABLES
+    yield Expectation(windowed, _PIXELS, calls=(window,), built=("window_size", "patch_size"))
+    for model, cls in (
+        ("qwen2_vl", "Qwen2VisionTransformerPretrainedModel"),
+        ("qwen2_5_vl", "Qwen2_5_VisionTransformerPretrainedModel"),
+        ("qwen3_vl", "Qwen3VLVisionModel"),
+        ("qwen3_vl_moe", "Qwen3VLMoeVisionModel"),
+    ):
+        tower = f"{_home(model)}:{cls}"
+        yield Expectation(tower, _PIXELS, calls=(position, ends), built=("spatial_merge_size",))
+        if model.startswith("qwen3"):
+            sizes = ("num_grid_per_side", "interpolation_mode", "interpolation_align_corners")
+            yield Expectation(tower, _PIXELS, calls=(interpolation,), built=sizes)
+    first = {
+        position: ("grid_thw", "spatial_merge_size"),
+        ends: ("grid_thw",),
+        window: ("grid_thw", "spatial_merge_size", "window_size", "patch_size"),
+        interpolation: ("grid_thw",),
+    }
+    for name, starts in first.items():
+        yield Expectation(
+            f"transformers.vision_utils:{name}", _PIXELS, starts=starts, takes=("kwargs",)
+        )
+    yield Expectation(
+        f"transformers.vision_utils:{interpolation}",
+        _PIXELS,
+        takes=("num_grid_per_side", "mode", "align_corners", "spatial_merge_size"),
     )
 
 

@@ -10,6 +10,12 @@ The contract for methods
   one. The tower then gets smaller pictures, and the prompt has their tokens: the logits are the bare
   model's for these pictures. It cannot be combined with looks into the tower. Families whose crops are
   joined by the sizes of the configuration refuse it (``info.closed["image"]``).
+- ``Stage("pixels", 0)``: in front of the tower, for the images of families whose towers take patches one by one
+  (Qwen); videos are left as they are. The site has one picture: ``hidden`` (1, N, pixels) are the pixels of each
+  visual token, and ``grid`` its rows and columns. ``Reduction.map`` is merged (:meth:`vtr.TokenMap.merged`): it
+  says of every token that is left out which one represents it. The tower then computes the tokens that are left, each at
+  its own place and, with windows, in its own window; the others are taken out of the prompt. It
+  cannot be combined with ``image`` or with looks into the tower.
 - ``Stage("encoder", l, "middle" or "end")``: inside the vision tower, as for any encoder. The batch is
   the **crops** of all images of the call. A method that only looks here (``Stage(..., cuts=False)``) stores
   what it needs in ``site.memory``. A cut here is carried out twice: the tower's later layers run with

@@ -77,7 +77,7 @@ class ContrastSession(Threaded):
                 f"{' and '.join(contrasts)} both contrast the logits: apply one of them"
             )
         for name, found in stages if contrasts else ():
-            if any(s.cuts and s.site in ("image", "encoder") for s in found):
+            if any(s.cuts and s.site in ("image", "pixels", "encoder") for s in found):
                 raise ValueError(
                     f"{contrasts[0]} chooses among all visual tokens of a prompt, of which {name} cuts some "
                     "before it: apply one that cuts at the prompt or inside the language model"

@@ -20,7 +20,7 @@ from vtr.vision.vlm.wrapping import VLMWrapping
 
 State = Literal["works", "partly", "refused"]
 #: Sites of a vision-language model, and what each of them is for.
-SITES = ("image", "encoder", "prompt", "decoder", "attention", "kv", "logits")
+SITES = ("image", "pixels", "encoder", "prompt", "decoder", "attention", "kv", "logits")
 
 
 class ModelSupport(NamedTuple):

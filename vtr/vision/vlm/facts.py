@@ -13,6 +13,7 @@ from vtr.vision.encoders.pooling import has_pooling
 from vtr.vision.vlm.attention import has_halves
 from vtr.vision.vlm.generic import Generic
 from vtr.vision.vlm.packed import PackedSession, form_of, packed_info
+from vtr.vision.vlm.pixels import open_pixels
 from vtr.vision.vlm.tower import TowerSession
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
         **common,
     )
     open_image(info, owner.family.fixed_size(owner.inner))
+    open_pixels(info, owner.family.whole_pictures(owner.inner))
     return info
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtr.compat.transformers import PACKING, crop_counter, language_module
+from vtr.compat.transformers import PACKING, crop_counter, language_module, why_no_tables
 from vtr.errors import UnsupportedModelError
 from vtr.vision.vlm.family import VLMFamily, pair, patches, videos_of
 from vtr.vision.vlm.features import Capture
@@ -118,6 +118,9 @@ class Qwen(VLMFamily):
 
     def fixed_size(self, inner: Any) -> str:
         return ""
+
+    def whole_pictures(self, inner: Any) -> str:
+        return why_no_tables(inner.visual)
 
     def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
         vision = inner.config.vision_config

@@ -83,6 +83,10 @@ class VLMFamily:
             return f"its tower ({names}) is not understood"
         return next(filter(None, map(fixed_size, towers)), "")
 
+    def whole_pictures(self, inner: Any) -> str:
+        """Say why the tower computes whole pictures only, or nothing."""
+        return f"the tower of {self.title} computes whole pictures (those of Qwen take patches one by one)"
+
     def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
         """The pictures among the arguments of ``get_image_features`` or ``get_video_features``."""
         name = next((n for n in PIXELS if given.get(n) is not None), "")

@@ -112,7 +112,7 @@ class LanguageSession(Threaded):
         self.forget()
         self.visits = {}
         for entry, stage in owner.stages():
-            if stage.site in ("image", "encoder", "attention", "kv", "logits"):
+            if stage.site in ("image", "pixels", "encoder", "attention", "kv", "logits"):
                 continue
             inside = stage.site == "decoder"
             key = ("decoder", stage.layer, stage.place) if inside else ("prompt", 0, "entry")

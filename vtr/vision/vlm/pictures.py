@@ -117,6 +117,16 @@ class Patches(Pictures):
         ]
         self.number = len(self.grids)
 
+    def tokens(self) -> list[Tensor]:
+        """The pixels of the visual tokens of each picture, (tokens, C * pixels), one channel behind the other."""
+        lengths = [math.prod(grid) * n for grid, n in zip(self.grids, self.patches, strict=True)]
+        return [
+            part.reshape(-1, n, self.channels, part.shape[1] // self.channels)
+            .transpose(1, 2)
+            .flatten(1)
+            for part, n in zip(self.rows.split(lengths), self.patches, strict=True)
+        ]
+
     def smaller(self, grids: Sequence[Grid]) -> dict[str, Any]:
         rows, shapes, at = [], [], 0
         parts = self.rows.split([math.prod(item) for item in self.items])

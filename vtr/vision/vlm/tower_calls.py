@@ -16,13 +16,14 @@ from vtr.errors import UnsupportedMethodError
 from vtr.vision.encoders.image import ask, at_any_size, entry_of
 from vtr.vision.vlm.features import Capture, Captures, first_token
 from vtr.vision.vlm.pictures import Shrunk
+from vtr.vision.vlm.pixels import PixelCalls
 
 if TYPE_CHECKING:
     from vtr.vision.vlm.wrapping import VLMWrapping
 
 
 class TowerCalls(Threaded):
-    """Notes for each modality what becomes of the tower's tokens, and gives the tower smaller pictures.
+    """Notes for each modality what becomes of the tower's tokens, and gives the tower smaller pictures or fewer patches.
 
     Attributes:
         running: arguments of steps between tower and language model, while features are computed; else None.
@@ -35,6 +36,7 @@ class TowerCalls(Threaded):
     def __init__(self, owner: VLMWrapping) -> None:
         super().__init__()
         self.owner = owner
+        self.pixels = PixelCalls(owner)
 
     def install(self) -> None:
         """Set the patches, and what lets embeddings take pictures of any size."""
@@ -46,6 +48,7 @@ class TowerCalls(Threaded):
                 if isinstance(embeddings, nn.Module):
                     hook = Bound(self, "at_any_size")
                     owner.hook(embeddings.register_forward_pre_hook(hook, with_kwargs=True))
+        self.pixels.install()
         for name, modality in MODALITIES.items():
             if hasattr(inner, name):
                 bound = Bound(self, "features", name, modality)
@@ -81,6 +84,7 @@ class TowerCalls(Threaded):
             tower.capture = capture
         try:
             shrunk = self._shrunk(modality, given)
+            capture.coarse = self.pixels.begin(modality, given)
             if shrunk is None:
                 out = method(self.owner.inner, *args, **kwargs)
             else:
@@ -97,7 +101,7 @@ class TowerCalls(Threaded):
                 self.owner.family.describe(self.owner.inner, capture, given)
                 self.owner.captures.of[modality] = capture
         finally:
-            self.running = None
+            self.running = self.pixels.fewer = None
             if tower is not None:
                 tower.capture = None
         return out

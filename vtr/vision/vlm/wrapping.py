@@ -160,13 +160,18 @@ class VLMWrapping(Wrapping):
         sites = [(e, {s.site for s in e.method.stages(self.info)}) for e in entries]
         self.contrast.check_together(entries)
         smaller = [e for e, found in sites if "image" in found]
+        fewer = [e for e, found in sites if "pixels" in found]
         looks = [e for e, found in sites if "encoder" in found]
-        if smaller and looks:
+        if (smaller or fewer) and looks:
+            what = "smaller pictures" if smaller else "parts of the pictures"
             raise ValueError(
-                f"{smaller[0].method.name} gives the tower smaller pictures, so that what "
+                f"{(smaller or fewer)[0].method.name} gives the tower {what}, so that what "
                 f"{looks[0].method.name} finds in it does not fit the prompt: apply one of them, or "
                 "one that looks at the prompt or in the decoder"
             )
+        if len(smaller + fewer) > 1 and fewer:
+            names = " and ".join(e.method.name for e in smaller + fewer)
+            raise ValueError(f"{names} both change what the tower is given: apply one of them")
 
         kv = [e for e, found in sites if "kv" in found]
         rows = [e for e, found in sites if "attention" in found and e.method.reads_cache]
