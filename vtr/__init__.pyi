@@ -87,6 +87,7 @@ from vtr.methods.minference import MInference as MInference
 from vtr.methods.mustdrop import MustDrop as MustDrop
 from vtr.methods.neighborhood import NeighborhoodAttention as NeighborhoodAttention
 from vtr.methods.objectness import Objectness as Objectness
+from vtr.methods.pixelprune import PixelPrune as PixelPrune
 from vtr.methods.ppt import PPT as PPT
 from vtr.methods.prefill_baselines import LocalWindow as LocalWindow
 from vtr.methods.prefill_baselines import RandomBlocks as RandomBlocks

@@ -62,6 +62,7 @@ def test_the_first_option_of_a_token_method_is_how_much_it_keeps():
         "dtop": "confidence",  # how certain the class of a token is that leaves
         "expedit": "layer",  # from which on windows are smaller
         "mustdrop": "overall",  # least attention; how much follows from the content
+        "pixelprune": "threshold",  # what difference of pixels counts as none
         "sttm": "threshold",  # how alike tokens are that merge
         "tofu": "r",  # as in ToMe
         "tome": "r",  # the paper's option: tokens merged per layer

@@ -62,6 +62,7 @@ TABLE: dict[str, str] = {
     "OptiPrune": "sito",
     "OwnFrame": "random_sparse",
     "PPT": "ppt",
+    "PixelPrune": "pixelprune",
     "ProxyAttn": "proxyattn",
     "PruneVid": "prunevid",
     "PyramidDrop": "pyramiddrop",
