@@ -5,7 +5,8 @@ The run directory holds
 - ``recipe.json``: the settings; a resumed run must have the same ones;
 - ``state.safetensors``: everything needed to continue, written every few hundred steps;
 - ``log.jsonl``: one line of averages every 100 steps;
-- ``NAME.safetensors``: the finished weights in bfloat16, only when the last step is done.
+- ``NAME.safetensors``: the finished weights in bfloat16 (or the trainer's ``stored``), only when the last
+  step is done.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ RECIPES = {
     "digits-wan": "recipes.train_wan",
     "digits-detr": "recipes.train_detr",
     "digits-detr-scorers": "recipes.train_detr_scorers",
+    "real-llava": "recipes.train_real_llava",
 }
 
 _LOG_EVERY = 100
-_SAVE_EVERY = 400  # steps, unless the trainer has its own number, save_every
+_SAVE_EVERY = 400  # steps, unless the trainer has its own numbers, log_every and save_every
 
 
 def save_state(trainer: Any, directory: Path) -> None:
@@ -96,6 +98,7 @@ def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = Non
     started = time.monotonic()
     averages: dict[str, float] = {}
     first = trainer.position
+    log_every = getattr(trainer, "log_every", _LOG_EVERY)
     save_every = getattr(trainer, "save_every", _SAVE_EVERY)
     columns = (
         TextColumn(name),
@@ -120,7 +123,7 @@ def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = Non
                 news += f"accuracy {averages['accuracy']:.1%}  "
             news += f"{speed:.0f} samples/s"
             bar.update(task, completed=trainer.position, news=news)
-            if trainer.position % _LOG_EVERY == 0:
+            if trainer.position % log_every == 0:
                 line = {"step": trainer.position, "seconds": round(seconds), **averages}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -132,9 +135,9 @@ def run(trainer: Any, name: str, directory: Path, *, minutes: float | None = Non
     if hasattr(trainer, "export"):  # a model of several files
         trainer.export(directory / name)
         return True
-    weights = trainer.result().state_dict()
+    weights, kind = trainer.result().state_dict(), getattr(trainer, "stored", torch.bfloat16)
     save_file(
-        {key: value.to(torch.bfloat16).contiguous() for key, value in weights.items()},
+        {key: value.to(kind).contiguous() for key, value in weights.items()},
         directory / f"{name}.safetensors",
     )
     return True
@@ -166,7 +169,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     if run(trainer, options.name, directory, minutes=options.minutes):
         print(f"weights: {directory / options.name}*")
-        print(f"measure them: python -m recipes.evaluate {options.name} --weights FILE")
+        command = getattr(
+            module, "MEASURE", f"python -m recipes.evaluate {options.name} --weights FILE"
+        )
+        print(f"measure them: {command}")
     else:
         print(f"stopped at step {trainer.position} of {recipe.steps}; continue with --resume")
 

@@ -57,12 +57,17 @@ def normalised(image: Image.Image) -> Tensor:
     return (pixels - MEAN) / STD
 
 
-def on_white(stamp: Stamp, size: int) -> Tensor:
+def white(stamp: Stamp, size: int) -> Image.Image:
     """A stamp in the middle of a white picture."""
     canvas = Image.new("RGB", (size, size), "white")
     cut = stamp.cut_out(size)
     canvas.paste(cut, ((size - cut.width) // 2, (size - cut.height) // 2), cut)
-    return normalised(canvas)
+    return canvas
+
+
+def on_white(stamp: Stamp, size: int) -> Tensor:
+    """The picture of :func:`white` as the model takes it, (3, size, size)."""
+    return normalised(white(stamp, size))
 
 
 def on_photographs(chosen: list[Stamp], size: int, seed: int) -> tuple[Tensor, Tensor]:
