@@ -48,8 +48,8 @@ ALLOWED: dict[str, set[str]] = {
         *("kernels", "errors"),
     },
     "cli": {
-        *("vtr", "evaluate", "strategies", "inspect", "methods", "zoo", "video", "diffusion"),
-        *("core", "kernels", "compat", "errors"),
+        *("vtr", "evaluate", "strategies", "inspect", "methods", "zoo", "video", "vision"),
+        *("diffusion", "core", "kernels", "compat", "errors"),
     },
     "__main__": {"cli"},
 }
