@@ -75,8 +75,9 @@ def _diffusers() -> Iterator[Any]:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from tests.diffusion.models import ALL
+    from vtr.testing.models.unets import UNETS
 
-    for case in ALL.values():
+    for case in (*ALL.values(), *UNETS.values()):
         yield case.make()
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(2)

@@ -74,7 +74,7 @@ def test_the_page_has_the_table() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "Lumina2Transformer2DModel"])
+@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "LuminaNextDiT2DModel"])
 def test_the_reason_is_in_the_error(name: str) -> None:
     import diffusers
 

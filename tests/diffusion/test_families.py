@@ -103,14 +103,16 @@ def test_a_site_says_where_tokens_and_text_are(model: Any, case: Case) -> None:
     attention = model.get_submodule(case.attention[0])
     assert one.q.shape[:2] == (1, getattr(attention, "heads", None) or attention.num_heads)
     changed = (one.q != two.q).any(3).any(1)[0].nonzero().flatten().tolist()
-    if case is ALL["z-image"]:
+    if case is ALL["z-image"] or case is ALL["lumina2"]:
         return _refined(changed, case, one)
     assert changed == [number + one.first]
 
 
 def _refined(changed: list[int], case: Case, site: Any) -> None:
-    """Z-Image lets the image's tokens see each other before the layers with the text."""
-    assert changed == list(range(case.tokens + -case.tokens % 32)) and site.first == 0
+    """Z-Image and Lumina 2 let the image's tokens see each other before the layers with the text."""
+    padding = -case.tokens % 32 if case is ALL["z-image"] else 0
+    assert changed == list(range(site.first, site.first + case.tokens + padding))
+    assert site.first == (case.text if case.text_first else 0)
 
 
 def _axes(latents: Tensor) -> tuple[int | None, int, int]:

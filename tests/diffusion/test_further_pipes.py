@@ -89,6 +89,10 @@ PIPES = {
     ),
     "flux2": Pipe(_plain("Flux2Pipeline", "flux2"), _one_text, ("0",), (1, 5, 7)),
     "z-image": Pipe(_plain("ZImagePipeline", "z-image"), _captions, ("0",), (1, 5, 7)),
+    "lumina2": Pipe(
+        _plain("Lumina2Pipeline", "lumina2"), lambda: {**_text(mask=True), **_IMAGE}, ("0", "1"),
+        (1, 5, 7),
+    ),
     "cogview4": Pipe(
         _plain("CogView4Pipeline", "cogview4"), lambda: {**_text(), **_IMAGE},
         ("cond", "uncond"), (1, 5, 7),
@@ -157,6 +161,10 @@ CALLS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "places": ("flux2", {"img_ids": torch.zeros(35, 4)}, "no height x width grid"),
     "omni": ("z-image", {"x": [[torch.zeros(4, 1, 10, 14)]] * 2}, "use ZImagePipeline"),
+    "lengths": (
+        "lumina2", {"encoder_attention_mask": torch.tensor([[1] * 8, [1] * 4 + [0] * 4])},
+        "generate one image at a time",
+    ),
     "images": (
         "z-image", {"x": [torch.zeros(4, 1, 10, 14), torch.zeros(4, 1, 10, 12)]}, "several sizes"
     ),

@@ -138,8 +138,12 @@ def attention(
     map = reduction.map
     assert map is not None
     text = values.get("encoder_hidden_states")
+    alike = text is values["hidden_states"]  # given twice: its keys are of the same tokens
+    text = None if alike else text
     length = values["hidden_states"].shape[1] + (0 if text is None else text.shape[1])
     values["hidden_states"] = _merge(wrapping, reduction, values["hidden_states"])
+    if alike:
+        values["encoder_hidden_states"] = values["hidden_states"]
     mask = values.get("attention_mask")
     if wrapping.family.masked and isinstance(mask, Tensor):
         values["attention_mask"] = _narrowed(wrapping, mask, length, map.n_in - map.n_out)

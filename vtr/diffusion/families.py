@@ -202,6 +202,10 @@ FAMILIES = (
         masked=True,
     ),
     DiffusionFamily(
+        "Lumina-2", ("Lumina2Transformer2DModel",), ("layers",), views.lumina, attention=("attn",),
+        mlp="feed_forward", rope="image_rotary_emb", joint=True, text_first=True, flipped=True,
+    ),
+    DiffusionFamily(
         "HunyuanImage", ("HunyuanImageTransformer2DModel",), _DUAL_SINGLE, views.hunyuan_image,
         attention=("attn",), rope="image_rotary_emb", joint=True, masked=True,
     ),
@@ -299,7 +303,6 @@ LATER = frozenset(
         "JoyImageEditPlusTransformer3DModel",
         "Kandinsky3UNet",
         "Kandinsky6Transformer3DModel",
-        "Lumina2Transformer2DModel",
         "LuminaNextDiT2DModel",
         "MiniMaxH3Transformer3DModel",
         "MotifVideoTransformer3DModel",

@@ -234,6 +234,17 @@ def chroma(model: Any, given: dict[str, Any]) -> SequenceView:
     return view._replace(text_valid=_padded(mask[:, :text].bool()))
 
 
+def lumina(model: Any, given: dict[str, Any]) -> SequenceView:
+    """Text first; the image of each sample begins right behind its valid text."""
+    count = given["encoder_attention_mask"].sum(1)
+    if count.numel() > 1 and bool((count != count[0]).any()):
+        raise RuntimeError(
+            "the prompts of a batch have several lengths, and Lumina 2 puts each image behind its own "
+            "prompt, at another place for each sample: generate one image at a time"
+        )
+    return image(model, given)
+
+
 def krea(model: Any, given: dict[str, Any]) -> SequenceView:
     """Text first, with a mask; positions of text and image in ``position_ids``."""
     text, mask = given["encoder_hidden_states"].shape[1], given.get("encoder_attention_mask")

@@ -52,6 +52,7 @@ _READ = {
     "Chroma": ("img_ids", "attention_mask"),
     "Krea-2": ("position_ids", "encoder_attention_mask"),
     "Z-Image": ("cap_feats", "patch_size", "f_patch_size"),
+    "Lumina-2": ("encoder_attention_mask",),
     "Qwen-Image": ("img_shapes", "encoder_hidden_states_mask"),
 }
 _MODELS, _GENERAL = "diffusers.models.transformers", "diffusers.models.attention_processor"
@@ -90,6 +91,7 @@ _PROCESSORS: dict[str, tuple[str, ...]] = {
     "Chroma": (f"{_MODELS}.transformer_flux:FluxAttnProcessor",),
     "Krea-2": (f"{_MODELS}.transformer_krea2:Krea2AttnProcessor",),
     "Z-Image": (f"{_MODELS}.transformer_z_image:ZSingleStreamAttnProcessor",),
+    "Lumina-2": (f"{_MODELS}.transformer_lumina2:Lumina2AttnProcessor2_0",),
     "HunyuanImage": (f"{_MODELS}.transformer_hunyuanimage:HunyuanImageAttnProcessor",),
     "CogView4": (f"{_MODELS}.transformer_cogview4:CogView4AttnProcessor",),
     "CogView3-Plus": (f"{_GENERAL}:CogVideoXAttnProcessor2_0",),
@@ -98,17 +100,27 @@ _PROCESSORS: dict[str, tuple[str, ...]] = {
     "PixArt": (f"{_GENERAL}:AttnProcessor2_0",),
     "DiT": (f"{_GENERAL}:AttnProcessor2_0",),
     "HunyuanDiT": (f"{_GENERAL}:HunyuanAttnProcessor2_0",),
+    "UNet": (f"{_GENERAL}:AttnProcessor2_0",),
 }
 
 
 def _families() -> Iterator[Expectation]:
     for family in FAMILIES:
-        first = f"{family.blocks[0]}.0"
+        first, holder = f"{family.blocks[0]}.0", ""
+        if family.unet:
+            holder = f"{first}.attentions.0."
+            first = f"{holder}transformer_blocks.0"
         attention = f"{first}.{family.attention[0]}"
-        parts = [CHECKPOINT, f"{attention}.processor", f"{attention}.heads|{attention}.num_heads"]
+        parts = [
+            f"{holder}{CHECKPOINT}",
+            f"{attention}.processor",
+            f"{attention}.heads|{attention}.num_heads",
+        ]
         parts += [f"{attention}.to_q|{attention}.to_query", *family.blocks]
         if family.mlp is not None:
             parts.append(f"{first}.{family.mlp}")
+        if family.cross is not None:
+            parts.append(f"{first}.{family.cross}")
         if family.loops:
             parts.append(family.loops)
         if family.name in CROSS:

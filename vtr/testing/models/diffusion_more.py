@@ -356,6 +356,28 @@ def _z_image_inputs(batch: int, time: float) -> dict[str, Any]:
     }
 
 
+def _lumina() -> nn.Module:
+    from diffusers import Lumina2Transformer2DModel
+
+    return Lumina2Transformer2DModel(
+        patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 6, 6),
+        axes_lens=(16, 16, 16), cap_feat_dim=16,
+    )  # fmt: skip
+
+
+def _lumina_inputs(batch: int, time: float) -> dict[str, Any]:
+    # All prompts have 6 tokens, and the model cuts off two of padding.
+    mask = torch.ones(batch, 8, dtype=torch.long)
+    mask[:, 6:] = 0
+    return {
+        "hidden_states": torch.randn(batch, 4, 10, 14),
+        "timestep": steps(batch, 1 - time / 1000),
+        "encoder_hidden_states": torch.randn(batch, 8, 16),
+        "encoder_attention_mask": mask,
+    }
+
+
 def _hunyuan_image() -> nn.Module:
     from diffusers import HunyuanImageTransformer2DModel
 
@@ -473,6 +495,9 @@ MORE = {
     ),
     "z-image": Case(
         _z_image, _z_image_inputs, _IMAGE, blocks("layers", 2, "attention"), text=93, context=False
+    ),
+    "lumina2": Case(
+        _lumina, _lumina_inputs, _IMAGE, blocks("layers", 2, "attn"), context=False, **_FIRST
     ),
     "hunyuan-image": Case(
         _hunyuan_image, _hunyuan_image_inputs, _IMAGE,
