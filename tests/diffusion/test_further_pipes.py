@@ -66,6 +66,18 @@ def _one_text() -> dict[str, Any]:
     return {**_text(negative=False), **_IMAGE}
 
 
+def _kontext() -> Any:
+    pipe = _plain("FluxKontextPipeline", "flux-kontext", text_encoder_2=None, tokenizer_2=None)()
+    pipe.latent_channels = 2  # of the tiny transformer, without a VAE to say it
+    return pipe
+
+
+def _wide_reference() -> dict[str, Any]:
+    # 4 x 9 tokens of latents beside 5 x 7 of the image.
+    given = {**_text(negative=False, pooled=True), **_IMAGE, "max_area": 80 * 112}
+    return {**given, "image": torch.randn(1, 2, 8, 18)}
+
+
 def _captions() -> dict[str, Any]:
     torch.manual_seed(2)
     texts = {
@@ -88,6 +100,7 @@ PIPES = {
         ("cond", "uncond"), (3, 3, 5),
     ),
     "flux2": Pipe(_plain("Flux2Pipeline", "flux2"), _one_text, ("0",), (1, 5, 7)),
+    "flux-kontext": Pipe(_kontext, _wide_reference, ("0",), (1, 5, 7)),
     "z-image": Pipe(_plain("ZImagePipeline", "z-image"), _captions, ("0",), (1, 5, 7)),
     "lumina2": Pipe(
         _plain("Lumina2Pipeline", "lumina2"), lambda: {**_text(mask=True), **_IMAGE}, ("0", "1"),
@@ -111,7 +124,7 @@ def run(pipe: Any, name: str, **more: Any) -> torch.Tensor:
 def test_a_mask_in_a_pipeline(name: str) -> None:
     """Through two runs: the mask is the one of eager attention, steps and branches are counted."""
     pipe, case = _quiet(PIPES[name].make()), MORE[name]
-    with eager(pipe.transformer, case.attention, 0.4):
+    with eager(pipe.transformer, case.attention, 0.4, case):
         want = run(pipe, name)
     bare, seen = run(pipe, name), []
 

@@ -276,6 +276,14 @@ def _flux2_inputs(*sizes: tuple[int, int]) -> Any:
     return make
 
 
+def _kontext_inputs(batch: int, time: float) -> dict[str, Any]:
+    # One reference that is wider and lower than the image, with more tokens.
+    return _packed(
+        batch, time, hidden_states=torch.randn(batch, 71, 8), img_ids=_positions((5, 7), (4, 9)),
+        pooled_projections=torch.randn(batch, 8),
+    )  # fmt: skip
+
+
 def _flux3() -> nn.Module:
     from diffusers import Flux3Transformer2DModel
 
@@ -483,6 +491,9 @@ MORE = {
     "flux2-two": Case(_flux2, _flux2_inputs((5, 7), (5, 7)), (2, 5, 7), _FLUX, **_FIRST),
     "flux2-references": Case(
         _flux2, _flux2_inputs((5, 7), (2, 3), (3, 2)), _IMAGE, _FLUX, extra=12, **_FIRST
+    ),
+    "flux-kontext": Case(
+        CASES["flux"].make, _kontext_inputs, _IMAGE, _FLUX, extra=36, **_FIRST
     ),
     "flux3": Case(
         _flux3, _flux3_inputs, _IMAGE, ("mode_blocks.image.0.attn", *blocks(_S, 2, "attn")), extra=6,
