@@ -322,7 +322,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         vtr.apply(model, [vtr.PixelPrune(), vtr.VisionZip(keep=8)])
     with pytest.raises(ValueError, match="downsample and pixelprune both change"):
         vtr.apply(model, [vtr.Downsample(), vtr.PixelPrune()])
-    with pytest.raises(UnsupportedMethodError, match="LLaVA computes whole pictures"):
+    with pytest.raises(UnsupportedMethodError, match="LLaVA is given whole pictures"):
         vtr.apply(models.llava(1)[0], vtr.PixelPrune())
 
 

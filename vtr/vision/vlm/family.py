@@ -85,7 +85,7 @@ class VLMFamily:
 
     def whole_pictures(self, inner: Any) -> str:
         """Say why the tower computes whole pictures only, or nothing."""
-        return f"the tower of {self.title} computes whole pictures (those of Qwen take patches one by one)"
+        return f"the tower of {self.title} is given whole pictures (those of Qwen2-VL to Qwen3-VL need not be)"
 
     def pictures(self, inner: Any, kind: str, given: dict[str, Any]) -> Pictures | None:
         """The pictures among the arguments of ``get_image_features`` or ``get_video_features``."""
