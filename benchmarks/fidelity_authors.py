@@ -294,6 +294,33 @@ def _tokens(model: Any, images: Tensor, method: Any) -> Tensor:
         return model.forward_features(images)  # type: ignore[no-any-return]
 
 
+def pixelprune(code: Checkout) -> Finding:
+    """Tokens of pictures of few colours in flat areas, without and with small differences."""
+    from vtr.methods.pixelprune import predicted
+
+    selector = code.functions(
+        "pixelprune/methods/pred_2d.py", "_sim2d", "Pred2DSelector._select_2d_loco_fast",
+        "Pred2DSelector._select_2d_loco_anchored",
+    )  # fmt: skip
+    theirs = selector._select_2d_loco_fast, selector._select_2d_loco_anchored
+    found = Finding()
+    for seed in range(40):
+        draw = torch.Generator().manual_seed(seed)
+        rows, columns = torch.randint(1, 13, (2,), generator=draw).tolist()
+        colours = torch.rand(3, 96, generator=draw)
+        tokens = colours[torch.randint(0, 3, (rows, columns), generator=draw)]
+        tokens[: rows // 2 + 1, : columns // 2 + 1] = colours[0]
+        threshold = (0.0, 0.03)[seed % 2]
+        tokens = tokens + 0.6 * threshold * torch.rand(tokens.shape, generator=draw)
+        tokens = tokens.reshape(rows * columns, 96)
+        settings = SimpleNamespace(method="max", threshold=threshold)
+        kept = theirs[seed % 2](settings, tokens, rows, columns, tokens.device)
+        ours = torch.zeros(rows * columns, dtype=torch.bool)
+        ours[predicted(tokens, rows, columns, threshold).unique()] = True
+        found.choices(ours, torch.zeros_like(ours).index_fill(0, kept, True))
+    return found
+
+
 def ppt(code: Checkout) -> Finding:
     """Twelve blocks of a timm model, with thresholds that all images reach, none, or some."""
     import copy
@@ -1637,6 +1664,7 @@ COMPARISONS: dict[str, tuple[str, Callable[[Checkout], Finding]]] = {
     "holitom": ("cokeshao/HoliTom", holitom),
     "mustdrop": ("liuting20/MustDrop", mustdrop),
     "neighborhood": ("SHI-Labs/NATTEN", neighborhood),
+    "pixelprune": ("OPPO-Mente-Lab/PixelPrune", pixelprune),
     "ppt": ("xjwu1024/PPT", ppt),
     "prunevid": ("Visual-AI/PruneVid", prunevid),
     "pyramiddrop": ("Cooperx521/PyramidDrop", pyramiddrop),
