@@ -4,12 +4,15 @@
     python benchmarks/fidelity.py --methods tome,evs
     python benchmarks/fidelity.py --authors CHECKOUTS        # the authors' own files as well
     python benchmarks/fidelity.py --authors CHECKOUTS --write
+    python benchmarks/fidelity.py --presets --write          # dry runs of presets, in place of the tests
     python benchmarks/fidelity.py --page                     # the page alone, from what is recorded
 
 *Plain*: runs the tests of a method, which write its formulas out token by token, and prints the largest
 difference between the float32 or float64 tensors that they compare. *Authors*: if CHECKOUTS holds a
 checkout of the authors' repository, runs functions of their files unmodified on the same numbers
-(``fidelity_authors.py``). A missing repository is named, and its recorded result is kept.
+(``fidelity_authors.py``). A missing repository is named, and its recorded result is kept. *Presets*: runs each
+published setting on a small model with the layers and tokens of the real one (``fidelity_presets.py``), and ends
+with code 1 if one acts at another layer, leaves another number of tokens, or has other FLOPs than the paper says.
 
 The description of a method is in ``fidelity.toml``, the measured results are in
 ``results/fidelity.json``; --write renews the results and the page.
@@ -20,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,9 @@ class Row:
         commit: the commit that was compared.
         found: the result of a comparison by hand, if ``fidelity_authors.py`` has none.
         settings: published setting -> how to write it here, if no preset has it.
+        dry: what the dry runs of presets must do (``fidelity_presets.Expected``), or None without presets that
+            can be run.
+        costs: the paper's own FLOPs of presets (``fidelity_presets.Cost``).
     """
 
     name: str
@@ -61,6 +67,8 @@ class Row:
     commit: str = ""
     found: str = ""
     settings: tuple[tuple[str, str], ...] = ()
+    dry: Mapping[str, Any] | None = None
+    costs: tuple[Mapping[str, Any], ...] = ()
 
 
 def rows(path: Path = ROWS) -> list[Row]:
@@ -71,7 +79,12 @@ def rows(path: Path = ROWS) -> list[Row]:
     for name, facts in tomllib.loads(path.read_text(encoding="utf-8")).items():
         text = {k: " ".join(v.split()) for k, v in facts.items() if isinstance(v, str)}
         settings = tuple(facts.get("settings", {}).items())
-        found.append(Row(name, **{**text, "tests": tuple(facts["tests"]), "settings": settings}))
+        more = {
+            "settings": settings,
+            "dry": facts.get("dry"),
+            "costs": tuple(facts.get("costs", ())),
+        }
+        found.append(Row(name, **{**text, "tests": tuple(facts["tests"]), **more}))
         if found[-1].verdict not in VERDICTS:
             raise ValueError(
                 f"{name}: verdict must be one of {VERDICTS}, got {found[-1].verdict!r}"
@@ -165,6 +178,41 @@ def authors(row: Row, folder: Path) -> dict[str, Any] | str:
         return str(error)
 
 
+def dry_runs(row: Row) -> dict[str, Any]:
+    """Run the presets of a method that have a model; returns the numbers of each."""
+    from fidelity_presets import model_of, run
+
+    from vtr.core.registry import registry
+
+    cls: Any = registry()[row.name]
+    found: dict[str, Any] = {}
+    for preset in getattr(cls, "PRESETS", {}):
+        if (name := model_of(row.name, preset)) is not None:
+            done = run(cls.preset(preset), name)
+            found[preset] = {"steps": [list(s) for s in done.steps], "flops": list(done.flops)}
+            print(f"{row.name}/{preset}: {steps(found[preset])}", flush=True)
+    return found
+
+
+def wrong(row: Row, found: dict[str, Any]) -> list[str]:
+    """List what dry runs of a method's presets do otherwise than published."""
+    from fidelity_presets import CLOSE, Cost, Dry, Expected
+
+    from vtr.core.registry import registry
+
+    cls: Any = registry()[row.name]
+    if row.dry is None:
+        return ["fidelity.toml does not say what to expect"] if found else []
+    expected, out = Expected.of(row.dry), []
+    for preset, facts in found.items():
+        done = Dry(tuple(map(tuple, facts["steps"])), tuple(facts["flops"]))
+        out += [f"{preset}: {w}" for w in expected.wrong(cls.preset(preset), preset, done)]
+        for cost in (Cost(**c) for c in row.costs if c["preset"] == preset):
+            if cost.counts and (off := cost.off(row.name, done)) > CLOSE:
+                out.append(f"{preset}: FLOPs differ from the paper's by {off:.1%}")
+    return out
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -190,18 +238,56 @@ def cell(row: Row, measured: dict[str, Any]) -> tuple[str, str]:
     return own, ", ".join(parts)
 
 
+def steps(facts: dict[str, Any]) -> str:
+    """Write the visual tokens of a dry run as ``576, from layer 2 on 288``."""
+    (_, first), *later = facts["steps"]
+    return ", ".join([f"{first:,}", *(f"from layer {i} on {n:,}" for i, n in later)])
+
+
+def costs(row: Row, preset: str, facts: dict[str, Any]) -> str:
+    """Write the FLOPs of a dry run beside those that the paper says."""
+    from fidelity_presets import Cost, Dry
+
+    parts = []
+    for cost in (Cost(**c) for c in row.costs if c["preset"] == preset):
+        said = f"{100 * cost.value:.3g} %" if cost.share else f"{cost.value:.3g} T"
+        if cost.counts:
+            done = Dry(tuple(map(tuple, facts["steps"])), tuple(facts["flops"]))
+            ours, _ = cost.ours(row.name, done)
+            number = f"{100 * ours:.3g} %" if cost.share else f"{ours:.3g} T"
+            parts.append(f"{said}; here so counted {number}: {cost.note} ({cost.source})")
+        else:
+            parts.append(f"{said}: {cost.note} ({cost.source})")
+    return "; ".join(parts) or "-"
+
+
+def dry_cell(row: Row, found: dict[str, Any]) -> str:
+    """Summarise the dry runs of a method's presets."""
+    if not found:
+        return "-"
+    by_paper = [c["preset"] for c in row.costs if c.get("counts") and c["preset"] in found]
+    if row.dry and row.dry["says"] == "content":
+        return f"{len(found)} run, numbers by content"
+    text = f"{len(found)} as published"
+    return f"{text}, FLOPs of {len(by_paper)} within 2 %" if by_paper else text
+
+
 def page(found: list[Row], results: dict[str, Any]) -> str:
     """Write the text of docs/fidelity.md."""
     lines = [HEAD.strip(), ""]
-    lines += ["| method | compared with | result | plain calculation | authors' code |"]
-    lines += ["|---|---|---|---|---|"]
+    lines += ["| method | compared with | result | plain calculation | authors' code | presets |"]
+    lines += ["|---|---|---|---|---|---|"]
+    runs = results.get("presets", {})
     for row in found:
         source = f"[{row.authors}](https://github.com/{row.authors})" if row.authors else "-"
         measured = results["methods"].get(row.name, {})
         commit = measured.get("authors", {}).get("commit", row.commit)
         source += f" `{row.commit if commit == 'unknown' else commit}`" if row.authors else ""
         own, theirs = cell(row, measured)
-        lines.append(f"| `{row.name}` | {source} | {row.verdict} | {own} | {theirs or '-'} |")
+        dry = dry_cell(row, runs.get(row.name, {}))
+        lines.append(
+            f"| `{row.name}` | {source} | {row.verdict} | {own} | {theirs or '-'} | {dry} |"
+        )
     lines += ["", f"Measured with {results['with']}.", "", "## Method by method", ""]
     for row in found:
         lines += [f"### `{row.name}`", "", f"{row.compared}", ""]
@@ -211,6 +297,16 @@ def page(found: list[Row], results: dict[str, Any]) -> str:
         if settings:
             lines += ["| published setting | here |", "|---|---|"]
             lines += [f"| {name} | `{text}` |" for name, text in settings]
+            lines.append("")
+        if runs.get(row.name):
+            lines += [
+                "| preset | visual tokens of a layer | TFLOPs, dense | reduced | the paper's |"
+            ]
+            lines += ["|---|---|---|---|---|"]
+            for preset, facts in runs[row.name].items():
+                dense, reduced = (f"{f / 1e12:.3g}" for f in facts["flops"])
+                theirs = costs(row, preset, facts)
+                lines.append(f"| `{preset}` | {steps(facts)} | {dense} | {reduced} | {theirs} |")
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -241,6 +337,12 @@ This page lists the results and the known differences.
 - *authors' code*: functions of the authors' files, unmodified, on the same random numbers: choices (tokens,
   blocks of a mask, merged rows) that are alike, and the largest difference of a value. The noise that the authors
   add to densities to break ties is left out. Text without such numbers describes a comparison by hand.
+- *presets*: dry runs of published settings on a small model with random weights, of the class of the real one, with
+  its layers and visual tokens. The setting must cut at the published layers and leave the published numbers of tokens
+  (within 2 %; those that depend on the content are not held to a number, and show that of random weights). Tables of
+  presets have vtr's FLOPs of the language model for the real widths, two per multiply-add, with 56 tokens of text and
+  the read-out of one. A paper's own number must be met within 2 % when counted as the paper does. Presets of models
+  that transformers does not have, of vision transformers and of diffusion are not run.
 
 Fractions of tokens are rounded up here unless said otherwise; authors round in different ways. To leave exactly as
 many tokens as the authors do, give the number of tokens, or that number as a fraction.
@@ -248,6 +350,7 @@ many tokens as the authors do, give the number of tokens, or that number as a fr
 ```
 python benchmarks/fidelity.py                                  # the plain calculations
 python benchmarks/fidelity.py --authors CHECKOUTS --write      # with the authors' repositories, and this page
+python benchmarks/fidelity.py --presets --write                # the dry runs of presets, and this page
 ```
 """
 
@@ -258,6 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", help="names with commas; default: all")
     parser.add_argument("--authors", type=Path, help="folder with checkouts of their repositories")
+    parser.add_argument("--presets", action="store_true", help="dry runs of presets, not the tests")
     parser.add_argument("--write", action="store_true", help="record the results, renew the page")
     parser.add_argument("--page", action="store_true", help="renew only the page; measure nothing")
     given = parser.parse_args()
@@ -269,6 +373,18 @@ def main() -> None:
         PAGE.write_text(page(found, results), encoding="utf-8")
         return
     wanted = named("--methods", given.methods, [row.name for row in found])
+    if given.presets:
+        runs = results.setdefault("presets", {})
+        failed = []
+        for row in (r for r in found if r.name in wanted):
+            if done := dry_runs(row):
+                runs[row.name] = done
+                failed += [f"{row.name}/{w}" for w in wrong(row, done)]
+        if failed:
+            raise SystemExit("otherwise than published:\n" + "\n".join(failed))
+        if given.write:
+            write(found, results)
+        return
     for row in found:
         if row.name not in wanted:
             continue
@@ -290,9 +406,14 @@ def main() -> None:
             f"torch {torch.__version__.partition('+')[0]} and transformers {transformers.__version__}"
         )
         results["methods"] = {row.name: results["methods"].get(row.name, {}) for row in found}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        PAGE.write_text(page(found, results), encoding="utf-8")
-        print(f"wrote {RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
+        write(found, results)
+
+
+def write(found: list[Row], results: dict[str, Any]) -> None:
+    """Record the results, and renew the page."""
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(found, results), encoding="utf-8")
+    print(f"wrote {RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
