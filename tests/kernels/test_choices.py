@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
 import json
 import logging
+import os
+import threading
+import time
 
 import pytest
 import torch
@@ -33,7 +38,8 @@ def test_what_was_kept_is_found_and_printed():
         "H, torch 3",
         "  forward 128: 64 x 64, 4 warps, 3 stages, 2 persistent a multiprocessor",
     ]
-    assert [file.name for file in choices.path().parent.iterdir()] == ["kernels-2.json"]
+    names = sorted(file.name for file in choices.path().parent.iterdir())
+    assert names in (["kernels-2.json"], ["kernels-2.json", "kernels-2.lock"])
 
 
 def test_the_first_process_wins():
@@ -41,6 +47,51 @@ def test_the_first_process_wins():
     assert choices.keep("H", "dq", OTHER, BOTH) == choices.find("H", "dq") == CHOICE
     # Unless what it chose is no candidate any more.
     assert choices.keep("H", "dq", OTHER, [OTHER]) == choices.find("H", "dq") == OTHER
+
+
+def test_processes_that_choose_at_once_agree(monkeypatch):
+    """One has read the file and not yet written it when the other comes."""
+    pytest.importorskip("fcntl")
+    started, write, found = threading.Event(), choices.write, []
+
+    def slow(file, content):
+        started.set()
+        time.sleep(0.3)
+        write(file, content)
+
+    monkeypatch.setattr(choices, "write", slow)
+    other = threading.Thread(target=lambda: found.append(choices.keep("H", "dq", CHOICE, BOTH)))
+    other.start()
+    started.wait(30)
+    found.append(choices.keep("H", "dq", OTHER, BOTH))
+    other.join()
+    assert found[0] == found[1] == choices.find("H", "dq")
+
+
+def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
+    """Such as that of a cluster, on which the user's folder often lies."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refused(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert choices.keep("H", "dq", CHOICE, BOTH) == choices.find("H", "dq") == CHOICE
+    with choices.alone(choices.verdict_path()):
+        choices.keep_verdict("H", "kernel", "works")
+    assert choices.verdicts() == {"H": {"kernel": "works"}}
+
+
+def test_a_machine_is_named_whatever_triton_is_distributed_as(monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H200")
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    name = f"H200, torch {torch.__version__}, triton {triton.__version__}"
+    assert choices.machine(torch.device("cuda")) == name
 
 
 @pytest.mark.parametrize(

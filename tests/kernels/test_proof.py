@@ -174,6 +174,16 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path, c
     assert "cannot be written" in caplog.text and proof.works(DEVICE)
 
 
+def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refused(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert proof.check(DEVICE, says("works")) == "works" and proof.works(DEVICE)
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_it_is_printed_with_the_choices(capsys):
     choices.keep_verdict("H200", "Hopper forward 1", "works")

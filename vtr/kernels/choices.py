@@ -7,12 +7,12 @@ again, delete the file that it names.
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,8 +34,10 @@ def path() -> Path:
 
 def machine(device: torch.device) -> str:
     """The machine that choices are valid for: name of the device, versions of torch and Triton."""
-    triton = importlib.metadata.version("triton")
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton}"
+    import triton  # whose distribution has other names too: pytorch-triton, triton-rocm
+
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, torch {torch.__version__}, triton {triton.__version__}"
 
 
 def load() -> Choices:
@@ -70,13 +72,28 @@ def find(machine: str, kind: str) -> Choice | None:
 def keep(machine: str, kind: str, choice: Choice, candidates: Collection[Choice]) -> Choice:
     """Write a choice; returns the one to use, which is another process's if that came first and is
     one of the candidates."""
-    found = load()
-    kinds = found.setdefault(machine, {})
-    if kinds.get(kind) in candidates:
-        return kinds[kind]
-    kinds[kind] = choice
-    write(path(), found)
+    with alone(path()):
+        found = load()
+        kinds = found.setdefault(machine, {})
+        if kinds.get(kind) in candidates:
+            return kinds[kind]
+        kinds[kind] = choice
+        write(path(), found)
     return choice
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """A context in which one process at a time reads and writes a file, if its folder can hold a lock."""
+    with contextlib.ExitStack() as held:
+        # Windows has no locks of this kind, nor have some file systems of clusters, nor a folder that cannot be written.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(file.with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write(file: Path, content: object) -> None:

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def check(device: torch.device, command: Sequence[str] = (), limit: float = LIMI
     if not command:
         index = torch.cuda.current_device() if device.index is None else device.index
         command = [sys.executable, "-m", "vtr.kernels.prove", str(index)]
-    with _alone():
+    with choices.alone(choices.verdict_path()):  # processes of a node usually start together
         verdict = _kept(machine)
         if not verdict:
             _log.info("the Hopper kernel is checked on this machine, once (a minute or two)")
@@ -136,20 +136,3 @@ def _ask(command: Sequence[str], limit: float) -> tuple[str, bool]:
 
 def _kept(machine: str) -> str:
     return choices.verdicts().get(machine, {}).get(version(), "")
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Let one process check at a time: those of a node usually start together."""
-    try:
-        import fcntl
-
-        file = choices.verdict_path().with_suffix(".lock")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.open("w")
-    except (ImportError, OSError):  # Windows, or a folder that cannot be written
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
