@@ -36,6 +36,7 @@ from vtr.kernels import (
     proof,
 )
 from vtr.kernels import triton_attention as shared
+from vtr.kernels.triton_common import on_hopper as is_hopper
 from vtr.kernels.triton_common import split_dim
 
 ROOT = Path(__file__).parents[2]
@@ -411,6 +412,15 @@ def test_short_rows_share_programs():
 
 def _tensors(heads=2, tokens=256, dim=128, dtype=torch.bfloat16):
     return [torch.zeros(1, heads, tokens, dim, dtype=dtype, device="cuda") for _ in range(3)]
+
+
+def test_capabilities_of_amd_name_no_hopper(monkeypatch):
+    """An MI300 has 9.4."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    one, other = torch.device("cuda", 70), torch.device("cuda", 71)  # answers are kept
+    assert is_hopper(one)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not is_hopper(other)
 
 
 @pytest.fixture

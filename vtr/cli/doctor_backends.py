@@ -30,7 +30,8 @@ def attention() -> Iterator[Finding]:
                 yield _tried(name, lambda b=backend, k=kind: _attend(b, k))
         if kind == "cuda":
             yield _tried("bipartite_match on cuda", _match)
-            yield from _hopper()
+            if not available_backends(kind)["triton"]:
+                yield from _hopper()
 
 
 def _hopper() -> Iterator[Finding]:
@@ -38,11 +39,12 @@ def _hopper() -> Iterator[Finding]:
     import torch
 
     from vtr.kernels import proof
+    from vtr.kernels.triton_common import on_hopper
 
     for i in range(torch.cuda.device_count()):
-        if torch.cuda.get_device_capability(i)[0] != 9:
-            continue
         device = torch.device("cuda", i)
+        if not on_hopper(device):
+            continue
         verdict, name = proof.known(device) or proof.check(device), f"Hopper kernel on cuda:{i}"
         if verdict == proof.WORKS:
             yield Finding(name, GOOD, "equals the reference on this machine")

@@ -126,8 +126,8 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache  # asked in every call
 def on_hopper(device: torch.device) -> bool:
-    """Tell whether a device has compute capability 9.x."""
-    hopper = device.type == "cuda" and not interpreting()
+    """Tell whether a device has compute capability 9.x. AMD counts its devices otherwise."""
+    hopper = device.type == "cuda" and torch.version.hip is None and not interpreting()
     return hopper and torch.cuda.get_device_capability(device)[0] == 9
 
 
