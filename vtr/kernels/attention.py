@@ -238,6 +238,13 @@ def validate(
             f"mask must be a vtr.kernels.BlockMask, got {type(mask).__module__}."
             f"{type(mask).__name__}; BlockMask.from_dense or BlockMask.from_flex makes one"
         )
+    given = [t for t in (q, k, v, row_scale, added) if t is not None]
+    if any(not isinstance(t, Tensor) or t.layout != torch.strided for t in given):
+        kinds = ", ".join(str(getattr(t, "layout", type(t).__name__)) for t in given)
+        raise ValueError(
+            "q, k, v, row_scale and added must be dense tensors (torch.strided; to_dense() makes one), "
+            f"got {kinds}"
+        )
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
             f"need q (B, H, Sq, D) and equal k, v (B, Hk, Sk, D); got {_shapes(q, k, v)}"
@@ -251,8 +258,7 @@ def validate(
     allowed = DTYPES if q.is_cuda else (*DTYPES, torch.float64)
     if q.dtype not in allowed:
         raise ValueError(f"dtype {q.dtype} is none of {', '.join(map(str, allowed))}")
-    others = [k.device, v.device, mask.device]
-    others += [t.device for t in (row_scale, added) if t is not None]
+    others = [*(t.device for t in given), mask.device]
     if any(device != q.device for device in others):
         devices = ", ".join(sorted(map(str, {q.device, *others})))
         raise ValueError(

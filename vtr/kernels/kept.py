@@ -38,13 +38,13 @@ def kind_of_call(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None
     more: Kind = ()
-    if row_scale is not None or added is not None:
-        for t in (row_scale, added):
-            if t is not None and (type(t) is not Tensor or _learns(t)):
-                return None
-        more = _facts(row_scale), _facts(added)
     # In one expression: this is most of what a small call costs. A sparse tensor has no strides.
     try:
+        if row_scale is not None or added is not None:
+            for t in (row_scale, added):
+                if t is not None and (type(t) is not Tensor or _learns(t)):
+                    return None
+            more = _facts(row_scale), _facts(added)
         return (
             q.shape, q.stride(), q.dtype, q.device, keys_of(q).raw_repr(), q.data_ptr() % 16,
             k.shape, k.stride(), k.dtype, k.device, keys_of(k).raw_repr(), k.data_ptr() % 16,
