@@ -54,7 +54,7 @@ class Recipe:
         rate: peak learning rate, warmed up over 100 steps, then a cosine down to a fiftieth.
     """
 
-    steps: int = 4000
+    steps: int = 2000
     batch: int = 8
     captions: int = 1
     at_once: int = 4
