@@ -139,7 +139,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write ``vlm.png``: the score against the share of the tokens, a line for each method."""
+    """Write ``vlm.png``: the score against the share of the FLOPs, a line for each method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,14 +155,14 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
         axes.axhline(row["score"], color="black", linewidth=0.8, linestyle=":", label="dense")
     colours = pyplot.get_cmap("tab20").colors
     for i, (name, group) in enumerate(found.items()):
-        group = sorted(group, key=lambda r: r["share"])
+        group = sorted(group, key=lambda r: r["share_of_flops"])
         base = name in ("random", "downsample")
         axes.errorbar(
-            [100 * r["share"] for r in group], [r["score"] for r in group],
+            [100 * r["share_of_flops"] for r in group], [r["score"] for r in group],
             [r.get("spread_of_seeds", 0) for r in group], label=name, marker="ox"[base], capsize=2, linewidth=1,
             color={"random": "grey", "downsample": "black"}.get(name, colours[i % 20]), linestyle="--" if base else "-",
         )  # fmt: skip
-    axes.set_xlabel("visual tokens left, %")
+    axes.set_xlabel("FLOPs up to the first token of the answer, % of dense")
     axes.set_ylabel("% of answers right, mean of three kinds")
     axes.legend(fontsize=6, ncols=3)
     axes.grid(alpha=0.3)
@@ -174,12 +174,20 @@ def plot(rows: Sequence[dict[str, Any]], out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--projector", type=Path, default=llava.PROJECTOR)
-    parser.add_argument("--questions", type=int, default=300, help="a third of each kind")
+    parser.add_argument(
+        "--questions", type=int, default=300, help="held-out questions, a third of each kind"
+    )
     parser.add_argument("--methods", default="", help="names with commas; all without it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "real")
     args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=UserWarning)
+    jobs: list[tuple[str, float, Callable[[], vtr.Method] | None]] = [("dense", 1.0, None)]
+    jobs += [(name, share, make) for share in SHARES for name, make in settings(share).items()]
+    only = set(filter(None, args.methods.split(",")))
+    if unknown := only - {j[0].split(" #")[0] for j in jobs}:
+        parser.error(f"--methods: there is no setting {', '.join(sorted(unknown))}")
+    jobs = [j for j in jobs if j[0] == "dense" or not only or j[0].split(" #")[0] in only]
     try:
         weights = llava.projector(args.projector)
         model, processor = llava.load()
@@ -189,10 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     model.model.multi_modal_projector.load_state_dict(weights)
     model.to(getattr(torch, args.dtype))
-    jobs: list[tuple[str, float, Callable[[], vtr.Method] | None]] = [("dense", 1.0, None)]
-    jobs += [(name, share, make) for share in SHARES for name, make in settings(share).items()]
-    only = set(filter(None, args.methods.split(",")))
-    jobs = [j for j in jobs if j[0] == "dense" or not only or j[0].split(" #")[0] in only]
     facts = {
         "projector": hashlib.sha256(args.projector.read_bytes()).hexdigest()[:16], "questions": args.questions,
         "dtype": args.dtype, "torch": torch.__version__, "machine": platform.machine(), "left_out": LEFT_OUT,
@@ -214,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row["refused"] = str(error)
                 console.print(f"{name} {share:.0%}: {error}")
             rows.append(row)
-            file.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+            aside = file.with_suffix(".part")
+            aside.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+            aside.replace(file)
     plot(rows, args.out)
     show(rows)
     return 0
