@@ -98,7 +98,7 @@ def blind(model: Any, kept: Tensor) -> Iterator[None]:
     """The bare tower, in whose attention nothing sees patches that are not ``kept`` (patches,)."""
     tower = model.model.visual
     order = torch.arange(len(kept))
-    windows = getattr(tower, "permute_input_for_window_attn", None)
+    windows: Any = getattr(tower, "permute_input_for_window_attn", None)
 
     def permute(x: Tensor, index: Tensor, seq_len: int) -> Tensor:
         nonlocal order
