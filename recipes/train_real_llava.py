@@ -2,8 +2,8 @@
 
 DINOv2-S and SmolLM2-135M-Instruct stay as they were published. The projector between them learns from the
 training questions of easy-VQA and from captions of cut-out pictures, so that the language model answers
-with its own weights. What the tower sees in each picture is computed once and kept in the cache of the fetched
-packages.
+with its own weights. The tower's features of each picture are computed once and kept in the cache of the
+fetched packages.
 
 The questions about a picture share one sequence and do not see each other, so that training is what one
 question alone is. The language model computes in bfloat16, the projector in float32.
@@ -64,7 +64,7 @@ class Recipe:
 
 
 class Parts(NamedTuple):
-    """What a run trains with: a model and its processor, pictures with questions, pictures with captions."""
+    """Parts of a run: a model and its processor, pictures with questions, pictures with captions."""
 
     model: Any
     processor: Any
@@ -217,7 +217,7 @@ class Trainer(Resumable):
 
 @torch.no_grad()
 def features(model: Any, processor: Any, pictures: Sequence[questions.Picture]) -> Tensor:
-    """What the projector reads of each picture, (n, 64, D) float16; computed once, then read from the cache."""
+    """Inputs of the projector for each picture, (n, 64, D) float16; computed once, then read from the cache."""
     import transformers
     from rich.progress import track
 

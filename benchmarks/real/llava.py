@@ -18,7 +18,7 @@ TOKENS = (SIDE // PATCH) ** 2
 LAYERS = [-5, -2]
 """Layers of the tower whose outputs the projector reads, side by side: colours are clearer in earlier layers."""
 IMAGE = "<filename>"
-"""SmolLM2's own special token that stands for a picture: the vocabulary stays as it is."""
+"""SmolLM2's own special token, used for a picture: the vocabulary stays as it is."""
 PROJECTOR = Path(__file__).with_name("real-llava.safetensors")
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

@@ -58,7 +58,7 @@ def captions() -> list[Picture]:
 
 
 def kind(answer: str) -> str:
-    """What a question of easy-VQA asks for, one of :data:`KINDS`."""
+    """Find the kind of a question of easy-VQA, one of :data:`KINDS`."""
     if answer in ("yes", "no"):
         return "yes or no"
     return "shape" if answer in ("circle", "rectangle", "triangle") else "colour"

@@ -45,7 +45,7 @@ LEFT_OUT = {
          "vidcom2", "video-tome"), VIDEO,
     ),
     **dict.fromkeys(("adaptive-sparse-vit", "avit", "dynamicvit"), UNTRAINED),
-    "dtop": "it stops at what an auxiliary segmentation head is sure of, and there is none",
+    "dtop": "it needs an auxiliary segmentation head",
     "mustdrop": "its windows of 3 x 3 tokens do not divide a grid of 8 x 8",
     "algm": "it decides itself how many tokens are left",
     "damro": "it changes the answers' likelihoods and reduces nothing",
