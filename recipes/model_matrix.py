@@ -5,6 +5,8 @@ python -m recipes.model_matrix
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from vtr.compat.tested import installed
@@ -14,8 +16,12 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- vtr models -->\n", "\n<!-- vtr models: end -->"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Replace the table of the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.model_matrix", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.parse_args(argv)
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(START)
     after = rest.partition(END)[2]
