@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from check import compare  # beside this script
-from packages import NotFetched, console
+from packages import NotFetched, console, fetch
 from plots import plot
 from rich.progress import track
 from rich.table import Table
@@ -132,6 +132,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=UserWarning)
     start = time.time()
     try:
+        fetch()
         differences = compare()
         tasks = [TASKS[name](args.limit) for name in args.tasks.split(",")]
     except NotFetched as error:

