@@ -360,9 +360,9 @@ class Expected:
             return wrong
         if says == "kept":
             own = getattr(method, "method", method)
-            wanted = kept(own.keep, real.tokens, own.recycle)
+            due = kept(own.keep, real.tokens, own.recycle)
             left = [n for i, n in dry.steps if i]
-            return wrong if left == wanted else [*wrong, f"keeps {left}, not {wanted}"]
+            return wrong if left == due else [*wrong, f"keeps {left}, not {due}"]
         got = {"mean": sum(found) / len(found), "left": found[-1]}.get(says, found[0])
         wanted = self.numbers.get(preset) or named_tokens(preset, real.tokens, says)
         if abs(got - wanted) > max(CLOSE * wanted, 0.5):
