@@ -134,8 +134,8 @@ def test_gradients(name, dim, dtype):
         torch.testing.assert_close(a, b, atol=limit, rtol=limit)
 
 
-def test_heavy_rows_are_cut_and_joined(monkeypatch):
-    """Text rows see everything: their keys are divided between programs."""
+def _heavy(monkeypatch):
+    """Two patterns with rows that see everything, which are cut into parts: two in the first, one in the other."""
     from vtr.kernels import triton_attention
 
     monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
@@ -146,7 +146,13 @@ def test_heavy_rows_are_cut_and_joined(monkeypatch):
     live[:, -1] = True
     live[0, 4] = True
     mask = BlockMask.from_blocks(live, q_len=n, k_len=n, block=16)
-    lists = triton_attention.lists_of(mask.tensors(), [n, n, 16, 16])
+    return mask, triton_attention.lists_of(mask.tensors(), [n, n, 16, 16])
+
+
+def test_heavy_rows_are_cut_and_joined(monkeypatch):
+    """Text rows see everything: their keys are divided between programs."""
+    mask, lists = _heavy(monkeypatch)
+    n = mask.q_len
     assert lists.pieces > 1 and lists.heavy.shape == (2, 2)
     q, k, v = qkv(2, 2, 2, n, n, 72)
     _compare(q, k, v, mask, torch.float32, torch.rand(2, 2, n))
@@ -202,17 +208,9 @@ def test_persistent_programs_walk_over_the_work(
 
 def test_persistent_programs_walk_over_parts_of_heavy_rows(monkeypatch):
     """Patterns with different numbers of heavy rows, so that some items of a pattern are empty."""
-    from vtr.kernels import triton_attention
-
-    monkeypatch.setattr(triton_attention, "_HEAVY_BLOCKS", 3)
-    monkeypatch.setattr(triton_attention, "_HEAVY", 2.0)
-    n = 16 * 17 + 5
-    i = torch.arange(18)
-    live = torch.stack([i[:, None] == i[None], (i[:, None] - i[None]).abs() <= 1])
-    live[:, -1] = True
-    live[0, 4] = True
-    mask = BlockMask.from_blocks(live, q_len=n, k_len=n, block=16)
-    assert (triton_attention.lists_of(mask.tensors(), [n, n, 16, 16]).items[..., 0] < 0).any()
+    mask, lists = _heavy(monkeypatch)
+    n = mask.q_len
+    assert (lists.items[..., 0] < 0).any()
     q, k, v = qkv(1, 2, 1, n, n, 32)
     grids = _persistent(monkeypatch, (16, 16), 5, 1)
     _compare(q, k, v, mask, torch.float32, torch.rand(1, 2, n), added_rows(q, mask))

@@ -163,6 +163,20 @@ def _text_mask(blocks=100, block=64):
     return BlockMask.from_blocks(live, q_len=n, k_len=n, block=block).to("cuda")
 
 
+def _captured(step):
+    """A CUDA graph of ``step``, which has run twice before, and the tensors that it returns at each replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    return graph, made
+
+
 @pytest.mark.gpu
 def test_gpu_graph_capture():
     """Heavy rows, row scale and matching: nothing waits for the device once it ran."""
@@ -174,15 +188,7 @@ def test_gpu_graph_capture():
         out = block_sparse_attention(q, k, v, mask, row_scale=row_scale, backend="triton")
         return out, *bipartite_match(q[:, 0, ::2], q[:, 0, 1::2])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = step()
+    graph, made = _captured(step)
     other = qkv(1, 2, 2, mask.q_len, mask.k_len, 64, torch.bfloat16, seed=1, device="cuda")
     for old, new in zip((q, k, v), other, strict=True):
         old.copy_(new)
@@ -212,15 +218,7 @@ def test_gpu_graph_capture_of_the_other_kernels(untuned):
         every = sparse_linear_attention(q, k, v, mask, keys="all")
         return out, lse, mass, tiles, rows, *sparse_linear_attention(q, k, v, mask), *every
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = step()
+    graph, made = _captured(step)
     for seed in (1, 2):
         other = qkv(1, 2, 2, n, n, 64, torch.bfloat16, seed=seed, device="cuda")
         for old, new in zip((q, k, v), other, strict=True):

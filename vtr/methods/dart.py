@@ -21,6 +21,7 @@ from vtr.methods.base import (
     take,
     top_indices,
 )
+from vtr.methods.common.layers import cut_before
 
 ROWS = 256
 """Text tokens whose keys are computed at a time."""
@@ -78,12 +79,7 @@ class DART(Presets, ScoredMethod):
         check_count(self.text_pivots, "text_pivots", low=0)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        depth = info.depth["decoder"]
-        if self.layer >= depth:
-            raise ValueError(
-                f"layer must be in 1..{depth - 1} for {depth} layers, got {self.layer}"
-            )
-        return (Stage("decoder", self.layer - 1, "end"),)
+        return (cut_before(self.layer, info),)
 
     def score(self, site: LanguageSite) -> Tensor:
         valid, number = site.valid_mask, site.budget(self.keep)

@@ -17,6 +17,7 @@ from vtr.methods.base import (
     check_count,
     register,
 )
+from vtr.methods.common.layers import cut_before
 from vtr.methods.common.text import last_text_row
 
 
@@ -68,12 +69,7 @@ class FastV(Presets, TextScoredMethod):
         check_count(self.layer, "layer")
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        depth = info.depth["decoder"]
-        if self.layer >= depth:
-            raise ValueError(
-                f"layer must be in 1..{depth - 1} for {depth} layers, got {self.layer}"
-            )
-        return (Stage("decoder", self.layer - 1, "end"),)
+        return (cut_before(self.layer, info),)
 
     def score(self, site: LanguageSite) -> Tensor:
         return last_text_row(site)

@@ -16,6 +16,7 @@ from vtr.core.presets import Presets
 from vtr.core.registry import register
 from vtr.core.site import ModelInfo
 from vtr.methods.common.dpc_knn import cluster, mean_weights
+from vtr.methods.common.layers import cut_before
 from vtr.methods.common.merge import by_representative
 from vtr.methods.common.temporal import (
     Cutting,
@@ -129,9 +130,7 @@ class HoliTom(Presets, TokenMethod):
             return outer
         depth = info.depth["decoder"]
         layer = max(1, 18 * depth // 28) if self.layer is None else self.layer
-        if layer >= depth:
-            raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
-        return (*outer, Stage("decoder", layer - 1, "end"))
+        return (*outer, cut_before(layer, info))
 
     def reduce(self, site: Any) -> Reduction | None:
         if site.site == "encoder":

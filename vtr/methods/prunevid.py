@@ -20,6 +20,7 @@ from vtr.core.site import ModelInfo
 from vtr.core.tokens import TokenMap, top_indices
 from vtr.methods.common.dpc_knn import cluster, mean_weights
 from vtr.methods.common.kv import KVChoices
+from vtr.methods.common.layers import cut_before
 from vtr.methods.common.temporal import Cutting, clips, shares
 from vtr.methods.common.text import need_text_after
 
@@ -125,9 +126,7 @@ class PruneVid(Presets, KVChoices, TokenMethod):
             return (Stage("prompt", 0),)
         depth = info.depth["decoder"]
         layer = min(LAYER, max(1, LAYER * depth // 28)) if self.layer is None else self.layer
-        if layer >= depth:
-            raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
-        inside = Stage("prompt", 0), Stage("decoder", layer - 1, "end")
+        inside = Stage("prompt", 0), cut_before(layer, info)
         return (*inside, *(Stage("kv", n) for n in range(layer))) if self.trim else inside
 
     def reduce(self, site: Any) -> Reduction | None:

@@ -20,6 +20,7 @@ from vtr.methods.base import (
     check_number,
     register,
 )
+from vtr.methods.common.layers import cut_before
 from vtr.methods.common.quadtree import grown, linked
 from vtr.methods.common.temporal import Cutting, clips
 
@@ -90,12 +91,7 @@ class STTM(Presets, TokenMethod):
         check_count(self.root, "root", low=0)
 
     def stages(self, info: ModelInfo) -> tuple[Stage, ...]:
-        depth = info.depth["decoder"]
-        if self.layer >= depth:
-            raise ValueError(
-                f"layer must be in 1..{depth - 1} for {depth} layers, got {self.layer}"
-            )
-        return (Stage("decoder", self.layer - 1, "end"),)
+        return (cut_before(self.layer, info),)
 
     def reduce(self, site: LanguageSite) -> Reduction | None:
         if self.threshold is None and self.temporal is None:

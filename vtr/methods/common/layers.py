@@ -1,4 +1,4 @@
-"""The layers that a method leaves dense."""
+"""The layers that a method leaves dense, and the one that it cuts in front of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vtr.core.method import Method
+from vtr.core.method import Method, Stage
 from vtr.core.site import ModelInfo
 
 
@@ -84,3 +84,15 @@ def check_exist(layers: int | tuple[int, ...], name: str, info: ModelInfo, site:
 def is_among(layer: int, layers: int | tuple[int, ...]) -> bool:
     """Tell whether a layer is one of the first n (int), or one of these (tuple)."""
     return layer in layers if isinstance(layers, tuple) else layer < layers
+
+
+def cut_before(layer: int, info: ModelInfo) -> Stage:
+    """Return the stage that leaves fewer tokens from a layer of the language model on (0-based, from 1).
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    depth = info.depth["decoder"]
+    if layer >= depth:
+        raise ValueError(f"layer must be in 1..{depth - 1} for {depth} layers, got {layer}")
+    return Stage("decoder", layer - 1, "end")
