@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtr.kernels import proof, triton_backward, triton_join
+from vtr.kernels import hopper_verdict, triton_backward, triton_join
 from vtr.kernels.capture import refuse_capture
 from vtr.kernels.csr import Csr
 from vtr.kernels.kept import Call
@@ -41,7 +41,6 @@ from vtr.kernels.triton_common import (
     expand_words,
     fixed,
     interpreting,
-    load_row,
     load_rows,
     load_words,
     multiprocessors,
@@ -50,10 +49,10 @@ from vtr.kernels.triton_common import (
     precision,
     products,
     split_dim,
-    store_rows,
     tuned,
     unit_strides,
     upcast,
+    write_rows,
 )
 from vtr.kernels.triton_lists import Lists
 
@@ -199,36 +198,12 @@ def _forward_kernel(
             thread = tl.arange(0, THREADS)
             claimed = tl.atomic_add(CLAIMED + thread, 1, thread == 0, sem="relaxed")
 
-        # ---- epilogue ----
-        nothing = total == 0.0
-        factor = 1.0 / tl.where(nothing, 1.0, total)
-        lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
-        if part >= 0:
-            # A part of a heavy row: kept apart in float32, joined after the launch.
-            at = (lane.to(tl.int64) * parts + part) * MASK_M
-            local = at + sub * BLOCK_M + offset
-            end = at + MASK_M
-            store_rows(PART_OUT, local, D, end, acc0 * factor[:, None], 0, D0, D, 1)
-            if D1 > 0:
-                store_rows(PART_OUT, local, D, end, acc1 * factor[:, None], D0, D1, D, 1)
-            tl.store(PART_LSE + local, lse)
-        elif row_block >= 0:
-            at = lane.to(tl.int64) * q_len
-            if HAS_ROW_SCALE:
-                factor *= tl.load(ROW_SCALE + at + row, row < q_len, other=0.0).to(tl.float32)
-            out0 = acc0 * factor[:, None]
-            out1 = acc1 * factor[:, None]
-            if HAS_ADDED:
-                line = lane.to(tl.int64) * tl.cdiv(q_len, MASK_M) + row_block
-                out0 += load_row(ADDED + line * D, 0, D0, D)[None, :]
-                if D1 > 0:
-                    out1 += load_row(ADDED + line * D, D0, D1, D)[None, :]
-            o_base = OUT + b * stride_ob * UNIT + h * stride_oh * UNIT
-            row64 = row.to(tl.int64)
-            store_rows(o_base, row64, stride_os, q_len, out0, 0, D0, D, UNIT)
-            if D1 > 0:
-                store_rows(o_base, row64, stride_os, q_len, out1, D0, D1, D, UNIT)
-            tl.store(LSE + at + row, lse, row < q_len)
+        o_base = OUT + b * stride_ob * UNIT + h * stride_oh * UNIT
+        write_rows(
+            acc0, acc1, m, total, o_base, stride_os, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+            lane, row_block, part, parts, sub * BLOCK_M + offset, q_len,
+            D, D0, D1, UNIT, MASK_M, HAS_ROW_SCALE, HAS_ADDED,
+        )  # fmt: skip
         if THREADS > 0:
             place = tl.num_programs(0) + tl.sum(tl.where(thread == 0, claimed, 0))
         else:
@@ -350,7 +325,7 @@ if _forced not in ("gluon", "triton", None):
 def forward_kernel(name: str | None) -> Iterator[None]:
     """Force the forward kernel inside the block: ``"gluon"`` (the Hopper kernel; raises if it cannot
     run), ``"triton"``, or ``None`` for the default: on devices of compute capability 9.x the faster of the two
-    if the Hopper kernel works on this machine (:mod:`vtr.kernels.proof`), else ``"triton"``.
+    if the Hopper kernel works on this machine (:mod:`vtr.kernels.hopper_verdict`), else ``"triton"``.
 
     The environment variable ``VTR_FORWARD_KERNEL`` sets the same for a whole process."""
     global _forced
@@ -391,7 +366,7 @@ def _hopper(q: Tensor, k: Tensor, v: Tensor, block: list[int], scale: float) -> 
         raise RuntimeError(
             f"{why}; the Triton kernel runs without forward_kernel and VTR_FORWARD_KERNEL"
         )
-    return None if why or not (_forced or proof.works(q.device)) else module
+    return None if why or not (_forced or hopper_verdict.works(q.device)) else module
 
 
 def forward(

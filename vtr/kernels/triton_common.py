@@ -234,6 +234,45 @@ def store_rows(
     tl.store(pointer, value.to(base.dtype.element_ty), inside)
 
 
+@triton.jit
+def write_rows(
+    acc0, acc1, m, total, o_base, stride_o, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+    lane, row_block, part, parts, local, q_len,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, MASK_M: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, HAS_ADDED: tl.constexpr,
+):  # fmt: skip
+    """Write the queries ``local`` of a block: weighted values ``acc``, divided by the sum of their weights ``total``,
+    and the LSE from the maximum ``m`` in base 2. Nothing if ``row_block`` is negative."""
+    nothing = total == 0.0
+    factor = 1.0 / tl.where(nothing, 1.0, total)
+    lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
+    if part >= 0:
+        # A part of a heavy row: kept apart in float32, joined after the launch.
+        at = (lane.to(tl.int64) * parts + part) * MASK_M
+        end = at + MASK_M
+        store_rows(PART_OUT, at + local, D, end, acc0 * factor[:, None], 0, D0, D, 1)
+        if D1 > 0:
+            store_rows(PART_OUT, at + local, D, end, acc1 * factor[:, None], D0, D1, D, 1)
+        tl.store(PART_LSE + at + local, lse)
+    elif row_block >= 0:
+        row = row_block * MASK_M + local
+        at = lane.to(tl.int64) * q_len
+        if HAS_ROW_SCALE:
+            factor *= tl.load(ROW_SCALE + at + row, row < q_len, other=0.0).to(tl.float32)
+        out0 = acc0 * factor[:, None]
+        out1 = acc1 * factor[:, None]
+        if HAS_ADDED:
+            line = lane.to(tl.int64) * tl.cdiv(q_len, MASK_M) + row_block
+            out0 += load_row(ADDED + line * D, 0, D0, D)[None, :]
+            if D1 > 0:
+                out1 += load_row(ADDED + line * D, D0, D1, D)[None, :]
+        row64 = row.to(tl.int64)
+        store_rows(o_base, row64, stride_o, q_len, out0, 0, D0, D, UNIT)
+        if D1 > 0:
+            store_rows(o_base, row64, stride_o, q_len, out1, D0, D1, D, UNIT)
+        tl.store(LSE + at + row, lse, row < q_len)
+
+
 def pack_tiles(tiles: Tensor) -> Tensor:
     """Pack (T, bm, bn) bool to (max(T, 1), bm, bn / 32) int32: bit j of word w is key 32 w + j. Blocks of 16
     keys have one word with 16 bits. An eighth of the bytes, and a row of a block is 16 bytes at most."""

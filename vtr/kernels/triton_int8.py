@@ -32,10 +32,10 @@ from vtr.kernels.triton_common import (
     precision,
     products,
     split_dim,
-    store_rows,
     tuned,
     unit_strides,
     upcast,
+    write_rows,
 )
 
 _LOG2E = math.log2(math.e)
@@ -229,36 +229,11 @@ def _forward_kernel(
                 D, D0, D1, E1, UNIT, True, PRECISION, UPCAST,
             )  # fmt: skip
 
-        # ---- epilogue ----
-        nothing = total == 0.0
-        share = 1.0 / tl.where(nothing, 1.0, total)
-        lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * 0.6931471805599453)
-        if part >= 0:
-            at = (lane64 * parts + part) * MASK_M
-            local = at + sub * BLOCK_M + offset
-            end = at + MASK_M
-            store_rows(PART_OUT, local, D, end, acc0 * share[:, None], 0, D0, D, 1)
-            if D1 > 0:
-                store_rows(PART_OUT, local, D, end, acc1 * share[:, None], D0, D1, D, 1)
-            tl.store(PART_LSE + local, lse)
-        else:
-            if HAS_ROW_SCALE:
-                share *= tl.load(ROW_SCALE + lane64 * q_len + row, row < q_len, other=0.0).to(
-                    tl.float32
-                )
-            out0 = acc0 * share[:, None]
-            out1 = acc1 * share[:, None]
-            if HAS_ADDED:
-                added = ADDED + (lane64 * rows + row_block) * D
-                out0 += load_row(added, 0, D0, D)[None, :]
-                if D1 > 0:
-                    out1 += load_row(added, D0, D1, D)[None, :]
-            o_base = OUT + lane64 * q_len * D
-            row64 = row.to(tl.int64)
-            store_rows(o_base, row64, D, q_len, out0, 0, D0, D, 1)
-            if D1 > 0:
-                store_rows(o_base, row64, D, q_len, out1, D0, D1, D, 1)
-            tl.store(LSE + lane64 * q_len + row, lse, row < q_len)
+        write_rows(
+            acc0, acc1, m, total, OUT + lane64 * q_len * D, D, ROW_SCALE, ADDED, LSE, PART_OUT, PART_LSE,
+            lane, row_block, part, parts, sub * BLOCK_M + offset, q_len,
+            D, D0, D1, 1, MASK_M, HAS_ROW_SCALE, HAS_ADDED,
+        )  # fmt: skip
 
 
 def forward(
