@@ -7,7 +7,7 @@
 
 Needs torch, triton and transformers (timm for one part, pytest for another); a part whose library is missing is left
 out and named. Every part runs in its own process group with a time limit, and is killed with all its children when
-that ends. While kernels are compiled, the Hopper kernel is checked as its first use would (vtr/kernels/proof.py).
+that ends. While kernels are compiled, the Hopper kernel is checked as its first use would (vtr/kernels/hopper_verdict.py).
 Results are written at once, so that an early end loses nothing, into eight files:
 
 - env.json: device, versions, and the measured ceilings (matrix product, copy);

@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vtr.kernels import (
     available_backends,
     block_sparse_attention,
+    hopper_verdict,
     masks,
-    proof,
     triton_attention,
     triton_backward,
 )
@@ -213,7 +213,7 @@ def warm(which: int) -> None:
 def check(folder: Path) -> None:
     """Find out whether the Hopper kernel works, which its first call would do otherwise; gpu_first.py looks for
     this line."""
-    print(f"Hopper kernel: {proof.check(torch.device('cuda', 0))}", flush=True)
+    print(f"Hopper kernel: {hopper_verdict.check(torch.device('cuda', 0))}", flush=True)
 
 
 def error_of(out: Any, q: Any, k: Any, v: Any, mask: Any) -> float:

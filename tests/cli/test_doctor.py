@@ -130,12 +130,12 @@ def test_backends_that_raise_or_compute_something_else(monkeypatch: pytest.Monke
 
 def test_the_hopper_kernel_is_listed_on_hopper_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from vtr.kernels import proof, triton_common
+    from vtr.kernels import hopper_verdict, triton_common
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(triton_common, "on_hopper", lambda device: device.index > 0)
-    monkeypatch.setattr(proof, "known", lambda device: ["", "works", ""][device.index])
-    monkeypatch.setattr(proof, "check", lambda device: "status -11")
+    monkeypatch.setattr(hopper_verdict, "known", lambda device: ["", "works", ""][device.index])
+    monkeypatch.setattr(hopper_verdict, "check", lambda device: "status -11")
     assert list(doctor_backends._hopper()) == [
         Finding("Hopper kernel on cuda:1", GOOD, "equals the reference on this machine"),
         Finding("Hopper kernel on cuda:2", ABSENT, "the Triton kernel runs instead: status -11"),

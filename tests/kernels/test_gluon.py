@@ -33,7 +33,7 @@ from vtr.kernels import (
     BlockMask,
     block_sparse_attention,
     block_sparse_attention_reference,
-    proof,
+    hopper_verdict,
 )
 from vtr.kernels import triton_attention as shared
 from vtr.kernels.triton_common import on_hopper as is_hopper
@@ -471,7 +471,7 @@ def test_other_devices_run_the_portable_kernel(monkeypatch):
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_kernel_can_be_chosen(works, simulated, monkeypatch):
-    monkeypatch.setattr(proof, "works", lambda device: works)
+    monkeypatch.setattr(hopper_verdict, "works", lambda device: works)
     q, k, v = _tensors()
     by_itself = gluon if works else None
     assert shared._hopper(q, k, v, [128, 128], 0.1) is by_itself
@@ -489,7 +489,7 @@ def test_the_kernel_can_be_chosen(works, simulated, monkeypatch):
 def test_tuning_compares_it_with_the_portable_kernel(works, simulated, monkeypatch):
     mask = BlockMask.from_blocks(torch.eye(2, dtype=torch.bool), q_len=256, k_len=256)
     ran, tuned = [], []
-    monkeypatch.setattr(proof, "works", lambda device: works)
+    monkeypatch.setattr(hopper_verdict, "works", lambda device: works)
     monkeypatch.setattr(gluon, "launch", lambda *args: ran.append(args[-1]))
     monkeypatch.setattr(shared, "amount", lambda device, programs: "few")
     monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())

@@ -14,12 +14,12 @@ import torch
 from vtr.kernels import (
     block_sparse_attention_reference,
     choices,
-    proof,
+    hopper_verdict,
 )
 
 pytest.importorskip("triton")
 
-from vtr.kernels import prove
+from vtr.kernels import hopper_check
 from vtr.kernels import triton_attention as shared
 
 DEVICE = torch.device("cuda", 0)
@@ -30,13 +30,13 @@ CPU = torch.device("cpu")
 def machine(monkeypatch, tmp_path):
     """A machine with a GPU, as far as names go."""
     monkeypatch.setenv("VTR_CACHE", str(tmp_path))
-    monkeypatch.setattr(proof, "_found", {})
+    monkeypatch.setattr(hopper_verdict, "_found", {})
     monkeypatch.setattr(choices, "machine", lambda device: "H200, torch 2, triton 3")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def process(code: str) -> list[str]:
-    return [sys.executable, "-c", f"print({proof.BEGUN!r}, flush=True)\n{code}"]
+    return [sys.executable, "-c", f"print({hopper_verdict.BEGUN!r}, flush=True)\n{code}"]
 
 
 def says(verdict: str) -> list[str]:
@@ -46,24 +46,24 @@ def says(verdict: str) -> list[str]:
 
 def forget():
     """As a new process."""
-    proof._found.clear()
+    hopper_verdict._found.clear()
 
 
 # ---- the verdict ------------------------------------------------------------------------------
 
 
 def test_a_kernel_that_works_is_checked_once(monkeypatch, caplog):
-    assert proof.known(DEVICE) == "" and choices.verdicts() == {}
-    assert proof.check(DEVICE, says("works")) == "works"
+    assert hopper_verdict.known(DEVICE) == "" and choices.verdicts() == {}
+    assert hopper_verdict.check(DEVICE, says("works")) == "works"
     forget()
-    monkeypatch.setattr(proof, "_ask", None)  # would fail
+    monkeypatch.setattr(hopper_verdict, "_ask", None)  # would fail
     with caplog.at_level(logging.WARNING):
-        assert proof.works(DEVICE) and proof.known(DEVICE) == "works"
+        assert hopper_verdict.works(DEVICE) and hopper_verdict.known(DEVICE) == "works"
     assert not caplog.text
     assert choices.report().splitlines()[1:] == [
         str(choices.verdict_path()),
         "H200, torch 2, triton 3",
-        f"  {proof.version()}: works",
+        f"  {hopper_verdict.version()}: works",
     ]
 
 
@@ -71,9 +71,9 @@ def test_a_kernel_that_works_is_checked_once(monkeypatch, caplog):
     ("code", "limit", "why"),
     [
         ("print('verdict: heavy rows: two calls differ')", 60, "heavy rows: two calls differ"),
-        ("", 60, f"status 0: {proof.BEGUN}"),
+        ("", 60, f"status 0: {hopper_verdict.BEGUN}"),
         ("raise RuntimeError('no such instruction')", 60, "status 1: RuntimeError: no such instr"),
-        ("import os; os.kill(os.getpid(), 11)", 60, f"status -11: {proof.BEGUN}"),
+        ("import os; os.kill(os.getpid(), 11)", 60, f"status -11: {hopper_verdict.BEGUN}"),
         ("import time; time.sleep(60)", 1.0, "the check took more than 1 seconds"),
     ],
     ids=["wrong", "says nothing", "raises", "crashes", "hangs"],
@@ -83,15 +83,15 @@ def test_a_kernel_that_fails_is_not_used_and_not_checked_again(
 ):
     start = time.monotonic()
     with caplog.at_level(logging.WARNING):
-        assert why in proof.check(DEVICE, process(code), limit)
+        assert why in hopper_verdict.check(DEVICE, process(code), limit)
     assert time.monotonic() - start < 30
     assert why in caplog.text and "the Triton kernel runs instead" in caplog.text
     assert str(choices.verdict_path()) in caplog.text
     forget()
-    monkeypatch.setattr(proof, "_ask", None)
-    assert not proof.works(DEVICE) and why in choices.report()
+    monkeypatch.setattr(hopper_verdict, "_ask", None)
+    assert not hopper_verdict.works(DEVICE) and why in choices.report()
     caplog.clear()
-    assert not proof.works(DEVICE) and not caplog.text  # said once
+    assert not hopper_verdict.works(DEVICE) and not caplog.text  # said once
 
 
 def test_what_a_hanging_process_started_ends_with_it(tmp_path):
@@ -101,7 +101,7 @@ def test_what_a_hanging_process_started_ends_with_it(tmp_path):
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
         "time.sleep(60)"
     )
-    proof.check(DEVICE, process(code), 2.0)
+    hopper_verdict.check(DEVICE, process(code), 2.0)
     state = subprocess.run(
         ["ps", "-o", "stat=", "-p", (tmp_path / "pid").read_text()], capture_output=True, text=True
     )
@@ -118,34 +118,36 @@ def test_what_a_hanging_process_started_ends_with_it(tmp_path):
     ids=["no process", "before the check", "no room"],
 )  # fmt: skip
 def test_a_check_that_says_nothing_of_the_kernel_is_tried_by_the_next_process(command, why):
-    assert why in proof.check(DEVICE, command)
-    assert why in proof.known(DEVICE) and not proof.works(DEVICE)  # of this process
+    assert why in hopper_verdict.check(DEVICE, command)
+    assert why in hopper_verdict.known(DEVICE) and not hopper_verdict.works(
+        DEVICE
+    )  # of this process
     assert choices.verdicts() == {}
     forget()
-    assert proof.check(DEVICE, says("works")) == "works"
+    assert hopper_verdict.check(DEVICE, says("works")) == "works"
 
 
 def test_another_version_of_the_kernel_is_checked_again(monkeypatch):
-    proof.check(DEVICE, says("works"))
+    hopper_verdict.check(DEVICE, says("works"))
     forget()
-    monkeypatch.setattr(proof, "version", lambda: "Hopper forward of tomorrow")
-    assert proof.known(DEVICE) == ""
-    proof.check(DEVICE, says("no"))
+    monkeypatch.setattr(hopper_verdict, "version", lambda: "Hopper forward of tomorrow")
+    assert hopper_verdict.known(DEVICE) == ""
+    hopper_verdict.check(DEVICE, says("no"))
     assert list(choices.verdicts()["H200, torch 2, triton 3"].values()) == ["works", "no"]
 
 
 def test_nothing_is_started_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(proof, "check", None)
-    assert not proof.works(DEVICE)
+    monkeypatch.setattr(hopper_verdict, "check", None)
+    assert not hopper_verdict.works(DEVICE)
     monkeypatch.undo()
 
 
 def test_a_verdict_from_before_counts_in_a_capture(monkeypatch):
-    proof.check(DEVICE, says("works"))
+    hopper_verdict.check(DEVICE, says("works"))
     forget()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert proof.works(DEVICE)
+    assert hopper_verdict.works(DEVICE)
 
 
 def test_the_check_runs_this_package_without_the_users_choice(monkeypatch):
@@ -153,25 +155,25 @@ def test_the_check_runs_this_package_without_the_users_choice(monkeypatch):
     code = "import os, vtr; print('verdict:', 'VTR_FORWARD_KERNEL' in os.environ, vtr.__file__)"
     import vtr
 
-    assert proof.check(DEVICE, process(code)) == f"False {vtr.__file__}"
+    assert hopper_verdict.check(DEVICE, process(code)) == f"False {vtr.__file__}"
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"H": 3}'])
 def test_a_broken_file_is_said_and_replaced(text, caplog):
     choices.verdict_path().write_text(text)
     with caplog.at_level(logging.WARNING):
-        assert proof.known(DEVICE) == ""
+        assert hopper_verdict.known(DEVICE) == ""
     assert "are ignored" in caplog.text
-    assert proof.check(DEVICE, says("works")) == "works"
-    assert choices.verdicts()["H200, torch 2, triton 3"] == {proof.version(): "works"}
+    assert hopper_verdict.check(DEVICE, says("works")) == "works"
+    assert choices.verdicts()["H200, torch 2, triton 3"] == {hopper_verdict.version(): "works"}
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VTR_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert proof.check(DEVICE, says("works")) == "works"
-    assert "cannot be written" in caplog.text and proof.works(DEVICE)
+        assert hopper_verdict.check(DEVICE, says("works")) == "works"
+    assert "cannot be written" in caplog.text and hopper_verdict.works(DEVICE)
 
 
 def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
@@ -181,7 +183,7 @@ def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    assert proof.check(DEVICE, says("works")) == "works" and proof.works(DEVICE)
+    assert hopper_verdict.check(DEVICE, says("works")) == "works" and hopper_verdict.works(DEVICE)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -196,7 +198,7 @@ def test_it_is_printed_with_the_choices(capsys):
 
 # ---- the check --------------------------------------------------------------------------------
 
-SMALL = prove.ProofCase(
+SMALL = hopper_check.ProofCase(
     "small", torch.float16, 16, (16, 16), (1, 2, 1), (70, 50), epilogue=True, calls=3
 )
 
@@ -227,19 +229,19 @@ def broken(change):
     ids=["all", "last row", "empty rows", "race"],
 )  # fmt: skip
 def test_faults_are_found(change, why):
-    assert why in prove.fault(broken(change), CPU, [SMALL])
+    assert why in hopper_check.fault(broken(change), CPU, [SMALL])
 
 
 def test_options_reach_the_kernel():
     def without(*tensors, row_scale, added):
         return reference(*tensors)
 
-    assert "output" in prove.fault(without, CPU, [SMALL])
+    assert "output" in hopper_check.fault(without, CPU, [SMALL])
 
 
 def test_the_cases_hold_what_they_are_named_for():
-    for case in prove.CASES:
-        tensors, mask, options = prove.inputs(case, CPU)
+    for case in hopper_check.CASES:
+        tensors, mask, options = hopper_check.inputs(case, CPU)
         partial = mask.tile >= 0
         assert partial.any()
         assert case.heavy or not partial.all()
@@ -252,8 +254,8 @@ def test_the_cases_hold_what_they_are_named_for():
         if case.calls > 5:  # more rows than an H100 or H200 runs at once
             together = 2 if case.block[0] == 64 else 1
             assert case.heads[0] * case.heads[1] * lists.items.shape[1] > 132 * together * 1.3
-    blocks = {case.block for case in prove.CASES}
-    assert {(c.dim, c.dtype) for c in prove.CASES} and blocks == {
+    blocks = {case.block for case in hopper_check.CASES}
+    assert {(c.dim, c.dtype) for c in hopper_check.CASES} and blocks == {
         (128, 128), (64, 64), (64, 128), (128, 64),
     }  # fmt: skip
 
@@ -262,4 +264,4 @@ def test_the_cases_hold_what_they_are_named_for():
 def test_gpu_the_check_ends_with_a_verdict():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    assert proof.check(torch.device("cuda", torch.cuda.current_device())) == "works"
+    assert hopper_verdict.check(torch.device("cuda", torch.cuda.current_device())) == "works"

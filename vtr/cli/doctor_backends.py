@@ -38,15 +38,18 @@ def _hopper() -> Iterator[Finding]:
     """The verdict on the Hopper kernel, for each device of compute capability 9.x; checks it if needed."""
     import torch
 
-    from vtr.kernels import proof
+    from vtr.kernels import hopper_verdict
     from vtr.kernels.triton_common import on_hopper
 
     for i in range(torch.cuda.device_count()):
         device = torch.device("cuda", i)
         if not on_hopper(device):
             continue
-        verdict, name = proof.known(device) or proof.check(device), f"Hopper kernel on cuda:{i}"
-        if verdict == proof.WORKS:
+        verdict, name = (
+            hopper_verdict.known(device) or hopper_verdict.check(device),
+            f"Hopper kernel on cuda:{i}",
+        )
+        if verdict == hopper_verdict.WORKS:
             yield Finding(name, GOOD, "equals the reference on this machine")
         else:
             yield Finding(name, ABSENT, f"the Triton kernel runs instead: {verdict}")

@@ -1,7 +1,7 @@
 """The tile sizes that tuning chose, kept on disk, so that all processes on a machine use the same.
 
 Other tiles sum in another order, so with its own choice each process could round differently.
-``python -m vtr.kernels.choices`` prints the choices, and the verdicts of :mod:`vtr.kernels.proof`; to tune or check
+``python -m vtr.kernels.choices`` prints the choices, and the verdicts of :mod:`vtr.kernels.hopper_verdict`; to tune or check
 again, delete the file that it names.
 """
 
@@ -114,7 +114,7 @@ def write(file: Path, content: object) -> None:
 
 
 def verdict_path() -> Path:
-    """The file of verdicts (:mod:`vtr.kernels.proof`), beside the choices."""
+    """The file of verdicts (:mod:`vtr.kernels.hopper_verdict`), beside the choices."""
     return path().with_name("proofs-1.json")
 
 

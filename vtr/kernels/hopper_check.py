@@ -1,6 +1,6 @@
 """The check of the Hopper kernel: comparisons with attention written out.
 
-:mod:`vtr.kernels.proof` runs this module in a separate process, ``python -m vtr.kernels.prove INDEX``.
+:mod:`vtr.kernels.hopper_verdict` runs this module in a separate process, ``python -m vtr.kernels.hopper_check INDEX``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from vtr.kernels import triton_attention
 from vtr.kernels.attention import block_sparse_attention
 from vtr.kernels.blockmask import BlockMask
-from vtr.kernels.proof import BEGUN, NO_ROOM, VERDICT, WORKS
+from vtr.kernels.hopper_verdict import BEGUN, NO_ROOM, VERDICT, WORKS
 from vtr.kernels.reference import block_sparse_attention_reference
 
 

@@ -2,7 +2,7 @@
 
 A kernel that hangs or writes outside its memory takes the process with it, and Gluon, in which it is written,
 is experimental. So the first call that could use it starts a process that compares the kernel with
-attention written out (:mod:`vtr.kernels.prove`), with a time limit. The verdict is kept on disk, by device, by the
+attention written out (:mod:`vtr.kernels.hopper_check`), with a time limit. The verdict is kept on disk, by device, by the
 versions of torch and Triton, and by a digest of the kernel's file. ``python -m vtr.kernels.choices`` prints
 it; to check again, delete the file that it names.
 """
@@ -40,7 +40,8 @@ def version() -> str:
     """The version of the kernel that a verdict is about: a digest of its file and of the check's."""
     here = Path(__file__)
     text = (
-        here.with_name("gluon_attention.py").read_bytes() + here.with_name("prove.py").read_bytes()
+        here.with_name("gluon_attention.py").read_bytes()
+        + here.with_name("hopper_check.py").read_bytes()
     )
     return f"Hopper forward {hashlib.sha256(text).hexdigest()[:8]}"
 
@@ -68,13 +69,13 @@ def check(device: torch.device, command: Sequence[str] = (), limit: float = LIMI
     """Run the check unless another process has just done so, keep the verdict and return it.
 
     Args:
-        command: the process to run; by default ``python -m vtr.kernels.prove INDEX``.
+        command: the process to run; by default ``python -m vtr.kernels.hopper_check INDEX``.
         limit: seconds after which it is killed, which counts as "does not work".
     """
     machine = choices.machine(device)
     if not command:
         index = torch.cuda.current_device() if device.index is None else device.index
-        command = [sys.executable, "-m", "vtr.kernels.prove", str(index)]
+        command = [sys.executable, "-m", "vtr.kernels.hopper_check", str(index)]
     with choices.alone(choices.verdict_path()):  # processes of a node usually start together
         verdict = _kept(machine)
         if not verdict:
