@@ -144,6 +144,7 @@ def ocr_config() -> dict[str, Any]:
 
 
 def ocr_tensors() -> State:
+    # The only form in which they are published. Nothing but tensors and plain values is unpickled, and the hash is pinned.
     found = torch.load(ocr_assets() / "best.pt", map_location="cpu", weights_only=True)
     for name in ("model_state_dict", "model_state", "model", "state_dict"):
         found = found.get(name, found)
