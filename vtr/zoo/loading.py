@@ -140,6 +140,7 @@ def load_pipeline(name: str = "digits-wan", dtype: torch.dtype | None = None) ->
 def load_encoder(name: str, pretrained: bool = False, size: int | None = None) -> Any:
     """A built-in model, ``timm:NAME`` or ``open_clip:NAME`` (random weights unless ``pretrained``).
 
+    ``timm:local-dir:FOLDER`` is a model that ``timm.models.save_for_hf`` wrote, with its ``model.safetensors``.
     ``size`` makes a model of a library for images of that side; built-in models have their own.
     """
     library, colon, rest = name.partition(":")
@@ -166,7 +167,15 @@ def _timm_model(name: str, pretrained: bool, size: int | None) -> Any:
         import timm
     except ImportError as error:
         raise missing("timm", "vision", "timm models") from error
-    if not timm.is_model(name):
+    folder = name.removeprefix("local-dir:")
+    if folder != name:
+        if not Path(folder, "config.json").is_file():
+            raise ValueError(
+                f"{folder} has no config.json: save a model with timm.models.save_for_hf"
+            )
+        if pretrained and not Path(folder, "model.safetensors").is_file():
+            raise ValueError(f"{folder} has no model.safetensors: other weights are not read")
+    elif not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}")
     options = {} if size is None else {"img_size": size}
     return timm.create_model(name, pretrained=pretrained, **options)
