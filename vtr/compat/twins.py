@@ -122,6 +122,16 @@ SIZES: dict[str, int] = {
     "num_embeddings": 64,
     "scale": PATCH * SIDE,
 }
+#: Sizes of a part that follow from others: ``model_type`` -> entries.
+SHAPES: dict[str, dict[str, Any]] = {
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [WIDTH, WIDTH], "window_size": SIDE},
+    "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
+    "muse_spark": {"out_hidden_size": 4 * WIDTH},
+}
+#: A small tower of timm that computes a map of features, its channels, and by how much it shrinks a picture.
+CONVOLUTIONS, CHANNELS, STRIDE = "test_efficientnet", 256, 32
+#: Arguments of a vision transformer of timm, for a tower that is given some of them.
+TRANSFORMER = {"embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "img_size": PATCH * SIDE, "patch_size": PATCH}
 #: Entries that count the layers of a part.
 DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers", "n_layers")
 #: Ends of the names of entries that list layers by their numbers.
@@ -149,7 +159,38 @@ OWN: dict[str, dict[str, Any]] = {
         }
     },
     "DeepseekOcr2ForConditionalGeneration": {
-        "text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11}
+        "text_config": {
+            "mlp_layer_types": ["dense"] + ["sparse"] * 11,
+            "num_hidden_layers": 12,
+            "num_experts_per_tok": 6,
+        }
     },
-    "Granite4VisionForConditionalGeneration": {"deepstack_layer_map": [[-1, 0], [-2, 1]]},
+    "Granite4VisionForConditionalGeneration": {
+        "deepstack_layer_map": [[-1, 0], [-2, 1]],
+        "downsample_rate": "2/4",
+        "image_grid_pinpoints": [[384, 768], [768, 384]],
+    },
+    "HunYuanVLForConditionalGeneration": {
+        "text_config": {
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [16, 16, 16, 16],
+            },
+        }
+    },
+    "CohereCompassForConditionalGeneration": {
+        "text_config": {
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+        }
+    },
+    "PerceptionLMForConditionalGeneration": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {"embed_dim": 1024, "depth": 23, "num_heads": 16, "global_pool": ""},
+        }
+    },
+    "Gemma4ForConditionalGeneration": {"vision_config": {}},
+    "Gemma4UnifiedForConditionalGeneration": {"vision_config": {}},
 }

@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from vtr.compat.twins import (
+    CHANNELS,
+    CONVOLUTIONS,
     DEPTHS,
     HEADS,
     IDS,
     INDICES,
     LAYERS,
     PATCH,
+    SHAPES,
     SIDE,
     SIZES,
+    TRANSFORMER,
     VOCABULARY,
     WIDTH,
 )
@@ -126,14 +130,27 @@ def _smaller(part: Any, ids: Mapping[int, int]) -> None:
             elif isinstance(value, (list, tuple)):
                 values[name] = type(value)(SIZES[name] if _number(i) else i for i in value)
         elif name == "vision_feature_layer" and isinstance(value, (list, tuple)):
-            values[name] = type(value)(max(-LAYERS, min(LAYERS, i)) for i in value)
+            values[name] = type(value)(max(-LAYERS, min(LAYERS - 1, i)) for i in value)
         elif name == "projector_patch_to_query_dict":
             values[name] = {SIDE * SIDE: SIDE * SIDE // 4}
         elif name == "image_grid_pinpoints" and value:
             side = PATCH * SIDE
             values[name] = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
     values.update(tied)
+    values.update(copy.deepcopy(SHAPES.get(getattr(part, "model_type", ""), {})))
+    _timm(values)
     _rope(part)
+
+
+def _timm(values: dict[str, Any]) -> None:
+    """A tower of timm becomes a small one with outputs of the same form: tokens, or a map of features."""
+    if "architecture" not in values:
+        return
+    given = values.get("model_args") or {}
+    if "embed_dim" in given:
+        values["model_args"] = {**given, **TRANSFORMER}
+    else:
+        values.update(architecture=CONVOLUTIONS, model_args=None, hidden_size=CHANNELS)
 
 
 def _tied(values: Mapping[str, Any]) -> dict[str, int]:
@@ -180,8 +197,10 @@ def _rope(part: Any) -> None:
 
 
 def _rescaled(sections: Any, half: int) -> Any:
+    """Sections of a smaller sum; those that are equal stay so, since some classes interleave them."""
     new = [max(1, s * half // sum(sections)) for s in sections]
-    new[0] += half - sum(new)
+    single = next((i for i, s in enumerate(sections) if list(sections).count(s) == 1), 0)
+    new[single] += half - sum(new)
     return type(sections)(new)
 
 

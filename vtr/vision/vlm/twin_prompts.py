@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtr.compat.twins import PATCH, SIDE, VOCABULARY
+from vtr.compat.twins import PATCH, SIDE, STRIDE, VOCABULARY
 from vtr.errors import UnsupportedModelError
 from vtr.vision.vlm.placeholders import visual_ids
 from vtr.vision.vlm.twin import SMALL_IDS
@@ -28,6 +28,8 @@ AROUND = (
     ("vision_start_token_id", "vision_end_token_id"),
     ("image_start_token_id", "image_end_token_id"),
 )
+#: Argument with the patches that each visual token is pooled from, by their numbers.
+POOLS = "image_token_pooling"
 
 
 class Album(NamedTuple):
@@ -60,7 +62,7 @@ def pictures(inner: Any) -> Album:
         except Exception as error:  # another form may be right
             failed = failed or f"{type(error).__name__}: {error}"
             continue
-        if together == sum(counts) and 0 not in counts:
+        if together == sum(counts) and min(counts) > 1:
             return Album(given, counts)
         failed = failed or f"pictures of {counts} visual tokens have {together} together"
     raise UnsupportedModelError(
@@ -114,14 +116,23 @@ def words(number: int, generator: torch.Generator) -> list[int]:
 
 
 def joined(given: list[Inputs]) -> Inputs:
-    """Put pictures together."""
-    return {name: torch.cat([one[name] for one in given]) for name in given[0]}
+    """Put pictures together; pools of patches count those of all pictures."""
+    out = {name: torch.cat([one[name] for one in given]) for name in given[0]}
+    if POOLS in out:
+        starts, pools = 0, []
+        for one in given:
+            pools.append(torch.where(one[POOLS] < 0, -1, one[POOLS] + starts))
+            starts += one["pixel_values"].shape[:2].numel()
+        out[POOLS] = torch.cat(pools)
+    return out
 
 
 def _tokens(inner: Any, given: Inputs) -> int:
     with torch.no_grad():
         out = inner.get_image_features(**given, return_dict=True)
     found = out.pooler_output
+    if found is None:
+        raise ValueError("get_image_features returns no pooler_output")
     return sum(x.shape[:-1].numel() for x in found)
 
 
@@ -177,6 +188,60 @@ def _whole(inner: Any, names: list[str]) -> list[Inputs]:
     return [{"pixel_values": _noise(1, 3, height, width, seed=i)} for i in range(3)]
 
 
+def _large(inner: Any, names: list[str]) -> list[Inputs]:
+    """Pictures of which a tower of convolutions makes a map of a few features."""
+    side = PATCH * STRIDE
+    return [{"pixel_values": _noise(1, 3, side, side, seed=i)} for i in range(3)]
+
+
+def _twice(inner: Any, names: list[str]) -> list[Inputs] | None:
+    """Pictures for a tower of low and one of high resolution."""
+    if "high_res_pixel_values" not in names:
+        return None
+    high = _pair(inner.config.high_res_vision_config.image_size)
+    return [
+        {**one, "high_res_pixel_values": _noise(1, 3, *high, seed=i + 3)}
+        for i, one in enumerate(_whole(inner, names))
+    ]
+
+
+def _pooled(inner: Any, names: list[str]) -> list[Inputs] | None:
+    """Patches of a picture, with the patches of each visual token and the sizes of two grids (Molmo 2)."""
+    if POOLS not in names:
+        return None
+    made = []
+    for seed, (rows, columns) in enumerate(GRIDS):
+        patch = _vision(inner).patch_size
+        places = torch.arange(SIDE * SIDE).reshape(SIDE, SIDE)[:rows, :columns]
+        pools = places.unfold(0, 2, 2).unfold(1, 2, 2).reshape(-1, 4)
+        made.append(
+            {
+                "pixel_values": _noise(1, SIDE * SIDE, 3 * patch**2, seed=seed),
+                POOLS: pools,
+                "image_grids": torch.tensor([[0, 0, rows // 2, columns // 2]]),
+            }
+        )
+    return made
+
+
+def _placed(inner: Any, names: list[str]) -> list[Inputs] | None:
+    """Patches of each picture padded to the longest, with their places in it (Gemma 4)."""
+    if "image_position_ids" not in names:
+        return None
+    vision, made = _vision(inner), []
+    pool = 1 if hasattr(vision, "model_patch_size") else vision.pooling_kernel_size
+    for seed, (rows, columns) in enumerate(((4, 4), (2, 4), (4, 2))):
+        rows, columns = rows * pool, columns * pool
+        ids = torch.full((1, 16 * pool * pool, 2), -1)
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        ids[0, : rows * columns] = torch.stack([x, y], -1).reshape(-1, 2)
+        side = getattr(vision, "model_patch_size", vision.patch_size)
+        pixels = torch.zeros(1, ids.shape[1], 3 * side**2)
+        pixels[:, : rows * columns] = _noise(rows * columns, pixels.shape[2], seed=seed)
+        made.append({"pixel_values": pixels, "image_position_ids": ids})
+    return made
+
+
 def _sized(inner: Any, names: list[str]) -> list[Inputs] | None:
     """Pictures padded to one size, with their own sizes."""
     if "image_sizes" not in names:
@@ -196,6 +261,8 @@ def _tiled(inner: Any, names: list[str]) -> list[Inputs]:
     side, sizes = PATCH * SIDE, "image_sizes" in names
     size = {"image_sizes": torch.tensor([[side, 2 * side]])} if sizes else {}
     tiles = 3 if sizes else 1
+    if "pixel_attention_mask" in names:
+        size["pixel_attention_mask"] = torch.ones(1, tiles, dtype=torch.bool)
     return [{"pixel_values": _noise(1, tiles, 3, side, side, seed=i), **size} for i in range(3)]
 
 
@@ -220,9 +287,13 @@ def _shaped(inner: Any, names: list[str]) -> list[Inputs] | None:
 
 _FORMS: tuple[Callable[[Any, list[str]], list[Inputs] | None], ...] = (
     _shaped,
+    _pooled,
+    _placed,
+    _twice,
     _packed,
     _packed_in_squares,
     _whole,
+    _large,
     _sized,
     _tiled,
 )
