@@ -100,8 +100,16 @@ HALVES = {
 }
 #: The function of a modelling module that turns q and k, and the one that swaps their halves.
 ROTARY, HALF = "apply_rotary_pos_emb", "rotate_half"
-#: Arguments of a language model that have an entry for each token of the prompt.
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+#: Arguments of a language model that have an entry for each token of the prompt: (B, L), and (B, L, layers, C).
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+LAYER_EMBEDDINGS = "per_layer_inputs"
+#: Arguments of its layers, beside the hidden states, that have one: (B, L, ...).
+TOKEN_INPUTS = ("per_layer_input", "moe_mm_token_type_ids")
+#: Entries of a configuration: how many hidden states a token has side by side, as (streams, B, L, C), and how many
+#: of the last layers attend to the keys of earlier ones.
+STREAMS, SHARED_KEYS = "altup_num_inputs", "num_kv_shared_layers"
+#: The argument that says how many of the last columns leave a model.
+KEPT_LOGITS = "logits_to_keep"
 
 
 def rotary_home(attention: Any) -> Any:
@@ -148,6 +156,26 @@ def kinds_of(language: Any) -> list[str]:
         return list(types)[:number]
     slides = getattr(config, "sliding_window", None) is not None
     return [(SLIDING if slides else FULL)[0]] * number
+
+
+def streams_of(language: Any) -> int:
+    """Return how many hidden states a token of a language model has side by side; 1 for nearly all."""
+    return int(getattr(language.config, STREAMS, None) or 1)
+
+
+def keys_from(language: Any) -> list[int]:
+    """List for each layer of a language model the one whose keys it attends to: its own, or in the last layers of
+    some models those of the last earlier layer of the same kind."""
+    kinds = kinds_of(language)
+    first = len(kinds) - int(getattr(language.config, SHARED_KEYS, None) or 0)
+    last = {kind: i for i, kind in enumerate(kinds[:first])}
+    return [i if i < first else last[kind] for i, kind in enumerate(kinds)]
+
+
+def layer_config(config: Any, layer: int) -> Any:
+    """Return the configuration of one layer, of models whose layers differ in it."""
+    each = getattr(config, "per_layer_config", None)
+    return config if each is None else each[layer]
 
 
 def window_of(config: Any) -> int:

@@ -107,7 +107,7 @@ SIZES: dict[str, int] = {
         ),
         16,
     ),
-    **dict.fromkeys(("n_group", "topk_group", "num_kv_shared_layers"), 1),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("num_position_embeddings", "num_patches"), SIDE * SIDE),
     **dict.fromkeys(("pos_emb_height", "pos_emb_width", "posemb_grid_size"), SIDE),
     "patch_size": PATCH,
@@ -131,7 +131,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 #: A small tower of timm that computes a map of features, its channels, and by how much it shrinks a picture.
 CONVOLUTIONS, CHANNELS, STRIDE = "test_efficientnet", 256, 32
 #: Arguments of a vision transformer of timm, for a tower that is given some of them.
-TRANSFORMER = {"embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "img_size": PATCH * SIDE, "patch_size": PATCH}
+TRANSFORMER = {
+    "embed_dim": WIDTH,
+    "depth": 2,
+    "num_heads": HEADS,
+    "img_size": PATCH * SIDE,
+    "patch_size": PATCH,
+}
 #: Entries that count the layers of a part.
 DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "layers", "n_layers")
 #: Ends of the names of entries that list layers by their numbers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +17,12 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """All arguments of a call of a module by their names."""
     if not args:
         return kwargs
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
+
+
+@lru_cache(maxsize=256)
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def has_any(given: dict[str, Any], names: tuple[str, ...]) -> bool:

@@ -112,6 +112,8 @@ class LanguageCall:
         # Of layers of several kinds: the masks that a prompt was given, and what layers of a kind are given now.
         self.masks: dict[str, Tensor | None] | None = None
         self.by_kind: dict[str, dict[str, Any]] = {}
+        # The columns that layers of a kind attend to, for later layers that attend to their keys.
+        self.shown: dict[str, tuple[Tensor, Tensor]] = {}
         self.synced: SequenceLayout | None = None
         self.override: dict[str, Any] | None = None
         self.seen: Seen | None = None
@@ -162,6 +164,7 @@ class LanguageCall:
             "override",
             "masks",
             "by_kind",
+            "shown",
             "memory",
             "_frames",
         ),

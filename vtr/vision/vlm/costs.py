@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from vtr.compat.transformers import layer_config
 from vtr.vision.encoders.blocks import linear_flops
 
 if TYPE_CHECKING:
@@ -110,12 +111,12 @@ def _flops(
     """Compute those of the layers; ``notes`` have the ``density`` of layers with sparse attention."""
     total, sizes = 0.0, owner.info.language
     assert sizes is not None
-    width = sizes.heads * sizes.head_dim
     for i, (layer, (n, m)) in enumerate(zip(owner.layers, lengths, strict=True)):
-        number = n.double()
+        own, number = layer_config(owner.lm.config, i), n.double()
+        width = own.num_attention_heads * (getattr(own, "head_dim", None) or sizes.head_dim)
         share = torch.as_tensor(notes.get(i, {}).get("density", 1.0)).to(number)
         square = 4 * number * (number + past.to(number)) * width * share
-        mlp = linear_flops(layer.mlp)
+        mlp = linear_flops(layer.mlp) if hasattr(layer, "mlp") else 0
         linear = (linear_flops(layer) - mlp) * number + mlp * m.double()
         total += float((linear + square).mean())
     return total
@@ -127,5 +128,10 @@ def _bytes(owner: VLMWrapping, lengths: Lengths) -> list[float]:
     assert sizes is not None
     # Of the embedding, whose dtype is that of the keys even if linear layers are quantised.
     size = owner.lm.get_input_embeddings().weight.element_size()
-    per_token = 2 * sizes.kv_heads * sizes.head_dim * size
-    return [float(n.double().mean()) * per_token for n, _ in lengths]
+    out = []
+    for i, (n, _) in enumerate(lengths):
+        own = layer_config(owner.lm.config, i)
+        heads = getattr(own, "num_key_value_heads", None) or sizes.kv_heads
+        per_token = 2 * heads * (getattr(own, "head_dim", None) or sizes.head_dim) * size
+        out.append(float(n.double().mean()) * per_token if owner.sources[i] == i else 0.0)
+    return out

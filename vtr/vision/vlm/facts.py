@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vtr.compat.transformers import FULL, MODALITIES, SLIDING, cannot_ask, writes_otherwise
+from vtr.compat.transformers import (
+    FULL,
+    MODALITIES,
+    SLIDING,
+    cannot_ask,
+    layer_config,
+    writes_otherwise,
+)
 from vtr.core.site import SIGNALS, LanguageSizes, ModelInfo
 from vtr.errors import UnsupportedModelError
 from vtr.vision.encoders.facts import encoder_info, square_grid
@@ -31,6 +38,7 @@ def vlm_info(owner: VLMWrapping) -> ModelInfo:
     decoder = look
     if not owner.closed:
         decoder = look | {"queries", "keys", "values", "text_attention", "attention_received"}
+    config = layer_config(config, 0)
     heads = config.num_attention_heads
     language = LanguageSizes(
         config.hidden_size,
@@ -88,6 +96,8 @@ def _apart(owner: VLMWrapping) -> str:
         return owner.family.inside
     if owner.family.two_way:
         return f"{owner.family.title} lets the tokens of a picture see one another"
+    if owner.shares:
+        return "its last layers attend to the keys of earlier ones"
     if any(kind not in (*FULL, *SLIDING) for kind in owner.kinds):
         odd = sorted({kind for kind in owner.kinds if kind not in FULL})
         return f"the language model has layers of the kind {', '.join(odd)}"

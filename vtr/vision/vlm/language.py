@@ -19,7 +19,7 @@ from vtr.compat.transformers import (
     CACHE,
     CHECKPOINTED,
     DEEPSTACK,
-    TOKEN_TYPES,
+    KEPT_LOGITS,
     causal_mask,
     check_deepstack,
     given_cache,
@@ -31,6 +31,7 @@ from vtr.vision.vlm.cache import cuts_of, forget, length_of, lock, remember, unl
 from vtr.vision.vlm.call import LanguageCall, PrefillRecord
 from vtr.vision.vlm.deepstack import deepstack, narrowed
 from vtr.vision.vlm.head import Purpose
+from vtr.vision.vlm.inputs import apart, at_entry, folded, in_layer, unfolded
 from vtr.vision.vlm.marks import MarkedCache, marked
 from vtr.vision.vlm.masks import check_cache, sync, two_way
 from vtr.vision.vlm.masks import entry as masks_at_entry
@@ -40,7 +41,7 @@ from vtr.vision.vlm.prompt import cut_by_tower, without_repetitions
 from vtr.vision.vlm.recompute import Layers, outside
 from vtr.vision.vlm.refusals import check_flash
 from vtr.vision.vlm.rows import Seen
-from vtr.vision.vlm.sequence import follow, padding_mask
+from vtr.vision.vlm.sequence import padding_mask
 from vtr.vision.vlm.uncached import hold
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class BeforeLayer(Bound):
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.device != call.valid.device:
             return session.before_layer(self.layer, module, args, kwargs)
+        args, kwargs = apart(module, args, kwargs)
         return args, {**kwargs, **call.override}
 
 
@@ -163,6 +165,8 @@ class LanguageSession(Threaded):
             cache, kwargs = None, {k: v for k, v in kwargs.items() if k not in CACHE}
         if kinds is not None:
             check_cache(self.owner, cache)
+        if self.owner.shares and KEPT_LOGITS in kwargs:
+            kwargs = {**kwargs, KEPT_LOGITS: 0}  # it would leave out columns between layers
         given = kwargs.get("attention_mask")
         if self.owner.family.two_way and self.padding is not None:
             given = self.padding  # the model has built masks of it
@@ -211,11 +215,7 @@ class LanguageSession(Threaded):
             if call.masks is not None:
                 new["attention_mask"] = masks_at_entry(call, kwargs["attention_mask"])
             new |= narrowed(kwargs, call.layout)
-            index, valid = call.layout.index, call.layout.valid
-            for name in TOKEN_TYPES:
-                value = kwargs.get(name)
-                if isinstance(value, Tensor) and value.shape[-1] == length:
-                    new[name] = follow(value, index, valid)
+            new |= at_entry(kwargs, call.layout, length)
         return args, new
 
     def _runs_again(self, past: int) -> bool:
@@ -329,7 +329,9 @@ class LanguageSession(Threaded):
             return None
         if call.outside == i:
             return None
-        hidden = given
+        args, kwargs = apart(module, args, kwargs)
+        streams = self.owner.streams
+        hidden = entered = folded(given) if streams > 1 else given
         call.to(hidden.device)
         if i:
             call.left.append(call.layout)
@@ -357,13 +359,14 @@ class LanguageSession(Threaded):
                 call.seen = Seen(i, hidden, call.rope, call.layout, True)
         else:
             self._sync(call, i, hidden, kwargs)
-        same = call.override is None and hidden is given
+        same = call.override is None and hidden is entered
         cuts = not same or ("decoder", i, "middle") in self.visits
         if cuts and (torch.is_grad_enabled() or given.requires_grad):
             self.inputs.note(given, i, True)
         if same:
             return None
-        kwargs = {**kwargs, **(call.override or {})}
+        kwargs = {**kwargs, **(call.override or {}), **in_layer(call, kwargs)}
+        hidden = unfolded(hidden, streams) if streams > 1 else hidden
         return (
             ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         )

@@ -92,10 +92,22 @@ def sync(session: LanguageSession, call: LanguageCall, i: int, given: Any, hidde
         call.by_kind = {}
     elif i in call.boundaries():
         call.by_kind = {}
+    kind, shares = session.owner.kinds[i], session.owner.shares
+    source = session.owner.sources[i]
+    if shares and source == i and kind not in call.by_kind:
+        call.shown[kind] = _keys(call, i)
     if not call.changed and call.cuts is None:
         call.rope = given
         return
-    kind = session.owner.kinds[i]
+    if source != i and call.masks is None:
+        seen = _seen_elsewhere(session, call, i).to(hidden.device)
+        call.override = {
+            "attention_mask": _as_added(session, seen, hidden),
+            "position_embeddings": _rope(session, call, i, given, hidden),
+            "position_ids": None,
+        }
+        call.rope = call.override["position_embeddings"]
+        return
     if kind not in call.by_kind:
         call.by_kind[kind] = {
             "attention_mask": _mask(session, call, i, hidden),
@@ -144,16 +156,40 @@ def _mask(session: LanguageSession, call: LanguageCall, i: int, hidden: Tensor) 
 
 def _window(call: LanguageCall, i: int, window: int) -> Tensor:
     """(B, 1, L', K) bool of a layer whose tokens see the last ``window`` columns of the sequence as it was given."""
-    length = call.layout.valid.shape[1]
-    number = columns_seen(call.cache, length, i)
-    keys, valid = call.columns(i), call.mask(i).bool()
-    if number is not None:
-        keys, valid = keys[:, -number:], valid[:, -number:]
-    queries = call.columns(i)[:, -length:, None]
+    keys, valid = _keys(call, i)
+    queries = call.columns(i)[:, -call.layout.valid.shape[1] :, None]
     keys = keys[:, None]
     seen = (keys <= queries) & (queries - keys < window) & valid[:, None]
-    # Rows of padding see something, or their softmax would be NaN.
-    return (seen | ~seen.any(-1, keepdim=True))[:, None]
+    return _never_blind(seen)[:, None]
+
+
+def _keys(call: LanguageCall, i: int) -> tuple[Tensor, Tensor]:
+    """(B, K) int64 and bool: the columns that a layer attends to, of its cache and of this call, and whether each
+    is a token."""
+    number = columns_seen(call.cache, call.layout.valid.shape[1], i)
+    keys, valid = call.columns(i), call.mask(i).bool()
+    return (keys, valid) if number is None else (keys[:, -number:], valid[:, -number:])
+
+
+def _never_blind(seen: Tensor) -> Tensor:
+    """Let rows of padding see something, or their softmax would be NaN."""
+    return seen | ~seen.any(-1, keepdim=True)
+
+
+def _seen_elsewhere(session: LanguageSession, call: LanguageCall, i: int) -> Tensor:
+    """(B, 1, L', K) bool of a layer that attends to the keys of an earlier one: those that are left here."""
+    keys, valid = call.shown[session.owner.kinds[i]]
+    columns, here = call.columns(i), call.mask(i).bool()
+    batch, last = keys.shape[0], int(max(keys.max(), columns.max())) + 1
+    left = torch.zeros(batch, last + 1, dtype=torch.bool, device=keys.device)
+    left = left.scatter(1, torch.where(here, columns, last), True)
+    valid = valid & left.gather(1, keys)
+    queries = columns[:, -call.layout.valid.shape[1] :, None]
+    keys = keys[:, None]
+    seen = (keys <= queries) & valid[:, None]
+    if session.owner.kinds[i] in SLIDING:
+        seen &= queries - keys < window_of(session.module.config)
+    return _never_blind(seen)[:, None]
 
 
 def _gathered(mask: Tensor, layout: SequenceLayout) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vtr.compat.transformers import SHARED_KEYS
 from vtr.compat.twins import (
     CHANNELS,
     CONVOLUTIONS,
@@ -36,12 +37,16 @@ def shrunk(config: Any) -> Any:
     """Return a copy of a configuration with small sizes, of all its parts."""
     config = copy.deepcopy(config)
     parts = list(_parts(config))
-    for part in parts:
-        _fewer_layers(part)
+    layers = [_own_layers(part) for part in parts]
+    for part, own in zip(parts, layers, strict=True):
+        _fewer_layers(part, own)
     ids = sorted({i for part in parts for i in _ids(part) if i >= SMALL_IDS})
     new = {old: VOCABULARY - 100 + n for n, old in enumerate(ids)}
     for part in parts:
         _smaller(part, new)
+    for part, own in zip(parts, layers, strict=True):
+        if own:
+            part.per_layer_config = own
     return config
 
 
@@ -81,7 +86,25 @@ def _ids(part: Any) -> Any:
             )
 
 
-def _fewer_layers(part: Any) -> None:
+def _own_layers(part: Any) -> dict[int, dict[str, Any]]:
+    """Take the entries that differ between layers out of a configuration, small ones: layer -> its own."""
+    found = part.to_dict().get("per_layer_config")
+    if not isinstance(found, dict):
+        return {}
+    part.per_layer_config = None
+    values = vars(part)
+    out = {}
+    for layer, own in found.items():
+        out[int(layer)] = {
+            name: max(1, SIZES[name] * value // (values.get(name) or value))
+            if name in SIZES and _number(value)
+            else value
+            for name, value in own.items()
+        }
+    return out
+
+
+def _fewer_layers(part: Any, own: dict[int, dict[str, Any]]) -> None:
     """Leave at most two layers of each kind, and what is told of each layer."""
     values = vars(part)
     names = [n for n in DEPTHS if _number(values.get(n)) and values[n] > LAYERS]
@@ -95,8 +118,14 @@ def _fewer_layers(part: Any) -> None:
         for n, v in lists.items()
         if n not in each and n.endswith(INDICES) and all(_number(i) and 0 <= i < depth for i in v)
     }
+    first = depth - (values.get(SHARED_KEYS) or 0)
     kinds = [
-        (*(repr(v[i]) for v in each.values()), *(i in v for v in some.values()))
+        (
+            *(repr(v[i]) for v in each.values()),
+            *(i in v for v in some.values()),
+            repr(own.get(i)),
+            i < first,
+        )
         for i in range(depth)
     ]
     chosen: list[int] = []
@@ -112,6 +141,11 @@ def _fewer_layers(part: Any) -> None:
         values[n] = type(v)(new for new, old in enumerate(chosen) if old in v)
     for n in names:
         values[n] = len(chosen)
+    if SHARED_KEYS in values:
+        values[SHARED_KEYS] = sum(i >= first for i in chosen)
+    left = {new: own[old] for new, old in enumerate(chosen) if old in own}
+    own.clear()
+    own.update(left)
 
 
 def _smaller(part: Any, ids: Mapping[int, int]) -> None:

@@ -21,8 +21,10 @@ from vtr.compat.transformers import (
     attention_implementation,
     check_generate,
     has_axes,
+    keys_from,
     kinds_of,
     language_module,
+    streams_of,
 )
 from vtr.core.method import Method
 from vtr.core.trace import Trace
@@ -87,8 +89,9 @@ class VLMWrapping(Wrapping):
         layers: Any = self.lm.layers
         self.layers = layers
         self.kinds = kinds_of(self.lm)
+        self.sources, self.streams = keys_from(self.lm), streams_of(self.lm)
         # True if layers get different masks, or more than a causal one.
-        self.mixed = family.two_way or any(kind not in FULL for kind in self.kinds)
+        self.mixed = family.two_way or self.shares or any(kind not in FULL for kind in self.kinds)
         self.nesting = Nesting()
         self.towers: dict[str, TowerSession | PackedSession] = {}
         self.closed = family.blind or recurrent_layers(self.kinds)
@@ -110,6 +113,11 @@ class VLMWrapping(Wrapping):
     @property
     def mrope(self) -> bool:
         return has_axes(self.inner, self.lm)
+
+    @property
+    def shares(self) -> bool:
+        """Tell whether layers attend to the keys of earlier ones."""
+        return any(source != i for i, source in enumerate(self.sources))
 
     @property
     def sliding(self) -> bool:
