@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -84,6 +85,11 @@ def cache_layer(cache: Any, layer: int, growing: bool = False) -> Any:
 LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
 #: Attributes of an attention module that q, k and v are computed with.
 PROJECTED = ("q_proj", "k_proj", "v_proj", "head_dim", "scaling")
+#: Arguments of an attention module that shows q, k and v when it runs, and norms of its layer in front of it.
+WATCHED = ("hidden_states", "position_embeddings", "attention_mask")
+FIRST_NORMS = ("input_layernorm", "operator_norm")
+#: The argument of an attention module by which layers pass keys to later ones: a dict.
+SHARED_STATES = "shared_kv_states"
 #: Known parts of an attention module: used to compute q, k and v, or without effect on them.
 ATTENTION_PARTS = frozenset(
     {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "dense", "q_norm", "k_norm", "rotary_emb"}
@@ -268,6 +274,43 @@ class _Asking:
         if attend is None:
             return function(module, *args, **kwargs)
         return attend(function, module, *args, **kwargs)
+
+
+class _Here:
+    """:data:`ATTEND` of a module for the calls of one thread; those of others are computed as before."""
+
+    def __init__(self, answer: Callable[..., Any], before: Callable[..., Any] | None) -> None:
+        self.answer, self.before, self.thread = answer, before, threading.get_ident()
+
+    def __call__(self, function: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == self.thread:
+            return self.answer(*args, **kwargs)
+        if self.before is None:
+            return function(module, *args, **kwargs)
+        return self.before(function, module, *args, **kwargs)
+
+
+_WATCHING = threading.RLock()
+
+
+@contextmanager
+def answering(model: Any, attention: Any, answer: Callable[..., Any]) -> Iterator[None]:
+    """Let ``answer`` take the place of the attention function of one attention module of a language model, in this
+    thread: it is given (q, k, v, mask) and returns (output (B, L, H, D), None)."""
+    with _WATCHING:
+        asked = getattr(model.config, IMPLEMENTATION).startswith(ASKING)
+        held = attention.__dict__
+        before = held.get(ATTEND)
+        ask(model)
+        held[ATTEND] = _Here(answer, before)
+        try:
+            yield
+        finally:
+            held.pop(ATTEND)
+            if before is not None:
+                held[ATTEND] = before
+            if not asked:
+                ask_no_more(model)
 
 
 def attention_function(module: Any, implementation: str) -> Callable[..., Any]:

@@ -17,7 +17,8 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     """All arguments of a call of a module by their names."""
     if not args:
         return kwargs
-    return {**dict(zip(_names(type(module)), args, strict=False)), **kwargs}
+    cls: Any = type(module)
+    return {**dict(zip(_names(cls), args, strict=False)), **kwargs}
 
 
 @lru_cache(maxsize=256)

@@ -14,12 +14,17 @@ from vtr.compat.torch import without_fake_tensors
 from vtr.compat.transformers import (
     ATTENTION_PARTS,
     CACHE,
+    FIRST_NORMS,
     HALF,
     HALVES,
     LAYER_ARGUMENTS,
     PROJECTED,
     ROTARY,
+    SHARED_STATES,
+    WATCHED,
+    answering,
     cache_name,
+    cannot_ask,
     rotary_home,
 )
 
@@ -60,6 +65,58 @@ def opens(layer: Any) -> str:
     if not _halves_turn(attn):
         return f"{title} has another rotary embedding than that of halves"
     return ""
+
+
+def shows(language: Any, layer: Any) -> str:
+    """Say why q, k, v of a decoder layer cannot be seen by running its attention; empty if they can."""
+    attn = getattr(layer, "self_attn", None)
+    if attn is None:
+        return f"{type(layer).__name__} has no self_attn"
+    taken = inspect.signature(type(attn).forward).parameters
+    lacking = [name for name in WATCHED if name not in taken]
+    lacking += [name for name in ("scaling", "head_dim") if not hasattr(attn, name)]
+    if lacking or rotary_home(attn) is None:
+        return f"{type(attn).__name__} has no {', '.join(lacking) or ROTARY}"
+    return cannot_ask(language, attn)
+
+
+def watch(
+    language: Any, layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See q (B, H, R, D), k and v (B, Hk, R, D) of tokens that a layer's attention computes when it runs.
+
+    It serves classes whose projections are not known here: the attention runs with a function in place of its
+    softmax that only looks.
+
+    Args:
+        language: the language model of the layer.
+        hidden: (B, R, C) what enters the layer.
+        rope: cos and sin (B or 1, R, D').
+    """
+    attn, seen = layer.self_attn, list[tuple[Tensor, Tensor, Tensor]]()
+
+    def look(q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+        seen.append((q, k, v))
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
+
+    device = device_of(attn) or hidden.device
+    x = hidden.to(device)
+    norm = next((getattr(layer, name) for name in FIRST_NORMS if hasattr(layer, name)), None)
+    x = x if norm is None else norm(x)
+    given: dict[str, Any] = {"position_embeddings": (rope[0].to(device), rope[1].to(device))}
+    if SHARED_STATES in inspect.signature(type(attn).forward).parameters:
+        given[SHARED_STATES] = {}
+    with answering(language, attn, look):
+        attn(hidden_states=x, attention_mask=None, **given)
+    return seen[0]
+
+
+def turn(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding of an attention module's class to x (B, H, R, D)."""
+    apply = getattr(rotary_home(attn), ROTARY)
+    both = list(inspect.signature(apply).parameters)[1] == "k"
+    out: Tensor = apply(x, x, cos, sin)[0] if both else apply(x, cos, sin)
+    return out
 
 
 def _halves_turn(attn: Any) -> bool:

@@ -17,7 +17,7 @@ from vtr.core.tokens import TokenMap
 from vtr.core.trace import StageRecord
 from vtr.core.wrapping import Entry
 from vtr.kernels.precision import lowers
-from vtr.vision.vlm.attention import project
+from vtr.vision.vlm.attention import project, watch
 from vtr.vision.vlm.cache import Cuts, Group, cached, length_of
 from vtr.vision.vlm.features import Grid
 from vtr.vision.vlm.frames import KINDS
@@ -326,8 +326,11 @@ class LanguageCall:
         self, where: Seen, tokens: Tensor, rope: tuple[Tensor, Tensor], which: Sequence[str]
     ) -> QKV:
         """q, k, v of tokens (B, R, C) that enter a layer, under the model's autocast."""
+        owner, layer = self.owner, self.owner.layers[where.layer]
         with self.casting(True):
-            return project(self.owner.layers[where.layer], tokens, rope, which)
+            if owner.watches:
+                return watch(owner.lm, layer, tokens, rope)
+            return project(layer, tokens, rope, which)
 
     def commit(
         self, entry: Entry, name: str, layer: int, hidden: Tensor, reduction: Reduction

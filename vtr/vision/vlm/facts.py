@@ -97,7 +97,7 @@ def _apart(owner: VLMWrapping) -> str:
     if owner.family.two_way:
         return f"{owner.family.title} lets the tokens of a picture see one another"
     if owner.shares:
-        return "its last layers attend to the keys of earlier ones"
+        return owner.closed
     if any(kind not in (*FULL, *SLIDING) for kind in owner.kinds):
         odd = sorted({kind for kind in owner.kinds if kind not in FULL})
         return f"the language model has layers of the kind {', '.join(odd)}"

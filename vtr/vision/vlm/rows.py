@@ -11,7 +11,6 @@ from vtr.core.site import QKV
 from vtr.core.tokens import take
 from vtr.kernels import attention_rows
 from vtr.kernels.precision import full_precision
-from vtr.vision.vlm.attention import rotate
 from vtr.vision.vlm.masks import visible
 from vtr.vision.vlm.sequence import SequenceLayout
 
@@ -94,11 +93,12 @@ class TextRows:
         layout = call.layout
         wanted = self.text.gather(1, rows.clamp(min=0)).masked_fill(rows < 0, -1)
         width = call.owner.layers[where.layer].self_attn.head_dim
+        turn = call.owner.turning(where.layer)
 
         def turned(slots: Tensor) -> Tensor:
             cos, sin = (along(x, slots.clamp(min=0)).float() for x in where.rope)
             ones = cos.new_ones(slots.shape[0], 1, slots.shape[1], width)
-            return rotate(ones, cos, sin)[:, 0]
+            return turn(ones, cos, sin)[:, 0]
 
         text, visual = turned(wanted), turned(layout.slots)
         with full_precision(text.device):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtr.compat.tested import explain
@@ -32,13 +34,14 @@ from vtr.core.wrapping import Bound, Entry, PerThread, Wrapping
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.vlm.arguments import has_any, has_features, named
 from vtr.vision.vlm.attending import LanguageAttention
-from vtr.vision.vlm.attention import has_halves, opens
+from vtr.vision.vlm.attention import has_halves, opens, rotate, shows, turn, watch
 from vtr.vision.vlm.contrast import ContrastSession
 from vtr.vision.vlm.costs import language_costs, tower_costs
 from vtr.vision.vlm.drafts import DraftsAfterPrompt
 from vtr.vision.vlm.facts import vlm_info
 from vtr.vision.vlm.family import VLMFamily
 from vtr.vision.vlm.features import Captures
+from vtr.vision.vlm.generic import Generic
 from vtr.vision.vlm.head import Head, Purpose
 from vtr.vision.vlm.kv import KVSession
 from vtr.vision.vlm.language import LanguageSession
@@ -53,6 +56,10 @@ from vtr.vision.vlm.stored import report as stored_report
 from vtr.vision.vlm.tower import TowerSession
 from vtr.vision.vlm.tower_calls import TowerCalls
 from vtr.vision.vlm.uncached import Held
+
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: Why the attention of a language model is not read or computed by methods.
+SHARES = "its last layers attend to the keys of earlier ones"
 
 
 class VLMWrapping(Wrapping):
@@ -95,7 +102,16 @@ class VLMWrapping(Wrapping):
         self.nesting = Nesting()
         self.towers: dict[str, TowerSession | PackedSession] = {}
         self.closed = family.blind or recurrent_layers(self.kinds)
-        self.closed = self.closed or next(filter(None, map(opens, layers)), "")
+        # True if q, k and v are seen by running the attention: of classes that are proven, and not read here.
+        self.watches = False
+        if self.shares and not self.closed:
+            self.closed = SHARES
+        if not self.closed:
+            self.closed = next(filter(None, map(opens, layers)), "")
+            if self.closed and isinstance(family, Generic):
+                self.watches = not any(shows(self.lm, layer) for layer in layers)
+                self.closed = "" if self.watches else self.closed
+        self._turning: dict[int, Turn] = {}
         super().__init__(root, vlm_info(self))
         self.tower_calls = TowerCalls(self)
         self.language = LanguageSession(self, self.lm)
@@ -145,6 +161,27 @@ class VLMWrapping(Wrapping):
     def scale(self, layer: int) -> float | None:
         """The factor of a layer's attention logits, None if its attention is not opened."""
         return None if self.closed else float(self.layers[layer].self_attn.scaling)
+
+    def turning(self, layer: int) -> Turn:
+        """The rotary embedding of a layer: a function of x (B, H, R, D), cos and sin."""
+        if not self.watches:
+            return rotate
+        if layer not in self._turning:
+            self._turning[layer] = self._found_turn(self.layers[layer])
+        return self._turning[layer]
+
+    def _found_turn(self, layer: Any) -> Turn:
+        weight = next(layer.parameters())
+        hidden = torch.linspace(-1, 1, 2 * self.lm.config.hidden_size)
+        hidden = hidden.reshape(1, 2, -1).to(weight)
+        size = layer.self_attn.head_dim
+        ones, zeros = (make(1, 2, size).to(weight) for make in (torch.ones, torch.zeros))
+        still, turned = (
+            watch(self.lm, layer, hidden, x)[0] for x in ((ones, zeros), (zeros, ones))
+        )
+        if torch.equal(still, turned):  # no rotary embedding in this layer
+            return lambda x, cos, sin: x
+        return partial(turn, layer.self_attn)
 
     def compact(self, entry: Entry, site: str) -> bool:
         """Tell whether a method's cut at a site numbers positions anew."""
