@@ -24,8 +24,15 @@ $(VENV)/.installed: $(BIN)/uv pyproject.toml requirements/locked.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/vtr demo --out demo
+# An environment with what the demo needs, so that it is there sooner. FULL=1 counts on as many samples as the docs.
+$(VENV)-demo/.installed: $(BIN)/uv pyproject.toml requirements/demo.txt
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-demo
+	$(BIN)/uv pip install --python $(VENV)-demo/bin/python --require-hashes -r requirements/demo.txt
+	$(BIN)/uv pip install --quiet --python $(VENV)-demo/bin/python --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(VENV)-demo/.installed
+	HF_HUB_OFFLINE=1 $(VENV)-demo/bin/vtr demo --out demo $(if $(FULL),--full)
 
 test: lint types
 	$(RUN) pytest -n 2 --dist loadfile tests
@@ -44,6 +51,8 @@ lock: $(BIN)/uv
 		--generate-hashes --no-header - -o requirements/uv.txt
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-header --extra dev pyproject.toml -o requirements/locked.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+		--constraint requirements/locked.txt --extra demo pyproject.toml -o requirements/demo.txt
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-header --resolution lowest-direct \
 		$(foreach extra,vision vlm video diffusion train search detection ui test,--extra $(extra)) \

@@ -15,14 +15,20 @@ from vtr.cli import shared
 
 
 def demo(
-    parts: Annotated[list[str] | None, typer.Argument(help="which parts (default: all)")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o")] = Path("demo"),
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="vit, vlm, video, diffusion; all by default")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder")] = Path("demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="as many samples as the tables of the documentation")
+    ] = False,
     as_json: shared.JsonOption = False,
 ) -> None:
-    """Run the built-in models dense and reduced; write tables and pictures."""
+    """Run the built-in models dense and reduced; write tables and pictures (about a minute of one core)."""
     from vtr.cli import demo as demos
 
-    results = demos.run(parts or [], out, Console(quiet=True) if as_json else shared.console)
+    console = Console(quiet=True) if as_json else shared.console
+    results = demos.run(parts or [], out, console, full=full)
     if as_json:
         print(json.dumps(results, indent=2))
 

@@ -16,17 +16,18 @@ from vtr.inspect.drawing import row, stack
 from vtr.zoo import load_vlm
 from vtr.zoo.questions import prompt, vqa
 
-QUESTIONS = 200
+QUESTIONS, ALL_QUESTIONS = 50, 200  # by default, and with --full
 
 
-def run(out: Path, console: Console) -> tuple[Any, str]:
-    """The built-in LLaVA on held-out questions, dense and with an eighth of the visual tokens."""
+def run(out: Path, console: Console, full: bool = False) -> tuple[Any, str]:
+    """Measure the built-in LLaVA on held-out questions, dense and with an eighth of the visual tokens."""
+    number = ALL_QUESTIONS if full else QUESTIONS
     model, processor = load_vlm("digits-llava")
     methods = questions.methods_at(17)
-    samples = vqa(QUESTIONS, seed=123)
+    samples = vqa(number, seed=123)
     results = questions.evaluate(model, processor, methods, samples, progress=console.is_terminal)
     table = questions.table(
-        results, f"built-in LLaVA, {QUESTIONS} held-out questions, 17 of 144 tokens"
+        results, f"built-in LLaVA, {number} held-out questions, 17 of 144 tokens"
     )
     console.print(table)
     columns: list[Any] = []
