@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "compat": {"errors"},
     "kernels": {"compat", "errors"},
     "core": {"kernels", "compat", "errors"},
-    "zoo": {"compat", "errors"},
+    "zoo": {"video", "compat", "errors"},
     "vision": {"core", "kernels", "compat", "errors"},
     "video": {"vision", "core", "compat", "errors"},
     "diffusion": {"core", "kernels", "compat", "errors"},
@@ -47,8 +47,12 @@ ALLOWED: dict[str, set[str]] = {
         *("evaluate", "train", "strategies", "api", "inspect", "methods", "zoo", "video", "core"),
         *("kernels", "errors"),
     },
+    "explore": {
+        *("vtr", "api", "inspect", "methods", "zoo", "video", "core"),
+        *("kernels", "errors"),
+    },
     "cli": {
-        *("vtr", "evaluate", "strategies", "inspect", "methods", "zoo", "video", "vision"),
+        *("vtr", "explore", "evaluate", "strategies", "inspect", "methods", "zoo", "video", "vision"),
         *("diffusion", "core", "kernels", "compat", "errors"),
     },
     "__main__": {"cli"},

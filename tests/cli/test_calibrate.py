@@ -91,7 +91,7 @@ def test_a_folder_of_pictures(run, folder, tmp_path):
     plan = vtr.Plan.load(out)
     assert plan.data["samples"] == 2 and str(folder) in plan.data["description"]
     # In the order of their names, one prompt each.
-    from vtr.cli.inputs import read_image, vlm_inputs
+    from vtr.zoo.inputs import read_image, vlm_inputs
 
     model, processor = vtr.zoo.load_vlm("digits-llava")
     pictures = (read_image(folder / name) for name in ("a.jpg", "b.png"))

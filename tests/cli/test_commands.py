@@ -113,7 +113,7 @@ def test_draw_writes_a_picture(run, photo, tmp_path):
 
 
 def test_pictures_are_normalised_as_a_tower_was_trained():
-    from vtr.cli.inputs import preprocess
+    from vtr.zoo.inputs import preprocess
 
     open_clip = pytest.importorskip("open_clip")
     white = Image.new("RGB", (40, 40), "white")
@@ -129,7 +129,7 @@ def test_pictures_are_normalised_as_a_tower_was_trained():
 
 
 def test_a_photo_is_read_upright(tmp_path):
-    from vtr.cli.inputs import read_image
+    from vtr.zoo.inputs import read_image
 
     tags = Image.Exif()
     tags[0x0112] = 6  # the camera was turned to the left
@@ -158,7 +158,7 @@ def test_what_cut_nothing_is_not_drawn(run, photo):
 
 
 def test_a_picture_of_sixteen_bits_is_not_white(tmp_path):
-    from vtr.cli.inputs import read_image
+    from vtr.zoo.inputs import read_image
 
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(grey * 257).save(tmp_path / "deep.png")

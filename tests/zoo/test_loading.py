@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtr.cli.inputs import QUESTIONS
+from vtr.zoo.inputs import QUESTIONS
 from vtr.zoo import load_vlm, loading
 
 

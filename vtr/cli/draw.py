@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vtr.cli import inputs, shared
-from vtr.zoo import loading
+from vtr.cli import shared
+from vtr.zoo import inputs, loading
 
 
 def draw(

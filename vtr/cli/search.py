@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vtr.cli import inputs, shared
+from vtr.cli import shared
 from vtr.cli.calibrate import ENDINGS, built_in, one_method, pictures
-from vtr.zoo import loading
+from vtr.zoo import inputs, loading
 
 BUILTIN = 64  # samples by default
 TOGETHER = 16  # pictures in a batch

@@ -1,4 +1,4 @@
-"""Pictures, videos and questions for the models that a command names."""
+"""Pictures, videos and questions as inputs of the models that go by a name."""
 
 from __future__ import annotations
 
@@ -16,23 +16,39 @@ QUESTIONS = {
 
 
 def vlm_inputs(
-    name: str, model: Any, processor: Any, picture: Any, question: str | None, batch: int = 1
+    name: str, model: Any, processor: Any, seen: Any, question: str | None, batch: int = 1
 ) -> dict[str, Any]:
-    """Arguments of the model's forward: a question about a PIL image or a :class:`vtr.video.Video`.
+    """Arguments of the model's forward: a question about pictures or a video.
 
-    ``batch`` repeats it. Without a question something that the built-in models were trained on, and
-    for others a plain one.
+    Args:
+        name: of the model.
+        model, processor: as they were loaded.
+        seen: a PIL image, a list of them, or a :class:`vtr.video.Video`.
+        question: None is one that the built-in models were trained on, and for others a plain one.
+        batch: how often it is repeated.
+
+    Raises:
+        ValueError: the model takes no pictures, or no videos.
     """
-    video = hasattr(picture, "for_processor")
+    video = hasattr(seen, "for_processor")
     what = "video" if video else "image"
     text = question or QUESTIONS.get(
         VLMS.get(name, ""), f"What is in this {'video' if video else 'picture'}?"
     )
-    content = [{"type": what}, {"type": "text", "text": text}]
+    pictures = seen if isinstance(seen, list) else [seen]
+    content = [{"type": what}] * len(pictures)
+    if VLMS.get(name) == "digits-chat":  # its pictures go by names, which come before them
+        from vtr.zoo.chat_questions import NAMES
+
+        named = zip(NAMES, content, strict=False)
+        content = [part for word, it in named for part in ({"type": "text", "text": word}, it)]
+        if len(pictures) > len(NAMES):
+            raise ValueError(f"{name} takes at most {len(NAMES)} pictures, got {len(pictures)}")
+    content = [*content, {"type": "text", "text": text}]
     turn = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
-    media = picture.for_processor() if video else {"images": [picture]}
+    media = seen.for_processor() if video else {"images": pictures}
     media = {k: v * batch if isinstance(v, list) else v for k, v in media.items()}
     inputs = dict(
         processor(text=[turn] * batch, **media, return_tensors="pt").to(model.device, model.dtype)

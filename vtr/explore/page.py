@@ -1,0 +1,152 @@
+"""The results as HTML. All text is escaped, and pictures are in the page itself: no file is served for them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from io import BytesIO
+from typing import Any
+
+from vtr.explore.compute import Column, Comparison, Costs, Maps, Said, Titled
+from vtr.explore.media import Shown
+from vtr.explore.subjects import Subject
+
+STYLE = """
+.vtr {font-family: var(--font); color: var(--body-text-color)}
+.vtr-columns {display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(232px, 1fr))}
+.vtr-column {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px;
+  background: var(--block-background-fill); min-width: 0}
+.vtr-column h3 {margin: 0 0 8px; font: 600 13px/1.3 var(--font-mono); overflow-wrap: anywhere; min-height: 17px}
+.vtr-said {display: flex; justify-content: space-between; gap: 8px; font-size: 18px; font-weight: 600}
+.vtr-said span {color: var(--body-text-color-subdued); font-size: 13px; font-weight: 400; white-space: nowrap}
+.vtr-bar {height: 4px; border-radius: 2px; background: var(--border-color-primary); margin: 4px 0 10px}
+.vtr-bar div {height: 4px; border-radius: 2px; background: #0d9488}
+.vtr-wrong .vtr-bar div {background: #d97706}
+.vtr-pictures {display: flex; flex-wrap: wrap; gap: 8px}
+.vtr-pictures figure {margin: 0; max-width: 100%}
+.vtr-pictures figcaption {font-size: 11px; color: var(--body-text-color-subdued); padding-bottom: 2px}
+.vtr-pictures img {display: block; max-width: 100%; border-radius: 4px; image-rendering: pixelated}
+.vtr-note {font-size: 12px; color: var(--body-text-color-subdued); margin: 8px 0 0; overflow-wrap: anywhere}
+.vtr-failed {color: #dc2626}
+.vtr table {border-collapse: collapse; margin-top: 14px; width: 100%; font-size: 13px;
+  font-variant-numeric: tabular-nums}
+.vtr th, .vtr td {text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--border-color-primary)}
+.vtr th:first-child, .vtr td:first-child {text-align: left}
+.vtr td small {color: var(--body-text-color-subdued)}
+.vtr th {font: 600 12px var(--font-mono); overflow-wrap: anywhere}
+.vtr pre {font-size: 12px; overflow-x: auto}
+"""
+LEGEND = "bright: kept, dark: dropped, coloured: merged, hatched: frozen"
+
+
+def shown_html(shown: Shown) -> str:
+    """Small pictures of what the model is shown."""
+    found = shown.thumbnails()
+    side = 96 if len(found) > 1 else 160
+    return f'<div class="vtr">{_pictures([("", p) for p in found], side)}</div>' if found else ""
+
+
+def comparison_html(found: Comparison, shown: Shown) -> str:
+    """The columns and the table of costs."""
+    first = found.columns[0]
+    if first.said and not first.masks and shown.pictures:  # dense: what the model is shown
+        pictures = [("input", p) for p in shown.thumbnails(side=240)[:4]]
+    else:
+        pictures = []
+    right = shown.answer if not found.text or found.text == shown.text else ""
+    cells = [_column(c, right, pictures if c is first else []) for c in found.columns]
+    return (
+        f'<div class="vtr"><div class="vtr-columns">{"".join(cells)}</div>{_table(found.columns)}'
+        f'<p class="vtr-note">{LEGEND}</p></div>'
+    )
+
+
+def maps_html(maps: Maps) -> str:
+    """The attention maps, and the sinks with their numbers."""
+    parts = [_pictures(maps.maps)]
+    if maps.sinks:
+        parts.append(_pictures(maps.sinks))
+        parts.append(f"<pre>{escape(maps.summary)}</pre>")
+    if not maps.maps and not maps.sinks:
+        parts.append('<p class="vtr-note">no map: the tokens form no known grid</p>')
+    return f'<div class="vtr">{"".join(parts)}</div>'
+
+
+def refused_html(subject: Subject) -> str:
+    """The methods that do not work on a model, with the reasons."""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td style='text-align:left'>{escape(why)}</td></tr>"
+        for name, why in subject.refused.items()
+    )
+    return f'<div class="vtr"><table>{rows}</table></div>'
+
+
+def _column(column: Column, right: str, before: Sequence[Titled]) -> str:
+    wrong = bool(right) and any(s.text != right for s in column.said)
+    parts = [f"<h3>{escape(column.title)}</h3>", *map(_said, column.said)]
+    parts.append(_pictures([*before, *column.stages]))
+    parts.append(_pictures(column.masks))
+    if column.note:
+        failed = " vtr-failed" if column.failed else ""
+        parts.append(f'<p class="vtr-note{failed}">{escape(column.note)}</p>')
+    marked = " vtr-wrong" if wrong and column.said[0].probability is not None else ""
+    return f'<div class="vtr-column{marked}">{"".join(parts)}</div>'
+
+
+def _said(said: Said) -> str:
+    share = said.probability
+    if share is None:
+        return f'<div class="vtr-said">{escape(said.text)}</div>'
+    return (
+        f'<div class="vtr-said">{escape(said.text) or "(nothing)"}<span>{share:.1%}</span></div>'
+        f'<div class="vtr-bar"><div style="width:{100 * share:.1f}%"></div></div>'
+    )
+
+
+def _table(columns: Sequence[Column]) -> str:
+    """Costs: what, dense, and each method with its share of dense."""
+    rows: list[tuple[str, str, Callable[[Costs], float | None]]] = [
+        ("tokens", "{:.0f}", lambda c: c.tokens),
+        ("pairs computed", "{:.1%}", lambda c: c.density),
+        ("GFLOPs", "{:.3f}", lambda c: None if c.flops is None else c.flops / 1e9),
+        ("KV cache, KiB", "{:.0f}", lambda c: None if c.kv_bytes is None else c.kv_bytes / 1024),
+        ("time, ms", "{:.1f}", lambda c: c.milliseconds),
+    ]
+    heads = "".join(f"<th>{escape(c.title.partition('(')[0])}</th>" for c in columns)
+    lines = []
+    for name, form, read in rows:
+        whole = next((v for c in columns[1:] if (v := read(c.dense)) is not None), None)
+        if whole is None and all(read(c.costs) is None for c in columns):
+            continue
+        cells = [f"<td>{_number(form, whole)}</td>"]
+        for column in columns[1:]:
+            value, dense = read(column.costs), read(column.dense)
+            cell = _number(form, value)
+            if value is not None and dense and name != "pairs computed":
+                cell += f" <small>{value / dense:.0%}</small>"
+            cells.append(f"<td>{cell}</td>")
+        lines.append(f"<tr><td>{name}</td>{''.join(cells)}</tr>")
+    return f"<table><tr><th></th>{heads}</tr>{''.join(lines)}</table>" if lines else ""
+
+
+def _number(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _pictures(titled: Iterable[Titled], side: int | None = None) -> str:
+    figures = []
+    for caption, picture in titled:
+        style = f' style="height:{side}px"' if side else ""
+        figures.append(
+            f"<figure><figcaption>{escape(caption)}</figcaption>"
+            f'<img src="{_source(picture)}" alt="{escape(caption)}"{style}></figure>'
+        )
+    return f'<div class="vtr-pictures">{"".join(figures)}</div>' if figures else ""
+
+
+def _source(picture: Any) -> str:
+    """A PIL image as a data URL."""
+    out = BytesIO()
+    picture.convert("RGB").save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
