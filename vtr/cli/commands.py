@@ -13,6 +13,7 @@ from vtr.cli.calibrate import calibrate
 from vtr.cli.doctor import doctor
 from vtr.cli.draw import draw
 from vtr.cli.evaluate import evaluate
+from vtr.cli.explore import explore
 from vtr.cli.heatmap import heatmap
 from vtr.cli.listing import families, methods, models, supported
 from vtr.cli.profile import profile
@@ -79,6 +80,7 @@ _COMMANDS = (
     heatmap,
     calibrate,
     search,
+    explore,
     demo,
     plot,
 )
