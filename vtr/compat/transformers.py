@@ -148,9 +148,10 @@ def causal_mask(config: Any, hidden: Any, mask: Any, cache: Any, layer: int) -> 
 
 
 #: Kinds of layers, as the ``layer_types`` of a configuration name them: causal attention, the same within a
-#: window of columns, and layers with a recurrent state or a convolution.
+#: window of columns or within chunks of them, and layers with a recurrent state or a convolution.
 FULL = ("full_attention",)
 SLIDING = ("sliding_attention",)
+CHUNKED = ("chunked_attention",)
 RECURRENT = ("linear_attention", "conv")
 
 
@@ -187,6 +188,22 @@ def layer_config(config: Any, layer: int) -> Any:
 def window_of(config: Any) -> int:
     """Return how many columns a token of a layer with a sliding window sees, itself included."""
     return int(config.sliding_window)
+
+
+def chunk_of(config: Any) -> int:
+    """Return how many columns a chunk of a layer with chunked attention has."""
+    return int(config.attention_chunk_size)
+
+
+def counts_columns(attention: Any) -> bool:
+    """Tell whether an attention module scales its queries by the number of their column (Llama 4)."""
+    return bool(getattr(attention, "attn_temperature_tuning", False)) and not attention.use_rope
+
+
+def column_scale(attention: Any, columns: Any) -> Any:
+    """Compute the factor of queries in columns (...) int64 that such a module uses, 1 + a log(1 + floor((n + 1) / f))."""
+    steps = ((columns.float() + 1) / attention.floor_scale).floor()
+    return steps.log1p() * attention.attn_scale + 1
 
 
 def columns_seen(cache: Any, rows: int, layer: int) -> int | None:
@@ -448,7 +465,10 @@ def crop_counter(inner: Any) -> Callable[[Any], int]:
 def language_module(model: Any) -> Any:
     """Return the language model that a model holds; None if it holds none."""
     parts = model._modules
-    return parts.get("language_model", parts.get("text_model"))
+    found = parts.get("language_model", parts.get("text_model"))
+    within = None if found is None else found._modules.get("model")
+    # Llama 4 holds one with its head.
+    return within if hasattr(within, "layers") and not hasattr(found, "layers") else found
 
 
 def check_deepstack(language: Any) -> bool:

@@ -110,6 +110,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("num_position_embeddings", "num_patches"), SIDE * SIDE),
     **dict.fromkeys(("pos_emb_height", "pos_emb_width", "posemb_grid_size"), SIDE),
+    "floor_scale": 8,
     "patch_size": PATCH,
     "patch_dim": 3 * PATCH**2,
     "merged_hidden_size": 4 * WIDTH,
@@ -125,6 +126,7 @@ SIZES: dict[str, int] = {
 #: Sizes of a part that follow from others: ``model_type`` -> entries.
 SHAPES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [WIDTH, WIDTH], "window_size": SIDE},
+    "llama4_vision_model": {"intermediate_size": 4 * WIDTH, "vision_output_dim": WIDTH},
     "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
     "muse_spark": {"out_hidden_size": 4 * WIDTH},
 }

@@ -367,7 +367,9 @@ class LanguageCall:
         self.changed = True
         if not self.again:
             self._record(entry, name, layer, step, before)
-        if self.rope is not None:
+        if isinstance(self.rope, Tensor):
+            self.rope = follow(self.rope, index, valid, 1)
+        elif self.rope is not None:
             cos, sin = self.rope
             self.rope = (follow(cos, index, valid, 1), follow(sin, index, valid))
         return follow(hidden, index, valid)

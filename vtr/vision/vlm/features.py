@@ -159,6 +159,13 @@ class Captures:
         return frames_of(call, per_sample, tiled, scattered, joined)
 
 
+def visual_features(output: Any) -> Any:
+    """The visual tokens that a ``get_image_features`` returned, of each picture; those in front of the projector if
+    the model applies it itself; None if it returned none."""
+    found = getattr(output, "pooler_output", None)
+    return getattr(output, "last_hidden_state", None) if found is None else found
+
+
 def first_token(output: Any) -> Tensor | None:
     """The first visual token (C,) of what a ``get_image_features`` returned."""
     found = getattr(output, "pooler_output", None)

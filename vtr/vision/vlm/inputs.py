@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from vtr.compat.transformers import LAYER_EMBEDDINGS, TOKEN_INPUTS, TOKEN_TYPES
+from vtr.compat.transformers import LAYER_EMBEDDINGS, TOKEN_INPUTS, TOKEN_TYPES, column_scale
 from vtr.vision.vlm.arguments import named
+from vtr.vision.vlm.cache import length_of
 from vtr.vision.vlm.sequence import SequenceLayout, between, follow
 
 if TYPE_CHECKING:
@@ -41,6 +43,15 @@ def in_layer(call: LanguageCall, given: dict[str, Any]) -> dict[str, Any]:
         return {}
     index, valid = between(call.entered, call.layout)
     return {name: follow(given[name], index, valid) for name in found}
+
+
+def rescaled(call: LanguageCall, i: int, attention: Any, q: Tensor) -> Tensor:
+    """Give queries (B, L, C) that their module will scale by their column the scale of the column that they had."""
+    length = q.shape[1]
+    taken = torch.arange(length, device=q.device) + length_of(call.cache, i)
+    had = call.columns(i)[:, -length:].to(q.device)
+    scale = column_scale(attention, had) / column_scale(attention, taken)
+    return (q * scale[..., None]).to(q.dtype)
 
 
 def folded(hidden: Tensor) -> Tensor:

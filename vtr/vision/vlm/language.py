@@ -22,6 +22,7 @@ from vtr.compat.transformers import (
     KEPT_LOGITS,
     causal_mask,
     check_deepstack,
+    counts_columns,
     given_cache,
 )
 from vtr.core.recompute import Inputs
@@ -31,7 +32,7 @@ from vtr.vision.vlm.cache import cuts_of, forget, length_of, lock, remember, unl
 from vtr.vision.vlm.call import LanguageCall, PrefillRecord
 from vtr.vision.vlm.deepstack import deepstack, narrowed
 from vtr.vision.vlm.head import Purpose
-from vtr.vision.vlm.inputs import apart, at_entry, folded, in_layer, unfolded
+from vtr.vision.vlm.inputs import apart, at_entry, folded, in_layer, rescaled, unfolded
 from vtr.vision.vlm.marks import MarkedCache, marked
 from vtr.vision.vlm.masks import check_cache, sync, two_way
 from vtr.vision.vlm.masks import entry as masks_at_entry
@@ -126,6 +127,8 @@ class LanguageSession(Threaded):
         owner.hook(module.register_forward_hook(Bound(self, "end"), always_call=True))
         for i, layer in enumerate(self.layers):
             owner.hook(layer.register_forward_pre_hook(BeforeLayer(self, i), with_kwargs=True))
+            if counts_columns(getattr(layer, "self_attn", None)):
+                owner.hook(layer.self_attn.q_proj.register_forward_hook(Bound(self, "rescale", i)))
         self.middle.install()
         if check_deepstack(module):
             owner.patch(module, DEEPSTACK, Bound(self, "deepstack"))
@@ -370,6 +373,13 @@ class LanguageSession(Threaded):
         return (
             ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         )
+
+    def rescale(self, i: int, module: Any, args: Any, output: Tensor) -> Tensor | None:
+        """The queries of layer ``i`` are projected, whose attention scales them by their columns."""
+        call = self.running()
+        if call is None or (not call.changed and call.cuts is None):
+            return None
+        return rescaled(call, i, self.layers[i].self_attn, output)
 
     def _enter_device(self, call: LanguageCall, i: int, module: Any, hidden: Tensor) -> Tensor:
         """Hidden states go to the layer's device before its methods see them, not only inside of it."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from vtr.compat.transformers import (
+    CHUNKED,
     FULL,
     RECURRENT,
     SLIDING,
     attention_implementation,
     causal_mask,
+    chunk_of,
     columns_seen,
     window_of,
 )
@@ -35,7 +37,7 @@ Masks = dict[str, Tensor | None]
 
 def unknown_kinds(kinds: list[str]) -> str:
     """Say which kinds of layers a cut cannot be followed through; empty if all are known."""
-    odd = sorted({kind for kind in kinds if kind not in (*FULL, *SLIDING, *RECURRENT)})
+    odd = sorted({kind for kind in kinds if kind not in (*FULL, *SLIDING, *CHUNKED, *RECURRENT)})
     return f"its language model has layers of the kind {', '.join(odd)}" if odd else ""
 
 
@@ -125,7 +127,7 @@ def visible(call: LanguageCall, layer: int, rows: Tensor, causal: Tensor) -> Ten
         rows: (B, R) int64, places of the tokens in the sequence of this call; -1 for none.
         causal: (B, R, K) bool.
     """
-    owner, kind = call.owner, call.owner.kinds[layer]
+    kind = call.owner.kinds[layer]
     full = None if call.masks is None else call.masks.get(kind)
     if full is not None:
         length = call.layout.valid.shape[1]
@@ -133,11 +135,11 @@ def visible(call: LanguageCall, layer: int, rows: Tensor, causal: Tensor) -> Ten
         seen = _gathered(seen, call.layout)[:, 0, :, :length]
         found = take(seen, rows.clamp(min=0).to(seen.device)).to(causal.device)
         return found & (rows >= 0)[..., None]
-    if kind not in SLIDING:
+    if kind not in (*SLIDING, *CHUNKED):
         return causal
     keys = call.columns(layer)
     queries = keys[:, -call.layout.valid.shape[1] :].gather(1, rows.clamp(min=0))
-    return causal & (queries[..., None] - keys[:, None] < window_of(owner.lm.config))
+    return causal & _near(call, layer, queries[..., None], keys[:, None])
 
 
 def _mask(session: LanguageSession, call: LanguageCall, i: int, hidden: Tensor) -> Any:
@@ -151,15 +153,34 @@ def _mask(session: LanguageSession, call: LanguageCall, i: int, hidden: Tensor) 
     config = session.module.config
     if kind in FULL:
         return causal_mask(config, hidden, call.mask(i), call.cache, i)
-    return _as_added(session, _window(call, i, window_of(config)).to(hidden.device), hidden)
+    return _as_added(session, _nearby(call, i).to(hidden.device), hidden)
 
 
-def _window(call: LanguageCall, i: int, window: int) -> Tensor:
-    """(B, 1, L', K) bool of a layer whose tokens see the last ``window`` columns of the sequence as it was given."""
+def _near(call: LanguageCall, i: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """(B, L', K) bool: whether columns (B, 1, K) lie in the window or the chunk of others (B, L', 1), both counted in
+    the sequence as it was given."""
+    kind, config = call.owner.kinds[i], call.owner.lm.config
+    if kind in SLIDING:
+        return queries - keys < window_of(config)
+    if kind not in CHUNKED:
+        return torch.ones_like(queries - keys, dtype=torch.bool)
+    given, chunk = call.valid, chunk_of(config)
+    if call.history is not None:
+        given = torch.cat([call.history, given], 1)
+    elif call.offset:  # columns without a mask are tokens
+        given = given.new_ones(given.shape[0], 1)
+    start = (given.long().cumsum(1) == 0).sum(1)[
+        :, None, None
+    ]  # chunks begin behind padding on the left
+    return (queries - start) // chunk == (keys - start) // chunk
+
+
+def _nearby(call: LanguageCall, i: int) -> Tensor:
+    """(B, 1, L', K) bool of a layer whose tokens see the columns of their window or chunk."""
     keys, valid = _keys(call, i)
     queries = call.columns(i)[:, -call.layout.valid.shape[1] :, None]
     keys = keys[:, None]
-    seen = (keys <= queries) & (queries - keys < window) & valid[:, None]
+    seen = (keys <= queries) & _near(call, i, queries, keys) & valid[:, None]
     return _never_blind(seen)[:, None]
 
 
@@ -186,9 +207,7 @@ def _seen_elsewhere(session: LanguageSession, call: LanguageCall, i: int) -> Ten
     valid = valid & left.gather(1, keys)
     queries = columns[:, -call.layout.valid.shape[1] :, None]
     keys = keys[:, None]
-    seen = (keys <= queries) & valid[:, None]
-    if session.owner.kinds[i] in SLIDING:
-        seen &= queries - keys < window_of(session.module.config)
+    seen = (keys <= queries) & _near(call, i, queries, keys) & valid[:, None]
     return _never_blind(seen)[:, None]
 
 
@@ -221,10 +240,14 @@ def _rope(session: LanguageSession, call: LanguageCall, i: int, given: Any, hidd
             positions = positions[-3:] if positions.dim() == 3 else positions.expand(3, -1, -1)
         kind = session.owner.kinds[i]
         typed = "layer_type" in inspect.signature(rotary.forward).parameters
-        cos, sin = rotary(hidden, positions, kind) if typed else rotary(hidden, positions)
-        return cos.to(hidden.device), sin.to(hidden.device)
+        made = rotary(hidden, positions, kind) if typed else rotary(hidden, positions)
+        if isinstance(made, Tensor):
+            return made.to(hidden.device)
+        return made[0].to(hidden.device), made[1].to(hidden.device)
     if call.layout is call.entered:
         return given
     index, valid = between(call.entered, call.layout)
+    if isinstance(given, Tensor):  # complex numbers
+        return follow(given, index, valid, 1)
     cos, sin = given
     return follow(cos, index, valid, 1), follow(sin, index, valid)

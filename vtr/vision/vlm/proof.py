@@ -133,7 +133,7 @@ def generic_family(root: Any, inner: Any) -> Generic | None:
     """
     if not is_vlm(inner):
         return None
-    title = type(inner).__name__.removesuffix("Model")
+    title = type(inner).__name__.removesuffix("Model").removesuffix("ForConditionalGeneration")
     odd = lacking(inner)
     proof = Proof(odd) if odd else proof_of(root, inner)
     if proof.refused:

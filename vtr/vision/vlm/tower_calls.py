@@ -14,7 +14,7 @@ from vtr.core.trace import Trace
 from vtr.core.wrapping import Bound, PerThread, Threaded
 from vtr.errors import UnsupportedMethodError
 from vtr.vision.encoders.image import ask, at_any_size, entry_of
-from vtr.vision.vlm.features import Capture, Captures, first_token
+from vtr.vision.vlm.features import Capture, Captures, first_token, visual_features
 from vtr.vision.vlm.pictures import Shrunk
 from vtr.vision.vlm.pixels import PixelCalls
 
@@ -89,7 +89,7 @@ class TowerCalls(Threaded):
                 out = method(self.owner.inner, *args, **kwargs)
             else:
                 out = self._smaller(method, shrunk, args, kwargs)
-            found = getattr(out, "pooler_output", None)
+            found = visual_features(out)
             if found is not None:
                 if shrunk is not None:
                     capture.coarse = shrunk.widen(out)

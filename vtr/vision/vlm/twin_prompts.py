@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtr.compat.twins import PATCH, SIDE, STRIDE, VOCABULARY
 from vtr.errors import UnsupportedModelError
+from vtr.vision.vlm.features import visual_features
 from vtr.vision.vlm.placeholders import visual_ids
 from vtr.vision.vlm.twin import SMALL_IDS
 
@@ -130,9 +131,9 @@ def joined(given: list[Inputs]) -> Inputs:
 def _tokens(inner: Any, given: Inputs) -> int:
     with torch.no_grad():
         out = inner.get_image_features(**given, return_dict=True)
-    found = out.pooler_output
+    found = visual_features(out)
     if found is None:
-        raise ValueError("get_image_features returns no pooler_output")
+        raise ValueError("get_image_features returns no features of pictures")
     return sum(x.shape[:-1].numel() for x in found)
 
 

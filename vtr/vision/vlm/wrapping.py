@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtr.compat.tested import explain
 from vtr.compat.transformers import (
+    CHUNKED,
     COMPILES,
     DRAFTS,
     ENCODED,
@@ -137,8 +138,8 @@ class VLMWrapping(Wrapping):
 
     @property
     def sliding(self) -> bool:
-        """Tell whether layers of the language model attend within a window."""
-        return any(kind in SLIDING for kind in self.kinds)
+        """Tell whether layers of the language model attend within a window or a chunk, which their caches hold alone."""
+        return any(kind in (*SLIDING, *CHUNKED) for kind in self.kinds)
 
     @property
     def counted(self) -> int:
@@ -261,7 +262,7 @@ class VLMWrapping(Wrapping):
         self.language.install()
         self.kv.install()
         self.attention.install()
-        if self.root is not inner:
+        if self.root is not inner or hasattr(self.root, "generate"):
             self.head.install()
         self.hook(inner.register_forward_pre_hook(Bound(self, "before_inner"), with_kwargs=True))
         check_generate(self.root)
