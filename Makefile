@@ -24,10 +24,11 @@ $(VENV)/.installed: $(BIN)/uv pyproject.toml requirements/locked.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
-# An environment with what the demo needs, so that it is there sooner. FULL=1 counts on as many samples as the docs.
+# An environment with what the demo needs, so that it is there sooner; --no-deps leaves out Triton (1 GB), which torch
+# asks for and which a CPU does not use. FULL=1 counts on as many samples as the docs.
 $(VENV)-demo/.installed: $(BIN)/uv pyproject.toml requirements/demo.txt
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-demo
-	$(BIN)/uv pip install --python $(VENV)-demo/bin/python --require-hashes -r requirements/demo.txt
+	$(BIN)/uv pip install --python $(VENV)-demo/bin/python --no-deps --require-hashes -r requirements/demo.txt
 	$(BIN)/uv pip install --quiet --python $(VENV)-demo/bin/python --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -52,7 +53,7 @@ lock: $(BIN)/uv
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-header --extra dev pyproject.toml -o requirements/locked.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-		--constraint requirements/locked.txt --extra demo pyproject.toml -o requirements/demo.txt
+		--constraint requirements/locked.txt --extra demo --no-emit-package triton pyproject.toml -o requirements/demo.txt
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-header --resolution lowest-direct \
 		$(foreach extra,vision vlm video diffusion train search detection ui test,--extra $(extra)) \

@@ -22,7 +22,6 @@ from vtr.errors import VtrError
 
 app = typer.Typer(
     help="Visual token reduction for vision and video models.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -31,7 +30,7 @@ _USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
-    """Entry point: bad input ends with status 2 and one line that says what is wrong."""
+    """Entry point: bad input ends with status 2 and one line that says what is wrong (``docs/cli.md``)."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not every terminal can show a ± or a file's name
             stream.reconfigure(errors="replace")
@@ -41,6 +40,9 @@ def main() -> None:
         _fail(f"{error.format_message()} ({' '.join(['vtr', *_command(), '--help'])})")
     except (VtrError, ValueError, OSError) as error:
         _fail(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        print("vtr: stopped", file=sys.stderr)
+        sys.exit(130)
     except sqlite3.Error as error:
         _fail(f"the results store cannot be written: {error} (what is in it is safe)")
 

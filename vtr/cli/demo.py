@@ -31,6 +31,7 @@ PARTS = {
     },
     "diffusion": {
         "diffusers": "diffusers",
+        "accelerate": "accelerate",
         "transformers": "transformers",
         "scikit-learn": "sklearn",
     },
