@@ -28,6 +28,9 @@ def run(out: Path, console: Console, full: bool = False) -> tuple[Any, str]:
     methods = digits.demo_methods()
     # The pictures show digits on something that the eye can see; the table counts all of them.
     light = [i for i, p in enumerate(pixels) if data.denormalise(p).mean() > 0.25]
+    busy = max(light or [0], key=lambda i: float(pixels[i].std()))
+    _photo(model, pixels[busy]).save(out / "photo.png")
+    console.print(escape(f"wrote {out}/photo.png; drawing more ..."))
     stages, compared = _sheets(model, methods, pixels[(light or [0])[:4]])
     stages.save(out / "vit-stages.png")
     compared.save(out / "vit.png")
@@ -37,6 +40,23 @@ def run(out: Path, console: Console, full: bool = False) -> tuple[Any, str]:
     table = digits.table(results, title)
     console.print(table)
     return digits.to_dicts(results), as_text(table, PAGE)
+
+
+def _photo(model: Any, pixels: torch.Tensor) -> Any:
+    """Draw one picture and its tokens after the last cut of three methods, side by side."""
+    shown: list[Any] = []
+    with torch.inference_mode():
+        for method in (
+            vtr.CLSAttention(keep=0.12, layers=(1,)),
+            vtr.EViT(keep=0.4, layers=(1, 2, 3)),
+            vtr.ToMe(r=(48, 32, 16, 8, 8)),
+        ):
+            with vtr.apply(model, method) as handle:
+                model(pixels[None])
+                last = vtr.Trace([handle.trace.stages[-1]])
+            view = data.denormalise(pixels)
+            shown.append(vtr.draw(last, view, size=192, show_input=not shown))
+    return row(shown)
 
 
 def _sheets(model: Any, methods: Sequence[Any], pixels: torch.Tensor) -> tuple[Any, Any]:
