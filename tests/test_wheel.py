@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,6 +31,69 @@ def content() -> set[str]:
         for _, source, _, names in build.data_files:
             files |= {(Path(source) / name).as_posix() for name in names}
     return files
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Build the wheel and the source distribution of a copy of the repository's files."""
+    pytest.importorskip("setuptools")
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    ignore = shutil.ignore_patterns("__pycache__", ".*_cache")
+    for name in ("vtr", "tests", "recipes"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    code = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,), (source,) = (copy / "dist").glob("*.whl"), (copy / "dist").glob("*.tar.gz")
+    return wheel, source
+
+
+def test_the_source_distribution_has_the_package_and_neither_tests_nor_recipes(archives, content):
+    with tarfile.open(archives[1]) as file:
+        names = {m.name.partition("/")[2] for m in file.getmembers() if m.isfile()}
+    assert content <= names
+    beside = {name.partition("/")[0] for name in names - content}
+    assert beside == {
+        *("LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"),
+        "vtr.egg-info",
+    }
+
+
+def test_the_demo_runs_from_the_wheel_alone(archives, tmp_path):
+    """The installed command and nothing of the repository; see docs/install.md for an empty environment."""
+    pytest.importorskip("timm")
+    with zipfile.ZipFile(archives[0]) as wheel:
+        wheel.extractall(tmp_path / "site")
+    code = (
+        "import pathlib, sys, vtr; from vtr.cli import demo_vit; from vtr.cli.commands import main\n"
+        "assert pathlib.Path(vtr.__file__).parents[1].name == 'site'\n"
+        "demo_vit.IMAGES = 10; demo_vit.digits.demo_methods = lambda: [vtr.EViT(keep=0.4)]\n"
+        "sys.argv = ['vtr', 'demo', 'vit', '--out', 'demo']; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {"photo.png", "vit.png", "vit-stages.png", "table.txt", "results.json"}
+    assert {f.name for f in (tmp_path / "demo").iterdir()} == names
+
+
+def test_the_demo_names_a_package_that_is_missing(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from vtr.cli import demo
+    from vtr.errors import MissingDependencyError
+
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "av" else name)
+    with pytest.raises(MissingDependencyError, match=r"'av'.*pip install 'vtr\[demo\]'"):
+        demo.run([], tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_file_of_the_package_is_in_the_wheel_and_no_other(content):

@@ -41,7 +41,6 @@ def main() -> None:
     except (VtrError, ValueError, OSError) as error:
         _fail(str(error))
     except (typer.Abort, KeyboardInterrupt):
-        print("vtr: stopped", file=sys.stderr)
         sys.exit(130)
     except sqlite3.Error as error:
         _fail(f"the results store cannot be written: {error} (what is in it is safe)")
