@@ -26,10 +26,11 @@ class PathGuard:
 
     Args:
         app: what is guarded.
+        upload: bytes of one upload at most, all its files together.
     """
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, upload: int) -> None:
+        self.app, self.upload = app, upload
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -39,6 +40,12 @@ class PathGuard:
         if not OPEN.fullmatch(path):
             await _answer(send, 404, "not found")
             return
+        if path.rstrip("/") == f"{PREFIX}/upload":
+            size = dict(scope["headers"]).get(b"content-length", b"")
+            if not size.isdigit() or int(size) > self.upload:
+                status = 413 if size.isdigit() else 411
+                await _answer(send, status, f"an upload has at most {self.upload} bytes")
+                return
         if path.rstrip("/") != f"{PREFIX}/queue/join":
             await self.app(scope, receive, send)
             return
@@ -77,19 +84,12 @@ def names_address(value: Any, depth: int = 0) -> bool:
     if depth > 32:
         raise ValueError("an event is nested too deeply")
     if isinstance(value, dict):
-        named = [value.get("path"), value.get("url")] if "path" in value else []
-        return any(isinstance(n, str) and _foreign(n) for n in named) or any(
-            names_address(v, depth + 1) for v in value.values()
-        )
+        path = value.get("path")
+        foreign = isinstance(path, str) and re.match(r"\s*[A-Za-z][\w+.-]*:/", path)
+        return bool(foreign) or any(names_address(v, depth + 1) for v in value.values())
     if isinstance(value, list):
         return any(names_address(v, depth + 1) for v in value)
     return False
-
-
-def _foreign(name: str) -> bool:
-    """Tell whether a path or an address leads elsewhere; this server's own addresses of files do not."""
-    scheme = re.match(r"\s*[A-Za-z][\w+.-]*:", name)
-    return bool(scheme) and not re.match(r"https?://[^/]*/gradio_api/file=/", name)
 
 
 async def _answer(send: Any, status: int, text: str) -> None:
