@@ -7,7 +7,7 @@ RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m
 
 # Environments beside the locked one: the lower bounds, the newest within the bounds, the newest there is.
 # lmms-eval is left out of them: it pins other libraries.
-EXTRAS := vision,vlm,video,diffusion,train,search,detection,ui,test
+EXTRAS := vision,vlm,video,diffusion,train,search,detection,plots,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
@@ -56,7 +56,7 @@ lock: $(BIN)/uv
 		--constraint requirements/locked.txt --extra demo --no-emit-package triton pyproject.toml -o requirements/demo.txt
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-header --resolution lowest-direct \
-		$(foreach extra,vision vlm video diffusion train search detection ui test,--extra $(extra)) \
+		$(foreach extra,vision vlm video diffusion train search detection plots test,--extra $(extra)) \
 		pyproject.toml -o requirements/lowest.txt
 
 $(VENV)-lowest: $(BIN)/uv requirements/lowest.txt

@@ -113,7 +113,7 @@ def plot(results: Sequence[CacheResult], path: str | Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained", sharey=True)
     names = list(dict.fromkeys(r.name for r in results[1:]))
     for axes, column in zip(panels, [c for c in COLUMNS if c.endswith("back")], strict=True):

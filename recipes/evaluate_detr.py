@@ -219,7 +219,7 @@ def plot(results: Sequence[DetectionResult], path: str | Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
     names = dict.fromkeys(r.name for r in results[1:])
     for panel, key in zip(panels, ("encoder", "ratio"), strict=True):

@@ -112,7 +112,7 @@ def plot(results: Sequence[PrefillResult], edits: Sequence[str], path: str | Pat
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     axes.axhline(100 * results[0].accuracy, color="0.6", lw=1, ls="--", label="dense")
     names = dict.fromkeys(r.name for r in results[1:] if r.name not in edits)

@@ -80,7 +80,7 @@ def plot(results: Sequence[ClipsResult], path: str | Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.axhline(100 * results[0].accuracy, color="0.6", lw=1, ls="--", label="dense")
     for i, name in enumerate(dict.fromkeys(r.name for r in results[1:])):

@@ -56,7 +56,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     dense = next(row for row in rows if row["attention"] == "dense")
     chosen = [row for row in rows if row["dense_steps"] == SHARE]
     order = {"bound": 0, "static": 1, "chosen": 2, "trained": 3}

@@ -33,6 +33,7 @@ FOLDERS = (
     "vtr/diffusion",
     "vtr/errors.py",
     "vtr/evaluate",
+    "vtr/explore",
     "vtr/inspect",
     "vtr/kernels",
     "vtr/strategies",

@@ -54,7 +54,7 @@ def test_versions_that_were_not_tested_and_are_missing(pretend: Any) -> None:
     )
     assert found["timm"].status == UNTESTED and "older than what was tested" in found["timm"].detail
     assert found["diffusers"] == Finding("diffusers", ABSENT, "pip install 'vtr[diffusion]'")
-    assert found["matplotlib"] == Finding("matplotlib", ABSENT, "pip install 'vtr[ui]'")
+    assert found["matplotlib"] == Finding("matplotlib", ABSENT, "pip install 'vtr[plots]'")
     assert found["triton"].status == ABSENT
 
 

@@ -28,7 +28,8 @@ OTHERS = {
     "sklearn": ("scikit-learn", "vlm"),
     "decord": ("decord", "video"),
     "ftfy": ("ftfy", "diffusion"),
-    "matplotlib": ("matplotlib", "ui"),
+    "matplotlib": ("matplotlib", "plots"),
+    "gradio": ("gradio", "ui"),
 }
 
 

@@ -212,7 +212,7 @@ def plot(sweep: dict[str, list[DigitsResult]], dense: DigitsResult, path: str) -
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     figure, (whole, close) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for axes in (whole, close):
         axes.axhline(100 * dense.accuracy, color="0.6", lw=1, ls="--", label="dense")

@@ -198,7 +198,7 @@ def plot(results: Outcomes, path: str | Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     relative, points = _points(results)
     if not points:
         raise ValueError("there is nothing to plot: no configuration has a score and FLOPs")

@@ -71,6 +71,7 @@ class _Page:
                 info=f"{HINT}; {len(subject.offered)} work on this model",
             ),
             gr.update(visible=not generator),
+            gr.update(visible=not generator),
             page.refused_html(subject),
         )
 
@@ -128,7 +129,9 @@ def build(subjects: Subjects, limits: Limits = Limits()) -> gr.Blocks:  # noqa: 
     """
     made = _Page(subjects, limits)
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    with gr.Blocks(title="vtr explore", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
+    with gr.Blocks(
+        title="vtr explore", analytics_enabled=False, delete_cache=(60, 600), fill_width=True
+    ) as blocks:
         shown = gr.State(Shown(), time_to_live=3600)
         with gr.Row():
             with gr.Column(scale=1, min_width=290):
@@ -143,7 +146,7 @@ def build(subjects: Subjects, limits: Limits = Limits()) -> gr.Blocks:  # noqa: 
                     elem_id="sample",
                 )
                 upload = gr.File(
-                    file_count="multiple", file_types=["image", "video"], height=120,
+                    file_count="multiple", file_types=["image", "video"], height=150,
                     label="or drop pictures or a clip", elem_id="upload",
                 )  # fmt: skip
                 seen = gr.HTML(elem_id="seen")
@@ -183,7 +186,7 @@ def build(subjects: Subjects, limits: Limits = Limits()) -> gr.Blocks:  # noqa: 
         }  # fmt: skip
         begin = {
             "fn": made.start, "inputs": model,
-            "outputs": [number, shown, seen, text, methods, measure, refused],
+            "outputs": [number, shown, seen, text, methods, measure, upload, refused],
             "concurrency_id": "model", **quiet,
         }  # fmt: skip
         for event in (blocks.load(**begin), model.change(**begin)):

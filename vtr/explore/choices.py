@@ -65,6 +65,8 @@ def method_at(name: str, keep: float, model: str = "", tokens: int | None = None
         options["weights"] = TRAINED[name]
     option = budget_of(known[name])
     plain = create(name, **options)
+    if getattr(plain, "seed", 0) is None:  # the same picture twice gives the same tokens
+        plain = plain.replace(seed=0)
     if option is None:
         return plain
     if option == "method":  # one around another

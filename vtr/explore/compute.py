@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ class Column:
         dense: the same costs without a method, as this method's report counts them.
         stages: the tokens that are left after each stage, drawn on the picture.
         masks: of sparse attention, and the result of a generator.
+        parts: FLOPs of each part of the model that the report counts, dense and with the method.
         note: what a reader must know.
         failed: the method could not run; ``note`` says why.
     """
@@ -77,6 +78,7 @@ class Column:
     dense: Costs = Costs()
     stages: tuple[Titled, ...] = ()
     masks: tuple[Titled, ...] = ()
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     note: str = ""
     failed: bool = False
 
@@ -145,6 +147,7 @@ def compare(
         key = ("dense", subject.name, run.text)
         dense, output = shown.remembered(key, lambda: _dense(run))
         columns = [dense, *(_reduced(run, method, dense, output) for method in methods)]
+        columns = _counted(columns)
         if (
             measure and subject.kind != "generator"
         ):  # a run of which is long, and is its own measure
@@ -287,29 +290,42 @@ def _reduced(run: _Run, method: Method, dense: Column, output: Any) -> Column:
         costs = replace(costs, milliseconds=took)
         whole = replace(whole, milliseconds=dense.costs.milliseconds)
     masks = (*_result(run, out), *pictures.masks(trace))
-    return Column(title, said, costs, whole, stages, masks, note)
+    return Column(title, said, costs, whole, stages, masks, report.flops, note)
 
 
 def _costs(trace: Any, report: Any) -> tuple[Costs, Costs]:
     """Costs with the method and without it, as the report of the last call counts them."""
     last = trace.stages[-1] if trace.stages else None
-    flops = list(report.flops.values())
     found = trace.notes.get("attention", {}).values()
     seen = [float(note["density"]) for note in found if "density" in note]
     cache, held = report.kv_bytes, report.cache
     reduced = Costs(
         None if last is None else min(s.tokens_out for s in trace.stages),
-        sum(pair[1] for pair in flops) if flops else None,
-        held.bytes if held is not None else None if cache is None else cache[1],
+        kv_bytes=held.bytes if held is not None else None if cache is None else cache[1],
         density=sum(seen) / len(seen) if seen else None,
     )
     dense = Costs(
         None if last is None else trace.stages[0].tokens_in,
-        sum(pair[0] for pair in flops) if flops else None,
-        held.full if held is not None else None if cache is None else cache[0],
+        kv_bytes=held.full if held is not None else None if cache is None else cache[0],
         density=1.0 if seen else None,
     )
     return reduced, dense
+
+
+def _counted(columns: Sequence[Column]) -> list[Column]:
+    """Add FLOPs of the same parts of the model to all columns: a report counts the parts that a method changes."""
+    every: dict[str, int] = {}
+    for column in columns:
+        every |= {part: pair[0] for part, pair in column.parts.items()}
+    out = []
+    for column in columns:
+        if not column.parts:
+            out.append(column)
+            continue
+        after = sum(column.parts.get(part, (0, dense))[1] for part, dense in every.items())
+        costs, whole = replace(column.costs, flops=after), sum(every.values())
+        out.append(replace(column, costs=costs, dense=replace(column.dense, flops=whole)))
+    return out
 
 
 def _profiled(run: _Run, columns: list[Column], methods: Sequence[Method]) -> list[Column]:

@@ -122,21 +122,25 @@ def _questions() -> list[Any]:
 
     from vtr.zoo import vqa
 
-    def light(found: Any) -> float:
-        return -sum(ImageStat.Stat(found.image.convert("L")).mean)
+    def plain(found: Any) -> float:
+        stat = ImageStat.Stat(found.image.convert("RGB").resize((12, 12)))
+        return -sum(stat.mean) - sum(stat.stddev)
 
-    return sorted(vqa(60, seed=SEED), key=light)[:SAMPLES]
+    return sorted(vqa(60, seed=SEED), key=plain)[:SAMPLES]
 
 
 @lru_cache(maxsize=1)
 def _digits() -> list[tuple[Any, int]]:
-    """Pictures with contrast: a digit on what the eye can see, with its class."""
+    """Colourful pictures, on which the eye can see what tokens show, with the class of the digit."""
+    import torch
+
     from vtr.zoo import data, samples
 
     pixels, labels = samples("digits-vit", 60, seed=SEED)
     views = data.denormalise(pixels)
-    clear = sorted(range(len(views)), key=lambda i: -float(views[i].std() + views[i].mean()))
-    light = clear[:SAMPLES]
+    blurred = torch.nn.functional.avg_pool2d(views, 8)
+    colour = blurred.std(1).mean((1, 2)) + blurred.mean(1).std((1, 2)) + blurred.mean((1, 2, 3))
+    light = colour.argsort(descending=True)[:SAMPLES]
     whole = (views[light].clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     return list(zip(_pil(whole), labels[light].tolist(), strict=True))
 

@@ -52,12 +52,14 @@ def stages(trace: Trace, canvas: Any, video: Any = None) -> tuple[tuple[Titled, 
 
 def _stage(stage: StageRecord, picture: Any, number: int, count: int, video: bool) -> Titled:
     prompt = stage.frames is not None  # pictures are those of one prompt, not samples of a batch
-    where = {"which": number} if prompt and count > 1 else {"sample": 0 if prompt else number}
+    where: dict[str, Any] = (
+        {"which": number} if prompt and count > 1 else {"sample": 0 if prompt else number}
+    )
     if not prompt and count > 1 and stage.total.batch != count:
         raise ValueError(f"the pictures of {stage.site} {stage.layer} are not told apart")
     image = vtr.draw(
         Trace([stage]), picture, show_input=False, size=72 if video else SIDE, columns=4, **where
-    )  # type: ignore[arg-type]
+    )
     caption = f"{stage.site} {stage.layer}"
     if count > 1:
         caption = f"picture {number + 1}, {caption}"
@@ -82,7 +84,7 @@ def masks(trace: Trace) -> tuple[Titled, ...]:
     if not any(isinstance(n, dict) and n.get("mask") is not None for n in layers.values()):
         return ()
     alone = Trace([], trace.tokens, trace.batch, trace.notes)
-    return (("computed pairs: queries down, keys across", vtr.draw(alone, size=200, panels=4)),)
+    return (("computed pairs: queries down, keys across", vtr.draw(alone, size=160, panels=2)),)
 
 
 def over(grids: Tensor, picture: Any, name: str) -> tuple[Titled, ...]:

@@ -101,7 +101,7 @@ def _axes(path: str | Path) -> Iterator[Any]:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing("matplotlib", "ui", "the plot") from error
+        raise missing("matplotlib", "plots", "the plot") from error
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     try:
         yield axes
