@@ -166,12 +166,12 @@ def test_a_picture_is_uploaded_and_the_slider_changes_what_is_left(visit, digits
     uploaded = visitor.pictures()
     assert uploaded != before
 
-    visitor.slide(4)
-    visitor.expect_title("EViT(keep=0.5)")
-    visitor.expect_title("Random(keep=0.5, seed=0)", 3)
+    visitor.slide(3)
+    visitor.expect_title("EViT(keep=0.45)")
+    visitor.expect_title("Random(keep=0.45, seed=0)", 3)
     assert visitor.pictures() != uploaded
     tokens = visitor.page.locator("#result tr", has_text="tokens").locator("td").all_inner_texts()
-    assert tokens[0] == "tokens" and tokens[1] == "144" and tokens[4].startswith("72 ")
+    assert tokens[0] == "tokens" and tokens[1] == "144" and tokens[4].startswith("65 ")
 
     broken = digits[0].parent / "broken.png"
     broken.write_bytes(digits[0].read_bytes()[:100])

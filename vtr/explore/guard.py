@@ -61,7 +61,7 @@ class PathGuard:
                 return
         try:
             address = names_address(json.loads(body))
-        except ValueError:
+        except (ValueError, RecursionError):  # of deeply nested JSON
             await _answer(send, 400, "an event is JSON")
             return
         if address:
