@@ -11,7 +11,7 @@ EXTRAS := vision,vlm,video,diffusion,train,search,detection,plots,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
-.PHONY: demo test lint types contract compat candidates canary lock gpu gpu-first real clean \
+.PHONY: demo test lint types docs links contract compat candidates canary lock gpu gpu-first real clean \
 	$(VENV)-newest $(VENV)-canary
 
 $(BIN)/uv: requirements/uv.txt
@@ -35,7 +35,7 @@ $(VENV)-demo/.installed: $(BIN)/uv pyproject.toml requirements/demo.txt
 demo: $(VENV)-demo/.installed
 	HF_HUB_OFFLINE=1 $(VENV)-demo/bin/vtr demo --out demo $(if $(FULL),--full)
 
-test: lint types
+test: lint types docs
 	$(RUN) pytest -n 2 --dist loadfile tests
 
 lint: $(VENV)/.installed
@@ -45,6 +45,15 @@ lint: $(VENV)/.installed
 # mypy ends with 2 if it has crashed (1: it found errors). Its cache is what differs between machines.
 types: $(VENV)/.installed
 	$(BIN)/mypy --show-traceback || { test $$? -eq 2 && $(BIN)/mypy --show-traceback --cache-dir=/dev/null; }
+
+# The site, in build/docs, without a network. Warnings are errors. `make links` also asks the links to other sites.
+SPHINX = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs \
+	-d build/doctrees
+docs: $(VENV)/.installed
+	$(SPHINX) -b html . build/docs
+
+links: $(VENV)/.installed
+	VTR_DOCS_ONLINE=1 $(SPHINX) -b linkcheck . build/links
 
 # Exact versions: renews requirements/*.txt with the newest versions within pyproject's bounds.
 lock: $(BIN)/uv

@@ -39,6 +39,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "vtr/zoo/cards/*.md",
+    "benchmarks/results/**.md",
     "examples/notebooks/*.ipynb",
 ]
 exclude_patterns = [".*", "build", "dist", "demo", "gpu_first", "runs", "requirements", "tests"]
@@ -58,6 +59,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_custom_sections = [("Class attributes", "attributes")]
 add_module_names = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88

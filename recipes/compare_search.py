@@ -349,7 +349,7 @@ nats, for `dit` the squared error over the square of the dense output.
 ![Scores of both schedules]({plot})
 
 `python -m recipes.compare_search` writes this page; rows that are finished are kept, so that it can be stopped.
-The plans of the first seed are in [plans](plans/): `vtr.apply(model, vtr.Plan.load("{plan}"))`.
+The plans of the first seed are in `docs/plans`: `vtr.apply(model, vtr.Plan.load("{plan}"))`.
 """
 
 

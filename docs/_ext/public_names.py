@@ -40,9 +40,16 @@ def names(package: str, part: str = "") -> list[str]:
 def entry(package: str, name: str) -> str:
     """Write the heading and the directive of a public name."""
     value = getattr(importlib.import_module(package), name)
-    kind = "class" if inspect.isclass(value) else "function" if callable(value) else "data"
-    directive = "exception" if kind == "class" and issubclass(value, Exception) else kind
-    return f"## {name}\n\n```{{eval-rst}}\n.. auto{directive}:: {package}.{name}\n```\n"
+    directive = f".. autofunction:: {package}.{name}"
+    if inspect.isclass(value):
+        kind = "exception" if issubclass(value, Exception) else "class"
+        directive = f".. auto{kind}:: {package}.{name}"
+    elif isinstance(value, dict):
+        keys = ", ".join(f"``{key}``" for key in value)
+        directive = f".. py:data:: {package}.{name}\n\n   A dict with the keys {keys}."
+    elif not callable(value):
+        raise TypeError(f"{package}.{name} is neither a class, nor a function, nor a dict")
+    return f"## {name}\n\n```{{eval-rst}}\n{directive}\n```\n"
 
 
 def replace(match: re.Match[str]) -> str:

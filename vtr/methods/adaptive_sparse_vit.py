@@ -39,7 +39,7 @@ class AdaptiveSparseViT(TokenMethod):
     share w_hj of the norms of the heads' outputs for j. At the end of each block of ``layers`` the tokens with
     s_j > theta stay, another number in each image. Training passes gradients straight through: 0 or 1
     forward, sigmoid((s - theta) / tau) backward; masked tokens are no keys (DynamicViT's masked softmax).
-    The paper's loss is cross-entropy + 2 |GFLOPs - target| + 0.5 KL to the dense model's classes, and the whole
+    The paper's loss is cross-entropy + 2 ``|GFLOPs - target|`` + 0.5 KL to the dense model's classes, and the whole
     model is trained (30 epochs, AdamW 2e-5, thresholds without decay): see :mod:`vtr.train`.
 
     Without training (``weights``, or ``modules=`` of ``vtr.apply``) the thresholds are those that training starts

@@ -68,8 +68,7 @@ class Rettention(Presets, MaskedAttention):
     Args:
         density: share of a frame's places in the band, in (0, 1]. Not used with ``mask``.
         mask: another method with a static mask, whose mask (with its own ``block``) is reshaped
-            instead of the band:
-            ``Rettention(mask=RadialAttention())``. Methods that choose keys anew in every step are
+            instead of the band: ``Rettention(mask=RadialAttention())``. Methods that choose keys anew in every step are
             refused: a ratio holds for the mask that it was measured with.
         refresh: steps from one dense step to the next (the first of them is the first step that is
             not in ``dense_steps``).

@@ -33,7 +33,7 @@ class SparseViT(Presets, TokenMethod):
     """SparseViT: Revisiting Activation Sparsity for Efficient High-Resolution Vision Transformer (CVPR 2023,
     arXiv 2303.17605).
 
-    A window is scored by the L2 norm over its tokens of mean_c |x|. The tokens' means are taken once per stage,
+    A window is scored by the L2 norm over its tokens of ``mean_c |x|``. The tokens' means are taken once per stage,
     at its first block that skips windows; plain and shifted windows are both scored from them. In a block that
     keeps n windows, the n best run it, attention and MLP; the others pass on unchanged. So all tokens are there
     behind every block, and a block that keeps fewer windows keeps a part of those of a block that keeps more.

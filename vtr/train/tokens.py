@@ -45,7 +45,9 @@ MODEL = "model.safetensors"
 class TokenSettings(LoopSettings):
     """Settings of a :class:`TokenTuner`, beside model and data.
 
-    Attributes (beside those of :class:`vtr.train.settings.LoopSettings`):
+    Those of :class:`vtr.train.settings.LoopSettings`, and these.
+
+    Attributes:
         rate: learning rate of the method's modules; times ``backbone_factor``, of the backbone.
         backbone_factor: share of ``rate`` for the backbone (DynamicViT: 0.01); 0 leaves it as it is, and then the
             modules fit the model as it was.

@@ -18,9 +18,9 @@ class TuningSettings(LoopSettings):
     """Everything that decides what a run of :class:`vtr.train.sla.SparseTuner` computes, beside model and data.
 
     The defaults are those of TurboDiffusion's white-box training of SLA (learning rate, weight decay, betas,
-    times, no clipping).
+    times, no clipping). There are those of :class:`vtr.train.settings.LoopSettings`, and these.
 
-    Attributes (beside those of :class:`vtr.train.settings.LoopSettings`):
+    Attributes:
         loss: ``"distil"`` or ``"data"``, see :mod:`vtr.train.sla`.
         schedule: of the rates: ``"constant"``, or ``"cosine"``, which falls to 2 %.
         rate: learning rate of the model's weights (AdamW). With ``lora`` take more: 1e-4 is common.

@@ -33,7 +33,7 @@ def radial(
     """Radial mask of a video of ``frames * tokens_per_frame`` tokens in raster order.
 
     With s tokens per frame, g = floor(log2 max(r, 1)) and k, l the places inside the frames,
-    ``rule="paper"`` keeps a pair of tokens when
+    ``rule="paper"`` keeps a pair of tokens when::
 
         w = s / 2^g (times decay from r = 2 on);  u = block
         w >= u:  |k - l| + 1 <= w
