@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +77,8 @@ def question(method: Any) -> Image.Image:
     from vtr.zoo.questions import prompt, vqa
 
     model, processor = _vlm("digits-llava")
-    sample = vqa(1, seed=SEED)[0]
+    samples = vqa(40, seed=SEED)
+    sample = max(samples, key=lambda s: float(np.asarray(s.image, dtype=np.float32).mean()))
     inputs = prompt(processor, [sample])
     with torch.inference_mode(), vtr.apply(model, method, positions="original") as handle:
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -121,7 +121,7 @@ def prefilled(method: Any) -> Image.Image:
 
 def edited(method: Any) -> Image.Image:
     """Draw the attention of the prompt's last row before and behind an edit."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     class Probe(type(method)):  # type: ignore[misc]
         def attend(self, site: Any) -> Tensor:
@@ -132,10 +132,8 @@ def edited(method: Any) -> Image.Image:
                     after: Tensor = change(attention.clone(), part)
                     if site.phase == "prefill":  # the last part has the last row
                         where, visual = int(part[0].argmax()), site.visual[0]
-                        found[site.layer] = (
-                            attention[0, :, where, visual].mean(0),
-                            after[0, :, where, visual].mean(0),
-                        )
+                        for head, maps in enumerate(zip(attention[0], after[0], strict=True)):
+                            found[site.layer, head] = tuple(x[where, visual] for x in maps)
                     return after
 
                 out: Tensor = edit(both, rows)

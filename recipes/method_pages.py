@@ -146,6 +146,23 @@ TRY: Mapping[str, str] = {
 }
 """Lines that try a method, by the built-in model."""
 
+SYMBOLS = r"""
+The formulas say what a method decides; the text beside them, and the code, say the rest.
+
+| symbol | meaning |
+| --- | --- |
+| $x_j$, $q_j$, $k_j$, $v_j$ | hidden state, query, key and value of token $j$; of $N$ tokens |
+| $s_{ij}$ | the logit of query $i$ and key $j$, scaled by $1 / \sqrt{d}$ |
+| $A_h[i, j]$ | attention of query $i$ to key $j$ in head $h$ of $H$; $A^l$ in layer $l$ of $L$; without a head, the mean over heads |
+| $s_j$ | the score of token $j$ (in ToMe and its relatives, its size) |
+| $I$, $J$ | blocks, tiles or clusters of queries and of keys |
+| $\bar q_I$, $\bar k_J$, $\bar v_J$, $\bar x$ | means |
+| $\operatorname{top}_k(s)$ | the $k$ tokens of highest score |
+| $M_{ij}$, $M_{IJ}$ | 1 for pairs that are computed |
+| $[\,\cdot\,]$ | 1 if the condition holds, else 0 |
+| $i \to j$ | token $i$ is merged into token $j$ |
+"""
+
 DRAW: Mapping[str, str] = {
     PICTURE.model: "vtr draw photo.jpg --method {}",
     QUESTION.model: 'vtr draw photo.jpg --model digits-llava --question "which digit is red ?" --method {}',
@@ -198,6 +215,7 @@ def page(name: str) -> str:
         parts += [text.title]
     parts += [text.idea] if text.idea else []
     parts += [f"$$\n{formula}\n$$" for formula in text.formulas]
+    parts += ["[What the symbols mean](index.md#symbols)"]
     parts += ["## Picture", picture(name)]
     if text.more:
         parts += ["## In detail", *text.more]
@@ -394,6 +412,7 @@ def index() -> str:
     ]
     for title, lines in groups.items():
         parts += [f"## {title}", FAMILIES[title][0], "\n".join(lines)]
+    parts += ["## Symbols", SYMBOLS.strip()]
     parts += [
         "```{toctree}\n:hidden:\n\n" + "\n".join(name for name in sorted(registry())) + "\n```",
     ]

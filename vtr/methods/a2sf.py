@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class A2SF(ReceivedMethod):
-    """A2SF (arXiv 2407.20485): accumulated attention with a forgetting factor ranks the entries.
+    r"""A2SF (arXiv 2407.20485): accumulated attention with a forgetting factor ranks the entries.
 
     With every row the sums so far are multiplied by ``alpha`` and the row's attention is added: after row n, the
     attention of row q counts ``alpha ** (n - q)``. With ``alpha=1`` this is :class:`H2O`. With ``alpha=0`` only
     the newest row counts, as in TOVA (arXiv 2401.06104), whose heads choose together; here each KV head chooses
     for itself, by the sum over the query heads that read it.
+
+    .. math::
+
+        S_j \leftarrow \alpha S_j + \sum_{h \in \mathrm{group}} A_h[n, j] \quad\text{so that}\quad
+        S_j = \sum_{q \le n} \alpha^{n - q} \sum_h A_h[q, j]
 
     Rows that count less than 1e-9 are not computed: with ``alpha=0.3`` a prompt costs 18 rows. The paper keeps no
     token for being new (``recent=0``); the authors' code keeps the last 16, and chooses once, after the prompt.

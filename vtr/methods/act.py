@@ -25,7 +25,7 @@ from vtr.methods.common.sinks import SinkMass, all_rows, hidden_sinks, move_mass
 @register
 @dataclass(frozen=True, kw_only=True)
 class ACT(EditMethod):
-    """Attention Calibration Technique (ICML 2024, arXiv 2406.15765): hidden sinks give attention to other tokens.
+    r"""Attention Calibration Technique (ICML 2024, arXiv 2406.15765): hidden sinks give attention to other tokens.
 
     In a chosen head a token behind the first one is a hidden sink if the mean attention that it receives, over
     the rows of the prompt that see it, is above ``threshold``. In every row of the prompt except the first
@@ -33,6 +33,14 @@ class ACT(EditMethod):
     share the rest in proportion to what they have. Later turns and decoding steps are dense, as in
     the authors' code. It needs the attention of all rows twice, computed in parts: a prompt costs more than
     without it.
+
+    .. math::
+
+        a_j = \frac{1}{|R_j|} \sum_{q \in R_j} A[q, j], \qquad T = \{j > 0 : a_j > \mathrm{threshold}\},
+        \qquad
+        A'[q, j] = \begin{cases} \beta A[q, j] & j \in T \\
+        A[q, j] \left(1 + \frac{(1 - \beta) \sum_{t \in T} A[q, t]}{\sum_{t \notin T} A[q, t]}\right) & j
+        \notin T \end{cases}
 
     Heads: the authors edit one head at a time, measure the accuracy of a task, and take the heads that raise it;
     :meth:`search` does that with a score of yours, at one evaluation per head. :func:`vtr.calibrate` cannot, because

@@ -33,7 +33,7 @@ _START = {"none": (0.001, 0.001), "ema": (0.001, 0.001), "sum": (0.004, 0.008)}
 @register
 @dataclass(frozen=True)
 class AdaptiveSparseViT(TokenMethod):
-    """Adaptive Sparse ViT: keep the tokens whose score exceeds a learned threshold (IJCAI 2023, arXiv 2209.13802).
+    r"""Adaptive Sparse ViT: keep the tokens whose score exceeds a learned threshold (IJCAI 2023, arXiv 2209.13802).
 
     The score of token j is s_j = sum_h A_h[cls, j] w_hj: the class token's attention, each head weighted by its
     share w_hj of the norms of the heads' outputs for j. At the end of each block of ``layers`` the tokens with
@@ -41,6 +41,12 @@ class AdaptiveSparseViT(TokenMethod):
     forward, sigmoid((s - theta) / tau) backward; masked tokens are no keys (DynamicViT's masked softmax).
     The paper's loss is cross-entropy + 2 ``|GFLOPs - target|`` + 0.5 KL to the dense model's classes, and the whole
     model is trained (30 epochs, AdamW 2e-5, thresholds without decay): see :mod:`vtr.train`.
+
+    .. math::
+
+        s_j = \sum_h A_h[\mathrm{cls}, j] \, w_{hj}, \qquad
+        w_{hj} = \frac{\lVert o_{hj} \rVert}{\sum_{h'} \lVert o_{h'j} \rVert}, \qquad \text{keep } j \text{
+        if } s_j > \theta
 
     Without training (``weights``, or ``modules=`` of ``vtr.apply``) the thresholds are those that training starts
     from, or ``thresholds``.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdaSpa(DynamicAttention):
-    """AdaSpa, adaptive sparse attention with an exact search (ICCV 2025, arXiv 2502.21079).
+    r"""AdaSpa, adaptive sparse attention with an exact search (ICCV 2025, arXiv 2502.21079).
 
     Which blocks of the map hold its mass differs between inputs, layers and heads, and changes little over
     the denoising steps. AdaSpa searches in a few steps and uses the blocks that it found until the next
@@ -39,6 +39,11 @@ class AdaSpa(DynamicAttention):
     - Every row of blocks of a head keeps the same number, those of largest mass. Heads whose mass is in few
       blocks keep half as many, and the same number of others half as many more
       (:func:`vtr.kernels.masks.budgets.top_k_by_recall`). Text is dense both ways.
+
+    .. math::
+
+        m_{IJ} = \sum_{i \in I} \sum_{j \in J} \exp(s_{ij} - \mathrm{lse}_i), \qquad
+        \text{keep for each } I \text{ the blocks } J \text{ of largest } m_{IJ}
 
     The authors have released no code. That a later search is sparse itself is our reading of their one
     pass; that at most half of the heads may give blocks away is an addition. The trace counts attention: the

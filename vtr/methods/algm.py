@@ -25,7 +25,7 @@ from vtr.methods.common.alike import merge_pairs, merge_windows
 @register
 @dataclass(frozen=True)
 class ALGM(TokenMethod):
-    """Adaptive Local-then-Global Merging (CVPR 2024, arXiv 2406.09936), for segmentation with a plain ViT.
+    r"""Adaptive Local-then-Global Merging (CVPR 2024, arXiv 2406.09936), for segmentation with a plain ViT.
 
     Between attention and MLP of the first of ``layers``, the tokens of a window of ``window`` x ``window`` are
     averaged if the mean cosine of their pairs is at least ``threshold``. Between attention and MLP of the
@@ -33,6 +33,11 @@ class ALGM(TokenMethod):
     second, and pairs merge whose cosine is at least mean + standard deviation / l, over the first half, with l
     the 1-based number of the block. Means count the tokens merged before. Attention does not weigh keys by
     their sizes, as in the authors' code.
+
+    .. math::
+
+        \text{merge window } W \text{ if } \operatorname{mean}_{i < j \in W} \cos(x_i, x_j) \ge \tau, \qquad
+        \text{then pairs with } \max_b \cos(x_a, x_b) \ge \mu + \sigma / l
 
     How many tokens are left depends on the image. The authors merge the same number in all images of a batch,
     the least that any of them asks for, and average the second threshold over the batch, so that an image's

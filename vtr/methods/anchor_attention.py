@@ -23,7 +23,7 @@ from vtr.methods.common.stripes import Anchors, anchored_attention
 @register
 @dataclass(frozen=True, kw_only=True)
 class AnchorAttention(PrefillMethod):
-    """AnchorAttention (arXiv 2505.23520): single keys whose scores are at most ``theta`` below the largest.
+    r"""AnchorAttention (arXiv 2505.23520): single keys whose scores are at most ``theta`` below the largest.
 
     Rows are taken in groups. Per head and group:
 
@@ -34,6 +34,12 @@ class AnchorAttention(PrefillMethod):
        anchors, less ``theta``;
     3. attention to the stripes is joined with that to the anchors by their LSEs, so that the result is
        exact attention over both.
+
+    .. math::
+
+        a_i = \max_{j \in \mathrm{anchors}(i)} s_{ij}, \qquad
+        \text{keep key } j \text{ for the group if } \bar q_I \cdot k_j / \sqrt{d} \ge \bar a_I - \theta
+        \text{ for one of its blocks } I
 
     Nothing is sorted, and the number of stripes follows from the scores. Against the authors' code:
     there the block of keys just before a group is neither local nor a possible stripe, and the first

@@ -25,13 +25,19 @@ from vtr.methods.common.significance import significance
 @register
 @dataclass(frozen=True)
 class ATS(TokenMethod):
-    """Adaptive Token Sampling (ATS, ECCV 2022, arXiv 2111.15667).
+    r"""Adaptive Token Sampling (ATS, ECCV 2022, arXiv 2111.15667).
 
     At each of ``layers`` tokens are scored by the class token's attention, summed over heads, times the norm of
     their value (section 3.1), and sampled at even steps of the cumulative distribution of the scores
     (:func:`~vtr.methods.common.inverse_sampling.inverse_transform_sample`, section 3.2). Samples that meet in
     one token count once: an image keeps fewer tokens, the more its scores are concentrated. The token of lowest
     score is never sampled if there are others.
+
+    .. math::
+
+        s_j = \frac{\sum_h A_h[\mathrm{cls}, j] \, \lVert v_j \rVert}{\sum_i \sum_h A_h[\mathrm{cls}, i] \,
+        \lVert v_i \rVert},
+        \qquad C_j = \sum_{i \le j} s_i, \qquad \text{sample } j = C^{-1}(u), \; u \text{ at even steps}
 
     The cut is between attention and MLP. The paper leaves the rows of the others out of the attention itself,
     which gives the same numbers and saves a little more.

@@ -30,7 +30,7 @@ from vtr.methods.common.scored import prune
 @register
 @dataclass(frozen=True)
 class AViT(Presets, TokenMethod):
-    """Adaptive tokens (A-ViT, CVPR 2022, arXiv 2112.07658): tokens halt at different layers.
+    r"""Adaptive tokens (A-ViT, CVPR 2022, arXiv 2112.07658): tokens halt at different layers.
 
     Behind every layer l the first channel of a token gives its halting score h = sigmoid(scale x_0 - center). A
     token halts when the sum of its scores reaches 1 - eps (in the last layer all do). Its output is the
@@ -38,6 +38,12 @@ class AViT(Presets, TokenMethod):
     keys of no later layer. There are no modules: the whole model is fine-tuned under the method (100 epochs from
     DeiT, 5e-4 for tiny and 3e-4 for small), with cross-entropy and the two terms of
     :meth:`training_losses`. A model that was not is another function with it.
+
+    .. math::
+
+        h^l = \sigma(\mathrm{scale} \cdot x_0^l - \mathrm{center}), \qquad
+        N = \min\{n : \textstyle\sum_{l \le n} h^l \ge 1 - \varepsilon\}, \qquad
+        y = \sum_{l < N} h^l x^l + \Big(1 - \sum_{l < N} h^l\Big) x^N
 
     In training all tokens go through all layers, and halted ones are masked. Otherwise halted
     visual tokens leave the sequence, which is the same function; behind the last layer the sequence has its

@@ -17,12 +17,17 @@ from vtr.methods.common.text import need_text_after
 @register
 @dataclass(frozen=True)
 class CDPruner(Presets, ScoredMethod):
-    """CDPruner (NeurIPS 2025, arXiv 2506.10967): conditional diversity at the language model's entry.
+    r"""CDPruner (NeurIPS 2025, arXiv 2506.10967): conditional diversity at the language model's entry.
 
     The relevance of a visual token is its mean cosine to the text after the image, brought to [0, 1] over
     the sample's tokens: r_i = (c_i - min + 1e-6) / (max - min). The kernel of a determinantal point process
     is L_ij = r_i cos(x_i, x_j) r_j over the projected tokens; the subset is grown by the token that raises
     det L most (section 3.3). Positions are renumbered (the authors' choice).
+
+    .. math::
+
+        r_i = \frac{c_i - \min c + 10^{-6}}{\max c - \min c}, \qquad
+        L_{ij} = r_i \cos(x_i, x_j) \, r_j, \qquad \max_{|S| = k} \det L_S \;\text{ greedily}
 
     Relevance is measured in the space of the language model: between projected tokens and embeddings of
     the text, the paper's choice for towers without a text encoder. For CLIP towers the authors load CLIP's

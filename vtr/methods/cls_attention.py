@@ -16,12 +16,16 @@ from vtr.methods.common.looks import add_class_row
 @register
 @dataclass(frozen=True)
 class CLSAttention(ScoredMethod):
-    """Keep the visual tokens that the class token attends to most.
+    r"""Keep the visual tokens that the class token attends to most.
 
     At each layer of ``layers`` the score is the mean over heads of the class token's attention row
     in that block (EViT's score, arXiv 2202.07800, section 3.1); lower ones are dropped between
     attention and MLP. With ``ensemble=m`` the score is the mean of that layer's row and the rows of
     the m - 1 layers before it, as VTC-CLS combines layers (arXiv 2412.05819, section 3.3).
+
+    .. math::
+
+        s_j = \frac{1}{m H} \sum_{l = L - m + 1}^{L} \sum_h A^l_h[\mathrm{cls}, j]
 
     Args:
         keep: budget after the last layer (reached geometrically over several layers), or one per

@@ -23,12 +23,18 @@ from vtr.methods.common.temporal import best
 @register
 @dataclass(frozen=True, kw_only=True)
 class CMAI(EditMethod):
-    """Cross-Modality Attention Inhibition (arXiv 2411.15453): text-image pairs of low focus are masked.
+    r"""Cross-Modality Attention Inhibition (arXiv 2411.15453): text-image pairs of low focus are masked.
 
     With A the mean over heads of a layer's attention, the focus of text token t on visual token v is F = A_tt
     A_tv, one step of a roll-out: what t sees of v through the text tokens that it attends to, itself among them.
     Of the visual tokens that a text token can see, it keeps the ``keep`` share of highest focus; the others are masked
     in all heads, and the row is normalised again. Generated tokens are text.
+
+    .. math::
+
+        F[t, v] = \sum_{u \in \mathrm{text}} A[t, u] \, A[u, v], \qquad
+        A'[t, v] = 0 \;\text{ for visual } v \text{ outside the } \mathrm{keep} \text{ share of largest }
+        F[t, v]
 
     The authors released no code. That the focus aggregates text-to-image attention by text-to-text attention, and
     that pairs of low focus are masked, is the paper's; the share, the layers, the mean over heads, and that

@@ -19,12 +19,19 @@ from vtr.methods.common.received import ReceivedMethod
 @register
 @dataclass(frozen=True, kw_only=True)
 class D2O(ReceivedMethod):
-    """D2O (arXiv 2406.13035): budgets of layers from their attention, and merging of what leaves.
+    r"""D2O (arXiv 2406.13035): budgets of layers from their attention, and merging of what leaves.
 
     Layers: those whose column sums of attention vary little keep more (section 3.2,
     :func:`~vtr.methods.common.kv_budget.variance_shares`), with ``keep`` as the mean of all working layers. All
     layers must be known first, so that the cache is whole until the end of a prompt's call. The authors leave
     the first two layers and the last one whole: ``dense_layers=(0, 1, 31)`` for a model of 32.
+
+    .. math::
+
+        u_i = \max_{j \in \mathrm{kept}} \cos(k_i, k_j), \qquad
+        k_j \leftarrow \frac{e \, k_j + \sum_{i \to j,\, u_i \ge \tau} e^{u_i} k_i}{e + \sum_{i \to j,\, u_i
+        \ge \tau} e^{u_i}}
+        \quad\text{and likewise } v_j
 
     Entries: those that received most attention stay, per KV head (as H2O). Of the others each looks for the entry
     that stays with the largest cosine u of the keys. It is merged into that one, keys and values, if u reaches

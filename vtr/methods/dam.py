@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class DAM(PrefillMethod):
-    """DAM (arXiv 2506.11104): lines that are strong in mean attention maps are kept, in any length.
+    r"""DAM (arXiv 2506.11104): lines that are strong in mean attention maps are kept, in any length.
 
     Calibration averages the attention map of each layer and head over the first ``length`` tokens of
     samples, and applies the Box-Cox transformation ``(max(a, 1e-10)^power - 1) / power``, less its minimum
@@ -38,6 +38,12 @@ class DAM(PrefillMethod):
     slash line (a distance: a diagonal of the map) is kept if at least ``match`` of its pairs are strong. At run
     time every row sees the kept lines; blocks that a line crosses are computed whole, so that a row may see
     more than in the paper.
+
+    .. math::
+
+        b_{ij} = \frac{\max(\bar a_{ij}, 10^{-10})^{p} - 1}{p} - \min b, \qquad
+        \text{keep a line if at least } \mathrm{match} \text{ of its pairs have } b_{ij} \ge
+        \mathrm{threshold}
 
     Vertical lines are places in the prompt, so calibrate on prompts whose images have their usual place.
     Behind ``length`` tokens rows see the vertical lines and what is near, nothing else.

@@ -30,12 +30,17 @@ SIGNALS = ("class", "received")
 @register
 @dataclass(frozen=True, kw_only=True)
 class DAMRO(ContrastMethod):
-    """DAMRO (EMNLP 2024, arXiv 2410.04514): outlier tokens of the encoder mislead the language model.
+    r"""DAMRO (EMNLP 2024, arXiv 2410.04514): outlier tokens of the encoder mislead the language model.
 
     Outliers are the ``k`` visual tokens of an image with the largest attention of the class token, in the layer whose
     output the projector reads. The second run sees the same prompt with the outliers as its only visual tokens,
     and l = (1 + alpha) l_full - alpha l_outliers decides each step, among tokens with l_full >= max(l_full) +
     ln(beta).
+
+    .. math::
+
+        l = (1 + \alpha) \, l_{\mathrm{full}} - \alpha \, l_{\mathrm{outliers}}
+        \quad\text{among tokens with } l_{\mathrm{full}} \ge \max l_{\mathrm{full}} + \ln \beta
 
     The authors' baseline, and their method, sample from the whole distribution without warpers: generate with
     ``do_sample=True, top_k=0``. Their baseline is weaker than greedy decoding (POPE accuracy of

@@ -30,13 +30,19 @@ ROWS = 256
 @register
 @dataclass(frozen=True)
 class DART(Presets, ScoredMethod):
-    """DART (EMNLP 2025, arXiv 2502.11494): duplication-aware reduction after an early layer.
+    r"""DART (EMNLP 2025, arXiv 2502.11494): duplication-aware reduction after an early layer.
 
     Behind layer ``layer - 1`` the pivots are the ``pivots`` visual tokens and the ``text_pivots`` text
     tokens after the image whose keys in that layer have the largest L1 norm over all heads. One after the
     other, each pivot keeps the visual tokens left whose hidden states are least similar to its own (cosine).
     Visual pivots stay too; every pivot keeps the same number, so that ``keep`` are left. Positions are
     kept (the authors' choice). No attention map is computed.
+
+    .. math::
+
+        P = \operatorname{top}_j \lVert k_j \rVert_1, \qquad
+        \text{each } p \in P \text{ keeps the tokens } j \text{ of smallest } \cos(x_p, x_j) \text{ that are
+        left}
 
     Norms are those of rotated keys, as in the authors' code, and so depend a little on the position. ``generate``
     numbers the tokens of left-padded samples from their first one; a direct call of the model must pass

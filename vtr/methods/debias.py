@@ -56,7 +56,7 @@ _FASTV = FastV()
 @register
 @dataclass(frozen=True)
 class Debias(Presets, TokenMethod):
-    """Attention debiasing (arXiv 2508.17807): correct the score of a method before it ranks.
+    r"""Attention debiasing (arXiv 2508.17807): correct the score of a method before it ranks.
 
     Text-to-image attention grows towards the end of the image (a recency trend) and rests on padding.
     With x = i / (L - 1) in [0, 1] for the i-th of L visual tokens in raster order, the score a_i is
@@ -66,6 +66,11 @@ class Debias(Presets, TokenMethod):
     chosen by the score as it was. With FastV, padding does not fill up a budget that is larger than the
     picture: 800 x 300 pixels leave 240 of ``keep=288``. Wraps any method that ranks by text-to-image
     attention: ``Debias(FastV(keep=64))``.
+
+    .. math::
+
+        a'_i = \frac{a_i}{\mu \, e^{\sigma x_i}} \cdot [\,i \text{ is no padding}\,], \qquad x_i =
+        \frac{i}{L - 1}
 
     Differences from the authors' code: one strength for all questions, since theirs are fitted on each
     benchmark's test images (:data:`STRENGTHS`); fit your own on generic images with :func:`fit_recency`

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class DELTA(ReusingMethod):
-    """Dynamic Layer-Aware Token Attention (Findings of ACL 2026, arXiv 2510.09883): pages chosen by a few layers.
+    r"""Dynamic Layer-Aware Token Attention (Findings of ACL 2026, arXiv 2510.09883): pages chosen by a few layers.
 
     In every decoding step the first layers and a few others attend to all keys. Such a layer scores a token by
     the largest attention that any of its query heads pays to it, and a page by the sum of its tokens' scores; the
@@ -26,6 +26,11 @@ class DELTA(ReusingMethod):
     which the last 8 are the recent ones; for DeepSeek-R1-Distill-Qwen-7B with 28 layers, layers 0, 1, 2, 14 and 22
     are full (the authors' scripts). Other depths have the same shares. The authors place these layers by calibration,
     where the attention maps of neighbouring layers differ most; give yours with ``layers``.
+
+    .. math::
+
+        s_j = \max_h A_h[\mathrm{last}, j], \qquad S_P = \sum_{j \in P} s_j, \qquad
+        \text{read the pages } P \text{ of largest } S_P
 
     Our reading for visual tokens: a page is ``page`` successive visual tokens of a sample, its text apart; text,
     generated tokens and the first token are always read. All key heads read the same pages, as in the paper.

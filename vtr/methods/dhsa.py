@@ -24,7 +24,7 @@ MODES = ("topk", "a-shape", "vs")
 @register
 @dataclass(frozen=True, kw_only=True)
 class DHSA(PrefillMethod):
-    """DHSA (arXiv 2510.24606): every block of rows keeps the key blocks whose chunks it scores highest.
+    r"""DHSA (arXiv 2510.24606): every block of rows keeps the key blocks whose chunks it scores highest.
 
     The number of key blocks is ``density`` of all, rounded down; rows that see no more are dense. Modes:
 
@@ -37,6 +37,11 @@ class DHSA(PrefillMethod):
       vertical, half on the slash lines with the largest sums; a key block's score is the sum of those
       of them that cross it. First and most recent block as in ``"a-shape"``; the first rows, as many as the number
       has keys, are dense.
+
+    .. math::
+
+        r_C = \sqrt{|C|} \, \frac{1}{|C|} \sum_{j \in C} k_j, \qquad s_{IC} = \bar q_I \cdot r_C, \qquad
+        s_{IJ} = \max_{j \in J} s_{I, C(j)}
 
     Against the authors' code: the paper predicts where chunks end, with a trained network; here they end
     where an image, a frame or a text ends, and longer ones are cut into equal parts of at most

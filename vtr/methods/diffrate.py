@@ -39,12 +39,19 @@ DEIT_SMALL = 4.6
 @register
 @dataclass(frozen=True)
 class DiffRate(Presets, TokenMethod):
-    """Differentiable compression rate (DiffRate, ICCV 2023, arXiv 2305.17997).
+    r"""Differentiable compression rate (DiffRate, ICCV 2023, arXiv 2305.17997).
 
     In every block, between attention and MLP, tokens are ranked by the class token's attention (mean over heads).
     First the last of the ranking are dropped, then the next ones are merged into the tokens that stay, each into
     the most cosine-similar one by the features, as a plain mean (section 3.3). Attention counts each key by its
     mass: 1 for a token, and a merged token adds its mass times the similarity, as in the authors' code.
+
+    .. math::
+
+        s_j = \frac{1}{H} \sum_h A_h[\mathrm{cls}, j], \qquad
+        y_i = \frac{x_i + \sum_{p \to i} x_p}{1 + |\{p \to i\}|}, \qquad
+        m_i \leftarrow m_i + \sum_{p \to i} m_p \cos(x_p, x_i), \qquad
+        A = \operatorname{softmax}\!\left(\frac{q k^T}{\sqrt{d}} + \log m\right)
 
     Numbers of tokens come from ``prune`` and ``merge``, of which the authors published lists (``PRESETS``), or from
     ``keep``, or are learned (``learn=True``): each number is an expectation over candidates

@@ -15,12 +15,17 @@ from vtr.methods.base import Keep, LanguageSite, Presets, ScoredMethod, register
 @register
 @dataclass(frozen=True)
 class DivPrune(Presets, ScoredMethod):
-    """DivPrune (CVPR 2025): max-min diversity of the visual tokens at the entry of the language model.
+    r"""DivPrune (CVPR 2025): max-min diversity of the visual tokens at the entry of the language model.
 
     With the distance d_ij = 1 - cos(x_i, x_j) of the projected tokens: the first token is the one
     farthest from its nearest neighbour, each next one the token farthest from all that are chosen.
     No attention, no text, no training; works for every encoder. Positions are renumbered (the
     authors' choice).
+
+    .. math::
+
+        d_{ij} = 1 - \cos(x_i, x_j), \qquad
+        S \leftarrow S \cup \Big\{\arg\max_{i \notin S} \min_{j \in S} d_{ij}\Big\}
 
     Differences from the authors' code: batches and any place of the image in the prompt (theirs is
     batch 1 with a system prompt of 35 tokens), and a fraction is rounded up as everywhere here

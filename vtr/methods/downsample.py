@@ -18,13 +18,18 @@ from vtr.core.tokens import TokenMap
 @register
 @dataclass(frozen=True)
 class Downsample(TokenMethod):
-    """Give the model a smaller picture, so that it has fewer tokens.
+    r"""Give the model a smaller picture, so that it has fewer tokens.
 
     This is the plain baseline of VTC-Bench (arXiv 2510.07143), which beats many methods there on common
     benchmarks. The pixels are resized with an antialiased bicubic filter, as Pillow's ``BICUBIC``, and
     the model does the rest: it interpolates its own positions to the smaller grid, and computes what the
     bare model computes from the smaller picture. VTC-Bench divides height and width by 2, 3, 4, 5 or 10:
     ``keep=1/4, 1/9, 1/16, 1/25, 1/100``.
+
+    .. math::
+
+        h' = \lfloor s h \rfloor, \; w' = \lfloor s w \rfloor \quad\text{with the largest } s \text{ for
+        which } h' w' \le \mathrm{keep}
 
     This differs from resizing a file before the processor: the pixels are the normalised ones of the
     model's input, so that they are not rounded to 8 bits again, and the processor's output (a square,

@@ -18,12 +18,18 @@ from vtr.methods.base import DynamicAttention, Examples, Grid, GridView, check_s
 @register
 @dataclass(frozen=True, kw_only=True)
 class DraftAttention(DynamicAttention):
-    """Draft attention (arXiv 2505.14708): the map of downsampled frames decides for their patches.
+    r"""Draft attention (arXiv 2505.14708): the map of downsampled frames decides for their patches.
 
     Tokens are put in order patch by patch, a patch of 8 x 16 tokens of one frame being a block of 128.
     The draft is ``softmax_J(scale mean(q_I) . mean(k_J))`` over all patches of the video. Of the draft of a
     head, the ``density`` largest entries are kept, whatever their rows: one threshold per head and
     sample, at which the entry on it is kept too. Text sees, and is seen by, everything.
+
+    .. math::
+
+        P = \operatorname{softmax}_J\!\left(\bar q_I \cdot \bar k_J / \sqrt{d}\right), \qquad
+        M_{IJ} = [\,P_{IJ} \ge \theta\,], \quad \theta \text{ the } (1 - \mathrm{density}) \text{ quantile
+        of the head's } P
 
     A row may have no entry above the threshold. The authors' models live on their text columns then;
     here such a row keeps its best block, if it sees no text.

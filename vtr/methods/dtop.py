@@ -31,11 +31,16 @@ from vtr.methods.common.predictor import load_modules
 @register
 @dataclass(frozen=True)
 class DToP(TokenMethod):
-    """Dynamic Token Pruning (ICCV 2023, arXiv 2308.01045), for semantic segmentation with a plain ViT.
+    r"""Dynamic Token Pruning (ICCV 2023, arXiv 2308.01045), for semantic segmentation with a plain ViT.
 
     At the end of each of ``layers`` an auxiliary head names the class of every token that is left. Tokens whose
     class has a probability above ``confidence`` are finished and leave, except the ``context`` most certain ones
     of each class, which are kept for the others to see (section 3.2). Each image keeps its own number.
+
+    .. math::
+
+        p_i = \operatorname{softmax}(\mathrm{head}(x_i)), \qquad \text{token } i \text{ is finished if }
+        \max_c p_{ic} > \mathrm{confidence}
 
     A finished token's class is that which its head has found: :meth:`finish` puts it in the place of the final
     prediction. Apply the method with ``output="restored"``, so that the model's own head gets all tokens.

@@ -25,13 +25,18 @@ WINDOW = 4
 @register
 @dataclass(frozen=True)
 class DyCoke(Presets, KVChoices, TokenMethod):
-    """DyCoke (CVPR 2025, arXiv 2411.15024): temporal merging, then a dynamic KV cache.
+    r"""DyCoke (CVPR 2025, arXiv 2411.15024): temporal merging, then a dynamic KV cache.
 
     Before the language model, in windows of four frames, the first stays whole. Frames 1 and 3 are
     compared with the frame before them, frame 2 with frame 0, place by place (cosine of the embeddings,
     before any thinning); of each of the three the ``keep`` least similar tokens stay, the others are
     dropped. The number of tokens left does not depend on the content: of every four frames of P tokens
     P + 3 ``count(keep, P)``, 47.5 % at the published K = 0.7. Still images and separators stay whole.
+
+    .. math::
+
+        c_j^t = \cos(x_j^t, x_j^{t'}), \qquad \text{frame } t \text{ keeps its tokens of smallest } c_j^t,
+        \qquad n = P + 3 \lceil \mathrm{keep} \cdot P \rceil \text{ of } 4P
 
     While the answer is written, layers after ``layer`` hold the keys and values of only the ``kv`` share of
     the video's tokens: those that the newest token attends to most in ``layer`` (mean over heads). The

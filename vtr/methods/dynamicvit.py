@@ -44,7 +44,7 @@ class DynamicViTModules(TokenModules):
 @register
 @dataclass(frozen=True)
 class DynamicViT(TokenMethod):
-    """Keep the tokens that learned predictors choose (DynamicViT, NeurIPS 2021, arXiv 2106.02034).
+    r"""Keep the tokens that learned predictors choose (DynamicViT, NeurIPS 2021, arXiv 2106.02034).
 
     Before each block of ``layers`` a predictor (:class:`vtr.methods.common.predictor.Predictor`) gives every
     token the chance to be kept, from its features and the mean of all that are left. In training it is
@@ -53,6 +53,12 @@ class DynamicViT(TokenMethod):
     The paper's loss is cross-entropy, ``ratio_weight`` * the squared distance of each stage's mean share to
     rho^t (:meth:`training_losses`), and 0.5 * the distances to the dense model's classes and tokens
     (:mod:`vtr.train`); the backbone learns at 0.01 of the predictors' rate.
+
+    .. math::
+
+        \pi = \operatorname{softmax}(\mathrm{MLP}([z^{\mathrm{local}}, z^{\mathrm{global}}])), \qquad
+        \tilde A_{ij} = \frac{e^{s_{ij}} G_{ij}}{\sum_k e^{s_{ik}} G_{ik}}, \quad
+        G_{ij} = \begin{cases} 1 & i = j \\ D_j & i \ne j \end{cases}
 
     Differences from the authors' code: any number of tokens (theirs is written for 14 x 14), tokens stay in
     raster order, and the masked softmax has no 1e-6 added, so that it equals the cut sequence.

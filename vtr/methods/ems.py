@@ -20,7 +20,7 @@ from vtr.methods.common.shares import largest
 @register
 @dataclass(frozen=True, kw_only=True)
 class EMS(ReceivedMethod):
-    """EMS (arXiv 2412.08521): evict, then merge, by a global and a local score, per KV head.
+    r"""EMS (arXiv 2412.08521): evict, then merge, by a global and a local score, per KV head.
 
     The score of an entry is the attention that it received from all rows, plus what it received from the last
     ``window`` rows, brought to the same mean over the entries that may leave. By it the entries of a head have
@@ -28,6 +28,13 @@ class EMS(ReceivedMethod):
     Each entry to be merged goes to the important one with the largest redundancy cos(K) * cos(V). If that is
     below ``threshold``, it goes to the zero class, that is, it is dropped as well. All heads thus run the same
     operations, and each merges as much as is redundant in it.
+
+    .. math::
+
+        s_j = S^{\mathrm{all}}_j + S^{\mathrm{window}}_j \cdot
+        \frac{\overline{S^{\mathrm{all}}}}{\overline{S^{\mathrm{window}}}}, \qquad
+        \rho_{ij} = \cos(k_i, k_j) \cos(v_i, v_j), \qquad \text{merge } i \to \arg\max_j \rho_{ij} \text{ if
+        } \rho_{ij} \ge \tau
 
     Nothing was released, and the paper's sizes of classes, threshold, centres and treatment of key norms could
     not be read. Our readings: centres are the important entries; as many entries may be merged as stay, times

@@ -27,12 +27,17 @@ from vtr.methods.base import (
 @register
 @dataclass(frozen=True)
 class EViT(ScoredMethod):
-    """Token reorganisation, "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800).
+    r"""Token reorganisation, "Not All Patches are What You Need" (ICLR 2022, arXiv 2202.07800).
 
     At each stage, with s_j the class token's attention to token j in that block (mean over heads,
     not normalised again): the k tokens of highest s_j stay, and the others are fused into one token
     sum_j s_j x_j (section 3.2; not normalised, as in the authors' code). The cut is between
     attention and MLP. An earlier fused token competes like any other.
+
+    .. math::
+
+        s_j = \frac{1}{H} \sum_h A_h[\mathrm{cls}, j], \qquad
+        x_{\mathrm{fused}} = \sum_{j \notin \operatorname{top}_k(s)} s_j x_j
 
     Differences from the authors' code: every prefix token is protected, not only the first (a
     distilled DeiT's second token would otherwise be scored as a patch), and tokens stay in raster

@@ -32,12 +32,17 @@ from vtr.methods.common.freezing import freeze, rejoin, thawed
 @register
 @dataclass(frozen=True)
 class EvoViT(TokenMethod):
-    """Slow-fast token evolution (Evo-ViT, AAAI 2022, arXiv 2108.01390).
+    r"""Slow-fast token evolution (Evo-ViT, AAAI 2022, arXiv 2108.01390).
 
     The importance of a token is a running mean of the class token's attention to it: g <- (1 - a) g + a A_cls after
     each block that it goes through (section 3.2, global class attention). Before each of ``layers`` the most
     important tokens are chosen; they alone go through the blocks of the stage. The others keep their features and
     their importance as placeholders, rejoin at the end of the stage, and may be chosen for the next one.
+
+    .. math::
+
+        g_j \leftarrow (1 - a) \, g_j + a \, \frac{1}{H} \sum_h A_h[\mathrm{cls}, j], \qquad
+        \text{blocks of a stage compute } \operatorname{top}_k(g)
 
     As in the authors' code for DeiT, placeholders are not updated. The paper's fast update by a representative
     token, which that code leaves out since it gains nothing on DeiT, is not here either. The paper trains from

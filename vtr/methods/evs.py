@@ -22,11 +22,16 @@ FIRST = 255.0  # dissimilarity of the first frame, above every other
 @register
 @dataclass(frozen=True)
 class EVS(Presets, TokenMethod):
-    """Efficient Video Sampling (arXiv 2510.14624): one global ranking by the change in time.
+    r"""Efficient Video Sampling (arXiv 2510.14624): one global ranking by the change in time.
 
     The dissimilarity of a token is 1 - cosine between its embedding and that of its place in the frame
     before; the first frame has 255. Of the whole video the tokens of highest dissimilarity stay (ties:
     the earlier), in their order and with their positions.
+
+    .. math::
+
+        d_j^t = 1 - \cos(x_j^t, x_j^{t - 1}), \quad d_j^0 = 255, \qquad
+        \text{keep the } \lfloor \mathrm{keep} \cdot T P \rfloor \text{ tokens of largest } d
 
     How many stay does not depend on the video's content: :meth:`retained`, from the numbers of frames
     and of tokens per frame alone, so that a server can reserve their places before the embeddings

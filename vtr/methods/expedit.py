@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class Expedit(Presets, TokenMethod):
-    """Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning (NeurIPS 2022,
+    r"""Expediting Large-Scale Vision Transformer for Dense Prediction without Fine-tuning (NeurIPS 2022,
     arXiv 2210.01035), as its authors apply it to SAM.
 
     In front of block ``layer`` the tokens of each window are clustered: centres start as an adaptive average pool of
@@ -37,6 +37,13 @@ class Expedit(Presets, TokenMethod):
     centres; relative positions are resized. In front of block ``until``, or behind the last one, each token is
     rebuilt from the ``nearest`` centres, weighted by exp(-temperature d^2) of its distances d to them when they were
     found.
+
+    .. math::
+
+        Q_{ij} = \operatorname{softmax}_j(-\tau \lVert x_i - c_j \rVert^2), \qquad
+        c_j \leftarrow \frac{\sum_i Q_{ij} x_i}{\sum_i Q_{ij}}, \qquad
+        \hat x_i = \sum_{j \in \mathrm{nearest}(i)} \frac{e^{-\tau d_{ij}^2}}{\sum_{j'} e^{-\tau d_{ij'}^2}}
+        \, c'_j
 
     Differences from the authors' code: the weights of a token sum to one by default, theirs have an L2 norm of one
     (``weights="norm"``: a token between two equally near centres becomes 1.41 times their mean); the nearest

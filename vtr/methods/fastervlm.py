@@ -14,12 +14,17 @@ from vtr.methods.common.crops import crops_of, even_budgets
 @register
 @dataclass(frozen=True)
 class FasterVLM(Presets, ScoredMethod):
-    """FasterVLM (arXiv 2412.01818, version 1): class attention before the language model.
+    r"""FasterVLM (arXiv 2412.01818, version 1): class attention before the language model.
 
     The score of a token is the attention that the class token pays to it in the encoder layer whose output
     the projector reads (mean over heads). In every crop the best are kept, the same share of each. Tokens
     keep their order; positions are numbered anew (the authors' choice). On one crop this is
     ``VTCCLS(window=1)``, which differs on several: there the crops of an image compete.
+
+    .. math::
+
+        s_j = \frac{1}{H} \sum_h A_h[\mathrm{cls}, j], \qquad \text{keep } \operatorname{top}_k(s) \text{ of
+        every crop}
 
     Differences from the authors' code: batches; numbers are counted after the padding of crops is cut off
     (theirs chooses before, and loses what it chose of the padding), and are exact; separators (newlines) are

@@ -24,12 +24,17 @@ from vtr.methods.common.text import last_text_row
 @register
 @dataclass(frozen=True)
 class FastV(Presets, TextScoredMethod):
-    """FastV (ECCV 2024, arXiv 2403.06764): one cut early in the language model.
+    r"""FastV (ECCV 2024, arXiv 2403.06764): one cut early in the language model.
 
     The score of a visual token is the attention that the last prompt token pays to it in layer
     ``layer - 1`` (softmax over all keys, mean over heads); the best ``keep`` enter layer ``layer``.
     Layers below keep all tokens and their whole KV cache. Kept tokens keep their positions and their
     order (the authors' choice).
+
+    .. math::
+
+        s_j = \frac{1}{H} \sum_h A^{K - 1}_h[\mathrm{last}, j], \qquad \text{layers from } K \text{ on see }
+        \operatorname{top}_k(s)
 
     The paper's text says attention averaged over all tokens; its code uses the last token, and so
     does this. Only that row is computed, so that every attention backend works (the authors' code

@@ -23,7 +23,7 @@ from vtr.methods.common.temporal import Cutting, best, clips, shares
 @register
 @dataclass(frozen=True)
 class FastVID(Presets, TokenMethod):
-    """FastVID (NeurIPS 2025, arXiv 2503.11187): dynamic density pruning.
+    r"""FastVID (NeurIPS 2025, arXiv 2503.11187): dynamic density pruning.
 
     Segments: a video is cut between neighbouring frames at the ``segments - 1`` smallest cosines of their
     global features, and wherever the cosine is below ``threshold``. In every frame the tokens of
@@ -33,6 +33,13 @@ class FastVID(Presets, TokenMethod):
     token of the segment that is not salient, anchors too, is given to its most similar anchor (cosine),
     so that it counts once for each anchor frame; an anchor becomes w times itself plus 1 - w times the
     mean of its tokens, w = max(1 / (their number + 1), ``beta``).
+
+    .. math::
+
+        \text{cut between } t, t + 1 \text{ if } \cos(f_t, f_{t + 1}) < \tau \text{ or among the } c - 1
+        \text{ smallest}, \qquad
+        a \leftarrow w a + (1 - w) \frac{1}{|C_a|} \sum_{i \in C_a} x_i, \quad w = \max\Big(\frac{1}{|C_a| +
+        1}, \beta\Big)
 
     The signal depends on the tower: if it has a pooling head, the head's attention, and its output as a
     frame's global feature (SigLIP: the authors add the head to models without it); else

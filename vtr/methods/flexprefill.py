@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class FlexPrefill(PrefillMethod):
-    """Compute the key blocks that hold a share ``gamma`` of the estimated attention of each head.
+    r"""Compute the key blocks that hold a share ``gamma`` of the estimated attention of each head.
 
     P is the attention of the last ``block`` rows. Per sample and query head:
 
@@ -39,6 +39,11 @@ class FlexPrefill(PrefillMethod):
        the slashes, in groups of ``block`` distances. The lines are extended to all rows.
     3. Query-aware: the fewest pairs of a query and a key block whose ``softmax_J(mean(q_I) . mean(k_J))``, over
        the whole map, reaches ``gamma`` of it, united with ``min_budget`` tokens of 2.
+
+    .. math::
+
+        D = \sqrt{\mathrm{JSD}(\bar a \,\|\, \hat a)} < \tau \;\Rightarrow\; \text{query-aware}, \qquad
+        \min |S| \;\text{ with }\; \sum_{(I, J) \in S} \hat P_{IJ} \ge \gamma
 
     Prompts of at most ``max(2 * block, min_budget)`` keys are dense, and so is ``gamma=1``.
 

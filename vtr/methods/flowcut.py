@@ -27,12 +27,18 @@ LANGUAGE_LAYER = 1
 @register
 @dataclass(frozen=True)
 class FlowCut(Presets, TokenMethod):
-    """FlowCut (NeurIPS 2025, arXiv 2505.19536).
+    r"""FlowCut (NeurIPS 2025, arXiv 2505.19536).
 
     Per encoder layer, for visual tokens j: inflow r_j, the class token's attention row (mean over heads,
     normalised over the tokens); semantic relevance s_j, softmax over all tokens of v_cls . v_j
     without a scale (mean over heads, class entry dropped, normalised); value strength n_j, the L1
     norm of the head-averaged value. Score (r_j + s_j) n_j, accumulated C <- (C + score) / 2.
+
+    .. math::
+
+        C_j \leftarrow \tfrac{1}{2} \big(C_j + (r_j + s_j) \, n_j\big), \qquad
+        \text{drop } \left[\frac{N - T}{\sqrt{l}} \Big(1 - \Big(\frac{H(r)}{\ln N}\Big)^2\Big)\right] \text{
+        tokens of smallest } C
 
     Every second layer, counted back from ``end``, round((N - T) / sqrt(l) (1 - (H / ln N)^2)) of the
     N tokens are dropped, where T is the budget, l the layers left until ``end`` and H the entropy of

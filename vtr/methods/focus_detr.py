@@ -36,7 +36,7 @@ CASCADE = (1.0, 0.8, 0.6, 0.6, 0.4, 0.2)
 @register
 @dataclass(frozen=True)
 class FocusDETR(LearnedSelection):
-    """Compute the tokens of the foreground, coarse to fine, and let those of objects attend to each other (Focus-DETR).
+    r"""Compute the tokens of the foreground, coarse to fine, and let those of objects attend to each other (Focus-DETR).
 
     The foreground selector scores the levels one after the other, the coarsest first: l's tokens are f + alpha f u
     before they are scored, with u the scores of the coarser level, upsampled (bilinear, corners aligned). Layer t of the
@@ -44,6 +44,12 @@ class FocusDETR(LearnedSelection):
     of all tokens, and all tokens come back. In front of each layer the ``objects`` tokens of highest class score times
     foreground score attend to each other (dual attention), with their positions. The selector learns boxes: a token is
     foreground if it is in a box of the size of its level (focal loss, gamma 2, alpha .25, weight 1.5).
+
+    .. math::
+
+        \tilde f_l = f_l + \alpha \, f_l \cdot \mathrm{up}(s_{l + 1}), \qquad s_l = \mathrm{MLP}(\tilde
+        f_l), \qquad
+        \text{layer } t \text{ computes the best } \mathrm{cascade}_t \cdot \mathrm{keep} \cdot N
 
     Differences from the authors' code (IDEA-Research/detrex, projects/focus_detr): the two scores of dual attention go
     through sigmoids (there raw logits are multiplied, so that two negative ones rank first); numbers are rounded up (there

@@ -23,7 +23,7 @@ from vtr.methods.common.text import need_text_after
 @register
 @dataclass(frozen=True)
 class FrameFusion(Presets, TokenMethod):
-    """FrameFusion (ICCV 2025, arXiv 2501.01986): similarity first, importance once.
+    r"""FrameFusion (ICCV 2025, arXiv 2501.01986): similarity first, importance once.
 
     At the entry of layer 0 and then between attention and MLP of every layer, a token of a video is
     compared by its hidden state with the token of its place that is left in an earlier frame (cosine).
@@ -31,6 +31,12 @@ class FrameFusion(Presets, TokenMethod):
     place of the earliest. When fewer than ``least`` of the tokens merge at a layer, merging ends, and at
     the next visit one cut by attention follows: by the mean attention that a token receives, over heads and
     over queries: all tokens of the prompt, or its last ``rows`` tokens of text.
+
+    .. math::
+
+        \text{merge } x_j^t \text{ into } x_j^{t'} \text{ if } \cos(x_j^t, x_j^{t'}) \ge \tau, \qquad
+        \text{then } s_j = \frac{1}{H |R|} \sum_{h} \sum_{q \in R} A_h[q, j], \qquad
+        \frac{1}{L} \sum_l \frac{n_l}{n_0} \le \mathrm{keep}
 
     The budget is a cost, the mean over layers of the share of tokens that go through them. Each visit
     knows the share s that would spend what is left of it evenly: merging stops there, and the cut by

@@ -28,7 +28,7 @@ from vtr.methods.snapkv import SnapKV
 @register
 @dataclass(frozen=True, kw_only=True)
 class GUIKV(SnapKV):
-    """GUI-KV (arXiv 2510.00536): keep what is salient on the current screenshot and new against earlier ones.
+    r"""GUI-KV (arXiv 2510.00536): keep what is salient on the current screenshot and new against earlier ones.
 
     To the score of SnapKV it adds two terms, both per KV head:
 
@@ -37,6 +37,12 @@ class GUIKV(SnapKV):
     2. Temporal redundancy: keys of the current screenshot span a subspace. Of the entries of earlier
        screenshots those that lie closest to it get score 0: a share of 1 - b of them, rounded down, with b the
        share of the candidates that may stay.
+
+    .. math::
+
+        s_j = \mathrm{SnapKV}_j + \lambda \operatorname{softmax}_j\!\big(z(\lVert x_j \rVert) / T\big),
+        \qquad
+        s_i = 0 \;\text{ for the earlier entries of smallest } \lVert k_i - Q Q^T k_i \rVert
 
     Without both it is SnapKV. The screenshot is the last frame of a sample, a still image being one frame, so
     that the method also serves prompts of many images or videos. In later turns the earlier screenshots that

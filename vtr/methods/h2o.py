@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class H2O(ReceivedMethod):
-    """H2O (NeurIPS 2023, arXiv 2306.14048): the entries with most accumulated attention stay, and the newest.
+    r"""H2O (NeurIPS 2023, arXiv 2306.14048): the entries with most accumulated attention stay, and the newest.
 
     The score of an entry is the attention that it has received from all rows so far: those of the prompt, one
     per generated token, and those of later turns. Each KV head chooses for itself, by the sum over the query
     heads that read it.
+
+    .. math::
+
+        S_j = \sum_{q \le n} \sum_{h \in \mathrm{group}} A_h[q, j], \qquad \text{keep }
+        \operatorname{top}_k(S) \text{ and the newest}
 
     By default only visual tokens are dropped, after a prompt, by the rows of text. The published method is
     ``H2O(0.2, evict="all", every=1, first=0, recent=n, scoring="sum")`` with n a tenth of the prompt's tokens:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class HiP(Presets, PrefillMethod):
-    """HiP (arXiv 2406.09827) and InfiniteHiP (arXiv 2502.08910): top-k key blocks by hierarchical search.
+    r"""HiP (arXiv 2406.09827) and InfiniteHiP (arXiv 2502.08910): top-k key blocks by hierarchical search.
 
     It assumes that scores of neighbouring keys are alike, which holds for the raster of an image and for
     frames. Per head and block of rows the keys before the window are cut into runs, a run is judged by a few
@@ -36,6 +36,12 @@ class HiP(Presets, PrefillMethod):
     :func:`vtr.methods.common.hierarchy.tree_search`. With ``pruning`` the search is that of InfiniteHiP,
     :func:`vtr.methods.common.hierarchy.stage_search`. Attention to the blocks found, the window and the
     sinks is exact. Nothing is skipped while all keys fit.
+
+    .. math::
+
+        \text{at each level: } \text{keep the } n \text{ runs } R \text{ of largest } \max_{i \in I} \max_{j
+        \in \mathrm{probes}(R)} q_i \cdot k_j,
+        \text{ and halve them}
 
     Against the papers: the smallest run is a block of the kernel (16 keys or more), theirs has 2 and 8
     keys; keys of the window and of the sinks are not searched, in both; text and the last rows are

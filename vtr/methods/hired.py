@@ -26,13 +26,20 @@ from vtr.methods.common.crops import SEPARATORS, Crops, crops_of, picture_budget
 @register
 @dataclass(frozen=True)
 class HiRED(Presets, ScoredMethod):
-    """HiRED (AAAI 2025, arXiv 2408.10945): a budget per tile from class attention in the first layer.
+    r"""HiRED (AAAI 2025, arXiv 2408.10945): a budget per tile from class attention in the first layer.
 
     The whole picture (the base crop of LLaVA-NeXT, the thumbnail of InternVL) gets the ``alpha`` share of the
     budget. Its 1 - ``alpha`` tokens with the most class attention in the first encoder layer say where
     content is: a tile's share of the rest is the share of them that lie in its region. In every crop the tokens
     stay that have the most class attention in the layer whose output the projector reads (sum over heads). A
     picture of one crop keeps its best tokens; so does every frame of a video, with equal shares.
+
+    .. math::
+
+        b_t = (1 - \alpha) B \, \frac{|\{j \in \operatorname{top}(A^{\mathrm{first}}) : j \in
+        \mathrm{region}(t)\}|}{|\operatorname{top}(A^{\mathrm{first}})|},
+        \qquad \text{tile } t \text{ keeps its } b_t \text{ tokens of largest } \sum_h
+        A^{\mathrm{last}}_h[\mathrm{cls}, j]
 
     If a model does not tell how its tiles lie in the picture (InternVL), they get shares in proportion to their
     tokens.

@@ -35,7 +35,7 @@ NEIGHBOURS = 7
 @register
 @dataclass(frozen=True)
 class HoliTom(Presets, TokenMethod):
-    """HoliTom (NeurIPS 2025, arXiv 2505.21334): holistic token merging.
+    r"""HoliTom (NeurIPS 2025, arXiv 2505.21334): holistic token merging.
 
     In time: a token is static between two frames where its cosine to the same place in the next frame is
     above ``threshold``. Dynamic programming finds the windows of frames that maximise the sum of
@@ -45,6 +45,11 @@ class HoliTom(Presets, TokenMethod):
     last layer (a ``merged`` share of them are centres of density-peaks clusters instead, into which
     the others of the frame are merged); static tokens of a window are merged by density peaks (k = 7), a
     centre with the weight max(1 / size, ``beta``).
+
+    .. math::
+
+        \max_{\text{windows}} \sum_{[a, b]} (b - a) \, \big|\{j : \cos(x_j^t, x_j^{t + 1}) > \tau \;\;
+        \forall\, a \le t < b\}\big|
 
     Inside the language model, once: after layer ``layer - 1`` the ``inner`` share of the video's tokens that
     the last prompt token attends to most stays; each other one is averaged into its most similar kept

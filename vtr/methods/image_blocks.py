@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class ImageBlocks(PrefillMethod):
-    """A visual token sees its own image, and the text before it; text sees everything.
+    r"""A visual token sees its own image, and the text before it; text sees everything.
 
     BlindSight (arXiv 2507.09071) found that in many heads of Qwen2-VL, Qwen2.5-VL and Gemma 3 images do not look
     at each other, beyond sink tokens of each image. It sorts heads, by a data set and without training, into dense,
     sink, intra-image, and intra-image with sinks. BlockRank (arXiv 2510.05396) trains a language model
     under the same mask: documents see themselves and the instruction in front of them, and the query sees
     everything.
+
+    .. math::
+
+        M_{ij} = [\,j \le i\,] \cdot [\,i \in \mathrm{text} \;\lor\; j \in \mathrm{text} \;\lor\;
+        \mathrm{image}(i) = \mathrm{image}(j)\,]
 
     This is the intra-image mask (with ``sinks``, that of intra-image with sinks) in all heads. These are our
     readings: which heads get it is not calibrated (``dense_layers`` leaves whole layers dense); a sink is one of the

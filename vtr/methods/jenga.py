@@ -30,12 +30,18 @@ from vtr.methods.common.raised import attention_with_raised_text
 @register
 @dataclass(frozen=True, kw_only=True)
 class Jenga(Presets, DynamicAttention):
-    """The block mask of Jenga (arXiv 2505.16864).
+    r"""The block mask of Jenga (arXiv 2505.16864).
 
     Tokens are put in order along a generalised Hilbert curve. ``P_IJ = softmax_J(scale mean(q_I) . mean(k_J))``
     over the grid's blocks. A query block keeps, in falling order of P, those whose running sum is at most
     ``p`` and one more, at least ``1 - drop`` of the blocks (rounded down), and those that touch it in the
     grid. Text is dense both ways, and its logits may be raised.
+
+    .. math::
+
+        P_{IJ} = \operatorname{softmax}_J(\bar q_I \cdot \bar k_J / \sqrt{d}), \qquad
+        \text{keep by falling } P \text{ until } \sum_J P_{IJ} > p, \text{ at least } 1 - \mathrm{drop}
+        \text{ of the blocks, and neighbours}
 
     :class:`~vtr.methods.RectifiedSparse` with ``rectify=False`` has the same rule with another P, in which its
     text has a share.

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class RandomKV(EvictionMethod):
-    """Keep uniformly random entries.
+    r"""Keep uniformly random entries.
 
     Each layer and KV head draws for itself. The number of an entry is a hash of the seed and of the token's place
     in its sample: a sample keeps in a batch what it keeps alone, and a smaller budget keeps a subset of a larger
     one's.
+
+    .. math::
+
+        s_j = \mathrm{hash}(\mathrm{seed}, \mathrm{layer}, \mathrm{head}, j), \qquad \text{keep }
+        \operatorname{top}_k(s)
 
     Args:
         seed: an int; another one gives other entries.
@@ -47,7 +52,15 @@ class RandomKV(EvictionMethod):
 @register
 @dataclass(frozen=True, kw_only=True)
 class RecentKV(EvictionMethod):
-    """Keep the newest entries: the last visual tokens of the prompts, the same in all layers and heads."""
+    r"""Keep the newest entries: the last visual tokens of the prompts, the same in all layers and heads.
+
+    It is the baseline of methods that rank entries: age costs nothing to know. Text and generated tokens stay by
+    default, as in all methods that drop entries.
+
+    .. math::
+
+        \text{keep the } k \text{ visual tokens of largest } j
+    """
 
     name: ClassVar[str] = "recent-kv"
     paper: ClassVar[str] = "baseline: the newest entries of the KV cache"

@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class LiteAttention(DynamicAttention):
-    """LiteAttention, temporal sparse attention (arXiv 2511.11062).
+    r"""LiteAttention, temporal sparse attention (arXiv 2511.11062).
 
     A tile (a block of queries and a block of keys) that hardly counts in one denoising step hardly counts in the
     later ones. In every step attention visits the tiles that are left, and each that stays below the running
     maximum of all its queries by ``threshold`` is left out from the next step on. So the first sparse step
     of a run is dense, a tile that is skipped never comes back in this run, and nothing is estimated: what a step
     leaves out is decided by scores that it computed. Text is dense both ways.
+
+    .. math::
+
+        \text{skip tile } (I, J) \text{ from the next step on if } \;
+        \Big(\max_{j \in J} s_{ij} - m_i\Big) \log_2 e \le \mathrm{threshold} \;\text{ for all } i \in I
 
     A flash-attention kernel could note the tiles while it computes them, as the authors' does. Here a
     second pass looks at the scores of the tiles that were visited (:func:`vtr.kernels.mass.live_tiles`, which has

@@ -30,7 +30,7 @@ Head = tuple[str, Keep, Keep]
 @register
 @dataclass(frozen=True, kw_only=True)
 class MInference(PrefillMethod):
-    """Give each head a pattern of fixed size, and find its place in the prompt anew in each call.
+    r"""Give each head a pattern of fixed size, and find its place in the prompt anew in each call.
 
     - ``"vertical-slash"``: the attention of the last 64 rows is summed over each key (vertical) and over each
       distance between row and key (slash). The keys and the distances of largest sums are
@@ -38,6 +38,12 @@ class MInference(PrefillMethod):
     - ``"a-shape"``: the first ``vertical`` keys and the last ``slash`` keys of each row.
     - ``"block-sparse"``: per block of rows the key blocks of largest ``mean(q_I) . mean(k_J)``, of ``pooled``
       tokens together.
+
+    .. math::
+
+        v_j = \sum_{q \in \mathrm{last~64}} A[q, j], \qquad s_\delta = \sum_{q \in \mathrm{last~64}} A[q, q
+        - \delta], \qquad
+        M_{ij} = [\,j \in \operatorname{top}(v)\,] \lor [\,i - j \in \operatorname{top}(s)\,]
 
     The authors choose pattern and sizes of each head offline, on one text of 30k tokens, by the error of the
     attention output. ``patterns`` takes such a table.

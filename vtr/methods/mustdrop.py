@@ -41,11 +41,17 @@ ROWS = 64
 @register
 @dataclass(frozen=True)
 class MustDrop(Presets, KVChoices, TokenMethod):
-    """MustDrop (arXiv 2411.10803): tokens are dropped in the tower, in the prompt and in decoding.
+    r"""MustDrop (arXiv 2411.10803): tokens are dropped in the tower, in the prompt and in decoding.
 
     In the tower: behind its first layer the tokens of a window of ``window`` x ``window`` are averaged if the
     mean cosine of their pairs is at least ``alike``. The ``key`` share of a crop's tokens with the most class
     attention (mean over heads) are key tokens, which nothing drops later.
+
+    .. math::
+
+        s_j = \sum_{t \in \mathrm{text}} A_{tj}, \qquad
+        \text{drop } j \text{ if } s_j < \mathrm{overall} \sum_i s_i \;\text{ and }\; \max_t A_{tj} <
+        \mathrm{single}
 
     In the language model: behind each of ``layers``, with A_tj the attention of text token t after the image to visual
     token j (mean over heads, softmax over all keys) and s_j its sum over t, token j is dropped if s_j is below

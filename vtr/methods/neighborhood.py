@@ -13,11 +13,17 @@ from vtr.methods.common.grid_windows import GridWindow, check_window, compact_ti
 @register
 @dataclass(frozen=True, kw_only=True)
 class NeighborhoodAttention(Presets, MaskedAttention):
-    """Generalised neighborhood attention, GNA (arXiv 2504.16922).
+    r"""Generalised neighborhood attention, GNA (arXiv 2504.16922).
 
     Along each axis of the grid, groups of ``stride`` neighbouring queries share the window of the
     group's middle: ``window`` keys, ``dilation`` apart, shifted and not cut at the borders. Text is
     dense both ways. Tokens are reordered tile by tile, so that what a query sees lies in few blocks.
+
+    .. math::
+
+        M_{ij} = \prod_a \Big[\, j_a \in \mathrm{window}_a\Big(\Big\lfloor \frac{i_a}{\mathrm{stride}_a}
+        \Big\rfloor\Big) \Big]
+        \quad\text{along the axes } a \text{ of the grid}
 
     The kernel computes every block that a window touches: with a stride of 1 up to twice the share of
     the window. Nothing is wasted if the grid is whole tiles, the stride is the tile and the window

@@ -17,7 +17,14 @@ BY = ("norm", "class")
 @register
 @dataclass(frozen=True)
 class Objectness(ScoredMethod):
-    """Compute the tokens of a detector's encoder whose features are large, or which the model's own class head favours.
+    r"""Compute the tokens of a detector's encoder whose features are large, or which the model's own class head favours.
+
+    These are the baselines of the learned selections :class:`vtr.SparseDETR` and :class:`vtr.FocusDETR`: a ranking
+    that needs no module and no training. The others keep their features, and the layers read the values of all.
+
+    .. math::
+
+        s_j = \lVert x_j \rVert_2 \quad\text{or}\quad s_j = \max_c \, \mathrm{head}(x_j)_c
 
     Args:
         keep: budget after the last layer (reached geometrically over several layers), or one per layer; a fraction is of

@@ -25,7 +25,7 @@ from vtr.methods.base import (
 @register
 @dataclass(frozen=True)
 class PixelPrune(Presets, TokenMethod):
-    """PixelPrune (arXiv 2604.00886): documents and screens without the patches that repeat others.
+    r"""PixelPrune (arXiv 2604.00886): documents and screens without the patches that repeat others.
 
     The visual tokens of an image are visited row by row, as in predictive coding. A token is predicted to have the
     pixels of its left neighbour A, or those of the upper one B if the upper left one C is like A and not like B (a
@@ -34,6 +34,12 @@ class PixelPrune(Presets, TokenMethod):
     out, and is represented by what represents the prediction: later comparisons use these pixels and not
     those of the token, so that errors do not add up. With ``threshold=0`` every token that is left out has a copy among those
     that stay.
+
+    .. math::
+
+        \hat x = \begin{cases} B & C \approx A, \; C \not\approx B \\ A & \text{otherwise} \end{cases},
+        \qquad
+        \text{drop } x \text{ if } \lVert x - \hat x \rVert_\infty \le \tau
 
     Nothing of the others is computed: neither in the vision tower nor in the language model. Those that stay keep
     their places in both. Videos are not changed, as in the authors' code.

@@ -37,13 +37,20 @@ PATCHES = 196
 @register
 @dataclass(frozen=True)
 class PPT(Presets, TokenMethod):
-    """Token pruning and pooling (PPT, 2023, arXiv 2310.01812).
+    r"""Token pruning and pooling (PPT, 2023, arXiv 2310.01812).
 
     At each of ``layers``, between attention and MLP: tokens are scored as in ATS (class attention, summed over
     heads, times the norm of the value; the scores of an image sum to 1). If the variance of an image's scores
     reaches the threshold, its ``r`` lowest tokens are dropped, else ``r`` pairs are merged as in :class:`ToMe`
     (section 3.4). Every image loses the same number, so that batches stay whole. With ``prop_attn`` attention
     counts each key by its size.
+
+    .. math::
+
+        s_j = \frac{\sum_h A_h[\mathrm{cls}, j] \lVert v_j \rVert}{\sum_i \sum_h A_h[\mathrm{cls}, i] \lVert
+        v_i \rVert}, \qquad
+        \operatorname{Var}(s) \ge \tau \Big(\frac{196}{N}\Big)^2 \;\Rightarrow\; \text{drop } r \text{
+        tokens, else merge } r \text{ pairs}
 
     Differences from the authors' code: every prefix token is protected (theirs scores a distilled model's second
     one when it drops); tokens stay in raster order, and the order in which theirs would leave them is remembered

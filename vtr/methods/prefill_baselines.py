@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class RandomBlocks(PrefillMethod):
-    """Every block of rows sees random key blocks among those before it.
+    r"""Every block of rows sees random key blocks among those before it.
 
     Each layer and head has its own, the same for every sample and every call of the same lengths. The first
     block and the diagonal, which every sparse prefill keeps, count: of the others every block of rows has
     the same share, within one block, so that the whole mask has the density.
+
+    .. math::
+
+        M_{IJ} = [\,J = 0\,] \lor [\,J = I\,] \lor [\,J \in S_I\,], \qquad S_I \sim \mathrm{Uniform}\{S
+        \subset \{1, \dots, I - 1\}\}
 
     Args:
         density: share of the causal key blocks, in (0, 1].
@@ -65,7 +70,14 @@ class RandomBlocks(PrefillMethod):
 @register
 @dataclass(frozen=True, kw_only=True)
 class LocalWindow(PrefillMethod):
-    """Every block of rows sees the most recent key blocks, and the first.
+    r"""Every block of rows sees the most recent key blocks, and the first.
+
+    It is the baseline of sparse prefills beside random blocks: what is asked about far from its place is lost, and
+    what is near is kept whole. Nothing is estimated, so that it costs nothing to find.
+
+    .. math::
+
+        M_{IJ} = [\,I - w < J \le I\,] \lor [\,J = 0\,]
 
     Args:
         density: share of the causal key blocks, in (0, 1]. The window that has it is equally long for

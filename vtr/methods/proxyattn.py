@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class ProxyAttn(PrefillMethod):
-    """ProxyAttn (arXiv 2509.24745): heads agree on which keys matter, and differ in how many they need.
+    r"""ProxyAttn (arXiv 2509.24745): heads agree on which keys matter, and differ in how many they need.
 
     1. Heads are grouped; the mean of a group's queries, and of its keys, is a proxy head.
     2. The attention of the proxy heads, token by token, is max-pooled to blocks: the ranking of the key
@@ -29,6 +29,12 @@ class ProxyAttn(PrefillMethod):
     3. Each head has its budget: in its attention of the last block of rows, the smallest share of the
        key blocks that has ``gamma`` of the mass. Every block of rows keeps this share of the key blocks
        that it sees, the best of the group's ranking.
+
+    .. math::
+
+        \bar q_G = \frac{1}{|G|} \sum_{h \in G} q_h, \qquad
+        R_{IJ} = \max_{i \in I, j \in J} \operatorname{softmax}_j(\bar q_G k_G^T / \sqrt{d})_{ij}, \qquad
+        b_h = \min\Big\{b : \sum_{J \in \operatorname{top}_b} A_h[\mathrm{last}, J] \ge \gamma\Big\}
 
     The abstract and third-party summaries of the paper name these parts. Our reading: groups are
     neighbouring heads, the ranking is of softmax probabilities, and the whole of 3. The stride is ours.

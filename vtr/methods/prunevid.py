@@ -32,7 +32,7 @@ LAYER = 11  # the first with fewer tokens, in models of 28 and of 32 layers
 @register
 @dataclass(frozen=True)
 class PruneVid(Presets, KVChoices, TokenMethod):
-    """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
+    r"""PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge by content, prune by the question.
 
     Frames are clustered by density peaks (k = 7) on the mean of their embeddings into 0.25 T clusters, which
     then become contiguous: a cluster keeps its longest runs, if they are longer than one frame, and
@@ -40,6 +40,11 @@ class PruneVid(Presets, KVChoices, TokenMethod):
     static if the mean cosine over all pairs of its frames is above ``threshold``; its tokens are
     averaged over time. Static tokens of a segment and the other tokens of each frame are clustered in
     space by density peaks to ``ratio`` of their number (if there are more than 14), plain means.
+
+    .. math::
+
+        \text{static } j : \; \operatorname{mean}_{t \ne t'} \cos(x_j^t, x_j^{t'}) > \tau, \qquad
+        s_j = \max_{h} \max_{t \in \mathrm{question}} A_h[t, j]
 
     Inside the language model, after layer ``layer - 1``: of every such group the ``inner`` share stays
     that a text token after the video attends to most in any head (maximum over heads and text tokens).

@@ -23,12 +23,18 @@ from vtr.methods.common.text import last_text_row
 @register
 @dataclass(frozen=True)
 class PyramidDrop(Presets, TextScoredMethod):
-    """PyramidDrop (CVPR 2025, arXiv 2410.17247): a pyramid of visual tokens in the language model.
+    r"""PyramidDrop (CVPR 2025, arXiv 2410.17247): a pyramid of visual tokens in the language model.
 
     Before each layer of ``layers`` the visual tokens are ranked by the attention that the last
     prompt token would pay to them there: query and keys are computed from the hidden states that enter
     this layer, with its own norm, projections and rotary embedding; softmax over all keys, mean over
     heads. The best are kept in raster order, with positions renumbered (the authors' choice).
+
+    .. math::
+
+        s_j = \frac{1}{H} \sum_h \operatorname{softmax}_j\big(q_h[\mathrm{last}] \cdot k_h[j] /
+        \sqrt{d}\big), \qquad
+        n_{s + 1} = \mathrm{keep}_s \, n_0
 
     Only that one row is computed, so that every attention backend works. Differences from the
     authors' code: left padding and several images work (theirs: right padding, one span per

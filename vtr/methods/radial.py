@@ -15,9 +15,17 @@ from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, Presets,
 @register
 @dataclass(frozen=True, kw_only=True)
 class RadialAttention(Presets, MaskedAttention):
-    """A static mask, the same for every layer, head and prompt: :func:`vtr.kernels.masks.radial`.
+    r"""A static mask, the same for every layer, head and prompt: :func:`vtr.kernels.masks.radial`.
 
     It thins out frames that are far apart: one frame is dense. Models of images are refused.
+
+    .. math::
+
+        \text{frames } r \text{ apart, } s \text{ tokens each}: \quad
+        w = \frac{s}{2^{\lfloor \log_2 \max(r, 1) \rfloor}} \; (\cdot \, \mathrm{decay} \text{ if } r \ge
+        2), \qquad
+        M_{kl} = [\,|k - l| < w\,] \lor \Big[\,|k - l| < u \;\land\; r \bmod \lceil u / w \rceil = 0\,\Big],
+        \quad u = \mathrm{block}
 
     Attributes:
         decay: factor of the widths from a distance of two frames on.

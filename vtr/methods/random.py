@@ -15,10 +15,14 @@ from vtr.methods.common.hashing import hashed
 @register
 @dataclass(frozen=True)
 class Random(ScoredMethod):
-    """Keep a uniformly random subset of the visual tokens.
+    r"""Keep a uniformly random subset of the visual tokens.
 
     One subset is drawn per call and shared by the samples of the batch, so that a sample gets in a
     batch what it gets alone.
+
+    .. math::
+
+        S \sim \mathrm{Uniform}\{S : |S| = k\}
 
     Args:
         keep: budget after the last layer (reached geometrically over several layers), or one per

@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class RandomSparse(MaskedAttention):
-    """Random key blocks, as many for every query block, its own among them; text is dense both ways.
+    r"""Random key blocks, as many for every query block, its own among them; text is dense both ways.
 
-    Every head and layer has its own blocks, the same in every step.
+    Every head and layer has its own blocks, the same in every step. It is the baseline of masks: a method that
+    chooses blocks should lose less than blocks that were drawn, at the same density.
+
+    .. math::
+
+        M_{IJ} = [\,J = I\,] \lor [\,J \in S_I\,], \qquad |S_I| \text{ the same for every } I
 
     Args:
         density: share of the key blocks, in (0, 1].
@@ -53,9 +58,16 @@ class RandomSparse(MaskedAttention):
 @register
 @dataclass(frozen=True, kw_only=True)
 class OwnFrame(MaskedAttention):
-    """Every query sees the frames at most ``radius`` away and the text, text sees everything.
+    r"""Every query sees the frames at most ``radius`` away and the text, text sees everything.
 
     The mask to beat if motion matters: with ``radius=0`` no frame knows of another in this layer.
+
+    .. math::
+
+        M_{ij} = [\,|\mathrm{frame}(i) - \mathrm{frame}(j)| \le \mathrm{radius}\,]
+
+    Args:
+        radius: frames before and behind a query's own that it sees; at least 0.
     """
 
     name: ClassVar[str] = "own-frame"

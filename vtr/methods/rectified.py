@@ -27,7 +27,7 @@ from vtr.methods.common.rectify import critical_blocks, gains_outweigh_errors, i
 @register
 @dataclass(frozen=True, kw_only=True)
 class RectifiedSparse(Presets, DynamicAttention):
-    """Rectified SpaAttn (arXiv 2511.19835): block-sparse attention rectified by pooled blocks.
+    r"""Rectified SpaAttn (arXiv 2511.19835): block-sparse attention rectified by pooled blocks.
 
     Tokens are reordered so that a block of ``block`` tokens is compact in space and time. Per query
     block I and head, from pooled queries and keys:
@@ -38,6 +38,12 @@ class RectifiedSparse(Presets, DynamicAttention):
     3. blocks whose pooling loses more than it tells are not pooled (section 3.3);
     4. ``out_i = R_I softmax(critical)_i v + sum_J P_IJ mean(v_J)`` over the blocks J that are
        neither critical nor excluded by 3, with R_I the share of P of all others.
+
+    .. math::
+
+        o_i = R_I \sum_{j \in \mathrm{critical}} \operatorname{softmax}(s_i)_j \, v_j + \sum_{J \notin
+        \mathrm{critical}} P_{IJ} \, \bar v_J,
+        \qquad R_I = 1 - \sum_{J \notin \mathrm{critical}} P_{IJ}
 
     4 is the epilogue of the block-sparse kernel. Text queries attend to everything. The mask is built
     anew in every layer and step.

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class RecycledAttention(DecodeMethod):
-    """Recycled Attention, later RefreshKV (ACL 2025, arXiv 2411.05787): keys of the last full step are read again.
+    r"""Recycled Attention, later RefreshKV (ACL 2025, arXiv 2411.05787): keys of the last full step are read again.
 
     The last token of a prompt or turn chooses, in each layer, the keys with most attention (of a key head, the largest
     of its query heads). Steps read these keys, until a full step, every ``stride`` steps, attends to everything
     and chooses again. With ``similarity`` a layer compares its query with that of its last full step every ``stride``
     steps, and is full only if they differ; every layer and every sample decides alone.
+
+    .. math::
+
+        s_j = \max_{h \in \mathrm{group}} A_h[n, j] \;\text{ at a full step } n, \qquad
+        \text{steps } n + 1, \dots, n + \mathrm{stride} - 1 \text{ read } \operatorname{top}_k(s)
 
     Published: 4096 keys of prompts of 32k tokens with a full step every 50; a comparison every 5 steps with a
     similarity of 0.8. The authors' code is not available; these numbers are from summaries of the paper. Our

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class Rettention(Presets, MaskedAttention):
-    """Re-ttention, statistically reshaped attention (NeurIPS 2025, arXiv 2505.22918).
+    r"""Re-ttention, statistically reshaped attention (NeurIPS 2025, arXiv 2505.22918).
 
     A softmax over the keys S of a sparse mask has a smaller denominator than the dense one, so it
     gives the keys that remain too much. Their ratio, which drifts slowly over the denoising steps,
@@ -43,6 +43,11 @@ class Rettention(Presets, MaskedAttention):
         refresh:  rho_i = sum_{j in S} e^{s_ij} / sum_j e^{s_ij} = exp(lse_sparse - lse_dense)
                   out = dense;   residual = dense - rho sparse
         between:  out = rho sparse + residual;   rho grows by ``drift`` per step
+
+    .. math::
+
+        \rho_i = \frac{\sum_{j \in S} e^{s_{ij}}}{\sum_j e^{s_{ij}}}, \qquad
+        r = o_{\mathrm{dense}} - \rho \, o_{\mathrm{sparse}}, \qquad o = \rho \, o_{\mathrm{sparse}} + r
 
     Differences from the authors' code: the residual is taken before the output projection, which is
     linear, so it is the same (its bias cancels), and the sparse output is scaled inside the kernel;

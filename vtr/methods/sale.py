@@ -26,7 +26,7 @@ from vtr.methods.common.thresholds import Thresholds
 @register
 @dataclass(frozen=True, kw_only=True)
 class SALE(PrefillMethod):
-    """SALE (arXiv 2505.24179): a key block is read if one of its estimated scores is large beside the
+    r"""SALE (arXiv 2505.24179): a key block is read if one of its estimated scores is large beside the
     exact local attention.
 
     Per head:
@@ -37,6 +37,11 @@ class SALE(PrefillMethod):
        these scores, and l the sum of their exponentials less m;
     3. a block of ``block`` rows and half as many keys is read if the largest of its exp(s - m) / l (the
        relative attention score) is at least the head's threshold.
+
+    .. math::
+
+        \max_{i \in I, j \in J} \frac{e^{\hat s_{ij} - m_i}}{l_i} \ge \mathrm{threshold} \;\Rightarrow\;
+        \text{read block } (I, J)
 
     The threshold of each head comes from ``vtr.calibrate``; without a plan all heads have ``threshold``.
     The plan's table begins at 0.008 for every head, which is halved until the output of each prompt

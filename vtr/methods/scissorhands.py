@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class Scissorhands(ReceivedMethod):
-    """Scissorhands (NeurIPS 2023, arXiv 2305.17118): importance persists, so entries that were rarely important go.
+    r"""Scissorhands (NeurIPS 2023, arXiv 2305.17118): importance persists, so entries that were rarely important go.
 
     An entry is important to a row if its attention is above the row's average, which is 1 / t for a row that sees
     t entries of the head. The entries that were important to most of the last ``window`` rows stay. The
     attention of a KV head is the mean over the query heads that read it; in the paper's models there is one each.
+
+    .. math::
+
+        S_j = \sum_{q > n - w} \big[\,A[q, j] > 1 / t_q\,\big], \qquad \text{keep } \operatorname{top}_k(S)
 
     The paper drops entries down to a lower size whenever the cache is full: here ``evict="all"`` with ``every``
     the number of entries between the two sizes. The authors' code evaluates OPT, and prompts only: in each row it

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class SearchedTile(Presets, AttentionMethod):
-    """Sliding Tile Attention with searched windows (ICML 2025, arXiv 2502.04507, training-free).
+    r"""Sliding Tile Attention with searched windows (ICML 2025, arXiv 2502.04507, training-free).
 
     ``vtr.calibrate(pipe, batches, vtr.SearchedTile(0.25))`` runs the pipeline densely on some prompts, and
     computes in every step, layer and head what the head would give under each candidate window. Each
@@ -39,6 +39,11 @@ class SearchedTile(Presets, AttentionMethod):
     channels, prompts and guidance branches. The plan holds the windows, for one model, one size of video and one
     number of steps; other ones are refused by name. Tiles and windows are those of :class:`SlidingTile`,
     and text is dense both ways.
+
+    .. math::
+
+        w^*_{t, l, h} = \arg\min_{w \,:\, |w| \le \mathrm{density} \cdot |\mathrm{tiles}|} \; \lVert
+        o_{\mathrm{dense}} - o_w \rVert^2
 
     Candidates are all windows that cover at most ``density`` of the tiles and cannot grow along any axis without
     covering more: flat ones, long ones, and those between. Against the paper: the authors name the

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class SiTo(CellMerging):
-    """Similarity-based Token pruning for Stable Diffusion (AAAI 2025), for UNets and transformers.
+    r"""Similarity-based Token pruning for Stable Diffusion (AAAI 2025), for UNets and transformers.
 
     With unit rows x of the hidden states at the block's input:
 
@@ -28,6 +28,12 @@ class SiTo(CellMerging):
     3. the block's self-attention computes on the others;
     4. a pruned token gets a copy of the output of the kept token that is most like it, base token or
        not. Nothing is averaged, in contrast to :class:`vtr.ToMeSD`.
+
+    .. math::
+
+        b_C = \arg\max_{i \in C} \Big(\sum_j x_i \cdot x_j + \mathrm{noise} \cdot \varepsilon_i\Big), \qquad
+        \text{prune the } \lfloor \mathrm{ratio} \cdot N \rfloor \text{ tokens of largest } \max_C x_i \cdot
+        x_{b_C}
 
     Differences from the authors' code: the sum of 1 is taken in float32 (in their float16, sums over
     4096 tokens are 2 apart, which no noise of 0.1 changes), as the product with the sum of the rows; 2 and
@@ -79,12 +85,17 @@ class SiTo(CellMerging):
 @register
 @dataclass(frozen=True, kw_only=True)
 class OptiPrune(SiTo):
-    """OptiPrune (2025, arXiv 2507.00789): its token pruning, SimPrune.
+    r"""OptiPrune (2025, arXiv 2507.00789): its token pruning, SimPrune.
 
     The paper has two independent parts. SimPrune chooses, prunes and copies as :class:`vtr.SiTo` does: one
     base token in each patch by its similarity to all tokens plus Gaussian noise, the tokens most like a
     base token are pruned, and each gets a copy of what is most like it. No code has been released and
     the weights are not known: the defaults are SiTo's.
+
+    .. math::
+
+        b_C = \arg\max_{i \in C} \Big(\sum_j x_i \cdot x_j + \varepsilon_i\Big), \qquad
+        \text{prune the } i \text{ of largest } \max_C x_i \cdot x_{b_C}
 
     The other part, LatentMapper, moves the initial noise by gradients of attention maps until the
     subjects of the prompt have separate places. It makes no computation cheaper and is not part of vtr.

@@ -23,7 +23,7 @@ KEYS = ("marginal", "all")
 @register
 @dataclass(frozen=True, kw_only=True)
 class SLA(LearnedAttention, TopKSparse):
-    """Sparse-linear attention (SLA, arXiv 2509.24006), to be fine-tuned with the model.
+    r"""Sparse-linear attention (SLA, arXiv 2509.24006), to be fine-tuned with the model.
 
     Per head, for query token i of query block I:
 
@@ -34,6 +34,12 @@ class SLA(LearnedAttention, TopKSparse):
        over their tokens j; 0 if there are no marginal blocks;
     4. output: O_s + Proj(O_l). Proj, the learned part, is a Linear(D, D) in float32 for each attention
        layer, which its heads share; it starts at zero, so that SLA is ``TopKSparse`` before training.
+
+    .. math::
+
+        o_i = \operatorname{softmax}_{\mathrm{critical}}(s_i) v + \mathrm{Proj}\!\left(
+        \frac{\phi(q_i) \sum_{j \in \mathrm{marginal}} \phi(k_j)^T v_j}{\phi(q_i) \cdot \sum_{j \in
+        \mathrm{marginal}} \phi(k_j)}\right)
 
     The whole model has to be trained with it: Proj alone is not enough (the authors' advice).
     :mod:`vtr.train.sla` does so, saves both, and loads both.

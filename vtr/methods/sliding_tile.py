@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class SlidingTile(Presets, MaskedAttention):
-    """Sliding Tile Attention (ICML 2025, arXiv 2502.04507).
+    r"""Sliding Tile Attention (ICML 2025, arXiv 2502.04507).
 
     The grid is cut into tiles; each tile sees the tiles of a window around it, shifted at the borders
     so that every tile sees a full window. Text is dense both ways. With tiles of a multiple of
@@ -37,6 +37,11 @@ class SlidingTile(Presets, MaskedAttention):
     smaller tiles at its ends, and some partial blocks. ``tile=None`` is for any grid: a tile of at
     most ``block`` tokens that divides the grid best, filled up to a block, so that the
     work is that of the window whatever the size.
+
+    .. math::
+
+        M_{IJ} = \prod_a \Big[\,|J_a - c_a(I_a)| \le \tfrac{1}{2} (\mathrm{window}_a - 1)\,\Big], \qquad
+        c_a \text{ shifted so that the window lies in the grid}
 
     Without training the authors search a window for every step, layer and head. Their table for
     HunyuanVideo (50 steps) leaves the first 15 steps dense, in which it differs from the 12 of the

@@ -15,10 +15,16 @@ from vtr.methods.common.kv_window import POOLINGS, inside, newest, noted, pooled
 @register
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(EvictionMethod):
-    """SnapKV (arXiv 2404.14469): keep the entries that a window of last rows attends to, per KV head.
+    r"""SnapKV (arXiv 2404.14469): keep the entries that a window of last rows attends to, per KV head.
 
     The attention of the last ``window`` rows is summed over these rows, averaged over the query heads of a
     KV head, and pooled over ``kernel`` neighbouring entries, so that what is kept holds together.
+
+    .. math::
+
+        s_j = \operatorname{pool}_{\mathrm{kernel}}\Big(\frac{1}{|\mathrm{group}|} \sum_{h \in
+        \mathrm{group}} \sum_{q \in \mathrm{window}} A_h[q, j]\Big),
+        \qquad \text{keep } \operatorname{top}_k(s)
 
     The authors' window is the end of a text prompt, and its entries stay. Here text stays in any case, and
     the window ends at the sample's last visual token, so that all its rows see all visual tokens. If a prompt

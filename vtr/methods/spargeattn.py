@@ -28,7 +28,7 @@ from vtr.methods.common.order import check_order
 @register
 @dataclass(frozen=True, kw_only=True)
 class SpargeAttn(Presets, DynamicAttention):
-    """The mask of SpargeAttn (ICML 2025, arXiv 2502.18137).
+    r"""The mask of SpargeAttn (ICML 2025, arXiv 2502.18137).
 
     A block represents its tokens well if they are alike: its self-similarity is the mean cosine of all
     pairs of its tokens, for keys after the mean of all keys is subtracted (``smooth``). Then
@@ -38,6 +38,11 @@ class SpargeAttn(Presets, DynamicAttention):
     2. each row keeps the ``density`` largest entries, or with ``cdf`` those whose running sum, in falling
        order, is at most ``cdf``: the block that crosses it is left out, and at least one kept;
     3. query blocks that are not above ``similarity`` see everything, and such key blocks are seen by all.
+
+    .. math::
+
+        \mathrm{sim}(J) = \frac{1}{|J|^2} \sum_{i, j \in J} \cos(k_i - \bar k, k_j - \bar k), \qquad
+        P_{IJ} = \operatorname{softmax}_{J : \mathrm{sim}(J) > \theta}(\bar q_I \cdot \bar k_J / \sqrt{d})
 
     The authors' kernel is more than a mask: it computes in int8 and float8, which is not done here, so
     that ``density=1`` is dense attention; and it leaves out the product with the values of a tile whose largest

@@ -34,12 +34,17 @@ from vtr.methods.common.scored import keep_best, to_keep
 @register
 @dataclass(frozen=True)
 class SparseDETR(LearnedSelection):
-    """Refine the tokens that the decoder attends to most, by a learned score (Sparse DETR, ICLR 2022).
+    r"""Refine the tokens that the decoder attends to most, by a learned score (Sparse DETR, ICLR 2022).
 
     A predictor scores every token once, at the entry of the encoder. The best ``keep`` of the tokens of each image are
     computed by all layers; the layers read the values of all tokens, which all go to the decoder. In training the
     predictor learns which tokens are among the best ``keep`` by the weight that the decoder's cross-attention gives
     them (all layers, heads and queries; DAM), by binary cross-entropy.
+
+    .. math::
+
+        \mathrm{DAM}_j = \sum_{l, h, q} w^l_{hq} \, [\,q \text{ samples } j\,], \qquad
+        \mathcal{L} = \mathrm{BCE}\big(\mathrm{score}, [\,j \in \operatorname{top}_k(\mathrm{DAM})\,]\big)
 
     Differences from the authors' code (kakaobrain/sparse-detr): numbers are rounded up (there ``int() + 1``); padding is
     left out of the predictor's mean and of the loss; points give their weights to the tokens that bilinear sampling

@@ -30,13 +30,19 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True)
 class SparseViT(Presets, TokenMethod):
-    """SparseViT: Revisiting Activation Sparsity for Efficient High-Resolution Vision Transformer (CVPR 2023,
+    r"""SparseViT: Revisiting Activation Sparsity for Efficient High-Resolution Vision Transformer (CVPR 2023,
     arXiv 2303.17605).
 
     A window is scored by the L2 norm over its tokens of ``mean_c |x|``. The tokens' means are taken once per stage,
     at its first block that skips windows; plain and shifted windows are both scored from them. In a block that
     keeps n windows, the n best run it, attention and MLP; the others pass on unchanged. So all tokens are there
     behind every block, and a block that keeps fewer windows keeps a part of those of a block that keeps more.
+
+    .. math::
+
+        s_W = \Big\lVert \frac{1}{C} \sum_c |x_{\cdot c}| \Big\rVert_2 \;\text{ over the tokens of window }
+        W, \qquad
+        \text{a block runs } \operatorname{top}_n(s)
 
     It works without training. The authors train with random shares and find the shares of the blocks by an
     evolutionary search, without which accuracy drops earlier.

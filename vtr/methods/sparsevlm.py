@@ -35,7 +35,7 @@ PLUS = {"recycle": False, "heads": 14, "gravity": True}
 @register
 @dataclass(frozen=True)
 class SparseVLM(Presets, TextScoredMethod):
-    """SparseVLM (ICML 2025, arXiv 2410.04417): text-guided sparsification with recycling.
+    r"""SparseVLM (ICML 2025, arXiv 2410.04417): text-guided sparsification with recycling.
 
     At the entry of the language model the raters are found: text tokens t after the image for which
     the mean over the visual tokens of softmax_t(H_v H_t^T) is above the mean over the text (all of
@@ -44,6 +44,12 @@ class SparseVLM(Presets, TextScoredMethod):
     keys, mean over heads, then over raters); the best are kept. Of the others the best 30 % (plus one)
     are clustered by density peaks, one cluster for ten tokens (plus one), and each cluster is kept as
     its mean, on top of ``keep``. Positions are renumbered.
+
+    .. math::
+
+        R = \Big\{t : \bar a_t > \operatorname{mean}_t \bar a_t\Big\}, \quad
+        \bar a_t = \frac{1}{|V|} \sum_v \operatorname{softmax}_t(h_v \cdot h_t), \qquad
+        s_j = \frac{1}{|R| H} \sum_{t \in R} \sum_h A_h[t, j]
 
     The second release, SparseVLM+, recycles nothing, keeps positions, divides each attention weight by what
     vectors of ones would give each other at that distance under the rotary embedding (``gravity``), and

@@ -36,13 +36,18 @@ from vtr.methods.common.connectivity import (
 @register
 @dataclass(frozen=True, kw_only=True)
 class Sparsifiner(EncoderAttentionMethod):
-    """Sparsifiner (CVPR 2023, arXiv 2303.13755): sparse attention, whose pairs a predictor chooses per image and head.
+    r"""Sparsifiner (CVPR 2023, arXiv 2303.13755): sparse attention, whose pairs a predictor chooses per image and head.
 
     In each block, and for each head, a small trained module guesses the attention map as a product of low rank
     (:class:`~vtr.methods.common.connectivity.Connectivity`). Of the guess, the ``coefficients`` largest factors of
     a row and the entries of the basis above ``threshold`` are used. Each row then attends, exactly, to the
     ceil(``density`` T) keys with the largest guess; the rows of protected tokens (the class token) attend to all. The
     choice has no gradient.
+
+    .. math::
+
+        \hat A = \sum_{r} W_{ir} B_{rj} \;\text{ (low rank, sparse)}, \qquad
+        A_{ij} = \operatorname{softmax}_{j \in \operatorname{top}(\hat A_i)}(q_i \cdot k_j / \sqrt{d})
 
     **This is a claim of FLOPs.** As in the authors' code, the attention of all pairs is computed and then masked;
     ``handle.report()`` counts the pairs that are kept, and the guess with ``coefficients`` factors in each row.

@@ -43,7 +43,7 @@ from vtr.methods.common.scored import keep_best, to_keep
 @register
 @dataclass(frozen=True)
 class SpAtten(TokenMethod):
-    """SpAtten (HPCA 2021, arXiv 2012.09852): cascade pruning of tokens and heads, local pruning of values, and
+    r"""SpAtten (HPCA 2021, arXiv 2012.09852): cascade pruning of tokens and heads, local pruning of values, and
     progressive bits. Training-free, and without a class token.
 
     - Tokens: the importance of a token is the attention that it has received so far, summed over layers, heads
@@ -55,6 +55,11 @@ class SpAtten(TokenMethod):
       normalised again.
     - Bits: attention is computed from the higher bits of queries and keys; rows whose largest probability is
       below ``flat`` are computed again with all bits.
+
+    .. math::
+
+        s_j = \sum_{l} \sum_h \sum_q A^l_h[q, j], \qquad
+        S_h = \sum_l \sum_q \sum_c |o^l_h[q, c]|
 
     **Real on today's hardware is the pruning of tokens**, which needs the attention of all rows beside the model's
     own. The rest is what the paper's chip does. Heads that are chosen per image are computed and then zeroed, and

@@ -15,11 +15,15 @@ from vtr.methods.common.layers import is_whole
 @register
 @dataclass(frozen=True, kw_only=True)
 class StaircaseKV(KVMethod):
-    """Store tokens with fewer bits, the more tokens came after them.
+    r"""Store tokens with fewer bits, the more tokens came after them.
 
     Nothing is dropped, and no attention is looked at. The idea is that of a staircase of bits in proposals for
     KV caches; no formula of them could be found, so that the steps are options, and their defaults are ours.
     Entries are packed as in :class:`vtr.ZipCache`. Those of a lower step are rounded a second time.
+
+    .. math::
+
+        \mathrm{bits}(j) = \mathrm{bits}_m, \qquad m = |\{a \in \mathrm{ages} : n - j \ge a\}|
 
     Args:
         ages: ascending numbers of tokens: an entry that is followed by fewer than ``ages[0]`` tokens has

@@ -28,13 +28,18 @@ from vtr.methods.common.temporal import Cutting, clips
 @register
 @dataclass(frozen=True)
 class STTM(Presets, TokenMethod):
-    """STTM (ICCV 2025, arXiv 2507.07990): multi-granular spatio-temporal merging, inside the language model.
+    r"""STTM (ICCV 2025, arXiv 2507.07990): multi-granular spatio-temporal merging, inside the language model.
 
     Behind layer ``layer - 1`` every frame of a video becomes a quadtree: a node's value is the mean of its
     (at most four) children; from the coarsest level down a node is one token if all its children's cosines to it
     are at least ``threshold``, and is split otherwise. Then nodes of neighbouring frames that lie over each
     other are joined if their cosine is at least ``temporal``, over any number of frames; a token is the mean of its
     nodes, each as one, in the place of the first. Positions are numbered anew (the authors' choice).
+
+    .. math::
+
+        \text{split node } n \text{ if } \min_{c \in \mathrm{children}(n)} \cos(x_c, x_n) < \tau, \qquad
+        \text{join } x_n^t, x_m^{t + 1} \text{ if } \cos(x_n^t, x_m^{t + 1}) \ge \tau_{\mathrm{temporal}}
 
     How many tokens are left depends on the content. Still images and separators stay whole.
 

@@ -34,13 +34,19 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class SVG2(Presets, DynamicAttention):
-    """Sparse VideoGen 2, semantic-aware permutation (arXiv 2505.18875).
+    r"""Sparse VideoGen 2, semantic-aware permutation (arXiv 2505.18875).
 
     Tokens that look alike are rarely neighbours in the grid, so that blocks of neighbours mix keys that a
     query needs with keys that it does not. SVG2 clusters the queries and the keys of every head by k-means and
     puts each cluster in consecutive places. A cluster of queries sees the clusters of keys that are estimated,
     from the centres and sizes, to hold the share ``p`` of its attention; all others are skipped. Text is
     dense both ways. The centres of a step are the first ones of the next step.
+
+    .. math::
+
+        P_{IJ} = \frac{|J| \, e^{c_I \cdot c_J / \sqrt{d}}}{\sum_{J'} |J'| \, e^{c_I \cdot c_{J'} /
+        \sqrt{d}}}, \qquad
+        \min |S_I| \;\text{ with }\; \sum_{J \in S_I} P_{IJ} \ge p
 
     Against the authors' code: their kernel takes blocks of any length, and here clusters are filled up to
     whole blocks, of whose empty places nothing is seen (with C clusters, about C / 2 blocks of

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class TidalDecode(Presets, ReusingMethod):
-    """TidalDecode (ICLR 2025, arXiv 2410.05076): position-persistent sparse attention while decoding.
+    r"""TidalDecode (ICLR 2025, arXiv 2410.05076): position-persistent sparse attention while decoding.
 
     In every decoding step the first two layers attend to all keys. The third one does as well and chooses the keys
     with the largest scores; the layers behind attend to these, until a correction layer attends to everything and
     chooses again. Published: 256 keys of the whole cache; layer 2 chooses, and of 32 layers layer 13 of Llama-3-8B
     (9 of Llama-2-7B) corrects. Other depths have the same share as Llama-3-8B.
+
+    .. math::
+
+        s_j = \sum_{h \in \mathrm{group}} A^{l_0}_h[n, j], \qquad
+        \text{layers behind } l_0 \text{ read } \operatorname{top}_k(s) \text{ until the next layer that
+        chooses}
 
     Against the authors' code: query heads choose one by one there, also those that share a key head. Here a key head
     chooses, by the sum of its query heads' attention, so that its keys are read once. ``keys`` counts visual keys;

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class ToDo(Scheduled):
-    """Token Downsampling (IJCAI 2024, arXiv 2402.13573), for transformers.
+    r"""Token Downsampling (IJCAI 2024, arXiv 2402.13573), for transformers.
 
     Queries of the grid see the keys and values of every ``factor``-th row and column of each frame, the
     nearest to the centres of the coarser grid. Nothing is merged, searched or restored: it is dense
     attention with fewer keys, fast with any kernel, and the gain grows with the resolution. Keys are
     taken after the rotary embedding, so that each keeps its own position; their mean would lose
     length.
+
+    .. math::
+
+        o = \operatorname{softmax}\!\left(\frac{q \, D(k)^T}{\sqrt{d}}\right) D(v), \qquad
+        D = \text{every } \mathrm{factor}\text{-th row and column}
 
     Joint text is seen whole, and text queries see everything: they are few, and their output steers all
     tokens. Beside whole text the tokens of the grid lose weight by the share that is taken;

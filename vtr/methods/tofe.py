@@ -30,12 +30,17 @@ from vtr.methods.common.predictor import Predictor, load_modules
 @register
 @dataclass(frozen=True)
 class ToFe(TokenMethod):
-    """Lagged token freezing and reusing (ToFe, arXiv 2507.16260).
+    r"""Lagged token freezing and reusing (ToFe, arXiv 2507.16260).
 
     Before each block in ``layers`` all tokens are scored, the frozen ones too: the best go through
     the blocks of the stage, the others are frozen. They keep their place, are no keys for the
     others, pass once through the stage's approximate module at its end, are scored again before the
     next stage, and may come back.
+
+    .. math::
+
+        p_j = \mathrm{predict}(x_j), \qquad \text{active} = \operatorname{top}_k(p), \qquad
+        x_j^{\mathrm{frozen}} \leftarrow x_j + W_2 \, \mathrm{GELU}(W_1 \, \mathrm{LN}(x_j))
 
     The paper discloses neither layer sizes nor the exact approximator, losses or schedule. Our
     reading: a predictor of DynamicViT's shape (half local, half mean over the active tokens; see

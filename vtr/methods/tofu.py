@@ -12,12 +12,16 @@ from vtr.methods.tome import ToMe
 @register
 @dataclass(frozen=True)
 class ToFu(ToMe):
-    """Token Fusion, "Bridging the Gap between Token Pruning and Token Merging" (WACV 2024, arXiv 2312.01026).
+    r"""Token Fusion, "Bridging the Gap between Token Pruning and Token Merging" (WACV 2024, arXiv 2312.01026).
 
     Pairs are found as in :class:`ToMe`. Blocks that answer to a mixture of two inputs far from linearly drop the
     A token of a pair and leave the B token as it is (section 3.2, pruned merging); the others merge them with
     MLERP, the mean in direction with the largest norm of the group (section 3.3). A fixed depth separates the two,
     since early blocks are the less linear ones.
+
+    .. math::
+
+        x_{\mathrm{MLERP}} = \frac{\sum_i s_i x_i}{\lVert \sum_i s_i x_i \rVert} \, \max_i \lVert x_i \rVert
 
     The authors released no code, and the depth could not be found in public text. Half of the blocks is our
     reading; the re-implementation by the authors of PiToMe (hchautran/PiToMe) drops in one block more. That dropped

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class ToMA(Presets, BlockMerging):
-    """Token Merge with Attention (ICML 2025, arXiv 2509.10918).
+    r"""Token Merge with Attention (ICML 2025, arXiv 2509.10918).
 
     In each window of the grid, from the hidden states at the block's input:
 
@@ -26,6 +26,11 @@ class ToMA(Presets, BlockMerging):
     2. A = softmax over the destinations of cos(x_d, x_i) / tau, M = the rows of A divided by their
        sums;
     3. the block's self-attention computes on M x, and each token gets its row of A^T y.
+
+    .. math::
+
+        D = \arg\max_{|D| = n} \sum_i \max_{d \in D} \cos(x_i, x_d), \qquad
+        A = \operatorname{softmax}_d(\cos(x_d, x_i) / \tau), \qquad y = A^T \, \mathrm{attention}(M x)
 
     All of it is small dense products; nothing is sorted or scattered. A merged token has the rotary
     position of its destination, as in the authors' code. Destinations are kept for ``refresh`` steps, the

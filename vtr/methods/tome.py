@@ -29,12 +29,18 @@ from vtr.methods.common.removals import even_removals, scheduled_removals
 @register
 @dataclass(frozen=True)
 class ToMe(TokenMethod):
-    """Token Merging, "Your ViT But Faster" (ICLR 2023, arXiv 2210.09461).
+    r"""Token Merging, "Your ViT But Faster" (ICLR 2023, arXiv 2210.09461).
 
     In every block, between attention and MLP: tokens are split alternately into A and B, each A
     token finds its most similar B token (cosine of the keys, averaged over heads), the r closest
     pairs are merged into their size-weighted mean. Attention then counts each key by its size:
     softmax(q k^T / sqrt(d) + log s) (section 3, "tracking token size").
+
+    .. math::
+
+        b(a) = \arg\max_{b \in B} \cos(\bar k_a, \bar k_b), \qquad
+        x_b \leftarrow \frac{s_b x_b + \sum_{a \to b} s_a x_a}{s_b + \sum_{a \to b} s_a}, \qquad
+        A = \operatorname{softmax}\!\left(\frac{q k^T}{\sqrt{d}} + \log s\right)
 
     The alternating split follows the paper's own order (what is left of A, then B, after each
     merge), while the tokens themselves stay in raster order here: the groups are the same, and

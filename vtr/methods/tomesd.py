@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class ToMeSD(CellMerging):
-    """Token Merging for Stable Diffusion (CVPR workshops 2023, arXiv 2303.17604), for UNets and
+    r"""Token Merging for Stable Diffusion (CVPR workshops 2023, arXiv 2303.17604), for UNets and
     transformers.
 
     The grid is cut into cells. One token of each cell is a destination, the others are sources; each
@@ -28,6 +28,11 @@ class ToMeSD(CellMerging):
     MLP) computes on the merged tokens, and each token takes over the result of its destination. The
     map is found anew in every block, since the similarity of tokens changes with depth and step;
     ``refresh`` keeps each block's own for some steps.
+
+    .. math::
+
+        d(i) = \arg\max_{d \in D} \cos(x_i, x_d), \qquad
+        \tilde x_d = \operatorname{mean}(x_d, \{x_i : i \to d\}), \qquad y_i = y_{d(i)}
 
     ``drop_layers`` and ``keep_norm`` are Token Fusion (ToFu, WACV 2024, arXiv 2312.01026): a mean is
     shorter than what it is the mean of, so that merged tokens get the largest norm among theirs in the

@@ -15,11 +15,17 @@ from vtr.methods.base import DynamicAttention, GridView, check_share, register
 @register
 @dataclass(frozen=True, kw_only=True)
 class TopKSparse(DynamicAttention):
-    """The block mask of SLA (arXiv 2509.24006, section 4) alone, without its linear attention.
+    r"""The block mask of SLA (arXiv 2509.24006, section 4) alone, without its linear attention.
 
     Every query block keeps ``int(density * NK)`` of the NK key blocks, those with the largest
     mean(q) . mean(k - mean of all keys), and at least one. (The authors' code keeps none if ``density * NK`` is
     below 1, and divides 0 by 0.) Blocks are runs of tokens in raster order.
+
+    .. math::
+
+        s_{IJ} = \bar q_I \cdot (\bar k_J - \bar k), \qquad
+        \text{keep } \max(1, \lfloor \mathrm{density} \cdot N_K \rfloor) \text{ blocks } J \text{ of largest
+        } s_{IJ}
 
     Nothing has to be trained, but a model loses much without: the published weights for this mask, which
     LightX2V and ComfyUI call "SLA", were fine-tuned under it. :mod:`vtr.train.sla` does so.

@@ -17,11 +17,15 @@ from vtr.methods.evit import EViT
 @register
 @dataclass(frozen=True)
 class TPS(EViT):
-    """Token Pruning and Squeezing with class attention (eTPS, CVPR 2023, arXiv 2304.10716).
+    r"""Token Pruning and Squeezing with class attention (eTPS, CVPR 2023, arXiv 2304.10716).
 
     Stages, scores and numbers are those of :class:`EViT` without the fused token. Each dropped token p goes to the
     most cosine-similar kept token i, and y_i = (e x_i + sum_p exp(cos_ip) x_p) / (e + sum_p exp(cos_ip)) (section
     3.3). Sizes are not counted: the paper leaves attention and pooling as they are.
+
+    .. math::
+
+        y_i = \frac{e \, x_i + \sum_{p \to i} e^{\cos(x_p, x_i)} x_p}{e + \sum_{p \to i} e^{\cos(x_p, x_i)}}
 
     Differences from the authors' code, which has the form with DynamicViT's predictors alone (dTPS) and squeezes
     before a block: the cut is between attention and MLP, as EViT's; of two kept tokens that are equally similar

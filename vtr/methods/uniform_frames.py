@@ -19,11 +19,15 @@ from vtr.methods.common.temporal import Cutting, clips
 @register
 @dataclass(frozen=True)
 class UniformFrames(TokenMethod):
-    """Keep whole frames at even distances, as if the video had been sampled more coarsely.
+    r"""Keep whole frames at even distances, as if the video had been sampled more coarsely.
 
     Of T frames the (i + 1/2) T / n-th stay for i = 0 .. n - 1. n does not depend on the content: as many
     whole frames as fit into the budget, at least one. A separator in front of a frame (Video-LLaVA's
     class token) goes with it; one at the end of the video stays, as do still images.
+
+    .. math::
+
+        t_i = \Big\lfloor \big(i + \tfrac{1}{2}\big) \frac{T}{n} \Big\rfloor, \quad i = 0, \dots, n - 1
 
     Text between frames (Qwen3-VL's timestamps) is not touched.
 

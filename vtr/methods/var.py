@@ -27,7 +27,7 @@ from vtr.methods.common.sinks import FirstToken, aligned, massive, move_mass, pu
 @register
 @dataclass(frozen=True, kw_only=True)
 class VAR(EditMethod):
-    """Visual Attention Redistribution (ICLR 2025, arXiv 2503.03321): attention of sinks for the other visual tokens.
+    r"""Visual Attention Redistribution (ICLR 2025, arXiv 2503.03321): attention of sinks for the other visual tokens.
 
     A token is a sink of a layer if it enters it, after an RMS norm without weights, with a magnitude above
     ``tau`` in one of the channels ``dims``. Sinks are found in the prompt and remembered; a generated token is
@@ -37,6 +37,15 @@ class VAR(EditMethod):
     get the rest in proportion to what they have. All other rows and heads stay as they are. Draft tokens of assisted
     decoding come several at a time, as the text of a later turn does, in which sinks are looked for: its answers may
     differ from those of plain decoding.
+
+    .. math::
+
+        S = \Big\{j : \max_{d \in \mathrm{dims}} \Big|\frac{x_{jd}}{\mathrm{rms}(x_j)}\Big| > \tau\Big\},
+        \qquad
+        A'_j = \begin{cases} \mathrm{keep} \cdot A_j & j \in S \\
+        A_j + (1 - \mathrm{keep}) \sum_{s \in S} A_s \cdot \frac{A_j}{\sum_{v \in V \setminus S} A_v} & j
+        \in V \setminus S
+        \end{cases}
 
     The paper calls p what is taken: a sink keeps 1 - p. The authors' code calls p what is kept, and ships p =
     0.6. Which of the two its tables used is not known. ``keep`` has the name of its effect: 0.6 is the code's

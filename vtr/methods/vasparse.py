@@ -35,7 +35,7 @@ ROWS = 256  # of an image whose attention is held at a time
 @register
 @dataclass(frozen=True, kw_only=True)
 class VASparse(ContrastMethod, EvictionMethod):
-    """VASparse (CVPR 2025, arXiv 2501.06553): the paper's algorithm, whose parts are switches.
+    r"""VASparse (CVPR 2025, arXiv 2501.06553): the paper's algorithm, whose parts are switches.
 
     - Selection: per KV head the entries with the largest (q . k)^2 + ``saliency`` P stay. q is the query of the
       prompt's last token; of query heads that share a KV head the mean counts. P is a softmax over the columns of
@@ -46,6 +46,12 @@ class VASparse(ContrastMethod, EvictionMethod):
       the attention that each entry has received so far (a mean over the query heads of its KV head). 0 is off.
     - Contrast: l = (1 + alpha) l_full - alpha l_embeddings, among plausible tokens. l_embeddings is what the head of
       the language model reads in a random half of the visual embeddings. ``alpha=0`` is off.
+
+    .. math::
+
+        s_j = (q \cdot k_j)^2 + \lambda P_j, \qquad
+        z_j = (1 + b) s_j - b \, w_j s_j, \qquad
+        l = (1 + \alpha) \, l_{\mathrm{full}} - \alpha \, l_{\mathrm{embeddings}}
 
     The paper searches with 2 or 3 beams. Its released code does something else: it drops random visual
     entries, asks an object detector, and has no penalty; nothing of that is here.

@@ -41,7 +41,7 @@ RELEASED: Mapping[float, Tuned] = {
 @register
 @dataclass(frozen=True)
 class VFlowOpt(Presets, TokenMethod):
-    """VFlowOpt (ICCV 2025, arXiv 2508.05211): visual information flow, pruned in three stages.
+    r"""VFlowOpt (ICCV 2025, arXiv 2508.05211): visual information flow, pruned in three stages.
 
     The importance of a token is calibrated context: with A the head-averaged attention map of the
     last encoder layer whose output the model uses, the tokens whose received attention exceeds
@@ -49,6 +49,12 @@ class VFlowOpt(Presets, TokenMethod):
     that they pay to it. This one map ranks the tokens at all stages: at the entry of the language
     model, after L/3 and after 2L/3 of its layers. The first cut comes before tokens have positions, so
     that they are numbered from 0 behind it; the later ones leave gaps (as in the authors' code).
+
+    .. math::
+
+        Q = \Big\{i : \bar a_i > t \cdot \operatorname{mean} \bar a\Big\}, \qquad
+        s_j = \frac{1}{|Q|} \sum_{i \in Q} A[i, j], \qquad
+        x_C = \frac{\sum_{j \in C} s_j x_j}{\sum_{j \in C} s_j}
 
     At the first stage the least important tokens are recycled: those of one cell of ``cell`` x
     ``cell`` tokens (of each image, or crop grid) are merged into their mean, weighted by importance,

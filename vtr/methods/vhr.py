@@ -28,7 +28,7 @@ SOURCES = ("sample", "plan")
 @register
 @dataclass(frozen=True, kw_only=True)
 class VHR(LanguageAttentionMethod):
-    """Vision-aware Head Reinforcement (ACL 2025, arXiv 2412.13949): vision-aware heads are scaled up.
+    r"""Vision-aware Head Reinforcement (ACL 2025, arXiv 2412.13949): vision-aware heads are scaled up.
 
     The divergence of a head is the Euclidean distance between its output at a prompt's last token with and without
     the image (equation 4). A head whose divergence, and whose squared output without the image, are
@@ -36,6 +36,12 @@ class VHR(LanguageAttentionMethod):
     of their layer are chosen (equation 7), and their outputs are multiplied by ``scale`` in all rows of the
     prompt and of what follows. Attention itself is not changed. Layers are treated one after the other, each behind
     those that are reinforced already.
+
+    .. math::
+
+        \mathrm{VHD}_h = \lVert o_h - o_h^{\mathrm{no~image}} \rVert_2, \qquad
+        o_h \leftarrow \alpha \, o_h \;\text{ if }\; \mathrm{VHD}_h > \operatorname{median}_{h'}
+        \mathrm{VHD}_{h'}
 
     "Without the image" is our reading: in the same call, the last row's attention is normalised again
     without visual keys. The authors run the model a second time on the text alone, so that text tokens have not seen

@@ -32,13 +32,19 @@ TEMPERATURE = 0.01
 @register
 @dataclass(frozen=True)
 class VidCom2(Presets, TokenMethod):
-    """VidCom2 (EMNLP 2025, arXiv 2505.14454): budgets by the uniqueness of frames.
+    r"""VidCom2 (EMNLP 2025, arXiv 2505.14454): budgets by the uniqueness of frames.
 
     The embeddings of a video lose the half of their channels that varies most, and are scaled to length 1.
     A token's likeness to a centre is the sum over a in 1/8, 1/4, 1/2, 1, 2 of exp(-d^2 / 2a), d its distance
     to it. The uniqueness u_t of frame t is minus the mean likeness of its tokens to the mean of the video; with
     p = softmax(u / 0.01) the frame keeps the share keep (1 + p_t - mean p), at most all and at least one token. Of
     its tokens those stay that are least like the mean of the video and the mean of the frame (the sum of both).
+
+    .. math::
+
+        \kappa(x, c) = \sum_{a} e^{-\lVert x - c \rVert^2 / 2a}, \qquad
+        u_t = -\operatorname{mean}_{j \in t} \kappa(x_j, \bar x), \qquad
+        p = \operatorname{softmax}(u / 0.01), \qquad r_t = \mathrm{keep} \, (1 + p_t - \bar p)
 
     The number of tokens left is exactly the budget, and does not depend on the content. Still images and separators
     stay whole. Positions are numbered anew (the authors' choice for LLaVA).

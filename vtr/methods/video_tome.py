@@ -22,7 +22,7 @@ from vtr.methods.common.temporal import Cutting, clips, shares
 @register
 @dataclass(frozen=True)
 class VideoToMe(TokenMethod):
-    """Token Merging (ICLR 2023, arXiv 2210.09461) over the space-time tokens of a video.
+    r"""Token Merging (ICLR 2023, arXiv 2210.09461) over the space-time tokens of a video.
 
     The paper merges space-time tokens in the blocks of a video transformer (section 5); here the tokens
     of a video language model are merged at once, at the entry of the language model, where frames see
@@ -31,6 +31,11 @@ class VideoToMe(TokenMethod):
     their size-weighted mean; rounds of at most half of the tokens follow until the budget is met.
     Windows keep the cost linear in the number of frames. The count is exact and does not depend on the
     content; windows share it in proportion to their tokens.
+
+    .. math::
+
+        b(a) = \arg\max_{b \in B} \cos(x_a, x_b), \qquad
+        x_b \leftarrow \frac{s_b x_b + \sum_{a \to b} s_a x_a}{s_b + \sum_{a \to b} s_a}
 
     Differences from the paper: the metric is the embedding (there are no keys site); the language
     model's attention does not count tokens by size.

@@ -26,12 +26,18 @@ DROPPED = -1e6
 @register
 @dataclass(frozen=True)
 class VisionZip(Presets, TokenMethod):
-    """VisionZip (CVPR 2025, arXiv 2412.04467): dominant tokens, and contextual ones from the rest.
+    r"""VisionZip (CVPR 2025, arXiv 2412.04467): dominant tokens, and contextual ones from the rest.
 
     In the encoder layer whose output the projector reads: dominant are the tokens of highest class
     attention (mean over heads). Of the others, every n-th is a target, the rest are assigned to the
     target of most similar key (cosine, keys averaged over heads), and a contextual token is the
     target plus the mean of those assigned to it (a sum, as in the authors' code).
+
+    .. math::
+
+        D = \operatorname{top}_k\Big(\frac{1}{H} \sum_h A_h[\mathrm{cls}, j]\Big), \qquad
+        c_t = x_t + \frac{1}{|C_t|} \sum_{i \in C_t} x_i, \quad C_t = \{i : \arg\max_{t'} \cos(\bar k_i,
+        \bar k_{t'}) = t\}
 
     Without a class token (SigLIP, Qwen) the score is the mean attention that a token receives in that
     layer, the paper's rule for such towers, computed in chunks of rows so that the full map is never in

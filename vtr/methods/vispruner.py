@@ -29,7 +29,7 @@ REMOVED = 8
 @register
 @dataclass(frozen=True)
 class VisPruner(Presets, ScoredMethod):
-    """VisPruner (ICCV 2025, arXiv 2412.01818): important and diverse tokens, by visual cues alone.
+    r"""VisPruner (ICCV 2025, arXiv 2412.01818): important and diverse tokens, by visual cues alone.
 
     In every crop the ``important`` share of the budget goes to the tokens with the most class attention in
     the encoder layer whose output the projector reads (mean over heads). The others are thinned out: in the
@@ -38,6 +38,12 @@ class VisPruner(Presets, ScoredMethod):
     half, the more similar first, come before the second half, and the next round begins, until
     the rest of the budget is left. Tokens keep their order; positions are numbered anew (the authors'
     choice).
+
+    .. math::
+
+        \text{keep } \operatorname{top}_{r k}\Big(\frac{1}{H} \sum_h A_h[\mathrm{cls}, j]\Big), \qquad
+        \text{of the rest remove the } i \in E \text{ of largest } \max_{j \in O} \cos(x_i, x_j), \text{ 8 a
+        round}
 
     Without a class token the score is the mean attention that a token receives in that layer, as in
     ``VisionZip``; the authors' code is for CLIP alone.

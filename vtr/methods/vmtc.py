@@ -29,12 +29,18 @@ WEIGHTS = ("score", "mean")
 @register
 @dataclass(frozen=True)
 class VMTC(TokenMethod):
-    """Visual-Modality Token Compression (arXiv 2411.15453): foreground tokens, and merged clusters of the rest.
+    r"""Visual-Modality Token Compression (arXiv 2411.15453): foreground tokens, and merged clusters of the rest.
 
     The tokens that the class token attends to most (mean over heads, in the encoder layer whose output the
     language model reads) are the foreground and stay. The rest is clustered by k-means on the cosine of
     the projected tokens, and each cluster becomes one token. A tower without class token ranks by the mean
     attention that a token receives in that layer.
+
+    .. math::
+
+        F = \operatorname{top}_k\Big(\frac{1}{H} \sum_h A_h[\mathrm{cls}, j]\Big), \qquad
+        x_C = \frac{\sum_{j \in C} w_j x_j}{\sum_{j \in C} w_j} \;\text{ for the clusters } C \text{ of the
+        rest}
 
     The authors released no code, and no numbers of tokens or clusters could be found, so that the default
     budgets are ours. Also ours: the first centres are tokens at equal distances, without chance; clusters are

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @register
 @dataclass(frozen=True, kw_only=True)
 class VSA(Presets, LearnedAttention, DynamicAttention):
-    """Video Sparse Attention (NeurIPS 2025, arXiv 2505.13389), which is trained.
+    r"""Video Sparse Attention (NeurIPS 2025, arXiv 2505.13389), which is trained.
 
     Tokens are put in order tile by tile. With q_I, k_J and v_J the means of the tokens of a tile
     (after rotary embedding) and n tiles:
@@ -43,6 +43,12 @@ class VSA(Presets, LearnedAttention, DynamicAttention):
     3. ``O_c = softmax(S) v``, one row for all tokens of a tile;
     4. ``out = O_s + G * O_c``, with ``G = Linear(hidden)`` per token, head and channel, without a
        sigmoid: ``hidden`` is what enters the attention module.
+
+    .. math::
+
+        S_{IJ} = \bar q_I \cdot \bar k_J / \sqrt{d}, \qquad
+        o = \operatorname{softmax}_{J \in \operatorname{top}(S_I)}(q k^T / \sqrt{d}) \, v + G \odot
+        \operatorname{softmax}(S) \, \bar v
 
     G is learned together with the model (:mod:`vtr.train.sla`), from zero, which leaves 2 alone. The
     gates of a released model are taken out of its state dict: ``vtr.apply(pipe, method,

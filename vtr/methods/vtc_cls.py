@@ -23,13 +23,17 @@ from vtr.methods.common.looks import add_class_row
 @register
 @dataclass(frozen=True)
 class VTCCLS(Presets, ScoredMethod):
-    """VTC-CLS (arXiv 2412.05819): class attention, summed over the last layers of the encoder.
+    r"""VTC-CLS (arXiv 2412.05819): class attention, summed over the last layers of the encoder.
 
     s_l[j] is the mean over heads of layer l's attention from the class token to patch j (softmax over
     all keys, the class token's own included, not normalised again). The score is the sum of s_l over
     the ``window`` layers that end with the one whose output the projector reads (the last but one of
     LLaVA-1.5's CLIP). The best ``keep`` tokens are kept in raster order, before the language model, with
     positions renumbered (the authors' choice); nothing is merged and the text plays no part.
+
+    .. math::
+
+        s_j = \sum_{l = L - w + 1}^{L} \frac{1}{H} \sum_h A^l_h[\mathrm{cls}, j]
 
     The cut is at the entry of the language model, the authors' before the projector: a projector
     works on each token alone, so that the tokens are the same.

@@ -22,7 +22,7 @@ Thresholds = tuple[tuple[float, ...], ...]
 @register
 @dataclass(frozen=True, kw_only=True)
 class XAttention(PrefillMethod):
-    """Compute the key blocks that hold a share ``threshold`` of the attention of each block of rows.
+    r"""Compute the key blocks that hold a share ``threshold`` of the attention of each block of rows.
 
     The attention is estimated from antidiagonals: rows and keys are cut into runs of ``stride`` tokens, and
     the score of two runs is the mean score on the antidiagonal of their tile. A softmax over the runs of
@@ -30,6 +30,12 @@ class XAttention(PrefillMethod):
     (:func:`vtr.methods.common.antidiagonal.antidiagonal_mass`). Per block of rows and query head, the first key
     block and the rows' own are taken, then the blocks of largest mass, the fewest that reach ``threshold``
     with these. ``threshold=1`` is dense.
+
+    .. math::
+
+        \hat s_{ab} = \frac{1}{\mathrm{stride}} \sum_{i + j = \mathrm{stride} - 1} s_{a_i b_j}, \qquad
+        m_{IJ} = \sum_{a \in I, b \in J} \operatorname{softmax}_b(\hat s_{ab}), \qquad
+        \min |S_I| \;\text{ with }\; \sum_{J \in S_I} m_{IJ} \ge \mathrm{threshold} \sum_J m_{IJ}
 
     An antidiagonal meets every key of its tile once. It meets one slash in two: as ``stride`` is even, row minus key
     is odd on it. A hot slash at an even distance is found by its neighbours, if they are hot as well.

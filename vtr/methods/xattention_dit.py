@@ -17,12 +17,18 @@ from vtr.methods.common.shares import reach_share
 @register
 @dataclass(frozen=True, kw_only=True)
 class XAttentionDiT(Presets, DynamicAttention):
-    """XAttention (ICML 2025, arXiv 2503.16428) without a causal mask, as on HunyuanVideo.
+    r"""XAttention (ICML 2025, arXiv 2503.16428) without a causal mask, as on HunyuanVideo.
 
     Queries and keys are cut into runs of ``stride`` tokens; the score of two runs is the mean score on the
     antidiagonal of their tile, so that no tokens are averaged. A softmax over the runs of keys, those of the
     text among them, is summed over blocks. A query block keeps the fewest grid blocks that, with
     the text, hold the share ``threshold`` of it; the block that reaches the share is kept.
+
+    .. math::
+
+        \hat s_{ab} = \frac{1}{\mathrm{stride}} \sum_{i + j = \mathrm{stride} - 1} s_{a_i b_j}, \qquad
+        \min |S_I| \;\text{ with }\; \sum_{J \in S_I \cup \mathrm{text}} m_{IJ} \ge \mathrm{threshold}
+        \sum_J m_{IJ}
 
     Differences from the authors' code: theirs keeps the first block in every row besides, whatever its
     share; text is dense both ways and counts first, where theirs may leave out blocks of text; runs of text do not begin inside a run of the grid; tokens that fill the last run up

@@ -27,13 +27,19 @@ from vtr.methods.common.shares import largest
 @register
 @dataclass(frozen=True, kw_only=True)
 class ZipCache(KVMethod):
-    """ZipCache (NeurIPS 2024, arXiv 2405.14256): nothing is dropped, and less attended tokens have fewer bits.
+    r"""ZipCache (NeurIPS 2024, arXiv 2405.14256): nothing is dropped, and less attended tokens have fewer bits.
 
     After a prompt, the attention of some of its rows (the last ones, and some drawn ones) is summed for each
     entry and divided by the number of these rows that see it. Per KV head, the ``salient`` share with the
     largest scores is stored with ``high`` bits, others with ``low``: keys with a range per channel, values with
     a factor per channel and a range per token (:class:`vtr.core.packed_entries.PackedEntries`). New tokens are
     in the model's dtype, until ``every`` of them are ranked by the attention of the newest row, and stored.
+
+    .. math::
+
+        s_j = \frac{\sum_{q \in R} A[q, j]}{|\{q \in R : q \ge j\}|}, \qquad
+        \mathrm{bits}(j) = \begin{cases} \mathrm{high} & j \in \operatorname{top}_{\mathrm{salient}}(s) \\
+        \mathrm{low} & \text{otherwise} \end{cases}
 
     Differences from the authors' code, which is for one sample without padding: it divides by the number of
     all rows that see an entry, whether they were looked at or not; it may draw a row twice; heads are repeated

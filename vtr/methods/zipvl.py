@@ -27,7 +27,7 @@ SCORES = 1 << 25  # of probe rows that are held at a time
 @register
 @dataclass(frozen=True, kw_only=True)
 class ZipVL(PrefillMethod):
-    """ZipVL (arXiv 2410.08584): attention among important tokens, whose number follows from each layer.
+    r"""ZipVL (arXiv 2410.08584): attention among important tokens, whose number follows from each layer.
 
     Per layer and sample, from the attention of ``recent`` last and ``random`` earlier rows, averaged over
     heads:
@@ -36,6 +36,12 @@ class ZipVL(PrefillMethod):
     2. T, the p tokens with the largest mean c_j / (number of these rows that see j). Sums decide how many
        and means decide which: by their sums, early tokens, which more rows see, would win;
     3. tokens of T attend to the earlier ones of T. Other tokens get zeros, and pass through the MLP alone.
+
+    .. math::
+
+        c_j = \sum_{q \in R} A[q, j], \qquad
+        p = \min\Big\{n : \sum_{j \in \operatorname{top}_n(c)} c_j \ge \tau \sum_j c_j\Big\}, \qquad
+        T = \operatorname{top}_p\Big(\frac{c_j}{|\{q \in R : q \ge j\}|}\Big)
 
     The first token, all text and the last token always belong to T, beside the p. The paper has no code.
     Our reading is the average over heads (one set per layer is needed, as a token skips attention in all

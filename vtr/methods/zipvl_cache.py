@@ -23,12 +23,19 @@ from vtr.methods.common.token_sets import important
 @register
 @dataclass(frozen=True, kw_only=True)
 class ZipVLCache(KVMethod):
-    """The KV cache of ZipVL (arXiv 2410.08584): tokens outside the important ones have fewer bits, or go.
+    r"""The KV cache of ZipVL (arXiv 2410.08584): tokens outside the important ones have fewer bits, or go.
 
     The important tokens of a layer are those of :class:`vtr.ZipVL` with the same ``tau``, ``recent``, ``random``
     and ``seed``; apply both for the whole method, which then skips the other tokens in the prompt, too. In the
     paper's first version important tokens are stored with 4 bits and others with 2, in the way of ZipCache; in the
     second one, ``ZipVLCache(high=16, low=0)``, only the important ones are kept.
+
+    .. math::
+
+        \mathrm{bits}(j) = \begin{cases} \mathrm{high} & j \in T \\ \mathrm{low} & \text{otherwise}
+        \end{cases}, \qquad
+        T = \operatorname{top}_p\Big(\frac{c_j}{|\{q \in R : q \ge j\}|}\Big), \quad
+        p = \min\Big\{n : \sum_{j \in \operatorname{top}_n(c)} c_j \ge \tau \sum_j c_j\Big\}
 
     After every ``every`` new tokens these are stored, by the attention of the newest row. The paper has no code:
     that ``tau`` decides how many of them are important, too, is our reading. In later turns new tokens are

@@ -150,6 +150,7 @@ class EvictionMethod(KVMethod):
         first, recent: with ``evict="all"`` tokens at the beginning and at the end of a sample that stay.
         heads: ``"uniform"``, or ``"adaptive"``: heads of a layer share its budget by their scores (AdaKV,
             arXiv 2407.11550), each with at least ``floor`` of an equal part.
+        floor: share of an equal part that each head has at least, in [0, 1], with ``heads="adaptive"``.
         depth: ``"uniform"``, or ``"pyramid"``: budgets fall from layer to layer (PyramidKV, arXiv
             2406.02069).
     """
