@@ -23,6 +23,7 @@ from recipes import method_numbers, method_pictures, method_text
 from recipes.method_pictures import CLIP, PICTURE, QUESTION, REASONS, scenes
 from vtr.core.method import Method
 from vtr.core.registry import registry, with_presets
+from vtr.evaluate.prefill import GIVEN
 from vtr.methods.common.decode import DecodeMethod
 from vtr.methods.common.kv import KVMethod
 from vtr.methods.common.language_attention import LanguageAttentionMethod
@@ -105,12 +106,23 @@ TRY: Mapping[str, str] = {
         """,
     "digits-long": """
         import vtr
-        from vtr.zoo import load_vlm
-        from vtr.zoo.slide_questions import slides_qa
+        from vtr.zoo import load_vlm, slides_qa
         from vtr.zoo.video_questions import answers
 
         model, processor = load_vlm("digits-long")
         with vtr.apply(model, METHOD) as handle:
+            print(answers(model, processor, slides_qa(2, seed=99)))
+        print(handle.trace.summary())
+        """,
+    "digits-long, calibrated": """
+        import vtr
+        from vtr.zoo import load_vlm, slides_qa
+        from vtr.zoo.video_questions import answers, prompt
+
+        model, processor = load_vlm("digits-long")
+        batches = [dict(prompt(processor, slides_qa(6, seed=1000, split="train")))]
+        plan = vtr.calibrate(model, batches, METHOD)
+        with vtr.apply(model, plan) as handle:
             print(answers(model, processor, slides_qa(2, seed=99)))
         print(handle.trace.summary())
         """,
@@ -214,7 +226,7 @@ def page(name: str) -> str:
     if text.title != text.lead:
         parts += [text.title]
     parts += [text.idea] if text.idea else []
-    parts += [f"$$\n{formula}\n$$" for formula in text.formulas]
+    parts += [f"$$\n{in_lines(formula)}\n$$" for formula in text.formulas]
     parts += ["[What the symbols mean](index.md#symbols)"]
     parts += ["## Picture", picture(name)]
     if text.more:
@@ -228,6 +240,20 @@ def page(name: str) -> str:
     parts += ["## Numbers", numbers or "No committed measurement is about this method."]
     parts += ["## More", links(cls, where)]
     return "\n\n".join(parts) + "\n"
+
+
+def in_lines(formula: str) -> str:
+    r"""Write the parts of a formula, which ``\qquad`` separates, below each other: a page is narrow."""
+    parts, depth, start = [], 0, 0
+    for token in re.finditer(r"\\begin|\\end|\\qquad|\\?[{}]", formula):
+        depth += {"\\begin": 1, "{": 1, "\\end": -1, "}": -1}.get(token[0], 0)
+        if token[0] == "\\qquad" and depth == 0:
+            parts.append(formula[start : token.start()])
+            start = token.end()
+    parts = [part.strip().removesuffix(",") for part in [*parts, formula[start:]]]
+    if len(parts) == 1:
+        return formula
+    return "\\begin{gathered}\n" + " \\\\\n".join(parts) + "\n\\end{gathered}"
 
 
 def _sentence(text: str) -> str:
@@ -262,8 +288,11 @@ def options(cls: type[Method]) -> str:
     for field in dataclasses.fields(cls):
         if field.init:
             kind = field.type if isinstance(field.type, str) else field.type.__name__
+            kind = re.sub(r"\bKeep\b", "int | float", kind)
             cells = [f"`{field.name}`", f"`{kind}`", method_text.default(field)]
-            cells.append(described[field.name])
+            cells.append(
+                described[field.name].replace("`DEFAULT`", f"`{getattr(cls, 'DEFAULT', None)}`")
+            )
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines)
 
@@ -328,15 +357,15 @@ def trial(name: str) -> str:
             f"`vtr.apply(model, method)` puts it on a model; `vtr.supported(model)` says whether it works there."
         )
     scene, method = scenes()[name]
-    lines = textwrap.dedent(TRY[scene.model]).strip().replace("METHOD", python(method))
+    how = f"{scene.model}, calibrated"
+    measured = how in TRY and getattr(method, "calibrated", False) and name not in GIVEN
+    how = how if measured else scene.model
+    lines = textwrap.dedent(TRY[how]).strip().replace("METHOD", python(method))
     out = f"```python\n{lines}\n```"
     if scene.model in DRAW:
         out += f"\n\n```sh\n{DRAW[scene.model].format(command(method))}\n```"
-    if getattr(method, "calibrated", False):
-        out += (
-            "\n\nNumbers that it needs of one model come from `vtr.calibrate` "
-            "([calibration](../calibration.md))."
-        )
+    if measured:
+        out += "\n\nThe plan holds numbers that it needs of this model: [calibration](../calibration.md)."
     return out
 
 

@@ -193,7 +193,7 @@ def scenes() -> Mapping[str, tuple[Scene, Method]]:
         vtr.VidCom2(),
         vtr.VideoToMe(),
     )
-    for name, settings in prefill.methods().items():
+    for settings in prefill.methods().values():
         cls = type(settings[0])
         show(EDITED if prefill.is_edit(cls) else PREFILLED, settings[min(1, len(settings) - 1)])
     show(

@@ -158,8 +158,6 @@ def entries(doc: str) -> dict[str, str]:
 
 def default(field: Any) -> str:
     """Write the default of an option as Python."""
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    else:
-        value = field.default_factory()
+    given = field.default is not dataclasses.MISSING
+    value = field.default if given else field.default_factory()
     return f"`{value!r}`" if not isinstance(value, type) else f"`{value.__name__}`"

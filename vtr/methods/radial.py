@@ -17,7 +17,10 @@ from vtr.methods.base import Examples, Grid, GridMask, MaskedAttention, Presets,
 class RadialAttention(Presets, MaskedAttention):
     r"""A static mask, the same for every layer, head and prompt: :func:`vtr.kernels.masks.radial`.
 
-    It thins out frames that are far apart: one frame is dense. Models of images are refused.
+    Tokens attend less to each other, the further apart their frames are (the paper's spatiotemporal energy decay).
+    So a query sees a window around its own place in every frame, whose width is halved whenever the distance of the
+    frames doubles; where it would be narrower than a block, frames are skipped instead. One frame is dense. Models
+    of images are refused.
 
     .. math::
 
