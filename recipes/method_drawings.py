@@ -210,7 +210,7 @@ def cached(method: Any) -> Image.Image:
 
 
 def _shades(layer: Any, tokens: int) -> np.ndarray:
-    """How dark each entry of each KV head is drawn, (Hk, tokens) in [0, 1]; 0 for what is not held."""
+    """Shade each entry of each KV head, (Hk, tokens) in [0, 1]: 0 if it is not held."""
     heads = layer.keys.shape[1]
     if not hasattr(layer, "columns"):
         return np.ones((heads, tokens))

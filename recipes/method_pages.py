@@ -21,8 +21,9 @@ from typing import Any
 
 from recipes import method_numbers, method_pictures, method_text
 from recipes.method_pictures import CLIP, PICTURE, QUESTION, REASONS, scenes
+from recipes.method_text import methods
 from vtr.core.method import Method
-from vtr.core.registry import registry, with_presets
+from vtr.core.registry import with_presets
 from vtr.evaluate.prefill import GIVEN
 from vtr.methods.common.decode import DecodeMethod
 from vtr.methods.common.kv import KVMethod
@@ -55,7 +56,7 @@ FAMILIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("language-attention.md", "prefill-digits.md", "calibration.md"),
     ),
     "KV cache and decoding": (
-        "What the cache holds, and what a decoding step reads of it.",
+        "Entries of the cache are dropped, merged or stored with fewer bits, or a decoding step reads some of them.",
         ("cache.md", "cache-digits.md", "language-attention.md"),
     ),
     "Detectors and windows": (
@@ -217,7 +218,7 @@ def paper(cls: type[Method]) -> str:
 
 def page(name: str) -> str:
     """Write the page of a method."""
-    cls = registry()[name]
+    cls = methods()[name]
     text = method_text.read(cls)
     where = family(cls)
     parts = [f"# {cls.__name__}", _sentence(text.lead)]
@@ -235,7 +236,7 @@ def page(name: str) -> str:
     if name in with_presets():
         parts += ["## Published settings", presets(cls)]
     parts += ["## Try it", trial(name)]
-    parts += ["## Where it differs from the authors' code", *text.differs, fidelity(name)]
+    parts += ["## Differences from the authors' code", *text.differs, fidelity(name)]
     numbers = method_numbers.markdown(cls.__name__, "../")
     parts += ["## Numbers", numbers or "No committed measurement is about this method."]
     parts += ["## More", links(cls, where)]
@@ -271,12 +272,12 @@ def picture_file(name: str) -> Path:
 
 
 def picture(name: str) -> str:
-    """Show the picture of a method, with what it was drawn of, or say why there is none."""
+    """Show the picture of a method, with what it was drawn of, or say why it has no picture."""
     if name in REASONS:
         return f"No picture: {REASONS[name][0].lower()}{REASONS[name][1:]}"
     scene, method = scenes()[name]
     return (
-        f"![{registry()[name].__name__} on {scene.model}](pictures/{picture_file(name).name})\n\n"
+        f"![{methods()[name].__name__} on {scene.model}](pictures/{picture_file(name).name})\n\n"
         f"`{method}` on `{scene.model}`. {scene.caption}"
     )
 
@@ -351,7 +352,7 @@ def command(method: Any) -> str:
 def trial(name: str) -> str:
     """Write the lines of Python, and the command, that try a method."""
     if name not in scenes():
-        cls = registry()[name].__name__
+        cls = methods()[name].__name__
         return (
             f"```python\nimport vtr\n\nmethod = vtr.{cls}()\n```\n\n"
             f"`vtr.apply(model, method)` puts it on a model; `vtr.supported(model)` says whether it works there."
@@ -399,15 +400,19 @@ def fidelity(name: str) -> str:
     if (theirs := found.get("authors")) and "largest" in theirs:
         lines.append(
             f"Beside the authors' functions, {theirs['differ']} of {theirs['of']} choices differ; "
-            f"the largest difference of a number is {theirs['largest']:.0e}."
+            f"the largest difference of a number is {_small(theirs['largest'])}."
         )
     if plain := found.get("plain"):
         lines.append(
             f"Beside plain calculations of the formulas in {plain['tests']} tests, the largest difference is "
-            f"{plain['largest']:.0e}."
+            f"{_small(plain['largest'])}."
         )
     lines.append("All methods: [fidelity](../fidelity.md).")
     return "\n\n".join(lines).replace("``", "`")
+
+
+def _small(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 def links(cls: type[Method], where: str) -> str:
@@ -429,21 +434,22 @@ def _title(name: str) -> str:
 def index() -> str:
     """Write the index, grouped by family."""
     groups: dict[str, list[str]] = {title: [] for title in FAMILIES}
-    for name, cls in sorted(registry().items(), key=lambda item: item[1].__name__.lower()):
+    for name, cls in sorted(methods().items(), key=lambda item: item[1].__name__.lower()):
         text = method_text.read(cls)
-        line = text.lead.removeprefix(f"{cls.__name__}: ")
+        named, _, rest = text.lead.partition(": ")
+        line = rest if named.replace("-", "").lower() == cls.__name__.lower() else text.lead
         groups[family(cls)].append(f"- [{cls.__name__}]({name}.md): {line}")
     parts = [
         "# Methods",
-        f"{len(registry())} methods, by where they act. Each page has the idea, the formula, a picture, the options, "
-        "where the method differs from its authors' code, and numbers. `vtr.supported(model)` says which ones "
+        f"{len(methods())} methods in groups. Each page has the idea, the formula, a picture, the options, "
+        "the differences from the authors' code, and numbers. `vtr.supported(model)` says which ones "
         "work on a model.",
     ]
     for title, lines in groups.items():
         parts += [f"## {title}", FAMILIES[title][0], "\n".join(lines)]
     parts += ["## Symbols", SYMBOLS.strip()]
     parts += [
-        "```{toctree}\n:hidden:\n\n" + "\n".join(name for name in sorted(registry())) + "\n```",
+        "```{toctree}\n:hidden:\n\n" + "\n".join(name for name in sorted(methods())) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -451,7 +457,7 @@ def index() -> str:
 def write(folder: Path = FOLDER) -> list[Path]:
     """Write all pages and the index into a folder; files that did not change are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = {f"{name}.md": page(name) for name in registry()} | {"index.md": index()}
+    made = {f"{name}.md": page(name) for name in methods()} | {"index.md": index()}
     for name, content in made.items():
         file = folder / name
         if not file.exists() or file.read_text(encoding="utf-8") != content:
@@ -464,7 +470,9 @@ def write(folder: Path = FOLDER) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m recipes.method_pages",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--pictures", action="store_true", help="draw the pictures again, too")

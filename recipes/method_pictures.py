@@ -18,8 +18,8 @@ import torch
 import vtr
 from recipes import mask_pictures
 from recipes import method_drawings as drawings
+from recipes.method_text import methods
 from vtr.core.method import Method
-from vtr.core.registry import registry
 
 FOLDER = Path(__file__).parents[1] / "docs/methods/pictures"
 LAYERS = (1, 2, 3)  # of the built-in ViT, for methods that cut several times
@@ -33,7 +33,7 @@ REASONS: Mapping[str, str] = {
     "dtop": "Its heads have to be trained for a segmenter, and no segmenter is built in.",
     "expedit": "It clusters the windows of SAM, and no model with windows is built in.",
     "pixelprune": "It acts in front of the towers of Qwen's models, of which none is built in.",
-    "searched-tile": "It has a window of its own in every step, layer and head; SlidingTile shows one.",
+    "searched-tile": "It has another window in every step, layer and head; SlidingTile shows one.",
     "sparsevit": "It skips windows of Swin, and no model with windows is built in.",
     "vhr": "It scales the outputs of heads; no token is dropped, and no attention is changed.",
 }
@@ -202,7 +202,7 @@ def scenes() -> Mapping[str, tuple[Scene, Method]]:
         vtr.RecycledAttention(keys=64, stride=4),
         vtr.TidalDecode(keys=64),
     )
-    names = registry()
+    names = methods()
     for name, held in chats.methods().items():
         if name in names:
             quarter = [m for m in held if getattr(m, "keep", None) == 0.25]
@@ -241,7 +241,7 @@ def write(folder: Path = FOLDER, only: tuple[str, ...] = ()) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.method_pictures", description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     options = parser.parse_args(arguments)

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vtr.core.registry import registry
+import vtr.methods
+from vtr.core.method import Method
 from vtr.methods import TABLE
 
 SECTION = re.compile(r"^(Args|Attributes|Raises|Returns)\b.*:$", re.MULTILINE)
@@ -31,7 +32,7 @@ ROLE = re.compile(r":(?:class|func|mod|meth|data|attr):`~?([^`]+)`")
 
 @dataclass(frozen=True)
 class Text:
-    """What a docstring says.
+    """The parts of a docstring.
 
     Attributes:
         lead: the sentence at the top of the module, or the first one of the class.
@@ -75,11 +76,11 @@ def read(cls: type) -> Text:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Split at blank lines; what is indented, and a list, belongs to the paragraph before it."""
+    """Split at blank lines; what is indented, and a list, belongs to the paragraph before it (not to the title)."""
     found: list[str] = []
     for part in re.split(r"\n\s*\n", text.strip()):
         listed = re.match(r"( {2}|- |\d\. )", part) is not None
-        if found and listed and (found[-1].endswith(":") or "\n- " in found[-1]):
+        if len(found) > 1 and listed:
             found[-1] += "\n\n" + part
         else:
             found.append(part)
@@ -113,9 +114,16 @@ def _named(role: re.Match[str]) -> str:
 
 
 @functools.cache
+def methods() -> Mapping[str, type[Method]]:
+    """The package's own methods by name, in order; the registry may hold others as well."""
+    own: list[type[Method]] = [getattr(vtr.methods, name) for name in TABLE]
+    return {cls.name: cls for cls in sorted(own, key=lambda cls: cls.name)}
+
+
+@functools.cache
 def pages() -> Mapping[str, str]:
     """The name of each method by the name of its class."""
-    return {cls.__name__: name for name, cls in registry().items()}
+    return {cls.__name__: name for name, cls in methods().items()}
 
 
 def option_texts(cls: type) -> dict[str, str]:

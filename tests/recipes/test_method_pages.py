@@ -15,17 +15,17 @@ import torch
 
 from recipes import method_numbers, method_pages, method_pictures, method_text
 from recipes.method_pictures import REASONS, scenes
-from vtr.core.registry import registry
+from recipes.method_text import methods
 from vtr.core.text import parse
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(registry())
+NAMES = sorted(methods())
 SECTIONS = (
     "## Idea",
     "## Picture",
     "## Options",
     "## Try it",
-    "## Where it differs from the authors' code",
+    "## Differences from the authors' code",
     "## Numbers",
     "## More",
 )
@@ -51,7 +51,7 @@ def test_page_has_every_part(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_has_an_idea_a_formula_and_differences(name: str) -> None:
-    cls = registry()[name]
+    cls = methods()[name]
     text = method_text.read(cls)
     assert len(f"{text.title} {text.idea} {' '.join(text.more)}".split()) >= 30
     assert text.formulas
@@ -62,13 +62,13 @@ def test_docstring_has_an_idea_a_formula_and_differences(name: str) -> None:
         assert formula.count(r"\left") - formula.count(r"\leftarrow") == len(
             re.findall(r"\\right(?!arrow)", formula)
         )
-    differs = section(name, "Where it differs from the authors' code")
+    differs = section(name, "Differences from the authors' code")
     assert re.search(r"\*\*(Exact|Explained|Not comparable)\*\*", differs)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_the_fields(name: str) -> None:
-    cls = registry()[name]
+    cls = methods()[name]
     rows = re.findall(
         r"^\| `(\w+)` \| `(.+?)` \| `(.+?)` \| (.*) \|$", section(name, "Options"), re.M
     )
@@ -129,7 +129,7 @@ def test_index_names_every_method_once() -> None:
 
 
 def test_families_are_those_of_the_sites() -> None:
-    of = {name: method_pages.family(cls) for name, cls in registry().items()}
+    of = {name: method_pages.family(cls) for name, cls in methods().items()}
     some = {
         "tome": "Vision encoders",
         "dtop": "Vision encoders",
@@ -181,7 +181,7 @@ def test_numbers_are_those_of_the_files() -> None:
 
 def test_every_file_of_numbers_is_shown() -> None:
     shown = {
-        s.path for cls in registry().values() for s, _, _ in method_numbers.tables(cls.__name__)
+        s.path for cls in methods().values() for s, _, _ in method_numbers.tables(cls.__name__)
     }
     assert shown == {source.path for source in method_numbers.SOURCES}
 

@@ -19,7 +19,7 @@ class RadialAttention(Presets, MaskedAttention):
 
     Tokens attend less to each other, the further apart their frames are (the paper's spatiotemporal energy decay).
     So a query sees a window around its own place in every frame, whose width is halved whenever the distance of the
-    frames doubles; where it would be narrower than a block, frames are skipped instead. One frame is dense. Models
+    frames doubles; a window that would be narrower than a block is kept as wide, and frames are skipped instead. One frame is dense. Models
     of images are refused.
 
     .. math::
