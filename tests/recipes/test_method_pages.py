@@ -225,7 +225,9 @@ def test_formulas_are_taken_out_of_the_text() -> None:
             s = \begin{cases} a & b \\
             c & d \end{cases}, \qquad t
 
-        - Difference from the authors' code: :class:`vtr.ToMe` and ``code``.
+        Difference from the authors' code:
+
+        - :class:`vtr.ToMe` and ``code``.
 
         Args:
             keep: how many; of
@@ -236,7 +238,7 @@ def test_formulas_are_taken_out_of_the_text() -> None:
     text = method_text.read(Example)
     assert text.formulas == ("s = \\begin{cases} a & b \\\\\nc & d \\end{cases}, \\qquad t",)
     assert text.idea == "The score is the norm of `x`:\n\n```python\nscore = x.norm()\n```"
-    assert text.differs == ("- Difference from the authors' code: [ToMe](tome.md) and `code`.",)
+    assert text.differs == ("Difference from the authors' code:\n\n- [ToMe](tome.md) and `code`.",)
     assert method_pages.in_lines(text.formulas[0]).count("\\\\\n") == 2
     assert method_text.entries(inspect.cleandoc(Example.__doc__ or "")) == {
         "keep": "how many; of all tokens.",
