@@ -30,6 +30,14 @@ class RadialAttention(Presets, MaskedAttention):
         M_{kl} = [\,|k - l| < w\,] \lor \Big[\,|k - l| < u \;\land\; r \bmod \lceil u / w \rceil = 0\,\Big],
         \quad u = \mathrm{block}
 
+    .. math::
+
+        \text{frames } r \text{ apart, } s \text{ tokens each}: \quad
+        w = \frac{s}{2^{\lfloor \log_2 \max(r, 1) \rfloor}} \; (\cdot \, \mathrm{decay} \text{ if } r \ge
+        2), \qquad
+        M_{kl} = [\,|k - l| < w\,] \lor \Big[\,|k - l| < u \;\land\; r \bmod \lceil u / w \rceil = 0\,\Big],
+        \quad u = \mathrm{block}
+
     Attributes:
         decay: factor of the widths from a distance of two frames on.
         sink: every query sees the first frame (the authors' code: Wan yes, HunyuanVideo no, in which
