@@ -19,16 +19,8 @@ class RadialAttention(Presets, MaskedAttention):
 
     Tokens attend less to each other, the further apart their frames are (the paper's spatiotemporal energy decay).
     So a query sees a window around its own place in every frame, whose width is halved whenever the distance of the
-    frames doubles; a window is never narrower than a block, and frames are skipped instead. One frame is dense.
-    Models of images are refused.
-
-    .. math::
-
-        \text{frames } r \text{ apart, } s \text{ tokens each}: \quad
-        w = \frac{s}{2^{\lfloor \log_2 \max(r, 1) \rfloor}} \; (\cdot \, \mathrm{decay} \text{ if } r \ge
-        2), \qquad
-        M_{kl} = [\,|k - l| < w\,] \lor \Big[\,|k - l| < u \;\land\; r \bmod \lceil u / w \rceil = 0\,\Big],
-        \quad u = \mathrm{block}
+    frames doubles; a window that would be narrower than a block is kept as wide, and frames are skipped instead. One frame is dense. Models
+    of images are refused.
 
     .. math::
 
