@@ -227,7 +227,7 @@ def page(name: str) -> str:
     if text.title != text.lead:
         parts += [text.title]
     parts += [text.idea] if text.idea else []
-    parts += [f"$$\n{formula}\n$$" for formula in text.formulas]
+    parts += [f"$$\n{in_lines(formula)}\n$$" for formula in text.formulas]
     parts += ["[What the symbols mean](index.md#symbols)"]
     parts += ["## Picture", picture(name)]
     if text.more:
