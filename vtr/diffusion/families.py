@@ -315,8 +315,11 @@ LATER = frozenset(
 
 
 def family_of(model: Any) -> DiffusionFamily | None:
-    """The family of a transformer, by the name of its class or of one it derives from."""
+    """The family of a transformer, by the name of its class or of one it derives from; None for a class of diffusers
+    that is refused, or not wrapped yet, though it derives from a wrapped one."""
     for cls in type(model).__mro__:
+        if cls.__name__ in REFUSED or cls.__name__ in LATER:
+            return None
         for family in FAMILIES:
             if cls.__name__ in family.classes and cls.__module__.startswith("diffusers."):
                 return family

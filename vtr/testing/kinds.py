@@ -377,9 +377,7 @@ class Diffusion(Kind):
     @property
     def samples(self) -> list[Inputs]:
         both = self.facts.call(batch=2)
-        return [
-            {k: v[i : i + 1] if _per_sample(v) else v for k, v in both.items()} for i in range(2)
-        ]
+        return [{k: _one(v, i) for k, v in both.items()} for i in range(2)]
 
     def changed(self, sample: Inputs) -> Inputs:
         if "x" in sample:  # Z-Image: a list
@@ -391,12 +389,14 @@ class Diffusion(Kind):
         first = samples[0]
         return {
             k: type(v)(s[k][0] for s in samples) if isinstance(v, list)
+            else {n: torch.cat([s[k][n] for s in samples]) for n, t in v.items() if _per_sample(t, 1)}
+            if isinstance(v, dict) and any(_per_sample(t, 1) for t in v.values())
             else torch.cat([s[k] for s in samples]) if _per_sample(v, 1) else v
             for k, v in first.items()
         }  # fmt: skip
 
     def call(self, model: Any, inputs: Inputs) -> Tensor:
-        return torch.stack([_predicted(model(**given)) for given in self.calls(inputs)], 1)
+        return torch.stack([predicted(model(**given)) for given in self.calls(inputs)], 1)
 
     def calls(self, inputs: Inputs) -> list[Inputs]:
         shares = [t / self.times[0] for t in self.times]
@@ -411,10 +411,17 @@ class Diffusion(Kind):
         return length + (self.facts.text if self.text_apart else 0)
 
 
-def _predicted(output: Any) -> Tensor:
+def predicted(output: Any) -> Tensor:
     """Return the prediction of a transformer, (B, ...): most return it in a tuple, Z-Image as a list in one."""
     found = output[0] if isinstance(output, tuple) else output
     return torch.stack(found) if isinstance(found, list) else found
+
+
+def _one(value: Any, row: int) -> Any:
+    """One sample of what a call of two is given, which may be a dict (SDXL's conditions)."""
+    if isinstance(value, dict):
+        return {name: _one(held, row) for name, held in value.items()}
+    return value[row : row + 1] if _per_sample(value) else value
 
 
 def _per_sample(value: Any, batch: int = 2) -> bool:

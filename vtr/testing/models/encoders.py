@@ -73,7 +73,7 @@ _SIZE: dict[str, Any] = {
     "intermediate_size": 96,
 }
 _IMAGE: dict[str, Any] = {**_SIZE, "image_size": 32, "patch_size": 4}
-_CLIP: dict[str, Any] = {**_SIZE, "image_size": 16, "num_frames": 8}
+CLIP_SIZES: dict[str, Any] = {**_SIZE, "image_size": 16, "num_frames": 8}
 
 
 def clip() -> Any:
@@ -103,7 +103,7 @@ def vivit() -> Any:
     """Build ViViT: clips of 8 frames of 16 pixels, 4 x 4 x 4 tokens, a class token."""
     import transformers
 
-    config = transformers.VivitConfig(**_CLIP, tubelet_size=[2, 4, 4], num_labels=5)
+    config = transformers.VivitConfig(**CLIP_SIZES, tubelet_size=[2, 4, 4], num_labels=5)
     return spread(transformers.VivitForVideoClassification(config))
 
 
@@ -111,11 +111,16 @@ def videomae() -> Any:
     """Build VideoMAE: clips of 8 frames of 16 pixels, 4 x 4 x 4 tokens, no class token."""
     import transformers
 
-    config = transformers.VideoMAEConfig(**_CLIP, patch_size=4, tubelet_size=2, num_labels=5)
+    config = transformers.VideoMAEConfig(**CLIP_SIZES, patch_size=4, tubelet_size=2, num_labels=5)
     return spread(transformers.VideoMAEForVideoClassification(config))
 
 
-_SWIN: dict[str, Any] = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+SWIN_SIZES: dict[str, Any] = {
+    "embed_dim": 24,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "window_size": 4,
+}
 
 
 def timm_swin(name: str = "swin_tiny_patch4_window7_224") -> Any:
@@ -123,7 +128,7 @@ def timm_swin(name: str = "swin_tiny_patch4_window7_224") -> Any:
     import timm
 
     return spread(
-        timm.create_model(name, img_size=56, num_classes=10, strict_img_size=False, **_SWIN)
+        timm.create_model(name, img_size=56, num_classes=10, strict_img_size=False, **SWIN_SIZES)
     )
 
 
@@ -135,14 +140,14 @@ def timm_swinv2() -> Any:
     import timm
 
     name = "swinv2_tiny_window8_256"
-    return spread(timm.create_model(name, img_size=64, num_classes=10, **_SWIN))
+    return spread(timm.create_model(name, img_size=64, num_classes=10, **SWIN_SIZES))
 
 
 def swin() -> Any:
     """Build a Swin of transformers like :func:`timm_swin`."""
     import transformers
 
-    config = transformers.SwinConfig(image_size=56, num_labels=10, **_SWIN)
+    config = transformers.SwinConfig(image_size=56, num_labels=10, **SWIN_SIZES)
     return spread(transformers.SwinForImageClassification(config))
 
 
@@ -150,8 +155,14 @@ def swinv2() -> Any:
     """Build a Swin V2 of transformers like :func:`timm_swinv2`."""
     import transformers
 
-    config = transformers.Swinv2Config(image_size=64, num_labels=10, **_SWIN)
+    config = transformers.Swinv2Config(image_size=64, num_labels=10, **SWIN_SIZES)
     return spread(transformers.Swinv2ForImageClassification(config))
+
+
+SAM_SIZES: dict[str, Any] = {
+    **_SIZE, "mlp_dim": 96, "image_size": 80, "patch_size": 8, "window_size": 4,
+    "global_attn_indexes": [2], "output_channels": 16,
+}  # fmt: skip
 
 
 def sam() -> Any:
@@ -159,11 +170,7 @@ def sam() -> Any:
     number 2 is global."""
     import transformers
 
-    config = transformers.SamVisionConfig(
-        **_SIZE, mlp_dim=96, image_size=80, patch_size=8, window_size=4, global_attn_indexes=[2],
-        output_channels=16,
-    )  # fmt: skip
-    return spread(transformers.SamVisionModel(config))
+    return spread(transformers.SamVisionModel(transformers.SamVisionConfig(**SAM_SIZES)))
 
 
 def timm_sam() -> Any:
