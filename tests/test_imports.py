@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("vtr", "explore", "evaluate", "strategies", "inspect", "methods", "zoo", "video", "vision"),
-        *("diffusion", "core", "kernels", "compat", "errors"),
+        *("testing", "diffusion", "core", "kernels", "compat", "errors"),
     },
     "__main__": {"cli"},
 }

@@ -102,39 +102,51 @@ def families(as_json: shared.JsonOption = False) -> None:
 
 def models(
     names: Annotated[
-        list[str] | None, typer.Argument(help="classes of transformers; all by default")
+        list[str] | None, typer.Argument(help="classes of the libraries; all by default")
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="vlm, tower, dit or unet, may be repeated; all by default"),
     ] = None,
     as_json: shared.JsonOption = False,
 ) -> None:
-    """Try every vision-language model of the installed transformers on a tiny twin: works, partly, or refused and why."""
-    try:
-        from vtr.vision.vlm.coverage import model_support
+    """Try the model classes of the installed libraries on tiny random models: works, partly, or refused and why."""
+    from vtr.testing.matrix import KINDS_OF_ROWS, Row, matrix
 
-        rows = []
-        for row in model_support(names or None):
-            rows.append(row)
-            if not as_json:
-                print(f"{row.name}: {row.state}", file=sys.stderr)
-    except ImportError as error:
-        raise VtrError(
-            f'transformers cannot be imported ({error}): pip install "vtr[transformers]"'
-        ) from error
-    unknown = sorted({*(names or ())} - {row.name for row in rows})
+    unknown = sorted({*(kind or ())} - {*KINDS_OF_ROWS})
     if unknown:
         raise VtrError(
-            f"transformers has no class {', '.join(unknown)} that answers questions about images: "
+            f"--kind must be one of {', '.join(KINDS_OF_ROWS)}, got {', '.join(unknown)}"
+        )
+    rows: list[Row] = []
+    for each in kind or KINDS_OF_ROWS:
+        left = sorted({*(names or ())} - {row.name for row in rows})
+        if names and not left:
+            break
+        try:
+            for row in matrix(each, left or None):
+                rows.append(row)
+                print(f"{each} {row.name}: {row.state}", file=sys.stderr)
+        except ImportError as error:
+            if kind:
+                raise VtrError(f'{error}: pip install "vtr[vision,vlm,diffusion]"') from error
+            print(f"no classes of the kind {each}: {error}", file=sys.stderr)
+    missing = sorted({*(names or ())} - {row.name for row in rows})
+    if missing:
+        raise VtrError(
+            f"the installed libraries have no class {', '.join(missing)} of these kinds: "
             "vtr models lists all"
         )
     if as_json:
         print(json.dumps([row._asdict() for row in rows], indent=2))
         return
     number = sum(row.state != "refused" for row in rows)
-    table = Table(title=f"{number} of {len(rows)} vision-language models of transformers work")
-    for column in ("class", "state", "sites (methods), what is closed, or why not"):
-        table.add_column(column, no_wrap=column == "state", overflow="fold")
+    table = Table(title=f"{number} of {len(rows)} classes work")
+    for column in ("kind", "class", "state", "sites (methods), what is closed, or why not"):
+        table.add_column(column, no_wrap=column in ("kind", "state"), overflow="fold")
     for row in rows:
         sites = f"{', '.join(row.sites)} ({row.methods}) " if row.sites else ""
-        table.add_row(row.name, row.state, escape(sites + row.about))
+        table.add_row(row.kind, f"{row.library} {row.name}", row.state, escape(sites + row.about))
     shared.console.print(table)
 
 

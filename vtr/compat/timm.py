@@ -25,6 +25,13 @@ SWINS = {
     "SwinTransformerV2": f"{SWINV2}:SwinTransformerV2",
 }
 SAMS = {"VisionTransformerSAM": f"{SAM}:VisionTransformerSAM"}
+#: Models that reduce a grid of tokens from stage to stage, by convolutions or pooling.
+STAGED = (
+    *("CoaT", "CPUBone", "CSATv2", "DaVit", "EdgeNeXt", "EfficientFormer", "EfficientFormerV2"),
+    *("EfficientVitMsra", "GlobalContextVit", "Levit", "LevitDistilled", "LowFormer", "MaxxVit"),
+    *("MetaFormer", "MultiScaleVit", "Nest", "NextViT", "PoolingVisionTransformer"),
+    *("PyramidVisionTransformerV2", "SwiftFormer", "TinyVit", "Twins", "Visformer"),
+)
 #: The MLP of Swin V2 that computes the biases of relative positions.
 POSITION_MLP = "cpb_mlp"
 #: Blocks that are opened: norm, attention, norm, MLP; with the norms behind, or in front.

@@ -122,7 +122,7 @@ def test_the_command_prints_the_matrix(
     (row,) = json.loads(capsys.readouterr().out)
     assert row["name"] == name and row["state"] == "works"
     assert run(monkeypatch, name) == 0
-    assert "1 of 1 vision-language models" in capsys.readouterr().out
+    assert "1 of 1 classes work" in capsys.readouterr().out
     assert run(monkeypatch, "NoModel") == 2
     assert "no class NoModel" in capsys.readouterr().err
 

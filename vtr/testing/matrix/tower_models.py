@@ -6,7 +6,9 @@ they are supported are built without weights; those that run are tiny.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -49,18 +51,21 @@ class Candidate(NamedTuple):
     tiny: Callable[[], Tiny]
 
 
-def candidates(names: Sequence[str] | None = None) -> Iterator[Candidate]:
-    """List the classes of encoders of the installed libraries.
+def candidates(
+    names: Sequence[str] | None = None,
+    libraries: Sequence[str] = ("timm", "open_clip", "transformers"),
+) -> Iterator[Candidate]:
+    """List the classes of encoders of the installed libraries among some.
 
     Raises:
-        ImportError: none of the three libraries is installed.
+        ImportError: none of these libraries is installed.
     """
-    libraries = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
+    listing = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
     found = [name for name in libraries if importlib.util.find_spec(name) is not None]
     if not found:
-        raise ImportError("none of timm, open_clip and transformers is installed")
+        raise ImportError(f"none of {', '.join(libraries)} is installed")
     for name in found:
-        for candidate in libraries[name]():
+        for candidate in listing[name]():
             if names is None or candidate.name in names:
                 yield candidate
 
@@ -83,8 +88,8 @@ def _timm() -> Iterator[Candidate]:
         yield Candidate(
             "timm",
             name,
-            lambda name=name, models=models: _timm_empty(name, models),
-            lambda name=name, models=models: _timm_tiny(name, models),
+            functools.partial(_timm_empty, name, models),
+            functools.partial(_timm_tiny, name, models),
         )
 
 
@@ -142,7 +147,11 @@ def _open_clip() -> Iterator[Candidate]:
         return Tiny(encoders.spread(model), _images(64))
 
     for cls, make in ((VisionTransformer, tower), (TimmModel, trunk)):
-        yield Candidate("open_clip", cls.__name__, lambda make=make: make().model, make)
+        yield Candidate("open_clip", cls.__name__, functools.partial(_model_of, make), make)
+
+
+def _model_of(make: Callable[[], Tiny]) -> nn.Module:
+    return make().model
 
 
 # ---- transformers --------------------------------------------------------------------------------
@@ -156,6 +165,8 @@ _SIZES: dict[str, dict[str, Any]] = {
     "VivitConfig": {**encoders.CLIP_SIZES, "tubelet_size": [2, 4, 4]},
     "VideoMAEConfig": {**encoders.CLIP_SIZES, "patch_size": 4, "tubelet_size": 2},
 }
+#: VideoMAE computes its positions in Python, 4 s for clips of the usual size.
+_FASTER = {"VideoMAEConfig": {"image_size": 64}}
 
 
 def _transformers() -> Iterator[Candidate]:
@@ -163,16 +174,15 @@ def _transformers() -> Iterator[Candidate]:
         yield Candidate(
             "transformers",
             cls.__name__,
-            lambda cls=cls: _hf_empty(cls),
-            lambda cls=cls: _hf_tiny(cls),
+            functools.partial(_hf_empty, cls),
+            functools.partial(_hf_tiny, cls),
         )
 
 
 def _hf_empty(cls: Any) -> nn.Module:
     config: Any = cls.config_class
-    sizes = _SIZES.get(config.__name__, {})
     with torch.device("meta"), quiet():
-        return cls(config(**sizes))  # type: ignore[no-any-return]
+        return cls(config(**_FASTER.get(config.__name__, {})))  # type: ignore[no-any-return]
 
 
 def _hf_tiny(cls: Any) -> Tiny:
@@ -188,13 +198,11 @@ def _hf_tiny(cls: Any) -> Tiny:
 
 def _pixels(model: Any, config: Any, batch: int, seed: int) -> Inputs:
     """Random pixels in the form of a class: images, clips, or patches in rows with their grid."""
-    import inspect
-
     names = list(inspect.signature(type(model).forward).parameters)
     vision = getattr(config, "vision_config", config)
     first = next(name for name in names if name in PIXELS)
     size = getattr(vision, "image_size", None) or getattr(vision, "crop_size", 32)
-    side: int = size[0] if isinstance(size, (tuple, list)) else size
+    side: Any = size[0] if isinstance(size, (tuple, list)) else size
     if "spatial_shapes" in names:
         high, wide = 8, 8
         pixels = encoders.images(batch, seed, high * vision.patch_size)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import vtr
 from vtr.api import _wrapping
+from vtr.compat.encoders import is_attention
 from vtr.core.registry import registry
 from vtr.testing import life, tokens, windowed
 from vtr.testing.adapters import Look, looking
@@ -42,13 +43,13 @@ def tower_rows(names: Sequence[str] | None = None) -> Iterator[Row]:
         ImportError: no library with encoders is installed.
     """
     for candidate in candidates(names):
-        row = _row(candidate)
+        row = tower_row(candidate)
         if row is not None:
             yield row
 
 
-def _row(candidate: Candidate) -> Row | None:
-    """One row; None for a class that is no transformer."""
+def tower_row(candidate: Candidate) -> Row | None:
+    """Try one class; None for one that is no transformer."""
     head = ("tower", candidate.library, candidate.name)
     try:
         empty = candidate.empty()
@@ -59,20 +60,33 @@ def _row(candidate: Candidate) -> Row | None:
     if not is_transformer(empty):
         return None
     reason = refusal(empty)
+    if reason.startswith("no adapter"):
+        reason = f"it is not wrapped yet: {layers_named(empty)}"
     if reason:
         return Row(*head, "refused", about=reason)
+    sites, methods = working(empty)
     try:
         tiny = candidate.tiny()
-        sites, methods = working(tiny.model)
-        laws = _laws(candidate.name, tiny, sites)
+        laws = _laws(candidate.name, tiny, methods)
     except Exception as error:  # any error of a class that has never been run here
         return Row(*head, "refused", about=f"a tiny model of it does not run: {_short(error)}")
     fault = broken(laws)
     if fault:
         return Row(*head, "refused", about=fault)
-    closed = _closed(tiny.model, sites)
+    closed = _closed(empty, sites)
     state: State = "partly" if closed else "works"
     return Row(*head, state, sites, len(methods), closed)
+
+
+def layers_named(model: nn.Module) -> str:
+    """Name the layers that an adapter would have to know: those of the lists whose layers have attention."""
+    names: dict[str, None] = {}
+    for held in model.modules():
+        if isinstance(held, (nn.ModuleList, nn.Sequential)):
+            for layer in held:
+                if any(is_attention(type(part).__name__) for part in layer.children()):
+                    names[type(layer).__name__] = None
+    return f"its layers are {', '.join(names)}" if names else "it has no list of layers"
 
 
 def _closed(model: nn.Module, sites: tuple[str, ...]) -> str:
@@ -141,11 +155,10 @@ def output(found: Any) -> Tensor:
     return found if found.dim() == 2 else found[:, 0]  # type: ignore[no-any-return]
 
 
-def _laws(name: str, tiny: Tiny, sites: tuple[str, ...]) -> dict[str, Callable[[], None]]:
+def _laws(name: str, tiny: Tiny, supported: Sequence[str]) -> dict[str, Callable[[], None]]:
     kind = Tower(name, "torch", {}, built=tiny, tolerance=TOLERANCE)
-    supported = {row.name for row in vtr.supported(tiny.model) if row.supported}
     laws: dict[str, Callable[[], None]] = {}
-    token_methods = [m for m in TOKEN_METHODS if m in supported] if "encoder" in sites else []
+    token_methods = [m for m in TOKEN_METHODS if m in supported]
     for method in token_methods:
         trial = Trial(kind, examples(registry()[method]))
         for law, check in _TOKENS.items():

@@ -18,6 +18,7 @@ from vtr.compat.timm import (
     NAFLEX,
     NAFLEX_INTERMEDIATES,
     PATCH_EMBED,
+    STAGED,
     classes,
     pooling_name,
 )
@@ -51,6 +52,8 @@ _REFUSED = {
     "ConVit": "its positional attention is computed for the full grid",
     "TNT": "it holds inner pixel tokens for every patch",
     "VOLO": "its outlook attention needs the full grid",
+    "CrossVit": "its two branches hold patches of two sizes, and exchange class tokens",
+    **dict.fromkeys(STAGED, "its stages reduce a full grid of tokens"),
 }
 
 
