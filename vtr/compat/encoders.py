@@ -83,6 +83,13 @@ def transformers_classes() -> list[Any]:
     return [cls for cls in found if cls is not None and _sees(cls)]
 
 
+def has_attention(cls: Any) -> bool:
+    """Tell whether the module of a class knows of attention: a class that cannot be built shows no parts."""
+    held = vars(importlib.import_module(cls.__module__))
+    own = [n for n, c in held.items() if getattr(c, "__module__", "") == cls.__module__]
+    return any(map(is_attention, own))
+
+
 def _sees(cls: Any) -> bool:
     """Tell whether the first argument of a class's forward are pixels or patches."""
     arguments = list(inspect.signature(cls.forward).parameters)[1:2]

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vtr.compat.encoders import PIXELS, is_attention, is_behind, timm_classes, transformers_classes
+from vtr.compat.encoders import (
+    PIXELS,
+    has_attention,
+    is_attention,
+    is_behind,
+    timm_classes,
+    transformers_classes,
+)
 from vtr.compat.transformers import quiet
 from vtr.testing.models import encoders
 from vtr.vision.vlm.twin import shrunk
@@ -41,7 +48,8 @@ class Candidate(NamedTuple):
     Attributes:
         library: that has it.
         name: of the class.
-        empty: builds one of its usual size without weights (on the meta device).
+        empty: builds one of its usual size without weights (on the meta device); raises ``LookupError`` for a class
+            that is no transformer, or is abstract.
         tiny: builds a tiny one.
     """
 
@@ -81,6 +89,10 @@ def _images(size: int) -> Callable[[int, int], Inputs]:
 
 
 # ---- timm ----------------------------------------------------------------------------------------
+
+_VIT: dict[str, Any] = {
+    "img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7,
+}  # fmt: skip
 
 
 def _timm() -> Iterator[Candidate]:
@@ -122,10 +134,7 @@ def _timm_tiny(name: str, models: Sequence[str]) -> Tiny:
     if name in _SPECIAL:
         make, size = _SPECIAL[name]
         return Tiny(make(), _images(size))
-    model = timm.create_model(
-        _timm_model(name, models)[0], img_size=64, patch_size=8, embed_dim=48, depth=4, num_heads=3,
-        num_classes=7,
-    )  # fmt: skip
+    model = timm.create_model(_timm_model(name, models)[0], **_VIT)
     return Tiny(encoders.spread(model), _images(64))
 
 
@@ -158,15 +167,31 @@ def _model_of(make: Callable[[], Tiny]) -> nn.Module:
 
 #: Configuration -> sizes that its tiny model has for what :func:`shrunk` does not know.
 _SWIN = {"image_size": 56, "num_labels": 10, **encoders.SWIN_SIZES}
+_DINO = {k: v for k, v in encoders.IMAGE_SIZES.items() if k != "intermediate_size"} | {
+    "mlp_ratio": 2
+}
+_QUERIES = {"num_queries": 5, "num_blocks": 1, "num_upscale_blocks": 1, "num_labels": 7}
 _SIZES: dict[str, dict[str, Any]] = {
     "SwinConfig": _SWIN,
     "Swinv2Config": {**_SWIN, "image_size": 64},
+    "DINOv3ViTConfig": {**encoders.IMAGE_SIZES, "num_register_tokens": 2},
+    "Dinov2Config": _DINO,
+    "Dinov2WithRegistersConfig": {**_DINO, "num_register_tokens": 3},
+    "EomtConfig": {**_DINO, "num_register_tokens": 3, **_QUERIES},
+    "EomtDinov3Config": {**encoders.IMAGE_SIZES, "num_register_tokens": 3, **_QUERIES},
     "SamVisionConfig": encoders.SAM_SIZES,
     "VivitConfig": {**encoders.CLIP_SIZES, "tubelet_size": [2, 4, 4]},
     "VideoMAEConfig": {**encoders.CLIP_SIZES, "patch_size": 4, "tubelet_size": 2},
 }
+_TIMM = {
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {k: v for k, v in _VIT.items() if k != "num_classes"},
+    "image_size": 64,
+    "num_labels": 7,
+}
+_SIZES["TimmWrapperConfig"] = _TIMM
 #: VideoMAE computes its positions in Python, 4 s for clips of the usual size.
-_FASTER = {"VideoMAEConfig": {"image_size": 64}}
+_FASTER = {"VideoMAEConfig": {"image_size": 64}, "TimmWrapperConfig": _TIMM}
 
 
 def _transformers() -> Iterator[Candidate]:
@@ -181,8 +206,13 @@ def _transformers() -> Iterator[Candidate]:
 
 def _hf_empty(cls: Any) -> nn.Module:
     config: Any = cls.config_class
-    with torch.device("meta"), quiet():
-        return cls(config(**_FASTER.get(config.__name__, {})))  # type: ignore[no-any-return]
+    try:
+        with torch.device("meta"), quiet():
+            return cls(config(**_FASTER.get(config.__name__, {})))  # type: ignore[no-any-return]
+    except Exception:
+        if has_attention(cls):
+            raise
+        raise LookupError(f"{cls.__name__} is no transformer") from None
 
 
 def _hf_tiny(cls: Any) -> Tiny:
@@ -193,6 +223,8 @@ def _hf_tiny(cls: Any) -> Tiny:
         config.crop_size = 16
     with quiet():
         model = encoders.spread(cls(config))
+    if hasattr(model, "attn_mask_probs"):  # EoMT: released weights have ended the masks
+        model.attn_mask_probs.fill_(0.0)  # type: ignore[operator]
     return Tiny(model, lambda batch, seed: _pixels(model, config, batch, seed))
 
 

@@ -72,7 +72,7 @@ _SIZE: dict[str, Any] = {
     "num_attention_heads": 3,
     "intermediate_size": 96,
 }
-_IMAGE: dict[str, Any] = {**_SIZE, "image_size": 32, "patch_size": 4}
+IMAGE_SIZES: dict[str, Any] = {**_SIZE, "image_size": 32, "patch_size": 4}
 CLIP_SIZES: dict[str, Any] = {**_SIZE, "image_size": 16, "num_frames": 8}
 
 
@@ -80,21 +80,21 @@ def clip() -> Any:
     """Build the CLIP tower of transformers: 32 pixels, 8 x 8 tokens, a class token."""
     import transformers
 
-    return spread(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**_IMAGE)))
+    return spread(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGE_SIZES)))
 
 
 def siglip() -> Any:
     """Build the SigLIP tower of transformers: 32 pixels, 8 x 8 tokens, no class token."""
     import transformers
 
-    return spread(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**_IMAGE)))
+    return spread(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**IMAGE_SIZES)))
 
 
 def dinov2_registers() -> Any:
     """Build DINOv2 of transformers with a class token and three registers, 8 x 8 tokens."""
     import transformers
 
-    size = {k: v for k, v in _IMAGE.items() if k != "intermediate_size"}
+    size = {k: v for k, v in IMAGE_SIZES.items() if k != "intermediate_size"}
     config = transformers.Dinov2WithRegistersConfig(**size, mlp_ratio=2, num_register_tokens=3)
     return spread(transformers.Dinov2WithRegistersModel(config))
 
