@@ -90,16 +90,12 @@ ENCODERS = {
 def test_encoders_hold_the_laws(library: str) -> None:
     pytest.importorskip(library)
     wanted = ENCODERS[library]
-    listed = (c for c in candidates_of(library) if c.name in wanted)
+    listed = candidates(wanted, [library])
     rows = [row for c in listed if (row := towers.tower_row(c)) is not None]
     assert {row.name for row in rows} == set(wanted)
     committed = printed("tower")
     for row in rows:
         assert row.state == committed[f"{library} {row.name}"].state, row
-
-
-def candidates_of(library: str) -> Any:
-    return candidates(libraries=[library])
 
 
 def test_a_fault_of_an_adapter_is_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +112,7 @@ def test_a_fault_of_an_adapter_is_in_the_row(monkeypatch: pytest.MonkeyPatch) ->
         return Reduction(TokenMap.keep(made.map.kept, site.n))
 
     monkeypatch.setattr(vtr.Random, "reduce", wrong)
-    (candidate,) = (c for c in candidates_of("transformers") if c.name == "ViTModel")
+    (candidate,) = candidates(["ViTModel"], ["transformers"])
     row = towers.tower_row(candidate)
     assert row is not None and row.state == "refused"
     assert "law 'fewer tokens are masked ones' does not hold" in row.about

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from vtr.compat.transformers import (
@@ -63,11 +63,11 @@ def timm_classes() -> Iterator[tuple[str, Any, tuple[str, ...]]]:
                 yield name, cls, models
 
 
-def transformers_classes() -> list[Any]:
+def transformers_classes(chosen: Container[str] | None = None) -> list[Any]:
     """List the classes of encoders of images and clips of the installed transformers, by their names.
 
     They are what transformers lists for images, for classification and as backbones, every "...VisionModel" and
-    "...VisionTransformer...", and what vtr wraps.
+    "...VisionTransformer...", and what vtr wraps. ``chosen`` names those that are imported, None is all.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -79,7 +79,8 @@ def transformers_classes() -> list[Any]:
             for name in [found] if isinstance(found, str) else found:
                 if auto or "Vision" in name or "VideoEncoder" in name:
                     names.add(name)
-    found = [getattr(transformers, name, None) for name in sorted(names)]
+    wanted = sorted(name for name in names if chosen is None or name in chosen)
+    found = [getattr(transformers, name, None) for name in wanted]
     return [cls for cls in found if cls is not None and _sees(cls)]
 
 

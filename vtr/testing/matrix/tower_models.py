@@ -73,7 +73,7 @@ def candidates(
     if not found:
         raise ImportError(f"none of {', '.join(libraries)} is installed")
     for name in found:
-        for candidate in listing[name]():
+        for candidate in listing[name](names):
             if names is None or candidate.name in names:
                 yield candidate
 
@@ -95,7 +95,7 @@ _VIT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _timm() -> Iterator[Candidate]:
+def _timm(names: Sequence[str] | None) -> Iterator[Candidate]:
     for name, _, models in timm_classes():
         yield Candidate(
             "timm",
@@ -141,7 +141,7 @@ def _timm_tiny(name: str, models: Sequence[str]) -> Tiny:
 # ---- open_clip -----------------------------------------------------------------------------------
 
 
-def _open_clip() -> Iterator[Candidate]:
+def _open_clip(names: Sequence[str] | None) -> Iterator[Candidate]:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
@@ -194,8 +194,8 @@ _SIZES["TimmWrapperConfig"] = _TIMM
 _FASTER = {"VideoMAEConfig": {"image_size": 64}, "TimmWrapperConfig": _TIMM}
 
 
-def _transformers() -> Iterator[Candidate]:
-    for cls in transformers_classes():
+def _transformers(names: Sequence[str] | None) -> Iterator[Candidate]:
+    for cls in transformers_classes(names):
         yield Candidate(
             "transformers",
             cls.__name__,
