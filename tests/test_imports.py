@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "video": {"vision", "core", "compat", "errors"},
     "diffusion": {"core", "kernels", "compat", "errors"},
     "contracts": {"diffusion", "compat"},
+    "vllm": {"methods", "core", "errors"},
     "methods": {"diffusion", "zoo", "core", "kernels", "errors"},
     "api": {"core", "compat", "errors"},
     "inspect": {"api", "methods", "diffusion", "core", "kernels", "compat", "errors"},

@@ -235,7 +235,7 @@ def _tower_site(
         info=info,
         hidden=tokens,
         front=hidden[:, : info.prefix],
-        map=TokenMap.identity(*tokens.shape[:2], tokens.device),
+        map=TokenMap.identity(tokens.shape[0], tokens.shape[1], tokens.device),
         memory=memory,
         qkv=lambda: qkv,
         scale=qkv[0].shape[-1] ** -0.5,

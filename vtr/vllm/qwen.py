@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,8 @@ from vtr.errors import UnsupportedMethodError
 from vtr.vllm.cut import cut_of
 from vtr.vllm.processing import Shortening
 
-NOTHING = 1e-18
-"""A pruning rate of videos that is above 0, so that vLLM asks for positions, and prunes nothing: 1 - 1e-18 is 1."""
-
 PLACES = 4
-"""Columns behind the embeddings that vLLM carries from the tower to :meth:`recompute_mrope_positions`."""
+"""Columns behind the embeddings of pictures, which vLLM carries from the tower to the prompt."""
 
 DIGIT = 128
 """Rows and columns travel as two digits of this base, which bfloat16 holds exactly."""
@@ -40,46 +37,89 @@ class QwenProcessor(Shortening, Qwen2_5_VLMultiModalProcessor):
 class VTRQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
     """vLLM's Qwen2.5-VL, whose pictures are cut by the method of its configuration; videos stay whole.
 
-    The positions of text follow from the pictures' sizes, as without a method, and are known before a token is
-    chosen; those of the tokens that stay are filled in when they are (vLLM's interface for pruned media).
+    Positions of text follow from the pictures' sizes, as without a method, and are known before a token is
+    chosen. Each token that stays has its place in the grid behind its embedding, and this is added to the
+    position of the picture when the prompt is computed: in every kind of runner, also where a chunk of the
+    prompt ends inside a picture. (vLLM's own interface for pruned media is one that its CPU runner does not call.)
 
     Raises:
-        UnsupportedMethodError: the method does not work here, or vLLM prunes videos itself.
+        UnsupportedMethodError: the method does not work here, vLLM prunes videos itself, or the model is split
+            into stages or has a draft model.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         cut = cut_of(vllm_config.model_config.hf_config, "qwen2.5-vl")
-        media = vllm_config.model_config.multimodal_config
-        if media.video_pruning_rate not in (None, 0, NOTHING):
+        if vllm_config.model_config.multimodal_config.video_pruning_rate:
             raise UnsupportedMethodError(
                 "vLLM prunes videos (video_pruning_rate) and vtr pictures: use one of the two"
             )
-        media.video_pruning_rate = NOTHING
+        if vllm_config.parallel_config.pipeline_parallel_size > 1 or vllm_config.speculative_config:
+            raise UnsupportedMethodError(
+                "positions of pictures are not passed on to other stages or draft models: use neither pipeline "
+                "parallelism nor speculative decoding"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.cut = cut
+        self._moves: tuple[Tensor, Tensor] | None = None
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """Turn CUDA graphs of the tower off: they leave :meth:`embed_multimodal` out."""
+        return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])
 
     def embed_multimodal(self, **kwargs: object) -> Any:
-        """Compute the tokens of media, each (K, C + 4): behind a picture's tokens are their places."""
+        """Compute the tokens of media, (K, C), and of pictures (K, C + 4), with their places."""
         found = list(super().embed_multimodal(**kwargs))
         grids: Any = kwargs.get("image_grid_thw")
         if grids is None:
             return tuple(found)
-        video_first = next(k for k in kwargs if "grid_thw" in k or "pixel" in k or "embeds" in k)
-        first = len(found) - len(grids) if "video" in video_first else 0
+        video_first = "video" in next(k for k in kwargs if "pixel" in k or "embeds" in k)
+        first = len(found) - len(grids) if video_first else 0
         merge = self.config.vision_config.spatial_merge_size
         for i, (_, height, width) in enumerate(grids.tolist(), start=first):
             grid = height // merge, width // merge
-            tokens = found[i][:, :-PLACES]
+            tokens = found[i]
             kept = self.cut.choose(tokens[None], grid, {})[0]
             found[i] = torch.cat([tokens[kept], digits(kept, grid[1]).to(tokens.dtype)], 1)
         return tuple(found)
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """Embed a step's tokens; the places of pictures' tokens wait for :meth:`forward`."""
+        self._moves, width = None, self.config.text_config.hidden_size
+        parts = list(multimodal_embeddings if multimodal_embeddings is not None else ())
+        if parts:
+            assert is_multimodal is not None
+            places = torch.cat([_places(part, width) for part in parts])
+            self._moves = is_multimodal.nonzero()[:, 0], places
+        plain: Tensor = super().embed_input_ids(
+            input_ids, [part[:, :width] for part in parts] or None, is_multimodal=is_multimodal
+        )
+        return plain
+
+    def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute a step, with the positions of its pictures' tokens filled in.
+
+        In place: vLLM writes its buffer of positions anew in every step, and CUDA graphs read that buffer.
+        """
+        if self._moves is not None:
+            rows, places = self._moves
+            self._moves = None
+            positions[:, rows.to(positions.device)] += places.to(
+                positions.device, positions.dtype
+            ).T
+        return super().forward(input_ids, positions, *args, **kwargs)
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[Tensor, int]:
         """Number a prompt: (3, N) int64, and what a later token's position is ahead of its index.
 
-        The tokens of a picture that is cut get the first places of its grid until it is known which stay.
+        All tokens of a picture have the position of its first one, to which :meth:`forward` adds.
         """
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         parts: list[Any] = []
@@ -91,52 +131,16 @@ class VTRQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
             index = np.indices(sizes)
             index[0] = (index[0] * seconds).astype(np.int64)
             length = feature.mm_position.length
-            parts.append(index.reshape(3, -1)[:, :length] + following)
+            flat = (
+                index.reshape(3, -1) if feature.modality == "video" else np.zeros((3, length), int)
+            )
+            parts.append(flat + following)
             following += int(index.max()) + 1
             end = offset + length
         parts.append(_line(following, len(input_tokens) - end))
         following += len(input_tokens) - end
         positions = np.concatenate(parts, axis=1)
         return torch.from_numpy(positions), following - len(input_tokens)
-
-    def recompute_mrope_positions(
-        self,
-        input_ids: list[int] | Tensor,
-        multimodal_embeddings: Sequence[Tensor],
-        mrope_positions: Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[Sequence[Tensor], Tensor, int]:
-        """Fill in the positions of the pictures' tokens that a chunk of the prompt holds.
-
-        Args:
-            input_ids: (N,) the whole prompt.
-            multimodal_embeddings: each (K, C + 4), of the media in the chunk, in order; the first and the
-                last may be a part.
-            mrope_positions: (3, N) of the whole prompt.
-            num_computed_tokens: where the chunk begins.
-
-        Returns:
-            embeddings (K, C), positions (3, N), and what a later token's position is ahead of its index.
-        """
-        positions = mrope_positions.clone()
-        ids = torch.as_tensor(input_ids, device=positions.device)
-        picture = ids == self.config.image_token_id
-        media = picture | (ids == self.config.video_token_id)
-        places = media.nonzero()[:, 0]
-        places = places[places >= num_computed_tokens]
-        begins = (ids == self.config.vision_start_token_id).nonzero()[:, 0]
-        done = 0
-        for tokens in multimodal_embeddings:
-            here = places[done : done + len(tokens)]
-            done += len(tokens)
-            if len(here) == 0 or not bool(picture[here[0]]):
-                continue
-            start = begins[torch.searchsorted(begins, here[0]) - 1]
-            base = positions[0, start] + 1
-            row, column = from_digits(tokens[:, -PLACES:].to(positions.device))
-            positions[:, here] = torch.stack([torch.zeros_like(row), row, column]) + base
-        cleaned = [tokens[:, :-PLACES] for tokens in multimodal_embeddings]
-        return cleaned, positions, int(positions.max()) + 1 - positions.shape[1]
 
 
 def digits(kept: Tensor, columns: int) -> Tensor:
@@ -145,10 +149,13 @@ def digits(kept: Tensor, columns: int) -> Tensor:
     return torch.stack([row // DIGIT, row % DIGIT, column // DIGIT, column % DIGIT], 1)
 
 
-def from_digits(written: Tensor) -> tuple[Tensor, Tensor]:
-    """Read (K, 4) of :func:`digits`, of any dtype: rows and columns, (K,) int64."""
-    high_row, low_row, high_column, low_column = written.long().unbind(1)
-    return high_row * DIGIT + low_row, high_column * DIGIT + low_column
+def _places(tokens: Tensor, width: int) -> Tensor:
+    """Read time, row and column of (K, width + 4) tokens of a picture: (K, 3) int64; zeros for a video's."""
+    if tokens.shape[1] == width:
+        return tokens.new_zeros(len(tokens), 3, dtype=torch.long)
+    high_row, low_row, high_column, low_column = tokens[:, width:].long().unbind(1)
+    row, column = high_row * DIGIT + low_row, high_column * DIGIT + low_column
+    return torch.stack([torch.zeros_like(row), row, column], 1)
 
 
 def _line(start: int, length: int) -> Any:
