@@ -101,7 +101,7 @@ canary: $(VENV)-canary
 
 run = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$(1)/bin/python -m pytest -n 2 -m $(2) tests
 
-# The plug-in of vLLM in vLLM's own engine on the CPU: an environment of its own, since vLLM pins torch (6 GB, and
+# The plug-in of vLLM in vLLM's own engine on the CPU: a separate environment, since vLLM pins torch (6 GB, and
 # ten minutes or so). Its builds for CPUs ask for a torch that only PyTorch's own index has; the plain one does.
 vllm: $(BIN)/uv
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-vllm
