@@ -108,7 +108,9 @@ SIZES: dict[str, int] = {
         16,
     ),
     **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("num_position_embeddings", "num_patches"), SIDE * SIDE),
+    **dict.fromkeys(
+        ("num_position_embeddings", "num_patches", "position_embedding_size"), SIDE * SIDE
+    ),
     **dict.fromkeys(("pos_emb_height", "pos_emb_width", "posemb_grid_size"), SIDE),
     "floor_scale": 8,
     "patch_size": PATCH,

@@ -262,9 +262,16 @@ def _tiled(inner: Any, names: list[str]) -> list[Inputs]:
     side, sizes = PATCH * SIDE, "image_sizes" in names
     size = {"image_sizes": torch.tensor([[side, 2 * side]])} if sizes else {}
     tiles = 3 if sizes else 1
-    if "pixel_attention_mask" in names:
-        size["pixel_attention_mask"] = torch.ones(1, tiles, dtype=torch.bool)
     return [{"pixel_values": _noise(1, tiles, 3, side, side, seed=i), **size} for i in range(3)]
+
+
+def _marked(inner: Any, names: list[str]) -> list[Inputs] | None:
+    """Pictures in tiles, with a mask of real tiles (Granite Docling)."""
+    if "pixel_attention_mask" not in names:
+        return None
+    given = _tiled(inner, names)
+    real = [torch.ones(one["pixel_values"].shape[:2], dtype=torch.bool) for one in given]
+    return [{**one, "pixel_attention_mask": r} for one, r in zip(given, real, strict=True)]
 
 
 def _shaped(inner: Any, names: list[str]) -> list[Inputs] | None:
@@ -297,6 +304,7 @@ _FORMS: tuple[Callable[[Any, list[str]], list[Inputs] | None], ...] = (
     _large,
     _sized,
     _tiled,
+    _marked,
 )
 
 
