@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         *("api", "inspect", "methods", "zoo", "video", "vision", "core"),
         *("kernels", "compat", "errors"),
     },
+    "serve": {"evaluate", "api", "video", "core", "compat", "errors"},
     "vtr": {
         *("evaluate", "train", "strategies", "api", "inspect", "methods", "zoo", "video", "core"),
         *("kernels", "errors"),
@@ -53,8 +54,8 @@ ALLOWED: dict[str, set[str]] = {
         *("kernels", "errors"),
     },
     "cli": {
-        *("vtr", "explore", "evaluate", "strategies", "inspect", "methods", "zoo", "video", "vision"),
-        *("testing", "diffusion", "core", "kernels", "compat", "errors"),
+        *("vtr", "explore", "serve", "evaluate", "strategies", "inspect", "methods", "zoo", "video"),
+        *("vision", "testing", "diffusion", "core", "kernels", "compat", "errors"),
     },
     "__main__": {"cli"},
 }

@@ -36,6 +36,7 @@ FOLDERS = (
     "vtr/explore",
     "vtr/inspect",
     "vtr/kernels",
+    "vtr/serve",
     "vtr/strategies",
     "vtr/testing",
     "vtr/train",

@@ -18,6 +18,7 @@ from vtr.cli.heatmap import heatmap
 from vtr.cli.listing import families, methods, models, supported
 from vtr.cli.profile import profile
 from vtr.cli.search import search
+from vtr.cli.serve import serve
 from vtr.errors import VtrError
 
 app = typer.Typer(
@@ -82,6 +83,7 @@ _COMMANDS = (
     calibrate,
     search,
     explore,
+    serve,
     demo,
     plot,
 )

@@ -188,7 +188,7 @@ class Answerer:
         answers = self.processor.batch_decode(written, skip_special_tokens=True)
         visual = self._count(inputs["input_ids"])
         given = inputs["attention_mask"].sum(1)
-        left, mean = _left(handle, visual)
+        left, mean = tokens_left(handle, visual)
         saved = _saved(handle)
         rows = []
         for i, work in enumerate(works):
@@ -270,7 +270,7 @@ def _known(model: Any) -> bool:
     return True
 
 
-def _left(handle: Any, visual: Tensor) -> tuple[Tensor, Tensor]:
+def tokens_left(handle: Any, visual: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) visual tokens in the last layer, and their mean over the language model's layers."""
     if handle is None:
         return visual, visual.double()
