@@ -7,7 +7,7 @@ RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m
 
 # Environments beside the locked one: the lower bounds, the newest within the bounds, the newest there is.
 # lmms-eval is left out of them: it pins other libraries.
-EXTRAS := vision,vlm,video,diffusion,train,search,detection,plots,test
+EXTRAS := vision,vlm,video,diffusion,train,search,detection,plots,serve,test
 INSTALL = $(BIN)/uv pip install --quiet --python $@/bin/python
 COMPAT := "contract or compat"
 
@@ -65,7 +65,7 @@ lock: $(BIN)/uv
 		--constraint requirements/locked.txt --extra demo --no-emit-package triton pyproject.toml -o requirements/demo.txt
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-header --resolution lowest-direct \
-		$(foreach extra,vision vlm video diffusion train search detection plots test,--extra $(extra)) \
+		$(foreach extra,vision vlm video diffusion train search detection plots serve test,--extra $(extra)) \
 		pyproject.toml -o requirements/lowest.txt
 
 $(VENV)-lowest: $(BIN)/uv requirements/lowest.txt
@@ -182,6 +182,11 @@ real: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/real
 	$(BIN)/python benchmarks/real/vlm.py --questions 150 --dtype bfloat16
 	$(BIN)/python benchmarks/real/looks.py
+
+# 32 clients of OpenAI's library for a minute against a server of the built-in LLaVA: none may lose a request.
+.PHONY: load
+load: $(VENV)/.installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/serve_load.py --clients 32 --seconds 60
 
 clean:
 	rm -rf $(VENV) $(VENV)-* demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

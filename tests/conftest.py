@@ -25,7 +25,8 @@ except ModuleNotFoundError:
 
 # What vtr's extras and the tests import (without torch, numpy, pillow, rich, safetensors and typer).
 OPTIONAL = frozenset({
-    "accelerate", "av", "decord", "diffusers", "flash_attn", "ftfy", "gradio", "huggingface_hub",
+    "accelerate", "av", "decord", "diffusers", "fastapi", "flash_attn", "ftfy", "httpx", "openai",
+    "prometheus_client", "pydantic", "starlette", "uvicorn", "gradio", "huggingface_hub",
     "hypothesis", "lmms_eval", "loguru", "matplotlib", "open_clip", "optuna", "peft", "pyarrow",
     "pycocotools", "sklearn", "sqlalchemy", "tensorboard", "timm", "tokenizers", "torchmetrics",
     "torchvision", "transformers", "triton", "webdataset",

@@ -185,7 +185,10 @@ def _without_nones(message: Any) -> Any:
 
 
 def _refused(error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max(
+        found, key=lambda one: len(one["loc"])
+    )  # of the variants, the one that fits furthest
     # Places name the variants of a union, which no client knows.
     place = [str(part) for part in first["loc"] if not _variant(str(part))]
     param = ".".join(place) or None

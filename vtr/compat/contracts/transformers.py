@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vtr.compat import detectors
+from vtr.compat import detectors, serving
 from vtr.compat import transformers as names
 from vtr.compat.contract import Expectation
 
@@ -75,6 +75,14 @@ def _general() -> Iterator[Expectation]:
         f"vtr/vision/vlm/recompute.py, {_LAYERS}, vtr/core/recompute.py",
         has=(names.CHECKPOINTED,),
         calls=(names.CHECKPOINT,),
+    )
+    server = "vtr/compat/serving.py"
+    yield Expectation(f"{serving.THREAD}.submit", server, starts=("fn",))
+    yield Expectation(serving.STREAMER, server, starts=("tokenizer", "loop", "queue"))
+    yield Expectation(
+        f"{serving.STREAMER}._enqueue|{serving.STREAMER}.put",
+        server,
+        calls=("call_soon_threadsafe", "put_nowait"),
     )
     yield Expectation(
         "transformers:AutoModelForImageTextToText",
