@@ -2,7 +2,7 @@
 
 python benchmarks/serve_load.py --clients 32 --seconds 60
 
-The server is a process of its own, started and stopped (SIGTERM) here. Each client is one of OpenAI's library
+The server is a separate process, started and stopped (SIGTERM) here. Each client is one of OpenAI's library
 without retries; it asks the next question as soon as the last answer is complete, streamed and whole in turn, with
 another method each time. Ends with status 1 if one request is lost or the server does not end cleanly.
 """

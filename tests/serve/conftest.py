@@ -11,13 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("prometheus_client")
-openai = pytest.importorskip("openai")
-
 import vtr
-from vtr.serve import running
-from vtr.serve.limits import Limits
 from vtr.zoo import load_vlm, vqa
 
 
@@ -25,15 +19,22 @@ class Started:
     """A running server with what it serves."""
 
     def __init__(self, service: Any, server: Any, url: str) -> None:
+        import openai
+
         self.service, self.server, self.url = service, server, url
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-def start(name: str, default: Any, limits: Limits, **more: Any) -> Iterator[Started]:
+def start(name: str, default: Any, limits: dict[str, int], **more: Any) -> Iterator[Started]:
     """Serve a built-in model until the generator is closed."""
+    from vtr.serve import running
+    from vtr.serve.limits import Limits
+
     model, processor = load_vlm(name)
     options = {"positions": "original"}
-    service = running.build_service(name, model, processor, default, options=options, limits=limits)
+    service = running.build_service(
+        name, model, processor, default, options=options, limits=Limits(**limits)
+    )
     server = running.build_server(service, grace=5, **more)
     with running.listen("127.0.0.1", 0) as door:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([door])))
@@ -47,7 +48,7 @@ def start(name: str, default: Any, limits: Limits, **more: Any) -> Iterator[Star
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Started]:
-    yield from start("digits-llava", vtr.FlowCut(keep=36), Limits(body=2**21, pixels=2**20))
+    yield from start("digits-llava", vtr.FlowCut(keep=36), {"body": 2**21, "pixels": 2**20})
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import threading
 
+import fastapi  # noqa: F401  (what the command needs)
+import openai
+import prometheus_client  # noqa: F401
 import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("prometheus_client")
-openai = pytest.importorskip("openai")
 
 from benchmarks.serve_load import load, start
 from vtr.cli.serve import _chosen

@@ -11,7 +11,7 @@ from typing import Any
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from vtr.serve.engine import Done, Job
+from vtr.serve.engine import AnswerJob, Done
 
 END = b"data: [DONE]\n\n"
 
@@ -22,7 +22,7 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerWriter:
     """Writes the answer to one job.
 
     Args:
@@ -31,7 +31,7 @@ class Answer:
     """
 
     model: str
-    job: Job
+    job: AnswerJob
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -9,7 +9,7 @@ from vtr.core.method import Method
 from vtr.core.plan import Plan
 from vtr.core.registry import create, registry
 from vtr.serve.errors import RequestError
-from vtr.serve.schema import Reduction
+from vtr.serve.schema import WantedReduction
 
 Choice = Method | Plan | tuple[Method | Plan, ...] | None
 """What is applied to the model; None leaves it dense."""
@@ -17,7 +17,7 @@ Choice = Method | Plan | tuple[Method | Plan, ...] | None
 DENSE = "dense"
 
 
-def chosen(wanted: Reduction | None, default: Choice) -> Choice:
+def chosen(wanted: WantedReduction | None, default: Choice) -> Choice:
     """Choose what a request is answered with.
 
     Options that are words may name files of the server (``weights``), so that only ``site`` is taken from a client.

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Job:
+class AnswerJob:
     """One answer to generate.
 
     Attributes:
@@ -89,7 +89,7 @@ class Sink:
 
 
 class Engine:
-    """A model that answers jobs in the order of their arrival, on a thread of its own.
+    """A model that answers jobs in the order of their arrival, on a separate thread.
 
     Methods patch the model, so that two of them cannot be on it for two requests at a time. The thread takes
     one request, puts its method on if another one is on, and generates.
@@ -111,7 +111,7 @@ class Engine:
         ends = model.generation_config.eos_token_id
         self._ends = set(ends) if isinstance(ends, list) else {ends}
 
-    def start(self, job: Job) -> asyncio.Queue[Item]:
+    def start(self, job: AnswerJob) -> asyncio.Queue[Item]:
         """Queue a job; its text, and then its end or an exception, come out of the queue that is returned."""
         sink = Sink(job.stops)
         self._thread.submit(self._run, job, sink)
@@ -125,7 +125,7 @@ class Engine:
         """
         self._thread.submit(self._put_on, choice).result()
 
-    def _run(self, job: Job, sink: Sink) -> None:
+    def _run(self, job: AnswerJob, sink: Sink) -> None:
         try:
             if job.cancelled.is_set():
                 raise Disconnected
@@ -136,7 +136,7 @@ class Engine:
             sink.send(error)
 
     @torch.inference_mode()
-    def _generate(self, job: Job, sink: Sink) -> Done:
+    def _generate(self, job: AnswerJob, sink: Sink) -> Done:
         try:
             self._put_on(job.choice)
         except (VtrError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""How much one request, and all of them together, may ask for."""
+"""Limits of one request, and of all of them together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server refuses to exceed.
+    """Limits that the server refuses to exceed.
 
     Attributes:
         requests: in flight at a time, the waiting ones included; one more gets status 503.

@@ -22,7 +22,7 @@ class Prepared:
     Attributes:
         inputs: of ``generate``, on the CPU; ``input_ids`` (1, L) int64 among them.
         length: tokens of the dense prompt.
-        visual: those of them that stand for pictures and videos.
+        visual: those of them that represent pictures and videos.
         config: the generation config.
     """
 
@@ -99,7 +99,7 @@ class Preparing:
         return messages
 
     def _check_words(self, text: str, param: str) -> None:
-        """Refuse a text that would end a turn, or stand for a picture, in the model's prompt."""
+        """Refuse a text that would end a turn, or represent a picture, in the model's prompt."""
         found = next((token for token in self.special if token in text), None)
         if found is not None:
             raise RequestError(

@@ -15,7 +15,7 @@ import uvicorn
 
 from vtr.serve.app import build_app
 from vtr.serve.choosing import Choice
-from vtr.serve.engine import Engine, Job
+from vtr.serve.engine import AnswerJob, Engine
 from vtr.serve.errors import RequestError
 from vtr.serve.limits import Limits
 from vtr.serve.preparing import Preparing
@@ -54,7 +54,7 @@ def build_service(
 
 
 async def warm_up(service: Service) -> None:
-    """Answer a question about a grey picture, so that the first client does not wait for lazy work."""
+    """AnswerWriter a question about a grey picture, so that the first client does not wait for lazy work."""
     from PIL import Image
 
     part = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -64,10 +64,10 @@ async def warm_up(service: Service) -> None:
     picture = Image.new("RGB", (224, 224), (128, 128, 128))
     try:
         prepared = service.preparing.prepare(asked, [picture], [])
-    except RequestError as error:  # a model of videos alone, or with a template of its own
+    except RequestError as error:  # a model of videos alone, or with an unusual template
         log.warning("no warm-up: %s", error)
         return
-    items = service.engine.start(Job(prepared, service.default))
+    items = service.engine.start(AnswerJob(prepared, service.default))
     while isinstance(item := await items.get(), str):
         pass
     if isinstance(item, Exception):

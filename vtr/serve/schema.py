@@ -99,7 +99,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Scalar = bool | int | Number
 
 
-class Reduction(_Strict):
+class WantedReduction(_Strict):
     """The field ``vtr``: which method reduces the visual tokens of this request.
 
     Attributes:
@@ -126,7 +126,7 @@ class ChatRequest(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    vtr: Reduction | None = None
+    vtr: WantedReduction | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

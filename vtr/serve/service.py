@@ -1,4 +1,4 @@
-"""What the server does with a request for a chat completion, from its arrival to its last byte."""
+"""Answering of a request for a chat completion, from its arrival to its last byte."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from vtr.serve.answers import END, Answer
+from vtr.serve.answers import END, AnswerWriter
 from vtr.serve.choosing import Choice, chosen
-from vtr.serve.engine import Done, Engine, Item, Job
+from vtr.serve.engine import AnswerJob, Done, Engine, Item
 from vtr.serve.errors import Disconnected, RequestError
 from vtr.serve.limits import Limits
 from vtr.serve.media import data_url, read_picture, read_video
@@ -100,7 +100,7 @@ class Service:
         self._workers = ThreadPoolExecutor(2, "vtr-prepare")
 
     async def answer(self, request: Request) -> Response:
-        """Answer a request; refusals have OpenAI's format."""
+        """AnswerWriter a request; refusals have OpenAI's format."""
         if self.closing or self.visits >= self.limits.requests:
             why = "is shutting down" if self.closing else f"has {self.visits} requests in flight"
             refused = RequestError(
@@ -130,7 +130,7 @@ class Service:
                 code="model_not_found",
             )
         gone = asyncio.ensure_future(left(request))
-        job: Job | None = None
+        job: AnswerJob | None = None
         handed_on = False
         try:
             job = await _unless(gone, self._job(asked))
@@ -138,7 +138,7 @@ class Service:
             first = await _unless(gone, items.get())
             if isinstance(first, Exception):
                 raise first
-            answer = Answer(self.name, job)
+            answer = AnswerWriter(self.name, job)
             if asked.stream:
                 usage = asked.stream_options is not None and asked.stream_options.include_usage
                 handed_on = True
@@ -156,7 +156,12 @@ class Service:
                 job.cancelled.set()  # nothing to stop if the answer is complete
 
     def _streamed(
-        self, answer: Answer, first: Item, items: asyncio.Queue[Item], usage: bool, visit: Visit
+        self,
+        answer: AnswerWriter,
+        first: Item,
+        items: asyncio.Queue[Item],
+        usage: bool,
+        visit: Visit,
     ) -> Events:
         status = GONE
 
@@ -187,7 +192,7 @@ class Service:
 
         return Events(events(), over)
 
-    def _counted(self, job: Job, item: Item) -> Done:
+    def _counted(self, job: AnswerJob, item: Item) -> Done:
         """Count a finished answer. Raises what went wrong instead of an end."""
         if not isinstance(item, Done):
             raise item if isinstance(item, Exception) else RuntimeError("an answer without an end")
@@ -199,11 +204,11 @@ class Service:
 
     # ---- the inputs -------------------------------------------------------------------------
 
-    async def _job(self, asked: ChatRequest) -> Job:
+    async def _job(self, asked: ChatRequest) -> AnswerJob:
         choice = chosen(asked.vtr, self.default)
         images, videos = await self._media(asked)
         prepared = await self._aside(self.preparing.prepare, asked, images, videos)
-        return Job(prepared, choice, asked.stops, asked.seed)
+        return AnswerJob(prepared, choice, asked.stops, asked.seed)
 
     async def _media(self, asked: ChatRequest) -> tuple[list[Any], list[Any]]:
         """Read the pictures and videos of a request, in their order."""
