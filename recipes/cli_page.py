@@ -13,7 +13,7 @@ MARKER = "<!-- Below: python -m recipes.cli_page -->"
 
 def commands() -> str:
     """Describe every command and option, as typer's own tool for documentation does, in Markdown."""
-    command = [*"-m typer vtr.cli.commands utils docs --name vtr".split()]
+    command = ["-m", "typer", "vtr.cli.commands", "utils", "docs", "--name", "vtr"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
     # The page has its own title: each heading goes one level down.
     lines = (f"#{line}" if line.startswith("#") else line for line in done.stdout.splitlines())
