@@ -190,7 +190,9 @@ def run(page: Path) -> dict[str, Any]:
     sys.modules["page"] = module  # dataclasses look up the module of their annotations
     names = module.__dict__
     for block in blocks(page):
-        if block.language != "python" or any(map(block.marked, ("run by ", "part of ", "not run, "))):
+        if block.language != "python" or any(
+            map(block.marked, ("run by ", "part of ", "not run, "))
+        ):
             continue
         if path := block.marked("file "):
             write_module(path, block.code)

@@ -96,7 +96,9 @@ def test_what_is_a_part_of_a_module_is_in_it() -> None:
 
 def test_a_fault_of_a_page_has_its_line(clean: Path) -> None:
     page = clean / "page.md"
-    page.write_text("# A page\n\n```python\nx = 1\n```\n\n- an item:\n\n  ```python\n  y = x / 0\n  ```\n")
+    page.write_text(
+        "# A page\n\n```python\nx = 1\n```\n\n- an item:\n\n  ```python\n  y = x / 0\n  ```\n"
+    )
     with pytest.raises(ZeroDivisionError) as caught:
         markdown.run(page)
     assert caught.traceback[-1].lineno == 9  # counted from 0
@@ -154,7 +156,7 @@ def test_a_command_of_a_page_exists(block: Block, words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", [["nothing"], ["draw", "a.png", "--no-such-option", "1"]])
 def test_a_wrong_command_is_caught(words: list[str]) -> None:
-    with pytest.raises(Exception, match="(?i)no such"):
+    with pytest.raises(Exception, match=r"(?i)no such"):
         parse(words)
 
 

@@ -54,7 +54,17 @@ ALLOWED: dict[str, set[str]] = {
         *("kernels", "errors"),
     },
     "cli": {
-        *("vtr", "explore", "serve", "evaluate", "strategies", "inspect", "methods", "zoo", "video"),
+        *(
+            "vtr",
+            "explore",
+            "serve",
+            "evaluate",
+            "strategies",
+            "inspect",
+            "methods",
+            "zoo",
+            "video",
+        ),
         *("vision", "testing", "diffusion", "core", "kernels", "compat", "errors"),
     },
     "__main__": {"cli"},

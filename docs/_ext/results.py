@@ -123,7 +123,9 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> nodes.table:
     for row in rows:
         cells = ((name, shown(row.get(name))) for name in columns)
         body += line(
-            nodes.literal("", text) if "(" in text and name in ("method", "cache") else nodes.Text(text)
+            nodes.literal("", text)
+            if "(" in text and name in ("method", "cache")
+            else nodes.Text(text)
             for name, text in cells
         )
     group += body

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtr.zoo.inputs import QUESTIONS
 from vtr.zoo import load_vlm, loading
+from vtr.zoo.inputs import QUESTIONS
 
 
 def test_names_tell_vision_language_models_from_encoders(tmp_path):

@@ -176,15 +176,15 @@ def build(subjects: Subjects, limits: Limits = Limits()) -> gr.Blocks:  # noqa: 
                 with gr.Tab("Refused methods"):
                     refused = gr.HTML(elem_id="refused")
         asked = [model, shown, methods, keep, text, measure]
-        ran = {
+        ran: dict[str, Any] = {
             "fn": made.run, "inputs": asked, "outputs": [result, plan, lines], "api_visibility": "private",
             "trigger_mode": "always_last", "concurrency_id": "model", "concurrency_limit": 4,
         }  # fmt: skip
-        attended = {
+        attended: dict[str, Any] = {
             "fn": made.attend, "inputs": [model, shown, text], "outputs": maps,
             "api_visibility": "private", "trigger_mode": "always_last", "concurrency_id": "model",
         }  # fmt: skip
-        begin = {
+        begin: dict[str, Any] = {
             "fn": made.start, "inputs": model,
             "outputs": [number, shown, seen, text, methods, measure, upload, refused],
             "concurrency_id": "model", **quiet,

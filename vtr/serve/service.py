@@ -260,7 +260,8 @@ async def _unless(gone: asyncio.Future[None], work: Awaitable[T]) -> T:
     """Wait for work, or raise :class:`Disconnected` as soon as the client has left."""
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {task, gone}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise Disconnected
         return task.result()

@@ -191,7 +191,10 @@ _TIMM = {
 }
 _SIZES["TimmWrapperConfig"] = _TIMM
 #: VideoMAE computes its positions in Python, 4 s for clips of the usual size.
-_FASTER = {"VideoMAEConfig": {"image_size": 64}, "TimmWrapperConfig": _TIMM}
+_FASTER: dict[str, dict[str, Any]] = {
+    "VideoMAEConfig": {"image_size": 64},
+    "TimmWrapperConfig": _TIMM,
+}
 
 
 def _transformers(names: Sequence[str] | None) -> Iterator[Candidate]:
