@@ -35,7 +35,6 @@ extensions = [
 root_doc = "docs/index"
 include_patterns = [
     "docs/**",
-    "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "vtr/zoo/cards/*.md",

@@ -98,7 +98,7 @@ def _pipe() -> Any:
 
 def vit() -> dict[str, Any]:
     """The built-in ViT: ``model``, ``vit``, ``images``, ``image``, ``batches`` and ``loader``."""
-    images, _, _ = vtr.zoo.samples("digits-vit", 4)
+    images, _ = vtr.zoo.samples("digits-vit", 4)
     model, batches = _vit().eval(), [images[:2], images[2:]]
     given = {"model": model, "vit": model, "images": images, "image": images[0]}
     return {**given, "batches": batches, "loader": batches}

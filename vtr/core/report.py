@@ -127,7 +127,7 @@ class Report:
                 f"GFLOPs {part}",
                 f"{dense / 1e9:.3f}",
                 f"{reduced / 1e9:.3f}",
-                f"{reduced / dense:.2f}",
+                f"{reduced / dense:.2f}" if dense else "",  # a run of a generator that is over
             )
         if self.finding is not None:
             flops, seconds = self.finding
