@@ -42,7 +42,7 @@ def start(*options: str) -> tuple[subprocess.Popen[str], str]:
     return process, json.loads(line)["url"]
 
 
-def load(url: str, clients: int, seconds: float) -> dict[str, Any]:
+def load(url: str, clients: int, seconds: float, key: str = "none") -> dict[str, Any]:
     """Ask until the time is over; returns the counts of answers and of errors by their names."""
     import openai
 
@@ -62,7 +62,7 @@ def load(url: str, clients: int, seconds: float) -> dict[str, Any]:
         return [{"role": "user", "content": [image, {"type": "text", "text": sample.question}]}]
 
     def run(number: int) -> None:
-        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+        client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=300)
         while time.monotonic() < end:
             wanted = METHODS[number % len(METHODS)]
             try:

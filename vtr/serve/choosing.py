@@ -12,7 +12,7 @@ from vtr.serve.errors import RequestError
 from vtr.serve.schema import WantedReduction
 
 Choice = Method | Plan | tuple[Method | Plan, ...] | None
-"""What is applied to the model; None leaves it dense."""
+"""The methods for one request; None leaves the model dense."""
 
 DENSE = "dense"
 
