@@ -245,7 +245,7 @@ def serve(
     folder = tempfile.mkdtemp(prefix="vtr-explore-")
     os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)
-    # Files come in parts with headers of their own; a whole upload is as large as one clip, or small pictures.
+    # A whole upload is as large as one clip with the headers of its part, or as several small pictures.
     guards = [Middleware(PathGuard, upload=2 * limits.bytes)]
     if host in LOOPBACK:
         guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))

@@ -1,4 +1,4 @@
-"""What a model says and computes with each method: pictures and numbers, without a web page."""
+"""The answers of a model with each method, as pictures and numbers, without a web page."""
 
 from __future__ import annotations
 

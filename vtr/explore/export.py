@@ -1,4 +1,4 @@
-"""What reproduces a comparison: a plan for each method, and Python lines that anyone can run."""
+"""A comparison as a plan for each method, and as Python lines that anyone can run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the web server answers: the page and its events, and no path or address beside them."""
+"""The guard of the web server: it answers the page and its events, and no path or address beside them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 MOST = 2**20
-"""Bytes of an event; uploads have a path of their own."""
+"""Bytes of an event; uploads have another path."""
 PREFIX = "/gradio_api"
 OPEN = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?"

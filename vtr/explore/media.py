@@ -1,4 +1,4 @@
-"""What a model is shown: pictures or a clip, uploaded or one of the samples."""
+"""Pictures or a clip that a model is shown: uploaded, or one of the samples."""
 
 from __future__ import annotations
 
