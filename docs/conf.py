@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
 import vtr  # noqa: E402
+from recipes import method_pages  # noqa: E402
 
+method_pages.write()  # the pages of the methods are not committed
 project = "vtr"
 author = "the vtr authors"
 copyright = "the vtr authors, Apache-2.0"

@@ -25,7 +25,7 @@ from typing import Any
 import vtr
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("docs", "docs/howto", "docs/reference", "docs/methods")
+FOLDERS = ("docs", "docs/howto", "docs/reference")  # docs/methods is written by a recipe
 BLOCK = re.compile(
     r"(?:^[ ]*<!-- code: (?P<mark>[^>]*?) -->\n\s*)?"
     r"^(?P<indent>[ ]*)```(?P<language>\w+)\n(?P<code>.*?)^(?P=indent)```",
