@@ -63,7 +63,7 @@ def load(url: str, clients: int, seconds: float, key: str = "none") -> dict[str,
 
     def run(number: int) -> None:
         client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=300)
-        while time.monotonic() < end:
+        while True:  # each client asks once at least
             wanted = METHODS[number % len(METHODS)]
             try:
                 answer = client.chat.completions.create(
@@ -83,6 +83,8 @@ def load(url: str, clients: int, seconds: float, key: str = "none") -> dict[str,
             with lock:
                 counts[found] += 1
             number += 1
+            if time.monotonic() >= end:
+                return
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(clients)]
     for thread in threads:

@@ -63,7 +63,7 @@ def test_the_default_method_of_the_command():
     ("arguments", "reason"),
     [
         (["--model", "no/model"], "there is no model"),
-        (["--method", "radial-attention"], "radial-attention"),
+        (["--method", "radial"], "radial needs"),
         (["--host", "192.0.2.1"], "cannot listen"),
         (["--plan", "plan.json", "--keep", "3"], "--plan says"),
     ],

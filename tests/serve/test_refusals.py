@@ -90,7 +90,7 @@ REFUSED = {
         "only numbers",
     ),
     "keep": (_with(vtr={"method": "flowcut", "keep": 0}), 400, "keep"),
-    "wrong method": (_with(vtr={"method": "radial-attention"}), 400, "vtr"),
+    "wrong method": (_with(vtr={"method": "radial"}), 400, "radial needs"),
     "broken base64": (_url("data:image/png;base64,@@@"), 400, "base64"),
     "broken picture": (_url("data:image/png;base64,AAAA"), 400, "cannot be read"),
     "cut picture": (_url(CUT), 400, "messages.0.content.0"),
