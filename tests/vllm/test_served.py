@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import vtr
 from tests.vllm import folders
 from vtr.core.text import parse
+from vtr.methods.base import ScoredMethod
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
@@ -111,6 +113,42 @@ METHODS = {
 CASES = [(family, method) for family, methods in METHODS.items() for method in methods]
 
 
+@dataclass(frozen=True)
+class Given(ScoredMethod):
+    """Keeps the tokens it is given."""
+
+    name: ClassVar[str] = "given"
+    sites: ClassVar[tuple[str, ...]] = ("prompt",)
+    site: ClassVar[str] = "prompt"
+    needs: ClassVar = {"prompt": frozenset({"hidden"})}
+    positions: ClassVar[str] = "compact"
+
+    kept: tuple[int, ...] = ()
+
+    def number(self, site: Any) -> int:
+        return len(self.kept)
+
+    def score(self, site: Any) -> torch.Tensor:
+        out = torch.zeros(site.batch, site.n)
+        out[:, list(self.kept)] = 1
+        return out
+
+
+def chosen(model: Any, processor: Any, family: str, method: str, shown: list[Any]) -> Given:
+    """Choose of each picture alone, as vLLM does: the first word of a prompt with this picture says which stay."""
+    prompts, kept, before = LLAVA_PROMPTS if family == "llava" else QWEN_PROMPTS, [], 0
+    for picture in shown:
+        x = processor(
+            text=prompts[1], images=[picture], return_tensors="pt", add_special_tokens=False
+        )
+        with vtr.apply(model, parse(method)) as handle, torch.no_grad():
+            model(**x)
+            cut = handle.trace.stages[-1]
+        kept += [before + i for i in cut.map.kept[0].tolist()]
+        before += cut.tokens_in
+    return Given(kept=tuple(kept))
+
+
 @pytest.mark.parametrize("chunk", [None, 16])
 @pytest.mark.parametrize("number", range(3))
 def test_answers_equal_transformers(served: Any, start: Any, number: int, chunk: Any) -> None:
@@ -124,7 +162,8 @@ def test_answers_equal_transformers(served: Any, start: Any, number: int, chunk:
     found = answers(llm, family)
     for (text, shown), result in zip(requests(family), found, strict=True):
         x = processor(text=text, images=shown, return_tensors="pt", add_special_tokens=False)
-        with vtr.apply(model, parse(method)) as handle, torch.no_grad():
+        ours = parse(method) if len(shown) == 1 else chosen(model, processor, family, method, shown)
+        with vtr.apply(model, ours) as handle, torch.no_grad():
             made = model.generate(
                 **x, max_new_tokens=6, do_sample=False, output_logits=True,
                 return_dict_in_generate=True,
