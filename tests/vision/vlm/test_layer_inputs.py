@@ -293,7 +293,7 @@ def test_a_twin_keeps_the_entries_of_single_layers() -> None:
     wide = {k: {c.head_dim for c, t in zip(small.per_layer_config, small.layer_types, strict=True) if t == k}
             for k in small.layer_types}  # fmt: skip
     assert wide == {"sliding_attention": {32}, "full_attention": {64}}
-    assert sum(p.numel() for p in model.parameters()) < 10**6
+    assert sum(p.numel() for p in model.parameters()) < 2 * 10**6
 
 
 def test_a_tower_of_timm_becomes_a_small_one() -> None:

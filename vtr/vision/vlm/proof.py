@@ -455,7 +455,9 @@ def _generates(owner: Any, method: Leave, inputs: Inputs) -> str:
     if again is None:
         if _succeeds(generate, **inputs, **options, use_cache=False):
             return "after a cut generate fails without a KV cache"
-        with applied_to(owner, method):  # the class itself does: its prompts are made longer here
+        with applied_to(
+            owner, method
+        ):  # the class itself does: the answer is appended to its prompts
             grown = [_longer(inputs, out.sequences, step) for step in range(STEPS)]
             again = torch.stack([run(owner.root, one)[:, -1] for one in grown], 1)
     if answer.shape != again.shape:
