@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
@@ -15,6 +16,8 @@ import torch
 import typer
 
 import vtr
+from recipes import method_pictures
+from recipes.method_text import methods
 from tests import markdown
 from tests.markdown import Block, blocks
 from vtr.core import adapters, registry
@@ -125,7 +128,9 @@ def commands(code: str, program: str) -> list[list[str]]:
     """List the calls of a program in a block of shell commands."""
     joined = code.replace("\\\n", " ")
     lines = (line for line in joined.splitlines() if line.split()[:1] == [program])
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    words = (shlex.split(line, comments=True)[1:] for line in lines)
+    ends = {"|", ">", "&&", "&"}
+    return [list(itertools.takewhile(lambda word: word not in ends, found)) for found in words]
 
 
 def parse(words: list[str]) -> str:
@@ -136,6 +141,11 @@ def parse(words: list[str]) -> str:
     from vtr.cli.commands import app
 
     group: Any = typer.main.get_command(app)
+    if words[0].startswith("-"):  # they act at once: --version
+        known = {option for parameter in group.params for option in parameter.opts}
+        if words[0] not in known:
+            raise ValueError(f"no such option: {words[0]}")
+        return words[0]
     context = group.make_context("vtr", list(words))
     name, command, rest = group.resolve_command(context, words)
     command.make_context(name, rest, parent=context)
@@ -154,7 +164,9 @@ def test_a_command_of_a_page_exists(block: Block, words: list[str]) -> None:
     assert parse(words) == words[0]
 
 
-@pytest.mark.parametrize("words", [["nothing"], ["draw", "a.png", "--no-such-option", "1"]])
+@pytest.mark.parametrize(
+    "words", [["nothing"], ["--nothing"], ["draw", "a.png", "--no-such-option", "1"]]
+)
 def test_a_wrong_command_is_caught(words: list[str]) -> None:
     with pytest.raises(Exception, match=r"(?i)no such"):
         parse(words)
@@ -195,7 +207,7 @@ def shown() -> set[Path]:
         (page.parent / target).resolve()
         for page in every
         for target in IMAGE.findall(page.read_text(encoding="utf-8"))
-    }
+    } | {method_pictures.FOLDER / f"{name}.webp" for name in methods()}  # pages of a recipe
 
 
 def test_every_picture_has_its_command_and_a_page_that_shows_it() -> None:
@@ -214,6 +226,8 @@ def test_every_line_of_the_pictures_names_files_and_a_command_that_exist() -> No
         words = shlex.split(command)
         if words[0] == "vtr":
             assert parse(words[1:]) == words[1]
+        elif words[:3] == ["python", "-m", "pytest"]:
+            assert (ROOT / words[3]).is_file(), command
         elif words[:2] == ["python", "-m"]:
             assert ROOT.joinpath(*words[2].split(".")).with_suffix(".py").is_file(), command
         elif words[0] == "python":
