@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -14,33 +12,42 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        on: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "vtr_requests",
             "Chat completions by HTTP status; 499: the client left",
             ["status"],
-            **on,
+            registry=self.registry,
         )
-        self.in_flight = Gauge("vtr_requests_in_flight", "Chat completions in flight", **on)
+        self.in_flight = Gauge(
+            "vtr_requests_in_flight", "Chat completions in flight", registry=self.registry
+        )
         self.before = Counter(
-            "vtr_visual_tokens_before", "Visual tokens of the prompts, dense", **on
+            "vtr_visual_tokens_before",
+            "Visual tokens of the prompts, dense",
+            registry=self.registry,
         )
         self.after = Counter(
-            "vtr_visual_tokens_after", "Visual tokens left in the last layer of the model", **on
+            "vtr_visual_tokens_after",
+            "Visual tokens left in the last layer of the model",
+            registry=self.registry,
         )
-        self.prompt = Counter("vtr_prompt_tokens", "Tokens of the prompts, dense", **on)
-        self.completion = Counter("vtr_completion_tokens", "Tokens of the answers", **on)
+        self.prompt = Counter(
+            "vtr_prompt_tokens", "Tokens of the prompts, dense", registry=self.registry
+        )
+        self.completion = Counter(
+            "vtr_completion_tokens", "Tokens of the answers", registry=self.registry
+        )
         self.first = Histogram(
             "vtr_time_to_first_token_seconds",
             "From the arrival of a request to its first text, waiting included",
             buckets=SECONDS,
-            **on,
+            registry=self.registry,
         )
         self.whole = Histogram(
             "vtr_request_seconds",
             "From the arrival of a request to the end of its answer",
             buckets=SECONDS,
-            **on,
+            registry=self.registry,
         )
 
     def text(self) -> bytes:
