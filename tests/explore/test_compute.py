@@ -236,7 +236,7 @@ def test_threads_do_not_mix_their_results(vit):
         )
         for key in asked
     }
-    found: dict[tuple[int, float], compute.Comparison] = {}
+    found: dict[tuple[int, float], compute.Compared] = {}
 
     def run(key: tuple[int, float]) -> None:
         shown = replace(media.sample("digits-vit", key[0]), found={})

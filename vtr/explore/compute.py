@@ -37,7 +37,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Costs:
+class ColumnCosts:
     """Costs of one way of running a model, each None if it is not known.
 
     Attributes:
@@ -74,8 +74,8 @@ class Column:
 
     title: str
     said: tuple[Said, ...] = ()
-    costs: Costs = Costs()
-    dense: Costs = Costs()
+    costs: ColumnCosts = ColumnCosts()
+    dense: ColumnCosts = ColumnCosts()
     stages: tuple[Titled, ...] = ()
     masks: tuple[Titled, ...] = ()
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Compared:
     """A model with one to three methods beside the dense model, which is the first column."""
 
     columns: tuple[Column, ...]
@@ -122,7 +122,7 @@ def compare(
     text: str = "",
     *,
     measure: bool = True,
-) -> Comparison:
+) -> Compared:
     """Run a model dense and with each method.
 
     Args:
@@ -153,7 +153,7 @@ def compare(
         ):  # a run of which is long, and is its own measure
             columns = _profiled(run, columns, methods)
     seconds = time.perf_counter() - start
-    return Comparison(tuple(columns), methods, run.text, seconds)
+    return Compared(tuple(columns), methods, run.text, seconds)
 
 
 def attention(subject: Subject, shown: Shown, text: str = "") -> Maps:
@@ -253,9 +253,9 @@ def _generation(subject: Subject, text: str) -> _Run:
 def _dense(run: _Run) -> tuple[Column, Any]:
     start = time.perf_counter()
     said, out = run.call()
-    costs = Costs()
+    costs = ColumnCosts()
     if run.subject.kind == "generator":
-        costs = Costs(milliseconds=1e3 * (time.perf_counter() - start))
+        costs = ColumnCosts(milliseconds=1e3 * (time.perf_counter() - start))
     return Column("dense", said, costs, masks=_result(run, out)), out
 
 
@@ -293,18 +293,18 @@ def _reduced(run: _Run, method: Method, dense: Column, output: Any) -> Column:
     return Column(title, said, costs, whole, stages, masks, report.flops, note)
 
 
-def _costs(trace: Any, report: Any) -> tuple[Costs, Costs]:
+def _costs(trace: Any, report: Any) -> tuple[ColumnCosts, ColumnCosts]:
     """Costs with the method and without it, as the report of the last call counts them."""
     last = trace.stages[-1] if trace.stages else None
     found = trace.notes.get("attention", {}).values()
     seen = [float(note["density"]) for note in found if "density" in note]
     cache, held = report.kv_bytes, report.cache
-    reduced = Costs(
+    reduced = ColumnCosts(
         None if last is None else min(s.tokens_out for s in trace.stages),
         kv_bytes=held.bytes if held is not None else None if cache is None else cache[1],
         density=sum(seen) / len(seen) if seen else None,
     )
-    dense = Costs(
+    dense = ColumnCosts(
         None if last is None else trace.stages[0].tokens_in,
         kv_bytes=held.full if held is not None else None if cache is None else cache[0],
         density=1.0 if seen else None,

@@ -8,7 +8,7 @@ from html import escape
 from io import BytesIO
 from typing import Any
 
-from vtr.explore.compute import Column, Comparison, Costs, Maps, Said, Titled
+from vtr.explore.compute import Column, ColumnCosts, Compared, Maps, Said, Titled
 from vtr.explore.media import Shown
 from vtr.explore.subjects import Subject
 from vtr.inspect.drawing import row, stack
@@ -25,7 +25,7 @@ STYLE = """
 .vtr-bar div {height: 4px; border-radius: 2px; background: #0d9488}
 .vtr-wrong .vtr-bar div {background: #d97706}
 .vtr-pictures {display: grid; gap: 8px; margin-top: 8px;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 112px), 1fr))}
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 88px), 1fr))}
 .vtr-pictures figure {margin: 0; min-width: 0}
 .vtr-pictures .vtr-wide {grid-column: 1 / -1}
 .vtr-pictures figcaption {font-size: 11px; color: var(--body-text-color-subdued); padding-bottom: 2px}
@@ -58,7 +58,7 @@ def shown_html(shown: Shown) -> str:
     )
 
 
-def comparison_html(found: Comparison, shown: Shown) -> str:
+def comparison_html(found: Compared, shown: Shown) -> str:
     """The columns and the table of costs."""
     first = found.columns[0]
     small = shown.thumbnails(side=240)
@@ -121,7 +121,7 @@ def _said(said: Said) -> str:
 
 def _table(columns: Sequence[Column]) -> str:
     """Costs: what, dense, and each method with its share of dense."""
-    rows: list[tuple[str, str, Callable[[Costs], float | None]]] = [
+    rows: list[tuple[str, str, Callable[[ColumnCosts], float | None]]] = [
         ("tokens", "{:.0f}", lambda c: c.tokens),
         ("pairs computed", "{:.1%}", lambda c: c.density),
         ("GFLOPs", "{:.3f}", lambda c: None if c.flops is None else c.flops / 1e9),
