@@ -42,7 +42,7 @@ class Tiny(NamedTuple):
     inputs: Callable[[int, int], Inputs]
 
 
-class Candidate(NamedTuple):
+class EncoderClass(NamedTuple):
     """A class of encoders.
 
     Attributes:
@@ -62,7 +62,7 @@ class Candidate(NamedTuple):
 def candidates(
     names: Sequence[str] | None = None,
     libraries: Sequence[str] = ("timm", "open_clip", "transformers"),
-) -> Iterator[Candidate]:
+) -> Iterator[EncoderClass]:
     """List the classes of encoders of the installed libraries among some.
 
     Raises:
@@ -95,9 +95,9 @@ _VIT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _timm(names: Sequence[str] | None) -> Iterator[Candidate]:
+def _timm(names: Sequence[str] | None) -> Iterator[EncoderClass]:
     for name, _, models in timm_classes():
-        yield Candidate(
+        yield EncoderClass(
             "timm",
             name,
             functools.partial(_timm_empty, name, models),
@@ -141,7 +141,7 @@ def _timm_tiny(name: str, models: Sequence[str]) -> Tiny:
 # ---- open_clip -----------------------------------------------------------------------------------
 
 
-def _open_clip(names: Sequence[str] | None) -> Iterator[Candidate]:
+def _open_clip(names: Sequence[str] | None) -> Iterator[EncoderClass]:
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
@@ -156,7 +156,7 @@ def _open_clip(names: Sequence[str] | None) -> Iterator[Candidate]:
         return Tiny(encoders.spread(model), _images(64))
 
     for cls, make in ((VisionTransformer, tower), (TimmModel, trunk)):
-        yield Candidate("open_clip", cls.__name__, functools.partial(_model_of, make), make)
+        yield EncoderClass("open_clip", cls.__name__, functools.partial(_model_of, make), make)
 
 
 def _model_of(make: Callable[[], Tiny]) -> nn.Module:
@@ -197,9 +197,9 @@ _FASTER: dict[str, dict[str, Any]] = {
 }
 
 
-def _transformers(names: Sequence[str] | None) -> Iterator[Candidate]:
+def _transformers(names: Sequence[str] | None) -> Iterator[EncoderClass]:
     for cls in transformers_classes(names):
-        yield Candidate(
+        yield EncoderClass(
             "transformers",
             cls.__name__,
             functools.partial(_hf_empty, cls),

@@ -27,7 +27,7 @@ from vtr.testing.examples import examples
 from vtr.testing.kinds import Inputs, Kind
 from vtr.testing.masked import KeysMasked
 from vtr.testing.matrix.row import Row, State, broken, refusal, working
-from vtr.testing.matrix.tower_models import Candidate, Tiny, candidates, is_transformer
+from vtr.testing.matrix.tower_models import EncoderClass, Tiny, candidates, is_transformer
 from vtr.testing.trial import Trial, close, require
 
 TOLERANCE = 2e-4
@@ -48,7 +48,7 @@ def tower_rows(names: Sequence[str] | None = None) -> Iterator[Row]:
             yield row
 
 
-def tower_row(candidate: Candidate) -> Row | None:
+def tower_row(candidate: EncoderClass) -> Row | None:
     """Try one class; None for one that is no transformer."""
     head = ("tower", candidate.library, candidate.name)
     try:
