@@ -322,7 +322,7 @@ def test_attention_of_some_tokens(
             calls["n"] += 1
             return whole(length, density)
 
-    monkeypatch.setattr("tests.diffusion.models.token_mask", seen)
+    monkeypatch.setattr("vtr.testing.masked.token_mask", seen)
 
     def copies(module: Any, args: Any, out: Any) -> Any:
         image = out[0] if isinstance(out, tuple) else out
