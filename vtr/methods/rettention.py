@@ -38,11 +38,7 @@ class Rettention(Presets, MaskedAttention):
     A softmax over the keys S of a sparse mask has a smaller denominator than the dense one, so it
     gives the keys that remain too much. Their ratio, which drifts slowly over the denoising steps,
     is measured at rare dense steps and used in the steps between, together with what the masked keys
-    contributed then::
-
-        refresh:  rho_i = sum_{j in S} e^{s_ij} / sum_j e^{s_ij} = exp(lse_sparse - lse_dense)
-                  out = dense;   residual = dense - rho sparse
-        between:  out = rho sparse + residual;   rho grows by ``drift`` per step
+    contributed then:
 
     .. math::
 
