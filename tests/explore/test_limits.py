@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtr.explore.limits import Limits, read_upload
+from vtr.explore.limits import UploadLimits, read_upload
 
 
 def png(path, width, height):
@@ -69,14 +69,14 @@ def test_numbers_and_sizes_of_files_are_limited(tmp_path):
         tmp_path / "a.png"
     )
     with pytest.raises(ValueError, match=r"a\.png has 0 MiB, at most 0"):
-        read_upload([tmp_path / "a.png"], Limits(bytes=1000))
+        read_upload([tmp_path / "a.png"], UploadLimits(bytes=1000))
     with pytest.raises(ValueError, match="3 files were uploaded, at most 2"):
-        read_upload([tmp_path / "a.png"] * 3, Limits(pictures=2))
+        read_upload([tmp_path / "a.png"] * 3, UploadLimits(pictures=2))
     with pytest.raises(ValueError, match="no file"):
         read_upload([])
     with pytest.raises(ValueError, match="501 characters, at most 500"):
-        Limits().check_text("x" * 501)
-    assert Limits().check_text(" a ") == "a"
+        UploadLimits().check_text("x" * 501)
+    assert UploadLimits().check_text(" a ") == "a"
 
 
 def test_a_clip_is_read_and_a_long_or_large_one_refused(tmp_path):
@@ -91,11 +91,11 @@ def test_a_clip_is_read_and_a_long_or_large_one_refused(tmp_path):
     shown = read_upload([file])
     assert shown.video(8).frames.shape == (8, 96, 96, 3) and len(shown.thumbnails()) == 8
     with pytest.raises(ValueError, match=r"clip.mp4 has 16 frames in 8 s, at most 10"):
-        read_upload([file], Limits(frames=10))
+        read_upload([file], UploadLimits(frames=10))
     with pytest.raises(ValueError, match=r"at most 10000 in 2 s"):
-        read_upload([file], Limits(seconds=2.0))
+        read_upload([file], UploadLimits(seconds=2.0))
     with pytest.raises(ValueError, match=r"96 x 96 pixels a frame"):
-        read_upload([file], Limits(pixels=5000))
+        read_upload([file], UploadLimits(pixels=5000))
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"clip\.mp4 is neither a picture nor a clip"):
         read_upload([file])

@@ -31,7 +31,7 @@ def server(tmp_path_factory):
         patch.setattr(socket.socket, "connect", heard)
         patch.setenv("GRADIO_ALLOWED_PATHS", "/")  # of another application
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("other")))
-        started = app.serve(Subjects(), app.Limits(bytes=20_000))
+        started = app.serve(Subjects(), app.UploadLimits(bytes=20_000))
         yield started, hosts
         started.close()
 

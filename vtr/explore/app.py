@@ -14,7 +14,7 @@ from vtr.errors import VtrError, missing
 from vtr.explore import export, page
 from vtr.explore.compute import attention, compare
 from vtr.explore.guard import PathGuard
-from vtr.explore.limits import Limits, read_upload
+from vtr.explore.limits import UploadLimits, read_upload
 from vtr.explore.media import SAMPLES, Shown, sample
 from vtr.explore.subjects import Subjects, question_of
 
@@ -46,7 +46,7 @@ HINT = "up to three"
 class _Page:
     """The functions behind the page's controls; each session has its own state, and models are shared."""
 
-    def __init__(self, subjects: Subjects, limits: Limits) -> None:
+    def __init__(self, subjects: Subjects, limits: UploadLimits) -> None:
         self.subjects, self.limits = subjects, limits
 
     def start(self, name: str) -> tuple[Any, ...]:
@@ -120,7 +120,7 @@ def _told() -> Iterator[None]:
         ) from error
 
 
-def build(subjects: Subjects, limits: Limits = Limits()) -> gr.Blocks:  # noqa: B008
+def build(subjects: Subjects, limits: UploadLimits = UploadLimits()) -> gr.Blocks:  # noqa: B008
     """Build the page.
 
     Args:
@@ -201,7 +201,7 @@ def build(subjects: Subjects, limits: Limits = Limits()) -> gr.Blocks:  # noqa: 
     return blocks
 
 
-class Server:
+class ExplorerServer:
     """A running explorer.
 
     Attributes:
@@ -219,11 +219,11 @@ class Server:
 
 def serve(
     subjects: Subjects,
-    limits: Limits = Limits(),  # noqa: B008
+    limits: UploadLimits = UploadLimits(),  # noqa: B008
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
-) -> Server:
+) -> ExplorerServer:
     """Start the explorer in this process, and return at once.
 
     Nothing of the machine can be read through it: no path is served, uploads are kept in a folder of this
@@ -265,4 +265,4 @@ def serve(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Server(blocks, url, folder)
+    return ExplorerServer(blocks, url, folder)

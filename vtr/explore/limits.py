@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Limits:
+class UploadLimits:
     """The largest uploads.
 
     Attributes:
@@ -49,7 +49,7 @@ class Limits:
         return text.strip()
 
 
-def read_upload(paths: Sequence[str | Path], limits: Limits = Limits()) -> Shown:
+def read_upload(paths: Sequence[str | Path], limits: UploadLimits = UploadLimits()) -> Shown:
     """Read uploaded files: one or several pictures, or one clip.
 
     Args:
@@ -107,7 +107,7 @@ def _read(file: Path) -> Any:
         raise ValueError(str(error).replace(str(file), file.name)) from error
 
 
-def _clip(file: Path, limits: Limits) -> Shown:
+def _clip(file: Path, limits: UploadLimits) -> Shown:
     from vtr.video import VideoError, probe
 
     try:
