@@ -28,6 +28,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "mathml",
     "public_names",
     "results",
 ]
@@ -80,6 +81,7 @@ intersphinx_mapping = (
 
 html_theme = "furo"
 html_title = "vtr"
+html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "to_index.html"}

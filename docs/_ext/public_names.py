@@ -65,7 +65,15 @@ def read(app: Any, page: str, source: list[str]) -> None:
     source[0] = MARK.sub(replace, source[0])
 
 
+def attributes(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Turn "Attributes (beside those of X):" into a sentence and a section that napoleon knows."""
+    for number, line in enumerate(lines):
+        if found := re.fullmatch(r"Attributes \(beside those of (.+)\):", line):
+            lines[number : number + 1] = [f"Beside those of {found[1]}:", "", "Attributes:"]
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Register the extension with Sphinx."""
+    app.connect("autodoc-process-docstring", attributes, priority=400)  # before napoleon
     app.connect("source-read", read)
     return {"parallel_read_safe": True}
