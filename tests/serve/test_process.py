@@ -17,6 +17,8 @@ from vtr.cli.serve import _chosen
 from vtr.methods import FlowCut
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a process that imports everything, on whatever machine this is
 def test_parallel_clients_lose_no_request_and_the_end_is_clean(monkeypatch):
     monkeypatch.setenv("VTR_API_KEY", "secret")  # of the server
     process, url = start()
