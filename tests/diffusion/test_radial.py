@@ -29,7 +29,7 @@ def test_the_mask_is_the_radial_mask_of_the_grid(
     case, model, given = CASES["wan"], CASES["wan"].build(), wide()
     mask = masks.radial(5, 120, block=16, decay=0.5, rule=rule)
     assert 0.2 < mask.density < 0.9
-    monkeypatch.setattr("tests.diffusion.models.token_mask", lambda *_: mask.to_dense())
+    monkeypatch.setattr("vtr.testing.masked.token_mask", lambda *_: mask.to_dense())
     with eager(model, case.attention[1:], 0.0):
         want = model(**given)[0]
     method = vtr.RadialAttention(dense_layers=1, block=16, decay=0.5, rule=rule)
