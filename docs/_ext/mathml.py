@@ -11,7 +11,9 @@ def mathml(formula: str, display: str) -> str:
     """Convert LaTeX; ``display`` is ``"inline"`` or ``"block"``."""
     from latex2mathml.converter import convert
 
-    return convert(formula, display=display)
+    # It knows no "gathered": lines below one another, each in the middle.
+    rows = formula.replace(r"\begin{gathered}", r"\begin{array}{c}")
+    return convert(rows.replace(r"\end{gathered}", r"\end{array}"), display=display)
 
 
 def inline(writer: Any, node: nodes.math) -> None:

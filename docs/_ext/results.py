@@ -97,6 +97,8 @@ def draw(rows: Sequence[Row], axes: tuple[str, str, str], diagonal: bool, path: 
     colours = [f"C{i}" for i in range(10)]
     for i, (name, points) in enumerate(lines.items()):
         style = {"marker": "osD^vPX*"[i // 10 % 8], "color": colours[i % 10], "markersize": 5}
+        if len({x for x, _ in points}) < len(points):  # seeds or options of a method: no line
+            style["linestyle"] = "none"
         plot.plot(*zip(*points, strict=True), label=name, linewidth=1, **style)
     if diagonal:
         largest = max(x for points in lines.values() for x, _ in points)
