@@ -96,7 +96,11 @@ def draw(rows: Sequence[Row], axes: tuple[str, str, str], diagonal: bool, path: 
     lines = grouped(rows, x, y, by)
     colours = [f"C{i}" for i in range(10)]
     for i, (name, points) in enumerate(lines.items()):
-        style = {"marker": "osD^vPX*"[i // 10 % 8], "color": colours[i % 10], "markersize": 5}
+        style: dict[str, Any] = {
+            "marker": "osD^vPX*"[i // 10 % 8],
+            "color": colours[i % 10],
+            "markersize": 5,
+        }
         if len({x for x, _ in points}) < len(points):  # seeds or options of a method: no line
             style["linestyle"] = "none"
         plot.plot(*zip(*points, strict=True), label=name, linewidth=1, **style)
