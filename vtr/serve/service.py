@@ -100,7 +100,7 @@ class Service:
         self._workers = ThreadPoolExecutor(2, "vtr-prepare")
 
     async def answer(self, request: Request) -> Response:
-        """AnswerWriter a request; refusals have OpenAI's format."""
+        """Answer a request; refusals have OpenAI's format."""
         if self.closing or self.visits >= self.limits.requests:
             why = "is shutting down" if self.closing else f"has {self.visits} requests in flight"
             refused = RequestError(
