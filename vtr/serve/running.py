@@ -54,7 +54,7 @@ def build_service(
 
 
 async def warm_up(service: Service) -> None:
-    """AnswerWriter a question about a grey picture, so that the first client does not wait for lazy work."""
+    """Answer a question about a grey picture, so that the first client does not wait for lazy work."""
     from PIL import Image
 
     part = {"type": "image_url", "image_url": {"url": "data:"}}
