@@ -32,9 +32,11 @@ def renewed(page: str) -> str:
     return f"{head}{MARKER}\n\n{commands()}\n"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Write the page."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m recipes.cli_page", description=__doc__).parse_args(
+        arguments
+    )
     PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

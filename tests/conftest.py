@@ -29,7 +29,7 @@ OPTIONAL = frozenset({
     "prometheus_client", "pydantic", "starlette", "uvicorn", "gradio", "huggingface_hub",
     "hypothesis", "lmms_eval", "loguru", "matplotlib", "open_clip", "optuna", "peft", "pyarrow",
     "pycocotools", "sklearn", "sqlalchemy", "tensorboard", "timm", "tokenizers", "torchmetrics",
-    "torchvision", "transformers", "triton", "webdataset",
+    "torchvision", "transformers", "triton", "vllm", "webdataset",
 })  # fmt: skip
 
 torch.set_num_threads(1)

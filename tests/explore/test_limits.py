@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vtr.explore.limits import UploadLimits, read_upload
 
@@ -45,7 +45,8 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
         read_upload([png(tmp_path / "bomb.png", *size)])
 
 
-def test_what_is_broken_says_so_without_the_folder(tmp_path):
+def test_what_is_broken_says_so_without_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # importing lmms_eval sets it
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"x" * 60)
     (tmp_path / "text.txt").write_text("no picture")
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "whole.png")

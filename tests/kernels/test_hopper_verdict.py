@@ -57,6 +57,7 @@ def test_a_kernel_that_works_is_checked_once(monkeypatch, caplog):
     assert hopper_verdict.check(DEVICE, says("works")) == "works"
     forget()
     monkeypatch.setattr(hopper_verdict, "_ask", None)  # would fail
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert hopper_verdict.works(DEVICE) and hopper_verdict.known(DEVICE) == "works"
     assert not caplog.text
